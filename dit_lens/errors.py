@@ -1,0 +1,49 @@
+"""What users are told. Every message says what was asked, what exists, the nearest match and the next step."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DitLensError(Exception):
+    """The base of every error this library raises on purpose."""
+
+
+class SiteError(DitLensError, LookupError):
+    """A site, stream, point or block that the model does not have."""
+
+
+class OpError(DitLensError, ValueError):
+    """An operation that cannot be carried out: channels, tokens, steps, rows, shapes or sources that do not fit."""
+
+
+class PromptError(DitLensError, ValueError):
+    """A prompt, seed or pipeline argument that cannot be used."""
+
+
+class FamilyError(DitLensError, TypeError):
+    """A pipeline that no family describes, or whose live structure differs from what its family says."""
+
+
+class ExecutionError(DitLensError, RuntimeError):
+    """A run that did not go as planned: an op that never fired, or calls of the transformer that do not match the plan."""
+
+
+class StoreError(DitLensError, OSError):
+    """A folder that is missing, incomplete, damaged or of another format."""
+
+
+class NotYetError(DitLensError, RuntimeError):
+    """A value that was asked for before the run that produces it."""
+
+
+def nearest(asked: str, known: Iterable[str], what: str = "There are") -> str:
+    """The closing words of an error: the closest known name, then all of them.
+
+    >>> nearest("blu", ["red", "blue"])
+    " Nearest: 'blue'. There are: red, blue."
+    """
+    known = [str(name) for name in known]
+    close = difflib.get_close_matches(asked, known, n=1, cutoff=0.5)
+    return (f" Nearest: {close[0]!r}." if close else "") + f" {what}: {', '.join(known)}."

@@ -1,0 +1,230 @@
+"""How far pictures lie apart, and how sure a mean is.
+
+Pictures are PIL images, or arrays and tensors of uint8 in [0, 255] or floats in [0, 1]. All distances are on [0, 1].
+Intervals are (mean, low, high).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.stats import norm
+
+from dit_lens.errors import OpError
+
+
+class Interval(NamedTuple):
+    """An estimate with the bounds of its confidence interval; bounds are NaN where the data cannot give any."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def rmse(a: Any, b: Any) -> float | np.ndarray:
+    """Root mean square difference, 0 for equal pictures, 1 for black and white.
+
+    >>> black, white = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)
+    >>> rmse(black, white)
+    1.0
+    >>> rmse([black, black], [black, white]).tolist()
+    [0.0, 1.0]
+
+    Returns a float for a pair of pictures and float64 [b] for two lists or two batches of four dimensions.
+    a, b: pictures of one size and layout. Raises OpError when sizes, numbers or ranges differ.
+    """
+    return _per_pair(a, b, _rmse)
+
+
+def psnr(a: Any, b: Any) -> float | np.ndarray:
+    """Peak signal-to-noise ratio in dB, -20 log10(rmse); infinite for equal pictures. Takes and returns as ``rmse``.
+
+    >>> psnr(np.zeros((2, 2)), np.full((2, 2), 0.1))
+    20.0
+    """
+    return _per_pair(a, b, lambda x, y: -20 * math.log10(error) if (error := _rmse(x, y)) else math.inf)
+
+
+def mean_abs(a: Any, b: Any) -> float | np.ndarray:
+    """Mean absolute difference, in [0, 1]. Takes and returns as ``rmse``.
+
+    >>> mean_abs(np.zeros((1, 2)), np.array([[0.5, 1.0]]))
+    0.75
+    """
+    return _per_pair(a, b, lambda x, y: float(np.abs(x - y).mean()))
+
+
+def bootstrap_ci(values: Any, groups: Any = None, seed: int = 0, n: int = 2000, level: float = 0.95) -> Interval:
+    """The mean over prompts with its hierarchical bootstrap interval.
+
+    >>> [round(x, 2) for x in bootstrap_ci([[0.125, 0.25], [0.5, 0.625]])]
+    [0.38, 0.16, 0.59]
+    >>> bootstrap_ci([[0.1]])  # one value: no interval, and none is made up
+    Interval(mean=0.1, low=nan, high=nan)
+
+    values: [prompts, seeds]; or, where prompts have unequal numbers of seeds, [m] with groups. Finite. Give paired
+        differences where arms share prompts and seeds (``paired_difference_ci``).
+    groups: [m], the prompt of each value. Every prompt weighs the same, however many seeds it has.
+    seed: of the resampling. n: resamples. level: coverage, between 0 and 1.
+    With one prompt the interval speaks of its seeds only; with one seed per prompt, of prompts only.
+    Raises OpError for NaN or infinite values and shapes that do not fit.
+    Source: percentile interval of the hierarchical bootstrap (Saravanan, Berman & Sober 2020): prompts are drawn with
+    replacement, then seeds within each drawn prompt.
+    """
+    _check_level(level)
+    if n < 1:
+        raise OpError(f"n={n} resamples were asked. Take 1,000 or more.")
+    rows, counts = _by_prompt(np.asarray(_array(values), dtype=np.float64), groups)
+    mean = float((rows.sum(1) / counts).mean())
+    if rows.size == 1:
+        return Interval(mean, math.nan, math.nan)
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(len(rows), size=(n, len(rows), 1))
+    drawn = (rng.random((n, *rows.shape)) * counts[prompts]).astype(np.int64)  # [n, prompts, seeds]
+    # Rows are padded to the longest; as many seeds are drawn as the drawn prompt has.
+    kept = np.arange(rows.shape[1]) < counts[prompts]
+    means = (np.where(kept, rows[prompts, drawn], 0).sum(2) / counts[prompts[..., 0]]).mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high))
+
+
+def paired_difference_ci(a: Any, b: Any, seed: int = 0, n: int = 2000, level: float = 0.95) -> Interval:
+    """The mean of a - b with its interval, over pairs that share prompt and seed.
+
+    >>> paired_difference_ci([[0.5, 0.75], [1.0, 1.25]], [[0.25, 0.5], [0.75, 1.0]])
+    Interval(mean=0.25, low=0.25, high=0.25)
+
+    a, b: [prompts, seeds], the same prompts and seeds in the same order. The rest as in ``bootstrap_ci``.
+    """
+    first, second = (np.asarray(_array(x), dtype=np.float64) for x in (a, b))
+    if first.shape != second.shape:
+        raise OpError(
+            f"Pairs need equal shapes, and got {first.shape} and {second.shape}. Run both arms on the same seeds."
+        )
+    # Checked before subtracting: the difference of two infinite PSNRs is NaN, which names neither.
+    _check_finite(first)
+    _check_finite(second)
+    return bootstrap_ci(first - second, seed=seed, n=n, level=level)
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
+    """A proportion with its Wilson score interval, which stays inside [0, 1] and works for 0 and n successes.
+
+    >>> [round(x, 3) for x in wilson(9, 10)]
+    [0.9, 0.596, 0.982]
+
+    successes: 0 to n. n: trials, at least 1. Source: Wilson (1927), without continuity correction.
+    """
+    _check_level(level)
+    if n < 1 or not 0 <= successes <= n:
+        raise OpError(f"{successes} successes of {n} trials were given. Give n >= 1 and successes from 0 to n.")
+    z = float(norm.ppf((1 + level) / 2))
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    # At 0 and n successes the bounds are 0 and 1 exactly; rounding would leave them a hair off.
+    return Interval(p, 0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half)
+
+
+def _rmse(a: np.ndarray, b: np.ndarray) -> float:
+    return math.sqrt(float(np.square(a - b).mean()))
+
+
+def _per_pair(a: Any, b: Any, distance: Callable[[np.ndarray, np.ndarray], float]) -> float | np.ndarray:
+    first, second = _is_batch(a), _is_batch(b)
+    if first != second:
+        raise OpError(
+            "A picture was to be compared with a list of pictures. Give two pictures, or two lists of equal length."
+        )
+    if not first:
+        return distance(*_pair(a, b))
+    if len(a) != len(b):
+        raise OpError(f"{len(a)} pictures were to be compared with {len(b)}. Give as many of one as of the other.")
+    return np.array([distance(*_pair(x, y)) for x, y in zip(a, b, strict=True)], dtype=np.float64)
+
+
+def _is_batch(pictures: Any) -> bool:
+    return isinstance(pictures, list | tuple) or getattr(pictures, "ndim", 0) == 4
+
+
+def _pair(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
+    first, second = _pixels(a), _pixels(b)
+    if first.shape != second.shape:
+        raise OpError(
+            f"The pictures have shapes {list(first.shape)} and {list(second.shape)}. Resize or convert one first; "
+            "a distance over differing sizes means nothing."
+        )
+    return first, second
+
+
+def _pixels(picture: Any) -> np.ndarray:
+    """float64 in [0, 1]."""
+    if isinstance(picture, Image.Image):
+        # Palette indices and the like are no brightness.
+        picture = picture if picture.mode in ("L", "RGB", "RGBA") else picture.convert("RGB")
+    pixels = _array(picture)
+    if pixels.ndim not in (2, 3) or not pixels.size:
+        raise OpError(f"A picture has two or three dimensions, and got {list(pixels.shape)}.")
+    if pixels.dtype == np.uint8:
+        return pixels / 255
+    if not np.issubdtype(pixels.dtype, np.floating):
+        raise OpError(
+            f"A picture is uint8 in [0, 255] or floating point in [0, 1], and got {pixels.dtype}. Convert it first."
+        )
+    if not (pixels.min() >= 0 and pixels.max() <= 1):
+        raise OpError(
+            f"A floating-point picture lies in [0, 1], and this one in [{pixels.min():.3g}, {pixels.max():.3g}]. "
+            "Divide by 255, or map [-1, 1] with (x + 1) / 2; a NaN says that the run overflowed."
+        )
+    return pixels.astype(np.float64)
+
+
+def _array(x: Any) -> np.ndarray:
+    if isinstance(x, torch.Tensor):
+        # numpy has no bfloat16.
+        x = (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy()
+    return np.asarray(x)
+
+
+def _by_prompt(values: np.ndarray, groups: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Values as [prompts, seeds], padded with 0, and the number of seeds of each prompt."""
+    _check_finite(values)
+    if groups is None:
+        if values.ndim != 2:
+            raise OpError(
+                f"Values are [prompts, seeds], and got {list(values.shape)}. With one seed per prompt write "
+                "values[:, None]; with unequal numbers of seeds give groups."
+            )
+        return values, np.full(len(values), values.shape[1])
+    labels = _array(groups)
+    if values.ndim != 1 or labels.shape != values.shape:
+        raise OpError(
+            f"With groups, values and groups are [m] alike, and got {list(values.shape)} and {list(labels.shape)}. "
+            "Name the prompt of every value."
+        )
+    _, prompt, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    rows = np.zeros((len(counts), counts.max()))
+    for i in range(len(counts)):
+        rows[i, : counts[i]] = values[prompt == i]
+    return rows, counts
+
+
+def _check_finite(values: np.ndarray) -> None:
+    if not values.size:
+        raise OpError("There are no values to average. Give [prompts, seeds] with at least one of each.")
+    if not np.isfinite(values).all():
+        where = np.argwhere(~np.isfinite(values))[0].tolist()
+        raise OpError(
+            f"{int((~np.isfinite(values)).sum())} of {values.size} values are NaN or infinite, the first at {where}. "
+            "Leave them out by name, or use rmse instead of psnr, which is infinite for equal pictures."
+        )
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise OpError(f"level={level} is no coverage. Choose between 0 and 1, as in 0.95.")

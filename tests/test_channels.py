@@ -1,0 +1,385 @@
+"""Sets of channels, their controls, and the statistics that choose them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import median_abs_deviation
+
+from dit_lens.channels import (
+    ChannelSet,
+    RunningStats,
+    energy_share,
+    gini,
+    jaccard,
+    mad_outliers,
+    top_channels,
+    top_median_ratio,
+)
+from dit_lens.errors import OpError, SiteError
+
+seeds = st.integers(0, 10**6)
+
+
+def family(seed: int, sites: int = 3, width: int = 40, k: int = 4) -> ChannelSet:
+    rng = np.random.default_rng(seed)
+    scores = {f"blocks.{i}.img": torch.tensor(rng.lognormal(size=width), dtype=torch.float32) for i in range(sites)}
+    return top_channels(scores, {site: s**2 for site, s in scores.items()}, k)
+
+
+def of(*sets: tuple[int, ...], width: int) -> ChannelSet:
+    """A set that is given outright; scores and energy do not matter."""
+    channels = {f"s{i}": chosen for i, chosen in enumerate(sets)}
+    ones = {site: torch.ones(width) for site in channels}
+    return ChannelSet(channels, ones, ones, arm="given")
+
+
+# Choosing
+
+
+@settings(max_examples=25, deadline=None)
+@given(seeds, st.integers(1, 12), st.integers(1, 12))
+def test_top_and_bottom_are_the_ends_of_the_order(seed, width, k):
+    scores = torch.randint(0, 5, (width,), generator=torch.Generator().manual_seed(seed)).float()  # with ties
+    k = min(k, width)
+    top = top_channels({"a": scores}, {"a": scores}, k)
+    assert list(top["a"]) == np.argsort(-scores.numpy(), kind="stable")[:k].tolist()
+    bottom = top.bottom()
+    assert list(bottom["a"]) == np.argsort(scores.numpy(), kind="stable")[:k].tolist()
+    assert bottom.arm == "bottom"
+    assert bottom.matched == (not set(bottom["a"]) & set(top["a"])) == (not bottom.note)
+
+
+@pytest.mark.parametrize("k", [0, -1, 6, 2.0, True])
+def test_k_that_does_not_fit_is_refused(k):
+    with pytest.raises(OpError, match=r"channels were asked of blocks\.1\.img, which has 5\. Choose .* from 1 to 5"):
+        top_channels({"blocks.1.img": torch.ones(5)}, {}, k)
+
+
+def test_what_does_not_fit_together_is_refused():
+    one = torch.ones(3)
+    with pytest.raises(OpError, match=r"energy must name the same sites; these are in one only: b\."):
+        top_channels({"a": one}, {"a": one, "b": one}, 1)
+    with pytest.raises(OpError, match=r"a has 3 scores and 4 energies"):
+        top_channels({"a": one}, {"a": torch.ones(4)}, 1)
+    with pytest.raises(OpError, match=r"a has channels 0 to 2, each named once at most; got \[0, 3\]"):
+        ChannelSet({"a": (0, 3)}, {"a": one}, {"a": one})
+    with pytest.raises(OpError, match=r"got \[1, 1\]"):
+        ChannelSet({"a": (1, 1)}, {"a": one}, {"a": one})
+    with pytest.raises(OpError, match=r"There is no arm 'topp'\. Nearest: 'top'"):
+        ChannelSet({"a": (1,)}, {"a": one}, {"a": one}, arm="topp")
+    with pytest.raises(OpError, match=r"energy of a is negative"):
+        ChannelSet({"a": (1,)}, {"a": one}, {"a": -one})
+    with pytest.raises(OpError, match=r"scores of a must be one number per channel, \[d\], and have shape \[1, 3\]"):
+        top_channels({"a": one[None]}, {"a": one}, 1)
+    with pytest.raises(OpError, match=r"scores of a are not finite, first in channels \[1\]"):
+        top_channels({"a": torch.tensor([1.0, float("nan")])}, {"a": torch.ones(2)}, 1)
+
+
+def test_is_a_mapping_that_names_its_sites():
+    chosen = family(0)
+    assert list(chosen) == ["blocks.0.img", "blocks.1.img", "blocks.2.img"]
+    assert dict(chosen) == chosen.channels
+    assert "blocks.0.img" in chosen
+    assert "nowhere" not in chosen
+    assert chosen.get("nowhere", ()) == ()
+    assert chosen.get("blocks.1.img") == chosen["blocks.1.img"]
+    with pytest.raises(SiteError, match=r"no site 'blocks\.0\.imgs'\. Nearest: 'blocks\.0\.img'\. Its sites: "):
+        chosen["blocks.0.imgs"]
+    assert (chosen.k, chosen.width) == (4, 40)
+
+
+def test_keeps_its_own_copy():
+    scores = torch.tensor([3.0, 1.0])
+    chosen = top_channels({"a": scores}, {"a": scores}, 1)
+    scores.zero_()
+    assert chosen.scores["a"].tolist() == [3.0, 1.0]
+
+
+def test_the_empty_choice_is_legal():
+    empty = of((), (), width=4)
+    assert empty.k == 0
+    assert empty.energy_share() == {"s0": 0.0, "s1": 0.0}
+    for control in (empty.bottom(), empty.random(0), empty.energy_matched(0)):
+        assert dict(control) == {"s0": (), "s1": ()}
+        assert control.matched
+    assert len(empty.table) == 0
+    assert "most frequent: none" in repr(empty)
+    assert empty.restrict([]).union() == ()
+    assert repr(empty.restrict([])).endswith("at 0 sites")
+
+
+# The random arm
+
+
+@settings(max_examples=25, deadline=None)
+@given(seeds, st.integers(1, 6), st.integers(1, 5), seeds)
+def test_random_keeps_every_overlap_and_leaves_the_union(seed, sites, k, draw):
+    top = family(seed, sites, 60, k)
+    control = top.random(draw)
+    assert control.matched
+    assert not control.note
+    assert not set(control.union()) & set(top.union())
+    assert len(control.union()) == len(top.union())
+    images: dict[int, int] = {}
+    for site in top:
+        for channel, image in zip(top[site], control[site], strict=True):
+            assert images.setdefault(channel, image) == image
+    for a, b in itertools.combinations(top, 2):
+        assert jaccard(control[a], control[b]) == jaccard(top[a], top[b])
+    assert control == top.random(draw)
+    assert control.take(1)[site] == control[site][:1]
+
+
+def test_random_draws_evenly_from_outside():
+    top = of((0, 1), (1, 2), width=10)
+    counts = np.bincount([c for draw in range(300) for c in top.random(draw).union()], minlength=10)
+    assert (counts[:3] == 0).all()
+    assert counts[3:].sum() == 900
+    assert (abs(counts[3:] - 900 / 7) < 45).all()  # four standard deviations
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.sets(st.integers(0, 4), min_size=1, max_size=4), min_size=1, max_size=3), seeds)
+def test_random_hits_as_little_as_it_can_where_the_union_is_too_wide(sets, draw):
+    top = of(*(tuple(sorted(chosen)) for chosen in sets), width=5)
+    if 2 * len(top.union()) <= 5:
+        return
+    fewest = min(
+        sum(len({image[c] for c in chosen} & chosen) for chosen in sets) for image in itertools.permutations(range(5))
+    )
+    control = top.random(draw)
+    assert sum(len(set(control[site]) & set(top[site])) for site in top) == fewest
+    assert not control.matched
+    assert f": {fewest} of {sum(map(len, sets))} control channels are in the set" in control.note
+    assert len(control.union()) == len(top.union())
+
+
+def test_random_prefers_the_outside_and_varies_with_the_seed_where_the_union_is_too_wide():
+    top = of((0, 1, 2), (3, 4, 5), width=8)
+    draws = [top.random(seed) for seed in range(12)]
+    assert all({6, 7} <= set(draw.union()) for draw in draws)
+    assert len({draw["s0"] for draw in draws}) > 4
+
+
+def test_random_maps_each_width_by_itself():
+    scores = {"a": torch.arange(8.0), "b": torch.arange(20.0), "c": torch.arange(8.0)}
+    top = top_channels(scores, scores, 2)
+    control = top.random(3)
+    assert list(control) == ["a", "b", "c"]
+    assert control["a"] == control["c"]
+    assert control.matched
+    assert top.width == {"a": 8, "b": 20, "c": 8}
+    with pytest.raises(OpError, match="different width"):
+        top.union()
+
+
+# The energy-matched arm
+
+
+@settings(max_examples=15, deadline=None)
+@given(seeds, seeds)
+def test_energy_matched_is_outside_and_near_where_it_can_be(seed, draw):
+    rng = np.random.default_rng(seed)
+    energy = torch.tensor(rng.lognormal(size=128), dtype=torch.float32)
+    wanted = ChannelSet({"a": tuple(rng.permutation(128)[:6].tolist())}, {"a": energy}, {"a": energy}, arm="given")
+    control = wanted.energy_matched(draw)
+    assert len(set(control["a"])) == 6
+    assert not set(control["a"]) & set(wanted["a"])
+    assert control.energy_share()["a"] == pytest.approx(wanted.energy_share()["a"], rel=0.02)
+    assert control.matched
+    assert list(control["a"]) == sorted(control["a"], key=lambda c: -energy[c])
+    assert control == wanted.energy_matched(draw)
+
+
+def test_energy_matched_varies_with_the_seed():
+    energy = torch.tensor(np.random.default_rng(0).lognormal(size=128), dtype=torch.float32)
+    given_set = ChannelSet({"a": (1, 2, 3)}, {"a": energy}, {"a": energy}, arm="given")
+    assert len({given_set.energy_matched(seed)["a"] for seed in range(8)}) > 4
+
+
+@pytest.mark.parametrize("energy", [[100.0, 60.0, 50.0, 1.0, 1.0, 55.0, 55.0], [5.0, 3.0, 9.0, 2.0, 8.0, 7.0, 7.0]])
+def test_energy_matched_finds_what_enumeration_finds(energy):
+    values = torch.tensor(energy)
+    top = ChannelSet({"a": (5, 6)}, {"a": values}, {"a": values}, arm="given")
+    best = min(abs(energy[i] + energy[j] - values[5:].sum().item()) for i, j in itertools.combinations(range(5), 2))
+    assert abs(sum(energy[c] for c in top.energy_matched(0)["a"]) - values[5:].sum().item()) == pytest.approx(best)
+
+
+def test_energy_matched_says_where_it_falls_short():
+    values = torch.tensor([100.0, 90.0, 20.0, 10.0, 1.0, 1.0])
+    top = top_channels({"a": values, "b": torch.arange(6.0)}, {"a": values, "b": torch.ones(6)}, 2)
+    control = top.energy_matched(0)
+    assert control["a"] == (2, 3)
+    assert not control.matched
+    assert "energy unmatched at 1 of 2 sites; a reaches 0.158 of its set's" in control.note
+    assert "NOT matched" in repr(control)
+    assert top.restrict("b").energy_matched(0).matched
+
+
+def test_energy_matched_says_where_it_overshoots():
+    values = torch.tensor([1.0, 50.0, 60.0, 70.0])
+    control = ChannelSet({"a": (0,)}, {"a": values}, {"a": values}, arm="given").energy_matched(0)
+    assert control["a"] == (1,)
+    assert not control.matched
+
+
+def test_energy_matched_needs_room():
+    top = of((0, 1, 2), width=4)
+    with pytest.raises(OpError, match=r"s0 has 1 channels outside its set of 3.*Take k of at most 2"):
+        top.energy_matched(0)
+    with pytest.raises(OpError, match=r"Take first: top\.take\(k\)\.energy_matched\(seed\)"):
+        of((0,), width=4).energy_matched(0).take(1)
+
+
+# Smaller sets, comparison, display
+
+
+def test_take_is_the_smaller_top():
+    large = family(1, k=7)
+    for k in range(1, 8):
+        assert large.take(k) == family(1, k=k)
+        assert large.bottom().take(k) == family(1, k=k).bottom()
+    with pytest.raises(OpError, match=r"take\(8\) was asked, and blocks\.0\.img has 7 channels\. Take 1 to 7"):
+        large.take(8)
+
+
+def test_restrict():
+    chosen = family(2)
+    part = chosen.restrict(["blocks.2.img", "blocks.0.img"])
+    assert list(part) == ["blocks.2.img", "blocks.0.img"]
+    assert set(part.scores) == set(part.energy) == set(part)
+    with pytest.raises(SiteError, match=r"no site 'blocks\.9\.img'"):
+        chosen.restrict("blocks.9.img")
+
+
+def test_jaccard():
+    assert jaccard([], []) == 1.0
+    assert jaccard([1], []) == 0.0
+    a, b = of((0, 1), (2, 3), width=5), of((1, 4), (2, 3), width=5)
+    assert a.jaccard(b) == {"s0": 1 / 3, "s1": 1.0}
+    assert a.jaccard({"s1": [2]}) == {"s1": 0.5}
+    with pytest.raises(OpError, match=r"share no site\. This one has s0, s1\. The other has x\."):
+        a.jaccard({"x": [2]})
+
+
+def test_table():
+    scores = torch.tensor([1.0, 8.0, 2.0, 4.0])
+    top = top_channels({"a": scores}, {"a": scores}, 2)
+    assert top.table.to_dict("list") == {
+        "site": ["a", "a"],
+        "rank": [1, 2],
+        "channel": [1, 3],
+        "score": [8.0, 4.0],
+        "score/median": [8 / 3, 4 / 3],
+        "energy share": [8 / 15, 4 / 15],
+    }
+    assert top.bottom().table["rank"].tolist() == [4, 3]
+
+
+def test_display():
+    ones = torch.ones(3)
+    chosen = ChannelSet({"<a>": (0, 2), "b": (2,)}, {"<a>": ones, "b": ones}, {"<a>": ones, "b": ones}, note="x & y")
+    assert repr(chosen).startswith("ChannelSet: top differing of 3 channels by |mean|, at 2 sites\n")
+    assert "most frequent: 2 (2 of 2 sites), 0 (1)" in repr(chosen)
+    assert "&lt;a&gt;</td><td>0, 2</td><td>0.667" in chosen._repr_html_()
+    assert "note: x &amp; y" in chosen._repr_html_()
+
+
+@settings(max_examples=10, deadline=None)
+@given(seeds)
+def test_json_round_trip_is_exact(seed):
+    for chosen in (family(seed), family(seed).energy_matched(seed), family(seed).bottom()):
+        back = ChannelSet.from_json(json.loads(json.dumps(chosen.to_json())))
+        assert back == chosen
+        assert (back.score, back.arm, back.matched, back.note) == (
+            chosen.score,
+            chosen.arm,
+            chosen.matched,
+            chosen.note,
+        )
+        for site in chosen:
+            assert torch.equal(back.scores[site], chosen.scores[site])
+            assert torch.equal(back.energy[site], chosen.energy[site])
+
+
+def test_json_of_something_else_is_refused():
+    data = family(0).to_json()
+    del data["scores"]
+    with pytest.raises(OpError, match=r"made of arm, channels, .*; missing or unknown here: colour, scores\."):
+        ChannelSet.from_json(data | {"colour": "red"})
+
+
+# Statistics
+
+
+positive = st.lists(st.floats(0, 1000, width=32), min_size=1, max_size=20)
+
+
+@settings(max_examples=40, deadline=None)
+@given(positive)
+def test_statistics_equal_their_definitions(values):
+    x = np.array(values)
+    pairs = np.abs(x[:, None] - x).sum()
+    assert gini(torch.tensor(values)) == pytest.approx(pairs / (2 * len(x) * x.sum()) if x.sum() else 0.0, abs=1e-6)
+    if np.median(x) > 1e-30:
+        assert top_median_ratio(torch.tensor(values)) == pytest.approx(x.max() / np.median(x), rel=1e-6)
+    assert energy_share(torch.tensor(values), range(len(x) // 2)) == pytest.approx(
+        x[: len(x) // 2].sum() / x.sum() if x.sum() else 0.0, abs=1e-6
+    )
+    expected = np.flatnonzero(x - np.median(x) > 3 * median_abs_deviation(x))
+    assert sorted(mad_outliers(torch.tensor(values), 3)) == expected.tolist()
+
+
+def test_statistics_at_the_edges():
+    assert top_median_ratio(torch.tensor([0.0, 0.0, 2.0])) == float("inf")
+    assert np.isnan(top_median_ratio(torch.zeros(3)))
+    assert mad_outliers(torch.tensor([5.0, 0.0, 9.0, 0.0, 0.0, 0.0])) == (2, 0)
+    assert mad_outliers(torch.tensor([-9000.0, 1.0, 2.0, 3.0])) == ()
+    with pytest.raises(OpError, match="Take magnitudes or energies first"):
+        gini(torch.tensor([-1.0, 2.0]))
+    with pytest.raises(OpError, match=r"The energy has channels 0 to 1; got \[2\]"):
+        energy_share(torch.ones(2), [2])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=5), seeds, st.sampled_from([1, 2**20]), st.integers(0, 4))
+def test_running_statistics_equal_those_of_the_whole(sizes, seed, chunk, split):
+    rng = np.random.default_rng(seed)
+    # Far from zero with little spread: where E[x^2] - E[x]^2 loses everything.
+    batches = [rng.normal(1e6, 1e-2, size=(2, size, 3)) for size in sizes]
+    whole = np.concatenate([batch.reshape(-1, 3) for batch in batches])
+    stats, later = RunningStats(), RunningStats()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunningStats, "_CHUNK", chunk)
+        for i, batch in enumerate(batches):
+            (stats if i < split else later).update(torch.tensor(batch))
+        stats.merge(later)
+    assert stats.count == len(whole)
+    if not len(whole):
+        with pytest.raises(OpError, match=r"seen no values\. Call update\(x\) first"):
+            _ = stats.mean
+        return
+    np.testing.assert_allclose(stats.mean, whole.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(stats.variance, whole.var(0), rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(stats.mean_square, (whole**2).mean(0), rtol=1e-12)
+    np.testing.assert_array_equal(stats.min, whole.min(0))
+    np.testing.assert_array_equal(stats.max, whole.max(0))
+
+
+def test_running_statistics_take_any_precision_and_one_width():
+    stats = RunningStats()
+    stats.update(torch.tensor([[1.5, 2.0]], dtype=torch.bfloat16))
+    assert stats.mean.dtype == torch.float64
+    assert stats.mean.tolist() == [1.5, 2.0]
+    assert repr(stats) == "RunningStats: 1 values of each of 2 channels"
+    with pytest.raises(OpError, match=r"over 2 channels and the new values have 3\. Keep one RunningStats per site"):
+        stats.update(torch.ones(4, 3))
+    with pytest.raises(OpError, match="floating-point values"):
+        stats.update(torch.ones(2, 2, dtype=torch.int64))
