@@ -1,0 +1,64 @@
+"""Folders that are written whole or not at all, and JSON that is read with an error a person can use."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dit_lens.errors import StoreError
+
+
+@contextmanager
+def whole_folder(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
+    """Yields an empty folder beside ``path``; when the block succeeds it takes the place of ``path``.
+
+    When the block raises (Ctrl-C included) ``path`` stays as it was.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise StoreError(f"{path} exists already. Pass overwrite=True to replace it, or choose another folder.")
+    fresh, old = _beside(path, "partial"), _beside(path, "old")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    fresh.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def settled(path: str | Path) -> Path:
+    """The folder to read: ``path``, or what it replaced if the writer died between the two renames."""
+    path = Path(path)
+    return _beside(path, "old") if not path.exists() and _beside(path, "old").exists() else path
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes JSON through a file beside it, so that readers never see half of it."""
+    path = Path(path)
+    fresh = _beside(path, "partial")
+    fresh.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """Reads JSON; ``what`` names it in the error when it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(f"{path} does not exist, so there is no {what} there. Check the folder's name.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as damage:
+        raise StoreError(f"{path} is not readable as {what}: {damage}. Restore the folder or make it again.") from damage
+
+
+def _beside(path: Path, mark: str) -> Path:
+    return path.with_name(f".{path.name}.{mark}")

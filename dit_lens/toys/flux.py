@@ -1,0 +1,125 @@
+"""The FLUX toy before training: a genuine ``FluxPipeline``, small enough for a CPU, with a vocabulary of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from dit_lens.toys.scenes import PIXELS, VOCABULARY
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WIDTH = 96
+TEXT_WIDTH = 64
+TEXT_TOKENS = 16  # a caption has ten words; the rest is the end mark and padding
+SPECIALS = ("<pad>", "<unk>", "</s>", "<s>")
+# Rectified flow spends most steps where a large flat picture is still undecided (Esser et al., arXiv 2403.03206, eq. 23).
+SHIFT = 3.0
+
+CALL = {
+    "height": PIXELS,
+    "width": PIXELS,
+    "num_inference_steps": 16,
+    "guidance_scale": 1.0,
+    "true_cfg_scale": 2.0,
+    "negative_prompt": "",
+    "max_sequence_length": TEXT_TOKENS,
+}
+
+
+def build(seed: int = 0) -> FluxPipeline:
+    """An untrained FLUX toy: 2 double and 4 single blocks, 16 x 16 image tokens of 64 x 64 pixels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+            vae=AutoencoderKL(
+                block_out_channels=(16, 32),
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                layers_per_block=1,
+                latent_channels=4,
+                norm_num_groups=8,
+                sample_size=PIXELS,
+                mid_block_add_attention=False,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+                shift_factor=0.0,
+                scaling_factor=1.0,
+            ),
+            text_encoder=CLIPTextModel(
+                CLIPTextConfig(
+                    vocab_size=len(SPECIALS) + len(VOCABULARY),
+                    hidden_size=TEXT_WIDTH,
+                    intermediate_size=2 * TEXT_WIDTH,
+                    projection_dim=TEXT_WIDTH,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    max_position_embeddings=TEXT_TOKENS,
+                    pad_token_id=SPECIALS.index("<pad>"),
+                    bos_token_id=SPECIALS.index("<s>"),
+                    eos_token_id=SPECIALS.index("</s>"),
+                )
+            ),
+            tokenizer=_tokenizer("<s> $A </s>"),
+            text_encoder_2=T5EncoderModel(
+                T5Config(
+                    vocab_size=len(SPECIALS) + len(VOCABULARY),
+                    d_model=TEXT_WIDTH,
+                    d_kv=16,
+                    d_ff=2 * TEXT_WIDTH,
+                    num_layers=2,
+                    num_heads=4,
+                    dropout_rate=0.0,
+                    pad_token_id=SPECIALS.index("<pad>"),
+                    eos_token_id=SPECIALS.index("</s>"),
+                )
+            ),
+            tokenizer_2=_tokenizer("$A </s>"),
+            transformer=FluxTransformer2DModel(
+                patch_size=1,
+                in_channels=16,
+                num_layers=2,
+                num_single_layers=4,
+                attention_head_dim=48,
+                num_attention_heads=WIDTH // 48,
+                joint_attention_dim=TEXT_WIDTH,
+                pooled_projection_dim=TEXT_WIDTH,
+                guidance_embeds=False,
+                axes_dims_rope=(8, 20, 20),
+            ),
+        )
+
+
+def _tokenizer(template: str) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate([*SPECIALS, *VOCABULARY])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(mark, vocabulary[mark]) for mark in ("<s>", "</s>")])
+    marks = dict(zip(("pad_token", "unk_token", "eos_token", "bos_token"), SPECIALS, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=TEXT_TOKENS, **marks)
+
+
+def encode(pipe: FluxPipeline, captions: list[str]) -> dict[str, Tensor]:
+    """The conditioning of a batch of captions, as the transformer's own keyword arguments."""
+    embeds, pooled, text_ids = pipe.encode_prompt(captions, captions, max_sequence_length=TEXT_TOKENS)
+    return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "txt_ids": text_ids}
+
+
+def pack(pipe: FluxPipeline, latents: Tensor) -> Tensor:
+    """Latents [b, c, 2h, 2w] as the transformer's tokens [b, h*w, 4c]."""
+    return pipe._pack_latents(latents, *latents.shape)
+
+
+def velocity(pipe: FluxPipeline, latents: Tensor, sigma: Tensor, text: dict[str, Tensor]) -> Tensor:
+    """The predicted velocity [b, c, 2h, 2w] of noisy latents at ``sigma`` [b] in [0, 1]."""
+    b, _, h, w = latents.shape
+    ids = pipe._prepare_latent_image_ids(b, h // 2, w // 2, latents.device, latents.dtype)
+    predicted = pipe.transformer(hidden_states=pack(pipe, latents), timestep=sigma, img_ids=ids, return_dict=False, **text)[0]
+    return pipe._unpack_latents(predicted, h, w, 1)

@@ -1,0 +1,305 @@
+"""Training a toy from nothing, on pictures drawn as it goes: text encoders, autoencoder, then the transformer.
+
+Every random number follows from (seed, stage, iteration), so a run that was killed goes on from its last checkpoint as
+if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from dit_lens.errors import DitLensError, StoreError
+from dit_lens.store import read_json, settled, whole_folder, write_json
+from dit_lens.toys import flux
+from dit_lens.toys.scenes import ATTRIBUTES, VALUES, Scene, draw, sample_scenes
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
+SHARES = {"text": 0.02, "autoencoder": 0.1, "transformer": 0.88}  # of the training time
+CAPTION_DROPOUT = 0.1
+KL_WEIGHT = 1e-6
+EMA = 0.998
+WARMUP = 100  # iterations
+STABLE = 0.65  # share of a stage after which its learning rate falls
+CHECKPOINT_SECONDS = 120.0
+SAMPLE_SECONDS = 900.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training run is made of; stored with its checkpoints and in the model card."""
+
+    seed: int = 0
+    minutes: float = 120.0
+    device: str = "cpu"
+    batch: int = 16
+    rate: float = 1e-3
+
+
+@dataclass
+class Progress:
+    """Where a stage stands: finished iterations, seconds of work, smoothed loss."""
+
+    iteration: int = 0
+    seconds: float = 0.0
+    loss: float = float("nan")
+    done: bool = False
+    sampled: float = 0.0
+
+
+class Stage(Protocol):
+    """What :func:`fit` needs: the parameters to train, and the loss of one batch."""
+
+    name: str
+    net: nn.Module
+
+    def loss(self, scenes: list[Scene], first: int, noise: torch.Generator) -> Tensor: ...
+
+
+class TextStage:
+    """Both text encoders learn to say, of every word and of the whole caption, which attribute has which value."""
+
+    name = "text"
+
+    def __init__(self, pipe: FluxPipeline):
+        self.pipe = pipe
+        classes = 1 + sum(len(values) for values in VALUES.values())
+        width = pipe.text_encoder.config.hidden_size
+        self.net = nn.ModuleDict(
+            {
+                "clip": pipe.text_encoder,
+                "t5": pipe.text_encoder_2,
+                "word": nn.Linear(pipe.text_encoder_2.config.d_model, classes),
+                "caption": nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in VALUES.items()}),
+            }
+        ).to(pipe.device)
+
+    def loss(self, scenes: list[Scene], first: int, noise: torch.Generator) -> Tensor:
+        text = flux.encode(self.pipe, [scene.caption for scene in scenes])
+        device = text["pooled_projections"].device
+        values = torch.tensor([_indices(scene) for scene in scenes], device=device)  # [b, attribute]
+        starts = torch.tensor(np.cumsum([1, *(len(v) for v in VALUES.values())])[:-1], device=device)
+        labels = torch.zeros(len(scenes), flux.TEXT_TOKENS, dtype=torch.long, device=device)
+        labels[:, [1, 2, 3, 4, 7, 8]] = values + starts  # where the attributes stand in a caption
+        words = self.net["word"](text["encoder_hidden_states"])
+        heads = self.net["caption"]
+        whole = [F.cross_entropy(heads[name](text["pooled_projections"]), values[:, i]) for i, name in enumerate(ATTRIBUTES)]
+        return F.cross_entropy(words.flatten(0, 1), labels.flatten()) + sum(whole) / len(whole)
+
+
+class AutoencoderStage:
+    """The VAE learns to reproduce pictures from 4 x 32 x 32 numbers that are nearly normal (beta-VAE, L1)."""
+
+    name = "autoencoder"
+
+    def __init__(self, pipe: FluxPipeline):
+        self.net = pipe.vae
+
+    def loss(self, scenes: list[Scene], first: int, noise: torch.Generator) -> Tensor:
+        pictures = pixels(scenes, first, self.net.device)
+        posterior = self.net.encode(pictures).latent_dist
+        kept = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise).to(pictures)
+        return F.l1_loss(self.net.decode(kept).sample, pictures) + KL_WEIGHT * posterior.kl().mean()
+
+
+class TransformerStage:
+    """Rectified flow: the transformer learns the velocity noise - picture at sigma (Esser et al., arXiv 2403.03206)."""
+
+    name = "transformer"
+
+    def __init__(self, pipe: FluxPipeline):
+        self.pipe = pipe
+        self.net = pipe.transformer
+
+    def loss(self, scenes: list[Scene], first: int, noise: torch.Generator) -> Tensor:
+        n = len(scenes)
+        told = torch.rand(n, generator=noise) >= CAPTION_DROPOUT
+        with torch.no_grad():
+            text = flux.encode(self.pipe, [scene.caption if t else "" for scene, t in zip(scenes, told, strict=True)])
+            clean = to_latents(self.pipe, pixels(scenes, first, self.net.device))
+        eps = torch.randn(clean.shape, generator=noise).to(clean)
+        uniform = torch.sigmoid(torch.randn(n, generator=noise))
+        sigma = (flux.SHIFT * uniform / (1 + (flux.SHIFT - 1) * uniform)).to(clean)
+        mixed = torch.lerp(clean, eps, sigma[:, None, None, None])
+        return F.mse_loss(flux.velocity(self.pipe, mixed, sigma, text), eps - clean)
+
+
+def train(out: Path, settings: Settings, *, resume: bool = False) -> FluxPipeline:
+    """Trains the FLUX toy into ``out``: ``checkpoint-*`` folders, ``samples``, and at the end ``pipeline``."""
+    if not resume and any(settled(out / f"checkpoint-{name}").exists() for name in SHARES):
+        raise StoreError(f"{out} holds the checkpoints of a training run. Pass --resume to go on with it, or choose another folder.")
+    pipe = flux.build(settings.seed).to(settings.device)
+    history = {}
+    for number, stage_class in enumerate((TextStage, AutoencoderStage, TransformerStage)):
+        torch.manual_seed(settings.seed + number)
+        pipe.transformer.requires_grad_(stage_class is TransformerStage)
+        stage = stage_class(pipe)
+        history[stage.name] = fit(stage, pipe, out, settings, last=number == 2)
+        if stage.name == "autoencoder":
+            normalise_latents(pipe)
+    return export(pipe, out, settings, history)
+
+
+def fit(stage: Stage, pipe: FluxPipeline, out: Path, settings: Settings, *, last: bool) -> Progress:
+    """One stage: AdamW, warm-up, a stable rate, a cosine fall; EMA weights; a checkpoint every two minutes."""
+    folder = out / f"checkpoint-{stage.name}"
+    optimizer = torch.optim.AdamW(stage.net.parameters(), settings.rate, betas=(0.9, 0.99), weight_decay=0.01)
+    ema = {name: value.clone() for name, value in stage.net.state_dict().items()}
+    progress = _restore(settled(folder), stage.net, ema, optimizer)
+    budget = 60 * settings.minutes * SHARES[stage.name]
+    saved, number = progress.seconds, list(SHARES).index(stage.name)
+    stage.net.train()
+    with tqdm(total=round(budget), initial=round(min(progress.seconds, budget)), unit="s", desc=stage.name, leave=True) as bar:
+        while progress.seconds < budget and not (progress.done and not last):
+            began = time.monotonic()
+            share = progress.seconds / budget
+            optimizer.param_groups[0]["lr"] = settings.rate * _schedule(progress.iteration, share)
+            loss = _step(stage, optimizer, settings, number, progress.iteration)
+            _average(ema, stage.net, progress.iteration)
+            progress.iteration += 1
+            progress.loss = loss if math.isnan(progress.loss) else 0.98 * progress.loss + 0.02 * loss
+            progress.seconds += time.monotonic() - began
+            progress.done = progress.seconds >= budget
+            bar.update(max(0, round(min(progress.seconds, budget)) - bar.n))
+            bar.set_postfix(iteration=progress.iteration, loss=f"{progress.loss:.4f}")
+            if progress.done or progress.seconds - saved > CHECKPOINT_SECONDS:
+                saved = progress.seconds
+                _checkpoint(folder, stage.net, ema, optimizer, progress, settings)
+                if stage.name == "transformer" and (progress.done or progress.seconds - progress.sampled > SAMPLE_SECONDS):
+                    progress.sampled = progress.seconds
+                    _sample(pipe, ema, out / "samples" / f"{progress.iteration:06d}.png")
+    stage.net.load_state_dict(ema)
+    stage.net.eval().requires_grad_(False)
+    return progress
+
+
+def pixels(scenes: list[Scene], first: int, device: torch.device | str) -> Tensor:
+    """Drawn pictures [b, 3, 64, 64] in [-1, 1]; ``first`` numbers the drawings, so that no two are alike."""
+    drawn = np.stack([np.asarray(draw(scene, first + i).image) for i, scene in enumerate(scenes)])
+    return torch.from_numpy(drawn).to(device).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def to_latents(pipe: FluxPipeline, pictures: Tensor) -> Tensor:
+    """The mode of the VAE's posterior, in the units the transformer sees."""
+    return (pipe.vae.encode(pictures).latent_dist.mode() - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+
+
+@torch.no_grad()
+def normalise_latents(pipe: FluxPipeline) -> None:
+    """Sets the VAE's shift and scale so that latents of drawn pictures have mean 0 and variance 1."""
+    modes = pipe.vae.encode(pixels(sample_scenes(256, seed=1), 0, pipe.device)).latent_dist.mode()
+    pipe.vae.register_to_config(shift_factor=float(modes.mean()), scaling_factor=float(1 / modes.std()))
+
+
+def export(pipe: FluxPipeline, out: Path, settings: Settings, history: dict[str, Progress]) -> FluxPipeline:
+    """Writes ``out/pipeline``: the diffusers folder (transformer in half precision) and the toy's own file."""
+    with whole_folder(out / "pipeline") as folder:
+        pipe.save_pretrained(folder)
+        pipe.transformer.half().save_pretrained(folder / "transformer")
+        pipe.transformer.float()
+        training = {
+            "seed": settings.seed,
+            "batch": settings.batch,
+            "rate": settings.rate,
+            "hardware": hardware(settings.device),
+            "stages": {name: {"iterations": p.iteration, "seconds": round(p.seconds), "loss": round(p.loss, 5)} for name, p in history.items()},
+        }
+        write_json(folder / "dit_lens.json", {"format": 1, "call": flux.CALL, "training": training})
+    return pipe
+
+
+def hardware(device: str) -> str:
+    """The machine in words, for a model card."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+
+
+def _indices(scene: Scene) -> list[int]:
+    return [VALUES[name].index(value) for name, value in zip(ATTRIBUTES, astuple(scene), strict=True)]
+
+
+def _schedule(iteration: int, share: float) -> float:
+    fall = max(0.0, (share - STABLE) / (1 - STABLE))
+    return min(1.0, (iteration + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, fall))))
+
+
+def _step(stage: Stage, optimizer: torch.optim.Optimizer, settings: Settings, number: int, iteration: int) -> float:
+    entropy = int(np.random.SeedSequence([settings.seed, number, iteration]).generate_state(1)[0])
+    scenes = sample_scenes(settings.batch, seed=entropy)
+    loss = stage.loss(scenes, entropy, torch.Generator().manual_seed(entropy))
+    loss.backward()
+    nn.utils.clip_grad_norm_(stage.net.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if not math.isfinite(value := loss.item()):
+        raise DitLensError(f"the loss became {value} at iteration {iteration}. Resume from the last checkpoint with a lower --rate.")
+    return value
+
+
+@torch.no_grad()
+def _average(ema: dict[str, Tensor], net: nn.Module, iteration: int) -> None:
+    decay = min(EMA, (1 + iteration) / (10 + iteration))
+    for name, value in net.state_dict().items():
+        if value.is_floating_point():
+            ema[name].lerp_(value, 1 - decay)
+        else:
+            ema[name].copy_(value)
+
+
+def _checkpoint(folder: Path, net: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer, progress: Progress, settings: Settings) -> None:
+    names = {parameter: name for name, parameter in net.named_parameters()}
+    moments = {f"{names[p]}|{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
+    with whole_folder(folder) as fresh:
+        save_file({k: v.contiguous().clone() for k, v in net.state_dict().items()}, fresh / "weights.safetensors")
+        save_file({k: v.contiguous() for k, v in ema.items()}, fresh / "ema.safetensors")
+        save_file({k: v.contiguous() for k, v in moments.items()}, fresh / "optimizer.safetensors")
+        write_json(fresh / "progress.json", {"progress": vars(progress), "settings": vars(settings)})
+
+
+def _restore(folder: Path, net: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Progress:
+    if not folder.exists():
+        return Progress()
+    progress = Progress(**read_json(folder / "progress.json", "a training checkpoint")["progress"])
+    net.load_state_dict(load_file(folder / "weights.safetensors"))
+    for name, value in load_file(folder / "ema.safetensors").items():
+        ema[name].copy_(value)
+    parameters = dict(net.named_parameters())
+    for key, value in load_file(folder / "optimizer.safetensors").items():
+        name, moment = key.rsplit("|", 1)
+        state = optimizer.state[parameters[name]]
+        state[moment] = value.to(parameters[name].device) if moment != "step" else value
+    return progress
+
+
+@torch.no_grad()
+def _sample(pipe: FluxPipeline, ema: dict[str, Tensor], path: Path) -> None:
+    """A strip of held-out scenes drawn by the averaged weights; the weights in training are left as they are."""
+    from PIL import Image
+
+    training = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    pipe.transformer.load_state_dict(ema)
+    pipe.set_progress_bar_config(disable=True)
+    captions = [scene.caption for scene in sample_scenes(8, seed=0, held_out=True)]
+    noise = [torch.Generator().manual_seed(0) for _ in captions]
+    call = flux.CALL | {"negative_prompt": [""] * len(captions)}
+    images = pipe(captions, generator=noise, **call).images
+    pipe.transformer.load_state_dict(training)
+    strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
+    for i, image in enumerate(images):
+        strip.paste(image, (i * image.width, 0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    strip.save(path)
