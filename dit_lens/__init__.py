@@ -1,0 +1,71 @@
+"""dit_lens: look inside Diffusion Transformers.
+
+    import dit_lens as dl
+
+    lens = dl.DiTLens.toy()                                # or dl.DiTLens(pipe) for a diffusers pipeline of your own
+    prompt = "a big red circle left on a checkered blue background"
+    massive = lens.massive_channels(prompt, k=12, seed=0)  # site -> the channels with outsized responses
+    with lens.trace(prompt, seed=0) as t:
+        h = t.read("blocks.*.img", reduce="|mean|")        # reduced where it is: [step, row, channel] per block
+        t.zero("blocks.*.img", channels=massive)           # ... and the picture collapses
+    t.images[0], h["blocks.3.img"], t.receipt
+
+Letters used throughout: b row (picture) of a batch, s denoising step, n image token, d channel, h w token grid.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# name -> the module that has it; nothing heavy is imported before a name is used (PEP 562)
+_WHERE = {
+    "DiTLens": "lens",
+    "Run": "run",
+    "Receipt": "receipt",
+    "ChannelSet": "channels",
+    "compare": "compare",
+    "Read": "ops",
+    "Zero": "ops",
+    "Scale": "ops",
+    "Add": "ops",
+    "Swap": "ops",
+    "Resample": "ops",
+    "TokenMean": "ops",
+    "MeanAblate": "ops",
+    "Apply": "ops",
+    "sigma": "ops",
+    "Family": "families",
+    "Guidance": "families",
+    "Stack": "families",
+    "register_family": "families",
+}
+_MODULES = ("channels", "clusters", "errors", "families", "metrics", "ops", "plots", "studies", "toys")
+
+__all__ = [*_WHERE, *_MODULES]
+
+if TYPE_CHECKING:
+    from dit_lens import channels, clusters, errors, families, metrics, ops, plots, studies, toys
+    from dit_lens.channels import ChannelSet
+    from dit_lens.compare import compare
+    from dit_lens.families import Family, Guidance, Stack, register_family
+    from dit_lens.lens import DiTLens
+    from dit_lens.ops import Add, Apply, MeanAblate, Read, Resample, Scale, Swap, TokenMean, Zero, sigma
+    from dit_lens.receipt import Receipt
+    from dit_lens.run import Run
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        value = getattr(importlib.import_module(f"dit_lens.{_WHERE[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"dit_lens.{name}")
+    raise AttributeError(f"module 'dit_lens' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

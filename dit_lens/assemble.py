@@ -1,0 +1,107 @@
+"""From what the executor stored to a Run: reads in their shapes, receipts, and the check that every op has fired."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dit_lens.errors import ExecutionError
+from dit_lens.ops import Op, Read
+from dit_lens.receipt import Entry, Receipt
+from dit_lens.run import Reading, Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit_lens.plan import Plan, PlannedRead
+    from dit_lens.steps import Timeline
+
+BRANCHES = ("cond", "uncond")  # the order of a read of both, whatever the order of the calls
+
+
+def assemble(
+    ops: Sequence[Op], plan: Plan, when: Timeline, stores: Sequence[dict[str, Any]], outputs: Sequence[Any], spec: dict[str, Any], provenance: dict[str, Any]
+) -> Run:
+    """One Run out of the batches of a run."""
+    clock = [(step, timestep, timestep) for step, branch, timestep in stores[0]["clock"] if branch == when.branches[0]]
+    grid = (int(stores[0]["grid"][0]), int(stores[0]["grid"][1]))
+    pieces: dict[tuple, list[Tensor]] = defaultdict(list)  # (op, site, step, branch) -> tensors, rows in order
+    for store in stores:
+        for (op, site, step, branch, _), value in sorted(store["reads"].items(), key=lambda item: item[0][-1]):
+            pieces[op, site, step, branch].append(value)
+    readings = [_reading(read, pieces, when, grid) for read in plan.reads]
+    touched = [line for store in stores for line in store["touched"]]
+    receipt = Receipt(tuple(_entries(ops, plan, touched)))
+    _check_fired(ops, plan, pieces, touched)
+    first = outputs[0].images if hasattr(outputs[0], "images") else outputs[0][0]
+    if isinstance(first, torch.Tensor):
+        latents, images = torch.cat([output.images for output in outputs]).cpu(), []
+    else:
+        latents, images = None, [image for output in outputs for image in output.images]
+    return Run(images, latents, readings, receipt, clock, grid, spec, provenance)
+
+
+def _reading(read: PlannedRead, pieces: dict[tuple, list[Tensor]], when: Timeline, grid: tuple[int, int]) -> Reading:
+    branches = tuple(branch for branch in BRANCHES if branch in read.branches)
+    values = {}
+    for site in read.sites:
+        stacked = [[torch.cat(pieces[read.op, site, step, branch]) for branch in branches] for step in read.steps]
+        both = torch.stack([torch.stack(of_step) for of_step in stacked])  # [s, branch, b, ...]
+        values[site] = both if read.both else both[:, 0]
+    return Reading(
+        name=read.name,
+        values=values,
+        steps=read.steps,
+        total_steps=when.steps,
+        branches=branches,
+        both=read.both,
+        rows=read.rows,
+        tokens=read.tokens,
+        channels=dict(read.channels),
+        reduce=read.reduce,
+        shape_of_grid=grid if read.image else None,
+    )
+
+
+def _entries(ops: Sequence[Op], plan: Plan, touched: Sequence[tuple]) -> list[Entry]:
+    """One entry per op, site, branch and group of rows, steps ascending; norms of several batches are added in quadrature."""
+    squares: dict[tuple, dict[int, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
+    for op, site, step, branch, shape, group, before, after in touched:
+        line = squares[op, site, branch, group][step]
+        line[0] += float(before) ** 2
+        line[1] += float(after) ** 2
+        line[2] += shape[0] * shape[1] * shape[2]
+    entries = []
+    for (op, site, branch, group), steps in squares.items():
+        rows, tokens, channels = plan.selections[op, site, group]
+        entries.append(
+            Entry(
+                op=op,
+                kind=type(ops[op]).__name__,
+                site=site,
+                branch=branch,
+                steps=tuple(sorted(steps)),
+                rows=rows,
+                tokens=tokens,
+                channels=channels,
+                elements=int(next(iter(steps.values()))[2]),
+                before=tuple(steps[step][0] ** 0.5 for step in sorted(steps)),
+                after=tuple(steps[step][1] ** 0.5 for step in sorted(steps)),
+            )
+        )
+    return entries
+
+
+def _check_fired(ops: Sequence[Op], plan: Plan, pieces: dict[tuple, list[Tensor]], touched: Sequence[tuple]) -> None:
+    """Every planned visit took place; an op that fired nowhere, or less often than planned, is an error."""
+    seen: dict[int, set] = defaultdict(set)
+    for op, site, step, branch, _, group, *_ in touched:
+        seen[op].add((site, step, branch, group))
+    for (op, site, step, branch), values in pieces.items():
+        seen[op].update((site, step, branch, i) for i in range(len(values)))
+    for op, planned in plan.visits.items():
+        if len(seen[op]) < planned:
+            raise ExecutionError(f"ops[{op}], {ops[op]!r}, fired {len(seen[op])} times instead of {planned}. Nothing was kept of this run.")

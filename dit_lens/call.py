@@ -1,0 +1,152 @@
+"""The pipeline call a run makes: prompts, seeds and the pipeline's own arguments, checked before anything happens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from dit_lens.errors import PromptError, nearest
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+OUTPUTS = ("pil", "latent")
+
+
+@dataclass(frozen=True)
+class Call:
+    """prompts: one per prompt row, or None when embeddings are given. seeds: one per picture, or None with a generator of
+    the user's own. arguments: everything else the pipeline is called with. rows: pictures in the batch."""
+
+    prompts: tuple[str, ...] | None
+    seeds: tuple[int, ...] | None
+    arguments: dict[str, Any]
+    rows: int
+
+    @property
+    def images_per_prompt(self) -> int:
+        return self.arguments.get("num_images_per_prompt") or 1
+
+    def keywords(self) -> dict[str, Any]:
+        """The call as keyword arguments of the pipeline, generators made afresh."""
+        import torch
+
+        call = dict(self.arguments)
+        if self.prompts is not None:
+            call["prompt"] = list(self.prompts)
+        if self.seeds is not None:
+            call["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        return call
+
+    def part(self, prompts: range) -> Call:
+        """The same call for some of its prompts."""
+        if self.prompts is None or self.seeds is None:
+            raise PromptError("batch_size= splits lists of prompts with a seed. Leave it out when passing prompt_embeds= or generator=.")
+        n = self.images_per_prompt
+        arguments = {
+            name: [value[i] for i in prompts] if _per_prompt(name) and isinstance(value, list) else value
+            for name, value in self.arguments.items()
+        }
+        return replace(
+            self,
+            prompts=tuple(self.prompts[i] for i in prompts),
+            seeds=self.seeds[prompts.start * n : prompts.stop * n],
+            arguments=arguments,
+            rows=len(prompts) * n,
+        )
+
+
+def prepare(
+    pipe: DiffusionPipeline,
+    prompt: str | Sequence[str] | None,
+    *,
+    seed: int | Sequence[int] | None,
+    num_inference_steps: int | None,
+    defaults: Mapping[str, Any],
+    vocabulary: Sequence[str] | None,
+    call: Mapping[str, Any],
+) -> Call:
+    """Checks and completes a call; PromptError says what is wrong with it."""
+    signature = inspect.signature(type(pipe).__call__).parameters
+    _check_arguments(type(pipe).__name__, signature, call, seed)
+    arguments = {**defaults, **call}
+    prompts = _prompts(prompt, arguments)
+    count = len(arguments["prompt_embeds"]) if prompts is None else len(prompts)
+    steps = num_inference_steps if num_inference_steps is not None else arguments.get("num_inference_steps")
+    arguments["num_inference_steps"] = _positive("num_inference_steps", signature["num_inference_steps"].default if steps is None else steps)
+    for name, value in arguments.items():
+        if _per_prompt(name) and isinstance(value, str):
+            arguments[name] = [value] * count
+    if vocabulary is not None:
+        _check_words([*(prompts or ()), *(text for name, value in arguments.items() if _per_prompt(name) for text in value or ())], vocabulary)
+    rows = count * _positive("num_images_per_prompt", arguments.get("num_images_per_prompt") or 1)
+    seeds = None if "generator" in call else _seeds(seed, count, rows)
+    return Call(None if prompts is None else tuple(prompts), seeds, arguments, rows)
+
+
+def _check_arguments(pipeline: str, signature: Mapping[str, Any], call: Mapping[str, Any], seed: Any) -> None:
+    for name in call:
+        if name == "return_dict":
+            raise PromptError("return_dict= is set by the lens, which always returns a Run. Leave it out.")
+        if name not in signature or name == "self":
+            known = [known for known in signature if known not in ("self", "return_dict")]
+            raise PromptError(f"{pipeline} takes no argument {name!r}.{nearest(name, known, 'It takes')}")
+    if "generator" in call and seed is not None:
+        raise PromptError("seed= and generator= both fix the noise. Pass one of them.")
+    if call.get("output_type", "pil") not in OUTPUTS:
+        raise PromptError(f"output_type={call['output_type']!r} is not kept by a Run.{nearest(str(call['output_type']), OUTPUTS)} For arrays, use numpy.asarray(run.images[0]).")
+
+
+def _prompts(prompt: str | Sequence[str] | None, arguments: Mapping[str, Any]) -> list[str] | None:
+    if prompt is None:
+        if arguments.get("prompt_embeds") is None:
+            raise PromptError("there is nothing to draw: pass a prompt, a list of prompts, or prompt_embeds=.")
+        return None
+    if arguments.get("prompt_embeds") is not None:
+        raise PromptError("a prompt and prompt_embeds= were both given. Pass one of them.")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise PromptError("the list of prompts is empty. Pass at least one prompt.")
+    for one in prompts:
+        if not isinstance(one, str):
+            raise PromptError(f"a prompt must be a string; one is {one!r}, a {type(one).__name__}.")
+    return prompts
+
+
+def _check_words(texts: Sequence[str], vocabulary: Sequence[str]) -> None:
+    for text in texts:
+        for word in text.lower().split():
+            if word not in vocabulary:
+                raise PromptError(f"{word!r} in {text!r} is not a word this toy has learnt.{nearest(word, vocabulary, 'It knows')}")
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int, rows: int) -> tuple[int, ...]:
+    """One seed per picture: an integer for every prompt, counted up over the pictures of one prompt; or a list."""
+    import torch
+
+    if seed is None:
+        seed = int(torch.randint(2**31 - 1, ()))
+    if isinstance(seed, Sequence):
+        if len(seed) != rows:
+            raise PromptError(f"seed= lists {len(seed)} seeds for {rows} pictures. Give one integer for all, or one seed per picture.")
+        return tuple(_seed(one) for one in seed)
+    return tuple(_seed(seed) + j for _ in range(count) for j in range(rows // count))
+
+
+def _seed(seed: Any) -> int:
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed.__index__() < 2**63:
+        raise PromptError(f"seed {seed!r} is not a whole number from 0 up.")
+    return seed.__index__()
+
+
+def _positive(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
+        raise PromptError(f"{name}={value!r} must be a whole number of at least 1.")
+    return value.__index__()
+
+
+def _per_prompt(name: str) -> bool:
+    """Whether a pipeline argument holds one text per prompt (prompt_2, negative_prompt, negative_prompt_2 ...)."""
+    return name.startswith(("prompt_", "negative_prompt")) and not name.endswith(("embeds", "mask", "image"))

@@ -1,0 +1,358 @@
+"""DiTLens: a diffusers pipeline, its family's names, and runs over it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from dit_lens import families
+from dit_lens.assemble import assemble
+from dit_lens.call import Call, prepare
+from dit_lens.cost import Cost, check_fits, cost_of
+from dit_lens.engine import Engine
+from dit_lens.errors import OpError, PromptError, StoreError
+from dit_lens.families.checks import Check, check
+from dit_lens.ops import Apply, Op, Read, from_json, to_json
+from dit_lens.plan import Batch, Plan, compile_plan, narrowed
+from dit_lens.provenance import describe, plain, unsaved
+from dit_lens.sites import Site, match
+from dit_lens.steps import Timeline, timeline
+from dit_lens.store import read_json
+from dit_lens.trace import Trace
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from diffusers import DiffusionPipeline
+    from torch import Tensor
+
+    from dit_lens.accessors import Blocks
+    from dit_lens.channels import ChannelSet
+    from dit_lens.ops import Pattern, Steps
+    from dit_lens.run import Run
+
+DEFAULTS_FILE = "dit_lens.json"
+
+
+class DiTLens:
+    """Looks inside a Diffusion Transformer while it draws: read, zero or swap named channels.
+
+    >>> lens = DiTLens.toy()
+    >>> run = lens.run("a big red circle left on a plain blue background", [Read("blocks.*.img", reduce="|mean|")], seed=0, num_inference_steps=2)
+    >>> run["blocks.3.img"].shape  # [step, row, channel]
+    torch.Size([2, 1, 128])
+
+    pipe: a diffusers pipeline with a transformer, on any device; LoRA and quantisation are yours to set up.
+    defaults: arguments for every call (a toy stores its own). Raises FamilyError when no family describes the pipeline
+    or when its structure differs from what the family says.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, *, defaults: Mapping[str, Any] | None = None):
+        self.family = families.find(pipe)
+        self.pipe = pipe
+        self.anatomy = families.Anatomy(self.family, pipe.transformer)
+        self.checks: list[Check] = check(self.anatomy)
+        stored = _stored_defaults(pipe)
+        self.defaults: dict[str, Any] = dict(stored.get("call", {}) if defaults is None else defaults)
+        self.vocabulary: list[str] | None = stored.get("vocabulary")
+        self.engine = Engine(pipe)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> DiTLens:
+        """Loads a pipeline folder or repository with ``DiffusionPipeline.from_pretrained`` and looks inside it.
+
+        options: passed to diffusers unchanged (``torch_dtype=``, ``revision=``, ``device_map=`` ...).
+        """
+        from diffusers import DiffusionPipeline
+
+        folder = Path(path)
+        if folder.exists() and not (folder / "model_index.json").is_file():
+            raise StoreError(f"{folder} is no diffusers pipeline: it has no model_index.json. Name the folder that save_pretrained wrote.")
+        try:
+            pipe = DiffusionPipeline.from_pretrained(str(path), **options)
+        except (OSError, ValueError) as problem:
+            raise StoreError(f"{path} could not be loaded as a diffusers pipeline: {problem}") from problem
+        return cls(pipe)
+
+    @classmethod
+    def toy(cls, name: str = "flux", **options: Any) -> DiTLens:
+        """A small trained text-to-image DiT that comes with the library: no download, no GPU.
+
+        It draws scenes such as "a big red circle left on a checkered blue background"; ``lens.vocabulary`` lists its words.
+        """
+        from dit_lens.toys import path
+
+        return cls.from_pretrained(path(name), **options)
+
+    def to(self, *args: Any, **kwargs: Any) -> DiTLens:
+        """Moves the pipeline, as ``pipe.to`` does, and returns the lens."""
+        self.pipe.to(*args, **kwargs)
+        return self
+
+    # What there is
+
+    def sites(self, pattern: Pattern = "*") -> list[str]:
+        """The names a pattern means on this model, in the order they are computed; "*" lists them all.
+
+        >>> DiTLens.toy().sites("double[1:3].{img,txt}")
+        ['blocks.1.txt', 'blocks.1.img', 'blocks.2.txt', 'blocks.2.img']
+        """
+        found: Iterable[Site] = self.anatomy.sites if pattern == "*" else match(pattern, self.anatomy.sites, self.anatomy.stacks)
+        return [site.name for site in found]
+
+    def to_str_tokens(self, prompt: str) -> list[str]:
+        """The text stream's tokens as strings, in order; padding shows as the tokenizer's own mark."""
+        ids = self._tokenized(prompt)["input_ids"]
+        return self._tokenizer.convert_ids_to_tokens(ids)
+
+    # Running
+
+    def run(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        ops: Sequence[Op] | Op = (),
+        *,
+        seed: int | Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        batch_size: int | None = None,
+        **call: Any,
+    ) -> Run:
+        """Draws, and carries out ``ops`` on the way.
+
+        >>> from dit_lens import Zero
+        >>> prompt = "a big red circle left on a plain blue background"
+        >>> run = DiTLens.toy().run(prompt, [Zero("blocks[4:6].img", channels=[3, 17])], seed=0, num_inference_steps=2)
+        >>> run.receipt.entries[0].channels
+        (3, 17)
+
+        prompt: one or several; or pass ``prompt_embeds=``. ops: in the order in which they act at one site.
+        seed: an integer gives every prompt the same noise (picture j of a prompt gets seed + j); a list is per picture.
+        batch_size: prompts that go through the pipeline together; all by default. call: the pipeline's own arguments.
+
+        Every mistake in the arguments or ops raises before the first denoising step.
+        """
+        ops = [ops] if isinstance(ops, Op) else list(ops)
+        prepared, when, plan = self._plan(prompt, ops, seed=seed, num_inference_steps=num_inference_steps, **call)
+        check_fits(cost_of(plan, ops, self.anatomy, prepared.rows, self.pipe.transformer.dtype))
+        stores, outputs = [], []
+        for part, piece in self._batches(prepared, plan, batch_size):
+            store, output = self.engine.generate(piece.program, piece.given, part.keywords())
+            stores.append(store)
+            outputs.append(output)
+        return assemble(ops, plan, when, stores, outputs, self._spec(prepared, ops), describe(self.pipe, self.family))
+
+    def run_spec(self, spec: Mapping[str, Any]) -> Run:
+        """Runs what a saved run's ``spec`` describes."""
+        if unsaved(spec):
+            raise PromptError(f"this run was made with values that JSON cannot keep, so it cannot be repeated from its spec: {spec}.")
+        call = {name: value for name, value in spec["call"].items() if name != "num_inference_steps"}
+        ops = [from_json(op) for op in spec["ops"]]
+        steps = spec["call"]["num_inference_steps"]
+        return self.run(spec["prompt"], ops, seed=spec["seed"], num_inference_steps=steps, **call)
+
+    def trace(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Trace:
+        """The same as :meth:`run`, written as a ``with`` block that collects ops; it runs when the block ends.
+
+        >>> with DiTLens.toy().trace("a big red circle left on a plain blue background", seed=0, num_inference_steps=2) as t:
+        ...     h = t.read("blocks.-1.img", channels=[5])
+        >>> h["blocks.7.img"].grid().shape  # [step, row, h, w, channel]
+        torch.Size([2, 1, 16, 16, 1])
+        """
+        return Trace(self, prompt, call)
+
+    def cost(self, prompt: str | Sequence[str] | None = None, ops: Sequence[Op] | Op = (), **call: Any) -> Cost:
+        """How many bytes the reads of a run would keep; nothing is run. Takes what :meth:`run` takes."""
+        ops = [ops] if isinstance(ops, Op) else list(ops)
+        call.pop("batch_size", None)
+        prepared, _, plan = self._plan(prompt, ops, **call)
+        return cost_of(plan, ops, self.anatomy, prepared.rows, self.pipe.transformer.dtype)
+
+    def run_with_cache(self, prompt: str | Sequence[str], names_filter: Pattern = "blocks.*.img", **call: Any) -> tuple[list[Any], Run]:
+        """Pictures, and a run that holds the sites of ``names_filter``: the form TransformerLens users know."""
+        run = self.run(prompt, [Read(names_filter)], **call)
+        return run.images, run
+
+    def run_with_hooks(self, prompt: str | Sequence[str], fwd_hooks: Sequence[tuple[str, Callable[[Tensor, Any], Tensor | None]]], **call: Any) -> Run:
+        """Runs with functions ``fn(tensor, hook)`` at sites; what a function returns replaces the tensor.
+
+        ``hook`` has ``name``, ``step``, ``timestep``, ``sigma`` and ``branch``. The same as ``Apply(site, fn=fn)``.
+        """
+        return self.run(prompt, [Apply(name, fn=fn) for name, fn in fwd_hooks], **call)
+
+    # Massive activations
+
+    def massive_channels(
+        self,
+        prompt: str | Sequence[str],
+        k: int = 12,
+        *,
+        score: str = "|mean|",
+        site: Pattern = "blocks.*.img",
+        steps: Steps = None,
+        **call: Any,
+    ) -> ChannelSet:
+        """The k channels of each site with the largest score, averaged over prompts and steps (arXiv 2605.13974).
+
+        >>> massive = DiTLens.toy().massive_channels("a big red circle left on a plain blue background", k=4, seed=0, num_inference_steps=2)
+        >>> len(massive["blocks.3.img"])
+        4
+
+        score: any reduction that gives one number per channel: "|mean|" (the paper's), "mean|x|", "rms", "max", "p99.9".
+        steps: which denoising steps count; all by default. Conditional branch only.
+        """
+        from dit_lens.channels import top_channels
+
+        ops = [Read(site, reduce=score, steps=steps, name="score"), Read(site, reduce="rms", steps=steps, name="rms")]
+        for name in self.sites(site):
+            width = self.anatomy.channels(match(name, self.anatomy.sites)[0])
+            if not 1 <= k <= width:
+                raise OpError(f"k={k} channels were asked for, but {name} has {width}. Choose k from 1 to {width}.")
+        run = self.run(prompt, ops, **call)
+        scores = {name: value.float().mean((0, 1)) for name, value in run["score"].items()}
+        energy = {name: value.float().square().mean((0, 1)) for name, value in run["rms"].items()}
+        return top_channels(scores, energy, k, score)
+
+    def subject_mask(
+        self, prompt: str, channels: ChannelSet | None = None, *, k: int = 12, block: int | None = None, steps: Steps = -1, **call: Any
+    ) -> np.ndarray:
+        """Where the subject is, bool [h, w] on the token grid: K-means (K = 2) of one block's massive channels.
+
+        block: by default the one after two thirds of the depth. steps: the step whose activations are clustered.
+        """
+        from dit_lens.clusters import segment
+
+        channels = self.massive_channels(prompt, k, **call) if channels is None else channels
+        block = (2 * self.anatomy.depth) // 3 if block is None else block
+        (name,) = self.sites(f"blocks.{block}.img")
+        run = self.run(prompt, [Read(name, channels=channels, steps=steps)], **call)
+        return segment(run[name][-1, 0].float().numpy(), run.grid).mask
+
+    # nnsight underneath
+
+    @property
+    def nnsight(self) -> Any:
+        """The stock nnsight model, for traces of your own: ``with lens.nnsight.generate(prompt, num_inference_steps=4):``.
+
+        Inside one, ``lens.blocks[3].img`` reads and assigns. Pass ``num_inference_steps``: nnsight's default is 1.
+        """
+        return self.engine.model
+
+    @property
+    def blocks(self) -> Blocks:
+        """The blocks in execution order, for use inside nnsight's own traces: ``lens.blocks[3].img[..., 5] = 0``."""
+        from dit_lens.accessors import Blocks
+
+        return Blocks(self.anatomy, self.engine.model)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Without the pipeline's own progress bar, which is put back as it was."""
+        absent = object()
+        before = getattr(self.pipe, "_progress_bar_config", absent)
+        self.pipe.set_progress_bar_config(disable=True)
+        try:
+            yield
+        finally:
+            if before is absent:
+                del self.pipe._progress_bar_config
+            else:
+                self.pipe._progress_bar_config = before
+
+    def _plan(
+        self,
+        prompt: str | Sequence[str] | None,
+        ops: Sequence[Op],
+        *,
+        seed: int | Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        **call: Any,
+    ) -> tuple[Call, Timeline, Plan]:
+        families.refuse_unsafe(self.pipe)
+        prepared = prepare(
+            self.pipe, prompt, seed=seed, num_inference_steps=num_inference_steps, defaults=self.defaults, vocabulary=self.vocabulary, call=call
+        )
+        grid = self.anatomy.planned_grid(self.pipe, prepared.arguments)
+        when = timeline(self.pipe, self.family, prepared.arguments, None if grid is None else grid[0] * grid[1])
+        batch = Batch(prepared.rows, grid, self._text_tokens(prepared), lambda row, word: self._find_word(prepared, row, word))
+        return prepared, when, compile_plan(ops, self.anatomy, when, batch)
+
+    def _batches(self, call: Call, plan: Plan, batch_size: int | None) -> Iterator[tuple[Call, Plan]]:
+        """The call and plan of every batch; several batches share one progress bar."""
+        prompts = call.rows // call.images_per_prompt
+        if batch_size is None or batch_size >= prompts:
+            yield call, plan
+            return
+        if batch_size < 1:
+            raise PromptError(f"batch_size={batch_size} must be at least 1.")
+        starts = range(0, prompts, batch_size)
+        spans = [range(start, min(start + batch_size, prompts)) for start in starts]
+        n = call.images_per_prompt
+        pieces = [(call.part(span), narrowed(plan, range(span.start * n, span.stop * n))) for span in spans]
+        with self.quiet():
+            yield from tqdm(pieces, desc="batches")
+
+    def _spec(self, call: Call, ops: Sequence[Op]) -> dict[str, Any]:
+        described = [{"unsaved": repr(op)} if isinstance(op, Apply) or _from_unsaved_run(op) else to_json(op) for op in ops]
+        seed = None if call.seeds is None else list(call.seeds)
+        prompt = None if call.prompts is None else list(call.prompts)
+        return {"prompt": prompt, "seed": seed, "call": plain(call.arguments), "ops": described}
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        tokenizer = getattr(self.pipe, self.family.tokenizer, None)
+        if tokenizer is None:
+            raise PromptError(f"this pipeline was loaded without {self.family.tokenizer}, so words of a prompt cannot be found. Use token indices.")
+        return tokenizer
+
+    def _tokenized(self, prompt: str, length: int | None = None) -> Any:
+        length = length or self.defaults.get(self.family.text_length) or self._signature_default(self.family.text_length)
+        return self._tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True)
+
+    def _find_word(self, call: Call, row: int, word: str) -> list[int]:
+        """The text tokens of every occurrence of a word in the prompt of a row."""
+        if call.prompts is None:
+            raise OpError(f"tokens={word!r} needs a prompt to find the word in; this run has prompt_embeds. Use token indices.")
+        prompt = call.prompts[row // call.images_per_prompt]
+        spans = [found.span() for found in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
+        offsets = self._tokenized(prompt, self._text_tokens(call))["offset_mapping"]
+        found = [i for i, (start, stop) in enumerate(offsets) if any(start < end and begin < stop for begin, end in spans)]
+        if not found:
+            raise OpError(f"the word {word!r} is not in {prompt!r}. lens.to_str_tokens(prompt) lists its tokens.")
+        return found
+
+    def _text_tokens(self, call: Call) -> int | None:
+        embeds = call.arguments.get("prompt_embeds")
+        if embeds is not None:
+            return int(embeds.shape[1])
+        return call.arguments.get(self.family.text_length) or self._signature_default(self.family.text_length)
+
+    def _signature_default(self, name: str) -> Any:
+        return inspect.signature(type(self.pipe).__call__).parameters[name].default
+
+    def __repr__(self) -> str:
+        from dit_lens.reprs import lens_text
+
+        return lens_text(self)
+
+    def _repr_html_(self) -> str:
+        from dit_lens.reprs import lens_html
+
+        return lens_html(self)
+
+
+def _stored_defaults(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """A toy's own file, beside its model_index.json; empty for any other pipeline."""
+    folder = Path(str(getattr(pipe, "name_or_path", "") or ""))
+    file = folder / DEFAULTS_FILE
+    return read_json(file, "the defaults of a toy") if str(folder) not in ("", ".") and file.is_file() else {}
+
+
+def _from_unsaved_run(op: Op) -> bool:
+    return any(getattr(getattr(op, name, None), "folder", "") is None for name in ("source", "mean"))

@@ -1,0 +1,345 @@
+"""Ops become a plan: plain data in execution order, every row, token and channel explicit, every error raised here.
+
+The program inside a plan is what ``execute`` carries out; its format is described there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from dit_lens.errors import OpError, nearest
+from dit_lens.families import Anatomy
+from dit_lens.ops import Add, Apply, MeanAblate, Op, Read, Resample, Scale, Swap, TokenMean, Zero
+from dit_lens.reduce import parse
+from dit_lens.sites import Site, match
+from dit_lens.sources import Values, given_values, resampled_rows
+from dit_lens.steps import Timeline
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is known of a run's batch before it starts.
+
+    rows: pictures. grid: (h, w) image tokens, None when only the pipeline knows. text_tokens: length of the text stream,
+    None when unknown. find_word: (row, word) -> its text token indices.
+    """
+
+    rows: int
+    grid: tuple[int, int] | None
+    text_tokens: int | None
+    find_word: Callable[[int, str], list[int]]
+
+    def tokens(self, stream: str) -> int | None:
+        if stream == "txt":
+            return self.text_tokens
+        return None if self.grid is None else self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class PlannedRead:
+    """How the pieces of one read are put together: its key, and per site the channels, in the order of the plan."""
+
+    op: int
+    name: str
+    sites: tuple[str, ...]
+    steps: tuple[int, ...]
+    branches: tuple[str, ...]
+    both: bool
+    rows: tuple[int, ...]
+    channels: Mapping[str, tuple[int, ...] | None]
+    tokens: tuple[int, ...] | None
+    reduce: str | None
+    image: bool
+
+
+@dataclass
+class Plan:
+    """program: plain data for the executor. given: tensors and functions it refers to by key. reads: see PlannedRead.
+    visits: for every op, how often it will be carried out. selections: (op, site, group) -> rows, tokens, channels.
+    text_tokens: length of the text stream, where known."""
+
+    program: dict[str, Any]
+    given: dict[str, Any]
+    reads: list[PlannedRead]
+    visits: dict[int, int]
+    selections: dict[tuple[int, str, int], tuple[tuple[int, ...] | None, ...]]
+    text_tokens: int | None
+
+
+def compile_plan(ops: Sequence[Op], anatomy: Anatomy, timeline: Timeline, batch: Batch) -> Plan:
+    """Checks every op against the model and the run, and lays them out call by call in execution order."""
+    compiler = _Compiler(anatomy, timeline, batch)
+    for number, op in enumerate(ops):
+        if not isinstance(op, Op):
+            raise OpError(f"ops[{number}] is a {type(op).__name__}, not an op. Ops are Read, Zero, Swap, Scale, Add, TokenMean, MeanAblate, Resample, Apply.")
+        compiler.add(number, op)
+    return compiler.finish()
+
+
+def narrowed(plan: Plan, rows: range) -> Plan:
+    """The part of a plan that concerns some rows of the batch, with those rows numbered from 0."""
+    calls = [[[module, side, _narrowed_parts(parts, rows)] for module, side, parts in visits] for visits in plan.program["calls"]]
+    calls = [[visit for visit in visits if visit[2]] for visits in calls]
+    return replace(plan, program={**plan.program, "rows": len(rows), "calls": calls})
+
+
+def _narrowed_parts(parts: list[dict[str, Any]], rows: range) -> list[dict[str, Any]]:
+    kept = [{**part, "actions": [a for action in part["actions"] if (a := _narrowed_action(action, rows)) is not None]} for part in parts]
+    return [part for part in kept if part["actions"]]
+
+
+def _narrowed_action(action: dict[str, Any], rows: range) -> dict[str, Any] | None:
+    if action["rows"] is None and action["kind"] != "Put" and action["kind"] != "CopyRow":
+        return action
+    source = action.get("source_rows")
+    chosen = action["rows"] if action["rows"] is not None else range(rows.stop)
+    here = [i for i, row in enumerate(chosen) if row in rows]
+    if not here:
+        return None
+    changed = {**action, "rows": [chosen[i] - rows.start for i in here]}
+    if action["kind"] == "Put":
+        changed["source_rows"] = [source[i] for i in here]
+    if action["kind"] == "CopyRow":
+        if source[0] not in rows:
+            raise OpError(
+                f"batch_size puts row {source[0]}, the source of a swap, and row {chosen[here[0]]} into different batches. "
+                "Rows that exchange values must run together: raise batch_size, or place them side by side."
+            )
+        changed["source_rows"] = [source[0] - rows.start]
+    return changed
+
+
+@dataclass
+class _Compiler:
+    anatomy: Anatomy
+    timeline: Timeline
+    batch: Batch
+    given: dict[str, Any] = field(default_factory=dict)
+    reads: list[PlannedRead] = field(default_factory=list)
+    visits: dict[int, int] = field(default_factory=dict)
+    selections: dict[tuple[int, str, int], tuple[tuple[int, ...] | None, ...]] = field(default_factory=dict)
+    # (call, site) -> actions in the order of the ops
+    actions: dict[tuple[int, Site], list[dict[str, Any]]] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+
+    def add(self, number: int, op: Op) -> None:
+        sites = match(op.site, self.anatomy.sites, self.anatomy.stacks)
+        steps = self.timeline.select(op.steps)
+        groups = self._groups(op, sites)
+        self.visits[number] = 0
+        if isinstance(op, Swap) and _checked_strength(op) == 0:
+            return
+        channels = {site: self._channels(op, site) for site in sites}
+        if isinstance(op, Read):
+            self._read(number, op, sites, steps, groups, channels)
+        for site in sites:
+            for group, (rows, tokens) in enumerate(groups):
+                selection = tuple(None if chosen is None else tuple(chosen) for chosen in (rows, tokens, channels[site]))
+                self.selections[number, site.name, group] = selection
+                for branch, detail in self._details(number, op, site, steps, rows, tokens, channels[site]):
+                    action = {"op": number, "group": group, "rows": rows, "tokens": tokens, "channels": channels[site], **detail}
+                    self._place(action, site, steps, branch)
+
+    def finish(self) -> Plan:
+        calls: list[list[Any]] = [[] for _ in range(self.timeline.steps * len(self.timeline.branches))]
+        for (call, site), actions in sorted(self.actions.items(), key=lambda item: (item[0][0], item[0][1].order)):
+            address = self.anatomy.address(site)
+            part = {"slot": address.slot, "position": address.position, "tokens": address.tokens, "site": site.name, "actions": actions}
+            if calls[call] and calls[call][-1][:2] == [address.module, address.side]:
+                calls[call][-1][2].append(part)
+            else:
+                calls[call].append([address.module, address.side, [part]])
+        program = {
+            "denoiser": "transformer",
+            "rows": self.batch.rows,
+            "branches": list(self.timeline.branches),
+            "grid_rule": self.anatomy.family.grid,
+            "grid": None if self.batch.grid is None else list(self.batch.grid),
+            "calls": calls,
+        }
+        return Plan(program, self.given, self.reads, self.visits, self.selections, self.batch.text_tokens)
+
+    def _place(self, action: dict[str, Any], site: Site, steps: list[int], branch: str) -> None:
+        offset = self.timeline.branches.index(branch)
+        for at, step in enumerate(steps):
+            call = step * len(self.timeline.branches) + offset
+            self.actions.setdefault((call, site), []).append({**action, "at": at})
+            self.visits[action["op"]] += 1
+
+    def _details(self, number: int, op: Op, site: Site, steps: list[int], rows: list[int] | None, tokens: list[int] | None, channels: list[int] | None) -> list[tuple[str, dict[str, Any]]]:
+        """For every branch an op touches, what its action holds beside the selection."""
+        if isinstance(op, Swap | Resample | MeanAblate):
+            return self._sourced(number, op, site, steps, rows, tokens, channels)
+        detail: dict[str, Any] = {"kind": type(op).__name__}
+        if isinstance(op, Read):
+            detail["reduce"] = None if op.reduce is None else _parsed(op.reduce)
+        elif isinstance(op, Scale):
+            detail["factor"] = float(op.factor)
+        elif isinstance(op, Add):
+            detail["key"] = self._give(f"{number}", _added(op, site, channels, self.anatomy.channels(site)))
+        elif isinstance(op, TokenMean):
+            if op.keep not in ("mean", "residual"):
+                raise OpError(f"keep={op.keep!r} is no part of a channel.{nearest(str(op.keep), ('mean', 'residual'))}")
+            detail["keep"] = op.keep
+        elif isinstance(op, Apply):
+            if not callable(op.fn):
+                raise OpError(f"Apply at {site} needs a function fn(tensor, hook); it was given {op.fn!r}.")
+            detail["key"] = self._give(f"{number}", op.fn)
+        return [(branch, detail) for branch in self.timeline.branches_of(op)]
+
+    def _sourced(self, number: int, op: Swap | Resample | MeanAblate, site: Site, steps: list[int], rows: list[int] | None, tokens: list[int] | None, channels: list[int] | None) -> list[tuple[str, dict[str, Any]]]:
+        strength = op.strength if isinstance(op, Swap) else 1.0
+        if isinstance(op, Swap) and isinstance(op.source, str):
+            source = self._source_rows(op, rows)
+            return [(branch, {"kind": "CopyRow", "source_rows": source, "strength": strength}) for branch in self.timeline.branches_of(op)]
+        source = op.mean if isinstance(op, MeanAblate) else op.source
+        wanted = Values(self.anatomy.family.name, site, steps, self.timeline, tokens, channels, self.batch, self.anatomy.channels(site))
+        values = given_values(op, source, wanted)
+        targets = list(range(self.batch.rows)) if rows is None else rows
+        found = []
+        for branch in self.timeline.branches_of(op, default=_branch_of(values)):
+            tensor = values.get(branch, values.get(None))
+            if tensor is None:
+                raise OpError(f"{type(op).__name__} at {site}: the source holds {', '.join(map(str, values))} only, not the {branch!r} branch. Read with branch='both', or pass branch={next(iter(values))!r}.")
+            source_rows = resampled_rows(op.seed, tensor.shape[1], targets) if isinstance(op, Resample) else targets
+            if 1 < tensor.shape[1] <= max(source_rows):
+                raise OpError(f"{type(op).__name__} at {site}: the source has {tensor.shape[1]} rows, but row {max(source_rows)} is to be replaced. Choose rows=, or give a source of one row.")
+            key = self._give(f"{number}/{site}/{branch}", tensor)
+            found.append((branch, {"kind": "Put", "key": key, "source_rows": source_rows, "strength": strength}))
+        return found
+
+    def _read(self, number: int, op: Read, sites: list[Site], steps: list[int], groups: list, channels: dict[Site, list[int] | None]) -> None:
+        for key in [op.name] if op.name is not None else [site.name for site in sites]:
+            if key in self.names:
+                raise OpError(f"two reads are called {key!r}. Give one of them another name=.")
+            self.names.add(key)
+        if len({None if tokens is None else len(tokens) for _, tokens in groups}) > 1:
+            raise OpError(f"tokens={op.tokens!r} is a different number of text tokens in different rows. Read the rows one by one with rows=.")
+        if op.branch == "both" and len(self.timeline.branches) == 1:
+            raise OpError(f"branch='both': this call has only the {self.timeline.branches[0]!r} branch, as guidance is off. Leave branch= out.")
+        self.reads.append(
+            PlannedRead(
+                op=number,
+                name=op.name or "",
+                sites=tuple(site.name for site in sites),
+                steps=tuple(steps),
+                branches=tuple(self.timeline.branches_of(op)),
+                both=op.branch == "both",
+                rows=tuple(row for rows, _ in groups for row in (range(self.batch.rows) if rows is None else rows)),
+                channels={site.name: None if chosen is None else tuple(chosen) for site, chosen in channels.items()},
+                tokens=None if groups[0][1] is None else tuple(groups[0][1]),
+                reduce=op.reduce,
+                image=all(site.stream == "img" for site in sites),
+            )
+        )
+
+    def _groups(self, op: Op, sites: list[Site]) -> list[tuple[list[int] | None, list[int] | None]]:
+        """Rows that share their tokens: one group, except where a word stands elsewhere in each row's prompt."""
+        rows = self._rows(op)
+        streams = {site.stream for site in sites}
+        if isinstance(op.tokens, str):
+            if streams != {"txt"}:
+                raise OpError(f"tokens={op.tokens!r} names a word, which only the txt stream has; {op.site!r} is not that. Use mask= or token indices.")
+            return [([row], self.batch.find_word(row, op.tokens)) for row in (range(self.batch.rows) if rows is None else rows)]
+        if op.mask is not None:
+            if streams != {"img"} or op.tokens is not None:
+                raise OpError("mask= chooses image tokens: use it on the img stream, and without tokens=.")
+            return [(rows, self._mask(op))]
+        return [(rows, self._tokens(op, streams))]
+
+    def _rows(self, op: Op) -> list[int] | None:
+        return None if op.rows is None else sorted(_indices(op.rows, self.batch.rows, "row", "this run has", "pictures"))
+
+    def _tokens(self, op: Op, streams: set[str]) -> list[int] | None:
+        if op.tokens is None:
+            return None
+        sizes = [size for size in map(self.batch.tokens, streams) if size is not None]
+        return _indices(op.tokens, min(sizes, default=None), "token", f"the {' and '.join(sorted(streams))} stream has", "tokens")
+
+    def _mask(self, op: Op) -> list[int]:
+        import numpy as np
+
+        mask = np.asarray(op.mask.cpu() if hasattr(op.mask, "cpu") else op.mask)
+        if mask.ndim != 2 or (mask.dtype != bool and not np.isin(mask, (0, 1)).all()):
+            raise OpError(f"mask= must be a bool array [h, w]; it has shape {list(mask.shape)} and dtype {mask.dtype}. Threshold it first.")
+        if self.batch.grid is None:
+            raise OpError("mask= needs the token grid, which this pipeline decides while it runs. Pass height= and width=, or tokens=.")
+        if mask.shape != self.batch.grid:
+            raise OpError(
+                f"the mask is {mask.shape[0]} x {mask.shape[1]}, but this run has a grid of {self.batch.grid[0]} x {self.batch.grid[1]} image tokens. "
+                "Resize it to the grid (dit_lens.clusters.to_grid), or change height= and width=."
+            )
+        return [int(token) for token in np.flatnonzero(mask)]
+
+    def _channels(self, op: Op, site: Site) -> list[int] | None:
+        chosen, width = op.channels, self.anatomy.channels(site)
+        if chosen is None:
+            return None
+        if isinstance(chosen, Mapping):
+            if site.name not in chosen:
+                raise OpError(f"channels= has no entry for {site}. It has {', '.join(list(chosen)[:8])}{' ...' if len(chosen) > 8 else ''}. Narrow the op's site to those, for instance site=list(channels).")
+            chosen = chosen[site.name]
+        return _indices(chosen, width, "channel", f"{site} has", "channels")
+
+    def _source_rows(self, op: Swap, rows: list[int] | None) -> list[int]:
+        named = re.fullmatch(r"row:(-?\d+)", str(op.source))
+        if named is None:
+            raise OpError(f"source={op.source!r} is no source. Write 'row:0' for another picture of the batch, or give a Run, a tensor, or site -> tensor.")
+        return _indices(int(named[1]), self.batch.rows, "row", "this run has", "pictures")
+
+    def _give(self, key: str, value: Any) -> str:
+        self.given[key] = value
+        return key
+
+
+def _indices(asked: Any, size: int | None, what: str, owner: str, plural: str) -> list[int]:
+    """Explicit indices, negative ones counted from the end; OpError when one is out of range or no integer."""
+    if isinstance(asked, slice | range):
+        asked = range(size)[asked] if isinstance(asked, slice) and size is not None else asked
+    values = asked if isinstance(asked, Sequence) or hasattr(asked, "__iter__") else [asked]
+    found = []
+    for value in values:
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise OpError(f"{what} {value!r} is not an index. Use integers; a bool selection over the grid goes into mask=.")
+        index = value.__index__()
+        if size is not None and not -size <= index < size:
+            raise OpError(f"{what} {index} does not exist: {owner} {size} {plural}, 0 to {size - 1}.")
+        found.append(index % size if size is not None else index)
+    if len(set(found)) != len(found):
+        raise OpError(f"{plural} are named twice in {asked!r}. Name each once.")
+    return found
+
+
+def _checked_strength(op: Swap) -> float:
+    if not 0 <= op.strength <= 1:
+        raise OpError(f"strength={op.strength} lies outside [0, 1]: 0 leaves the target as it is, 1 replaces it. To exaggerate, use Scale or Apply.")
+    return op.strength
+
+
+def _parsed(text: str) -> list[Any]:
+    try:
+        return parse(text)
+    except ValueError as problem:
+        raise OpError(f"reduce={text!r}: {problem}") from None
+
+
+def _added(op: Add, site: Site, channels: list[int] | None, width: int) -> Tensor:
+    import torch
+
+    value = torch.as_tensor(op.value)
+    size = width if channels is None else len(channels)
+    if value.ndim > 1 or (value.ndim == 1 and value.shape[0] not in (1, size)):
+        raise OpError(f"Add at {site}: value has shape {list(value.shape)}; it must be a number or a vector over the {size} chosen channels.")
+    return value
+
+
+def _branch_of(values: Mapping[str | None, Tensor]) -> str | None:
+    """The branch a source has, when it has just one; a source without branches applies to the op's default."""
+    named = [branch for branch in values if branch is not None]
+    return named[0] if len(named) == 1 else ("both" if named else None)

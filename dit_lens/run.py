@@ -1,0 +1,287 @@
+"""What a run leaves behind: pictures, reads, a receipt, and all it takes to run it again. Loads without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dit_lens.errors import OpError, SiteError, StoreError, nearest
+from dit_lens.receipt import Receipt
+from dit_lens.store import read_json, settled, whole_folder, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from PIL.Image import Image
+
+    from dit_lens.compare import Comparison
+    from dit_lens.lens import DiTLens
+
+FORMAT = 1
+
+
+class SiteTensor(Tensor):
+    """A read that knows its token grid; every operation on it gives a plain tensor."""
+
+    shape_of_grid: tuple[int, int] | None
+    token_axis: int | None
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def grid(self) -> Tensor:
+        """The same values with tokens as [h, w]: [s, b, n, d] becomes [s, b, h, w, d]."""
+        plain = self.as_subclass(Tensor)
+        if self.shape_of_grid is None or self.token_axis is None:
+            raise OpError("this read has no token grid: it was reduced over tokens, narrowed to some of them, or is of the text stream.")
+        return plain.unflatten(self.token_axis, self.shape_of_grid)
+
+
+@dataclass(frozen=True)
+class Reading(Mapping[str, Tensor]):
+    """One read of a run: site -> [s, b, n, d], or [s, 2, b, n, d] (cond first) when both branches were read.
+
+    After a reduction the token axis is gone: [s, b, d, ...]. steps: the indices read, of total_steps. rows, tokens (None:
+    all) and channels (by site; None: all) say which part of the tensor it is.
+    """
+
+    name: str
+    values: dict[str, Tensor] = field(repr=False)
+    steps: tuple[int, ...]
+    total_steps: int
+    branches: tuple[str, ...]
+    both: bool
+    rows: tuple[int, ...]
+    tokens: tuple[int, ...] | None
+    channels: dict[str, tuple[int, ...] | None]
+    reduce: str | None
+    shape_of_grid: tuple[int, int] | None
+
+    def __getitem__(self, site: str) -> SiteTensor:
+        if site not in self.values:
+            raise SiteError(f"this read has no {site!r}.{nearest(site, self.values)}")
+        value = self.values[site].as_subclass(SiteTensor)
+        gridded = self.reduce is None and self.tokens is None
+        value.shape_of_grid = self.shape_of_grid if gridded else None
+        value.token_axis = (3 if self.both else 2) if gridded else None
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def tensor(self) -> SiteTensor:
+        """The only tensor of a read of one site."""
+        if len(self.values) != 1:
+            raise SiteError(f"this read has {len(self.values)} sites; name one: {', '.join(list(self.values)[:8])}.")
+        return self[next(iter(self.values))]
+
+    def by_branch(self, site: str) -> dict[str | None, Tensor]:
+        """[s, b, ...] for every branch that was read."""
+        value = self.values[site]
+        return {branch: value[:, i] for i, branch in enumerate(("cond", "uncond"))} if self.both else {self.branches[0]: value}
+
+
+@dataclass
+class Run:
+    """Pictures and numbers of one run.
+
+    images: PIL pictures in row order (empty when latents were asked for). latents: what the pipeline returned for
+    ``output_type="latent"``. readings: what was read. receipt: what every op touched. clock: (step, timestep, sigma) of
+    every step. grid: (h, w) image tokens. spec: prompt, seed, call and ops. provenance: model, machine and versions.
+    """
+
+    images: list[Image]
+    latents: Tensor | None
+    readings: list[Reading]
+    receipt: Receipt
+    clock: list[tuple[int, float, float]]
+    grid: tuple[int, int]
+    spec: dict[str, Any]
+    provenance: dict[str, Any]
+    folder: Path | None = None
+
+    def __getitem__(self, key: str) -> Any:
+        """A read by its name (a mapping site -> tensor), or the tensor of a site that was read without a name."""
+        for reading in self.readings:
+            if reading.name == key:
+                return reading
+        for reading in self.readings:
+            if not reading.name and key in reading.values:
+                return reading[key]
+        raise SiteError(f"this run has no read {key!r}.{nearest(key, self.keys())}")
+
+    def keys(self) -> list[str]:
+        """The names under which reads are kept."""
+        return [key for reading in self.readings for key in ([reading.name] if reading.name else reading.values)]
+
+    def reading(self, site: str) -> Reading:
+        """The first read that holds a site, whole tokens before reduced ones."""
+        for reading in sorted(self.readings, key=lambda reading: reading.reduce is not None):
+            if site in reading.values:
+                return reading
+        known = [name for reading in self.readings for name in reading.values]
+        raise OpError(f"the source run never read {site}.{nearest(site, known) if known else ' It holds no reads.'} Run it again with Read({site!r}).")
+
+    @property
+    def timesteps(self) -> list[float]:
+        """What the scheduler's clock showed at every step, as the transformer received it."""
+        return [timestep for _, timestep, _ in self.clock]
+
+    @property
+    def sigmas(self) -> list[float]:
+        """The noise level of every step: 1 is noise, 0 a clean picture."""
+        return [sigma for _, _, sigma in self.clock]
+
+    def numpy(self) -> dict[str, Any]:
+        """Every read as numpy arrays (bfloat16 becomes float32): key -> array, or key -> site -> array if named."""
+        return {
+            key: {site: _array(value) for site, value in found.items()} if isinstance(found, Reading) else _array(found)
+            for key in self.keys()
+            for found in [self[key]]
+        }
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Every read that was reduced over tokens, one line per number.
+
+        Columns: read, site, step, sigma, branch, row, channel, value (and bin, for reductions with several values).
+        """
+        import pandas as pd
+
+        frames = [_long_form(reading, site, self.sigmas) for reading in self.readings if reading.reduce for site in reading.values]
+        if not frames:
+            raise OpError("this run has no read that was reduced over tokens. Read with reduce='mean' (or another), or use .numpy().")
+        return pd.concat(frames, ignore_index=True)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes the run into a new folder: run.json, reads.safetensors, latents.safetensors, images/000.png ..."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        with whole_folder(folder, overwrite=overwrite) as fresh:
+            tensors = {f"{i}/{site}": value.contiguous() for i, r in enumerate(self.readings) for site, value in r.values.items()}
+            save_file(tensors, fresh / "reads.safetensors")
+            if self.latents is not None:
+                save_file({"latents": self.latents.contiguous()}, fresh / "latents.safetensors")
+            (fresh / "images").mkdir()
+            for i, image in enumerate(self.images):
+                image.save(fresh / "images" / f"{i:03d}.png")
+            write_json(fresh / "run.json", self._to_json())
+        self.folder = folder
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Run:
+        """Reads what :meth:`save` wrote; needs no model."""
+        from PIL import Image, UnidentifiedImageError
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = settled(folder)
+        data = read_json(folder / "run.json", "a saved run")
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise StoreError(f"{folder} holds no run of format {FORMAT}. Was it written by another version of dit_lens?")
+        try:
+            tensors = load_file(folder / "reads.safetensors")
+            latents = load_file(folder / "latents.safetensors")["latents"] if data["latents"] else None
+            images = [Image.open(folder / "images" / f"{i:03d}.png").copy() for i in range(data["images"])]
+            readings = [_reading_from(i, record, tensors) for i, record in enumerate(data["readings"])]
+        except (OSError, KeyError, SafetensorError, UnidentifiedImageError) as damage:
+            raise StoreError(f"{folder} is incomplete or damaged: {damage}. Restore it from a copy, or run it again.") from damage
+        return cls(
+            images=images,
+            latents=latents,
+            readings=readings,
+            receipt=Receipt.from_json(data["receipt"]),
+            clock=[(int(step), timestep, level) for step, timestep, level in data["clock"]],
+            grid=(data["grid"][0], data["grid"][1]),
+            spec=data["spec"],
+            provenance=data["provenance"],
+            folder=folder,
+        )
+
+    def rerun(self, lens: DiTLens) -> Comparison:
+        """Runs the same prompt, seed, call and ops on a lens, and names whatever differs: ``.differences``, ``.table``."""
+        from dit_lens.compare import compare
+
+        return compare(self, lens.run_spec(self.spec))
+
+    def reference(self) -> dict[str, str]:
+        """How an op's JSON refers to this run: by the folder it was saved in."""
+        if self.folder is None:
+            raise OpError("an op takes its values from a run that was not saved, so the op has no JSON form. Call run.save(folder) first.")
+        return {"run": str(self.folder)}
+
+    def _to_json(self) -> dict[str, Any]:
+        readings = [{name: value for name, value in vars(reading).items() if name != "values"} for reading in self.readings]
+        for record, reading in zip(readings, self.readings, strict=True):
+            record["sites"] = list(reading.values)
+        return {
+            "format": FORMAT,
+            "spec": self.spec,
+            "provenance": self.provenance,
+            "grid": self.grid,
+            "clock": self.clock,
+            "images": len(self.images),
+            "latents": self.latents is not None,
+            "readings": readings,
+            "receipt": self.receipt.to_json(),
+        }
+
+    def __repr__(self) -> str:
+        prompts = self.spec.get("prompt") or ["(embeddings)"]
+        made = f"{len(self.images)} pictures" if self.images else "latents"
+        return (
+            f"Run: {made} of {len(prompts)} prompts, {len(self.clock)} steps, grid {self.grid[0]} x {self.grid[1]}, {self.provenance['family']}\n"
+            f"  prompt  {prompts[0]!r}{' ...' if len(prompts) > 1 else ''}\n"
+            f"  seed    {self.spec.get('seed')}\n"
+            f"  reads   {', '.join(self.keys()[:6]) or 'none'}{' ...' if len(self.keys()) > 6 else ''}\n"
+            f"  edits   {len(self.receipt.entries)} sites touched (see .receipt)"
+        )
+
+    def _repr_html_(self) -> str:
+        from dit_lens.reprs import run_html
+
+        return run_html(self)
+
+
+def _array(value: Tensor) -> np.ndarray:
+    plain = value.as_subclass(Tensor)
+    return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+
+
+def _reading_from(number: int, record: dict[str, Any], tensors: dict[str, Tensor]) -> Reading:
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name != "sites"}
+    fields["channels"] = {site: None if kept is None else tuple(kept) for site, kept in record["channels"].items()}
+    return Reading(values={site: tensors[f"{number}/{site}"] for site in record["sites"]}, **fields)
+
+
+def _long_form(reading: Reading, site: str, sigmas: list[float]) -> pd.DataFrame:
+    import numpy as np
+    import pandas as pd
+
+    frames = []
+    for branch, value in reading.by_branch(site).items():
+        array = _array(value)
+        axes = np.indices(array.shape).reshape(array.ndim, -1)
+        kept = reading.channels[site]
+        columns = {
+            "read": reading.name or site,
+            "site": site,
+            "step": np.asarray(reading.steps)[axes[0]],
+            "sigma": np.asarray([sigmas[step] for step in reading.steps])[axes[0]],
+            "branch": branch,
+            "row": np.asarray(reading.rows)[axes[1]],
+            "channel": axes[2] if kept is None else np.asarray(kept)[axes[2]],
+            **({"bin": axes[3]} if array.ndim > 3 else {}),
+            "value": array.ravel(),
+        }
+        frames.append(pd.DataFrame(columns))
+    return pd.concat(frames, ignore_index=True)

@@ -1,0 +1,131 @@
+"""Names of tensors, the same for every DiT: ``blocks.{i}.{stream}.{point}``, and the patterns that select them.
+
+>>> sites = [Site(i, stream, point) for i in range(4) for stream in ("img", "txt") for point in ("resid_pre", "resid_post")]
+>>> [site.name for site in match("blocks[1:3].img", sites)]
+['blocks.1.img', 'blocks.2.img']
+>>> [site.name for site in match("blocks.-1.{img,txt}.resid_pre", sites)]
+['blocks.3.txt.resid_pre', 'blocks.3.img.resid_pre']
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from dit_lens.errors import SiteError, nearest
+
+DEFAULT_POINT = "resid_post"
+# The order in which a block computes them; the text stream is listed first because the blocks' outputs list it so.
+POINTS = ("resid_pre", "resid_post")
+STREAMS = ("txt", "img")
+MODEL_SITES = ("final.img", "velocity")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One named tensor of one block, or of the whole model (``block`` is None).
+
+    >>> Site(3, "img").name, Site(3, "txt", "resid_pre").name, Site(None, "img", "final").name
+    ('blocks.3.img', 'blocks.3.txt.resid_pre', 'final.img')
+    """
+
+    block: int | None
+    stream: str
+    point: str = DEFAULT_POINT
+
+    @property
+    def name(self) -> str:
+        if self.block is None:
+            return "final.img" if self.point == "final" else self.point
+        suffix = "" if self.point == DEFAULT_POINT else f".{self.point}"
+        return f"blocks.{self.block}.{self.stream}{suffix}"
+
+    @property
+    def order(self) -> tuple[float, int, int]:
+        """Sorts sites as the model computes them."""
+        if self.block is None:
+            return (float("inf"), ("final", "velocity").index(self.point), 0)
+        return (self.block, POINTS.index(self.point), STREAMS.index(self.stream))
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_BLOCK_PATTERN = re.compile(
+    r"(?P<stack>[A-Za-z_]\w*)"
+    r"(?:\.(?P<index>-?\d+|\*)|\[(?P<start>-?\d*):(?P<stop>-?\d*)\]|\[(?P<bracket>-?\d+)\])"
+    r"(?:\.(?P<stream>\*|\w+|\{[\w,\s]+\}))?"
+    r"(?:\.(?P<point>.+))?"
+)
+
+
+def match(pattern: str | Iterable[str], sites: Sequence[Site], stacks: Mapping[str, range] | None = None) -> list[Site]:
+    """The sites a pattern means, in the order the model computes them.
+
+    pattern: ``*``, ``[a:b]`` (half-open), ``{img,txt}``, negative block indices, a stack's own name (``double.3``), or
+        several patterns in a list.
+    sites: every site the model has. stacks: the blocks of each stack, by name.
+
+    Raises SiteError, naming what exists and the nearest match, when a pattern selects nothing.
+    """
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    if not patterns:
+        raise SiteError("no site was named. Pass a pattern such as 'blocks.*.img'.")
+    found: dict[Site, None] = {}
+    for one in patterns:
+        found.update(dict.fromkeys(_match_one(str(one).strip(), sites, stacks or {})))
+    return sorted(found, key=lambda site: site.order)
+
+
+def _match_one(pattern: str, sites: Sequence[Site], stacks: Mapping[str, range]) -> list[Site]:
+    named = [site for site in sites if site.block is None and site.name == pattern]
+    if named:
+        return named
+    parts = _BLOCK_PATTERN.fullmatch(pattern)
+    depth = 1 + max((site.block for site in sites if site.block is not None), default=-1)
+    ranges = {"blocks": range(depth), **stacks}
+    if parts is None or parts["stack"] not in ranges:
+        names = [*(f"{stack}.*.img" for stack in ranges), *(site.name for site in sites if site.block is None)]
+        raise SiteError(f"no site is called {pattern!r}.{_closest(pattern, sites, names)}")
+    blocks = _blocks(pattern, parts, ranges[parts["stack"]])
+    streams = _choose(pattern, "stream", parts["stream"], list(dict.fromkeys(site.stream for site in sites if site.block is not None)))
+    points = _choose(pattern, "point", parts["point"] or DEFAULT_POINT, list(dict.fromkeys(site.point for site in sites if site.block is not None)))
+    found = [site for site in sites if site.block in blocks and site.stream in streams and site.point in points]
+    if not found:
+        raise SiteError(f"{pattern!r} selects no site of this model.{_closest(pattern, sites, [site.name for site in sites][:8])}")
+    return found
+
+
+def _blocks(pattern: str, parts: re.Match[str], blocks: range) -> range | list[int]:
+    if parts["start"] is not None:
+        chosen = blocks[slice(*(int(end) if end else None for end in (parts["start"], parts["stop"])))]
+        if not chosen:
+            raise SiteError(f"{pattern!r} selects no block; {parts['stack']} has {len(blocks)}, numbered 0 to {len(blocks) - 1}.")
+        return chosen
+    index = parts["bracket"] or parts["index"]
+    if index == "*":
+        return blocks
+    if not -len(blocks) <= int(index) < len(blocks):
+        raise SiteError(
+            f"{pattern!r} asks for block {index}, but {parts['stack']} has {len(blocks)}: 0 to {len(blocks) - 1}, or -1 for the last."
+        )
+    return [blocks[int(index)]]
+
+
+def _choose(pattern: str, what: str, asked: str | None, known: list[str]) -> list[str]:
+    if asked is None:
+        raise SiteError(f"{pattern!r} names no {what}. Say which: {', '.join(f'{pattern}.{name}' for name in known)}.")
+    if asked == "*":
+        return known
+    names = [name.strip() for name in asked.strip("{}").split(",")]
+    for name in names:
+        if name not in known:
+            raise SiteError(f"{pattern!r}: this model has no {what} {name!r}.{nearest(name, known)}")
+    return names
+
+
+def _closest(pattern: str, sites: Sequence[Site], names: Iterable[str]) -> str:
+    message = nearest(pattern, [site.name for site in sites])
+    close = message.split(" There are:")[0]
+    return f"{close} There are: {', '.join(names)}."

@@ -1,0 +1,128 @@
+"""Time: the steps of a run, the branches of each, their noise levels, and what ``steps=`` and ``branch=`` select."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dit_lens.errors import FamilyError, OpError, PromptError, nearest
+from dit_lens.ops import Op, SigmaInterval, Steps
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dit_lens.families import Family
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """steps: how many denoising steps run. branches: in the order of transformer calls within a step.
+    sigmas: the noise level of each step, where the scheduler tells it beforehand."""
+
+    steps: int
+    branches: tuple[str, ...]
+    sigmas: tuple[float, ...] | None = None
+
+    def select(self, steps: Steps) -> list[int]:
+        """The step indices that ``steps=`` means, ascending.
+
+        >>> timeline = Timeline(4, ("cond",), (1.0, 0.75, 0.5, 0.25))
+        >>> timeline.select((0.0, 0.5)), timeline.select(-1), timeline.select(SigmaInterval(0.8, 0.3))
+        ([0, 1], [3], [1, 2])
+        """
+        chosen = self._select(steps)
+        if not chosen:
+            levels = "" if self.sigmas is None else f" with noise levels {', '.join(f'{level:.3f}' for level in self.sigmas)}"
+            raise OpError(f"steps={steps!r} selects none of the {self.steps} steps of this run (0 to {self.steps - 1}{levels}).")
+        return sorted(set(chosen))
+
+    def _select(self, steps: Steps) -> list[int]:
+        whole = range(self.steps)
+        if steps is None:
+            return list(whole)
+        if isinstance(steps, SigmaInterval):
+            if self.sigmas is None:
+                raise OpError("this pipeline's noise levels are not known before it runs. Give steps= as indices or fractions instead.")
+            return [step for step in whole if steps.low < self.sigmas[step] <= steps.high]
+        if isinstance(steps, slice):
+            return list(whole[steps])
+        if isinstance(steps, tuple) and any(isinstance(end, float) for end in steps):
+            if len(steps) != 2 or not 0 <= steps[0] < steps[1] <= 1:
+                raise OpError(f"steps={steps!r} is not a span of the run. Write two fractions such as (0.0, 0.5), the end excluded.")
+            return [step for step in whole if steps[0] <= step / self.steps < steps[1]]
+        return [self._index(step) for step in (steps if isinstance(steps, Sequence | range) else [steps])]
+
+    def _index(self, step: Any) -> int:
+        try:
+            index = step.__index__()
+        except AttributeError:
+            raise OpError(f"steps={step!r} is no step. Use an index, a list or slice of them, fractions (0.0, 0.5) or dit_lens.sigma(1.0, 0.3).") from None
+        if not -self.steps <= index < self.steps:
+            raise OpError(f"step {index} does not exist: this run has {self.steps} steps, 0 to {self.steps - 1}. Raise num_inference_steps or change steps=.")
+        return index % self.steps
+
+    def branches_of(self, op: Op, default: str | None = None) -> list[str]:
+        """The branches an op touches, in call order."""
+        asked = op.branch or default or op.default_branch
+        if asked == "both":
+            return list(self.branches)
+        if asked not in ("cond", "uncond"):
+            raise OpError(f"branch={asked!r} is no branch.{nearest(str(asked), ('cond', 'uncond', 'both'))}")
+        if asked not in self.branches:
+            raise OpError(f"this call has no {asked!r} branch, only {', '.join(self.branches)}: guidance is off. Pass a guidance scale above 1 and a negative prompt.")
+        return [asked]
+
+
+def timeline(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any], tokens: int | None) -> Timeline:
+    """How a pipeline will denoise under ``call`` (its own keyword arguments, ``num_inference_steps`` included).
+
+    tokens: the number of image tokens, on which some schedules depend; None when unknown.
+    """
+    if getattr(pipe.scheduler, "order", 1) != 1:
+        raise FamilyError(
+            f"{type(pipe.scheduler).__name__} evaluates the model {pipe.scheduler.order} times per step, which cannot be told apart "
+            "from guidance. Use a first-order scheduler, such as FlowMatchEulerDiscreteScheduler."
+        )
+    given = call.get("sigmas") if call.get("sigmas") is not None else call.get("timesteps")
+    total = len(given) if given is not None else call["num_inference_steps"]
+    skipped = 0
+    if "strength" in inspect.signature(type(pipe).__call__).parameters:
+        strength = call.get("strength", inspect.signature(type(pipe).__call__).parameters["strength"].default)
+        skipped = int(max(total - min(total * strength, total), 0))
+        if skipped == total:
+            raise PromptError(f"strength={strength} with {total} steps leaves none to run. Raise one of them.")
+    levels = _sigmas(pipe, call, total, tokens)
+    return Timeline(total - skipped, branches(family, call), None if levels is None else levels[skipped:])
+
+
+def branches(family: Family, call: Mapping[str, Any]) -> tuple[str, ...]:
+    """The branches of one step: all of the family's when guidance is on, else only the conditional one."""
+    guidance = family.guidance
+    on = (call.get(guidance.scale) or 1) > 1 and any(call.get(name) is not None for name in guidance.negative)
+    return guidance.calls if on else ("cond",)
+
+
+def _sigmas(pipe: DiffusionPipeline, call: Mapping[str, Any], steps: int, tokens: int | None) -> tuple[float, ...] | None:
+    """The noise levels a copy of the scheduler sets, with the helpers of the pipeline's own module."""
+    import numpy as np
+
+    module = inspect.getmodule(type(pipe))
+    shift, retrieve = getattr(module, "calculate_shift", None), getattr(module, "retrieve_timesteps", None)
+    scheduler = copy.deepcopy(pipe.scheduler)
+    config = scheduler.config
+    if shift is None or retrieve is None or tokens is None or "shift" not in config:
+        return None
+    mu = shift(
+        tokens,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
+    levels = call.get("sigmas")
+    levels = np.linspace(1.0, 1 / steps, steps) if levels is None else levels
+    retrieve(scheduler, steps, "cpu", sigmas=None if config.get("use_flow_sigmas") else levels, mu=mu)
+    return tuple(float(level) for level in scheduler.sigmas[:steps])
