@@ -1,0 +1,8 @@
+"""Studies: experiments on a lens whose results are data. Controls run by default, on the same seeds."""
+
+from dit_lens.studies.disruption import disruption
+from dit_lens.studies.organisation import organisation
+from dit_lens.studies.result import Result
+from dit_lens.studies.transfer import transfer
+
+__all__ = ["Result", "disruption", "organisation", "transfer"]
