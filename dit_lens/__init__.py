@@ -44,7 +44,36 @@ _WHERE = {
 }
 _MODULES = ("channels", "clusters", "errors", "families", "metrics", "ops", "plots", "studies", "toys")
 
-__all__ = [*_WHERE, *_MODULES]
+__all__ = [
+    "Add",
+    "Apply",
+    "ChannelSet",
+    "DiTLens",
+    "Family",
+    "Guidance",
+    "MeanAblate",
+    "Read",
+    "Receipt",
+    "Resample",
+    "Run",
+    "Scale",
+    "Stack",
+    "Swap",
+    "TokenMean",
+    "Zero",
+    "channels",
+    "clusters",
+    "compare",
+    "errors",
+    "families",
+    "metrics",
+    "ops",
+    "plots",
+    "register_family",
+    "sigma",
+    "studies",
+    "toys",
+]
 
 if TYPE_CHECKING:
     from dit_lens import channels, clusters, errors, families, metrics, ops, plots, studies, toys

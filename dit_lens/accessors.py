@@ -33,7 +33,8 @@ class Blocks:
         return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
-        return f"Blocks({len(self)}: {', '.join(f'{name} {blocks.start}-{blocks.stop - 1}' for name, blocks in self._anatomy.stacks.items())})"
+        stacks = [f"{name} {blocks.start}-{blocks.stop - 1}" for name, blocks in self._anatomy.stacks.items()]
+        return f"Blocks({len(self)}: {', '.join(stacks)})"
 
 
 class Block:
@@ -63,7 +64,9 @@ class Block:
     def _locate(self, stream: str) -> tuple[dict[str, Any], Any]:
         site = Site(self._index, stream)
         if site not in self._anatomy.sites:
-            known = [site.stream for site in self._anatomy.sites if site.block == self._index and site.point == DEFAULT_POINT]
+            known = [
+                site.stream for site in self._anatomy.sites if site.block == self._index and site.point == DEFAULT_POINT
+            ]
             raise AttributeError(f"block {self._index} has no stream {stream!r}.{nearest(stream, known)}")
         address = self._anatomy.address(site)
         return vars(address), self._model.get(address.module)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens.errors import ExecutionError
-from dit_lens.ops import Op, Read
+from dit_lens.ops import Op
 from dit_lens.receipt import Entry, Receipt
 from dit_lens.run import Reading, Run
 
@@ -23,7 +23,13 @@ BRANCHES = ("cond", "uncond")  # the order of a read of both, whatever the order
 
 
 def assemble(
-    ops: Sequence[Op], plan: Plan, when: Timeline, stores: Sequence[dict[str, Any]], outputs: Sequence[Any], spec: dict[str, Any], provenance: dict[str, Any]
+    ops: Sequence[Op],
+    plan: Plan,
+    when: Timeline,
+    stores: Sequence[dict[str, Any]],
+    outputs: Sequence[Any],
+    spec: dict[str, Any],
+    provenance: dict[str, Any],
 ) -> Run:
     """One Run out of the batches of a run."""
     clock = [(step, timestep, timestep) for step, branch, timestep in stores[0]["clock"] if branch == when.branches[0]]
@@ -67,7 +73,7 @@ def _reading(read: PlannedRead, pieces: dict[tuple, list[Tensor]], when: Timelin
 
 
 def _entries(ops: Sequence[Op], plan: Plan, touched: Sequence[tuple]) -> list[Entry]:
-    """One entry per op, site, branch and group of rows, steps ascending; norms of several batches are added in quadrature."""
+    """One entry per op, site, branch and group of rows, steps ascending; norms of batches add in quadrature."""
     squares: dict[tuple, dict[int, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
     for op, site, step, branch, shape, group, before, after in touched:
         line = squares[op, site, branch, group][step]
@@ -104,4 +110,7 @@ def _check_fired(ops: Sequence[Op], plan: Plan, pieces: dict[tuple, list[Tensor]
         seen[op].update((site, step, branch, i) for i in range(len(values)))
     for op, planned in plan.visits.items():
         if len(seen[op]) < planned:
-            raise ExecutionError(f"ops[{op}], {ops[op]!r}, fired {len(seen[op])} times instead of {planned}. Nothing was kept of this run.")
+            raise ExecutionError(
+                f"ops[{op}], {ops[op]!r}, fired {len(seen[op])} times instead of {planned}. "
+                "Nothing was kept of this run."
+            )

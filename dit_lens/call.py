@@ -17,8 +17,11 @@ OUTPUTS = ("pil", "latent")
 
 @dataclass(frozen=True)
 class Call:
-    """prompts: one per prompt row, or None when embeddings are given. seeds: one per picture, or None with a generator of
-    the user's own. arguments: everything else the pipeline is called with. rows: pictures in the batch."""
+    """One checked call of the pipeline.
+
+    prompts: one per prompt row, or None when embeddings are given. seeds: one per picture, or None with a generator of
+    the user's own. arguments: everything else the pipeline is called with. rows: pictures in the batch.
+    """
 
     prompts: tuple[str, ...] | None
     seeds: tuple[int, ...] | None
@@ -43,7 +46,10 @@ class Call:
     def part(self, prompts: range) -> Call:
         """The same call for some of its prompts."""
         if self.prompts is None or self.seeds is None:
-            raise PromptError("batch_size= splits lists of prompts with a seed. Leave it out when passing prompt_embeds= or generator=.")
+            raise PromptError(
+                "batch_size= splits lists of prompts with a seed. "
+                "Leave it out when passing prompt_embeds= or generator=."
+            )
         n = self.images_per_prompt
         arguments = {
             name: [value[i] for i in prompts] if _per_prompt(name) and isinstance(value, list) else value
@@ -75,12 +81,20 @@ def prepare(
     prompts = _prompts(prompt, arguments)
     count = len(arguments["prompt_embeds"]) if prompts is None else len(prompts)
     steps = num_inference_steps if num_inference_steps is not None else arguments.get("num_inference_steps")
-    arguments["num_inference_steps"] = _positive("num_inference_steps", signature["num_inference_steps"].default if steps is None else steps)
+    arguments["num_inference_steps"] = _positive(
+        "num_inference_steps", signature["num_inference_steps"].default if steps is None else steps
+    )
     for name, value in arguments.items():
         if _per_prompt(name) and isinstance(value, str):
             arguments[name] = [value] * count
     if vocabulary is not None:
-        _check_words([*(prompts or ()), *(text for name, value in arguments.items() if _per_prompt(name) for text in value or ())], vocabulary)
+        _check_words(
+            [
+                *(prompts or ()),
+                *(text for name, value in arguments.items() if _per_prompt(name) for text in value or ()),
+            ],
+            vocabulary,
+        )
     rows = count * _positive("num_images_per_prompt", arguments.get("num_images_per_prompt") or 1)
     seeds = None if "generator" in call else _seeds(seed, count, rows)
     return Call(None if prompts is None else tuple(prompts), seeds, arguments, rows)
@@ -96,7 +110,10 @@ def _check_arguments(pipeline: str, signature: Mapping[str, Any], call: Mapping[
     if "generator" in call and seed is not None:
         raise PromptError("seed= and generator= both fix the noise. Pass one of them.")
     if call.get("output_type", "pil") not in OUTPUTS:
-        raise PromptError(f"output_type={call['output_type']!r} is not kept by a Run.{nearest(str(call['output_type']), OUTPUTS)} For arrays, use numpy.asarray(run.images[0]).")
+        raise PromptError(
+            f"output_type={call['output_type']!r} is not kept by a Run.{nearest(str(call['output_type']), OUTPUTS)} "
+            "For arrays, use numpy.asarray(run.images[0])."
+        )
 
 
 def _prompts(prompt: str | Sequence[str] | None, arguments: Mapping[str, Any]) -> list[str] | None:
@@ -119,7 +136,9 @@ def _check_words(texts: Sequence[str], vocabulary: Sequence[str]) -> None:
     for text in texts:
         for word in text.lower().split():
             if word not in vocabulary:
-                raise PromptError(f"{word!r} in {text!r} is not a word this toy has learnt.{nearest(word, vocabulary, 'It knows')}")
+                raise PromptError(
+                    f"{word!r} in {text!r} is not a word this toy has learnt.{nearest(word, vocabulary, 'It knows')}"
+                )
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int, rows: int) -> tuple[int, ...]:
@@ -130,7 +149,9 @@ def _seeds(seed: int | Sequence[int] | None, count: int, rows: int) -> tuple[int
         seed = int(torch.randint(2**31 - 1, ()))
     if isinstance(seed, Sequence):
         if len(seed) != rows:
-            raise PromptError(f"seed= lists {len(seed)} seeds for {rows} pictures. Give one integer for all, or one seed per picture.")
+            raise PromptError(
+                f"seed= lists {len(seed)} seeds for {rows} pictures. Give one integer for all, or one seed per picture."
+            )
         return tuple(_seed(one) for one in seed)
     return tuple(_seed(seed) + j for _ in range(count) for j in range(rows // count))
 

@@ -107,7 +107,7 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
 
     def get(self, site: object, default: Any = None, /) -> Any:
         """The channels of a site, or ``default`` when the set has no such site."""
-        return next((chosen for name, chosen in self.channels.items() if name == site), default)
+        return self.channels[site] if isinstance(site, str) and site in self.channels else default
 
     @property
     def k(self) -> int | dict[str, int]:
@@ -218,16 +218,16 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
                     f"same size. Take k of at most {len(scores) // 2}: .take({len(scores) // 2})."
                 )
             wanted = float(energy[list(top)].sum())
-            drawn = outside[_match_sum(energy[outside], wanted, len(top), rng)]
-            found = float(energy[drawn].sum())
+            drawn = set(outside[_match_sum(energy[outside], wanted, len(top), rng)].tolist())
+            found = float(energy[list(drawn)].sum())
             ratios[site] = 1.0 if found == wanted else found / wanted if wanted else float("inf")
-            chosen[site] = tuple(c for c in _order(scores, descending=True) if c in set(drawn.tolist()))
+            chosen[site] = tuple(c for c in _order(scores, descending=True) if c in drawn)
         off = [site for site, ratio in ratios.items() if not ENERGY_TOLERANCE <= ratio <= 1 / ENERGY_TOLERANCE]
         notes = [f"distinct channels touched: {_distinct(chosen)}, by the set itself: {_distinct(self.channels)}"]
         if off:
             worst = min(off, key=lambda site: ratios[site])
-            found = f"{worst} reaches {ratios[worst]:.3g} of its set's"
-            notes.insert(0, f"energy unmatched at {len(off)} of {len(self)} sites; {found}")
+            reach = f"{worst} reaches {ratios[worst]:.3g} of its set's"
+            notes.insert(0, f"energy unmatched at {len(off)} of {len(self)} sites; {reach}")
         return replace(self, channels=chosen, arm="energy-matched", matched=not off, note="; ".join(notes))
 
     # What the set is like.
@@ -590,21 +590,19 @@ def _random_map(
 def _match_sum(energy: np.ndarray, wanted: float, k: int, rng: np.random.Generator) -> np.ndarray:
     """Indices of k of ``energy`` [m] whose sum is near ``wanted``: a random one of the best draws."""
     order = np.argsort(energy, kind="stable")
-    weakest, strongest = order[:k], order[len(order) - k :]
-    if wanted >= energy[strongest].sum():
-        return strongest
-    if wanted <= energy[weakest].sum():
-        return weakest
+    if wanted >= energy[order[len(order) - k :]].sum():
+        return order[len(order) - k :]
     draws = np.arange(_DRAWS)
     taken = np.zeros((_DRAWS, len(energy)), dtype=bool)
     picks = np.zeros((_DRAWS, k), dtype=np.int64)
     total = np.zeros(_DRAWS)
-    # Every draw splits the wanted energy its own way over the k channels, largest part first, and takes for each part
-    # the free channel nearest to it, carrying what is missing over to the next. Then each channel in turn is exchanged
-    # for the one that closes the gap best.
-    parts = -np.sort(-rng.dirichlet(np.ones(k), size=_DRAWS), axis=1)
+    # Every draw splits the wanted energy its own way over the k channels, from nearly all in one (a single dominant
+    # channel may be what is needed) to nearly even. It takes for each part the free channel nearest to it, carrying
+    # what is missing over to the next. Then each in turn is exchanged for the channel that closes the gap best.
+    evenness = np.logspace(-2, 1, _DRAWS)[:, None]
+    parts = rng.gamma(evenness, size=(_DRAWS, k)) + 1e-9  # so that no rest of them sums to 0
     remaining = np.cumsum(parts[:, ::-1], axis=1)[:, ::-1]  # what this and later parts add up to
-    for sweep in range(3):
+    for sweep in range(2):
         for p in range(k):
             if sweep == 0:
                 aim = (wanted - total) * parts[:, p] / remaining[:, p]

@@ -202,7 +202,7 @@ def chance_iou(truth: Any, size: int) -> float:
         raise OpError(f"A random mask of {size} pixels was asked, and the truth has {total}. Choose from 0 to {total}.")
     if true + size == 0:
         return 1.0
-    overlap = np.arange(max(0, true + size - total), min(true, size) + 1)
+    overlap = np.arange(min(true, size) + 1)
     return float(hypergeom.pmf(overlap, total, true, size) @ (overlap / (true + size - overlap)))
 
 

@@ -21,8 +21,11 @@ HEADROOM = 0.8  # share of the free memory that reads may fill
 
 @dataclass(frozen=True)
 class Cost:
-    """bytes: in all. reads: for every read its text, sites, and bytes. complete: False where the pipeline alone knows the
-    number of tokens, so that the true cost is larger."""
+    """What the reads of a run would keep.
+
+    bytes: in all. reads: for every read its text, sites, and bytes. complete: False where the pipeline alone knows the
+    number of tokens, so that the true cost is larger.
+    """
 
     bytes: int
     reads: tuple[tuple[str, int, int], ...]
@@ -39,7 +42,7 @@ class Cost:
         return "\n".join([f"Cost: {human(self.bytes)} of reads{'' if self.complete else ' at least'}", *lines])
 
 
-def cost_of(plan: Plan, ops: Sequence[Op], anatomy: Anatomy, rows: int, dtype: torch.dtype) -> Cost:
+def cost_of(plan: Plan, ops: Sequence[Op], anatomy: Anatomy, dtype: torch.dtype) -> Cost:
     """Adds up what every read of a plan will hold in main memory."""
     grid = plan.program["grid"]
     lines, complete = [], True
@@ -57,8 +60,9 @@ def check_fits(cost: Cost) -> None:
     free = psutil.virtual_memory().available
     if cost.bytes > HEADROOM * free:
         raise OpError(
-            f"the reads of this run would keep {human(cost.bytes)}, but only {human(free)} of memory are free. Reduce tokens at the source "
-            "(reduce='|mean|'), choose channels= or tokens=, fewer steps= or sites, or run fewer prompts at once."
+            f"the reads of this run would keep {human(cost.bytes)}, but only {human(free)} of memory are free. "
+            "Reduce tokens at the source (reduce='|mean|'), choose channels= or tokens=, fewer steps= or sites, or "
+            "run fewer prompts at once."
         )
 
 
@@ -74,7 +78,9 @@ def human(size: float) -> str:
     return f"{size:.4g} {units[0]}"
 
 
-def _bytes(read: PlannedRead, anatomy: Anatomy, image_tokens: int | None, text_tokens: int | None, dtype: torch.dtype) -> tuple[int, bool]:
+def _bytes(
+    read: PlannedRead, anatomy: Anatomy, image_tokens: int | None, text_tokens: int | None, dtype: torch.dtype
+) -> tuple[int, bool]:
     from dit_lens.reduce import parse
 
     calls = len(read.steps) * len(read.branches) * len(read.rows)
@@ -94,4 +100,8 @@ def _bytes(read: PlannedRead, anatomy: Anatomy, image_tokens: int | None, text_t
 def _reduced(spec: list, channels: int) -> int:
     """How many numbers a reduction keeps of one row."""
     name, *arguments = spec
-    return {"quantile": len(arguments) * channels, "histogram": arguments[-1] * channels if arguments else 0, "topk": 2 * sum(arguments)}.get(name, channels)
+    return {
+        "quantile": len(arguments) * channels,
+        "histogram": arguments[-1] * channels if arguments else 0,
+        "topk": 2 * sum(arguments),
+    }.get(name, channels)

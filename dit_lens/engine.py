@@ -1,4 +1,4 @@
-"""The nnsight model around a pipeline, and the one function that opens a trace. All private imports of nnsight are here."""
+"""The nnsight model around a pipeline, and the one function that opens a trace; nnsight's private names stay here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import nnsight
 from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule
 
 from dit_lens.errors import ExecutionError
-from dit_lens.execute import Mismatch, execute
+from dit_lens.execute import PlanMismatchError, execute
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -26,22 +26,26 @@ class Engine:
         self.model.pipeline = pipe
         self.lock = threading.Lock()
 
-    def generate(self, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    def generate(
+        self, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any]
+    ) -> tuple[dict[str, Any], Any]:
         """Runs the pipeline under a program; returns what was stored and the pipeline's own output."""
         with self.lock:
             try:
                 store, results = traced(self.model, program, given, call)
-            except Mismatch as mismatch:
+            except PlanMismatchError as mismatch:
                 raise ExecutionError(f"{mismatch}. Nothing was kept of this run.") from mismatch
         if not results:
             raise ExecutionError(
-                f"the plan expects {len(program['calls'])} calls of the transformer, but the pipeline made {len(store['clock'])}. "
-                "Was the run interrupted, or are steps skipped by a cache or a callback?"
+                f"the plan expects {len(program['calls'])} calls of the transformer, but the pipeline made "
+                f"{len(store['clock'])}. Was the run interrupted, or are steps skipped by a cache or a callback?"
             )
         return store, results[0]
 
 
-def traced(model: DiffusionModel, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+def traced(
+    model: DiffusionModel, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any]
+) -> tuple[dict[str, Any], list[Any]]:
     """One trace, one invoke, containers saved empty and filled inside: what holds for local and for remote runs."""
     with model.generate(**call) as tracer:
         store = {"reads": {}, "touched": [], "clock": [], "grid": []}

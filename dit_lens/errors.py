@@ -27,7 +27,7 @@ class FamilyError(DitLensError, TypeError):
 
 
 class ExecutionError(DitLensError, RuntimeError):
-    """A run that did not go as planned: an op that never fired, or calls of the transformer that do not match the plan."""
+    """A run that did not go as planned: an op that never fired, or transformer calls that do not match the plan."""
 
 
 class StoreError(DitLensError, OSError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,6 @@ from dit_lens.trace import Trace
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from diffusers import DiffusionPipeline
     from torch import Tensor
 
@@ -45,7 +44,12 @@ class DiTLens:
     """Looks inside a Diffusion Transformer while it draws: read, zero or swap named channels.
 
     >>> lens = DiTLens.toy()
-    >>> run = lens.run("a big red circle left on a plain blue background", [Read("blocks.*.img", reduce="|mean|")], seed=0, num_inference_steps=2)
+    >>> run = lens.run(
+    ...     "a big red circle left on a plain blue background",
+    ...     [Read("blocks.*.img", reduce="|mean|")],
+    ...     seed=0,
+    ...     num_inference_steps=2,
+    ... )
     >>> run["blocks.3.img"].shape  # [step, row, channel]
     torch.Size([2, 1, 128])
 
@@ -74,7 +78,10 @@ class DiTLens:
 
         folder = Path(path)
         if folder.exists() and not (folder / "model_index.json").is_file():
-            raise StoreError(f"{folder} is no diffusers pipeline: it has no model_index.json. Name the folder that save_pretrained wrote.")
+            raise StoreError(
+                f"{folder} is no diffusers pipeline: it has no model_index.json. "
+                "Name the folder that save_pretrained wrote."
+            )
         try:
             pipe = DiffusionPipeline.from_pretrained(str(path), **options)
         except (OSError, ValueError) as problem:
@@ -85,7 +92,8 @@ class DiTLens:
     def toy(cls, name: str = "flux", **options: Any) -> DiTLens:
         """A small trained text-to-image DiT that comes with the library: no download, no GPU.
 
-        It draws scenes such as "a big red circle left on a checkered blue background"; ``lens.vocabulary`` lists its words.
+        It draws scenes such as "a big red circle left on a checkered blue background"; ``lens.vocabulary`` lists its
+        words.
         """
         from dit_lens.toys import path
 
@@ -104,7 +112,9 @@ class DiTLens:
         >>> DiTLens.toy().sites("double[1:3].{img,txt}")
         ['blocks.1.txt', 'blocks.1.img', 'blocks.2.txt', 'blocks.2.img']
         """
-        found: Iterable[Site] = self.anatomy.sites if pattern == "*" else match(pattern, self.anatomy.sites, self.anatomy.stacks)
+        found: Iterable[Site] = (
+            self.anatomy.sites if pattern == "*" else match(pattern, self.anatomy.sites, self.anatomy.stacks)
+        )
         return [site.name for site in found]
 
     def to_str_tokens(self, prompt: str) -> list[str]:
@@ -140,7 +150,7 @@ class DiTLens:
         """
         ops = [ops] if isinstance(ops, Op) else list(ops)
         prepared, when, plan = self._plan(prompt, ops, seed=seed, num_inference_steps=num_inference_steps, **call)
-        check_fits(cost_of(plan, ops, self.anatomy, prepared.rows, self.pipe.transformer.dtype))
+        check_fits(cost_of(plan, ops, self.anatomy, self.pipe.transformer.dtype))
         stores, outputs = [], []
         for part, piece in self._batches(prepared, plan, batch_size):
             store, output = self.engine.generate(piece.program, piece.given, part.keywords())
@@ -151,7 +161,9 @@ class DiTLens:
     def run_spec(self, spec: Mapping[str, Any]) -> Run:
         """Runs what a saved run's ``spec`` describes."""
         if unsaved(spec):
-            raise PromptError(f"this run was made with values that JSON cannot keep, so it cannot be repeated from its spec: {spec}.")
+            raise PromptError(
+                f"this run was made with values that JSON cannot keep, so it cannot be repeated from its spec: {spec}."
+            )
         call = {name: value for name, value in spec["call"].items() if name != "num_inference_steps"}
         ops = [from_json(op) for op in spec["ops"]]
         steps = spec["call"]["num_inference_steps"]
@@ -160,7 +172,9 @@ class DiTLens:
     def trace(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Trace:
         """The same as :meth:`run`, written as a ``with`` block that collects ops; it runs when the block ends.
 
-        >>> with DiTLens.toy().trace("a big red circle left on a plain blue background", seed=0, num_inference_steps=2) as t:
+        >>> with DiTLens.toy().trace(
+        ...     "a big red circle left on a plain blue background", seed=0, num_inference_steps=2
+        ... ) as t:
         ...     h = t.read("blocks.-1.img", channels=[5])
         >>> h["blocks.7.img"].grid().shape  # [step, row, h, w, channel]
         torch.Size([2, 1, 16, 16, 1])
@@ -171,15 +185,22 @@ class DiTLens:
         """How many bytes the reads of a run would keep; nothing is run. Takes what :meth:`run` takes."""
         ops = [ops] if isinstance(ops, Op) else list(ops)
         call.pop("batch_size", None)
-        prepared, _, plan = self._plan(prompt, ops, **call)
-        return cost_of(plan, ops, self.anatomy, prepared.rows, self.pipe.transformer.dtype)
+        *_, plan = self._plan(prompt, ops, **call)
+        return cost_of(plan, ops, self.anatomy, self.pipe.transformer.dtype)
 
-    def run_with_cache(self, prompt: str | Sequence[str], names_filter: Pattern = "blocks.*.img", **call: Any) -> tuple[list[Any], Run]:
+    def run_with_cache(
+        self, prompt: str | Sequence[str], names_filter: Pattern = "blocks.*.img", **call: Any
+    ) -> tuple[list[Any], Run]:
         """Pictures, and a run that holds the sites of ``names_filter``: the form TransformerLens users know."""
         run = self.run(prompt, [Read(names_filter)], **call)
         return run.images, run
 
-    def run_with_hooks(self, prompt: str | Sequence[str], fwd_hooks: Sequence[tuple[str, Callable[[Tensor, Any], Tensor | None]]], **call: Any) -> Run:
+    def run_with_hooks(
+        self,
+        prompt: str | Sequence[str],
+        fwd_hooks: Sequence[tuple[str, Callable[[Tensor, Any], Tensor | None]]],
+        **call: Any,
+    ) -> Run:
         """Runs with functions ``fn(tensor, hook)`` at sites; what a function returns replaces the tensor.
 
         ``hook`` has ``name``, ``step``, ``timestep``, ``sigma`` and ``branch``. The same as ``Apply(site, fn=fn)``.
@@ -200,12 +221,14 @@ class DiTLens:
     ) -> ChannelSet:
         """The k channels of each site with the largest score, averaged over prompts and steps (arXiv 2605.13974).
 
-        >>> massive = DiTLens.toy().massive_channels("a big red circle left on a plain blue background", k=4, seed=0, num_inference_steps=2)
+        >>> massive = DiTLens.toy().massive_channels(
+        ...     "a big red circle left on a plain blue background", k=4, seed=0, num_inference_steps=2
+        ... )
         >>> len(massive["blocks.3.img"])
         4
 
-        score: any reduction that gives one number per channel: "|mean|" (the paper's), "mean|x|", "rms", "max", "p99.9".
-        steps: which denoising steps count; all by default. Conditional branch only.
+        score: any reduction that gives one number per channel: "|mean|" (the paper's), "mean|x|", "rms", "max",
+        "p99.9". steps: which denoising steps count; all by default. Conditional branch only.
         """
         from dit_lens.channels import top_channels
 
@@ -220,7 +243,14 @@ class DiTLens:
         return top_channels(scores, energy, k, score)
 
     def subject_mask(
-        self, prompt: str, channels: ChannelSet | None = None, *, k: int = 12, block: int | None = None, steps: Steps = -1, **call: Any
+        self,
+        prompt: str,
+        channels: ChannelSet | None = None,
+        *,
+        k: int = 12,
+        block: int | None = None,
+        steps: Steps = -1,
+        **call: Any,
     ) -> np.ndarray:
         """Where the subject is, bool [h, w] on the token grid: K-means (K = 2) of one block's massive channels.
 
@@ -238,9 +268,10 @@ class DiTLens:
 
     @property
     def nnsight(self) -> Any:
-        """The stock nnsight model, for traces of your own: ``with lens.nnsight.generate(prompt, num_inference_steps=4):``.
+        """The stock nnsight model, for traces of your own.
 
-        Inside one, ``lens.blocks[3].img`` reads and assigns. Pass ``num_inference_steps``: nnsight's default is 1.
+        ``with lens.nnsight.generate(prompt, num_inference_steps=4):`` opens one, inside which ``lens.blocks[3].img``
+        reads and assigns. Pass ``num_inference_steps``: nnsight's default is 1.
         """
         return self.engine.model
 
@@ -252,18 +283,16 @@ class DiTLens:
         return Blocks(self.anatomy, self.engine.model)
 
     @contextmanager
-    def quiet(self) -> Iterator[None]:
+    def quiet(self) -> Generator[None]:
         """Without the pipeline's own progress bar, which is put back as it was."""
-        absent = object()
-        before = getattr(self.pipe, "_progress_bar_config", absent)
+        attributes, name = vars(self.pipe), "_progress_bar_config"
+        before = {name: attributes[name]} if name in attributes else {}
         self.pipe.set_progress_bar_config(disable=True)
         try:
             yield
         finally:
-            if before is absent:
-                del self.pipe._progress_bar_config
-            else:
-                self.pipe._progress_bar_config = before
+            attributes.pop(name, None)
+            attributes.update(before)
 
     def _plan(
         self,
@@ -276,11 +305,19 @@ class DiTLens:
     ) -> tuple[Call, Timeline, Plan]:
         families.refuse_unsafe(self.pipe)
         prepared = prepare(
-            self.pipe, prompt, seed=seed, num_inference_steps=num_inference_steps, defaults=self.defaults, vocabulary=self.vocabulary, call=call
+            self.pipe,
+            prompt,
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+            defaults=self.defaults,
+            vocabulary=self.vocabulary,
+            call=call,
         )
         grid = self.anatomy.planned_grid(self.pipe, prepared.arguments)
         when = timeline(self.pipe, self.family, prepared.arguments, None if grid is None else grid[0] * grid[1])
-        batch = Batch(prepared.rows, grid, self._text_tokens(prepared), lambda row, word: self._find_word(prepared, row, word))
+        batch = Batch(
+            prepared.rows, grid, self._text_tokens(prepared), lambda row, word: self._find_word(prepared, row, word)
+        )
         return prepared, when, compile_plan(ops, self.anatomy, when, batch)
 
     def _batches(self, call: Call, plan: Plan, batch_size: int | None) -> Iterator[tuple[Call, Plan]]:
@@ -299,7 +336,9 @@ class DiTLens:
             yield from tqdm(pieces, desc="batches")
 
     def _spec(self, call: Call, ops: Sequence[Op]) -> dict[str, Any]:
-        described = [{"unsaved": repr(op)} if isinstance(op, Apply) or _from_unsaved_run(op) else to_json(op) for op in ops]
+        described = [
+            {"unsaved": repr(op)} if isinstance(op, Apply) or _from_unsaved_run(op) else to_json(op) for op in ops
+        ]
         seed = None if call.seeds is None else list(call.seeds)
         prompt = None if call.prompts is None else list(call.prompts)
         return {"prompt": prompt, "seed": seed, "call": plain(call.arguments), "ops": described}
@@ -308,21 +347,32 @@ class DiTLens:
     def _tokenizer(self) -> Any:
         tokenizer = getattr(self.pipe, self.family.tokenizer, None)
         if tokenizer is None:
-            raise PromptError(f"this pipeline was loaded without {self.family.tokenizer}, so words of a prompt cannot be found. Use token indices.")
+            raise PromptError(
+                f"this pipeline was loaded without {self.family.tokenizer}, so words of a prompt cannot be found. "
+                "Use token indices."
+            )
         return tokenizer
 
     def _tokenized(self, prompt: str, length: int | None = None) -> Any:
-        length = length or self.defaults.get(self.family.text_length) or self._signature_default(self.family.text_length)
-        return self._tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True)
+        length = (
+            length or self.defaults.get(self.family.text_length) or self._signature_default(self.family.text_length)
+        )
+        return self._tokenizer(
+            prompt, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True
+        )
 
     def _find_word(self, call: Call, row: int, word: str) -> list[int]:
         """The text tokens of every occurrence of a word in the prompt of a row."""
         if call.prompts is None:
-            raise OpError(f"tokens={word!r} needs a prompt to find the word in; this run has prompt_embeds. Use token indices.")
+            raise OpError(
+                f"tokens={word!r} needs a prompt to find the word in; this run has prompt_embeds. Use token indices."
+            )
         prompt = call.prompts[row // call.images_per_prompt]
         spans = [found.span() for found in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
         offsets = self._tokenized(prompt, self._text_tokens(call))["offset_mapping"]
-        found = [i for i, (start, stop) in enumerate(offsets) if any(start < end and begin < stop for begin, end in spans)]
+        found = [
+            i for i, (start, stop) in enumerate(offsets) if any(start < end and begin < stop for begin, end in spans)
+        ]
         if not found:
             raise OpError(f"the word {word!r} is not in {prompt!r}. lens.to_str_tokens(prompt) lists its tokens.")
         return found

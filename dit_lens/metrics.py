@@ -1,7 +1,7 @@
 """How far pictures lie apart, and how sure a mean is.
 
-Pictures are PIL images, or arrays and tensors of uint8 in [0, 255] or floats in [0, 1]. All distances are on [0, 1].
-Intervals are (mean, low, high).
+Pictures are PIL images, or arrays and tensors of uint8 in [0, 255] or floats in [0, 1]. Distances are in grey
+levels, 0 to 255, whatever the pictures came as. Intervals are (mean, low, high).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from scipy.stats import norm
 
 from dit_lens.errors import OpError
 
+LEVELS = 255
+
 
 class Interval(NamedTuple):
     """An estimate with the bounds of its confidence interval; bounds are NaN where the data cannot give any."""
@@ -27,22 +29,22 @@ class Interval(NamedTuple):
 
 
 def rmse(a: Any, b: Any) -> float | np.ndarray:
-    """Root mean square difference, 0 for equal pictures, 1 for black and white.
+    """Root mean square difference in grey levels: 0 for equal pictures, 255 for black and white.
 
     >>> black, white = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)
     >>> rmse(black, white)
-    1.0
+    255.0
     >>> rmse([black, black], [black, white]).tolist()
-    [0.0, 1.0]
+    [0.0, 255.0]
 
     Returns a float for a pair of pictures and float64 [b] for two lists or two batches of four dimensions.
     a, b: pictures of one size and layout. Raises OpError when sizes, numbers or ranges differ.
     """
-    return _per_pair(a, b, _rmse)
+    return _per_pair(a, b, lambda x, y: LEVELS * _rmse(x, y))
 
 
 def psnr(a: Any, b: Any) -> float | np.ndarray:
-    """Peak signal-to-noise ratio in dB, -20 log10(rmse); infinite for equal pictures. Takes and returns as ``rmse``.
+    """Peak signal-to-noise ratio in dB, -20 log10(rmse / 255); infinite for equal pictures. Takes and returns as ``rmse``.
 
     >>> psnr(np.zeros((2, 2)), np.full((2, 2), 0.1))
     20.0
@@ -51,12 +53,12 @@ def psnr(a: Any, b: Any) -> float | np.ndarray:
 
 
 def mean_abs(a: Any, b: Any) -> float | np.ndarray:
-    """Mean absolute difference, in [0, 1]. Takes and returns as ``rmse``.
+    """Mean absolute difference in grey levels, 0 to 255. Takes and returns as ``rmse``.
 
     >>> mean_abs(np.zeros((1, 2)), np.array([[0.5, 1.0]]))
-    0.75
+    191.25
     """
-    return _per_pair(a, b, lambda x, y: float(np.abs(x - y).mean()))
+    return _per_pair(a, b, lambda x, y: LEVELS * float(np.abs(x - y).mean()))
 
 
 def bootstrap_ci(values: Any, groups: Any = None, seed: int = 0, n: int = 2000, level: float = 0.95) -> Interval:
@@ -106,10 +108,9 @@ def paired_difference_ci(a: Any, b: Any, seed: int = 0, n: int = 2000, level: fl
         raise OpError(
             f"Pairs need equal shapes, and got {first.shape} and {second.shape}. Run both arms on the same seeds."
         )
-    # Checked before subtracting: the difference of two infinite PSNRs is NaN, which names neither.
-    _check_finite(first)
-    _check_finite(second)
-    return bootstrap_ci(first - second, seed=seed, n=n, level=level)
+    with np.errstate(invalid="ignore"):  # two infinite PSNRs differ by NaN, which bootstrap_ci refuses
+        difference = first - second
+    return bootstrap_ci(difference, seed=seed, n=n, level=level)
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> Interval:

@@ -39,13 +39,16 @@ class SigmaInterval:
 
 
 def sigma(high: float, low: float) -> SigmaInterval:
-    """A span of noise levels, from ``high`` (included) down to ``low`` (excluded); pure noise is 1.0, a clean picture 0.0.
+    """A span of noise levels, from ``high`` (included) down to ``low`` (excluded): noise is 1.0, a clean picture 0.0.
 
     >>> sigma(1.0, 0.3)
     SigmaInterval(high=1.0, low=0.3)
     """
     if not 0 <= low < high:
-        raise OpError(f"sigma({high}, {low}) is empty. Noise falls during a run, so write the larger level first: sigma(1.0, 0.3).")
+        raise OpError(
+            f"sigma({high}, {low}) is empty. Noise falls during a run, so write the larger level first: sigma(1.0, "
+            "0.3)."
+        )
     return SigmaInterval(high, low)
 
 
@@ -160,13 +163,18 @@ class Apply(Op):
     fn: Callable[[Tensor, Any], Tensor | None] | None = field(default=None, kw_only=True)
 
 
-OPS: dict[str, type[Op]] = {op.__name__: op for op in (Read, Zero, Scale, Add, Swap, Resample, TokenMean, MeanAblate, Apply)}
+OPS: dict[str, type[Op]] = {
+    op.__name__: op for op in (Read, Zero, Scale, Add, Swap, Resample, TokenMean, MeanAblate, Apply)
+}
 
 
 def to_json(op: Op) -> dict[str, Any]:
     """An op as plain data; what is left at its default is left out."""
     if isinstance(op, Apply):
-        raise OpError("Apply holds a Python function, which has no JSON form. Save the results of its run instead, or use another op.")
+        raise OpError(
+            "Apply holds a Python function, which has no JSON form. "
+            "Save the results of its run instead, or use another op."
+        )
     values = {f.name: getattr(op, f.name) for f in fields(op)}
     return {"op": type(op).__name__, **{name: _plain(value) for name, value in values.items() if value is not None}}
 
@@ -194,7 +202,9 @@ def _brief(value: Any) -> str:
     if shape is not None:
         return f"<{type(value).__name__.lower()} {list(shape)}>"
     text = repr(value)
-    return text if len(text) <= 80 else f"<{type(value).__name__} of {len(value) if hasattr(value, '__len__') else '...'}>"
+    return (
+        text if len(text) <= 80 else f"<{type(value).__name__} of {len(value) if hasattr(value, '__len__') else '...'}>"
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import OpError, nearest
 from dit_lens.families import Anatomy
-from dit_lens.ops import Add, Apply, MeanAblate, Op, Read, Resample, Scale, Swap, TokenMean, Zero
+from dit_lens.ops import Add, Apply, MeanAblate, Op, Read, Resample, Scale, Swap, TokenMean
 from dit_lens.reduce import parse
 from dit_lens.sites import Site, match
 from dit_lens.sources import Values, given_values, resampled_rows
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Batch:
     """What is known of a run's batch before it starts.
 
-    rows: pictures. grid: (h, w) image tokens, None when only the pipeline knows. text_tokens: length of the text stream,
-    None when unknown. find_word: (row, word) -> its text token indices.
+    rows: pictures. grid: (h, w) image tokens, None when only the pipeline knows. text_tokens: length of the text
+    stream, None when unknown. find_word: (row, word) -> its text token indices.
     """
 
     rows: int
@@ -60,9 +60,12 @@ class PlannedRead:
 
 @dataclass
 class Plan:
-    """program: plain data for the executor. given: tensors and functions it refers to by key. reads: see PlannedRead.
+    """Ops laid out for one run.
+
+    program: plain data for the executor. given: tensors and functions it refers to by key. reads: see PlannedRead.
     visits: for every op, how often it will be carried out. selections: (op, site, group) -> rows, tokens, channels.
-    text_tokens: length of the text stream, where known."""
+    text_tokens: length of the text stream, where known.
+    """
 
     program: dict[str, Any]
     given: dict[str, Any]
@@ -77,27 +80,36 @@ def compile_plan(ops: Sequence[Op], anatomy: Anatomy, timeline: Timeline, batch:
     compiler = _Compiler(anatomy, timeline, batch)
     for number, op in enumerate(ops):
         if not isinstance(op, Op):
-            raise OpError(f"ops[{number}] is a {type(op).__name__}, not an op. Ops are Read, Zero, Swap, Scale, Add, TokenMean, MeanAblate, Resample, Apply.")
+            raise OpError(
+                f"ops[{number}] is a {type(op).__name__}, not an op. "
+                "Ops are Read, Zero, Swap, Scale, Add, TokenMean, MeanAblate, Resample, Apply."
+            )
         compiler.add(number, op)
     return compiler.finish()
 
 
 def narrowed(plan: Plan, rows: range) -> Plan:
     """The part of a plan that concerns some rows of the batch, with those rows numbered from 0."""
-    calls = [[[module, side, _narrowed_parts(parts, rows)] for module, side, parts in visits] for visits in plan.program["calls"]]
+    calls = [
+        [[module, side, _narrowed_parts(parts, rows)] for module, side, parts in visits]
+        for visits in plan.program["calls"]
+    ]
     calls = [[visit for visit in visits if visit[2]] for visits in calls]
     return replace(plan, program={**plan.program, "rows": len(rows), "calls": calls})
 
 
 def _narrowed_parts(parts: list[dict[str, Any]], rows: range) -> list[dict[str, Any]]:
-    kept = [{**part, "actions": [a for action in part["actions"] if (a := _narrowed_action(action, rows)) is not None]} for part in parts]
+    kept = [
+        {**part, "actions": [a for action in part["actions"] if (a := _narrowed_action(action, rows)) is not None]}
+        for part in parts
+    ]
     return [part for part in kept if part["actions"]]
 
 
 def _narrowed_action(action: dict[str, Any], rows: range) -> dict[str, Any] | None:
     if action["rows"] is None and action["kind"] != "Put" and action["kind"] != "CopyRow":
         return action
-    source = action.get("source_rows")
+    source: list[int] = action.get("source_rows", [])
     chosen = action["rows"] if action["rows"] is not None else range(rows.stop)
     here = [i for i, row in enumerate(chosen) if row in rows]
     if not here:
@@ -108,8 +120,8 @@ def _narrowed_action(action: dict[str, Any], rows: range) -> dict[str, Any] | No
     if action["kind"] == "CopyRow":
         if source[0] not in rows:
             raise OpError(
-                f"batch_size puts row {source[0]}, the source of a swap, and row {chosen[here[0]]} into different batches. "
-                "Rows that exchange values must run together: raise batch_size, or place them side by side."
+                f"batch_size puts row {source[0]}, the source of a swap, and row {chosen[here[0]]} into different "
+                "batches. Rows that exchange values must run together: raise batch_size, or place them side by side."
             )
         changed["source_rows"] = [source[0] - rows.start]
     return changed
@@ -140,17 +152,32 @@ class _Compiler:
             self._read(number, op, sites, steps, groups, channels)
         for site in sites:
             for group, (rows, tokens) in enumerate(groups):
-                selection = tuple(None if chosen is None else tuple(chosen) for chosen in (rows, tokens, channels[site]))
+                selection = tuple(
+                    None if chosen is None else tuple(chosen) for chosen in (rows, tokens, channels[site])
+                )
                 self.selections[number, site.name, group] = selection
                 for branch, detail in self._details(number, op, site, steps, rows, tokens, channels[site]):
-                    action = {"op": number, "group": group, "rows": rows, "tokens": tokens, "channels": channels[site], **detail}
+                    action = {
+                        "op": number,
+                        "group": group,
+                        "rows": rows,
+                        "tokens": tokens,
+                        "channels": channels[site],
+                        **detail,
+                    }
                     self._place(action, site, steps, branch)
 
     def finish(self) -> Plan:
         calls: list[list[Any]] = [[] for _ in range(self.timeline.steps * len(self.timeline.branches))]
         for (call, site), actions in sorted(self.actions.items(), key=lambda item: (item[0][0], item[0][1].order)):
             address = self.anatomy.address(site)
-            part = {"slot": address.slot, "position": address.position, "tokens": address.tokens, "site": site.name, "actions": actions}
+            part = {
+                "slot": address.slot,
+                "position": address.position,
+                "tokens": address.tokens,
+                "site": site.name,
+                "actions": actions,
+            }
             if calls[call] and calls[call][-1][:2] == [address.module, address.side]:
                 calls[call][-1][2].append(part)
             else:
@@ -172,7 +199,16 @@ class _Compiler:
             self.actions.setdefault((call, site), []).append({**action, "at": at})
             self.visits[action["op"]] += 1
 
-    def _details(self, number: int, op: Op, site: Site, steps: list[int], rows: list[int] | None, tokens: list[int] | None, channels: list[int] | None) -> list[tuple[str, dict[str, Any]]]:
+    def _details(
+        self,
+        number: int,
+        op: Op,
+        site: Site,
+        steps: list[int],
+        rows: list[int] | None,
+        tokens: list[int] | None,
+        channels: list[int] | None,
+    ) -> list[tuple[str, dict[str, Any]]]:
         """For every branch an op touches, what its action holds beside the selection."""
         if isinstance(op, Swap | Resample | MeanAblate):
             return self._sourced(number, op, site, steps, rows, tokens, channels)
@@ -193,36 +229,77 @@ class _Compiler:
             detail["key"] = self._give(f"{number}", op.fn)
         return [(branch, detail) for branch in self.timeline.branches_of(op)]
 
-    def _sourced(self, number: int, op: Swap | Resample | MeanAblate, site: Site, steps: list[int], rows: list[int] | None, tokens: list[int] | None, channels: list[int] | None) -> list[tuple[str, dict[str, Any]]]:
+    def _sourced(
+        self,
+        number: int,
+        op: Swap | Resample | MeanAblate,
+        site: Site,
+        steps: list[int],
+        rows: list[int] | None,
+        tokens: list[int] | None,
+        channels: list[int] | None,
+    ) -> list[tuple[str, dict[str, Any]]]:
         strength = op.strength if isinstance(op, Swap) else 1.0
         if isinstance(op, Swap) and isinstance(op.source, str):
-            source = self._source_rows(op, rows)
-            return [(branch, {"kind": "CopyRow", "source_rows": source, "strength": strength}) for branch in self.timeline.branches_of(op)]
+            source = self._source_rows(op)
+            return [
+                (branch, {"kind": "CopyRow", "source_rows": source, "strength": strength})
+                for branch in self.timeline.branches_of(op)
+            ]
         source = op.mean if isinstance(op, MeanAblate) else op.source
-        wanted = Values(self.anatomy.family.name, site, steps, self.timeline, tokens, channels, self.batch, self.anatomy.channels(site))
+        wanted = Values(
+            self.anatomy.family.name,
+            site,
+            steps,
+            self.timeline,
+            tokens,
+            channels,
+            self.batch,
+            self.anatomy.channels(site),
+        )
         values = given_values(op, source, wanted)
         targets = list(range(self.batch.rows)) if rows is None else rows
         found = []
         for branch in self.timeline.branches_of(op, default=_branch_of(values)):
             tensor = values.get(branch, values.get(None))
             if tensor is None:
-                raise OpError(f"{type(op).__name__} at {site}: the source holds {', '.join(map(str, values))} only, not the {branch!r} branch. Read with branch='both', or pass branch={next(iter(values))!r}.")
+                raise OpError(
+                    f"{type(op).__name__} at {site}: the source holds {', '.join(map(str, values))} only, not the "
+                    f"{branch!r} branch. Read with branch='both', or pass branch={next(iter(values))!r}."
+                )
             source_rows = resampled_rows(op.seed, tensor.shape[1], targets) if isinstance(op, Resample) else targets
             if 1 < tensor.shape[1] <= max(source_rows):
-                raise OpError(f"{type(op).__name__} at {site}: the source has {tensor.shape[1]} rows, but row {max(source_rows)} is to be replaced. Choose rows=, or give a source of one row.")
+                raise OpError(
+                    f"{type(op).__name__} at {site}: the source has {tensor.shape[1]} rows, but row {max(source_rows)} "
+                    "is to be replaced. Choose rows=, or give a source of one row."
+                )
             key = self._give(f"{number}/{site}/{branch}", tensor)
             found.append((branch, {"kind": "Put", "key": key, "source_rows": source_rows, "strength": strength}))
         return found
 
-    def _read(self, number: int, op: Read, sites: list[Site], steps: list[int], groups: list, channels: dict[Site, list[int] | None]) -> None:
+    def _read(
+        self,
+        number: int,
+        op: Read,
+        sites: list[Site],
+        steps: list[int],
+        groups: list,
+        channels: dict[Site, list[int] | None],
+    ) -> None:
         for key in [op.name] if op.name is not None else [site.name for site in sites]:
             if key in self.names:
                 raise OpError(f"two reads are called {key!r}. Give one of them another name=.")
             self.names.add(key)
         if len({None if tokens is None else len(tokens) for _, tokens in groups}) > 1:
-            raise OpError(f"tokens={op.tokens!r} is a different number of text tokens in different rows. Read the rows one by one with rows=.")
+            raise OpError(
+                f"tokens={op.tokens!r} is a different number of text tokens in different rows. "
+                "Read the rows one by one with rows=."
+            )
         if op.branch == "both" and len(self.timeline.branches) == 1:
-            raise OpError(f"branch='both': this call has only the {self.timeline.branches[0]!r} branch, as guidance is off. Leave branch= out.")
+            raise OpError(
+                f"branch='both': this call has only the {self.timeline.branches[0]!r} branch, as guidance is off. "
+                "Leave branch= out."
+            )
         self.reads.append(
             PlannedRead(
                 op=number,
@@ -245,8 +322,14 @@ class _Compiler:
         streams = {site.stream for site in sites}
         if isinstance(op.tokens, str):
             if streams != {"txt"}:
-                raise OpError(f"tokens={op.tokens!r} names a word, which only the txt stream has; {op.site!r} is not that. Use mask= or token indices.")
-            return [([row], self.batch.find_word(row, op.tokens)) for row in (range(self.batch.rows) if rows is None else rows)]
+                raise OpError(
+                    f"tokens={op.tokens!r} names a word, which only the txt stream has; {op.site!r} is not that. "
+                    "Use mask= or token indices."
+                )
+            return [
+                ([row], self.batch.find_word(row, op.tokens))
+                for row in (range(self.batch.rows) if rows is None else rows)
+            ]
         if op.mask is not None:
             if streams != {"img"} or op.tokens is not None:
                 raise OpError("mask= chooses image tokens: use it on the img stream, and without tokens=.")
@@ -254,26 +337,38 @@ class _Compiler:
         return [(rows, self._tokens(op, streams))]
 
     def _rows(self, op: Op) -> list[int] | None:
-        return None if op.rows is None else sorted(_indices(op.rows, self.batch.rows, "row", "this run has", "pictures"))
+        return (
+            None if op.rows is None else sorted(_indices(op.rows, self.batch.rows, "row", "this run has", "pictures"))
+        )
 
     def _tokens(self, op: Op, streams: set[str]) -> list[int] | None:
         if op.tokens is None:
             return None
         sizes = [size for size in map(self.batch.tokens, streams) if size is not None]
-        return _indices(op.tokens, min(sizes, default=None), "token", f"the {' and '.join(sorted(streams))} stream has", "tokens")
+        return _indices(
+            op.tokens, min(sizes, default=None), "token", f"the {' and '.join(sorted(streams))} stream has", "tokens"
+        )
 
     def _mask(self, op: Op) -> list[int]:
         import numpy as np
 
-        mask = np.asarray(op.mask.cpu() if hasattr(op.mask, "cpu") else op.mask)
+        given: Any = op.mask
+        mask = np.asarray(given.cpu() if hasattr(given, "cpu") else given)
         if mask.ndim != 2 or (mask.dtype != bool and not np.isin(mask, (0, 1)).all()):
-            raise OpError(f"mask= must be a bool array [h, w]; it has shape {list(mask.shape)} and dtype {mask.dtype}. Threshold it first.")
+            raise OpError(
+                f"mask= must be a bool array [h, w]; it has shape {list(mask.shape)} and dtype {mask.dtype}. "
+                "Threshold it first."
+            )
         if self.batch.grid is None:
-            raise OpError("mask= needs the token grid, which this pipeline decides while it runs. Pass height= and width=, or tokens=.")
+            raise OpError(
+                "mask= needs the token grid, which this pipeline decides while it runs. "
+                "Pass height= and width=, or tokens=."
+            )
         if mask.shape != self.batch.grid:
             raise OpError(
-                f"the mask is {mask.shape[0]} x {mask.shape[1]}, but this run has a grid of {self.batch.grid[0]} x {self.batch.grid[1]} image tokens. "
-                "Resize it to the grid (dit_lens.clusters.to_grid), or change height= and width=."
+                f"the mask is {mask.shape[0]} x {mask.shape[1]}, but this run has a grid of {self.batch.grid[0]} x "
+                f"{self.batch.grid[1]} image tokens. Resize it to the grid (dit_lens.clusters.to_grid), or change "
+                "height= and width=."
             )
         return [int(token) for token in np.flatnonzero(mask)]
 
@@ -283,14 +378,21 @@ class _Compiler:
             return None
         if isinstance(chosen, Mapping):
             if site.name not in chosen:
-                raise OpError(f"channels= has no entry for {site}. It has {', '.join(list(chosen)[:8])}{' ...' if len(chosen) > 8 else ''}. Narrow the op's site to those, for instance site=list(channels).")
+                raise OpError(
+                    f"channels= has no entry for {site}. It has "
+                    f"{', '.join(list(chosen)[:8])}{' ...' if len(chosen) > 8 else ''}. "
+                    "Narrow the op's site to those, for instance site=list(channels)."
+                )
             chosen = chosen[site.name]
         return _indices(chosen, width, "channel", f"{site} has", "channels")
 
-    def _source_rows(self, op: Swap, rows: list[int] | None) -> list[int]:
+    def _source_rows(self, op: Swap) -> list[int]:
         named = re.fullmatch(r"row:(-?\d+)", str(op.source))
         if named is None:
-            raise OpError(f"source={op.source!r} is no source. Write 'row:0' for another picture of the batch, or give a Run, a tensor, or site -> tensor.")
+            raise OpError(
+                f"source={op.source!r} is no source. Write 'row:0' for another picture of the batch, or give a Run, a "
+                "tensor, or site -> tensor."
+            )
         return _indices(int(named[1]), self.batch.rows, "row", "this run has", "pictures")
 
     def _give(self, key: str, value: Any) -> str:
@@ -306,7 +408,9 @@ def _indices(asked: Any, size: int | None, what: str, owner: str, plural: str) -
     found = []
     for value in values:
         if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise OpError(f"{what} {value!r} is not an index. Use integers; a bool selection over the grid goes into mask=.")
+            raise OpError(
+                f"{what} {value!r} is not an index. Use integers; a bool selection over the grid goes into mask=."
+            )
         index = value.__index__()
         if size is not None and not -size <= index < size:
             raise OpError(f"{what} {index} does not exist: {owner} {size} {plural}, 0 to {size - 1}.")
@@ -318,7 +422,10 @@ def _indices(asked: Any, size: int | None, what: str, owner: str, plural: str) -
 
 def _checked_strength(op: Swap) -> float:
     if not 0 <= op.strength <= 1:
-        raise OpError(f"strength={op.strength} lies outside [0, 1]: 0 leaves the target as it is, 1 replaces it. To exaggerate, use Scale or Apply.")
+        raise OpError(
+            f"strength={op.strength} lies outside [0, 1]: 0 leaves the target as it is, 1 replaces it. "
+            "To exaggerate, use Scale or Apply."
+        )
     return op.strength
 
 
@@ -335,7 +442,10 @@ def _added(op: Add, site: Site, channels: list[int] | None, width: int) -> Tenso
     value = torch.as_tensor(op.value)
     size = width if channels is None else len(channels)
     if value.ndim > 1 or (value.ndim == 1 and value.shape[0] not in (1, size)):
-        raise OpError(f"Add at {site}: value has shape {list(value.shape)}; it must be a number or a vector over the {size} chosen channels.")
+        raise OpError(
+            f"Add at {site}: value has shape {list(value.shape)}; it must be a number or a vector over the {size} "
+            "chosen channels."
+        )
     return value
 
 

@@ -31,7 +31,9 @@ def describe(pipe: DiffusionPipeline, family: Family) -> dict[str, Any]:
         "dtype": str(transformer.dtype).removeprefix("torch."),
         "quantization": plain(getattr(transformer.config, "quantization_config", None)),
         "attention": str(getattr(transformer, "_attention_backend", None) or "native"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
     }

@@ -31,7 +31,11 @@ class Entry:
     after: tuple[float, ...]
 
     def __str__(self) -> str:
-        parts = (f"{_count(self.rows)} rows, {_count(self.tokens)} tokens, {_count(self.channels)} channels") if self.steps else "nothing"
+        parts = (
+            (f"{_count(self.rows)} rows, {_count(self.tokens)} tokens, {_count(self.channels)} channels")
+            if self.steps
+            else "nothing"
+        )
         norms = f"|x| {_mean(self.before):.4g} -> {_mean(self.after):.4g}" if self.steps else "strength 0"
         return f"[{self.op}] {self.kind} {self.site} ({self.branch}): {len(self.steps)} steps, {parts}, {norms}"
 
@@ -44,7 +48,10 @@ class Receipt:
 
     @property
     def table(self) -> pd.DataFrame:
-        """Columns: op, kind, site, branch, steps, rows, tokens, channels, elements (per step), before, after (mean norms)."""
+        """One line per entry.
+
+        Columns: op, kind, site, branch, steps, rows, tokens, channels, elements (per step), before, after (mean norms).
+        """
         import pandas as pd
 
         lines = [
@@ -68,17 +75,28 @@ class Receipt:
     def __repr__(self) -> str:
         shown = [str(entry) for entry in self.entries[:12]]
         more = [f"... and {len(self.entries) - 12} more (see .table)"] if len(self.entries) > 12 else []
-        return "\n".join(["Receipt: " + ("no edits" if not shown else f"{len(self.entries)} sites touched"), *shown, *more])
+        return "\n".join(
+            ["Receipt: " + ("no edits" if not shown else f"{len(self.entries)} sites touched"), *shown, *more]
+        )
 
     def _repr_html_(self) -> str:
-        return self.table.to_html(index=False, float_format="{:.4g}".format, border=0) if self.entries else "Receipt: no edits"
+        return (
+            self.table.to_html(index=False, float_format="{:.4g}".format, border=0)
+            if self.entries
+            else "Receipt: no edits"
+        )
 
     def to_json(self) -> list[dict[str, Any]]:
         return [asdict(entry) for entry in self.entries]
 
     @classmethod
     def from_json(cls, data: Iterable[dict[str, Any]]) -> Receipt:
-        return cls(tuple(Entry(**{key: tuple(value) if isinstance(value, list) else value for key, value in line.items()}) for line in data))
+        return cls(tuple(_entry_from(line) for line in data))
+
+
+def _entry_from(line: dict[str, Any]) -> Entry:
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in line.items()}
+    return Entry(**values)
 
 
 def _count(chosen: tuple[int, ...] | None) -> str:

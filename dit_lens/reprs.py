@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dit_lens.run import Run
 
 STYLE = "border-collapse:collapse;font-size:0.9em"
+PICTURE = "height:128px;margin-right:4px;image-rendering:pixelated"
 CELL = "text-align:left;padding:0.15em 0.9em 0.15em 0;vertical-align:top"
 
 
@@ -40,15 +41,22 @@ def lens_lines(lens: DiTLens) -> list[tuple[str, str]]:
 
 
 def lens_text(lens: DiTLens) -> str:
-    return "\n".join([f"DiTLens on {type(lens.pipe).__name__}", *(f"  {head:<9}{text}" for head, text in lens_lines(lens))])
+    """A lens as a terminal shows it."""
+    return "\n".join(
+        [f"DiTLens on {type(lens.pipe).__name__}", *(f"  {head:<9}{text}" for head, text in lens_lines(lens))]
+    )
 
 
 def lens_html(lens: DiTLens) -> str:
+    """A lens as a notebook shows it."""
     return f"<b>DiTLens</b> on {type(lens.pipe).__name__}{_table(lens_lines(lens))}"
 
 
 def run_html(run: Run) -> str:
-    pictures = "".join(f'<img src="{data_url(image)}" alt="picture {i}" style="height:128px;margin-right:4px;image-rendering:pixelated">' for i, image in enumerate(run.images[:8]))
+    """A run as a notebook shows it: its first pictures, and what is known of it."""
+    pictures = "".join(
+        f'<img src="{data_url(image)}" alt="picture {i}" style="{PICTURE}">' for i, image in enumerate(run.images[:8])
+    )
     more = f" and {len(run.images) - 8} more" if len(run.images) > 8 else ""
     _, *lines = repr(run).splitlines()
     return f"{pictures}{more}{_table([(line[2:10].strip(), line[10:]) for line in lines])}"
@@ -62,5 +70,8 @@ def data_url(image: Image) -> str:
 
 
 def _table(lines: list[tuple[str, str]]) -> str:
-    rows = "".join(f'<tr><th style="{CELL}">{html.escape(head)}</th><td style="{CELL}">{html.escape(text)}</td></tr>' for head, text in lines)
+    rows = "".join(
+        f'<tr><th style="{CELL}">{html.escape(head)}</th><td style="{CELL}">{html.escape(text)}</td></tr>'
+        for head, text in lines
+    )
     return f'<table style="{STYLE}">{rows}</table>'

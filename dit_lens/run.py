@@ -31,13 +31,16 @@ class SiteTensor(Tensor):
     shape_of_grid: tuple[int, int] | None
     token_axis: int | None
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch.nn.Parameter.__torch_function__
 
     def grid(self) -> Tensor:
         """The same values with tokens as [h, w]: [s, b, n, d] becomes [s, b, h, w, d]."""
         plain = self.as_subclass(Tensor)
         if self.shape_of_grid is None or self.token_axis is None:
-            raise OpError("this read has no token grid: it was reduced over tokens, narrowed to some of them, or is of the text stream.")
+            raise OpError(
+                "this read has no token grid: it was reduced over tokens, narrowed to some of them, or is of the text "
+                "stream."
+            )
         return plain.unflatten(self.token_axis, self.shape_of_grid)
 
 
@@ -45,12 +48,12 @@ class SiteTensor(Tensor):
 class Reading(Mapping[str, Tensor]):
     """One read of a run: site -> [s, b, n, d], or [s, 2, b, n, d] (cond first) when both branches were read.
 
-    After a reduction the token axis is gone: [s, b, d, ...]. steps: the indices read, of total_steps. rows, tokens (None:
-    all) and channels (by site; None: all) say which part of the tensor it is.
+    After a reduction the token axis is gone: [s, b, d, ...]. steps: the indices read, of total_steps. rows, tokens
+    (None: all) and channels (by site; None: all) say which part of the tensor it is.
     """
 
     name: str
-    values: dict[str, Tensor] = field(repr=False)
+    values: dict[str, Tensor] = field(repr=False)  # ty: ignore[incompatible-attribute-override]
     steps: tuple[int, ...]
     total_steps: int
     branches: tuple[str, ...]
@@ -86,7 +89,11 @@ class Reading(Mapping[str, Tensor]):
     def by_branch(self, site: str) -> dict[str | None, Tensor]:
         """[s, b, ...] for every branch that was read."""
         value = self.values[site]
-        return {branch: value[:, i] for i, branch in enumerate(("cond", "uncond"))} if self.both else {self.branches[0]: value}
+        return (
+            {branch: value[:, i] for i, branch in enumerate(("cond", "uncond"))}
+            if self.both
+            else {self.branches[0]: value}
+        )
 
 
 @dataclass
@@ -128,7 +135,10 @@ class Run:
             if site in reading.values:
                 return reading
         known = [name for reading in self.readings for name in reading.values]
-        raise OpError(f"the source run never read {site}.{nearest(site, known) if known else ' It holds no reads.'} Run it again with Read({site!r}).")
+        raise OpError(
+            f"the source run never read {site}.{nearest(site, known) if known else ' It holds no reads.'} Run it again "
+            f"with Read({site!r})."
+        )
 
     @property
     def timesteps(self) -> list[float]:
@@ -155,9 +165,17 @@ class Run:
         """
         import pandas as pd
 
-        frames = [_long_form(reading, site, self.sigmas) for reading in self.readings if reading.reduce for site in reading.values]
+        frames = [
+            _long_form(reading, site, self.sigmas)
+            for reading in self.readings
+            if reading.reduce
+            for site in reading.values
+        ]
         if not frames:
-            raise OpError("this run has no read that was reduced over tokens. Read with reduce='mean' (or another), or use .numpy().")
+            raise OpError(
+                "this run has no read that was reduced over tokens. "
+                "Read with reduce='mean' (or another), or use .numpy()."
+            )
         return pd.concat(frames, ignore_index=True)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -166,7 +184,11 @@ class Run:
 
         folder = Path(folder)
         with whole_folder(folder, overwrite=overwrite) as fresh:
-            tensors = {f"{i}/{site}": value.contiguous() for i, r in enumerate(self.readings) for site, value in r.values.items()}
+            tensors = {
+                f"{i}/{site}": value.contiguous()
+                for i, r in enumerate(self.readings)
+                for site, value in r.values.items()
+            }
             save_file(tensors, fresh / "reads.safetensors")
             if self.latents is not None:
                 save_file({"latents": self.latents.contiguous()}, fresh / "latents.safetensors")
@@ -187,14 +209,18 @@ class Run:
         folder = settled(folder)
         data = read_json(folder / "run.json", "a saved run")
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise StoreError(f"{folder} holds no run of format {FORMAT}. Was it written by another version of dit_lens?")
+            raise StoreError(
+                f"{folder} holds no run of format {FORMAT}. Was it written by another version of dit_lens?"
+            )
         try:
             tensors = load_file(folder / "reads.safetensors")
             latents = load_file(folder / "latents.safetensors")["latents"] if data["latents"] else None
             images = [Image.open(folder / "images" / f"{i:03d}.png").copy() for i in range(data["images"])]
             readings = [_reading_from(i, record, tensors) for i, record in enumerate(data["readings"])]
         except (OSError, KeyError, SafetensorError, UnidentifiedImageError) as damage:
-            raise StoreError(f"{folder} is incomplete or damaged: {damage}. Restore it from a copy, or run it again.") from damage
+            raise StoreError(
+                f"{folder} is incomplete or damaged: {damage}. Restore it from a copy, or run it again."
+            ) from damage
         return cls(
             images=images,
             latents=latents,
@@ -208,7 +234,7 @@ class Run:
         )
 
     def rerun(self, lens: DiTLens) -> Comparison:
-        """Runs the same prompt, seed, call and ops on a lens, and names whatever differs: ``.differences``, ``.table``."""
+        """Runs the same prompt, seed, call and ops on a lens; ``.differences`` and ``.table`` say what differs."""
         from dit_lens.compare import compare
 
         return compare(self, lens.run_spec(self.spec))
@@ -216,11 +242,16 @@ class Run:
     def reference(self) -> dict[str, str]:
         """How an op's JSON refers to this run: by the folder it was saved in."""
         if self.folder is None:
-            raise OpError("an op takes its values from a run that was not saved, so the op has no JSON form. Call run.save(folder) first.")
+            raise OpError(
+                "an op takes its values from a run that was not saved, so the op has no JSON form. "
+                "Call run.save(folder) first."
+            )
         return {"run": str(self.folder)}
 
     def _to_json(self) -> dict[str, Any]:
-        readings = [{name: value for name, value in vars(reading).items() if name != "values"} for reading in self.readings]
+        readings = [
+            {name: value for name, value in vars(reading).items() if name != "values"} for reading in self.readings
+        ]
         for record, reading in zip(readings, self.readings, strict=True):
             record["sites"] = list(reading.values)
         return {
@@ -239,7 +270,8 @@ class Run:
         prompts = self.spec.get("prompt") or ["(embeddings)"]
         made = f"{len(self.images)} pictures" if self.images else "latents"
         return (
-            f"Run: {made} of {len(prompts)} prompts, {len(self.clock)} steps, grid {self.grid[0]} x {self.grid[1]}, {self.provenance['family']}\n"
+            f"Run: {made} of {len(prompts)} prompts, {len(self.clock)} steps, grid {self.grid[0]} x {self.grid[1]}, "
+            f"{self.provenance['family']}\n"
             f"  prompt  {prompts[0]!r}{' ...' if len(prompts) > 1 else ''}\n"
             f"  seed    {self.spec.get('seed')}\n"
             f"  reads   {', '.join(self.keys()[:6]) or 'none'}{' ...' if len(self.keys()) > 6 else ''}\n"
@@ -258,7 +290,9 @@ def _array(value: Tensor) -> np.ndarray:
 
 
 def _reading_from(number: int, record: dict[str, Any], tensors: dict[str, Tensor]) -> Reading:
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name != "sites"}
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name != "sites"
+    }
     fields["channels"] = {site: None if kept is None else tuple(kept) for site, kept in record["channels"].items()}
     return Reading(values={site: tensors[f"{number}/{site}"] for site in record["sites"]}, **fields)
 

@@ -1,6 +1,8 @@
 """Names of tensors, the same for every DiT: ``blocks.{i}.{stream}.{point}``, and the patterns that select them.
 
->>> sites = [Site(i, stream, point) for i in range(4) for stream in ("img", "txt") for point in ("resid_pre", "resid_post")]
+>>> sites = [
+...     Site(i, stream, point) for i in range(4) for stream in ("img", "txt") for point in ("resid_pre", "resid_post")
+... ]
 >>> [site.name for site in match("blocks[1:3].img", sites)]
 ['blocks.1.img', 'blocks.2.img']
 >>> [site.name for site in match("blocks.-1.{img,txt}.resid_pre", sites)]
@@ -89,11 +91,20 @@ def _match_one(pattern: str, sites: Sequence[Site], stacks: Mapping[str, range])
         names = [*(f"{stack}.*.img" for stack in ranges), *(site.name for site in sites if site.block is None)]
         raise SiteError(f"no site is called {pattern!r}.{_closest(pattern, sites, names)}")
     blocks = _blocks(pattern, parts, ranges[parts["stack"]])
-    streams = _choose(pattern, "stream", parts["stream"], list(dict.fromkeys(site.stream for site in sites if site.block is not None)))
-    points = _choose(pattern, "point", parts["point"] or DEFAULT_POINT, list(dict.fromkeys(site.point for site in sites if site.block is not None)))
+    streams = _choose(
+        pattern, "stream", parts["stream"], list(dict.fromkeys(site.stream for site in sites if site.block is not None))
+    )
+    points = _choose(
+        pattern,
+        "point",
+        parts["point"] or DEFAULT_POINT,
+        list(dict.fromkeys(site.point for site in sites if site.block is not None)),
+    )
     found = [site for site in sites if site.block in blocks and site.stream in streams and site.point in points]
     if not found:
-        raise SiteError(f"{pattern!r} selects no site of this model.{_closest(pattern, sites, [site.name for site in sites][:8])}")
+        raise SiteError(
+            f"{pattern!r} selects no site of this model.{_closest(pattern, sites, [site.name for site in sites][:8])}"
+        )
     return found
 
 
@@ -101,14 +112,17 @@ def _blocks(pattern: str, parts: re.Match[str], blocks: range) -> range | list[i
     if parts["start"] is not None:
         chosen = blocks[slice(*(int(end) if end else None for end in (parts["start"], parts["stop"])))]
         if not chosen:
-            raise SiteError(f"{pattern!r} selects no block; {parts['stack']} has {len(blocks)}, numbered 0 to {len(blocks) - 1}.")
+            raise SiteError(
+                f"{pattern!r} selects no block; {parts['stack']} has {len(blocks)}, numbered 0 to {len(blocks) - 1}."
+            )
         return chosen
     index = parts["bracket"] or parts["index"]
     if index == "*":
         return blocks
     if not -len(blocks) <= int(index) < len(blocks):
         raise SiteError(
-            f"{pattern!r} asks for block {index}, but {parts['stack']} has {len(blocks)}: 0 to {len(blocks) - 1}, or -1 for the last."
+            f"{pattern!r} asks for block {index}, but {parts['stack']} has {len(blocks)}: 0 to {len(blocks) - 1}, or "
+            "-1 for the last."
         )
     return [blocks[int(index)]]
 

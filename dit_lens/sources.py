@@ -43,10 +43,15 @@ def given_values(op: Op, source: Any, wanted: Values) -> dict[str | None, Tensor
         return _from_run(op, source, wanted)
     if isinstance(source, Mapping):
         if wanted.text not in source:
-            raise OpError(f"{type(op).__name__}: the source has no tensor for {wanted.text}.{nearest(wanted.text, source)}")
+            raise OpError(
+                f"{type(op).__name__}: the source has no tensor for {wanted.text}.{nearest(wanted.text, source)}"
+            )
         source = source[wanted.text]
     if not hasattr(source, "shape"):
-        raise OpError(f"{type(op).__name__} at {wanted.text}: {type(source).__name__} is no source. Give a Run, a tensor, or a mapping site -> tensor.")
+        raise OpError(
+            f"{type(op).__name__} at {wanted.text}: {type(source).__name__} is no source. "
+            "Give a Run, a tensor, or a mapping site -> tensor."
+        )
     return {None: _fitted(op, source, wanted)}
 
 
@@ -60,24 +65,42 @@ def resampled_rows(seed: int, available: int, targets: list[int]) -> list[int]:
 
 def _from_run(op: Op, run: Any, wanted: Values) -> dict[str | None, Tensor]:
     if run.provenance["family"] != wanted.family:
-        raise OpError(f"{type(op).__name__}: the source run is of {run.provenance['family']}, this model is {wanted.family}. Channels of one family mean nothing in another.")
+        raise OpError(
+            f"{type(op).__name__}: the source run is of {run.provenance['family']}, this model is {wanted.family}. "
+            "Channels of one family mean nothing in another."
+        )
     reading = run.reading(wanted.text)
     if isinstance(op, MeanAblate):
         if reading.reduce != "mean":
-            raise OpError(f"MeanAblate needs a run that read {wanted.text} with reduce='mean'; this one was read with reduce={reading.reduce!r}.")
+            raise OpError(
+                f"MeanAblate needs a run that read {wanted.text} with reduce='mean'; this one was read with "
+                f"reduce={reading.reduce!r}."
+            )
         values = reading.by_branch(wanted.text)
-        return {branch: _picked(op, value.mean(1, keepdim=True).unsqueeze(2), reading, wanted) for branch, value in values.items()}
+        return {
+            branch: _picked(op, value.mean(1, keepdim=True).unsqueeze(2), reading, wanted)
+            for branch, value in values.items()
+        }
     if reading.reduce is not None:
-        raise OpError(f"{type(op).__name__}: the source run kept {wanted.text} only as reduce={reading.reduce!r}. Read it without reduce= to swap it.")
+        raise OpError(
+            f"{type(op).__name__}: the source run kept {wanted.text} only as reduce={reading.reduce!r}. "
+            "Read it without reduce= to swap it."
+        )
     if wanted.site.stream == "img" and wanted.batch.grid not in (None, run.grid):
-        raise OpError(f"{type(op).__name__}: the source run has a grid of {run.grid[0]} x {run.grid[1]} tokens, this one {wanted.batch.grid[0]} x {wanted.batch.grid[1]}. Run both at one size.")
+        raise OpError(
+            f"{type(op).__name__}: the source run has a grid of {run.grid[0]} x {run.grid[1]} tokens, this one "
+            f"{wanted.batch.grid[0]} x {wanted.batch.grid[1]}. Run both at one size."
+        )
     return {branch: _picked(op, value, reading, wanted) for branch, value in reading.by_branch(wanted.text).items()}
 
 
 def _picked(op: Op, value: Tensor, reading: Any, wanted: Values) -> Tensor:
     """The steps, tokens and channels an op wants, out of what a run has read."""
     if reading.total_steps != wanted.timeline.steps:
-        raise OpError(f"{type(op).__name__}: the source run has {reading.total_steps} steps, this one {wanted.timeline.steps}. Use the same num_inference_steps.")
+        raise OpError(
+            f"{type(op).__name__}: the source run has {reading.total_steps} steps, this one {wanted.timeline.steps}. "
+            "Use the same num_inference_steps."
+        )
     value = value[_positions(op, wanted, wanted.steps, reading.steps, "steps")]
     channels = list(range(wanted.width)) if wanted.channels is None else wanted.channels
     if reading.channels[wanted.text] is not None:
@@ -86,7 +109,11 @@ def _picked(op: Op, value: Tensor, reading: Any, wanted: Values) -> Tensor:
         value = value[..., channels]
     if value.shape[2] == 1 or (reading.tokens is None and wanted.tokens is None):
         return value
-    tokens = list(range(wanted.batch.tokens(wanted.site.stream) or value.shape[2])) if wanted.tokens is None else wanted.tokens
+    tokens = (
+        list(range(wanted.batch.tokens(wanted.site.stream) or value.shape[2]))
+        if wanted.tokens is None
+        else wanted.tokens
+    )
     return value[:, :, tokens if reading.tokens is None else _positions(op, wanted, tokens, reading.tokens, "tokens")]
 
 
@@ -94,7 +121,10 @@ def _positions(op: Op, wanted: Values, asked: list[int], kept: Any, what: str) -
     place = {index: i for i, index in enumerate(kept)}
     missing = [index for index in asked if index not in place]
     if missing:
-        raise OpError(f"{type(op).__name__}: the source run read {wanted.text} without {what} {_some(missing)}; it has {_some(list(kept))}. Read more, or narrow {what}=.")
+        raise OpError(
+            f"{type(op).__name__}: the source run read {wanted.text} without {what} {_some(missing)}; it has "
+            f"{_some(list(kept))}. Read more, or narrow {what}=."
+        )
     return [place[index] for index in asked]
 
 
@@ -110,7 +140,10 @@ def _fitted(op: Op, source: Tensor, wanted: Values) -> Tensor:
     if isinstance(op, MeanAblate) and tensor.ndim == 2:  # [step, channel]
         tensor = tensor[:, None, None]
     if not 1 <= tensor.ndim <= 4:
-        raise OpError(f"{type(op).__name__} at {wanted.text}: a source tensor is [step, row, token, channel] or its last axes; this one has {tensor.ndim}.")
+        raise OpError(
+            f"{type(op).__name__} at {wanted.text}: a source tensor is [step, row, token, channel] or its last axes; "
+            f"this one has {tensor.ndim}."
+        )
     tensor = tensor.reshape(*(1,) * (4 - tensor.ndim), *tensor.shape)
     all_tokens = wanted.batch.tokens(wanted.site.stream)
     tensor = _axis(op, tensor, 3, wanted.channels, wanted.width, wanted, "channels")
@@ -119,7 +152,9 @@ def _fitted(op: Op, source: Tensor, wanted: Values) -> Tensor:
     return _axis(op, tensor, 0, wanted.steps, wanted.timeline.steps, wanted, "steps")
 
 
-def _axis(op: Op, tensor: Tensor, axis: int, chosen: list[int] | None, full: int | None, wanted: Values, what: str) -> Tensor:
+def _axis(
+    op: Op, tensor: Tensor, axis: int, chosen: list[int] | None, full: int | None, wanted: Values, what: str
+) -> Tensor:
     size = tensor.shape[axis]
     if size == 1 or (chosen is None and full in (None, size)) or (chosen is not None and size == len(chosen)):
         return tensor
@@ -128,4 +163,7 @@ def _axis(op: Op, tensor: Tensor, axis: int, chosen: list[int] | None, full: int
 
         return tensor.index_select(axis, torch.tensor(chosen))
     allowed = sorted({1, *([len(chosen)] if chosen is not None else []), *([full] if full is not None else [])})
-    raise OpError(f"{type(op).__name__} at {wanted.text}: the source has shape {list(tensor.shape)} as [step, row, token, channel]; {what} may be {' or '.join(map(str, allowed))}, not {size}.")
+    raise OpError(
+        f"{type(op).__name__} at {wanted.text}: the source has shape {list(tensor.shape)} as [step, row, token, "
+        f"channel]; {what} may be {' or '.join(map(str, allowed))}, not {size}."
+    )

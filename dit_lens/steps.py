@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timeline:
-    """steps: how many denoising steps run. branches: in the order of transformer calls within a step.
-    sigmas: the noise level of each step, where the scheduler tells it beforehand."""
+    """The steps of one run.
+
+    steps: how many denoising steps run. branches: in the order of transformer calls within a step.
+    sigmas: the noise level of each step, where the scheduler tells it beforehand.
+    """
 
     steps: int
     branches: tuple[str, ...]
@@ -35,8 +38,14 @@ class Timeline:
         """
         chosen = self._select(steps)
         if not chosen:
-            levels = "" if self.sigmas is None else f" with noise levels {', '.join(f'{level:.3f}' for level in self.sigmas)}"
-            raise OpError(f"steps={steps!r} selects none of the {self.steps} steps of this run (0 to {self.steps - 1}{levels}).")
+            levels = (
+                ""
+                if self.sigmas is None
+                else f" with noise levels {', '.join(f'{level:.3f}' for level in self.sigmas)}"
+            )
+            raise OpError(
+                f"steps={steps!r} selects none of the {self.steps} steps of this run (0 to {self.steps - 1}{levels})."
+            )
         return sorted(set(chosen))
 
     def _select(self, steps: Steps) -> list[int]:
@@ -45,13 +54,19 @@ class Timeline:
             return list(whole)
         if isinstance(steps, SigmaInterval):
             if self.sigmas is None:
-                raise OpError("this pipeline's noise levels are not known before it runs. Give steps= as indices or fractions instead.")
+                raise OpError(
+                    "this pipeline's noise levels are not known before it runs. "
+                    "Give steps= as indices or fractions instead."
+                )
             return [step for step in whole if steps.low < self.sigmas[step] <= steps.high]
         if isinstance(steps, slice):
             return list(whole[steps])
         if isinstance(steps, tuple) and any(isinstance(end, float) for end in steps):
             if len(steps) != 2 or not 0 <= steps[0] < steps[1] <= 1:
-                raise OpError(f"steps={steps!r} is not a span of the run. Write two fractions such as (0.0, 0.5), the end excluded.")
+                raise OpError(
+                    f"steps={steps!r} is not a span of the run. "
+                    "Write two fractions such as (0.0, 0.5), the end excluded."
+                )
             return [step for step in whole if steps[0] <= step / self.steps < steps[1]]
         return [self._index(step) for step in (steps if isinstance(steps, Sequence | range) else [steps])]
 
@@ -59,9 +74,15 @@ class Timeline:
         try:
             index = step.__index__()
         except AttributeError:
-            raise OpError(f"steps={step!r} is no step. Use an index, a list or slice of them, fractions (0.0, 0.5) or dit_lens.sigma(1.0, 0.3).") from None
+            raise OpError(
+                f"steps={step!r} is no step. Use an index, a list or slice of them, fractions (0.0, 0.5) or "
+                "dit_lens.sigma(1.0, 0.3)."
+            ) from None
         if not -self.steps <= index < self.steps:
-            raise OpError(f"step {index} does not exist: this run has {self.steps} steps, 0 to {self.steps - 1}. Raise num_inference_steps or change steps=.")
+            raise OpError(
+                f"step {index} does not exist: this run has {self.steps} steps, 0 to {self.steps - 1}. "
+                "Raise num_inference_steps or change steps=."
+            )
         return index % self.steps
 
     def branches_of(self, op: Op, default: str | None = None) -> list[str]:
@@ -72,7 +93,10 @@ class Timeline:
         if asked not in ("cond", "uncond"):
             raise OpError(f"branch={asked!r} is no branch.{nearest(str(asked), ('cond', 'uncond', 'both'))}")
         if asked not in self.branches:
-            raise OpError(f"this call has no {asked!r} branch, only {', '.join(self.branches)}: guidance is off. Pass a guidance scale above 1 and a negative prompt.")
+            raise OpError(
+                f"this call has no {asked!r} branch, only {', '.join(self.branches)}: guidance is off. "
+                "Pass a guidance scale above 1 and a negative prompt."
+            )
         return [asked]
 
 
@@ -83,8 +107,8 @@ def timeline(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any], t
     """
     if getattr(pipe.scheduler, "order", 1) != 1:
         raise FamilyError(
-            f"{type(pipe.scheduler).__name__} evaluates the model {pipe.scheduler.order} times per step, which cannot be told apart "
-            "from guidance. Use a first-order scheduler, such as FlowMatchEulerDiscreteScheduler."
+            f"{type(pipe.scheduler).__name__} evaluates the model {pipe.scheduler.order} times per step, which cannot "
+            "be told apart from guidance. Use a first-order scheduler, such as FlowMatchEulerDiscreteScheduler."
         )
     given = call.get("sigmas") if call.get("sigmas") is not None else call.get("timesteps")
     total = len(given) if given is not None else call["num_inference_steps"]
@@ -105,7 +129,9 @@ def branches(family: Family, call: Mapping[str, Any]) -> tuple[str, ...]:
     return guidance.calls if on else ("cond",)
 
 
-def _sigmas(pipe: DiffusionPipeline, call: Mapping[str, Any], steps: int, tokens: int | None) -> tuple[float, ...] | None:
+def _sigmas(
+    pipe: DiffusionPipeline, call: Mapping[str, Any], steps: int, tokens: int | None
+) -> tuple[float, ...] | None:
     """The noise levels a copy of the scheduler sets, with the helpers of the pipeline's own module."""
     import numpy as np
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from dit_lens.errors import StoreError
 
 
 @contextmanager
-def whole_folder(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
+def whole_folder(path: str | Path, *, overwrite: bool = True) -> Generator[Path]:
     """Yields an empty folder beside ``path``; when the block succeeds it takes the place of ``path``.
 
     When the block raises (Ctrl-C included) ``path`` stays as it was.
@@ -55,9 +55,11 @@ def read_json(path: str | Path, what: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StoreError(f"{path} does not exist, so there is no {what} there. Check the folder's name.") from None
+        raise StoreError(f"{path} does not exist, so {what} cannot be read from there. Check the folder's name.") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as damage:
-        raise StoreError(f"{path} is not readable as {what}: {damage}. Restore the folder or make it again.") from damage
+        raise StoreError(
+            f"{path} is not readable as {what}: {damage}. Restore the folder or make it again."
+        ) from damage
 
 
 def _beside(path: Path, mark: str) -> Path:

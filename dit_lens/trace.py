@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from dit_lens.errors import NotYetError
 from dit_lens.ops import Add, Apply, MeanAblate, Op, Read, Resample, Scale, Swap, TokenMean, Zero
@@ -28,7 +28,10 @@ class Handle(Mapping[str, "Tensor"]):
     def reading(self) -> Reading:
         """The read itself, with its steps, rows and channels."""
         if self._trace.finished is None:
-            raise NotYetError("this value does not exist yet: the run starts when the with block ends. To compute with it during the run, use t.apply(site, fn).")
+            raise NotYetError(
+                "this value does not exist yet: the run starts when the with block ends. "
+                "To compute with it during the run, use t.apply(site, fn)."
+            )
         reads = [i for i, op in enumerate(self._trace.ops) if isinstance(op, Read)]
         return self._trace.finished.readings[reads.index(self._number)]
 
@@ -62,7 +65,7 @@ class Trace:
         self.ops: list[Op] = []
         self.finished: Run | None = None
 
-    def __enter__(self) -> Trace:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

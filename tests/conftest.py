@@ -5,3 +5,47 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session", params=["true-cfg", "embedded"])
+def embedded(request):
+    """Whether guidance is embedded, as in FLUX.1-dev, or true classifier-free guidance."""
+    return request.param == "embedded"
+
+
+@pytest.fixture(scope="session")
+def lens(embedded):
+    """A lens over a tiny random FLUX of either form of guidance; its pipeline is as it was after every test."""
+    from dit_lens import DiTLens
+    from tests import pipelines
+
+    return DiTLens(pipelines.flux(embedded=embedded), defaults=pipelines.call_for(embedded))
+
+
+@pytest.fixture(scope="session")
+def plain(embedded):
+    """The same pipeline, never wrapped."""
+    from tests import pipelines
+
+    return pipelines.flux(embedded=embedded)
+
+
+@pytest.fixture(scope="session")
+def cfg_lens():
+    """A lens over a tiny random FLUX with true guidance."""
+    from dit_lens import DiTLens
+    from tests import pipelines
+
+    return DiTLens(pipelines.flux(), defaults=dict(pipelines.TRUE_CFG))
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """The trained toy."""
+    from dit_lens import DiTLens
+
+    lens = DiTLens.toy()
+    lens.pipe.set_progress_bar_config(disable=True)
+    return lens

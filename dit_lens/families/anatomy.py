@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from dit_lens.families.row import Family, Stack
 from dit_lens.sites import POINTS, STREAMS, Site
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, ModelMixin
     from torch import nn
 
 
@@ -36,15 +36,17 @@ class Address:
 class Anatomy:
     """Sites, addresses and sizes of a live transformer."""
 
-    def __init__(self, family: Family, transformer: nn.Module):
+    def __init__(self, family: Family, transformer: ModelMixin):
         self.family = family
         self.transformer = transformer
         self._places: list[tuple[Stack, int]] = []
         self.stacks: dict[str, range] = {}
         for stack in family.stacks:
             blocks = self._module(stack.path)
-            if not hasattr(blocks, "__len__"):
-                raise FamilyError(f"{family.name}: {stack.path} of {type(transformer).__name__} is not a list of blocks.")
+            if not isinstance(blocks, Sized):
+                raise FamilyError(
+                    f"{family.name}: {stack.path} of {type(transformer).__name__} is not a list of blocks."
+                )
             start = len(self._places)
             self._places += [(stack, i) for i in range(len(blocks))]
             self.stacks[stack.name] = range(start, len(self._places))
@@ -118,7 +120,9 @@ class Anatomy:
             return self.transformer.get_submodule(path)
         except AttributeError:
             parts = ", ".join(name for name, _ in self.transformer.named_children())
-            raise FamilyError(f"{self.family.name}: {type(self.transformer).__name__} has no module {path!r}; it has {parts}.") from None
+            raise FamilyError(
+                f"{self.family.name}: {type(self.transformer).__name__} has no module {path!r}; it has {parts}."
+            ) from None
 
     def _parameter(self, path: str, asked: str | int) -> tuple[str, int]:
         """Name and place of an argument of a module's forward, whose wrappers are looked through."""

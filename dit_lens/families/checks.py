@@ -1,4 +1,4 @@
-"""The check at load: what a family's row says is tried on a shrunken clone of the same class, and on the live structure."""
+"""The check at load: a family's row is tried on a shrunken clone of the same class, and on the live structure."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dit_lens.families.anatomy import Address, Anatomy
 from dit_lens.families.row import Family
 
 if TYPE_CHECKING:
+    from diffusers import ModelMixin
     from torch import Tensor, nn
 
 GRID = (2, 3)  # not square, so that a transposed grid shows
@@ -37,7 +38,7 @@ def check(anatomy: Anatomy) -> list[Check]:
 
 
 @lru_cache
-def _check_clone(family: Family, transformer: type[nn.Module]) -> tuple[Check, ...]:
+def _check_clone(family: Family, transformer: type[ModelMixin]) -> tuple[Check, ...]:
     """The row, tried on a tiny random transformer of the same class: once per process and class."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
@@ -55,7 +56,10 @@ def _chain(anatomy: Anatomy, call: dict[str, Any]) -> Check:
         for stream in ("img", "txt"):
             leaving, entering = f"blocks.{block}.{stream}", f"blocks.{block + 1}.{stream}.resid_pre"
             if {leaving, entering} <= names and not _same(seen[leaving], seen[entering]):
-                raise FamilyError(f"{anatomy.family.name}: what leaves {leaving} is not what enters block {block + 1}. Is a slot of its stack wrong?")
+                raise FamilyError(
+                    f"{anatomy.family.name}: what leaves {leaving} is not what enters block {block + 1}. "
+                    "Is a slot of its stack wrong?"
+                )
     return Check("chain", "what leaves a block enters the next one, in both streams")
 
 
@@ -64,7 +68,10 @@ def _final(anatomy: Anatomy, call: dict[str, Any]) -> Check:
     seen = _watch(anatomy, call)
     last = f"blocks.{anatomy.depth - 1}.img"
     if not _same(seen[last], seen["final.img"]) or seen["velocity"].shape[-1] != anatomy.out_width:
-        raise FamilyError(f"{anatomy.family.name}: {last} is not what enters {anatomy.family.final}. Are stacks missing or out of order?")
+        raise FamilyError(
+            f"{anatomy.family.name}: {last} is not what enters {anatomy.family.final}. "
+            "Are stacks missing or out of order?"
+        )
     return Check("final", "the last block's image tokens enter the final norm")
 
 
@@ -72,11 +79,18 @@ def _grid(anatomy: Anatomy, call: dict[str, Any]) -> Check:
     """Changing one latent token changes exactly the row-major place y w + x of the first block's input."""
     clean = _watch(anatomy, call)["blocks.0.img.resid_pre"]
     place = GRID[1] + 2
-    moved = {**call, "hidden_states": call["hidden_states"].index_add(1, torch.tensor([place]), torch.ones_like(call["hidden_states"][:, :1]))}
+    moved = {
+        **call,
+        "hidden_states": call["hidden_states"].index_add(
+            1, torch.tensor([place]), torch.ones_like(call["hidden_states"][:, :1])
+        ),
+    }
     changed = (_watch(anatomy, moved)["blocks.0.img.resid_pre"] != clean).any(-1)[0]
     _, count, grid = image_tokens(((), call), {"grid_rule": anatomy.family.grid, "grid": None})
     if changed.nonzero().flatten().tolist() != [place] or grid != GRID or count != GRID[0] * GRID[1]:
-        raise FamilyError(f"{anatomy.family.name}: image tokens are not where the rule {anatomy.family.grid!r} puts them.")
+        raise FamilyError(
+            f"{anatomy.family.name}: image tokens are not where the rule {anatomy.family.grid!r} puts them."
+        )
     return Check("grid", "image tokens lie row by row, y w + x")
 
 
@@ -85,9 +99,17 @@ def _write(anatomy: Anatomy, call: dict[str, Any]) -> Check:
     clean = _watch(anatomy, call)["velocity"]
     for block in (0, anatomy.depth - 1):
         address = anatomy.address(anatomy.site(f"blocks.{block}.img"))
-        with _hook(anatomy, address, lambda value, address=address: replaced(value, "output", vars(address), fetch(value, "output", vars(address)) + 1)):
+        with _hook(
+            anatomy,
+            address,
+            lambda value, address=address: replaced(
+                value, "output", vars(address), fetch(value, "output", vars(address)) + 1
+            ),
+        ):
             if _same(_run(anatomy, call), clean):
-                raise FamilyError(f"{anatomy.family.name}: writing blocks.{block}.img does not reach the model's output.")
+                raise FamilyError(
+                    f"{anatomy.family.name}: writing blocks.{block}.img does not reach the model's output."
+                )
     return Check("write", "a write to a block's image tokens reaches the output")
 
 
@@ -99,7 +121,9 @@ def _watch(anatomy: Anatomy, call: dict[str, Any]) -> dict[str, Tensor]:
         address = anatomy.address(site)
         module = _module(anatomy, address)
 
-        def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any, site: Any = site, address: Address = address) -> None:
+        def keep(
+            _: nn.Module, args: tuple, kwargs: dict, output: Any, site: Any = site, address: Address = address
+        ) -> None:
             value = output if address.side == "output" else (args, kwargs)
             seen[site.name] = fetch(value, address.side, vars(address))
 
@@ -107,7 +131,10 @@ def _watch(anatomy: Anatomy, call: dict[str, Any]) -> dict[str, Tensor]:
     try:
         _run(anatomy, call)
     except (IndexError, KeyError, TypeError) as problem:
-        raise FamilyError(f"{anatomy.family.name}: a block of {anatomy.family.transformer} has another output or other arguments than the family says ({problem}).") from problem
+        raise FamilyError(
+            f"{anatomy.family.name}: a block of {anatomy.family.transformer} has another output or other arguments "
+            f"than the family says ({problem})."
+        ) from problem
     finally:
         for handle in handles:
             handle.remove()
@@ -115,7 +142,7 @@ def _watch(anatomy: Anatomy, call: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _hook(anatomy: Anatomy, address: Address, change: Any) -> Any:
-    return _module(anatomy, address).register_forward_hook(lambda module, args, output: change(output))
+    return _module(anatomy, address).register_forward_hook(lambda _module, _args, output: change(output))
 
 
 def _module(anatomy: Anatomy, address: Address) -> nn.Module:
@@ -131,7 +158,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
 
-def _flux_call(transformer: nn.Module) -> dict[str, Any]:
+def _flux_call(transformer: ModelMixin) -> dict[str, Any]:
     config = transformer.config
     y, x = torch.meshgrid(*map(torch.arange, GRID), indexing="ij")
     ids = torch.stack([torch.zeros_like(y), y, x], -1).reshape(-1, 3).float()

@@ -38,7 +38,7 @@ class Guidance:
 class Family:
     """One DiT class of diffusers.
 
-    name: as its users call it. transformer: the class of the denoiser. pipelines: the pipelines this row was tried with.
+    name: as its users call it. transformer: the class of the denoiser. pipelines: those this row was tried with.
     stacks: in execution order. final: the module whose first argument is the image stream that is projected out.
     width, out_width: the hidden size and the size of a predicted token, as attributes of ``transformer.config`` or of
     the transformer. grid: the rule that finds the image tokens in a call's arguments (see execute.py).

@@ -9,7 +9,14 @@ _JOINT_INPUTS = {"img": "hidden_states", "txt": "encoder_hidden_states"}
 FLUX1 = Family(
     name="FLUX.1",
     transformer="FluxTransformer2DModel",
-    pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxFillPipeline", "FluxKontextPipeline", "FluxControlPipeline"),
+    pipelines=(
+        "FluxPipeline",
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+        "FluxFillPipeline",
+        "FluxKontextPipeline",
+        "FluxControlPipeline",
+    ),
     stacks=(
         Stack("double", "transformer_blocks", _JOINT_INPUTS, {"txt": 0, "img": 1}),
         Stack("single", "single_transformer_blocks", _JOINT_INPUTS, {"txt": 0, "img": 1}),
@@ -18,7 +25,9 @@ FLUX1 = Family(
     width="inner_dim",
     out_width="out_channels",
     grid="img_ids",
-    guidance=Guidance(("cond", "uncond"), scale="true_cfg_scale", negative=("negative_prompt", "negative_prompt_embeds")),
+    guidance=Guidance(
+        ("cond", "uncond"), scale="true_cfg_scale", negative=("negative_prompt", "negative_prompt_embeds")
+    ),
     resizing=("FluxKontextPipeline",),
     tokenizer="tokenizer_2",
     embedded="guidance_embeds",

@@ -64,7 +64,9 @@ def check_k(lens: DiTLens, site: Pattern, ks: Sequence[int]) -> None:
         width = lens.anatomy.channels(found)
         for k in ks:
             if not 1 <= k <= width // 2:
-                raise OpError(f"k={k} leaves no control of equal size: {found} has {width} channels. Choose k from 1 to {width // 2}.")
+                raise OpError(
+                    f"k={k} leaves no control of equal size: {found} has {width} channels. Choose k from 1 to {width // 2}."
+                )
 
 
 def listed(prompts: str | Sequence[str]) -> list[str]:

@@ -36,7 +36,9 @@ def disruption(
     """Zeroes the top-k channels and their controls, on the same prompts and seeds.
 
     >>> from dit_lens import DiTLens
-    >>> result = disruption(DiTLens.toy(), "a big red circle left on a plain blue background", k=4, draws=1, num_inference_steps=2)
+    >>> result = disruption(
+    ...     DiTLens.toy(), "a big red circle left on a plain blue background", k=4, draws=1, num_inference_steps=2
+    ... )
     >>> sorted(result.summary["arm"])
     ['bottom', 'energy-matched', 'no-op', 'random', 'top']
 
@@ -59,7 +61,10 @@ def disruption(
             bar.update()
             arms = [(0, Arm("no-op", 0, ()))]
             arms += [(size, arm) for size in ks for arm in control_arms(sets_of(clean, size, score), draws, seed)]
-            lines += [_line(prompt, seed, 0, "untouched", 0, **judged(judge, image, prompt)) for prompt, image in zip(prompts, clean.images, strict=True)]
+            lines += [
+                _line(prompt, seed, 0, "untouched", 0, **judged(judge, image, prompt))
+                for prompt, image in zip(prompts, clean.images, strict=True)
+            ]
             for size, arm in arms:
                 ops = _zeros(arm, site, steps)
                 edited = lens.run(prompts, ops, seed=seed, **call)
@@ -68,7 +73,20 @@ def disruption(
                     pictures |= {f"{row}/{seed}/{size}/{arm.name}": image for row, image in enumerate(edited.images)}
                 bar.update()
             pictures |= {f"{row}/{seed}/0/untouched": image for row, image in enumerate(clean.images)}
-    return _result(lens, lines, pictures, {"prompts": prompts, "k": ks, "seeds": list(seeds), "draws": draws, "score": score, "site": str(site), "steps": str(steps)})
+    return _result(
+        lens,
+        lines,
+        pictures,
+        {
+            "prompts": prompts,
+            "k": ks,
+            "seeds": list(seeds),
+            "draws": draws,
+            "score": score,
+            "site": str(site),
+            "steps": str(steps),
+        },
+    )
 
 
 def _zeros(arm: Arm, site: Pattern, steps: Steps) -> list[Zero]:
@@ -77,11 +95,17 @@ def _zeros(arm: Arm, site: Pattern, steps: Steps) -> list[Zero]:
     return [Zero(site, channels=one, rows=row, steps=steps) for row, one in enumerate(arm.sets)]
 
 
-def _measured(prompts: Sequence[str], seed: int, k: int, arm: Arm, clean: Run, edited: Run, judge: Judge | None) -> list[dict[str, Any]]:
+def _measured(
+    prompts: Sequence[str], seed: int, k: int, arm: Arm, clean: Run, edited: Run, judge: Judge | None
+) -> list[dict[str, Any]]:
     lines = []
     for row, prompt in enumerate(prompts):
         before, after = clean.images[row], edited.images[row]
-        shares = {"energy_share": np.mean(list(arm.sets[row].energy_share().values())), "matched": arm.sets[row].matched} if arm.sets else {}
+        shares = (
+            {"energy_share": np.mean(list(arm.sets[row].energy_share().values())), "matched": arm.sets[row].matched}
+            if arm.sets
+            else {}
+        )
         distance = {"rmse": float(rmse(before, after)), "psnr": float(psnr(before, after))}
         lines.append(_line(prompt, seed, k, arm.name, arm.draw, **distance, **shares, **judged(judge, after, prompt)))
     return lines
@@ -96,11 +120,16 @@ def _result(lens: DiTLens, lines: list[dict[str, Any]], pictures: dict[str, Any]
     edited = table[table["arm"] != "untouched"]
     measures = [name for name in ("rmse", "fidelity", "energy_share") if name in table]
     summary = summarise(edited, ("k", "arm"), measures)
-    notes = [f"width {lens.anatomy.width}: " + ", ".join(f"k={k} is {k / lens.anatomy.width:.1%} of the channels" for k in settings["k"])]
+    notes = [
+        f"width {lens.anatomy.width}: "
+        + ", ".join(f"k={k} is {k / lens.anatomy.width:.1%} of the channels" for k in settings["k"])
+    ]
     floor = edited.loc[edited["arm"] == "no-op", "rmse"].max()
     notes.append(f"noise floor: an edit of no channel changes pictures by rmse {floor:g}")
     if "matched" in table and not table.loc[table["arm"] == "energy-matched", "matched"].astype(bool).all():
-        notes.append("the energy of the top-k set cannot be reached by as many other channels: energy-matched falls short (see energy_share)")
+        notes.append(
+            "the energy of the top-k set cannot be reached by as many other channels: energy-matched falls short (see energy_share)"
+        )
     if "fidelity" in table:
         notes.append(f"untouched pictures: fidelity {table.loc[table['arm'] == 'untouched', 'fidelity'].mean():.3f}")
     return Result("disruption", table, summary, settings, pictures, notes=notes)

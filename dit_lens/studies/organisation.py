@@ -44,7 +44,14 @@ def organisation(
 
     >>> from dit_lens import DiTLens
     >>> whole = lambda picture, prompt: np.ones((64, 64), bool)
-    >>> result = organisation(DiTLens.toy(), "a big red circle left on a plain blue background", k=4, draws=1, masks=whole, num_inference_steps=2)
+    >>> result = organisation(
+    ...     DiTLens.toy(),
+    ...     "a big red circle left on a plain blue background",
+    ...     k=4,
+    ...     draws=1,
+    ...     masks=whole,
+    ...     num_inference_steps=2,
+    ... )
     >>> set(result.summary["arm"]) == {"top", "bottom", "random", "energy-matched"}
     True
 
@@ -57,7 +64,9 @@ def organisation(
     prompts = listed(prompts)
     check_k(lens, site, [k])
     if masks is None and judge_for(lens, prompts, None) is None:
-        raise OpError("where the subject is must be told: pass masks=, a list of bool arrays or a function of picture and prompt.")
+        raise OpError(
+            "where the subject is must be told: pass masks=, a list of bool arrays or a function of picture and prompt."
+        )
     lines: list[dict[str, Any]] = []
     pictures: dict[str, Any] = {}
     kept: dict[str, np.ndarray] = {}
@@ -67,7 +76,11 @@ def organisation(
             clean = lens.run(prompts, score_ops(site, score, step), seed=seed, **call)
             bar.update()
             arms = control_arms(sets_of(clean, k, score), draws, seed)
-            reads = [Read(site, channels=one, rows=row, steps=step, name=f"{a}/{row}") for a, arm in enumerate(arms) for row, one in enumerate(arm.sets)]
+            reads = [
+                Read(site, channels=one, rows=row, steps=step, name=f"{a}/{row}")
+                for a, arm in enumerate(arms)
+                for row, one in enumerate(arm.sets)
+            ]
             run = lens.run(prompts, reads, seed=seed, **call)
             bar.update()
             for row, (prompt, image) in enumerate(zip(prompts, clean.images, strict=True)):
@@ -81,7 +94,16 @@ def organisation(
                     found, overlays = _segmented(lens, run, f"{a}/{row}", arm, truth, method, polarity)
                     lines += [{"prompt": prompt, "seed": seed, **line} for line in found]
                     kept |= {f"{row}/{seed}/{name}": mask for name, mask in overlays.items()} if arm.draw == 0 else {}
-    settings = {"prompts": prompts, "k": k, "seeds": list(seeds), "step": step, "score": score, "method": method, "polarity": polarity, "draws": draws}
+    settings = {
+        "prompts": prompts,
+        "k": k,
+        "seeds": list(seeds),
+        "step": step,
+        "score": score,
+        "method": method,
+        "polarity": polarity,
+        "draws": draws,
+    }
     return _result(lens, lines, settings, pictures, kept, unreadable)
 
 
@@ -95,7 +117,9 @@ def _truth(masks: Masks | None, image: Image, prompt: str, row: int) -> np.ndarr
     return np.asarray(masks(image, prompt) if callable(masks) else masks[row], bool)
 
 
-def _segmented(lens: DiTLens, run: Run, name: str, arm: Arm, truth: np.ndarray, method: str, polarity: str) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+def _segmented(
+    lens: DiTLens, run: Run, name: str, arm: Arm, truth: np.ndarray, method: str, polarity: str
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     lines, overlays = [], {}
     for site, value in run[name].items():
         block = lens.anatomy.site(site).block
@@ -116,11 +140,22 @@ def _segmented(lens: DiTLens, run: Run, name: str, arm: Arm, truth: np.ndarray, 
     return lines, overlays
 
 
-def _result(lens: DiTLens, lines: list[dict[str, Any]], settings: dict[str, Any], pictures: dict[str, Any], masks: dict[str, np.ndarray], unreadable: int) -> Result:
+def _result(
+    lens: DiTLens,
+    lines: list[dict[str, Any]],
+    settings: dict[str, Any],
+    pictures: dict[str, Any],
+    masks: dict[str, np.ndarray],
+    unreadable: int,
+) -> Result:
     if not lines:
-        raise OpError("no picture could be read back, so there is no subject to compare with. Use other prompts or seeds, or pass masks=.")
+        raise OpError(
+            "no picture could be read back, so there is no subject to compare with. Use other prompts or seeds, or pass masks=."
+        )
     table = pd.DataFrame(lines)
-    summary = summarise(table, ("block", "arm"), ("iou", "chance", "degenerate")).rename(columns={"iou_low": "low", "iou_high": "high"})
+    summary = summarise(table, ("block", "arm"), ("iou", "chance", "degenerate")).rename(
+        columns={"iou_low": "low", "iou_high": "high"}
+    )
     summary = summary[["block", "arm", "n", "iou", "low", "high", "chance", "degenerate"]]
     notes = [f"k={settings['k']} is {settings['k'] / lens.anatomy.width:.1%} of {lens.anatomy.width} channels"]
     if unreadable:

@@ -24,7 +24,8 @@ FORMAT = 1
 @dataclass
 class Result:
     """study: its name. table: one line per measurement. summary: means and 95 % intervals per arm. settings: every choice
-    that was made. pictures: key -> picture. masks: key -> bool [h, w]. notes: what a reader must know."""
+    that was made. pictures: key -> picture. masks: key -> bool [h, w]. notes: what a reader must know.
+    """
 
     study: str
     table: pd.DataFrame
@@ -49,11 +50,20 @@ class Result:
             names = {key: f"{i:04d}.png" for i, key in enumerate(self.pictures)}
             for key, name in names.items():
                 self.pictures[key].save(fresh / "pictures" / name)
-            save_file({key: np.ascontiguousarray(mask) for key, mask in self.masks.items()}, fresh / "masks.safetensors")
+            save_file(
+                {key: np.ascontiguousarray(mask) for key, mask in self.masks.items()}, fresh / "masks.safetensors"
+            )
             tables = {name: _to_json(getattr(self, name)) for name in ("table", "summary")}
             write_json(
                 fresh / "result.json",
-                {"format": FORMAT, "study": self.study, **tables, "settings": self.settings, "pictures": names, "notes": self.notes},
+                {
+                    "format": FORMAT,
+                    "study": self.study,
+                    **tables,
+                    "settings": self.settings,
+                    "pictures": names,
+                    "notes": self.notes,
+                },
             )
         return Path(folder)
 
@@ -67,17 +77,29 @@ class Result:
         folder = settled(folder)
         data = read_json(folder / "result.json", "a study's result")
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise StoreError(f"{folder} holds no result of format {FORMAT}. Was it written by another version of dit_lens?")
+            raise StoreError(
+                f"{folder} holds no result of format {FORMAT}. Was it written by another version of dit_lens?"
+            )
         try:
             pictures = {key: Image.open(folder / "pictures" / name).copy() for key, name in data["pictures"].items()}
             masks = load_file(folder / "masks.safetensors")
             tables = {name: pd.DataFrame(**data[name]) for name in ("table", "summary")}
         except (OSError, KeyError, SafetensorError, UnidentifiedImageError) as damage:
-            raise StoreError(f"{folder} is incomplete or damaged: {damage}. Restore it from a copy, or run the study again.") from damage
-        return cls(data["study"], **tables, settings=data["settings"], pictures=pictures, masks=masks, notes=data["notes"])
+            raise StoreError(
+                f"{folder} is incomplete or damaged: {damage}. Restore it from a copy, or run the study again."
+            ) from damage
+        return cls(
+            data["study"], **tables, settings=data["settings"], pictures=pictures, masks=masks, notes=data["notes"]
+        )
 
     def __repr__(self) -> str:
-        return "\n".join([f"{self.study}: {len(self.table)} measurements", str(self.summary), *(f"note: {note}" for note in self.notes)])
+        return "\n".join(
+            [
+                f"{self.study}: {len(self.table)} measurements",
+                str(self.summary),
+                *(f"note: {note}" for note in self.notes),
+            ]
+        )
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<p>{note}</p>" for note in self.notes)
@@ -95,12 +117,19 @@ def summarise(table: pd.DataFrame, by: Sequence[str], measures: Sequence[str], s
         line: dict[str, Any] = dict(zip(by, key, strict=True)) | {"n": len(group)}
         for measure in measures:
             values = group[[measure, "prompt"]].dropna()
-            interval = bootstrap_ci(values[measure].to_numpy(float), groups=values["prompt"].to_numpy(), seed=seed) if len(values) else (np.nan,) * 3
+            interval = (
+                bootstrap_ci(values[measure].to_numpy(float), groups=values["prompt"].to_numpy(), seed=seed)
+                if len(values)
+                else (np.nan,) * 3
+            )
             line |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), map(float, interval), strict=True))
         lines.append(line)
     return pd.DataFrame(lines)
 
 
 def _to_json(table: pd.DataFrame) -> dict[str, Any]:
-    rows = [[None if isinstance(value, float) and np.isnan(value) else value for value in row] for row in table.astype(object).to_numpy().tolist()]
+    rows = [
+        [None if isinstance(value, float) and np.isnan(value) else value for value in row]
+        for row in table.astype(object).to_numpy().tolist()
+    ]
     return {"data": rows, "columns": list(table.columns)}

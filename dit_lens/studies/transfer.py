@@ -44,7 +44,10 @@ def transfer(
     """Moves k channels of each source into its target, X_target <- X_target (1 - M) + X_source M, and measures both sides.
 
     >>> from dit_lens import DiTLens
-    >>> pair = ("a big red circle left on a plain blue background", "a small white cross right on a plain green background")
+    >>> pair = (
+    ...     "a big red circle left on a plain blue background",
+    ...     "a small white cross right on a plain green background",
+    ... )
     >>> result = transfer(DiTLens.toy(), [pair], k=4, strengths=[1.0], masked=[False], num_inference_steps=2)
     >>> sorted(result.summary["arm"])
     ['all', 'bottom', 'energy-matched', 'random', 'top']
@@ -67,7 +70,10 @@ def transfer(
     lines: list[dict[str, Any]] = []
     pictures: dict[str, Any] = {}
     masks: dict[str, np.ndarray] = {}
-    with lens.quiet(), tqdm(total=len(seeds) * (1 + len(strengths) * len(masked) * (4 + draws)), desc="transfer") as bar:
+    with (
+        lens.quiet(),
+        tqdm(total=len(seeds) * (1 + len(strengths) * len(masked) * (4 + draws)), desc="transfer") as bar,
+    ):
         for seed in seeds:
             whole = Read(mask_site, steps=-1, name="mask")
             clean = lens.run(prompts, [*score_ops(site, score, None), whole], seed=seed, **call)
@@ -75,18 +81,42 @@ def transfer(
             sources = sets_of(clean, k, score)[::2]
             found = _masks(clean, sources, mask_site)
             masks |= {f"{pair}/{seed}": mask for pair, mask in enumerate(found)}
-            pictures |= {f"{row // 2}/{seed}/{('source', 'target')[row % 2]}": image for row, image in enumerate(clean.images)}
+            pictures |= {
+                f"{row // 2}/{seed}/{('source', 'target')[row % 2]}": image for row, image in enumerate(clean.images)
+            }
             for arm in [*control_arms(sources, draws, seed), Arm("all", 0, ())]:
                 for spatial in masked:
                     for strength in strengths:
                         ops = _swaps(arm, len(pairs), site, found if spatial else None, strength, steps, branch)
                         run = lens.run(prompts, ops, seed=seed, **call)
-                        cell = {"seed": seed, "arm": arm.name, "draw": arm.draw, "masked": spatial, "strength": strength}
+                        cell = {
+                            "seed": seed,
+                            "arm": arm.name,
+                            "draw": arm.draw,
+                            "masked": spatial,
+                            "strength": strength,
+                        }
                         lines += [{**cell, **line} for line in _measured(pairs, clean, run, found, judge)]
-                        kept = {f"{pair}/{seed}/{arm.name}/{'masked' if spatial else 'whole'}/{strength:g}": run.images[2 * pair + 1] for pair in range(len(pairs))}
+                        kept = {
+                            f"{pair}/{seed}/{arm.name}/{'masked' if spatial else 'whole'}/{strength:g}": run.images[
+                                2 * pair + 1
+                            ]
+                            for pair in range(len(pairs))
+                        }
                         pictures |= kept if arm.draw == 0 else {}
                         bar.update()
-    settings = {"pairs": pairs, "k": k, "strengths": list(strengths), "seeds": list(seeds), "draws": draws, "score": score, "site": str(site), "steps": str(steps), "branch": branch, "mask_site": mask_site}
+    settings = {
+        "pairs": pairs,
+        "k": k,
+        "strengths": list(strengths),
+        "seeds": list(seeds),
+        "draws": draws,
+        "score": score,
+        "site": str(site),
+        "steps": str(steps),
+        "branch": branch,
+        "mask_site": mask_site,
+    }
     return _result(lens, lines, settings, pictures, masks)
 
 
@@ -96,7 +126,15 @@ def _masks(clean: Run, sources: Sequence[Any], site: str) -> list[np.ndarray]:
     return [segment(tokens[2 * i][:, list(one[site])], clean.grid).mask for i, one in enumerate(sources)]
 
 
-def _swaps(arm: Arm, pairs: int, site: Pattern, masks: Sequence[np.ndarray] | None, strength: float, steps: Steps, branch: Branch) -> list[Swap]:
+def _swaps(
+    arm: Arm,
+    pairs: int,
+    site: Pattern,
+    masks: Sequence[np.ndarray] | None,
+    strength: float,
+    steps: Steps,
+    branch: Branch,
+) -> list[Swap]:
     return [
         Swap(
             site,
@@ -112,7 +150,9 @@ def _swaps(arm: Arm, pairs: int, site: Pattern, masks: Sequence[np.ndarray] | No
     ]
 
 
-def _measured(pairs: Sequence[tuple[str, str]], clean: Run, run: Run, masks: Sequence[np.ndarray], judge: Judge | None) -> list[dict[str, Any]]:
+def _measured(
+    pairs: Sequence[tuple[str, str]], clean: Run, run: Run, masks: Sequence[np.ndarray], judge: Judge | None
+) -> list[dict[str, Any]]:
     lines = []
     for i, (source, target) in enumerate(pairs):
         result, untouched = run.images[2 * i + 1], clean.images[2 * i + 1]
@@ -132,13 +172,19 @@ def _measured(pairs: Sequence[tuple[str, str]], clean: Run, run: Run, masks: Seq
 
 
 def _change(result: Image, untouched: Image, mask: np.ndarray) -> tuple[float, float]:
-    """rmse to the untouched target inside and outside the mask; NaN where a part is empty."""
+    """Rmse to the untouched target inside and outside the mask; NaN where a part is empty."""
     difference = (np.asarray(result, float) - np.asarray(untouched, float)) ** 2
     where = upsample(mask, difference.shape[:2])
     return tuple(float(np.sqrt(difference[part].mean())) if part.any() else np.nan for part in (where, ~where))
 
 
-def _result(lens: DiTLens, lines: list[dict[str, Any]], settings: dict[str, Any], pictures: dict[str, Any], masks: dict[str, np.ndarray]) -> Result:
+def _result(
+    lens: DiTLens,
+    lines: list[dict[str, Any]],
+    settings: dict[str, Any],
+    pictures: dict[str, Any],
+    masks: dict[str, np.ndarray],
+) -> Result:
     table = pd.DataFrame(lines)
     measures = ("to_source", "to_target", "inside", "outside", "says_source", "says_target")
     summary = summarise(table, ("arm", "masked", "strength"), measures)

@@ -11,7 +11,11 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 def path(name: str) -> Path:
     """The folder of a toy's pipeline."""
-    known = sorted(folder.name for folder in WEIGHTS.iterdir() if (folder / "model_index.json").is_file()) if WEIGHTS.is_dir() else []
+    known = (
+        sorted(folder.name for folder in WEIGHTS.iterdir() if (folder / "model_index.json").is_file())
+        if WEIGHTS.is_dir()
+        else []
+    )
     if name not in known:
         raise StoreError(f"there is no toy called {name!r}.{nearest(name, known)}")
     return WEIGHTS / name

@@ -18,7 +18,7 @@ WIDTH = 96
 TEXT_WIDTH = 64
 TEXT_TOKENS = 16  # a caption has ten words; the rest is the end mark and padding
 SPECIALS = ("<pad>", "<unk>", "</s>", "<s>")
-# Rectified flow spends most steps where a large flat picture is still undecided (Esser et al., arXiv 2403.03206, eq. 23).
+# Rectified flow spends most steps where a large flat picture is undecided (Esser et al., arXiv 2403.03206, eq. 23).
 SHIFT = 3.0
 
 CALL = {
@@ -101,7 +101,9 @@ def _tokenizer(template: str) -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(mark, vocabulary[mark]) for mark in ("<s>", "</s>")])
+    words.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(mark, vocabulary[mark]) for mark in ("<s>", "</s>")]
+    )
     marks = dict(zip(("pad_token", "unk_token", "eos_token", "bos_token"), SPECIALS, strict=True))
     return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=TEXT_TOKENS, **marks)
 
@@ -121,5 +123,7 @@ def velocity(pipe: FluxPipeline, latents: Tensor, sigma: Tensor, text: dict[str,
     """The predicted velocity [b, c, 2h, 2w] of noisy latents at ``sigma`` [b] in [0, 1]."""
     b, _, h, w = latents.shape
     ids = pipe._prepare_latent_image_ids(b, h // 2, w // 2, latents.device, latents.dtype)
-    predicted = pipe.transformer(hidden_states=pack(pipe, latents), timestep=sigma, img_ids=ids, return_dict=False, **text)[0]
+    predicted = pipe.transformer(
+        hidden_states=pack(pipe, latents), timestep=sigma, img_ids=ids, return_dict=False, **text
+    )[0]
     return pipe._unpack_latents(predicted, h, w, 1)

@@ -42,7 +42,13 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-POSITIONS = {"center": (32.0, 32.0), "left": (20.0, 32.0), "right": (44.0, 32.0), "top": (32.0, 20.0), "bottom": (32.0, 44.0)}  # (x, y)
+POSITIONS = {  # (x, y)
+    "center": (32.0, 32.0),
+    "left": (20.0, 32.0),
+    "right": (44.0, 32.0),
+    "top": (32.0, 20.0),
+    "bottom": (32.0, 44.0),
+}
 TEXTURES = ("plain", "striped", "checkered", "dotted")
 VALUES = {
     "size": SIZES,
@@ -77,7 +83,9 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        return f"a {self.size} {self.colour} {self.shape} {self.position} on a {self.texture} {self.background} background"
+        return (
+            f"a {self.size} {self.colour} {self.shape} {self.position} on a {self.texture} {self.background} background"
+        )
 
     @property
     def held_out(self) -> bool:
@@ -104,7 +112,10 @@ class Scene:
 
     def agreement(self, other: Scene | None) -> dict[str, bool]:
         """Attribute by attribute, whether another scene (or an unreadable picture, None) says the same."""
-        return {field.name: other is not None and getattr(self, field.name) == getattr(other, field.name) for field in fields(self)}
+        return {
+            field.name: other is not None and getattr(self, field.name) == getattr(other, field.name)
+            for field in fields(self)
+        }
 
 
 @dataclass(frozen=True)
@@ -161,7 +172,9 @@ def draw(scene: Scene, seed: int = 0) -> Drawing:
     """Draws a scene with anti-aliased edges; the seed moves and stretches the subject a little."""
     from PIL import Image
 
-    rng = np.random.default_rng([seed, *(VALUES[name].index(value) for name, value in zip(ATTRIBUTES, astuple(scene), strict=True))])
+    rng = np.random.default_rng(
+        [seed, *(VALUES[name].index(value) for name, value in zip(ATTRIBUTES, astuple(scene), strict=True))]
+    )
     x, y = np.asarray(POSITIONS[scene.position]) + rng.uniform(-JITTER, JITTER, 2)
     radius = RADII[scene.size] * (1 + rng.uniform(-STRETCH, STRETCH))
     alpha = coverage(scene.shape, x, y, radius)[..., None]
@@ -171,7 +184,8 @@ def draw(scene: Scene, seed: int = 0) -> Drawing:
 
 @functools.cache
 def palette() -> dict[str, NDArray[np.float32]]:
-    return {name: np.asarray(rgb, np.float32) / 255 for name, rgb in COLOURS.items()}
+    """The RGB of every colour, in [0, 1]."""
+    return {name: np.true_divide(rgb, 255, dtype=np.float32) for name, rgb in COLOURS.items()}
 
 
 @functools.cache
@@ -213,10 +227,13 @@ def describe(image: Image) -> Description:
     >>> str(describe(Image.new("RGB", (64, 64), "gray")))
     'unreadable (0.00)'
     """
-    pixels = np.asarray(image.convert("RGB").resize((PIXELS, PIXELS)), np.float32) / 255
+    pixels = np.true_divide(np.asarray(image.convert("RGB").resize((PIXELS, PIXELS))), 255, dtype=np.float32)
     to_subject, to_backdrop = _errors(pixels)
     total = float(((pixels - pixels.mean((0, 1))) ** 2).sum())
-    error, best = min((_refine(*candidate, to_subject, to_backdrop) for candidate in _candidates(to_subject, to_backdrop)), key=lambda found: found[0])
+    error, best = min(
+        (_refine(*candidate, to_subject, to_backdrop) for candidate in _candidates(to_subject, to_backdrop)),
+        key=lambda found: found[0],
+    )
     confidence = max(0.0, 1 - error / total) if total > 1e-3 * PIXELS**2 else 0.0
     if confidence < READABLE:
         return Description(None, confidence, np.zeros((PIXELS, PIXELS), bool))
@@ -246,21 +263,35 @@ def _templates(shape: str) -> tuple[list[tuple[float, float, float]], NDArray[np
     return placed, np.stack([coverage(shape, *where).ravel() for where in placed]).astype(np.float32)
 
 
-def _candidates(to_subject: NDArray[np.float32], to_backdrop: NDArray[np.float32]) -> Iterator[tuple[str, int, int, float, float, float]]:
+def _candidates(
+    to_subject: NDArray[np.float32], to_backdrop: NDArray[np.float32]
+) -> Iterator[tuple[str, int, int, float, float, float]]:
     """For each shape the best colour, background and place on the coarse grid."""
     for shape in SHAPES:
         placed, masks = _templates(shape)
         inside, outside = masks @ to_subject.T, to_backdrop.sum(1) - masks @ to_backdrop.T  # [c, 8], [c, 32]
         error = inside[:, :, None] + outside[:, None, :]
-        error[:, np.arange(len(_BACKDROPS)) % len(COLOURS) == np.arange(len(COLOURS))[:, None]] = np.inf  # one colour on itself
+        on_itself = np.arange(len(_BACKDROPS)) % len(COLOURS) == np.arange(len(COLOURS))[:, None]
+        error[:, on_itself] = np.inf
         place, colour, behind = np.unravel_index(error.argmin(), error.shape)
         yield (shape, int(colour), int(behind), *placed[place])
 
 
-def _refine(shape: str, colour: int, behind: int, x: float, y: float, radius: float, to_subject: NDArray[np.float32], to_backdrop: NDArray[np.float32]) -> tuple[float, tuple]:
+def _refine(
+    shape: str,
+    colour: int,
+    behind: int,
+    x: float,
+    y: float,
+    radius: float,
+    to_subject: NDArray[np.float32],
+    to_backdrop: NDArray[np.float32],
+) -> tuple[float, tuple]:
     """The least squared error around a coarse candidate, and the scene that gives it."""
     gain, base = to_subject[colour] - to_backdrop[behind], to_backdrop[behind].sum()
-    near = itertools.product(x + np.linspace(-1.5, 1.5, 5), y + np.linspace(-1.5, 1.5, 5), radius + np.linspace(-1.5, 1.5, 5))
+    near = itertools.product(
+        x + np.linspace(-1.5, 1.5, 5), y + np.linspace(-1.5, 1.5, 5), radius + np.linspace(-1.5, 1.5, 5)
+    )
     error, where = min((float(base + coverage(shape, *at).ravel() @ gain), at) for at in near)
     return error, (shape, tuple(COLOURS)[colour], _BACKDROPS[behind], *map(float, where))
 

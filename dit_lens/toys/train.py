@@ -11,7 +11,7 @@ import platform
 import time
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from dit_lens.errors import DitLensError, StoreError
 from dit_lens.store import read_json, settled, whole_folder, write_json
 from dit_lens.toys import flux
-from dit_lens.toys.scenes import ATTRIBUTES, VALUES, Scene, draw, sample_scenes
+from dit_lens.toys.scenes import ATTRIBUTES, VALUES, VOCABULARY, Scene, draw, sample_scenes
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -64,9 +64,11 @@ class Stage(Protocol):
     """What :func:`fit` needs: the parameters to train, and the loss of one batch."""
 
     name: str
-    net: nn.Module
 
-    def loss(self, scenes: list[Scene], first: int, noise: torch.Generator) -> Tensor: ...
+    @property
+    def net(self) -> nn.Module: ...
+
+    def loss(self, scenes: list[Scene], first: int, noise: torch.Generator, /) -> Tensor: ...
 
 
 class TextStage:
@@ -78,25 +80,24 @@ class TextStage:
         self.pipe = pipe
         classes = 1 + sum(len(values) for values in VALUES.values())
         width = pipe.text_encoder.config.hidden_size
+        self.word = nn.Linear(pipe.text_encoder_2.config.d_model, classes)
+        self.caption = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in VALUES.items()})
         self.net = nn.ModuleDict(
-            {
-                "clip": pipe.text_encoder,
-                "t5": pipe.text_encoder_2,
-                "word": nn.Linear(pipe.text_encoder_2.config.d_model, classes),
-                "caption": nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in VALUES.items()}),
-            }
+            {"clip": pipe.text_encoder, "t5": pipe.text_encoder_2, "word": self.word, "caption": self.caption}
         ).to(pipe.device)
 
-    def loss(self, scenes: list[Scene], first: int, noise: torch.Generator) -> Tensor:
+    def loss(self, scenes: list[Scene], _first: int, _noise: torch.Generator) -> Tensor:
         text = flux.encode(self.pipe, [scene.caption for scene in scenes])
         device = text["pooled_projections"].device
         values = torch.tensor([_indices(scene) for scene in scenes], device=device)  # [b, attribute]
         starts = torch.tensor(np.cumsum([1, *(len(v) for v in VALUES.values())])[:-1], device=device)
         labels = torch.zeros(len(scenes), flux.TEXT_TOKENS, dtype=torch.long, device=device)
         labels[:, [1, 2, 3, 4, 7, 8]] = values + starts  # where the attributes stand in a caption
-        words = self.net["word"](text["encoder_hidden_states"])
-        heads = self.net["caption"]
-        whole = [F.cross_entropy(heads[name](text["pooled_projections"]), values[:, i]) for i, name in enumerate(ATTRIBUTES)]
+        words = self.word(text["encoder_hidden_states"])
+        whole = [
+            F.cross_entropy(self.caption[name](text["pooled_projections"]), values[:, i])
+            for i, name in enumerate(ATTRIBUTES)
+        ]
         return F.cross_entropy(words.flatten(0, 1), labels.flatten()) + sum(whole) / len(whole)
 
 
@@ -140,7 +141,9 @@ class TransformerStage:
 def train(out: Path, settings: Settings, *, resume: bool = False) -> FluxPipeline:
     """Trains the FLUX toy into ``out``: ``checkpoint-*`` folders, ``samples``, and at the end ``pipeline``."""
     if not resume and any(settled(out / f"checkpoint-{name}").exists() for name in SHARES):
-        raise StoreError(f"{out} holds the checkpoints of a training run. Pass --resume to go on with it, or choose another folder.")
+        raise StoreError(
+            f"{out} holds the checkpoints of a training run. Pass --resume to go on with it, or choose another folder."
+        )
     pipe = flux.build(settings.seed).to(settings.device)
     history = {}
     for number, stage_class in enumerate((TextStage, AutoencoderStage, TransformerStage)):
@@ -162,7 +165,9 @@ def fit(stage: Stage, pipe: FluxPipeline, out: Path, settings: Settings, *, last
     budget = 60 * settings.minutes * SHARES[stage.name]
     saved, number = progress.seconds, list(SHARES).index(stage.name)
     stage.net.train()
-    with tqdm(total=round(budget), initial=round(min(progress.seconds, budget)), unit="s", desc=stage.name, leave=True) as bar:
+    with tqdm(
+        total=round(budget), initial=round(min(progress.seconds, budget)), unit="s", desc=stage.name, leave=True
+    ) as bar:
         while progress.seconds < budget and not (progress.done and not last):
             began = time.monotonic()
             share = progress.seconds / budget
@@ -178,7 +183,9 @@ def fit(stage: Stage, pipe: FluxPipeline, out: Path, settings: Settings, *, last
             if progress.done or progress.seconds - saved > CHECKPOINT_SECONDS:
                 saved = progress.seconds
                 _checkpoint(folder, stage.net, ema, optimizer, progress, settings)
-                if stage.name == "transformer" and (progress.done or progress.seconds - progress.sampled > SAMPLE_SECONDS):
+                if stage.name == "transformer" and (
+                    progress.done or progress.seconds - progress.sampled > SAMPLE_SECONDS
+                ):
                     progress.sampled = progress.seconds
                     _sample(pipe, ema, out / "samples" / f"{progress.iteration:06d}.png")
     stage.net.load_state_dict(ema)
@@ -194,7 +201,9 @@ def pixels(scenes: list[Scene], first: int, device: torch.device | str) -> Tenso
 
 def to_latents(pipe: FluxPipeline, pictures: Tensor) -> Tensor:
     """The mode of the VAE's posterior, in the units the transformer sees."""
-    return (pipe.vae.encode(pictures).latent_dist.mode() - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    return (
+        pipe.vae.encode(pictures).latent_dist.mode() - pipe.vae.config.shift_factor
+    ) * pipe.vae.config.scaling_factor
 
 
 @torch.no_grad()
@@ -215,9 +224,15 @@ def export(pipe: FluxPipeline, out: Path, settings: Settings, history: dict[str,
             "batch": settings.batch,
             "rate": settings.rate,
             "hardware": hardware(settings.device),
-            "stages": {name: {"iterations": p.iteration, "seconds": round(p.seconds), "loss": round(p.loss, 5)} for name, p in history.items()},
+            "stages": {
+                name: {"iterations": p.iteration, "seconds": round(p.seconds), "loss": round(p.loss, 5)}
+                for name, p in history.items()
+            },
         }
-        write_json(folder / "dit_lens.json", {"format": 1, "call": flux.CALL, "training": training})
+        write_json(
+            folder / "dit_lens.json",
+            {"format": 1, "call": flux.CALL, "vocabulary": list(VOCABULARY), "training": training},
+        )
     return pipe
 
 
@@ -246,7 +261,9 @@ def _step(stage: Stage, optimizer: torch.optim.Optimizer, settings: Settings, nu
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if not math.isfinite(value := loss.item()):
-        raise DitLensError(f"the loss became {value} at iteration {iteration}. Resume from the last checkpoint with a lower --rate.")
+        raise DitLensError(
+            f"the loss became {value} at iteration {iteration}. Resume from the last checkpoint with a lower --rate."
+        )
     return value
 
 
@@ -260,8 +277,15 @@ def _average(ema: dict[str, Tensor], net: nn.Module, iteration: int) -> None:
             ema[name].copy_(value)
 
 
-def _checkpoint(folder: Path, net: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer, progress: Progress, settings: Settings) -> None:
-    names = {parameter: name for name, parameter in net.named_parameters()}
+def _checkpoint(
+    folder: Path,
+    net: nn.Module,
+    ema: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    settings: Settings,
+) -> None:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in net.named_parameters()}
     moments = {f"{names[p]}|{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
     with whole_folder(folder) as fresh:
         save_file({k: v.contiguous().clone() for k, v in net.state_dict().items()}, fresh / "weights.safetensors")

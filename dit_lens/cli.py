@@ -1,0 +1,126 @@
+"""The command line: dit-lens demo | info | run | train-toy."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dit_lens import __version__
+from dit_lens.errors import DitLensError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; mistakes of the user are one line on standard error and exit code 2."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.command(options)
+    except DitLensError as problem:
+        print(f"dit-lens: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dit-lens: interrupted; what was finished is kept.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dit-lens", description="Look inside Diffusion Transformers.")
+    parser.add_argument("--version", action="version", version=f"dit-lens {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="find the massive channels of the toy, run the three studies, write a page")
+    demo.add_argument("--out", type=Path, default=Path("dit-lens-demo"), help="folder for index.html, pictures and data")
+    demo.add_argument("--prompt", help="the scene to draw and to edit")
+    demo.add_argument("--source", help="the scene whose channels are moved into it")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("-k", type=int, default=None, help="how many channels count as massive")
+    demo.set_defaults(command=_demo)
+
+    info = commands.add_parser("info", help="say what a pipeline folder holds: family, sites, checks")
+    info.add_argument("pipeline", help="a folder written by save_pretrained, or toy:flux")
+    info.set_defaults(command=_info)
+
+    run = commands.add_parser("run", help="draw one prompt under ops from a JSON file, and save the run")
+    run.add_argument("pipeline", help="a folder written by save_pretrained, or toy:flux")
+    run.add_argument("prompt")
+    run.add_argument("--ops", type=Path, help="a JSON list of ops, as in a run's spec")
+    run.add_argument("--out", type=Path, required=True, help="a new folder for the run")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--steps", type=int, default=None)
+    run.set_defaults(command=_run)
+
+    train = commands.add_parser("train-toy", help="train a toy from nothing, or evaluate one")
+    train.add_argument("name", choices=["flux"])
+    train.add_argument("--out", type=Path, help="folder for checkpoints, samples and the finished pipeline")
+    train.add_argument("--device", default="cpu")
+    train.add_argument("--minutes", type=float, default=120.0, help="training time, all stages together")
+    train.add_argument("--batch", type=int, default=16)
+    train.add_argument("--rate", type=float, default=1e-3, help="learning rate")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    train.add_argument("--evaluate", action="store_true", help="only measure: the pipeline in --out, or the toy that is installed")
+    train.set_defaults(command=_train_toy)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from dit_lens.demo import demo
+
+    outcome = demo(options.out, prompt=options.prompt, source=options.source, seed=options.seed, k=options.k)
+    print(outcome.headline.to_string(index=False, float_format="{:.3g}".format))
+    print(f"\n{outcome.page}")
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    lens = _load(options.pipeline)
+    print(lens)
+    print("\n".join(f"  {check.name:<10}{check.says}" for check in lens.checks))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from dit_lens.errors import OpError
+    from dit_lens.ops import from_json
+    from dit_lens.store import read_json
+
+    listed = read_json(options.ops, "a list of ops") if options.ops else []
+    if not isinstance(listed, list):
+        raise OpError(f"{options.ops} must hold a JSON list of ops, not a {type(listed).__name__}.")
+    ops = [from_json(op) for op in listed]
+    run = _load(options.pipeline).run(options.prompt, ops, seed=options.seed, num_inference_steps=options.steps)
+    print(run.receipt)
+    print(run.save(options.out))
+    return 0
+
+
+def _train_toy(options: argparse.Namespace) -> int:
+    from dit_lens.errors import StoreError
+    from dit_lens.toys import path
+    from dit_lens.toys.evaluate import evaluate, report, write_card
+
+    if not options.evaluate:
+        from dit_lens.toys.train import Settings, train
+
+        if options.out is None:
+            raise StoreError("training needs a folder for its checkpoints. Pass --out DIR.")
+        settings = Settings(seed=options.seed, minutes=options.minutes, device=options.device, batch=options.batch, rate=options.rate)
+        train(options.out, settings, resume=options.resume)
+    folder = path(options.name) if options.out is None else options.out / "pipeline"
+    quality = evaluate(folder)
+    if options.out is not None:
+        write_card(folder, quality)
+    print(report(quality))
+    return 0
+
+
+def _load(pipeline: str):
+    from dit_lens.lens import DiTLens
+
+    return DiTLens.toy(pipeline.removeprefix("toy:")) if pipeline.startswith("toy:") else DiTLens.from_pretrained(pipeline)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""A saved run equals the loaded one, in a process without the model; runs are compared and repeated."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import dit_lens as dl
+from dit_lens import Read, Swap, Zero
+from dit_lens.errors import PromptError, SiteError
+from dit_lens.ops import from_json, to_json
+
+OPS = [
+    Read("blocks.*.img", reduce="|mean|", name="spectrum"),
+    Read("blocks.1.img", branch="both", channels=[3, 1], steps=slice(1, None)),
+    Zero("blocks.2.img", channels=[4], tokens=[0, 5]),
+]
+
+
+@pytest.fixture(scope="module")
+def run(cfg_lens):
+    return cfg_lens.run(["red", "a blue one"], OPS, seed=1)
+
+
+def test_a_saved_run_equals_the_loaded_one(run, tmp_path):
+    loaded = dl.Run.load(run.save(tmp_path / "run"))
+    assert loaded.keys() == run.keys()
+    for one, other in zip(run.readings, loaded.readings, strict=True):
+        assert {name: value for name, value in vars(one).items() if name != "values"} == {name: value for name, value in vars(other).items() if name != "values"}
+        assert all(torch.equal(one.values[site], other.values[site]) for site in one.values)
+    for name in ("receipt", "clock", "grid", "spec", "provenance"):
+        assert getattr(loaded, name) == getattr(run, name)
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(run.images, loaded.images, strict=True))
+    assert loaded["blocks.1.img"].shape == (2, 2, 2, 96, 2)
+    again = loaded.save(tmp_path / "again")
+    assert (again / "run.json").read_bytes() == (tmp_path / "run" / "run.json").read_bytes()
+
+
+def test_it_loads_without_diffusers_and_nnsight(run, tmp_path):
+    folder = run.save(tmp_path / "run")
+    code = f"import sys, dit_lens; run = dit_lens.Run.load({str(folder)!r}); run.to_pandas(); assert not {{'diffusers', 'nnsight', 'plotly'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_rerun_gives_the_same_pictures_and_names_what_differs(run, cfg_lens):
+    again = run.rerun(cfg_lens)
+    assert again.identical
+    assert again.differences == ()
+    assert set(again.reads.values()) == {0.0}
+    changed = dl.Run(**{**vars(run), "provenance": {**run.provenance, "dtype": "bfloat16"}})
+    assert changed.rerun(cfg_lens).differences == (("provenance.dtype", "bfloat16", "float32"),)
+
+
+def test_compare(run, cfg_lens):
+    other = cfg_lens.run(["red", "a blue one"], [*OPS[:2], Zero("blocks.2.img", channels=[5], tokens=[0, 5])], seed=1)
+    found = dl.compare(run, other)
+    assert not found.identical
+    assert ("spec.ops[2].channels[0]", 4, 5) in found.differences
+    assert list(found.table.columns) == ["picture", "rmse", "psnr"]
+    a, b = (np.asarray(one.images[0], float) for one in (run, other))
+    assert found.table["rmse"][0] == pytest.approx(np.sqrt(((a - b) ** 2).mean()), rel=1e-6)
+    assert found.reads["spectrum/blocks.0.img"] < found.reads["spectrum/blocks.4.img"]
+    assert "differences" in repr(found)
+    assert found.pictures.size == (96, 64)
+    with pytest.raises(dl.errors.OpError, match="equally many pictures"):
+        dl.compare(run, cfg_lens.run("red", seed=1))
+
+
+def test_a_run_that_json_cannot_describe_is_not_repeated(cfg_lens):
+    run = cfg_lens.run_with_hooks("red", [("blocks.0.img", lambda x, hook: None)], seed=0)
+    with pytest.raises(PromptError, match="cannot be repeated"):
+        run.rerun(cfg_lens)
+
+
+def test_numpy_and_pandas(run):
+    arrays = run.numpy()
+    assert arrays["spectrum"]["blocks.0.img"].shape == (3, 2, 32)
+    table = run.to_pandas()
+    assert len(table) == 5 * 3 * 2 * 32
+    line = table[(table["site"] == "blocks.3.img") & (table["step"] == 2) & (table["row"] == 1) & (table["channel"] == 7)]
+    assert line["value"].item() == pytest.approx(float(run["spectrum"]["blocks.3.img"][2, 1, 7]))
+    assert line["sigma"].item() == pytest.approx(run.sigmas[2])
+
+
+def test_unknown_reads(run):
+    with pytest.raises(SiteError, match=r"no read 'spectrun'\. Nearest: 'spectrum'"):
+        run["spectrun"]
+
+
+def test_seeds_are_recorded_when_none_is_given(cfg_lens):
+    run = cfg_lens.run("red")
+    assert cfg_lens.run("red", seed=run.spec["seed"]).images[0].tobytes() == run.images[0].tobytes()
+
+
+def test_ops_survive_json(run, tmp_path):
+    folder = run.save(tmp_path / "run")
+    ops = [
+        *OPS,
+        Swap("blocks.0.img", source="row:0", rows=[1], steps=(0.0, 0.5), strength=0.25, mask=np.eye(8, 12, dtype=bool)),
+        Swap("blocks.0.img", source={"blocks.0.img": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)}),
+        Swap("blocks.1.img", source=dl.Run.load(folder), channels=[3]),
+        dl.Add("velocity", value=torch.tensor([0.5, -1.0]), channels=[0, 2], steps=dl.sigma(1.0, 0.3)),
+        dl.TokenMean(["blocks.0.img", "double.1.txt"], keep="residual"),
+        dl.MeanAblate("blocks.0.img", mean={"blocks.0.img": torch.zeros(32)}),
+    ]
+    for op in ops:
+        data = to_json(op)
+        back = from_json(data)
+        assert type(back) is type(op)
+        assert to_json(back) == data
+        assert repr(back) == repr(op) or isinstance(op, Swap)
+    tensor = from_json(to_json(ops[4])).source["blocks.0.img"]
+    assert torch.equal(tensor, ops[4].source["blocks.0.img"])
+    assert tensor.dtype == torch.bfloat16
+    assert isinstance(from_json(to_json(ops[5])).source, dl.Run)
+
+
+def test_json_of_unknown_ops():
+    with pytest.raises(dl.errors.OpError, match="Nearest: 'Zero'"):
+        from_json({"op": "Zeros", "site": "blocks.0.img"})
+    with pytest.raises(dl.errors.OpError, match="takes no 'channel'"):
+        from_json({"op": "Zero", "site": "blocks.0.img", "channel": 3})
+    with pytest.raises(dl.errors.OpError, match="no JSON form"):
+        to_json(dl.Apply("blocks.0.img", fn=print))
+
+
+def test_reprs_teach(run, cfg_lens):
+    text = repr(cfg_lens)
+    for word in ("FLUX.1", "double 0-1, single 2-4", "32 channels", "8 x 12", "true_cfg_scale", "checks"):
+        assert word in text
+    assert "<table" in cfg_lens._repr_html_()
+    assert "data:image/png;base64," in run._repr_html_()
+    assert "a blue one" not in repr(run)
+    assert "Zero blocks.2.img" in repr(run.receipt)
