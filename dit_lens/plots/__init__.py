@@ -1,0 +1,30 @@
+"""Figures: data in, a plotly ``go.Figure`` out. Nothing is shown or printed; a figure shows itself in a notebook.
+
+    massive = lens.massive_channels(prompt, k=12)
+    channel_spectrum(massive.scores["blocks.3.img"], massive["blocks.3.img"])
+    block_channel_map(massive.scores, massive)
+    result.figure()                                        # of a study: disruption, organisation, transfer
+
+Every figure has a transparent background and colours that read on white and on black; an arm has the same colour,
+marker and name everywhere (theme.ARMS).
+"""
+
+from dit_lens.plots.channels import block_channel_map, channel_histogram, channel_spectrum
+from dit_lens.plots.overlays import cluster_overlay, overlay_grid, strip
+from dit_lens.plots.studies import disruption_figure, organisation_figure, transfer_figure
+from dit_lens.plots.theme import ARMS, TEMPLATE, looks
+
+__all__ = [
+    "ARMS",
+    "TEMPLATE",
+    "block_channel_map",
+    "channel_histogram",
+    "channel_spectrum",
+    "cluster_overlay",
+    "disruption_figure",
+    "looks",
+    "organisation_figure",
+    "overlay_grid",
+    "strip",
+    "transfer_figure",
+]

@@ -1,0 +1,181 @@
+"""The one look of all figures: template, colours and names of the arms, labels that keep out of each other's way.
+
+Colours are those of Okabe & Ito, which colour-blind readers tell apart. Text and lines that carry no meaning are greys
+of equal contrast on white and on near-black, so one figure serves light and dark pages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import plotly.graph_objects as go
+
+INK = "#767676"
+FAINT = "rgba(128, 128, 128, 0.25)"
+MASSIVE = "#D55E00"
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+
+# Pixels for which labels and picture rows are laid out: the output cell of a notebook.
+WIDTH = 700
+
+# The height of a line of labels, in pixels.
+LINE = 13
+
+CI = "CI: 95 % bootstrap"
+
+
+class Look(NamedTuple):
+    """How an arm appears: its name in legends, its colour, and its marker for readers who see no colour."""
+
+    name: str
+    colour: str
+    symbol: str
+
+
+ARMS = {
+    "untouched": Look("untouched", "#8A8A8A", "x-thin-open"),
+    "no-op": Look("no-op", "#8A8A8A", "line-ew-open"),
+    "top": Look("top-k (massive)", MASSIVE, "circle"),
+    "bottom": Look("bottom-k", "#0072B2", "square"),
+    "random": Look("random-k", "#009E73", "diamond"),
+    "energy-matched": Look("energy-matched", "#CC79A7", "triangle-up"),
+    "all": Look("all channels", "#E69F00", "star"),
+}
+
+_SPARE_COLOURS = ("#56B4E9", "#A6761D", "#7570B3", "#B3A400")
+_SPARE_SYMBOLS = ("cross", "pentagon", "hexagram", "triangle-down")
+
+_AXIS = {
+    "gridcolor": FAINT,
+    "linecolor": FAINT,
+    "zerolinecolor": FAINT,
+    "showline": True,
+    "ticks": "outside",
+    "tickcolor": FAINT,
+    "ticklen": 4,
+    "automargin": True,
+    "title": {"standoff": 8},
+}
+
+TEMPLATE = go.layout.Template(
+    layout={
+        "font": {"family": FONT, "size": 12, "color": INK},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "colorway": [look.colour for arm, look in ARMS.items() if arm != "no-op"],
+        "title": {
+            "x": 0,
+            "xanchor": "left",
+            "xref": "container",
+            "y": 1,
+            "yanchor": "top",
+            "yref": "container",
+            "pad": {"l": 8, "t": 8},
+            "font": {"size": 15},
+            "subtitle": {"font": {"size": 12}},
+        },
+        "margin": {"l": 56, "r": 16, "t": 64, "b": 44},
+        "xaxis": {**_AXIS, "showgrid": False, "zeroline": False},
+        "yaxis": _AXIS,
+        "legend": {
+            "orientation": "h",
+            "yref": "container",
+            "y": 0,
+            "yanchor": "bottom",
+            "x": 0,
+            "xanchor": "left",
+            "itemsizing": "constant",
+        },
+        "modebar": {
+            "bgcolor": "rgba(0,0,0,0)",
+            "color": INK,
+            "activecolor": MASSIVE,
+            # The last one offers to send the figure's data to plotly's server.
+            "remove": ["zoomin", "zoomout", "select", "lasso", "sendChartToCloud"],
+        },
+        "hoverlabel": {"align": "left", "namelength": -1},
+        "bargap": 0.25,
+    }
+)
+
+
+def looks(arms: Iterable[str]) -> dict[str, Look]:
+    """The look of every arm, in the fixed order of arms; arms of your own come last, in spare colours.
+
+    >>> looks(["bottom", "top", "rescaled", "top"])["rescaled"].name
+    'rescaled'
+    >>> list(looks(["bottom", "top", "rescaled"]))
+    ['top', 'bottom', 'rescaled']
+    """
+    found = list(dict.fromkeys(arms))
+    own = [arm for arm in found if arm not in ARMS]
+    spare = {
+        arm: Look(arm, _SPARE_COLOURS[i % len(_SPARE_COLOURS)], _SPARE_SYMBOLS[i % len(_SPARE_SYMBOLS)])
+        for i, arm in enumerate(own)
+    }
+    return {arm: look for arm, look in ARMS.items() if arm in found} | spare
+
+
+def titled(figure: go.Figure, title: str, subtitle: str = "", *, height: int = 360) -> go.Figure:
+    """The same figure with the template, a title, a line of small print and a height; the width is the page's.
+
+    >>> titled(go.Figure(), "Scores", "n = 3").layout.title.subtitle.text
+    'n = 3'
+    """
+    return figure.update_layout(
+        template=TEMPLATE, height=height, title={"text": f"<b>{title}</b>", "subtitle": {"text": subtitle}}
+    )
+
+
+def faded(colour: str, opacity: float) -> str:
+    """A hex colour with an opacity, for areas.
+
+    >>> faded("#0072B2", 0.2)
+    'rgba(0, 114, 178, 0.2)'
+    """
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, {opacity:g})"
+
+
+def placed(
+    points: Sequence[tuple[float, float]], widths: Sequence[float], *, stems: bool = False, levels: int = 5
+) -> list[tuple[float, float] | None]:
+    """Where labels go so that none covers another: the offset of each from its point, right and up; None: no room.
+
+    >>> placed([(0, 0), (5, 0), (50, 0)], widths=[20, 20, 20])
+    [(0, 13), (0, 26), (0, 13)]
+
+    points: (x, y) in pixels, y upwards, the most important first. widths: of the labels, in pixels. stems: points stand
+    on lines from below, which labels must not cross either; they may then go beside their point. levels: lines to try.
+    """
+    boxes = [(x - 1, x + 1, -math.inf, y + 4) for x, y in points] if stems else []
+    found: list[tuple[float, float] | None] = []
+    for (x, y), width in zip(points, widths, strict=True):
+        beside = [(width / 2 + 5, 0.0), (-width / 2 - 5, 0.0)] if stems else []
+        above = [(0, LINE * level) for level in range(1, levels + 1)]
+        for dx, dy in [above[0], *beside, *above[1:]]:
+            box = (x + dx - width / 2, x + dx + width / 2, y + dy - LINE / 2, y + dy + LINE / 2)
+            if not any(box[0] < b[1] and b[0] < box[1] and box[2] < b[3] and b[2] < box[3] for b in boxes):
+                boxes.append(box)
+                found.append((dx, dy))
+                break
+        else:
+            found.append(None)
+    return found
+
+
+def label_width(text: str) -> float:
+    """About how wide a label of 11 pixel type is, in pixels, with a little room."""
+    return 6.6 * len(text) + 4
+
+
+def short(site: object) -> str:
+    """The block number of a site's name, where that says it all.
+
+    >>> short("blocks.3.img"), short("final.img"), short(3)
+    ('3', 'final.img', '3')
+    """
+    parts = str(site).split(".")
+    return parts[1] if len(parts) == 3 and parts[0] == "blocks" and parts[2] == "img" else str(site)

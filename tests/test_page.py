@@ -1,0 +1,196 @@
+"""The page is one file, whole or absent, that draws its figures in a real browser and asks the network for nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+from PIL import Image
+
+from dit_lens import page as module
+from dit_lens.errors import OpError
+from dit_lens.page import Section, find_browser, write_page, write_png
+from dit_lens.plots import channel_spectrum, strip
+
+
+class Tags(HTMLParser):
+    """Every start tag with its attributes; what is inside scripts is no tag."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def __call__(self, tag):
+        return [attrs for name, attrs in self.found if name == tag]
+
+
+@pytest.fixture
+def sections():
+    table = pd.DataFrame({"arm": ["top", "<b>"], "rmse": [51.23456, np.nan], "n": [8, 12000], "matched": [True, False]})
+    table.attrs["units"] = {"rmse": "0 to 255"}
+    picture = Image.new("RGB", (16, 8), "navy")
+    return [
+        Section("Spectrum", "Two stand out.", (channel_spectrum([0.1, 5.0, 4.0], [1, 2]),), code="x < 1 & y"),
+        Section("Pictures", "They move.", (strip([picture], ["one"]), picture, picture), captions=("", "a cross", "")),
+        Section("Spectrum", "Again.", table=table),
+    ]
+
+
+@pytest.fixture
+def browser():
+    found = find_browser()
+    if found is None:
+        why = "no Chromium or Chrome: set CHROMIUM to one, or put one on PATH"
+        required = os.environ.get("DIT_LENS_BROWSER") == "required"
+        (pytest.fail if required else pytest.skip)(why)
+    return found
+
+
+def test_page_is_complete_without_a_network(tmp_path, sections):
+    path = write_page(tmp_path / "new" / "index.html", title="A <title>", lead="Lead & more.", sections=sections)
+    text = path.read_text("utf-8")
+    tags = Tags(text)
+    assert text.startswith("<!DOCTYPE html>")
+    assert tags("html") == [{"lang": "en"}]
+    assert "A &lt;title&gt;" in text
+    assert not [
+        a for _, a in tags.found for n, v in a.items() if n in ("src", "href") and not v.startswith(("data:", "#"))
+    ]
+    assert any(attrs.get("name") == "viewport" for attrs in tags("meta"))
+    policy = next(attrs["content"] for attrs in tags("meta") if "http-equiv" in attrs)
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+    assert text.count("plotly.js v") == 1
+    assert list(tmp_path.joinpath("new").iterdir()) == [path]
+
+
+def test_contents_lead_to_every_section(tmp_path, sections):
+    tags = Tags(write_page(tmp_path / "p.html", title="t", lead="l", sections=sections).read_text("utf-8"))
+    targets = [attrs["href"].removeprefix("#") for attrs in tags("a")]
+    assert targets == [attrs["id"] for attrs in tags("section")]
+    assert len(set(targets)) == 3
+    assert len(tags("h1")) == 1
+    assert len(tags("h2")) == 3
+
+
+def test_pictures_are_sharp_and_told(tmp_path, sections):
+    text = write_page(tmp_path / "p.html", title="t", lead="l", sections=sections).read_text("utf-8")
+    first, second = Tags(text)("img")
+    assert (first["alt"], second["alt"]) == ("a cross", "Pictures, picture 3 of 3")
+    assert (first["width"], first["height"]) == ("192", "96")
+    assert first["src"].startswith("data:image/png;base64,")
+    assert "image-rendering: pixelated" in text
+
+
+def test_table_has_units_and_escapes(tmp_path, sections):
+    text = write_page(tmp_path / "p.html", title="t", lead="l", sections=sections[2:]).read_text("utf-8")
+    for wanted in ("rmse <small>(0 to 255)</small>", ">51.2<", ">–<", ">&lt;b&gt;<", ">12000<", ">True<"):
+        assert wanted in text
+    assert len(text) < 20_000, "plotly.js is for pages with plotly figures"
+
+
+def test_code_is_shown_as_it_is(tmp_path, sections):
+    text = write_page(tmp_path / "p.html", title="t", lead="l", sections=sections[:1]).read_text("utf-8")
+    assert "<code>x &lt; 1 &amp; y</code>" in text
+
+
+def test_a_figure_cannot_end_its_script(tmp_path):
+    figure = go.Figure().update_layout(title_text="</script><img src=https://example.org/x>")
+    text = write_page(tmp_path / "p.html", title="t", lead="l", sections=[Section("h", "s", (figure,))]).read_text(
+        "utf-8"
+    )
+    assert not Tags(text)("img")
+
+
+def test_a_page_that_fails_leaves_the_old_one(tmp_path, monkeypatch, sections):
+    path = write_page(tmp_path / "p.html", title="old", lead="l", sections=[])
+    before = path.read_bytes()
+
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module.Path, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write_page(path, title="new", lead="l", sections=sections)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_sections_take_figures_and_pictures_only():
+    with pytest.raises(OpError, match="plotly figures and PIL pictures, and got ndarray"):
+        Section("h", "s", (np.zeros((2, 2)),))
+
+
+def test_captions_are_one_per_figure():
+    with pytest.raises(OpError, match="1 figures and 2 captions"):
+        Section("h", "s", (go.Figure(),), captions=("a", "b"))
+
+
+def test_the_same_page_has_the_same_bytes(tmp_path, sections):
+    one, two = (write_page(tmp_path / name, title="t", lead="l", sections=sections) for name in ("1.html", "2.html"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.browser
+def test_a_browser_draws_the_figures_and_complains_of_nothing(tmp_path, browser, sections):
+    path = write_page(tmp_path / "index.html", title="t", lead="l", sections=sections)
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000", "--window-size=1000,900"]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--no-first-run", "--disable-background-networking"]
+    done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    tags = Tags(done.stdout)
+    drawn = [attrs for attrs in tags("svg") if "main-svg" in attrs.get("class", "").split()]
+    assert len(drawn) >= 2
+    assert sum("js-plotly-plot" in attrs.get("class", "").split() for attrs in tags("div")) == 2
+    assert any("errorbar" in attrs.get("class", "") for attrs in tags("g")), "the stems of massive channels"
+    assert not [
+        value
+        for _, a in tags.found
+        for name, value in a.items()
+        if name.endswith(("src", "href")) and "//" in (value or "")
+    ]
+    assert "Share chart" not in [attrs.get("data-title") for attrs in tags("a") + tags("button")]
+    assert "CONSOLE" not in done.stderr, done.stderr
+
+
+@pytest.mark.browser
+@pytest.mark.usefixtures("browser")
+def test_png_is_dark_on_white(tmp_path):
+    pytest.importorskip("kaleido")
+    figure = channel_spectrum([0.1, 5.0, 4.0], [1, 2])
+    before = figure.to_json()
+    path = write_png(figure, tmp_path / "new" / "figure.png", width=400, scale=1)
+    picture = Image.open(path).convert("RGB")
+    assert picture.size == (400, figure.layout.height)
+    assert picture.getpixel((1, 1)) == (255, 255, 255)
+    assert np.asarray(picture).min() < 80
+    assert figure.to_json() == before
+
+
+@pytest.mark.parametrize("missing", ["find_browser", "find_spec"])
+def test_png_without_browser_or_kaleido_is_none(tmp_path, monkeypatch, missing):
+    monkeypatch.setattr(module, missing, lambda *_: None)
+    monkeypatch.setattr(module, "find_browser" if missing == "find_spec" else "find_spec", lambda *_: "there")
+    assert write_png(go.Figure(), tmp_path / "x.png") is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_browser_is_the_named_one(monkeypatch, tmp_path):
+    program = tmp_path / "mybrowser"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("CHROMIUM", str(program))
+    assert find_browser() == str(program)
+    monkeypatch.setenv("CHROMIUM", str(tmp_path / "absent"))
+    monkeypatch.delenv("BROWSER_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_browser() is None
