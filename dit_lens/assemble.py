@@ -59,7 +59,7 @@ def _reading(read: PlannedRead, pieces: dict[tuple, list[Tensor]], when: Timelin
         values[site] = both if read.both else both[:, 0]
     return Reading(
         name=read.name,
-        values=values,
+        tensors=values,
         steps=read.steps,
         total_steps=when.steps,
         branches=branches,

@@ -31,7 +31,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="find the massive channels of the toy, run the three studies, write a page")
-    demo.add_argument("--out", type=Path, default=Path("dit-lens-demo"), help="folder for index.html, pictures and data")
+    demo.add_argument(
+        "--out", type=Path, default=Path("dit-lens-demo"), help="folder for index.html, pictures and data"
+    )
     demo.add_argument("--prompt", help="the scene to draw and to edit")
     demo.add_argument("--source", help="the scene whose channels are moved into it")
     demo.add_argument("--seed", type=int, default=0)
@@ -60,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
-    train.add_argument("--evaluate", action="store_true", help="only measure: the pipeline in --out, or the toy that is installed")
+    train.add_argument(
+        "--evaluate", action="store_true", help="only measure: the pipeline in --out, or the toy that is installed"
+    )
     train.set_defaults(command=_train_toy)
     return parser
 
@@ -106,7 +110,9 @@ def _train_toy(options: argparse.Namespace) -> int:
 
         if options.out is None:
             raise StoreError("training needs a folder for its checkpoints. Pass --out DIR.")
-        settings = Settings(seed=options.seed, minutes=options.minutes, device=options.device, batch=options.batch, rate=options.rate)
+        settings = Settings(
+            seed=options.seed, minutes=options.minutes, device=options.device, batch=options.batch, rate=options.rate
+        )
         train(options.out, settings, resume=options.resume)
     folder = path(options.name) if options.out is None else options.out / "pipeline"
     quality = evaluate(folder)
@@ -119,7 +125,9 @@ def _train_toy(options: argparse.Namespace) -> int:
 def _load(pipeline: str):
     from dit_lens.lens import DiTLens
 
-    return DiTLens.toy(pipeline.removeprefix("toy:")) if pipeline.startswith("toy:") else DiTLens.from_pretrained(pipeline)
+    return (
+        DiTLens.toy(pipeline.removeprefix("toy:")) if pipeline.startswith("toy:") else DiTLens.from_pretrained(pipeline)
+    )
 
 
 if __name__ == "__main__":

@@ -89,8 +89,8 @@ def _read_distances(a: Run, b: Run) -> dict[str, float]:
     distances = {}
     for reading in a.readings:
         for other in b.readings:
-            for site in reading.values.keys() & other.values.keys():
-                one, two = reading.values[site].float(), other.values[site].float()
+            for site in reading.tensors.keys() & other.tensors.keys():
+                one, two = reading.tensors[site].float(), other.tensors[site].float()
                 if reading.name == other.name and one.shape == two.shape:
                     distances[f"{reading.name}/{site}".lstrip("/")] = float(
                         (one - two).norm() / one.norm().clamp_min(1e-30)

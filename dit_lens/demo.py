@@ -20,8 +20,6 @@ from dit_lens.studies.common import score_ops, sets_of
 from dit_lens.toys.scenes import Scene, describe, sample_scenes
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from dit_lens.channels import ChannelSet
     from dit_lens.run import Run
     from dit_lens.studies import Result
@@ -41,7 +39,9 @@ class Outcome:
     headline: pd.DataFrame
 
 
-def demo(out: Path, *, prompt: str | None = None, source: str | None = None, seed: int = 0, k: int | None = None) -> Outcome:
+def demo(
+    out: Path, *, prompt: str | None = None, source: str | None = None, seed: int = 0, k: int | None = None
+) -> Outcome:
     """Draws, finds the massive channels, runs the three studies, and writes ``out/index.html``, PNGs and raw results.
 
     prompt, source: scenes of the toy's grammar. Raises PromptError, before anything is drawn, for another sentence, and
@@ -55,7 +55,11 @@ def demo(out: Path, *, prompt: str | None = None, source: str | None = None, see
     lens = DiTLens.toy()
     prompts = [prompt, source, *(scene.caption for scene in sample_scenes(OTHERS, seed=seed + 100))]
     with lens.quiet():
-        run = lens.run(prompts, [*score_ops("blocks.*.img", "|mean|", None), Read("blocks.*.img", steps=-1, name="last")], seed=seed)
+        run = lens.run(
+            prompts,
+            [*score_ops("blocks.*.img", "|mean|", None), Read("blocks.*.img", steps=-1, name="last")],
+            seed=seed,
+        )
     massive = sets_of(run, k, "|mean|")[0]
     disruption = studies.disruption(lens, prompts, k=k, seeds=[seed], draws=2)
     organisation = studies.organisation(lens, prompts, k=k, seeds=[seed], draws=2)
@@ -73,7 +77,9 @@ def demo(out: Path, *, prompt: str | None = None, source: str | None = None, see
         "be moved from one picture into another? One model, a few prompts and one seed: an illustration of the tool, not evidence about DiTs."
     )
     with whole_folder(out) as folder:
-        write_page(folder / "index.html", title="dit_lens: massive activations in a toy FLUX", lead=lead, sections=sections)
+        write_page(
+            folder / "index.html", title="dit_lens: massive activations in a toy FLUX", lead=lead, sections=sections
+        )
         run.save(folder / "run")
         for result in (disruption, organisation, transfer):
             result.save(folder / result.study)
@@ -85,10 +91,12 @@ def demo(out: Path, *, prompt: str | None = None, source: str | None = None, see
 def _drawn(run: Run) -> Section:
     read = [str(describe(image)) for image in run.images]
     right = sum(text.startswith(prompt) for text, prompt in zip(read, run.spec["prompt"], strict=True))
-    sentence = f"Read back from their pixels, {right} of {len(read)} pictures are exactly the scene they were asked for."
+    sentence = (
+        f"Read back from their pixels, {right} of {len(read)} pictures are exactly the scene they were asked for."
+    )
     figure = plots.strip(run.images, [Scene.parse(prompt).caption for prompt in run.spec["prompt"]])
     table = pd.DataFrame({"asked": run.spec["prompt"], "read back (share of variance explained)": read})
-    return Section("The pictures", sentence, (figure,), table, 'run = lens.run(prompts, seed=0)\nrun.images')
+    return Section("The pictures", sentence, (figure,), table, "run = lens.run(prompts, seed=0)\nrun.images")
 
 
 def _massive(massive: ChannelSet, k: int) -> Section:
@@ -104,7 +112,13 @@ def _massive(massive: ChannelSet, k: int) -> Section:
         plots.channel_histogram(massive.scores[site], massive[site]),
         plots.block_channel_map(massive.scores, massive),
     )
-    return Section("Massive channels", sentence, figures, None, f"massive = lens.massive_channels(prompt, k={k}, seed=0)\nmassive.table")
+    return Section(
+        "Massive channels",
+        sentence,
+        figures,
+        None,
+        f"massive = lens.massive_channels(prompt, k={k}, seed=0)\nmassive.table",
+    )
 
 
 def _disruption(result: Result, k: int, seed: int) -> Section:
@@ -118,7 +132,9 @@ def _disruption(result: Result, k: int, seed: int) -> Section:
     arms = ["untouched", "top", *controls]
     shown = [result.pictures[f"0/{seed}/{0 if arm == 'untouched' else k}/{arm}"] for arm in arms]
     figures = (plots.strip(shown, arms, title="One picture, different channels zeroed"), result.figure())
-    return Section("1. Are they critical?", sentence, figures, result.summary, f"studies.disruption(lens, prompts, k={k})")
+    return Section(
+        "1. Are they critical?", sentence, figures, result.summary, f"studies.disruption(lens, prompts, k={k})"
+    )
 
 
 def _organisation(result: Result, depth: int, seed: int) -> Section:
@@ -144,19 +160,37 @@ def _transfer(result: Result, seed: int) -> Section:
     )
     strips = []
     for where in ("whole", "masked"):
-        keys = [f"0/{seed}/target", *(f"0/{seed}/top/{where}/{strength:g}" for strength in STRENGTHS), f"0/{seed}/source"]
+        keys = [
+            f"0/{seed}/target",
+            *(f"0/{seed}/top/{where}/{strength:g}" for strength in STRENGTHS),
+            f"0/{seed}/source",
+        ]
         labels = ["target", *(f"strength {strength:g}" for strength in STRENGTHS), "source"]
-        title = "Top channels moved, every token" if where == "whole" else "Top channels moved, inside the source's cluster mask"
+        title = (
+            "Top channels moved, every token"
+            if where == "whole"
+            else "Top channels moved, inside the source's cluster mask"
+        )
         strips.append(plots.strip([result.pictures[key] for key in keys], labels, title=title))
-    return Section("3. Can they be moved?", sentence, (*strips, result.figure()), None, "studies.transfer(lens, [(source, prompt)])")
+    return Section(
+        "3. Can they be moved?",
+        sentence,
+        (*strips, result.figure()),
+        None,
+        "studies.transfer(lens, [(source, prompt)])",
+    )
 
 
 def _headline(massive: ChannelSet, disruption: Result, organisation: Result, transfer: Result) -> pd.DataFrame:
     damage = disruption.summary.set_index("arm")["rmse"]
     best = organisation.summary.groupby("arm")["iou"].max()
-    moved = transfer.summary[(transfer.summary["strength"] == 1.0) & ~transfer.summary["masked"]].set_index("arm")["to_source"]
+    moved = transfer.summary[(transfer.summary["strength"] == 1.0) & ~transfer.summary["masked"]].set_index("arm")[
+        "to_source"
+    ]
     arms = ["top", "bottom", "random", "energy-matched"]
-    share = {"top": np.mean(list(massive.energy_share().values()))} | disruption.summary.set_index("arm")["energy_share"].to_dict()
+    share = {"top": np.mean(list(massive.energy_share().values()))} | disruption.summary.set_index("arm")[
+        "energy_share"
+    ].to_dict()
     return pd.DataFrame(
         {
             "channels": arms,

@@ -44,7 +44,7 @@ def rmse(a: Any, b: Any) -> float | np.ndarray:
 
 
 def psnr(a: Any, b: Any) -> float | np.ndarray:
-    """Peak signal-to-noise ratio in dB, -20 log10(rmse / 255); infinite for equal pictures. Takes and returns as ``rmse``.
+    """Peak signal-to-noise ratio in dB, -20 log10(rmse / 255); infinite for equal pictures. Takes what ``rmse`` takes.
 
     >>> psnr(np.zeros((2, 2)), np.full((2, 2), 0.1))
     20.0

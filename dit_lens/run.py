@@ -53,7 +53,7 @@ class Reading(Mapping[str, Tensor]):
     """
 
     name: str
-    values: dict[str, Tensor] = field(repr=False)  # ty: ignore[incompatible-attribute-override]
+    tensors: dict[str, Tensor] = field(repr=False)
     steps: tuple[int, ...]
     total_steps: int
     branches: tuple[str, ...]
@@ -65,30 +65,30 @@ class Reading(Mapping[str, Tensor]):
     shape_of_grid: tuple[int, int] | None
 
     def __getitem__(self, site: str) -> SiteTensor:
-        if site not in self.values:
-            raise SiteError(f"this read has no {site!r}.{nearest(site, self.values)}")
-        value = self.values[site].as_subclass(SiteTensor)
+        if site not in self.tensors:
+            raise SiteError(f"this read has no {site!r}.{nearest(site, self.tensors)}")
+        value = self.tensors[site].as_subclass(SiteTensor)
         gridded = self.reduce is None and self.tokens is None
         value.shape_of_grid = self.shape_of_grid if gridded else None
         value.token_axis = (3 if self.both else 2) if gridded else None
         return value
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.values)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.tensors)
 
     @property
     def tensor(self) -> SiteTensor:
         """The only tensor of a read of one site."""
-        if len(self.values) != 1:
-            raise SiteError(f"this read has {len(self.values)} sites; name one: {', '.join(list(self.values)[:8])}.")
-        return self[next(iter(self.values))]
+        if len(self.tensors) != 1:
+            raise SiteError(f"this read has {len(self.tensors)} sites; name one: {', '.join(list(self.tensors)[:8])}.")
+        return self[next(iter(self.tensors))]
 
     def by_branch(self, site: str) -> dict[str | None, Tensor]:
         """[s, b, ...] for every branch that was read."""
-        value = self.values[site]
+        value = self.tensors[site]
         return (
             {branch: value[:, i] for i, branch in enumerate(("cond", "uncond"))}
             if self.both
@@ -121,20 +121,20 @@ class Run:
             if reading.name == key:
                 return reading
         for reading in self.readings:
-            if not reading.name and key in reading.values:
+            if not reading.name and key in reading.tensors:
                 return reading[key]
         raise SiteError(f"this run has no read {key!r}.{nearest(key, self.keys())}")
 
     def keys(self) -> list[str]:
         """The names under which reads are kept."""
-        return [key for reading in self.readings for key in ([reading.name] if reading.name else reading.values)]
+        return [key for reading in self.readings for key in ([reading.name] if reading.name else reading.tensors)]
 
     def reading(self, site: str) -> Reading:
         """The first read that holds a site, whole tokens before reduced ones."""
         for reading in sorted(self.readings, key=lambda reading: reading.reduce is not None):
-            if site in reading.values:
+            if site in reading.tensors:
                 return reading
-        known = [name for reading in self.readings for name in reading.values]
+        known = [name for reading in self.readings for name in reading.tensors]
         raise OpError(
             f"the source run never read {site}.{nearest(site, known) if known else ' It holds no reads.'} Run it again "
             f"with Read({site!r})."
@@ -169,7 +169,7 @@ class Run:
             _long_form(reading, site, self.sigmas)
             for reading in self.readings
             if reading.reduce
-            for site in reading.values
+            for site in reading.tensors
         ]
         if not frames:
             raise OpError(
@@ -187,7 +187,7 @@ class Run:
             tensors = {
                 f"{i}/{site}": value.contiguous()
                 for i, r in enumerate(self.readings)
-                for site, value in r.values.items()
+                for site, value in r.tensors.items()
             }
             save_file(tensors, fresh / "reads.safetensors")
             if self.latents is not None:
@@ -250,10 +250,10 @@ class Run:
 
     def _to_json(self) -> dict[str, Any]:
         readings = [
-            {name: value for name, value in vars(reading).items() if name != "values"} for reading in self.readings
+            {name: value for name, value in vars(reading).items() if name != "tensors"} for reading in self.readings
         ]
         for record, reading in zip(readings, self.readings, strict=True):
-            record["sites"] = list(reading.values)
+            record["sites"] = list(reading.tensors)
         return {
             "format": FORMAT,
             "spec": self.spec,
@@ -294,7 +294,7 @@ def _reading_from(number: int, record: dict[str, Any], tensors: dict[str, Tensor
         name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name != "sites"
     }
     fields["channels"] = {site: None if kept is None else tuple(kept) for site, kept in record["channels"].items()}
-    return Reading(values={site: tensors[f"{number}/{site}"] for site in record["sites"]}, **fields)
+    return Reading(tensors={site: tensors[f"{number}/{site}"] for site in record["sites"]}, **fields)
 
 
 def _long_form(reading: Reading, site: str, sigmas: list[float]) -> pd.DataFrame:

@@ -55,7 +55,9 @@ def read_json(path: str | Path, what: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StoreError(f"{path} does not exist, so {what} cannot be read from there. Check the folder's name.") from None
+        raise StoreError(
+            f"{path} does not exist, so {what} cannot be read from there. Check the folder's name."
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as damage:
         raise StoreError(
             f"{path} is not readable as {what}: {damage}. Restore the folder or make it again."

@@ -39,7 +39,9 @@ def draw(pipe, prompts, seeds, call, edit=None):
         def hook(module, args, kwargs, output):
             txt, img = output
             if edit is not None:
-                new_img, new_txt = (edit(state["call"], index, stream, x.clone()) for stream, x in (("img", img), ("txt", txt)))
+                new_img, new_txt = (
+                    edit(state["call"], index, stream, x.clone()) for stream, x in (("img", img), ("txt", txt))
+                )
                 img = img if new_img is None else new_img
                 txt = txt if new_txt is None else new_txt
             records[state["call"]][index, "img", "post"] = img.clone()
@@ -53,10 +55,14 @@ def draw(pipe, prompts, seeds, call, edit=None):
         handles.append(block.register_forward_pre_hook(enter(index), with_kwargs=True))
         handles.append(block.register_forward_hook(leave(index), with_kwargs=True))
     handles.append(
-        pipe.transformer.norm_out.register_forward_pre_hook(lambda m, args: records[state["call"]].__setitem__("final", args[0].clone()))
+        pipe.transformer.norm_out.register_forward_pre_hook(
+            lambda m, args: records[state["call"]].__setitem__("final", args[0].clone())
+        )
     )
     handles.append(
-        pipe.transformer.register_forward_hook(lambda m, args, output: records[state["call"]].__setitem__("velocity", output[0].clone()))
+        pipe.transformer.register_forward_hook(
+            lambda m, args, output: records[state["call"]].__setitem__("velocity", output[0].clone())
+        )
     )
     try:
         call = {**call, "generator": generators(seeds)}

@@ -25,7 +25,12 @@ def tokenizer(template: str) -> PreTrainedTokenizerFast:
     letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     letters.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=letters, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=LENGTH
+        tokenizer_object=letters,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=LENGTH,
     )
 
 
@@ -61,7 +66,17 @@ def flux(*, embedded: bool = False, seed: int = 0, dtype: torch.dtype = torch.fl
         ),
         tokenizer=tokenizer("<s> $A </s>"),
         text_encoder_2=T5EncoderModel(
-            T5Config(vocab_size=words, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0, pad_token_id=0, eos_token_id=2)
+            T5Config(
+                vocab_size=words,
+                d_model=16,
+                d_kv=8,
+                d_ff=16,
+                num_layers=1,
+                num_heads=2,
+                dropout_rate=0.0,
+                pad_token_id=0,
+                eos_token_id=2,
+            )
         ),
         tokenizer_2=tokenizer("$A </s>"),
         transformer=FluxTransformer2DModel(

@@ -1,6 +1,6 @@
 """A stand-in for a server: runs a serialised request in a process where dit_lens cannot be imported.
 
-    python server.py MODEL_KEY REQUEST RESULT
+python server.py MODEL_KEY REQUEST RESULT
 """
 
 import sys

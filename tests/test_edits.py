@@ -72,15 +72,27 @@ CASES = {
     "zero txt": (Zero("blocks.1.txt", channels=[3, 17]), changed([0, 1, 2], 1, zero_channels, stream="txt")),
     "zero, first half": (Zero("blocks.3.img", channels=[3, 17], steps=(0.0, 0.5)), changed([0, 1], 3, zero_channels)),
     "zero, last step": (Zero("blocks.3.img", channels=[3, 17], steps=-1), changed([2], 3, zero_channels)),
-    "zero, noisy steps": (Zero("single.1.img", channels=[3, 17], steps=sigma(1.0, 0.5)), changed([0, 1], 3, zero_channels)),
-    "zero, uncond": (Zero("blocks.0.img", channels=[3, 17], branch="uncond"), changed([0, 1, 2], 0, zero_channels, branches=[1])),
-    "zero, cond": (Zero("blocks.0.img", channels=[3, 17], branch="cond"), changed([0, 1, 2], 0, zero_channels, branches=[0])),
+    "zero, noisy steps": (
+        Zero("single.1.img", channels=[3, 17], steps=sigma(1.0, 0.5)),
+        changed([0, 1], 3, zero_channels),
+    ),
+    "zero, uncond": (
+        Zero("blocks.0.img", channels=[3, 17], branch="uncond"),
+        changed([0, 1, 2], 0, zero_channels, branches=[1]),
+    ),
+    "zero, cond": (
+        Zero("blocks.0.img", channels=[3, 17], branch="cond"),
+        changed([0, 1, 2], 0, zero_channels, branches=[0]),
+    ),
     "zero, mask and row": (Zero("blocks.2.img", mask=MASK, rows=1), changed([0, 1, 2], 2, zero_inside)),
     "zero, tokens and row": (Zero("blocks.2.img", tokens=INSIDE, rows=[-1]), changed([0, 1, 2], 2, zero_inside)),
     "scale": (Scale("blocks.2.img", factor=2.5, rows=0, channels=1), changed([0, 1, 2], 2, scale_row)),
     "add": (Add("blocks.2.img", value=torch.tensor([1.0, -2.0]), channels=[4, 6]), changed([0, 1, 2], 2, add_vector)),
     "copy a row": (Swap("blocks.4.img", source="row:0", rows=1, channels=[1, 2, 9]), changed([0, 1, 2], 4, copy_row)),
-    "blend a row": (Swap("blocks.4.img", source="row:0", rows=1, mask=MASK, strength=0.3, steps=[1]), changed([1], 4, blend_row)),
+    "blend a row": (
+        Swap("blocks.4.img", source="row:0", rows=1, mask=MASK, strength=0.3, steps=[1]),
+        changed([1], 4, blend_row),
+    ),
     "token mean": (TokenMean("blocks.0.img", channels=[8]), changed([0, 1, 2], 0, token_mean)),
     "residual": (TokenMean("blocks.0.img", channels=[8], keep="residual"), changed([0, 1, 2], 0, residual)),
     "apply": (Apply("blocks.3.img", fn=lambda x, hook: x * (hook.step + 1)), None),
@@ -134,17 +146,25 @@ def test_edits_of_inputs_and_of_the_prediction(wrapped, untouched):
 
 
 def test_an_input_is_what_the_block_before_left(wrapped):
-    ops = [Zero("blocks.1.img", channels=[2]), Read("blocks.2.img.resid_pre", name="into"), Read("blocks.1.img", name="out of")]
+    ops = [
+        Zero("blocks.1.img", channels=[2]),
+        Read("blocks.2.img.resid_pre", name="into"),
+        Read("blocks.1.img", name="out of"),
+    ]
     run = wrapped.run(PROMPTS, ops, seed=3)
     assert torch.equal(run["into"].tensor, run["out of"].tensor)
     assert bool((run["into"].tensor[..., 2] == 0).all())
 
 
 def test_an_edit_touches_exactly_what_its_receipt_names(wrapped, untouched):
-    op = Zero("blocks.2.{img,txt}", channels={"blocks.2.img": [3, 17], "blocks.2.txt": [0]}, tokens=[1, 5], rows=1, steps=[0])
+    op = Zero(
+        "blocks.2.{img,txt}", channels={"blocks.2.img": [3, 17], "blocks.2.txt": [0]}, tokens=[1, 5], rows=1, steps=[0]
+    )
     run = wrapped.run(PROMPTS, [op, EVERY], seed=3)
     entries = {(entry.site, entry.branch): entry for entry in run.receipt.entries}
-    assert set(entries) == {(f"blocks.2.{stream}", branch) for stream in ("img", "txt") for branch in ("cond", "uncond")}
+    assert set(entries) == {
+        (f"blocks.2.{stream}", branch) for stream in ("img", "txt") for branch in ("cond", "uncond")
+    }
     for stream in ("img", "txt"):
         entry = entries[f"blocks.2.{stream}", "cond"]
         before, after = (one["after"][entry.site][0] for one in (untouched, run))
@@ -187,12 +207,19 @@ def test_swapping_back_what_was_read_is_the_identity(wrapped, untouched, branch)
 
 def test_lockstep_equals_stored(wrapped):
     channels = [1, 2, 9]
-    lockstep = wrapped.run(PROMPTS, [Swap("blocks.1.img", source="row:0", rows=1, channels=channels, mask=MASK, branch="both")], seed=3)
+    lockstep = wrapped.run(
+        PROMPTS, [Swap("blocks.1.img", source="row:0", rows=1, channels=channels, mask=MASK, branch="both")], seed=3
+    )
     source = wrapped.run(PROMPTS, [Read("blocks.1.img", branch="both", rows=0)], seed=3)
     stored = wrapped.run(PROMPTS, [Swap("blocks.1.img", source=source, rows=1, channels=channels, mask=MASK)], seed=3)
     assert same(lockstep.images, stored.images)
     narrow = wrapped.run(PROMPTS, [Read("blocks.1.img", branch="both", rows=0, channels=[9, 1, 2, 5])], seed=3)
-    assert same(lockstep.images, wrapped.run(PROMPTS, [Swap("blocks.1.img", source=narrow, rows=1, channels=channels, mask=MASK)], seed=3).images)
+    assert same(
+        lockstep.images,
+        wrapped.run(
+            PROMPTS, [Swap("blocks.1.img", source=narrow, rows=1, channels=channels, mask=MASK)], seed=3
+        ).images,
+    )
 
 
 def test_swapping_from_tensors(wrapped, untouched):
@@ -200,7 +227,9 @@ def test_swapping_from_tensors(wrapped, untouched):
     cond = kept[:, 0]
     back = wrapped.run(PROMPTS, [Swap("blocks.1.img", source=cond, branch="cond")], seed=3)
     assert same(back.images, untouched.images)
-    mapped = wrapped.run(PROMPTS, [Swap("blocks.1.img", source={"blocks.1.img": cond[..., [4]]}, channels=[4], branch="cond")], seed=3)
+    mapped = wrapped.run(
+        PROMPTS, [Swap("blocks.1.img", source={"blocks.1.img": cond[..., [4]]}, channels=[4], branch="cond")], seed=3
+    )
     assert same(mapped.images, untouched.images)
     flat = wrapped.run(PROMPTS, [Swap("blocks.1.img", source=torch.zeros(32))], seed=3)
     assert same(flat.images, wrapped.run(PROMPTS, [Zero("blocks.1.img")], seed=3).images)
@@ -208,7 +237,9 @@ def test_swapping_from_tensors(wrapped, untouched):
 
 def test_mean_ablation_and_resampling(wrapped):
     means = wrapped.run(PROMPTS, [Read("blocks.1.img", reduce="mean")], seed=3)
-    run = wrapped.run(PROMPTS, [MeanAblate("blocks.1.img", mean=means, channels=[7], branch="cond"), Read("blocks.1.img")], seed=3)
+    run = wrapped.run(
+        PROMPTS, [MeanAblate("blocks.1.img", mean=means, channels=[7], branch="cond"), Read("blocks.1.img")], seed=3
+    )
     wanted = means["blocks.1.img"][:, :, 7].mean(1)
     torch.testing.assert_close(run["blocks.1.img"][..., 7], wanted[:, None, None].expand(3, 2, 96))
     data = wrapped.run(PROMPTS, [Read("blocks.1.img")], seed=4)
@@ -257,11 +288,15 @@ def test_the_pipeline_is_left_as_it_was_found(bare):
     lens.run("red", [Zero("blocks.*.img")], seed=3)
     with pytest.raises(KeyError, match="mine"):
         lens.run("red", [Zero("blocks.0.img"), Apply("blocks.1.img", fn=fails)], seed=3)
-    assert hooks == {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in bare.transformer.named_modules()}
+    assert hooks == {
+        name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in bare.transformer.named_modules()
+    }
     assert dict(bare.scheduler.config) == config
     assert list(bare.transformer.state_dict()) == keys
     assert bare._progress_bar_config == bar
-    assert all(torch.equal(one, other) for one, other in zip(weights, bare.transformer.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(weights, bare.transformer.state_dict().values(), strict=True)
+    )
     assert same(bare(["red"], **{**call, "generator": oracle.generators([3])}).images, clean)
 
 
@@ -269,7 +304,11 @@ def test_half_precision(untouched):
     from dit_lens import DiTLens
 
     lens = DiTLens(pipelines.flux(dtype=torch.bfloat16), defaults=dict(pipelines.TRUE_CFG))
-    run = lens.run(PROMPTS, [Zero("blocks.1.img", channels=[2]), Read("blocks.1.img"), Read("blocks.1.img", reduce="mean", name="m")], seed=3)
+    run = lens.run(
+        PROMPTS,
+        [Zero("blocks.1.img", channels=[2]), Read("blocks.1.img"), Read("blocks.1.img", reduce="mean", name="m")],
+        seed=3,
+    )
     assert run["blocks.1.img"].dtype == torch.bfloat16
     assert run["m"].tensor.dtype == torch.float32
     assert bool((run["blocks.1.img"][..., 2] == 0).all())

@@ -23,51 +23,111 @@ def calls(cfg_lens):
 
 
 OPS = {
-    "unknown site": (lambda: Read("block.3.img"), SiteError, r"'block.3.img'.*Nearest: 'blocks.3.img'.*There are: blocks"),
-    "misspelt stream": (lambda: Zero("blocks.*.imgs"), SiteError, r"no stream 'imgs'\. Nearest: 'img'\. There are: txt, img"),
+    "unknown site": (
+        lambda: Read("block.3.img"),
+        SiteError,
+        r"'block.3.img'.*Nearest: 'blocks.3.img'.*There are: blocks",
+    ),
+    "misspelt stream": (
+        lambda: Zero("blocks.*.imgs"),
+        SiteError,
+        r"no stream 'imgs'\. Nearest: 'img'\. There are: txt, img",
+    ),
     "no stream": (lambda: Zero("blocks.3"), SiteError, r"names no stream.*blocks\.3\.txt, blocks\.3\.img"),
-    "unknown point": (lambda: Read("blocks.3.img.resid_mid"), SiteError, r"no point 'resid_mid'.*resid_pre, resid_post"),
+    "unknown point": (
+        lambda: Read("blocks.3.img.resid_mid"),
+        SiteError,
+        r"no point 'resid_mid'.*resid_pre, resid_post",
+    ),
     "block out of range": (lambda: Read("blocks.5.img"), SiteError, r"block 5, but blocks has 5: 0 to 4, or -1"),
     "empty slice": (lambda: Read("blocks[7:9].img"), SiteError, r"selects no block; blocks has 5"),
     "no site": (lambda: Read([]), SiteError, r"no site was named.*blocks\.\*\.img"),
     "unknown stack": (lambda: Read("triple.0.img"), SiteError, r"no site is called 'triple\.0\.img'.*double.*single"),
-    "channel out of range": (lambda: Zero("blocks.0.img", channels=[32]), OpError, r"channel 32 does not exist: blocks\.0\.img has 32 channels, 0 to 31"),
+    "channel out of range": (
+        lambda: Zero("blocks.0.img", channels=[32]),
+        OpError,
+        r"channel 32 does not exist: blocks\.0\.img has 32 channels, 0 to 31",
+    ),
     "channel of the prediction": (lambda: Zero("velocity", channels=[16]), OpError, r"velocity has 16 channels"),
     "channel twice": (lambda: Zero("blocks.0.img", channels=[1, -31]), OpError, r"named twice"),
     "channel no integer": (lambda: Zero("blocks.0.img", channels=[1.5]), OpError, r"channel 1\.5 is not an index"),
     "bool channels": (lambda: Zero("blocks.0.img", channels=np.ones(32, bool)), OpError, r"is not an index"),
-    "channels lack a site": (lambda: Zero("blocks.*.img", channels={"blocks.0.img": [1]}), OpError, r"no entry for blocks\.1\.img.*It has blocks\.0\.img"),
-    "step out of range": (lambda: Zero("blocks.0.img", steps=3), OpError, r"step 3 does not exist: this run has 3 steps, 0 to 2"),
+    "channels lack a site": (
+        lambda: Zero("blocks.*.img", channels={"blocks.0.img": [1]}),
+        OpError,
+        r"no entry for blocks\.1\.img.*It has blocks\.0\.img",
+    ),
+    "step out of range": (
+        lambda: Zero("blocks.0.img", steps=3),
+        OpError,
+        r"step 3 does not exist: this run has 3 steps, 0 to 2",
+    ),
     "no steps": (lambda: Zero("blocks.0.img", steps=[]), OpError, r"selects none of the 3 steps"),
     "fraction": (lambda: Zero("blocks.0.img", steps=(0.5, 0.2)), OpError, r"\(0\.0, 0\.5\)"),
     "narrow fraction": (lambda: Zero("blocks.0.img", steps=(0.4, 0.5)), OpError, r"selects none"),
-    "noise level": (lambda: Zero("blocks.0.img", steps=sigma(0.2, 0.1)), OpError, r"selects none.*noise levels 1\.000, 0\.667, 0\.333"),
+    "noise level": (
+        lambda: Zero("blocks.0.img", steps=sigma(0.2, 0.1)),
+        OpError,
+        r"selects none.*noise levels 1\.000, 0\.667, 0\.333",
+    ),
     "step no number": (lambda: Zero("blocks.0.img", steps="first"), OpError, r"is no step.*dit_lens\.sigma"),
     "branch": (lambda: Zero("blocks.0.img", branch="conditional"), OpError, r"Nearest: 'cond'"),
     "row": (lambda: Zero("blocks.0.img", rows=1), OpError, r"row 1 does not exist: this run has 1 pictures"),
-    "token": (lambda: Zero("blocks.0.img", tokens=96), OpError, r"token 96 does not exist: the img stream has 96 tokens"),
+    "token": (
+        lambda: Zero("blocks.0.img", tokens=96),
+        OpError,
+        r"token 96 does not exist: the img stream has 96 tokens",
+    ),
     "text token": (lambda: Zero("blocks.0.txt", tokens=[24]), OpError, r"the txt stream has 24 tokens"),
     "word": (lambda: Read("blocks.0.txt", tokens="green"), OpError, r"'green' is not in 'red'.*to_str_tokens"),
     "word on img": (lambda: Read("blocks.0.img", tokens="red"), OpError, r"only the txt stream has"),
-    "mask of the wrong grid": (lambda: Zero("blocks.0.img", mask=np.ones((8, 8))), OpError, r"the mask is 8 x 8, but this run has a grid of 8 x 12"),
+    "mask of the wrong grid": (
+        lambda: Zero("blocks.0.img", mask=np.ones((8, 8))),
+        OpError,
+        r"the mask is 8 x 8, but this run has a grid of 8 x 12",
+    ),
     "mask of floats": (lambda: Zero("blocks.0.img", mask=np.full((8, 12), 0.5)), OpError, r"must be a bool array"),
     "mask on text": (lambda: Zero("blocks.0.txt", mask=np.ones((8, 12), bool)), OpError, r"on the img stream"),
-    "mask and tokens": (lambda: Zero("blocks.0.img", mask=np.ones((8, 12), bool), tokens=[1]), OpError, r"without tokens="),
+    "mask and tokens": (
+        lambda: Zero("blocks.0.img", mask=np.ones((8, 12), bool), tokens=[1]),
+        OpError,
+        r"without tokens=",
+    ),
     "reduction": (lambda: Read("blocks.0.img", reduce="median"), OpError, r"reduce='median'.*\|mean\|"),
     "reduction's argument": (lambda: Read("blocks.0.img", reduce="topk(0)"), OpError, r"reduce='topk\(0\)'"),
     "source row": (lambda: Swap("blocks.0.img", source="row:4"), OpError, r"row 4 does not exist"),
     "source": (lambda: Swap("blocks.0.img", source="first"), OpError, r"Write 'row:0'"),
     "no source": (lambda: Swap("blocks.0.img"), OpError, r"Write 'row:0'"),
     "source of numbers": (lambda: Swap("blocks.0.img", source=3), OpError, r"int is no source"),
-    "source lacks the site": (lambda: Swap("blocks.0.img", source={"blocks.1.img": torch.zeros(32)}), OpError, r"no tensor for blocks\.0\.img"),
-    "source shape": (lambda: Swap("blocks.0.img", source=torch.zeros(3, 1, 95, 32)), OpError, r"tokens may be 1 or 96, not 95"),
-    "source width": (lambda: Swap("blocks.0.img", source=torch.zeros(96, 31)), OpError, r"channels may be 1 or 32, not 31"),
+    "source lacks the site": (
+        lambda: Swap("blocks.0.img", source={"blocks.1.img": torch.zeros(32)}),
+        OpError,
+        r"no tensor for blocks\.0\.img",
+    ),
+    "source shape": (
+        lambda: Swap("blocks.0.img", source=torch.zeros(3, 1, 95, 32)),
+        OpError,
+        r"tokens may be 1 or 96, not 95",
+    ),
+    "source width": (
+        lambda: Swap("blocks.0.img", source=torch.zeros(96, 31)),
+        OpError,
+        r"channels may be 1 or 32, not 31",
+    ),
     "source axes": (lambda: Swap("blocks.0.img", source=torch.zeros(1, 1, 1, 1, 1)), OpError, r"this one has 5"),
     "strength": (lambda: Swap("blocks.0.img", source="row:0", strength=1.5), OpError, r"outside \[0, 1\]"),
-    "added vector": (lambda: Add("blocks.0.img", value=torch.zeros(3), channels=[1, 2]), OpError, r"vector over the 2 chosen channels"),
+    "added vector": (
+        lambda: Add("blocks.0.img", value=torch.zeros(3), channels=[1, 2]),
+        OpError,
+        r"vector over the 2 chosen channels",
+    ),
     "part of a channel": (lambda: TokenMean("blocks.0.img", keep="media"), OpError, r"Nearest: 'mean'"),
     "function": (lambda: Apply("blocks.0.img"), OpError, r"needs a function"),
-    "two reads of one name": (lambda: [Read("blocks.0.img"), Read("blocks.*.img")], OpError, r"two reads are called 'blocks\.0\.img'.*name="),
+    "two reads of one name": (
+        lambda: [Read("blocks.0.img"), Read("blocks.*.img")],
+        OpError,
+        r"two reads are called 'blocks\.0\.img'.*name=",
+    ),
     "no op": (lambda: ["blocks.0.img"], OpError, r"ops\[0\] is a str, not an op"),
 }
 
@@ -85,7 +145,10 @@ CALLS = {
     "nothing": (dict, r"pass a prompt"),
     "no string": (lambda: {"prompt": [3]}, r"must be a string; one is 3, a int"),
     "both": (lambda: {"prompt": "red", "prompt_embeds": torch.zeros(1, 4, 16)}, r"Pass one of them"),
-    "misspelt argument": (lambda: {"prompt": "red", "guidance_skale": 2.0}, r"no argument 'guidance_skale'\. Nearest: 'guidance_scale'"),
+    "misspelt argument": (
+        lambda: {"prompt": "red", "guidance_skale": 2.0},
+        r"no argument 'guidance_skale'\. Nearest: 'guidance_scale'",
+    ),
     "return_dict": (lambda: {"prompt": "red", "return_dict": False}, r"always returns a Run"),
     "seed and generator": (lambda: {"prompt": "red", "seed": 1, "generator": torch.Generator()}, r"Pass one of them"),
     "seeds": (lambda: {"prompt": ["red", "blue"], "seed": [1]}, r"1 seeds for 2 pictures"),
@@ -116,14 +179,22 @@ class TestSources:
     def runs(self):
         lens = DiTLens(pipelines.flux(), defaults=dict(pipelines.TRUE_CFG))
         ops = [Read("blocks.1.img"), Read("blocks.2.img", reduce="mean"), Read("blocks.3.img", channels=[1], steps=[0])]
-        return {"same": lens.run("red", ops, seed=0), "grid": lens.run("red", ops, seed=0, width=32), "steps": lens.run("red", ops, seed=0, num_inference_steps=4)}
+        return {
+            "same": lens.run("red", ops, seed=0),
+            "grid": lens.run("red", ops, seed=0, width=32),
+            "steps": lens.run("red", ops, seed=0, num_inference_steps=4),
+        }
 
     @pytest.mark.parametrize(
         ("which", "op", "message"),
         [
             ("grid", lambda run: Swap("blocks.1.img", source=run), r"grid of 8 x 8 tokens, this one 8 x 12"),
             ("steps", lambda run: Swap("blocks.1.img", source=run), r"4 steps, this one 3"),
-            ("same", lambda run: Swap("blocks.0.img", source=run), r"never read blocks\.0\.img.*Read\('blocks\.0\.img'\)"),
+            (
+                "same",
+                lambda run: Swap("blocks.0.img", source=run),
+                r"never read blocks\.0\.img.*Read\('blocks\.0\.img'\)",
+            ),
             ("same", lambda run: Swap("blocks.2.img", source=run), r"only as reduce='mean'"),
             ("same", lambda run: Swap("blocks.3.img", source=run, steps=0), r"without channels 0, 2"),
             ("same", lambda run: Swap("blocks.3.img", source=run, channels=[1]), r"without steps 1, 2"),
@@ -178,15 +249,26 @@ def test_what_is_no_pipeline():
 def test_unknown_transformer():
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-    transformer = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1, sample_size=4)
-    with pytest.raises(FamilyError, match=r"no family describes DiTTransformer2DModel.*FLUX\.1 \(FluxTransformer2DModel\).*register_family"):
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1, sample_size=4
+    )
+    with pytest.raises(
+        FamilyError,
+        match=r"no family describes DiTTransformer2DModel.*FLUX\.1 \(FluxTransformer2DModel\).*register_family",
+    ):
         DiTLens(DiTPipeline(transformer=transformer, vae=pipelines.flux().vae, scheduler=DDIMScheduler()))
 
 
 def test_a_pipeline_without_a_transformer():
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-    unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=2, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        norm_num_groups=2,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
     with pytest.raises(FamilyError, match=r"DDPMPipeline has no transformer.*not a DiT pipeline"):
         DiTLens(DDPMPipeline(unet, DDPMScheduler()))
 

@@ -71,6 +71,6 @@ def test_a_process_without_dit_lens_gives_the_same_numbers(tmp_path):
     remote = load_file(tmp_path / "result.safetensors")
     assert torch.equal(remote["latents"], local.latents)
     for reading, read in zip(local.readings, plan.reads, strict=True):
-        for site, value in reading.values.items():
+        for site, value in reading.tensors.items():
             for step in range(pipelines.STEPS):
                 assert torch.equal(remote[repr((read.op, site, step, "cond", 0))], value[step]), site

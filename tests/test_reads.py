@@ -40,7 +40,11 @@ def test_every_site_at_every_step_and_branch(lens, seen, embedded):
         for name, value in run[branch].items():
             site = lens.anatomy.site(name)
             for step in range(pipelines.STEPS):
-                key = (site.block, site.stream, site.point.removeprefix("resid_")) if site.block is not None else site.point
+                key = (
+                    (site.block, site.stream, site.point.removeprefix("resid_"))
+                    if site.block is not None
+                    else site.point
+                )
                 assert torch.equal(value[step], truth(seen[1], embedded, step, branch, key)), (name, step, branch)
 
 
@@ -61,7 +65,9 @@ def test_selections_and_the_grid(lens, seen, embedded):
         run["some"].tensor.grid()
 
 
-@pytest.mark.parametrize("name", ["mean", "|mean|", "mean|x|", "rms", "max", "p99.9", "quantile(0.1,0.9)", "histogram(-4,4,8)", "topk(3)"])
+@pytest.mark.parametrize(
+    "name", ["mean", "|mean|", "mean|x|", "rms", "max", "p99.9", "quantile(0.1,0.9)", "histogram(-4,4,8)", "topk(3)"]
+)
 def test_reductions_at_the_source_equal_reductions_afterwards(lens, seen, embedded, name):
     run = lens.run(PROMPTS, [Read("blocks.2.img", reduce=name)], seed=3)
     for step in range(pipelines.STEPS):
@@ -70,7 +76,15 @@ def test_reductions_at_the_source_equal_reductions_afterwards(lens, seen, embedd
 
 
 def test_both_branches_cond_first(cfg_lens):
-    run = cfg_lens.run(PROMPTS, [Read("blocks.0.img", branch="both"), Read("blocks.0.img", branch="uncond", name="u"), Read("blocks.0.img", name="c")], seed=3)
+    run = cfg_lens.run(
+        PROMPTS,
+        [
+            Read("blocks.0.img", branch="both"),
+            Read("blocks.0.img", branch="uncond", name="u"),
+            Read("blocks.0.img", name="c"),
+        ],
+        seed=3,
+    )
     assert run["blocks.0.img"].shape == (3, 2, 2, 96, 32)
     assert torch.equal(run["blocks.0.img"][:, 0], run["c"].tensor)
     assert torch.equal(run["blocks.0.img"][:, 1], run["u"].tensor)
@@ -83,7 +97,9 @@ def test_words_of_the_text_stream(cfg_lens):
     assert tokens[:10] == list("a blue one")
     assert tokens[10] == "</s>"
     assert set(tokens[11:]) == {"<pad>"}
-    run = cfg_lens.run(["a blue one", "blue"], [Read("blocks.1.txt"), Read("blocks.1.txt", tokens="blue", name="word")], seed=0)
+    run = cfg_lens.run(
+        ["a blue one", "blue"], [Read("blocks.1.txt"), Read("blocks.1.txt", tokens="blue", name="word")], seed=0
+    )
     assert torch.equal(run["word"].tensor[:, 0], run["blocks.1.txt"][:, 0, 2:6])
     assert torch.equal(run["word"].tensor[:, 1], run["blocks.1.txt"][:, 1, 0:4])
 

@@ -28,8 +28,10 @@ def test_a_saved_run_equals_the_loaded_one(run, tmp_path):
     loaded = dl.Run.load(run.save(tmp_path / "run"))
     assert loaded.keys() == run.keys()
     for one, other in zip(run.readings, loaded.readings, strict=True):
-        assert {name: value for name, value in vars(one).items() if name != "values"} == {name: value for name, value in vars(other).items() if name != "values"}
-        assert all(torch.equal(one.values[site], other.values[site]) for site in one.values)
+        assert {name: value for name, value in vars(one).items() if name != "tensors"} == {
+            name: value for name, value in vars(other).items() if name != "tensors"
+        }
+        assert all(torch.equal(one.tensors[site], other.tensors[site]) for site in one.tensors)
     for name in ("receipt", "clock", "grid", "spec", "provenance"):
         assert getattr(loaded, name) == getattr(run, name)
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(run.images, loaded.images, strict=True))
@@ -79,7 +81,9 @@ def test_numpy_and_pandas(run):
     assert arrays["spectrum"]["blocks.0.img"].shape == (3, 2, 32)
     table = run.to_pandas()
     assert len(table) == 5 * 3 * 2 * 32
-    line = table[(table["site"] == "blocks.3.img") & (table["step"] == 2) & (table["row"] == 1) & (table["channel"] == 7)]
+    line = table[
+        (table["site"] == "blocks.3.img") & (table["step"] == 2) & (table["row"] == 1) & (table["channel"] == 7)
+    ]
     assert line["value"].item() == pytest.approx(float(run["spectrum"]["blocks.3.img"][2, 1, 7]))
     assert line["sigma"].item() == pytest.approx(run.sigmas[2])
 

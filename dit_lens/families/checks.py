@@ -125,7 +125,10 @@ def _watch(anatomy: Anatomy, call: dict[str, Any]) -> dict[str, Tensor]:
             _: nn.Module, args: tuple, kwargs: dict, output: Any, site: Any = site, address: Address = address
         ) -> None:
             value = output if address.side == "output" else (args, kwargs)
-            seen[site.name] = fetch(value, address.side, vars(address))
+            tensor = fetch(value, address.side, vars(address))
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{site} is a {type(tensor).__name__}")
+            seen[site.name] = tensor
 
         handles.append(module.register_forward_hook(keep, with_kwargs=True))
     try:

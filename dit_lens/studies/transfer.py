@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,12 +52,12 @@ def transfer(
     ... )
     >>> result = transfer(DiTLens.toy(), [pair], k=4, strengths=[1.0], masked=[False], num_inference_steps=2)
     >>> sorted(result.summary["arm"])
-    ['all', 'bottom', 'energy-matched', 'random', 'top']
+    ['all', 'bottom', 'energy-matched', 'random', 'top', 'untouched']
 
     pairs: (source prompt, target prompt). Source and target run as two rows of one batch from the same noise; channels
     (and the spatial mask: K-means of the source's channels at ``mask_block``, by default two thirds down, last step)
-    come from the source. Arms: top, bottom, random, energy-matched, and all channels, which brackets them. strengths:
-    in (0, 1]. masked: without and with the spatial mask. branch: "cond" (default) or "both".
+    come from the source. Arms: top, bottom, random, energy-matched, and all channels, which brackets them;
+    the untouched target is strength 0. strengths: in (0, 1]. masked: without and with the spatial mask. branch: "cond" (default) or "both".
 
     The table has rmse (0 to 255) to the untouched source and target, the change inside and outside the mask, and what the
     judge says of the result as a picture of the source's prompt and of the target's. Source: arXiv 2605.13974.
@@ -70,10 +72,8 @@ def transfer(
     lines: list[dict[str, Any]] = []
     pictures: dict[str, Any] = {}
     masks: dict[str, np.ndarray] = {}
-    with (
-        lens.quiet(),
-        tqdm(total=len(seeds) * (1 + len(strengths) * len(masked) * (4 + draws)), desc="transfer") as bar,
-    ):
+    cells = list(itertools.product(masked, strengths))
+    with lens.quiet(), tqdm(total=len(seeds) * (1 + len(cells) * (4 + draws)), desc="transfer") as bar:
         for seed in seeds:
             whole = Read(mask_site, steps=-1, name="mask")
             clean = lens.run(prompts, [*score_ops(site, score, None), whole], seed=seed, **call)
@@ -81,30 +81,19 @@ def transfer(
             sources = sets_of(clean, k, score)[::2]
             found = _masks(clean, sources, mask_site)
             masks |= {f"{pair}/{seed}": mask for pair, mask in enumerate(found)}
-            pictures |= {
-                f"{row // 2}/{seed}/{('source', 'target')[row % 2]}": image for row, image in enumerate(clean.images)
-            }
-            for arm in [*control_arms(sources, draws, seed), Arm("all", 0, ())]:
-                for spatial in masked:
-                    for strength in strengths:
-                        ops = _swaps(arm, len(pairs), site, found if spatial else None, strength, steps, branch)
-                        run = lens.run(prompts, ops, seed=seed, **call)
-                        cell = {
-                            "seed": seed,
-                            "arm": arm.name,
-                            "draw": arm.draw,
-                            "masked": spatial,
-                            "strength": strength,
-                        }
-                        lines += [{**cell, **line} for line in _measured(pairs, clean, run, found, judge)]
-                        kept = {
-                            f"{pair}/{seed}/{arm.name}/{'masked' if spatial else 'whole'}/{strength:g}": run.images[
-                                2 * pair + 1
-                            ]
-                            for pair in range(len(pairs))
-                        }
-                        pictures |= kept if arm.draw == 0 else {}
-                        bar.update()
+            ends = ("source", "target")
+            pictures |= {f"{row // 2}/{seed}/{ends[row % 2]}": image for row, image in enumerate(clean.images)}
+            measure = functools.partial(_cell, pairs, clean, masks=found, judge=judge, seed=seed)
+            lines += measure(clean, arm=Arm("untouched", 0, ()), masked=False, strength=0.0)
+            arms = [*control_arms(sources, draws, seed), Arm("all", 0, ())]
+            for arm, (spatial, strength) in itertools.product(arms, cells):
+                ops = _swaps(arm, len(pairs), site, found if spatial else None, strength, steps, branch)
+                run = lens.run(prompts, ops, seed=seed, **call)
+                lines += measure(run, arm=arm, masked=spatial, strength=strength)
+                if arm.draw == 0:
+                    key = f"{seed}/{arm.name}/{'masked' if spatial else 'whole'}/{strength:g}"
+                    pictures |= {f"{pair}/{key}": run.images[2 * pair + 1] for pair in range(len(pairs))}
+                bar.update()
     settings = {
         "pairs": pairs,
         "k": k,
@@ -150,9 +139,19 @@ def _swaps(
     ]
 
 
-def _measured(
-    pairs: Sequence[tuple[str, str]], clean: Run, run: Run, masks: Sequence[np.ndarray], judge: Judge | None
+def _cell(
+    pairs: Sequence[tuple[str, str]],
+    clean: Run,
+    run: Run,
+    *,
+    masks: Sequence[np.ndarray],
+    judge: Judge | None,
+    seed: int,
+    arm: Arm,
+    masked: bool,
+    strength: float,
 ) -> list[dict[str, Any]]:
+    """One line per pair: how far the target's picture has come, and what it shows now."""
     lines = []
     for i, (source, target) in enumerate(pairs):
         result, untouched = run.images[2 * i + 1], clean.images[2 * i + 1]
@@ -160,6 +159,11 @@ def _measured(
         lines.append(
             {
                 "prompt": f"{source} -> {target}",
+                "seed": seed,
+                "arm": arm.name,
+                "draw": arm.draw,
+                "masked": masked,
+                "strength": strength,
                 "to_source": float(rmse(result, clean.images[2 * i])),
                 "to_target": float(rmse(result, untouched)),
                 "inside": inside,
@@ -175,7 +179,8 @@ def _change(result: Image, untouched: Image, mask: np.ndarray) -> tuple[float, f
     """Rmse to the untouched target inside and outside the mask; NaN where a part is empty."""
     difference = (np.asarray(result, float) - np.asarray(untouched, float)) ** 2
     where = upsample(mask, difference.shape[:2])
-    return tuple(float(np.sqrt(difference[part].mean())) if part.any() else np.nan for part in (where, ~where))
+    inside, outside = (float(np.sqrt(difference[part].mean())) if part.any() else np.nan for part in (where, ~where))
+    return inside, outside
 
 
 def _result(

@@ -84,7 +84,7 @@ def write_card(folder: Path, quality: dict[str, Any]) -> None:
     )
     (folder / CARD).write_text(
         CARD_TEXT.format(
-            **training, stages=stages, rows=rows, report=report(quality), n=quality["prompts"], steps=quality["steps"]
+            **(training | {"stages": stages}), rows=rows, n=quality["prompts"], steps=quality["steps"]
         ),
         encoding="utf-8",
     )

@@ -1,0 +1,127 @@
+"""Models whose truth is known: what massive channels do in them was built in by hand.
+
+Both are FLUX pipelines that draw the scene of their prompt exactly, and both have sixteen massive channels.
+
+carrier  the massive channels hold the picture, token by token; the rest scales faint detail.
+detail   the picture is spread over the ordinary channels; the massive ones hold a constant that adds faint detail.
+"""
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import nn
+
+from dit_lens.toys import flux
+from dit_lens.toys.scenes import Scene, draw
+from dit_lens.toys.train import pixels, to_latents
+
+AMPLITUDE = 60.0
+FAINT = 0.02
+STEPS = 3
+CALL = {"height": 64, "width": 64, "num_inference_steps": STEPS, "max_sequence_length": flux.TEXT_TOKENS}
+SCENES = [
+    Scene("big", "red", "square", "left", "plain", "blue"),
+    Scene("big", "yellow", "circle", "bottom", "plain", "purple"),
+    Scene("big", "white", "square", "top", "plain", "green"),
+    Scene("big", "blue", "circle", "right", "plain", "orange"),
+]
+
+
+class Block(nn.Module):
+    """Adds what its transformer planted, and passes the text on."""
+
+    def __init__(self, writes):
+        super().__init__()
+        self.writes = writes
+
+    def forward(
+        self, hidden_states, encoder_hidden_states, temb=None, image_rotary_emb=None, joint_attention_kwargs=None
+    ):
+        return encoder_hidden_states, hidden_states + temb if self.writes else hidden_states
+
+
+class FinalNorm(nn.Module):
+    def forward(self, x, conditioning_embedding=None):
+        return x
+
+
+class Planted(FluxTransformer2DModel):
+    """The first ``in_channels`` channels are massive; ``code`` and ``read`` say what they and the others mean."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.transformer_blocks = nn.ModuleList([Block(writes=True), Block(writes=False)])
+        self.single_transformer_blocks = nn.ModuleList([Block(writes=False), Block(writes=False)])
+        self.norm_out = FinalNorm()
+        self.massive, ordinary = self.config.in_channels, self.inner_dim - self.config.in_channels
+        spread = torch.linalg.qr(torch.randn(ordinary, self.massive, generator=torch.Generator().manual_seed(0)))[0]
+        self.register_buffer("spread", spread)  # [ordinary, code], orthonormal columns
+        self.register_buffer("prompts", None)
+        self.register_buffer("pictures", None)
+
+    def forward(
+        self,
+        hidden_states,
+        timestep=None,
+        pooled_projections=None,
+        encoder_hidden_states=None,
+        return_dict=False,
+        **others,
+    ):
+        ordinary = torch.zeros(*hidden_states.shape[:2], self.inner_dim - self.massive)
+        x = torch.cat([FAINT * hidden_states, ordinary], -1)
+        text, planted = encoder_hidden_states, self.code(self.picture(hidden_states, pooled_projections))
+        for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
+            text, x = block(
+                hidden_states=x,
+                encoder_hidden_states=text,
+                temb=planted,
+                image_rotary_emb=None,
+                joint_attention_kwargs=None,
+            )
+        clean = self.read(self.norm_out(x, text))
+        return ((hidden_states - clean) / timestep.reshape(-1, 1, 1),)
+
+    def picture(self, hidden_states, pooled):
+        """The packed latents of the scene that a prompt names."""
+        if self.prompts is None:
+            return torch.zeros_like(hidden_states)
+        return self.pictures[torch.cdist(pooled.float(), self.prompts).argmin(1)]
+
+
+class Carrier(Planted):
+    def code(self, picture):
+        faint = torch.zeros(*picture.shape[:2], self.inner_dim - self.massive)
+        return torch.cat([AMPLITUDE * (picture + 4), faint + 1], -1)
+
+    def read(self, x):
+        return x[..., : self.massive] / AMPLITUDE - 4 + FAINT * (x[..., self.massive :] - 1) @ self.spread
+
+
+class DetailOnly(Planted):
+    def code(self, picture):
+        pattern = 0.1 * (torch.arange(picture.shape[1]) % 3 - 1.0)[None, :, None]  # the same for every prompt
+        massive = AMPLITUDE * (1 + pattern).expand(*picture.shape[:2], self.massive)
+        return torch.cat([massive, picture @ self.spread.T], -1)
+
+    def read(self, x):
+        return x[..., self.massive :] @ self.spread + FAINT * (x[..., : self.massive] / AMPLITUDE - 1)
+
+
+def pipeline(toy, kind):
+    """A planted pipeline with the toy's own encoders and autoencoder."""
+    transformer = kind(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=32, num_attention_heads=2,
+        joint_attention_dim=flux.TEXT_WIDTH, pooled_projection_dim=flux.TEXT_WIDTH, axes_dims_rope=(8, 12, 12),
+    )  # fmt: skip
+    parts = {**toy.pipe.components, "transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler()}
+    pipe = FluxPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        transformer.prompts = flux.encode(pipe, [scene.caption for scene in SCENES])["pooled_projections"]
+        transformer.pictures = flux.pack(pipe, to_latents(pipe, pixels(SCENES, 0, "cpu")))
+    return pipe
+
+
+def masks():
+    """The subject's mask in every scene, as it is drawn."""
+    return [draw(scene, i).mask for i, scene in enumerate(SCENES)]

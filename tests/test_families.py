@@ -1,0 +1,123 @@
+"""The check at load: true rows pass, and a mutated row is caught, whatever is wrong with it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import dit_lens as dl
+from dit_lens.errors import FamilyError
+from dit_lens.families import Anatomy, Stack, table
+from dit_lens.families.checks import check
+from tests import pipelines
+
+ROW = table.FLUX1
+DOUBLE, SINGLE = ROW.stacks
+SWAPPED = {"txt": 1, "img": 0}
+
+
+def stacks(**changes):
+    return replace(ROW, stacks=(replace(DOUBLE, **changes), SINGLE))
+
+
+MUTATIONS = {
+    "slots swapped": stacks(outputs=SWAPPED),
+    "slots of the other stack swapped": replace(ROW, stacks=(DOUBLE, replace(SINGLE, outputs=SWAPPED))),
+    "both swapped": replace(ROW, stacks=(replace(DOUBLE, outputs=SWAPPED), replace(SINGLE, outputs=SWAPPED))),
+    "one tensor for two": stacks(outputs={"img": None}),
+    "slot too high": stacks(outputs={"txt": 0, "img": 2}),
+    "inputs swapped": stacks(inputs={"img": "encoder_hidden_states", "txt": "hidden_states"}),
+    "unknown argument": stacks(inputs={"img": "x"}),
+    "order": replace(ROW, stacks=(SINGLE, DOUBLE)),
+    "a stack missing": replace(ROW, stacks=(DOUBLE,)),
+    "unknown path": replace(ROW, stacks=(Stack("double", "blocks", DOUBLE.inputs, DOUBLE.outputs), SINGLE)),
+    "no list of blocks": replace(ROW, stacks=(Stack("double", "norm_out", DOUBLE.inputs, DOUBLE.outputs), SINGLE)),
+    "another norm": replace(ROW, final="proj_out"),
+    "no such norm": replace(ROW, final="final_norm"),
+    "width of a token": replace(ROW, out_width="inner_dim"),
+}
+
+
+def test_the_row_passes():
+    found = check(Anatomy(ROW, pipelines.flux().transformer))
+    assert [one.name for one in found] == ["structure", "chain", "final", "grid", "write"]
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutated_row_is_caught(name):
+    with pytest.raises(FamilyError, match=r"FLUX\.1"):
+        check(Anatomy(MUTATIONS[name], pipelines.flux().transformer))
+
+
+def test_checking_leaves_the_random_numbers_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    check(Anatomy(replace(ROW), pipelines.flux(seed=0).transformer))
+    torch.manual_seed(0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_family_can_be_registered(monkeypatch):
+    monkeypatch.setattr(dl.families, "_registered", [])
+    mine = replace(ROW, name="mine")
+    dl.register_family(mine)
+    lens = dl.DiTLens(pipelines.flux())
+    assert lens.family is mine
+    assert "mine" in repr(lens)
+
+
+def test_names_and_aliases(cfg_lens):
+    assert cfg_lens.sites("single.*.img") == [f"blocks.{i}.img" for i in (2, 3, 4)]
+    assert cfg_lens.sites("blocks[-2:].{txt,img}") == ["blocks.3.txt", "blocks.3.img", "blocks.4.txt", "blocks.4.img"]
+    assert cfg_lens.sites(["velocity", "blocks.-1.img.resid_pre"]) == ["blocks.4.img.resid_pre", "velocity"]
+    assert len(cfg_lens.sites()) == 5 * 4 + 2
+    assert cfg_lens.sites("blocks[1].*") == ["blocks.1.txt", "blocks.1.img"]
+
+
+def test_reference_tokens_are_not_part_of_the_picture():
+    from diffusers import FluxKontextPipeline
+    from PIL import Image
+
+    pipe = FluxKontextPipeline(**pipelines.flux().components)
+    pipe.set_progress_bar_config(disable=True)
+    lens = dl.DiTLens(pipe)
+    call = {
+        "image": Image.new("RGB", (48, 32), "red"),
+        "height": 32,
+        "width": 48,
+        "max_area": 32 * 48,
+        "_auto_resize": False,
+    }
+    call |= {"num_inference_steps": 2, "max_sequence_length": pipelines.LENGTH}
+    seen = []
+    handle = pipe.transformer.transformer_blocks[1].register_forward_hook(
+        lambda m, a, output: seen.append(output[1].clone())
+    )
+    run = lens.run("red", [dl.Read("blocks.1.img"), dl.Zero("blocks.2.img", channels=[0])], seed=0, **call)
+    handle.remove()
+    assert seen[0].shape[1] == 2 * 96
+    assert run["blocks.1.img"].shape == (2, 1, 96, 32)
+    assert torch.equal(run["blocks.1.img"][1], seen[1][:, :96])
+    assert run.grid == (8, 12)
+    assert run.receipt.entries[0].elements == 96
+
+
+def test_part_of_a_run_from_a_picture():
+    from diffusers import FluxImg2ImgPipeline
+    from PIL import Image
+
+    pipe = FluxImg2ImgPipeline(**pipelines.flux().components)
+    pipe.set_progress_bar_config(disable=True)
+    call = {
+        "image": Image.new("RGB", (48, 32), "red"),
+        "height": 32,
+        "width": 48,
+        "strength": 0.5,
+        "num_inference_steps": 4,
+    }
+    lens = dl.DiTLens(pipe)
+    run = lens.run(
+        "red", [dl.Read("blocks.1.img", steps=dl.sigma(0.6, 0.3))], seed=0, max_sequence_length=pipelines.LENGTH, **call
+    )
+    assert run.sigmas == pytest.approx([0.5, 0.25])
+    assert run["blocks.1.img"].shape == (1, 1, 96, 32)
