@@ -6,9 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dit_lens import __version__
 from dit_lens.errors import DitLensError
+
+if TYPE_CHECKING:
+    from dit_lens.lens import DiTLens
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,7 +126,7 @@ def _train_toy(options: argparse.Namespace) -> int:
     return 0
 
 
-def _load(pipeline: str):
+def _load(pipeline: str) -> DiTLens:
     from dit_lens.lens import DiTLens
 
     return (

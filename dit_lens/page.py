@@ -6,7 +6,7 @@ import html
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,31 +86,29 @@ def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Se
     return path
 
 
-def write_png(figure: go.Figure, path: str | Path, *, width: int = 760, scale: float = 2) -> Path | None:
-    """Writes a plotly figure as PNG, dark on white, and returns its path; None where this machine cannot draw it.
+def write_pngs(figures: Mapping[Path, go.Figure], *, width: int = 760, scale: float = 2) -> list[Path]:
+    """Writes plotly figures as PNG, dark on white, and returns their paths; an empty list where none can be drawn here.
 
-    It takes the package kaleido (``pip install 'dit-lens[png]'``) and a browser that ``find_browser`` finds. Where both
-    are there and drawing fails, that is an error.
+    It takes the package kaleido (``pip install 'dit-lens[png]'``) and a browser that ``find_browser`` finds, which is
+    started once for all figures. Where both are there and drawing fails, that is an error.
 
-    width: in CSS pixels; the figure keeps its own height. scale: image pixels per CSS pixel.
+    width: in CSS pixels; a figure keeps its own height. scale: image pixels per CSS pixel.
     """
     browser = find_browser()
-    if browser is None or find_spec("kaleido") is None:
-        return None
+    if browser is None or find_spec("kaleido") is None or not figures:
+        return []
     import kaleido
     import plotly.graph_objects as go
 
-    drawn = go.Figure(figure).update_layout(paper_bgcolor="white", font_color="#222222")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kaleido.write_fig_sync(
-        drawn.to_plotly_json(),
-        path=path,
-        opts={"format": "png", "width": width, "height": drawn.layout.height or 420, "scale": scale},
-        # kaleido would fetch MathJax from the network.
-        kopts={"path": browser, "mathjax": False},
-    )
-    return path
+    drawings = []
+    for path, figure in figures.items():
+        drawn = go.Figure(figure).update_layout(paper_bgcolor="white", font_color="#222222")
+        size = {"format": "png", "width": width, "height": drawn.layout.height or 420, "scale": scale}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawings.append({"fig": drawn.to_plotly_json(), "path": path, "opts": size})
+    # kaleido would fetch MathJax from the network.
+    kaleido.write_fig_from_object_sync(drawings, cancel_on_error=True, kopts={"path": browser, "mathjax": False})
+    return list(figures)
 
 
 def find_browser() -> str | None:

@@ -235,7 +235,7 @@ def test_studies_of_nothing(cfg_lens):
 def test_reads_that_cannot_fit(cfg_lens, monkeypatch):
     import psutil
 
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10_000})())
+    monkeypatch.setattr(psutil, "virtual_memory", type("Memory", (), {"available": 10_000}))
     with pytest.raises(OpError, match=r"would keep 36\.86 kB, but only 10 kB.*reduce='\|mean\|'"):
         cfg_lens.run("red", [Read("blocks.0.img")], seed=0)
     assert cfg_lens.cost("red", [Read("blocks.0.img")]).bytes == 3 * 96 * 32 * 4

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dit_lens import page as module
 from dit_lens.errors import OpError
-from dit_lens.page import Section, find_browser, write_page, write_png
+from dit_lens.page import Section, find_browser, write_page, write_pngs
 from dit_lens.plots import channel_spectrum, strip
 
 
@@ -168,7 +168,7 @@ def test_png_is_dark_on_white(tmp_path):
     pytest.importorskip("kaleido")
     figure = channel_spectrum([0.1, 5.0, 4.0], [1, 2])
     before = figure.to_json()
-    path = write_png(figure, tmp_path / "new" / "figure.png", width=400, scale=1)
+    (path,) = write_pngs({tmp_path / "new" / "figure.png": figure}, width=400, scale=1)
     picture = Image.open(path).convert("RGB")
     assert picture.size == (400, figure.layout.height)
     assert picture.getpixel((1, 1)) == (255, 255, 255)
@@ -177,10 +177,10 @@ def test_png_is_dark_on_white(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["find_browser", "find_spec"])
-def test_png_without_browser_or_kaleido_is_none(tmp_path, monkeypatch, missing):
+def test_without_browser_or_kaleido_there_is_no_png(tmp_path, monkeypatch, missing):
     monkeypatch.setattr(module, missing, lambda *_: None)
     monkeypatch.setattr(module, "find_browser" if missing == "find_spec" else "find_spec", lambda *_: "there")
-    assert write_png(go.Figure(), tmp_path / "x.png") is None
+    assert write_pngs({tmp_path / "x.png": go.Figure()}) == []
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,7 @@
-"""What travels to a server is torch, nnsight and source text: the same numbers come back from a process without dit_lens."""
+"""What travels to a server is torch, nnsight and source text.
+
+The same numbers come back from a process without dit_lens.
+"""
 
 import json
 import os

@@ -34,7 +34,7 @@ def test_no_ops_is_the_plain_pipeline(lens, seen):
 
 def test_every_site_at_every_step_and_branch(lens, seen, embedded):
     wanted = branches(embedded)
-    ops = [Read([name for name in lens.sites()], branch=branch, name=branch) for branch in wanted]
+    ops = [Read(lens.sites(), branch=branch, name=branch) for branch in wanted]
     run = lens.run(PROMPTS, ops, seed=3)
     for branch in wanted:
         for name, value in run[branch].items():
@@ -125,7 +125,7 @@ def test_the_clock(cfg_lens):
 def test_handles_wait_for_the_run(cfg_lens):
     with cfg_lens.trace("red", seed=0) as t:
         h = t.read("blocks.*.img", reduce="mean", name="m")
-        with pytest.raises(NotYetError, match="t.apply"):
+        with pytest.raises(NotYetError, match=r"t\.apply"):
             h["blocks.0.img"]
         with pytest.raises(NotYetError):
             t.images  # noqa: B018

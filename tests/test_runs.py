@@ -42,7 +42,10 @@ def test_a_saved_run_equals_the_loaded_one(run, tmp_path):
 
 def test_it_loads_without_diffusers_and_nnsight(run, tmp_path):
     folder = run.save(tmp_path / "run")
-    code = f"import sys, dit_lens; run = dit_lens.Run.load({str(folder)!r}); run.to_pandas(); assert not {{'diffusers', 'nnsight', 'plotly'}} & set(sys.modules)"
+    code = (
+        f"import sys, dit_lens; run = dit_lens.Run.load({str(folder)!r}); run.to_pandas(); "
+        "assert not {'diffusers', 'nnsight', 'plotly'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

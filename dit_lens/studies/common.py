@@ -50,7 +50,7 @@ def sets_of(run: Run, k: int, score: str) -> list[ChannelSet]:
 
 
 def control_arms(top: Sequence[ChannelSet], draws: int, seed: int) -> list[Arm]:
-    """The fair comparisons of a top-k family: bottom, random (several draws, each one map for all sites), energy-matched."""
+    """A top-k family and its controls: bottom, random (every draw one map for all sites), energy-matched."""
     random = [Arm("random", draw, tuple(one.random(seed + draw) for one in top)) for draw in range(draws)]
     matched = Arm("energy-matched", 0, tuple(one.energy_matched(seed) for one in top))
     return [Arm("top", 0, tuple(top)), Arm("bottom", 0, tuple(one.bottom() for one in top)), *random, matched]
@@ -65,7 +65,8 @@ def check_k(lens: DiTLens, site: Pattern, ks: Sequence[int]) -> None:
         for k in ks:
             if not 1 <= k <= width // 2:
                 raise OpError(
-                    f"k={k} leaves no control of equal size: {found} has {width} channels. Choose k from 1 to {width // 2}."
+                    f"k={k} leaves no control of equal size: {found} has {width} channels. "
+                    f"Choose k from 1 to {width // 2}."
                 )
 
 
@@ -92,7 +93,7 @@ def judge_for(lens: DiTLens, prompts: Sequence[str], judge: Judge | None) -> Jud
 
 
 def scene_judge(image: Image, prompt: str) -> dict[str, float]:
-    """Reads a toy's picture back: 1 or 0 for every attribute of the prompt, their mean as ``fidelity``, and ``readable``."""
+    """Reads a toy's picture back: 1 or 0 for every attribute of the prompt; their mean is the ``fidelity``."""
     from dit_lens.toys.scenes import Scene, describe
 
     found = describe(image).scene

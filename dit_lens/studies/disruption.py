@@ -46,9 +46,10 @@ def disruption(
     of no channel, which must change nothing), top, bottom, random (``draws`` of them; one map of channels for all
     blocks) and energy-matched. All arms run at one batch shape.
 
-    k: one or several sizes. steps: when channels are zeroed. judge: ``fn(picture, prompt) -> {name: number}``; toys read
-    scenes back by themselves. The table has rmse (0 to 255) and psnr (dB) to the untouched picture, the share of energy
-    the zeroed channels held, and what the judge says. Source: arXiv 2605.13974; controls: see the docs.
+    k: one or several sizes. steps: when channels are zeroed. judge: ``fn(picture, prompt) -> {name: number}``; toys
+    read scenes back by themselves. The table has rmse (0 to 255) and psnr (dB; missing for equal pictures) to the
+    untouched picture, the share of energy the zeroed channels held, and what the judge says.
+    Source: arXiv 2605.13974.
     """
     prompts, ks = listed(prompts), [k] if isinstance(k, int) else sorted(k)
     check_k(lens, site, ks)
@@ -106,7 +107,8 @@ def _measured(
             if arm.sets
             else {}
         )
-        distance = {"rmse": float(rmse(before, after)), "psnr": float(psnr(before, after))}
+        error = float(rmse(before, after))
+        distance = {"rmse": error, "psnr": float(psnr(before, after)) if error else np.nan}
         lines.append(_line(prompt, seed, k, arm.name, arm.draw, **distance, **shares, **judged(judge, after, prompt)))
     return lines
 
@@ -128,7 +130,8 @@ def _result(lens: DiTLens, lines: list[dict[str, Any]], pictures: dict[str, Any]
     notes.append(f"noise floor: an edit of no channel changes pictures by rmse {floor:g}")
     if "matched" in table and not table.loc[table["arm"] == "energy-matched", "matched"].astype(bool).all():
         notes.append(
-            "the energy of the top-k set cannot be reached by as many other channels: energy-matched falls short (see energy_share)"
+            "the energy of the top-k set cannot be reached by as many other channels: "
+            "energy-matched falls short (see energy_share)"
         )
     if "fidelity" in table:
         notes.append(f"untouched pictures: fidelity {table.loc[table['arm'] == 'untouched', 'fidelity'].mean():.3f}")

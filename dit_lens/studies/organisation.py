@@ -1,4 +1,4 @@
-"""Claim 2: are massive channels spatially organised? Cluster the tokens by them, and compare with where the subject is."""
+"""Claim 2: are massive channels spatially organised? Cluster the tokens by them, and compare with the subject."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def organisation(
     masks: Masks | None = None,
     **call: Any,
 ) -> Result:
-    """K-means (K = 2) of the image tokens on k channels, per block, against the subject's mask in the generated picture.
+    """K-means (K = 2) of the image tokens on k channels, per block, against the subject in the generated picture.
 
     >>> from dit_lens import DiTLens
     >>> whole = lambda picture, prompt: np.ones((64, 64), bool)
@@ -55,8 +55,8 @@ def organisation(
     >>> set(result.summary["arm"]) == {"top", "bottom", "random", "energy-matched"}
     True
 
-    step: the denoising step that is clustered; channels are chosen at the same step. method: normalisation, "minmax" (as
-    reproduced) or "robust" (quantile clip). polarity: which cluster is the subject, "heat" or "border".
+    step: the denoising step that is clustered; channels are chosen at the same step. method: normalisation, "minmax"
+    (as reproduced) or "robust" (quantile clip). polarity: which cluster is the subject, "heat" or "border".
     masks: where the subject truly is, per prompt, or ``fn(picture, prompt) -> bool [H, W]``; toys know by reading the
     picture back (unreadable pictures are left out and counted). Every line has the chance level of an equally large
     random mask and a flag for degenerate masks. Source: arXiv 2605.13974; the procedure is the public reproduction's.
@@ -150,7 +150,8 @@ def _result(
 ) -> Result:
     if not lines:
         raise OpError(
-            "no picture could be read back, so there is no subject to compare with. Use other prompts or seeds, or pass masks=."
+            "no picture could be read back, so there is no subject to compare with. "
+            "Use other prompts or seeds, or pass masks=."
         )
     table = pd.DataFrame(lines)
     summary = summarise(table, ("block", "arm"), ("iou", "chance", "degenerate")).rename(

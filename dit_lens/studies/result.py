@@ -23,7 +23,9 @@ FORMAT = 1
 
 @dataclass
 class Result:
-    """study: its name. table: one line per measurement. summary: means and 95 % intervals per arm. settings: every choice
+    """The data of one study; ``figure()`` draws it.
+
+    study: its name. table: one line per measurement. summary: means and 95 % intervals per arm. settings: every choice
     that was made. pictures: key -> picture. masks: key -> bool [h, w]. notes: what a reader must know.
     """
 
@@ -103,18 +105,19 @@ class Result:
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<p>{note}</p>" for note in self.notes)
-        return f"<b>{self.study}</b>: {len(self.table)} measurements{self.summary.to_html(index=False, float_format='{:.3g}'.format, border=0)}{notes}"
+        summary = self.summary.to_html(index=False, float_format="{:.3g}".format, border=0)
+        return f"<b>{self.study}</b>: {len(self.table)} measurements{summary}{notes}"
 
 
 def summarise(table: pd.DataFrame, by: Sequence[str], measures: Sequence[str], seed: int = 0) -> pd.DataFrame:
     """Means of measures per group, with 95 % bootstrap intervals over prompts, then the seeds and draws within them.
 
-    Adds n (measurements) and, for every measure, columns ``measure``, ``measure_low`` and ``measure_high``. Measurements
-    that are missing everywhere in a group stay missing.
+    Adds n (measurements) and, for every measure, columns ``measure``, ``measure_low`` and ``measure_high``.
+    Measurements that are missing everywhere in a group stay missing.
     """
     lines = []
-    for key, group in table.groupby(list(by), sort=False, dropna=False):
-        line: dict[str, Any] = dict(zip(by, key, strict=True)) | {"n": len(group)}
+    for _, group in table.groupby(list(by), sort=False, dropna=False):
+        line: dict[str, Any] = {name: group[name].iloc[0] for name in by} | {"n": len(group)}
         for measure in measures:
             values = group[[measure, "prompt"]].dropna()
             interval = (

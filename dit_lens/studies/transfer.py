@@ -43,7 +43,7 @@ def transfer(
     judge: Judge | None = None,
     **call: Any,
 ) -> Result:
-    """Moves k channels of each source into its target, X_target <- X_target (1 - M) + X_source M, and measures both sides.
+    """Moves k channels of each source into its target, X_target <- X_target (1 - M) + X_source M.
 
     >>> from dit_lens import DiTLens
     >>> pair = (
@@ -57,10 +57,11 @@ def transfer(
     pairs: (source prompt, target prompt). Source and target run as two rows of one batch from the same noise; channels
     (and the spatial mask: K-means of the source's channels at ``mask_block``, by default two thirds down, last step)
     come from the source. Arms: top, bottom, random, energy-matched, and all channels, which brackets them;
-    the untouched target is strength 0. strengths: in (0, 1]. masked: without and with the spatial mask. branch: "cond" (default) or "both".
+    the untouched target is strength 0. strengths: in (0, 1]. masked: without and with the spatial mask. branch: "cond"
+    (default) or "both".
 
-    The table has rmse (0 to 255) to the untouched source and target, the change inside and outside the mask, and what the
-    judge says of the result as a picture of the source's prompt and of the target's. Source: arXiv 2605.13974.
+    The table has rmse (0 to 255) to the untouched source and target, the change inside and outside the mask, and what
+    the judge says of the result as a picture of the source's prompt and of the target's. Source: arXiv 2605.13974.
     """
     pairs = [(source, target) for source, target in pairs]
     if not pairs:
@@ -194,7 +195,13 @@ def _result(
     measures = ("to_source", "to_target", "inside", "outside", "says_source", "says_target")
     summary = summarise(table, ("arm", "masked", "strength"), measures)
     notes = [
-        f"k={settings['k']} is {settings['k'] / lens.anatomy.width:.1%} of {lens.anatomy.width} channels; 'all' swaps every channel",
-        "near the output a swap with shared noise is partly a blend through the final projection; no arm here separates the two",
+        (
+            f"k={settings['k']} is {settings['k'] / lens.anatomy.width:.1%} of {lens.anatomy.width} channels; "
+            "'all' swaps every channel"
+        ),
+        (
+            "near the output a swap with shared noise is partly a blend through the final projection; "
+            "no arm here separates the two"
+        ),
     ]
     return Result("transfer", table, summary, settings, pictures, masks, notes)

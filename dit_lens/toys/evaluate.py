@@ -83,9 +83,7 @@ def write_card(folder: Path, quality: dict[str, Any]) -> None:
         for name, (share, low, high) in quality["generated"].items()
     )
     (folder / CARD).write_text(
-        CARD_TEXT.format(
-            **(training | {"stages": stages}), rows=rows, n=quality["prompts"], steps=quality["steps"]
-        ),
+        CARD_TEXT.format(**(training | {"stages": stages}), rows=rows, n=quality["prompts"], steps=quality["steps"]),
         encoding="utf-8",
     )
 
