@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dit-lens: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("dit-lens: interrupted; what was finished is kept.", file=sys.stderr)
+        print("dit-lens: interrupted.", file=sys.stderr)
         return 130
 
 

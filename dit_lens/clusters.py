@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 import torch
 from scipy.stats import hypergeom
 
@@ -166,6 +167,19 @@ def upsample(mask: Any, size: tuple[int, int]) -> np.ndarray:
         raise OpError(f"upsample takes a grid [h, w] and a size of at least 1 x 1, and got {grid.shape} and {size}.")
     rows, columns = ((2 * np.arange(to) + 1) * n // (2 * to) for n, to in zip(grid.shape, size, strict=True))
     return grid[rows[:, None], columns]
+
+
+def to_grid(mask: Any, grid: tuple[int, int]) -> np.ndarray:
+    """A mask of a picture on the token grid: a token is in it when at least half of its pixels are.
+
+    >>> to_grid(np.eye(4, dtype=bool), (2, 2)).tolist()
+    [[True, False], [False, True]]
+
+    mask: bool [H, W], a drawing or a segmentation at any size. grid: (h, w), such as ``run.grid``. Returns bool [h, w].
+    """
+    h, w = grid
+    covered = Image.fromarray(_mask(mask, "mask").astype(np.float32)).resize((w, h), Image.Resampling.BOX)
+    return np.asarray(covered) >= 0.5
 
 
 def iou(a: Any, b: Any) -> float:

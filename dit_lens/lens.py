@@ -51,7 +51,7 @@ class DiTLens:
     ...     num_inference_steps=2,
     ... )
     >>> run["blocks.3.img"].shape  # [step, row, channel]
-    torch.Size([2, 1, 128])
+    torch.Size([2, 1, 96])
 
     pipe: a diffusers pipeline with a transformer, on any device; LoRA and quantisation are yours to set up.
     defaults: arguments for every call (a toy stores its own). Raises FamilyError when no family describes the pipeline
@@ -109,8 +109,8 @@ class DiTLens:
     def sites(self, pattern: Pattern = "*") -> list[str]:
         """The names a pattern means on this model, in the order they are computed; "*" lists them all.
 
-        >>> DiTLens.toy().sites("double[1:3].{img,txt}")
-        ['blocks.1.txt', 'blocks.1.img', 'blocks.2.txt', 'blocks.2.img']
+        >>> DiTLens.toy().sites("double[0:2].{img,txt}")
+        ['blocks.0.txt', 'blocks.0.img', 'blocks.1.txt', 'blocks.1.img']
         """
         found: Iterable[Site] = (
             self.anatomy.sites if pattern == "*" else match(pattern, self.anatomy.sites, self.anatomy.stacks)
@@ -176,7 +176,7 @@ class DiTLens:
         ...     "a big red circle left on a plain blue background", seed=0, num_inference_steps=2
         ... ) as t:
         ...     h = t.read("blocks.-1.img", channels=[5])
-        >>> h["blocks.7.img"].grid().shape  # [step, row, h, w, channel]
+        >>> h["blocks.5.img"].grid().shape  # [step, row, h, w, channel]
         torch.Size([2, 1, 16, 16, 1])
         """
         return Trace(self, prompt, call)

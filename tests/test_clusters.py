@@ -14,7 +14,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, jaccard_score
 from sklearn.preprocessing import MinMaxScaler
 
-from dit_lens.clusters import chance_iou, cluster, foreground, iou, normalise, segment, upsample
+from dit_lens.clusters import chance_iou, cluster, foreground, iou, normalise, segment, to_grid, upsample
 from dit_lens.errors import OpError
 
 seeds = st.integers(0, 10**6)
@@ -194,3 +194,14 @@ def test_chance_on_a_picture():
 def test_errors_teach(call, message):
     with pytest.raises(OpError, match=message):
         call()
+
+
+def test_a_picture_mask_on_the_grid():
+    mask = np.zeros((32, 48), bool)
+    mask[8:20, 6:30] = True
+    small = to_grid(mask, (8, 12))
+    assert small.shape == (8, 12)
+    assert np.array_equal(np.argwhere(small).min(0), [2, 1])  # columns 6 and 7 are half of token 1
+    assert np.array_equal(np.argwhere(small).max(0), [4, 7])
+    assert np.array_equal(to_grid(upsample(small, (32, 48)), (8, 12)), small)
+    assert not to_grid(np.zeros((5, 7), bool), (2, 3)).any()

@@ -300,7 +300,7 @@ def test_the_pipeline_is_left_as_it_was_found(bare):
     assert same(bare(["red"], **{**call, "generator": oracle.generators([3])}).images, clean)
 
 
-def test_half_precision(untouched):
+def test_half_precision():
     from dit_lens import DiTLens
 
     lens = DiTLens(pipelines.flux(dtype=torch.bfloat16), defaults=dict(pipelines.TRUE_CFG))

@@ -292,7 +292,7 @@ def test_what_would_skip_or_repeat_calls():
         lens.run("red")
 
 
-def test_missing_and_damaged_folders(tmp_path, toy):
+def test_missing_and_damaged_folders(tmp_path):
     with pytest.raises(StoreError, match="could not be loaded"):
         DiTLens.from_pretrained(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dit_lens as dl
-from dit_lens.errors import FamilyError
+from dit_lens.errors import ExecutionError, FamilyError
 from dit_lens.families import Anatomy, Stack, table
 from dit_lens.families.checks import check
 from tests import pipelines
@@ -102,11 +102,12 @@ def test_reference_tokens_are_not_part_of_the_picture():
     assert run.receipt.entries[0].elements == 96
 
 
-def test_part_of_a_run_from_a_picture():
-    from diffusers import FluxImg2ImgPipeline
+@pytest.mark.parametrize("kind", ["FluxImg2ImgPipeline", "FluxInpaintPipeline"])
+def test_part_of_a_run_from_a_picture(kind):
+    import diffusers
     from PIL import Image
 
-    pipe = FluxImg2ImgPipeline(**pipelines.flux().components)
+    pipe = getattr(diffusers, kind)(**pipelines.flux().components)
     pipe.set_progress_bar_config(disable=True)
     call = {
         "image": Image.new("RGB", (48, 32), "red"),
@@ -115,9 +116,30 @@ def test_part_of_a_run_from_a_picture():
         "strength": 0.5,
         "num_inference_steps": 4,
     }
+    if kind == "FluxInpaintPipeline":
+        call["mask_image"] = Image.new("L", (48, 32), 255)
     lens = dl.DiTLens(pipe)
     run = lens.run(
         "red", [dl.Read("blocks.1.img", steps=dl.sigma(0.6, 0.3))], seed=0, max_sequence_length=pipelines.LENGTH, **call
     )
     assert run.sigmas == pytest.approx([0.5, 0.25])
     assert run["blocks.1.img"].shape == (1, 1, 96, 32)
+
+
+def test_a_guidance_that_the_pipeline_does_not_follow_is_noticed(monkeypatch):
+    monkeypatch.setattr(dl.families, "_registered", [])
+    dl.register_family(replace(ROW, guidance=replace(ROW.guidance, calls=("cond",))))
+    lens = dl.DiTLens(pipelines.flux(), defaults=dict(pipelines.TRUE_CFG))
+    with pytest.raises(ExecutionError, match="another number of transformer calls per step than 1"):
+        lens.run("red", [dl.Read("blocks.0.img")])
+
+
+def test_a_run_that_is_cut_short_is_noticed():
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = True
+        return tensors
+
+    lens = dl.DiTLens(pipelines.flux(), defaults=dict(pipelines.TRUE_CFG))
+    with pytest.raises(ExecutionError, match=r"expects 6 calls of the transformer, but the pipeline made 2"):
+        lens.run("red", [dl.Read("blocks.0.img")], callback_on_step_end=stop)
+    assert lens.run("red", [dl.Read("blocks.0.img")], seed=0).images

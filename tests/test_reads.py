@@ -104,7 +104,7 @@ def test_words_of_the_text_stream(cfg_lens):
     assert torch.equal(run["word"].tensor[:, 1], run["blocks.1.txt"][:, 1, 0:4])
 
 
-def test_several_images_per_prompt_and_batches(cfg_lens, plain):
+def test_several_images_per_prompt_and_batches(cfg_lens):
     op = Read("blocks.3.img", reduce="mean")
     run = cfg_lens.run(PROMPTS, [op], seed=5, num_images_per_prompt=2)
     assert run.spec["seed"] == [5, 6, 5, 6]

@@ -9,14 +9,7 @@ _JOINT_INPUTS = {"img": "hidden_states", "txt": "encoder_hidden_states"}
 FLUX1 = Family(
     name="FLUX.1",
     transformer="FluxTransformer2DModel",
-    pipelines=(
-        "FluxPipeline",
-        "FluxImg2ImgPipeline",
-        "FluxInpaintPipeline",
-        "FluxFillPipeline",
-        "FluxKontextPipeline",
-        "FluxControlPipeline",
-    ),
+    pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline"),
     stacks=(
         Stack("double", "transformer_blocks", _JOINT_INPUTS, {"txt": 0, "img": 1}),
         Stack("single", "single_transformer_blocks", _JOINT_INPUTS, {"txt": 0, "img": 1}),

@@ -1,0 +1,82 @@
+"""Training: every stage runs, a killed run goes on where it stopped, and the card says what was measured."""
+
+import itertools
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dit_lens.errors import StoreError
+from dit_lens.lens import DiTLens
+from dit_lens.store import read_json
+from dit_lens.toys import evaluate, flux, train
+from dit_lens.toys.train import Settings
+
+SETTINGS = Settings(minutes=0.06, batch=2)  # with the clock below: 1 iteration, 1, and 7
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """Every iteration takes half a second, so that the schedule is the same in every run."""
+    ticks = itertools.count()
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(ticks) / 2)
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.9)
+    monkeypatch.setattr(flux, "CALL", {**flux.CALL, "num_inference_steps": 1})
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """Ctrl-C at one iteration of the transformer's training."""
+
+    def kill(iteration):
+        step = train._step
+
+        def interrupted(stage, optimizer, settings, number, now):
+            if number == 2 and now == iteration:
+                raise KeyboardInterrupt
+            return step(stage, optimizer, settings, number, now)
+
+        monkeypatch.setattr(train, "_step", interrupted)
+        return lambda: monkeypatch.setattr(train, "_step", step)
+
+    return kill
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, killed_at):
+    train.train(tmp_path / "whole", SETTINGS)
+    revive = killed_at(5)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(tmp_path / "killed", SETTINGS)
+    saved = read_json(tmp_path / "killed" / "checkpoint-transformer" / "progress.json", "progress")
+    assert saved["progress"]["iteration"] in (4, 5)
+    revive()
+    with pytest.raises(StoreError, match="--resume"):
+        train.train(tmp_path / "killed", SETTINGS)
+    train.train(tmp_path / "killed", SETTINGS, resume=True)
+    whole, killed = (
+        load_file(tmp_path / name / "checkpoint-transformer" / "ema.safetensors") for name in ("whole", "killed")
+    )
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert list((tmp_path / "whole" / "samples").glob("*.png"))
+
+    lens = DiTLens.from_pretrained(tmp_path / "whole" / "pipeline")
+    assert lens.vocabulary
+    assert lens.defaults["height"] == 64
+    quality = evaluate.evaluate(tmp_path / "whole" / "pipeline", prompts=2)
+    evaluate.write_card(tmp_path / "whole" / "pipeline", quality)
+    card = (tmp_path / "whole" / "pipeline" / "README.md").read_text()
+    assert "missed by" in card
+    assert "| transformer | 7 |" in card
+    assert "missed by" in evaluate.report(quality)
+    assert read_json(tmp_path / "whole" / "pipeline" / "dit_lens.json", "card")["quality"]["prompts"] == 2
+
+
+def test_more_minutes_train_only_the_last_stage_further(tmp_path):
+    train.train(tmp_path, SETTINGS)
+    before = {name: load_file(tmp_path / f"checkpoint-{name}" / "weights.safetensors") for name in train.SHARES}
+    train.train(tmp_path, Settings(minutes=0.08, batch=2), resume=True)
+    after = {name: load_file(tmp_path / f"checkpoint-{name}" / "weights.safetensors") for name in train.SHARES}
+    changed = {
+        name: any(not torch.equal(before[name][key], after[name][key]) for key in before[name]) for name in before
+    }
+    assert changed == {"text": False, "autoencoder": False, "transformer": True}
