@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 import torch
+from PIL import Image
 from scipy.stats import hypergeom
 
 from dit_lens.errors import OpError, nearest
