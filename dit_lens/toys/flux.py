@@ -24,9 +24,9 @@ SHIFT = 3.0
 CALL = {
     "height": PIXELS,
     "width": PIXELS,
-    "num_inference_steps": 16,
+    "num_inference_steps": 12,
     "guidance_scale": 1.0,
-    "true_cfg_scale": 2.0,
+    "true_cfg_scale": 3.0,
     "negative_prompt": "",
     "max_sequence_length": TEXT_TOKENS,
 }

@@ -1,0 +1,60 @@
+"""The toy in the package is the one its card describes: recorded figures, with room for another machine's rounding."""
+
+import pytest
+
+from dit_lens.channels import top_median_ratio
+from dit_lens.store import read_json
+from dit_lens.toys import path
+from dit_lens.toys.evaluate import BAR
+from dit_lens.toys.scenes import describe, sample_scenes
+
+SCENES = sample_scenes(8, seed=7, held_out=True)
+CAPTIONS = [scene.caption for scene in SCENES]
+
+
+@pytest.fixture(scope="module")
+def card():
+    return read_json(path("flux") / "dit_lens.json", "the toy's card")
+
+
+def test_held_out_prompts_are_drawn_as_well_as_the_card_says(toy, card):
+    images = toy.run(CAPTIONS, seed=0).images
+    right = [scene.agreement(describe(image).scene) for scene, image in zip(SCENES, images, strict=True)]
+    for name in ("colour", "background", "position", "texture"):
+        assert sum(one[name] for one in right) >= 7, name
+        assert card["quality"]["generated"][name][0] >= BAR[name]
+
+
+def test_the_card_is_honest_about_what_is_missed(card):
+    text = (path("flux") / "README.md").read_text()
+    for name, bar in BAR.items():
+        share = card["quality"]["generated"][name][0]
+        assert (f"{bar:.2f}, reached" if share >= bar else f"missed by {bar - share:.3f}") in text
+    assert card["quality"]["prompts"] == 200
+    assert card["quality"]["steps"] <= 20
+    assert card["training"]["stages"]["transformer"]["iterations"] == 3605
+
+
+def test_massive_channels_as_recorded(toy):
+    massive = toy.massive_channels(CAPTIONS, k=8, seed=0)
+    recorded = {
+        "blocks.0.img": (84, 28, 38, 35, 1, 6, 24, 51),
+        "blocks.3.img": (26, 38, 28, 20, 84, 43, 1, 63),
+        "blocks.5.img": (38, 20, 26, 6, 34, 46, 63, 84),
+    }
+    assert min(massive.jaccard(recorded).values()) >= 0.7
+    ratios = {site: top_median_ratio(scores) for site, scores in massive.scores.items()}
+    assert ratios["blocks.0.img"] == pytest.approx(3.49, rel=0.05)
+    assert ratios["blocks.5.img"] == pytest.approx(21.95, rel=0.1)
+    assert massive.energy_share()["blocks.5.img"] == pytest.approx(0.418, rel=0.05)
+
+
+def test_it_is_a_pipeline_like_any_other():
+    from diffusers import DiffusionPipeline, FluxPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(path("flux"))
+    assert isinstance(pipe, FluxPipeline)
+    assert {module.dtype for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)} == {
+        pipe.transformer.dtype
+    }
+    assert sum(file.stat().st_size for file in path("flux").rglob("*") if file.is_file()) < 16e6
