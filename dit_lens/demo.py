@@ -95,7 +95,8 @@ def _drawn(run: Run) -> Section:
     exact = sum(found.scene == Scene.parse(prompt) for found, prompt in zip(read, prompts, strict=True))
     sentence = f"Read back from their pixels, {exact} of {len(read)} pictures are exactly the scene that was asked for."
     table = pd.DataFrame({"asked": prompts, "read back (share of variance explained)": list(map(str, read))})
-    figure = plots.strip(run.images, prompts)
+    scenes = [Scene.parse(prompt) for prompt in prompts]
+    figure = plots.strip(run.images, [f"{s.size} {s.colour} {s.shape} {s.position}" for s in scenes])
     return Section("The pictures", sentence, (figure,), table, "run = lens.run(prompts, seed=0)\nrun.images")
 
 
@@ -162,7 +163,8 @@ def _transfer(result: Result, seed: int) -> Section:
         labels = ["target", *(f"{arm}, strength {s:g}" for arm in ("top", "random") for s in STRENGTHS), "source"]
         strips.append(plots.strip(shown, labels, title=f"Channels moved from source to target, {words}"))
     code = "result = studies.transfer(lens, [(source, prompt)])\nresult.figure()"
-    return Section("3. Can they be moved?", sentence, (*strips, result.figure()), result.summary, code)
+    columns = ["arm", "masked", "strength", "to_source", "to_target", "inside", "outside", "says_source", "says_target"]
+    return Section("3. Can they be moved?", sentence, (*strips, result.figure()), result.summary[columns], code)
 
 
 def _headline(massive: ChannelSet, disruption: Result, organisation: Result, transfer: Result) -> pd.DataFrame:
