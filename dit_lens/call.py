@@ -85,8 +85,12 @@ def prepare(
         "num_inference_steps", signature["num_inference_steps"].default if steps is None else steps
     )
     for name, value in arguments.items():
-        if _per_prompt(name) and isinstance(value, str):
-            arguments[name] = [value] * count
+        if _per_prompt(name) and value is not None:
+            arguments[name] = texts = [value] * count if isinstance(value, str) else list(value)
+            if len(texts) != count:
+                raise PromptError(
+                    f"{name}= lists {len(texts)} texts for {count} prompts. Give one for all, or one each."
+                )
     if vocabulary is not None:
         _check_words(
             [
@@ -95,7 +99,8 @@ def prepare(
             ],
             vocabulary,
         )
-    rows = count * _positive("num_images_per_prompt", arguments.get("num_images_per_prompt") or 1)
+    each = arguments.get("num_images_per_prompt")
+    rows = count * (1 if each is None else _positive("num_images_per_prompt", each))
     seeds = None if "generator" in call else _seeds(seed, count, rows)
     return Call(None if prompts is None else tuple(prompts), seeds, arguments, rows)
 

@@ -154,6 +154,8 @@ CALLS = {
     "seeds": (lambda: {"prompt": ["red", "blue"], "seed": [1]}, r"1 seeds for 2 pictures"),
     "negative seed": (lambda: {"prompt": "red", "seed": -1}, r"not a whole number from 0 up"),
     "steps": (lambda: {"prompt": "red", "num_inference_steps": 0}, r"at least 1"),
+    "no pictures": (lambda: {"prompt": "red", "num_images_per_prompt": 0}, r"at least 1"),
+    "texts": (lambda: {"prompt": "red", "negative_prompt": ["bad", "worse"]}, r"lists 2 texts for 1 prompts"),
     "output": (lambda: {"prompt": "red", "output_type": "np"}, r"numpy\.asarray\(run\.images\[0\]\)"),
     "batch size": (lambda: {"prompt": ["red", "blue"], "batch_size": 0}, r"at least 1"),
 }
