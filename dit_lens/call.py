@@ -77,28 +77,19 @@ def prepare(
     """Checks and completes a call; PromptError says what is wrong with it."""
     signature = inspect.signature(type(pipe).__call__).parameters
     _check_arguments(type(pipe).__name__, signature, call, seed)
-    arguments = {**defaults, **call}
+    arguments: dict[str, Any] = {**defaults, **call}
     prompts = _prompts(prompt, arguments)
     count = len(arguments["prompt_embeds"]) if prompts is None else len(prompts)
     steps = num_inference_steps if num_inference_steps is not None else arguments.get("num_inference_steps")
     arguments["num_inference_steps"] = _positive(
         "num_inference_steps", signature["num_inference_steps"].default if steps is None else steps
     )
-    for name, value in arguments.items():
-        if _per_prompt(name) and value is not None:
-            arguments[name] = texts = [value] * count if isinstance(value, str) else list(value)
-            if len(texts) != count:
-                raise PromptError(
-                    f"{name}= lists {len(texts)} texts for {count} prompts. Give one for all, or one each."
-                )
+    texts = {
+        name: _texts(name, value, count) for name, value in arguments.items() if _per_prompt(name) and value is not None
+    }
+    arguments |= texts
     if vocabulary is not None:
-        _check_words(
-            [
-                *(prompts or ()),
-                *(text for name, value in arguments.items() if _per_prompt(name) for text in value or ()),
-            ],
-            vocabulary,
-        )
+        _check_words([*(prompts or ()), *(text for some in texts.values() for text in some)], vocabulary)
     each = arguments.get("num_images_per_prompt")
     rows = count * (1 if each is None else _positive("num_images_per_prompt", each))
     seeds = None if "generator" in call else _seeds(seed, count, rows)
@@ -135,6 +126,14 @@ def _prompts(prompt: str | Sequence[str] | None, arguments: Mapping[str, Any]) -
         if not isinstance(one, str):
             raise PromptError(f"a prompt must be a string; one is {one!r}, a {type(one).__name__}.")
     return prompts
+
+
+def _texts(name: str, value: str | Sequence[str], count: int) -> list[str]:
+    """One text per prompt; a single one stands for all."""
+    texts = [value] * count if isinstance(value, str) else list(value)
+    if len(texts) != count:
+        raise PromptError(f"{name}= lists {len(texts)} texts for {count} prompts. Give one for all, or one each.")
+    return texts
 
 
 def _check_words(texts: Sequence[str], vocabulary: Sequence[str]) -> None:
