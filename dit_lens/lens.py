@@ -234,7 +234,7 @@ class DiTLens:
 
         ops = [Read(site, reduce=score, steps=steps, name="score"), Read(site, reduce="rms", steps=steps, name="rms")]
         for name in self.sites(site):
-            width = self.anatomy.channels(match(name, self.anatomy.sites)[0])
+            width = self.anatomy.channels(self.anatomy.site(name))
             if not 1 <= k <= width:
                 raise OpError(f"k={k} channels were asked for, but {name} has {width}. Choose k from 1 to {width}.")
         run = self.run(prompt, ops, **call)
@@ -259,10 +259,14 @@ class DiTLens:
         from dit_lens.clusters import segment
 
         channels = self.massive_channels(prompt, k, **call) if channels is None else channels
-        block = (2 * self.anatomy.depth) // 3 if block is None else block
-        (name,) = self.sites(f"blocks.{block}.img")
+        name = self.mask_site(block)
         run = self.run(prompt, [Read(name, channels=channels, steps=steps)], **call)
         return segment(run[name][-1, 0].float().numpy(), run.grid).mask
+
+    def mask_site(self, block: int | None = None) -> str:
+        """The site whose clusters are taken for the subject: after two thirds of the depth, unless a block is named."""
+        (name,) = self.sites(f"blocks.{(2 * self.anatomy.depth) // 3 if block is None else block}.img")
+        return name
 
     # nnsight underneath
 

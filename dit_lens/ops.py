@@ -71,7 +71,6 @@ class Op:
     branch: Branch = field(default=None, kw_only=True)
 
     default_branch: ClassVar[str] = "both"
-    edits: ClassVar[bool] = True
 
     def __repr__(self) -> str:
         set_ = [(f.name, getattr(self, f.name)) for f in _ordered(self) if getattr(self, f.name) is not f.default]
@@ -91,7 +90,6 @@ class Read(Op):
     name: str | None = field(default=None, kw_only=True)
 
     default_branch: ClassVar[str] = "cond"
-    edits: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, eq=False, repr=False)

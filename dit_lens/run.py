@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_lens.errors import OpError, SiteError, StoreError, nearest
 from dit_lens.receipt import Receipt
-from dit_lens.store import read_json, settled, whole_folder, write_json
+from dit_lens.store import read_versioned, settled, whole_folder, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -207,11 +207,7 @@ class Run:
         from safetensors.torch import load_file
 
         folder = settled(folder)
-        data = read_json(folder / "run.json", "a saved run")
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise StoreError(
-                f"{folder} holds no run of format {FORMAT}. Was it written by another version of dit_lens?"
-            )
+        data = read_versioned(folder / "run.json", "run", FORMAT)
         try:
             tensors = load_file(folder / "reads.safetensors")
             latents = load_file(folder / "latents.safetensors")["latents"] if data["latents"] else None

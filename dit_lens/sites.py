@@ -21,7 +21,6 @@ DEFAULT_POINT = "resid_post"
 # The order in which a block computes them; the text stream is listed first because the blocks' outputs list it so.
 POINTS = ("resid_pre", "resid_post")
 STREAMS = ("txt", "img")
-MODEL_SITES = ("final.img", "velocity")
 
 
 @dataclass(frozen=True)

@@ -64,5 +64,15 @@ def read_json(path: str | Path, what: str) -> Any:
         ) from damage
 
 
+def read_versioned(path: Path, kind: str, version: int) -> dict[str, Any]:
+    """Reads the JSON of a folder that this library wrote, and refuses another format. kind: "run" or "result"."""
+    data = read_json(path, f"a saved {kind}")
+    if not isinstance(data, dict) or data.get("format") != version:
+        raise StoreError(
+            f"{path.parent} holds no {kind} of format {version}. Was it written by another version of dit_lens?"
+        )
+    return data
+
+
 def _beside(path: Path, mark: str) -> Path:
     return path.with_name(f".{path.name}.{mark}")

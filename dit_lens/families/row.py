@@ -44,7 +44,6 @@ class Family:
     the transformer. grid: the rule that finds the image tokens in a call's arguments (see execute.py).
     patch: latent pixels per side of an image token. resizing: pipelines that choose the size of the picture themselves.
     tokenizer, text_length: the pipeline's tokenizer of the text stream, and the argument that sets its length.
-    time: what the ``timestep`` argument is ("sigma": the noise level in [0, 1]).
     embedded: the config flag for a guidance scale that the transformer is told. tiny: overrides that shrink the config.
     """
 
@@ -61,6 +60,5 @@ class Family:
     resizing: tuple[str, ...] = ()
     tokenizer: str = "tokenizer"
     text_length: str = "max_sequence_length"
-    time: str = "sigma"
     embedded: str | None = None
     tiny: Mapping[str, object] = field(default_factory=dict)

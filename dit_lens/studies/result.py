@@ -12,7 +12,7 @@ import pandas as pd
 
 from dit_lens.errors import StoreError
 from dit_lens.metrics import bootstrap_ci
-from dit_lens.store import read_json, settled, whole_folder, write_json
+from dit_lens.store import read_versioned, settled, whole_folder, write_json
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -77,11 +77,7 @@ class Result:
         from safetensors.numpy import load_file
 
         folder = settled(folder)
-        data = read_json(folder / "result.json", "a study's result")
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise StoreError(
-                f"{folder} holds no result of format {FORMAT}. Was it written by another version of dit_lens?"
-            )
+        data = read_versioned(folder / "result.json", "result", FORMAT)
         try:
             pictures = {key: Image.open(folder / "pictures" / name).copy() for key, name in data["pictures"].items()}
             masks = load_file(folder / "masks.safetensors")

@@ -69,7 +69,7 @@ def transfer(
     check_k(lens, site, [k])
     prompts = [prompt for pair in pairs for prompt in pair]
     judge = judge_for(lens, prompts, judge)
-    mask_site = f"blocks.{(2 * lens.anatomy.depth) // 3 if mask_block is None else mask_block}.img"
+    mask_site = lens.mask_site(mask_block)
     lines: list[dict[str, Any]] = []
     pictures: dict[str, Any] = {}
     masks: dict[str, np.ndarray] = {}
