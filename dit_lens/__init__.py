@@ -26,7 +26,7 @@ _WHERE = {
     "Run": "run",
     "Receipt": "receipt",
     "ChannelSet": "channels",
-    "compare": "compare",
+    "compare": "comparison",
     "Read": "ops",
     "Zero": "ops",
     "Scale": "ops",
@@ -78,7 +78,7 @@ __all__ = [
 if TYPE_CHECKING:
     from dit_lens import channels, clusters, errors, families, metrics, ops, plots, studies, toys
     from dit_lens.channels import ChannelSet
-    from dit_lens.compare import compare
+    from dit_lens.comparison import compare
     from dit_lens.families import Family, Guidance, Stack, register_family
     from dit_lens.lens import DiTLens
     from dit_lens.ops import Add, Apply, MeanAblate, Read, Resample, Scale, Swap, TokenMean, Zero, sigma

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from PIL.Image import Image
 
-    from dit_lens.compare import Comparison
+    from dit_lens.comparison import Comparison
     from dit_lens.lens import DiTLens
 
 FORMAT = 1
@@ -231,7 +231,7 @@ class Run:
 
     def rerun(self, lens: DiTLens) -> Comparison:
         """Runs the same prompt, seed, call and ops on a lens; ``.differences`` and ``.table`` say what differs."""
-        from dit_lens.compare import compare
+        from dit_lens.comparison import compare
 
         return compare(self, lens.run_spec(self.spec))
 

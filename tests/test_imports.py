@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import dit_lens
 
@@ -22,3 +23,10 @@ def test_every_public_name_exists():
 
 def test_an_unknown_name_is_an_attribute_error():
     assert not hasattr(dit_lens, "DitLens")
+
+
+def test_no_module_takes_the_place_of_a_public_name():
+    code = "import dit_lens, dit_lens.comparison, dit_lens.run; assert callable(dit_lens.compare), dit_lens.compare"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    modules = {path.stem for path in Path(dit_lens.__file__).parent.glob("*.py")}
+    assert not modules & set(dit_lens._WHERE)
