@@ -51,7 +51,7 @@ class DiTLens:
     ...     num_inference_steps=2,
     ... )
     >>> run["blocks.3.img"].shape  # [step, row, channel]
-    torch.Size([2, 1, 96])
+    torch.Size([2, 1, 128])
 
     pipe: a diffusers pipeline with a transformer, on any device; LoRA and quantisation are yours to set up.
     defaults: arguments for every call (a toy stores its own). Raises FamilyError when no family describes the pipeline
@@ -176,7 +176,7 @@ class DiTLens:
         ...     "a big red circle left on a plain blue background", seed=0, num_inference_steps=2
         ... ) as t:
         ...     h = t.read("blocks.-1.img", channels=[5])
-        >>> h["blocks.5.img"].grid().shape  # [step, row, h, w, channel]
+        >>> h["blocks.7.img"].grid().shape  # [step, row, h, w, channel]
         torch.Size([2, 1, 16, 16, 1])
         """
         return Trace(self, prompt, call)

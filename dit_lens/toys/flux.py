@@ -14,7 +14,8 @@ from dit_lens.toys.scenes import PIXELS, VOCABULARY
 if TYPE_CHECKING:
     from torch import Tensor
 
-WIDTH = 96
+WIDTH = 128
+HEAD = 32
 TEXT_WIDTH = 64
 TEXT_TOKENS = 16  # a caption has ten words; the rest is the end mark and padding
 SPECIALS = ("<pad>", "<unk>", "</s>", "<s>")
@@ -33,7 +34,7 @@ CALL = {
 
 
 def build(seed: int = 0) -> FluxPipeline:
-    """An untrained FLUX toy: 2 double and 4 single blocks, 16 x 16 image tokens of 64 x 64 pixels."""
+    """An untrained FLUX toy: 3 double and 5 single blocks, 16 x 16 image tokens of 64 x 64 pixels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return FluxPipeline(
@@ -84,14 +85,14 @@ def build(seed: int = 0) -> FluxPipeline:
             transformer=FluxTransformer2DModel(
                 patch_size=1,
                 in_channels=16,
-                num_layers=2,
-                num_single_layers=4,
-                attention_head_dim=48,
-                num_attention_heads=WIDTH // 48,
+                num_layers=3,
+                num_single_layers=5,
+                attention_head_dim=HEAD,
+                num_attention_heads=WIDTH // HEAD,
                 joint_attention_dim=TEXT_WIDTH,
                 pooled_projection_dim=TEXT_WIDTH,
                 guidance_embeds=False,
-                axes_dims_rope=(8, 20, 20),
+                axes_dims_rope=(8, 12, 12),
             ),
         )
 
