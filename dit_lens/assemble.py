@@ -32,8 +32,9 @@ def assemble(
     provenance: dict[str, Any],
 ) -> Run:
     """One Run out of the batches of a run."""
-    clock = [(step, timestep, timestep) for step, branch, timestep in stores[0]["clock"] if branch == when.branches[0]]
-    grid = (int(stores[0]["grid"][0]), int(stores[0]["grid"][1]))
+    first = when.calls[0][0]
+    clock = [(step, timestep, sigma) for step, branch, timestep, sigma in stores[0]["clock"] if branch == first]
+    grid = tuple(int(side) for side in stores[0]["grid"])
     pieces: dict[tuple, list[Tensor]] = defaultdict(list)  # (op, site, step, branch) -> tensors, rows in order
     for store in stores:
         for (op, site, step, branch, _), value in sorted(store["reads"].items(), key=lambda item: item[0][-1]):
@@ -42,15 +43,20 @@ def assemble(
     touched = [line for store in stores for line in store["touched"]]
     receipt = Receipt(tuple(_entries(ops, plan, touched)))
     _check_fired(ops, plan, pieces, touched)
-    first = outputs[0].images if hasattr(outputs[0], "images") else outputs[0][0]
-    if isinstance(first, torch.Tensor):
-        latents, images = torch.cat([output.images for output in outputs]).cpu(), []
+    drawn = [_drawn(output) for output in outputs]
+    if isinstance(drawn[0], torch.Tensor):
+        latents, images = torch.cat(drawn).cpu(), []
     else:
-        latents, images = None, [image for output in outputs for image in output.images]
+        latents, images = None, [image for pictures in drawn for image in pictures]
     return Run(images, latents, readings, receipt, clock, grid, spec, provenance)
 
 
-def _reading(read: PlannedRead, pieces: dict[tuple, list[Tensor]], when: Timeline, grid: tuple[int, int]) -> Reading:
+def _drawn(output: Any) -> Any:
+    """Pictures, frames or latents out of a pipeline's output, whatever its field is called."""
+    return output[0] if isinstance(output, tuple) else next(iter(output.values()))
+
+
+def _reading(read: PlannedRead, pieces: dict[tuple, list[Tensor]], when: Timeline, grid: tuple[int, ...]) -> Reading:
     branches = tuple(branch for branch in BRANCHES if branch in read.branches)
     values = {}
     for site in read.sites:

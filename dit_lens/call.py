@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,7 @@ def prepare(
     _check_arguments(type(pipe).__name__, signature, call, seed)
     arguments: dict[str, Any] = {**defaults, **call}
     prompts = _prompts(prompt, arguments)
-    count = len(arguments["prompt_embeds"]) if prompts is None else len(prompts)
+    count = len(arguments[_embeddings(arguments)]) if prompts is None else len(prompts)
     steps = num_inference_steps if num_inference_steps is not None else arguments.get("num_inference_steps")
     arguments["num_inference_steps"] = _positive(
         "num_inference_steps", signature["num_inference_steps"].default if steps is None else steps
@@ -113,12 +114,16 @@ def _check_arguments(pipeline: str, signature: Mapping[str, Any], call: Mapping[
 
 
 def _prompts(prompt: str | Sequence[str] | None, arguments: Mapping[str, Any]) -> list[str] | None:
+    given = _embeddings(arguments)
     if prompt is None:
-        if arguments.get("prompt_embeds") is None:
-            raise PromptError("there is nothing to draw: pass a prompt, a list of prompts, or prompt_embeds=.")
+        if given is None:
+            raise PromptError(
+                "there is nothing to draw: pass a prompt, a list of prompts, or prompt_embeds= (class_labels= to a "
+                "model of classes)."
+            )
         return None
-    if arguments.get("prompt_embeds") is not None:
-        raise PromptError("a prompt and prompt_embeds= were both given. Pass one of them.")
+    if given is not None:
+        raise PromptError(f"a prompt and {given}= were both given. Pass one of them.")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise PromptError("the list of prompts is empty. Pass at least one prompt.")
@@ -126,6 +131,16 @@ def _prompts(prompt: str | Sequence[str] | None, arguments: Mapping[str, Any]) -
         if not isinstance(one, str):
             raise PromptError(f"a prompt must be a string; one is {one!r}, a {type(one).__name__}.")
     return prompts
+
+
+def _embeddings(arguments: Mapping[str, Any]) -> str | None:
+    """The argument that stands for prompts, where one was passed: one entry for each."""
+    names = [
+        name for name in arguments if name == "class_labels" or re.fullmatch(r"prompt_embeds(_(?!mask)\w+)?", name)
+    ]
+    given = [name for name in sorted(names) if arguments[name] is not None]
+    # HiDream's Llama embeddings begin with an axis of layers.
+    return next((name for name in given if not name.endswith("llama3")), None)
 
 
 def _texts(name: str, value: str | Sequence[str], count: int) -> list[str]:
@@ -174,4 +189,4 @@ def _positive(name: str, value: Any) -> int:
 
 def _per_prompt(name: str) -> bool:
     """Whether a pipeline argument holds one text per prompt (prompt_2, negative_prompt, negative_prompt_2 ...)."""
-    return name.startswith(("prompt_", "negative_prompt")) and not name.endswith(("embeds", "mask", "image"))
+    return re.fullmatch(r"prompt_\d|negative_prompt(_\d)?", name) is not None

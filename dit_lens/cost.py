@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,10 +45,10 @@ class Cost:
 
 def cost_of(plan: Plan, ops: Sequence[Op], anatomy: Anatomy, dtype: torch.dtype) -> Cost:
     """Adds up what every read of a plan will hold in main memory."""
-    grid = plan.program["grid"]
+    grid = plan.program["expected"]
     lines, complete = [], True
     for read in plan.reads:
-        size, known = _bytes(read, anatomy, None if grid is None else grid[0] * grid[1], plan.text_tokens, dtype)
+        size, known = _bytes(read, anatomy, None if grid is None else math.prod(grid), plan.text_tokens, dtype)
         complete &= known
         lines.append((repr(ops[read.op]), len(read.sites), size))
     return Cost(sum(size for *_, size in lines), tuple(lines), complete)

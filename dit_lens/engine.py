@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """A stock nnsight model over a pipeline, used by one thread at a time.
+    """Stock nnsight models over a pipeline, used by one thread at a time.
 
-    nnsight accepts only modules, and a pipeline is none: its own wrapper module goes in between.
+    nnsight accepts only modules, and a pipeline is none: its own wrapper module goes in between. nnsight's model of
+    pipelines counts prompts to lay out a batch; calls without any (embeddings, classes) go through the general one.
     """
 
     def __init__(self, pipe: DiffusionPipeline):
         self.model = DiffusionModel(_PipelineModule(pipe))
         self.model.pipeline = pipe
+        self.promptless = nnsight.NNsight(_PipelineModule(pipe))
         self.lock = threading.Lock()
 
     def generate(
@@ -32,7 +34,8 @@ class Engine:
         """Runs the pipeline under a program; returns what was stored and the pipeline's own output."""
         with self.lock:
             try:
-                store, results = traced(self.model, program, given, call)
+                model = self.model if call.get("prompt") is not None else self.promptless
+                store, results = traced(model, program, given, call)
             except PlanMismatchError as mismatch:
                 raise ExecutionError(f"{mismatch}. Nothing was kept of this run.") from mismatch
         if not results:
@@ -44,10 +47,10 @@ class Engine:
 
 
 def traced(
-    model: DiffusionModel, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any]
+    model: nnsight.NNsight, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Any]]:
     """One trace, one invoke, containers saved empty and filled inside: what holds for local and for remote runs."""
-    with model.generate(**call) as tracer:
+    with model.trace(**call) as tracer:
         store = {"reads": {}, "touched": [], "clock": [], "grid": []}
         nnsight.save(store)
         results = []

@@ -4,17 +4,20 @@ Torch and plain data only: this module and ``reduce`` travel to a server by sour
 
 A program is a dict of plain data::
 
-    denoiser   path of the transformer in the model      branches   their names, in the order of calls within a step
-    rows       pictures per call                         grid_rule  how image tokens are found in a call's arguments
-    grid       [h, w] where it is known beforehand       calls      for every transformer call, a list of visits
-    visit      [module, side, [part, ...]]               part       {slot, position, tokens, site, actions}
-    action     {op, kind, rows, tokens, channels, ...}; an absent or None selection means all
+    denoiser   path of the transformer in the model      rows   pictures of one branch
+    time       {argument, position, offset, scale}: where a call's time is, and its noise level
+    grid       {rule, argument, position, latents ...}: how image tokens are found in a call's arguments
+    expected   [h, w] where the grid is known beforehand
+    calls      for every transformer call {step, branches, visits}; its rows are ``rows`` times its branches, in order
+    visit      [module, side, [part, ...]]               part   {slot, position, stream, layout, ..., site, actions}
+    action     {op, kind, block, rows, tokens, channels, ...}: block counts the branches of the call; None means all
 
 Edits replace a module's value by a changed copy and never write into the live tensor.
 """
 
 from __future__ import annotations
 
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,20 +33,21 @@ class PlanMismatchError(RuntimeError):
 
 def execute(model: Any, tracer: Any, program: dict[str, Any], given: dict[str, Any], store: dict[str, Any]) -> None:
     """Carries out ``program``; ``store`` receives reads, what was touched, the clock and the grid."""
-    branches, indices = program["branches"], {}
-    for call in tracer.iter[: len(program["calls"])]:
+    indices: dict = {}
+    for number in tracer.iter[: len(program["calls"])]:
+        call = program["calls"][number]
         arguments = model.get(program["denoiser"]).inputs
-        step, branch = divmod(call, len(branches))
-        moment = observe(arguments, program, store["clock"], step, branches[branch])
-        start, count, grid = image_tokens(arguments, program)
-        store["grid"][:] = grid
-        for module, side, parts in program["calls"][call]:
+        moment = observe(arguments, program, store["clock"], call)
+        image = image_tokens(arguments, program["grid"])
+        check_grid(image.grid, program["expected"])
+        store["grid"][:] = image.grid
+        for module, side, parts in call["visits"]:
             envoy = model.get(module)
             value = envoy.output if side == "output" else envoy.inputs
             changed = value
             for part in parts:
                 tensor = fetch(changed, side, part)
-                edited = work(tensor, part, (start, count), moment, program, given, store, indices)
+                edited = work(tensor, part, image, moment, program, given, store, indices)
                 if edited is not None:
                     changed = replaced(changed, side, part, edited)
             if changed is not value:
@@ -54,40 +58,122 @@ def execute(model: Any, tracer: Any, program: dict[str, Any], given: dict[str, A
 
 
 def observe(
-    arguments: tuple[tuple, dict], program: dict[str, Any], clock: list[tuple], step: int, branch: str
+    arguments: tuple[tuple, dict], program: dict[str, Any], clock: list[tuple], call: dict[str, Any]
 ) -> SimpleNamespace:
     """Notes the time of a call, and fails when it is not the call the plan expects."""
-    value = named(arguments, "timestep", None)
+    time = program["time"]
+    value = named(arguments, time["argument"], time["position"])
     timestep = float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
+    step, branches = call["step"], call["branches"]
     if clock:
-        last_step, _, last = clock[-1]
-        exact = not isinstance(value, Tensor) or value.dtype in (torch.float32, torch.float64)
-        if (last_step == step and last != timestep) or (last_step != step and last == timestep and exact):
+        last_step, _, last, _ = clock[-1]
+        exact = not isinstance(value, Tensor) or value.dtype not in (torch.float16, torch.bfloat16)
+        repeated = step in program["repeats"]
+        if (last_step == step and last != timestep) or (
+            last_step != step and last == timestep and exact and not repeated
+        ):
             raise PlanMismatchError(
-                f"the plan expects call {len(clock)} to be step {step} ({branch}), but its timestep {timestep:.6g} "
-                f"follows {last:.6g}: the pipeline makes another number of transformer calls per step than "
-                f"{len(program['branches'])}"
+                f"the plan expects call {len(clock)} to be step {step} ({' and '.join(branches)}), but its time "
+                f"{timestep:.6g} follows {last:.6g}: the pipeline makes another number of transformer calls per step "
+                "than the plan"
             )
-    clock.append((step, branch, timestep))
-    return SimpleNamespace(step=step, branch=branch, timestep=timestep, sigma=timestep)
+    levels = time["levels"]
+    sigma = time["offset"] + time["scale"] * timestep if levels is None else levels[round(timestep)]
+    clock.append((step, branches[0], timestep, sigma))
+    return SimpleNamespace(step=step, branches=branches, timestep=timestep, sigma=sigma)
 
 
-def image_tokens(arguments: tuple[tuple, dict], program: dict[str, Any]) -> tuple[int, int, tuple[int, int]]:
-    """First image token, their number, and the grid (h, w), from the arguments of one transformer call."""
-    if program["grid_rule"] == "img_ids":  # rows (reference, y, x); reference tokens have a first entry other than 0
-        ids = named(arguments, "img_ids", None)
-        ids = ids[0] if ids.ndim == 3 else ids
-        target = ids[ids[:, 0] == 0]
-        h, w = (int(extent) + 1 for extent in target[:, 1:3].amax(0))
-        start, count = 0, target.shape[0]
+def image_tokens(arguments: tuple[tuple, dict], rule: dict[str, Any]) -> SimpleNamespace:
+    """Where the image tokens of a transformer call are.
+
+    grid: (h, w), or (f, h, w) of a video. count: tokens of the target. first: its place among ``total`` image tokens,
+    references and padding included. starts: of every row, where text is ragged.
+    """
+    value = named(arguments, rule["argument"], rule["position"])
+    latents = named(arguments, rule["latents"], rule["latents_position"])
+    if rule["rule"] in ("ids", "positions", "marks"):
+        ids = value[0] if value.ndim == 3 else value
+        if rule["rule"] == "positions":
+            ids = ids[-latents.shape[1] :]
+        if rule["rule"] == "marks":
+            marks = named(arguments, "indicator", None)[0]
+            ids = ids[marks == rule["marked"]]
+        target = ids[:, 0] == ids[:, 0].amin()
+        places = ids[target][:, 1:3]
+        grid = [int(extent) + 1 for extent in places.amax(0) - places.amin(0)]
+        first, total = int(target.to(torch.uint8).argmax()), len(ids)
+    elif rule["rule"] == "shapes":
+        shapes = value[0] if isinstance(value[0], list) else [value[0]]
+        f, *grid = shapes[0 if rule["target"] == "first" else -1]
+        grid = [f, *grid] if f > 1 else grid
+        first, total = 0, prod(grid) if rule["target"] == "last" else sum(map(prod, shapes))
+    elif rule["rule"] == "counts":
+        grid = [named(arguments, name, None) for name in ("num_frames", "height", "width")]
+        first, total = 0, prod(grid)
     else:
-        raise PlanMismatchError(f"unknown grid rule {program['grid_rule']!r}")
-    if program["grid"] is not None and [h, w] != list(program["grid"]):
+        grid, pictures = grid_of(value, rule["rule"], rule["patch"])
+        first, total = 0, prod(grid) * pictures
+    if rule["pad"] == "square":
+        total = max(total, rule["largest"]) if grid[0] != grid[1] else total
+    else:
+        total = -(-total // rule["pad"]) * rule["pad"]
+    starts = None if rule["mask"] is None else named(arguments, rule["mask"], None).sum(1).tolist()
+    return SimpleNamespace(grid=tuple(grid), count=prod(grid), first=first, total=total, starts=starts)
+
+
+def check_grid(grid: tuple[int, ...], expected: list[int] | None) -> None:
+    """Fails where the pipeline drew another size than the plan was made for."""
+    if expected is not None and list(grid) != expected:
         raise PlanMismatchError(
-            f"the plan expects a grid of {program['grid'][0]} x {program['grid'][1]} image tokens, but the pipeline "
-            f"made {h} x {w}"
+            f"the plan expects a grid of {' x '.join(map(str, expected))} image tokens, but the pipeline made "
+            f"{' x '.join(map(str, grid))}"
         )
-    return start, count, (h, w)
+
+
+def grid_of(latents: Any, axes: str, patch: list[int]) -> tuple[list[int], int]:
+    """The grid of a picture with these axes (see :func:`packed`), and how many pictures a row holds."""
+    shape = (
+        dict(zip("cfhw", latents[0].shape, strict=True))
+        if axes == "list"
+        else dict(zip(axes, latents.shape, strict=True))
+    )
+    frames, h, w = (shape.get(axis, 1) // side for axis, side in zip("fhw", patch, strict=True))
+    return [frames, h, w] if frames > 1 else [h, w], shape.get("i", 1)
+
+
+def packed(value: Any, axes: str, patch: list[int]) -> Tensor:
+    """A picture as tokens [row, token, channel]: its patches row by row, each (channel, y, x)."""
+    if axes == "tokens":
+        return value
+    x = torch.stack(list(value)) if axes == "list" else value
+    x = arranged(x, "bcfhw" if axes == "list" else axes)
+    b, i, c, f, h, w = x.shape
+    pf, ph, pw = patch
+    x = x.reshape(b, i, c, f // pf, pf, h // ph, ph, w // pw, pw).permute(0, 1, 3, 5, 7, 2, 4, 6, 8)
+    return x.reshape(b, -1, c * pf * ph * pw)
+
+
+def unpacked(tokens: Tensor, like: Any, axes: str, patch: list[int]) -> Any:
+    """The inverse of :func:`packed`, in the form of ``like``."""
+    if axes == "tokens":
+        return tokens
+    form = torch.stack(list(like)) if axes == "list" else like
+    letters = "bcfhw" if axes == "list" else axes
+    b, i, c, f, h, w = arranged(form, letters).shape
+    pf, ph, pw = patch
+    x = tokens.reshape(b, i, f // pf, h // ph, w // pw, c, pf, ph, pw).permute(0, 1, 5, 2, 6, 3, 7, 4, 8)
+    x = x.reshape(b, i, c, f, h, w)
+    order = ["bicfhw".index(letter) for letter in letters]
+    x = x.permute(*order, *(axis for axis in range(6) if axis not in order)).reshape(form.shape)
+    return list(x) if axes == "list" else x
+
+
+def arranged(x: Tensor, axes: str) -> Tensor:
+    """Axes in the order bicfhw, missing ones of size 1."""
+    for letter in "bicfhw":
+        if letter not in axes:
+            x, axes = x.unsqueeze(-1), axes + letter
+    return x.permute(*(axes.index(letter) for letter in "bicfhw"))
 
 
 def named(arguments: tuple[tuple, dict], name: str, position: Any) -> Any:
@@ -103,7 +189,7 @@ def fetch(value: Any, side: str, part: dict[str, Any]) -> Any:
     return value if part["slot"] is None else value[part["slot"]]
 
 
-def replaced(value: Any, side: str, part: dict[str, Any], tensor: Tensor) -> Any:
+def replaced(value: Any, side: str, part: dict[str, Any], tensor: Any) -> Any:
     """A copy of a module's input or output with one tensor exchanged."""
     if side == "input":
         args, kwargs = value
@@ -112,37 +198,85 @@ def replaced(value: Any, side: str, part: dict[str, Any], tensor: Tensor) -> Any
         return (*args[: part["position"]], tensor, *args[part["position"] + 1 :]), kwargs
     if part["slot"] is None:
         return tensor
-    return (*value[: part["slot"]], tensor, *value[part["slot"] + 1 :])
+    if isinstance(value, dict):  # the output class of a model, whose fields are counted
+        return type(value)(**{**value, list(value)[part["slot"]]: tensor})
+    return type(value)((*value[: part["slot"]], tensor, *value[part["slot"] + 1 :]))
 
 
 def work(
-    tensor: Tensor,
+    value: Any,
     part: dict[str, Any],
-    image: tuple[int, int],
+    image: SimpleNamespace,
     moment: SimpleNamespace,
     program: dict[str, Any],
     given: dict[str, Any],
     store: dict[str, Any],
     indices: dict,
-) -> Tensor | None:
-    """Runs a part's actions in order; returns the edited tensor, or None when it was only read."""
-    if tensor.shape[0] != program["rows"]:
+) -> Any | None:
+    """Runs a part's actions in order; returns the edited value, or None when it was only read."""
+    tensor = opened(value, part)
+    rows = program["rows"]
+    if tensor.shape[0] != rows * len(moment.branches):
         raise PlanMismatchError(
-            f"the plan expects {program['rows']} rows at {part['site']}, but the call has {tensor.shape[0]}"
+            f"the plan expects {rows * len(moment.branches)} rows at {part['site']}, but the call has {tensor.shape[0]}"
         )
     edited = None
     for action in part["actions"]:
         if edited is None and action["kind"] != "Read":
             edited = tensor.clone()
         current = tensor if edited is None else edited
-        stream = current.narrow(1, *image) if part["tokens"] == "image" else current
+        block = range(action["block"] * rows, (action["block"] + 1) * rows)
+        branch = moment.branches[action["block"]]
+        stream, place = stream_of(current, part, image, block)
         if action["kind"] == "Read":
-            key = (action["op"], part["site"], moment.step, moment.branch, action["group"])
+            key = (action["op"], part["site"], moment.step, branch, action["group"])
             store["reads"][key] = read(stream, action, indices)
         else:
-            hook = SimpleNamespace(name=part["site"], **vars(moment))
+            hook = SimpleNamespace(
+                name=part["site"], step=moment.step, timestep=moment.timestep, sigma=moment.sigma, branch=branch
+            )
             store["touched"].append(edit(stream, action, hook, given, indices))
-    return edited
+            if place is not None:
+                current[place] = stream
+    return None if edited is None else closed(edited, value, part)
+
+
+def opened(value: Any, part: dict[str, Any]) -> Tensor:
+    """A part's value as [row, token, channel]."""
+    tensor = packed(value, part["axes"], part["patch"])
+    return tensor.transpose(0, 1) if part["turned"] else tensor
+
+
+def closed(tensor: Tensor, value: Any, part: dict[str, Any]) -> Any:
+    """The inverse of :func:`opened`."""
+    return unpacked(tensor.transpose(0, 1) if part["turned"] else tensor, value, part["axes"], part["patch"])
+
+
+def stream_of(tensor: Tensor, part: dict[str, Any], image: SimpleNamespace, rows: range) -> tuple[Tensor, tuple | None]:
+    """The rows and tokens of one stream: a view, or (where rows differ) a copy and the place it was taken from."""
+    some = tensor[rows.start : rows.stop]
+    length, layout, picture = tensor.shape[1], part["layout"], part["stream"] == "img"
+    if layout == "own":
+        start, count = (image.first, image.count) if picture else (0, length)
+    elif layout == "text_first":
+        start, count = (length - image.total + image.first, image.count) if picture else (0, length - image.total)
+    elif layout == "image_first":
+        start, count = (image.first, image.count) if picture else (image.total, length - image.total)
+    else:
+        starts = [int(image.starts[row]) for row in rows]
+        if len(set(starts)) > 1:
+            if not picture:
+                raise PlanMismatchError(
+                    f"the prompts have {', '.join(map(str, starts))} text tokens at {part['site']}, which fit no one "
+                    "tensor; run them with batch_size=1"
+                )
+            places = torch.tensor(starts, device=tensor.device)[:, None] + torch.arange(
+                image.count, device=tensor.device
+            )
+            place = (torch.arange(rows.start, rows.stop, device=tensor.device)[:, None], places)
+            return tensor[place], place
+        start, count = (starts[0], image.count) if picture else (0, starts[0])
+    return some.narrow(1, start, count), None
 
 
 def read(stream: Tensor, action: dict[str, Any], indices: dict) -> Tensor:

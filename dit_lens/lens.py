@@ -384,11 +384,12 @@ class DiTLens:
     def _text_tokens(self, call: Call) -> int | None:
         embeds = call.arguments.get("prompt_embeds")
         if embeds is not None:
-            return int(embeds.shape[1])
+            return int(embeds.shape[1]) if getattr(embeds, "ndim", 0) == 3 else None
         return call.arguments.get(self.family.text_length) or self._signature_default(self.family.text_length)
 
     def _signature_default(self, name: str) -> Any:
-        return inspect.signature(type(self.pipe).__call__).parameters[name].default
+        parameter = inspect.signature(type(self.pipe).__call__).parameters.get(name)
+        return None if parameter is None else parameter.default
 
     def __repr__(self) -> str:
         from dit_lens.reprs import lens_text

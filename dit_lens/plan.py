@@ -91,10 +91,14 @@ def compile_plan(ops: Sequence[Op], anatomy: Anatomy, timeline: Timeline, batch:
 def narrowed(plan: Plan, rows: range) -> Plan:
     """The part of a plan that concerns some rows of the batch, with those rows numbered from 0."""
     calls = [
-        [[module, side, _narrowed_parts(parts, rows)] for module, side, parts in visits]
-        for visits in plan.program["calls"]
+        {
+            **call,
+            "visits": [
+                [module, side, kept] for module, side, parts in call["visits"] if (kept := _narrowed_parts(parts, rows))
+            ],
+        }
+        for call in plan.program["calls"]
     ]
-    calls = [[visit for visit in visits if visit[2]] for visits in calls]
     return replace(plan, program={**plan.program, "rows": len(rows), "calls": calls})
 
 
@@ -168,35 +172,39 @@ class _Compiler:
                     self._place(action, site, steps, branch)
 
     def finish(self) -> Plan:
-        calls: list[list[Any]] = [[] for _ in range(self.timeline.steps * len(self.timeline.branches))]
+        calls: list[dict[str, Any]] = [
+            {"step": step, "branches": list(branches), "visits": []}
+            for step in range(self.timeline.steps)
+            for branches in self.timeline.calls
+        ]
         for (call, site), actions in sorted(self.actions.items(), key=lambda item: (item[0][0], item[0][1].order)):
             address = self.anatomy.address(site)
             part = {
-                "slot": address.slot,
-                "position": address.position,
-                "tokens": address.tokens,
+                **{name: value for name, value in vars(address).items() if name not in ("module", "side")},
                 "site": site.name,
                 "actions": actions,
             }
-            if calls[call] and calls[call][-1][:2] == [address.module, address.side]:
-                calls[call][-1][2].append(part)
+            visits = calls[call]["visits"]
+            if visits and visits[-1][:2] == [address.module, address.side]:
+                visits[-1][2].append(part)
             else:
-                calls[call].append([address.module, address.side, [part]])
+                visits.append([address.module, address.side, [part]])
         program = {
             "denoiser": "transformer",
             "rows": self.batch.rows,
-            "branches": list(self.timeline.branches),
-            "grid_rule": self.anatomy.family.grid,
-            "grid": None if self.batch.grid is None else list(self.batch.grid),
+            "time": self.anatomy.time_rule(self.timeline.levels),
+            "repeats": list(self.timeline.repeats),
+            "grid": self.anatomy.grid_rule,
+            "expected": None if self.batch.grid is None else list(self.batch.grid),
             "calls": calls,
         }
         return Plan(program, self.given, self.reads, self.visits, self.selections, self.batch.text_tokens)
 
     def _place(self, action: dict[str, Any], site: Site, steps: list[int], branch: str) -> None:
-        offset = self.timeline.branches.index(branch)
+        offset, block = self.timeline.place(branch)
         for at, step in enumerate(steps):
-            call = step * len(self.timeline.branches) + offset
-            self.actions.setdefault((call, site), []).append({**action, "at": at})
+            call = step * len(self.timeline.calls) + offset
+            self.actions.setdefault((call, site), []).append({**action, "at": at, "block": block})
             self.visits[action["op"]] += 1
 
     def _details(

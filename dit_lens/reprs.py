@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from dit_lens.families import Guidance
     from dit_lens.lens import DiTLens
     from dit_lens.run import Run
 
+STREAM_WORDS = {"img": "img (the picture's tokens)", "txt": "txt (the prompt's)"}
 STYLE = "border-collapse:collapse;font-size:0.9em"
 PICTURE = "height:128px;margin-right:4px;image-rendering:pixelated"
 CELL = "text-align:left;padding:0.15em 0.9em 0.15em 0;vertical-align:top"
@@ -24,20 +26,30 @@ def lens_lines(lens: DiTLens) -> list[tuple[str, str]]:
     stacks = [f"{name} {blocks.start}-{blocks.stop - 1}" for name, blocks in anatomy.stacks.items() if len(blocks)]
     grid = anatomy.planned_grid(lens.pipe, lens.defaults)
     embedded = family.embedded is not None and bool(lens.pipe.transformer.config[family.embedded])
-    guidance = f"{family.guidance.scale} > 1 with a negative prompt runs {' then '.join(family.guidance.calls)}"
+    guidance = guidance_text(family.guidance_of(lens.pipe))
+    streams = [stream for stream in STREAM_WORDS if any(site.stream == stream for site in anatomy.sites)]
     points = list(dict.fromkeys(site.point for site in anatomy.sites if site.block is not None))
     size = sum(parameter.numel() for parameter in lens.pipe.transformer.parameters())
     return [
         ("family", f"{family.name} ({type(lens.pipe.transformer).__name__}, {size / 1e6:.4g} M parameters)"),
         ("blocks", f"{anatomy.depth}: {', '.join(stacks)}"),
         ("width", f"{anatomy.width} channels; a predicted token has {anatomy.out_width}"),
-        ("streams", "img (the picture's tokens), txt (the prompt's)"),
-        ("sites", f"blocks.0-{anatomy.depth - 1}.{{img,txt}}[.{'|'.join(points)}], final.img, velocity"),
+        ("streams", ", ".join(STREAM_WORDS[stream] for stream in streams)),
+        ("sites", f"blocks.0-{anatomy.depth - 1}.{{{','.join(streams)}}}[.{'|'.join(points)}], final.img, velocity"),
         ("grid", f"{grid[0]} x {grid[1]} image tokens by default" if grid else "known when it runs"),
         ("guidance", ("a guidance scale is embedded; " if embedded else "") + guidance),
         ("checks", f"{', '.join(check.name for check in lens.checks)} passed"),
         ("on", f"{lens.pipe.device}, {str(lens.pipe.transformer.dtype).removeprefix('torch.')}"),
     ]
+
+
+def guidance_text(guidance: Guidance | None) -> str:
+    """How the branches run, in words."""
+    if guidance is None:
+        return "one conditional call per step"
+    calls = ", then ".join(" and ".join(call) + (" rows" if len(call) > 1 else "") for call in guidance.calls)
+    when = "always" if guidance.scale is None else f"{guidance.scale} > {guidance.above:g}"
+    return f"{when}{' with a negative prompt' if guidance.negative else ''} runs {calls}"
 
 
 def lens_text(lens: DiTLens) -> str:

@@ -28,7 +28,7 @@ FORMAT = 1
 class SiteTensor(Tensor):
     """A read that knows its token grid; every operation on it gives a plain tensor."""
 
-    shape_of_grid: tuple[int, int] | None
+    shape_of_grid: tuple[int, ...] | None
     token_axis: int | None
 
     __torch_function__ = torch.nn.Parameter.__torch_function__
@@ -62,7 +62,7 @@ class Reading(Mapping[str, Tensor]):
     tokens: tuple[int, ...] | None
     channels: dict[str, tuple[int, ...] | None]
     reduce: str | None
-    shape_of_grid: tuple[int, int] | None
+    shape_of_grid: tuple[int, ...] | None
 
     def __getitem__(self, site: str) -> SiteTensor:
         if site not in self.tensors:
@@ -102,7 +102,7 @@ class Run:
 
     images: PIL pictures in row order (empty when latents were asked for). latents: what the pipeline returned for
     ``output_type="latent"``. readings: what was read. receipt: what every op touched. clock: (step, timestep, sigma) of
-    every step. grid: (h, w) image tokens. spec: prompt, seed, call and ops. provenance: model, machine and versions.
+    every step. grid: (h, w) image tokens, (f, h, w) of a video. spec: prompt, seed, call and ops. provenance: model, machine and versions.
     """
 
     images: list[Image]
@@ -110,7 +110,7 @@ class Run:
     readings: list[Reading]
     receipt: Receipt
     clock: list[tuple[int, float, float]]
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     spec: dict[str, Any]
     provenance: dict[str, Any]
     folder: Path | None = None
@@ -223,7 +223,7 @@ class Run:
             readings=readings,
             receipt=Receipt.from_json(data["receipt"]),
             clock=[(int(step), timestep, level) for step, timestep, level in data["clock"]],
-            grid=(data["grid"][0], data["grid"][1]),
+            grid=tuple(data["grid"]),
             spec=data["spec"],
             provenance=data["provenance"],
             folder=folder,
@@ -266,7 +266,7 @@ class Run:
         prompts = self.spec.get("prompt") or ["(embeddings)"]
         made = f"{len(self.images)} pictures" if self.images else "latents"
         return (
-            f"Run: {made} of {len(prompts)} prompts, {len(self.clock)} steps, grid {self.grid[0]} x {self.grid[1]}, "
+            f"Run: {made} of {len(prompts)} prompts, {len(self.clock)} steps, grid {' x '.join(map(str, self.grid))}, "
             f"{self.provenance['family']}\n"
             f"  prompt  {prompts[0]!r}{' ...' if len(prompts) > 1 else ''}\n"
             f"  seed    {self.spec.get('seed')}\n"

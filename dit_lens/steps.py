@@ -8,31 +8,44 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.errors import FamilyError, OpError, PromptError, nearest
+from dit_lens.errors import OpError, PromptError, nearest
 from dit_lens.ops import Op, SigmaInterval, Steps
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from dit_lens.families import Family
+    from dit_lens.families import Family, Guidance
 
 
 @dataclass(frozen=True)
 class Timeline:
     """The steps of one run.
 
-    steps: how many denoising steps run. branches: in the order of transformer calls within a step.
+    steps: how many denoising steps run (evaluations of the model, for a scheduler of second order).
+    calls: the transformer calls of one step, each the branches of its rows in order.
     sigmas: the noise level of each step, where the scheduler tells it beforehand.
+    repeats: steps at the same timestep as the one before. levels: the noise of every timestep, where it is a table.
     """
 
     steps: int
-    branches: tuple[str, ...]
+    calls: tuple[tuple[str, ...], ...]
     sigmas: tuple[float, ...] | None = None
+    repeats: tuple[int, ...] = ()
+    levels: list[float] | None = None
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The branches of one step, in the order in which they are computed."""
+        return tuple(branch for call in self.calls for branch in call)
+
+    def place(self, branch: str) -> tuple[int, int]:
+        """Which call of a step computes a branch, and which block of its rows."""
+        return next((i, call.index(branch)) for i, call in enumerate(self.calls) if branch in call)
 
     def select(self, steps: Steps) -> list[int]:
         """The step indices that ``steps=`` means, ascending.
 
-        >>> timeline = Timeline(4, ("cond",), (1.0, 0.75, 0.5, 0.25))
+        >>> timeline = Timeline(4, (("cond",),), (1.0, 0.75, 0.5, 0.25))
         >>> timeline.select((0.0, 0.5)), timeline.select(-1), timeline.select(SigmaInterval(0.8, 0.3))
         ([0, 1], [3], [1, 2])
         """
@@ -95,7 +108,7 @@ class Timeline:
         if asked not in self.branches:
             raise OpError(
                 f"this call has no {asked!r} branch, only {', '.join(self.branches)}: guidance is off. "
-                "Pass a guidance scale above 1 and a negative prompt."
+                "Turn it on (lens shows how), for instance by a guidance scale above 1 and a negative prompt."
             )
         return [asked]
 
@@ -105,11 +118,7 @@ def timeline(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any], t
 
     tokens: the number of image tokens, on which some schedules depend; None when unknown.
     """
-    if getattr(pipe.scheduler, "order", 1) != 1:
-        raise FamilyError(
-            f"{type(pipe.scheduler).__name__} evaluates the model {pipe.scheduler.order} times per step, which cannot "
-            "be told apart from guidance. Use a first-order scheduler, such as FlowMatchEulerDiscreteScheduler."
-        )
+    _refuse(pipe, family, call)
     given = call.get("sigmas") if call.get("sigmas") is not None else call.get("timesteps")
     total = len(given) if given is not None else call["num_inference_steps"]
     skipped = 0
@@ -118,15 +127,61 @@ def timeline(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any], t
         skipped = int(max(total - min(total * strength, total), 0))
         if skipped == total:
             raise PromptError(f"strength={strength} with {total} steps leaves none to run. Raise one of them.")
-    levels = _sigmas(pipe, call, total, tokens)
-    return Timeline(total - skipped, branches(family, call), None if levels is None else levels[skipped:])
+    calls, levels = calls_of(pipe, family, call), _levels(pipe.scheduler)
+    if getattr(pipe.scheduler, "order", 1) > 1:
+        times = _times(pipe.scheduler, total)[skipped * pipe.scheduler.order :]
+        repeats = tuple(i for i in range(1, len(times)) if times[i] == times[i - 1])
+        return Timeline(len(times), calls, None, repeats, levels)
+    sigmas = _sigmas(pipe, call, total, tokens)
+    return Timeline(total - skipped, calls, None if sigmas is None else sigmas[skipped:], (), levels)
 
 
-def branches(family: Family, call: Mapping[str, Any]) -> tuple[str, ...]:
-    """The branches of one step: all of the family's when guidance is on, else only the conditional one."""
-    guidance = family.guidance
-    on = (call.get(guidance.scale) or 1) > 1 and any(call.get(name) is not None for name in guidance.negative)
-    return guidance.calls if on else ("cond",)
+def calls_of(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """The transformer calls of one step: the family's when guidance is on, else one conditional call."""
+    guidance = family.guidance_of(pipe)
+    if guidance is None or (guidance.distilled is not None and pipe.config.get(guidance.distilled)):
+        return (("cond",),)
+    negative = not guidance.negative or any(call.get(name) is not None for name in guidance.negative)
+    return guidance.calls if negative and _scale(pipe, guidance, call) > guidance.above else (("cond",),)
+
+
+def _scale(pipe: DiffusionPipeline, guidance: Guidance, call: Mapping[str, Any]) -> float:
+    if guidance.scale is None:
+        return float("inf")
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    value = call.get(guidance.scale)
+    if value is None and guidance.scale in parameters:
+        value = parameters[guidance.scale].default
+    return value if isinstance(value, int | float) else guidance.above
+
+
+def _refuse(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any]) -> None:
+    """What would change the calls inside a run is refused before it starts."""
+    for name, reason in family.refuses.items():
+        if call.get(name) is not None:
+            raise PromptError(f"{name}= cannot be followed with {family.name}: {reason}. Leave it out.")
+    guidance = family.guidance_of(pipe)
+    cut = None if guidance is None or guidance.cut is None else call.get(guidance.cut)
+    if guidance is not None and cut is not None and cut < 1:
+        raise PromptError(
+            f"{guidance.cut}={cut} ends guidance in the middle of a run, so that the number of branches changes. "
+            f"Leave it at 1, and choose steps= in the ops instead."
+        )
+
+
+def _times(scheduler: Any, steps: int) -> list[float]:
+    """The timesteps a copy of the scheduler sets; which of them are equal does not depend on a shift."""
+    scheduler = copy.deepcopy(scheduler)
+    takes_shift = "mu" in inspect.signature(scheduler.set_timesteps).parameters
+    scheduler.set_timesteps(steps, **({"mu": 1.0} if takes_shift else {}))
+    return [float(time) for time in scheduler.timesteps]
+
+
+def _levels(scheduler: Any) -> list[float] | None:
+    """sqrt(1 - alpha bar) of every training timestep, for schedulers that keep such a table and are no flow."""
+    table = getattr(scheduler, "alphas_cumprod", None)
+    flow = scheduler.config.get("use_flow_sigmas") or scheduler.config.get("prediction_type") == "flow_prediction"
+    return None if table is None or flow else (1 - table).clamp(min=0).sqrt().tolist()
 
 
 def _sigmas(
@@ -140,6 +195,8 @@ def _sigmas(
     scheduler = copy.deepcopy(pipe.scheduler)
     config = scheduler.config
     if shift is None or retrieve is None or tokens is None or "shift" not in config:
+        return None
+    if len(inspect.signature(shift).parameters) != 5:
         return None
     mu = shift(
         tokens,

@@ -7,11 +7,11 @@ import torch
 
 import dit_lens as dl
 from dit_lens.errors import ExecutionError, FamilyError
-from dit_lens.families import Anatomy, Stack, table
+from dit_lens.families import Anatomy, Stack
 from dit_lens.families.checks import check
+from dit_lens.families.table.flux import FLUX1 as ROW
 from tests import pipelines
 
-ROW = table.FLUX1
 DOUBLE, SINGLE = ROW.stacks
 SWAPPED = {"txt": 1, "img": 0}
 
@@ -128,9 +128,9 @@ def test_part_of_a_run_from_a_picture(kind):
 
 def test_a_guidance_that_the_pipeline_does_not_follow_is_noticed(monkeypatch):
     monkeypatch.setattr(dl.families, "_registered", [])
-    dl.register_family(replace(ROW, guidance=replace(ROW.guidance, calls=("cond",))))
+    dl.register_family(replace(ROW, guidance=replace(ROW.guidance, calls=(("cond",),))))
     lens = dl.DiTLens(pipelines.flux(), defaults=dict(pipelines.TRUE_CFG))
-    with pytest.raises(ExecutionError, match="another number of transformer calls per step than 1"):
+    with pytest.raises(ExecutionError, match="another number of transformer calls per step than the plan"):
         lens.run("red", [dl.Read("blocks.0.img")])
 
 

@@ -7,13 +7,24 @@ from typing import TYPE_CHECKING
 
 from dit_lens.errors import FamilyError
 from dit_lens.families.anatomy import Anatomy
-from dit_lens.families.row import Family, Guidance, Stack
+from dit_lens.families.row import Family, Grid, Guidance, Stack, Time
 from dit_lens.families.table import TABLE
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["Anatomy", "Family", "Guidance", "Stack", "families", "find", "refuse_unsafe", "register_family"]
+__all__ = [
+    "Anatomy",
+    "Family",
+    "Grid",
+    "Guidance",
+    "Stack",
+    "Time",
+    "families",
+    "find",
+    "refuse_unsafe",
+    "register_family",
+]
 
 _registered: list[Family] = []
 

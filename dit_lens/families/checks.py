@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens.errors import FamilyError
-from dit_lens.execute import fetch, image_tokens, replaced
+from dit_lens.execute import closed, fetch, image_tokens, opened, packed, replaced, stream_of, unpacked
 from dit_lens.families.anatomy import Address, Anatomy
+from dit_lens.families.calls import build_call
 from dit_lens.families.row import Family
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
     from torch import Tensor, nn
 
-GRID = (2, 3)  # not square, so that a transposed grid shows
 TEXT = 5
 
 
@@ -43,7 +43,8 @@ def _check_clone(family: Family, transformer: type[ModelMixin]) -> tuple[Check, 
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         clone = transformer(**family.tiny).eval()
-        call = CALLS[family.grid](clone)
+        _wake(clone)
+        call = build_call(family, clone, family.tried_on, TEXT)
     anatomy = Anatomy(family, clone)
     return (_chain(anatomy, call), _final(anatomy, call), _grid(anatomy, call), _write(anatomy, call))
 
@@ -52,14 +53,15 @@ def _chain(anatomy: Anatomy, call: dict[str, Any]) -> Check:
     """What leaves block i enters block i + 1, stream by stream."""
     seen = _watch(anatomy, call)
     names = {site.name for site in anatomy.sites}
-    for block in range(anatomy.depth - 1):
-        for stream in ("img", "txt"):
-            leaving, entering = f"blocks.{block}.{stream}", f"blocks.{block + 1}.{stream}.resid_pre"
-            if {leaving, entering} <= names and not _same(seen[leaving], seen[entering]):
-                raise FamilyError(
-                    f"{anatomy.family.name}: what leaves {leaving} is not what enters block {block + 1}. "
-                    "Is a slot of its stack wrong?"
-                )
+    for stack, blocks in zip(anatomy.family.stacks, anatomy.stacks.values(), strict=True):
+        for block in blocks[:-1]:
+            for stream in {"img", "txt"} - set(stack.rewritten):
+                leaving, entering = f"blocks.{block}.{stream}", f"blocks.{block + 1}.{stream}.resid_pre"
+                if {leaving, entering} <= names and not _same(seen[leaving], seen[entering]):
+                    raise FamilyError(
+                        f"{anatomy.family.name}: what leaves {leaving} is not what enters block {block + 1}. "
+                        "Is a slot of its stack wrong?"
+                    )
     return Check("chain", "what leaves a block enters the next one, in both streams")
 
 
@@ -76,20 +78,21 @@ def _final(anatomy: Anatomy, call: dict[str, Any]) -> Check:
 
 
 def _grid(anatomy: Anatomy, call: dict[str, Any]) -> Check:
-    """Changing one latent token changes exactly the row-major place y w + x of the first block's input."""
-    clean = _watch(anatomy, call)["blocks.0.img.resid_pre"]
-    place = GRID[1] + 2
-    moved = {
-        **call,
-        "hidden_states": call["hidden_states"].index_add(
-            1, torch.tensor([place]), torch.ones_like(call["hidden_states"][:, :1])
-        ),
-    }
-    changed = (_watch(anatomy, moved)["blocks.0.img.resid_pre"] != clean).any(-1)[0]
-    _, count, grid = image_tokens(((), call), {"grid_rule": anatomy.family.grid, "grid": None})
-    if changed.nonzero().flatten().tolist() != [place] or grid != GRID or count != GRID[0] * GRID[1]:
+    """Changing one latent token changes exactly the row-major place y w + x of the first image block's input."""
+    rule, axes = anatomy.grid_rule, anatomy.family.grid.axes
+    latents = call[rule["latents"]]
+    image = image_tokens(((), call), rule)
+    h, w = anatomy.family.tried_on
+    place = w + 1
+    tokens = packed(latents, axes, rule["patch"]).clone()
+    tokens[:, tokens.shape[1] - image.count + place if axes == "tokens" else place] += 1
+    moved = {**call, rule["latents"]: unpacked(tokens, latents, axes, rule["patch"])}
+    first = next(site.name for site in anatomy.sites if site.point == "resid_pre" and site.stream == "img")
+    changed = (_watch(anatomy, moved)[first] != _watch(anatomy, call)[first]).any(-1)[0]
+    if changed.nonzero().flatten().tolist() != [place] or image.grid[-2:] != (h, w):
         raise FamilyError(
-            f"{anatomy.family.name}: image tokens are not where the rule {anatomy.family.grid!r} puts them."
+            f"{anatomy.family.name}: image tokens are not where the rule {anatomy.family.grid.rule!r} and the layout "
+            "of the stacks put them."
         )
     return Check("grid", "image tokens lie row by row, y w + x")
 
@@ -97,43 +100,50 @@ def _grid(anatomy: Anatomy, call: dict[str, Any]) -> Check:
 def _write(anatomy: Anatomy, call: dict[str, Any]) -> Check:
     """Changing a block's image tokens changes what the transformer predicts."""
     clean = _watch(anatomy, call)["velocity"]
-    for block in (0, anatomy.depth - 1):
-        address = anatomy.address(anatomy.site(f"blocks.{block}.img"))
-        with _hook(
-            anatomy,
-            address,
-            lambda value, address=address: replaced(
-                value, "output", vars(address), fetch(value, "output", vars(address)) + 1
-            ),
-        ):
-            if _same(_run(anatomy, call), clean):
-                raise FamilyError(
-                    f"{anatomy.family.name}: writing blocks.{block}.img does not reach the model's output."
-                )
+    image = image_tokens(((), call), anatomy.grid_rule)
+    blocks = [site for site in anatomy.sites if site.stream == "img" and site.point == "resid_post"]
+    for site in (blocks[0], blocks[-1]):
+        part = vars(anatomy.address(site))
+
+        def change(value: Any, part: dict[str, Any] = part) -> Any:
+            tensor = opened(fetch(value, "output", part), part).clone()
+            stream_of(tensor, part, image, range(len(tensor)))[0].add_(1)
+            return replaced(value, "output", part, closed(tensor, fetch(value, "output", part), part))
+
+        with _hook(anatomy, anatomy.address(site), change):
+            if _same(_watch(anatomy, call)["velocity"], clean):
+                raise FamilyError(f"{anatomy.family.name}: writing {site} does not reach the model's output.")
     return Check("write", "a write to a block's image tokens reaches the output")
 
 
+@torch.no_grad()
+def _wake(clone: nn.Module) -> None:
+    """Parameters that start at zero would hide what passes through them, and some are not initialised at all."""
+    for parameter in clone.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        elif not parameter.any():
+            parameter.normal_(std=0.1)
+
+
 def _watch(anatomy: Anatomy, call: dict[str, Any]) -> dict[str, Tensor]:
-    """Every site's tensor in one forward pass, by plain torch hooks."""
+    """The tokens of every site in one forward pass, by plain torch hooks."""
     seen: dict[str, Tensor] = {}
+    image = image_tokens(((), call), anatomy.grid_rule)
     handles = []
     for site in anatomy.sites:
         address = anatomy.address(site)
         module = _module(anatomy, address)
 
-        def keep(
-            _: nn.Module, args: tuple, kwargs: dict, output: Any, site: Any = site, address: Address = address
-        ) -> None:
-            value = output if address.side == "output" else (args, kwargs)
-            tensor = fetch(value, address.side, vars(address))
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"{site} is a {type(tensor).__name__}")
-            seen[site.name] = tensor
+        def keep(_: nn.Module, args: tuple, kwargs: dict, output: Any, site: Any = site, part: Any = address) -> None:
+            value = output if part.side == "output" else (args, kwargs)
+            tensor = opened(fetch(value, part.side, vars(part)), vars(part))
+            seen[site.name] = stream_of(tensor, vars(part), image, range(len(tensor)))[0].clone()
 
         handles.append(module.register_forward_hook(keep, with_kwargs=True))
     try:
         _run(anatomy, call)
-    except (IndexError, KeyError, TypeError) as problem:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as problem:
         raise FamilyError(
             f"{anatomy.family.name}: a block of {anatomy.family.transformer} has another output or other arguments "
             f"than the family says ({problem})."
@@ -154,26 +164,8 @@ def _module(anatomy: Anatomy, address: Address) -> nn.Module:
 
 @torch.no_grad()
 def _run(anatomy: Anatomy, call: dict[str, Any]) -> Tensor:
-    return anatomy.transformer(**call, return_dict=False)[0]
+    return anatomy.transformer(**call)[0]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
-
-
-def _flux_call(transformer: ModelMixin) -> dict[str, Any]:
-    config = transformer.config
-    y, x = torch.meshgrid(*map(torch.arange, GRID), indexing="ij")
-    ids = torch.stack([torch.zeros_like(y), y, x], -1).reshape(-1, 3).float()
-    return {
-        "hidden_states": torch.randn(1, len(ids), config.in_channels),
-        "encoder_hidden_states": torch.randn(1, TEXT, config.joint_attention_dim),
-        "pooled_projections": torch.randn(1, config.pooled_projection_dim),
-        "timestep": torch.tensor([0.5]),
-        "img_ids": ids,
-        "txt_ids": torch.zeros(TEXT, 3),
-        "guidance": torch.tensor([1.0]) if config.guidance_embeds else None,
-    }
-
-
-CALLS = {"img_ids": _flux_call}

@@ -12,26 +12,76 @@ class Stack:
 
     name: what people call it ("double"). path: the attribute of the transformer that holds it.
     inputs, outputs: stream -> argument name, and stream -> position in the output tuple (None: a bare tensor).
+    layout: where a stream's tokens lie in that tensor: "own" (the streams are two tensors), or joint: "text_first",
+    "image_first" or "ragged" (text first, of another length in every row).
+    turned: whether the blocks' tensors are [token, row, channel].
+    rewritten: streams that the model changes between blocks. ends_without: streams the last block does not return.
     """
 
     name: str
     path: str
     inputs: Mapping[str, str]
     outputs: Mapping[str, int | None]
+    layout: str = "own"
+    turned: bool = False
+    rewritten: tuple[str, ...] = ()
+    ends_without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the image tokens of a transformer call follow from its arguments.
+
+    rule: "ids" (rows of an argument hold reference, y, x), "positions" (the same, after the text's rows), "marks" (the
+    same, where another argument says so), "shapes" (a list of (f, h, w)), "counts" (arguments num_frames, height,
+    width), or the axes of the latents: "bchw", "bcfhw", "bfchw", "bfhwc", "bicfhw" (i: pictures), "list" (one cfhw
+    for each row). argument: what the rule looks at. latents: the argument that holds the noisy picture.
+    patch: latent pixels per side of a token, or the name of it in the transformer's config.
+    target: which picture is drawn, where there are references: "first" or "last".
+    pad: image tokens are padded to a multiple of this; "square": to the largest picture. mask: the argument that marks
+    the text tokens of every row, where text is ragged.
+    """
+
+    rule: str
+    argument: str = "hidden_states"
+    latents: str = "hidden_states"
+    patch: int | str = 1
+    target: str = "first"
+    pad: int | str = 1
+    mask: str | None = None
+    marked: int | None = None
+
+    @property
+    def axes(self) -> str:
+        """The axes of the latents: tokens already, or those of a picture."""
+        return "tokens" if self.rule in ("ids", "positions", "marks", "shapes", "counts") else self.rule
 
 
 @dataclass(frozen=True)
 class Guidance:
     """How a pipeline runs the conditional and unconditional branches.
 
-    calls: the branches in the order of their transformer calls within one step, when guidance is on.
-    scale: the pipeline argument that turns guidance on when it exceeds 1.
-    negative: the arguments of which one must be given as well.
+    calls: the transformer calls of one step when guidance is on, each the branches of its rows in order.
+    scale, above: the pipeline argument that turns guidance on, and the value it must exceed (None: always on).
+    negative: arguments of which one must be given as well. distilled: the pipeline's config entry that turns it off.
+    cut: the argument that ends guidance before the last step, which is not followed.
     """
 
-    calls: tuple[str, ...]
-    scale: str
-    negative: tuple[str, ...]
+    calls: tuple[tuple[str, ...], ...]
+    scale: str | None = "guidance_scale"
+    above: float = 1
+    negative: tuple[str, ...] = ()
+    distilled: str | None = None
+    cut: str | None = None
+
+
+@dataclass(frozen=True)
+class Time:
+    """What the transformer is told of time: its argument, and noise level = offset + scale * value."""
+
+    argument: str = "timestep"
+    offset: float = 0.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +90,20 @@ class Family:
 
     name: as its users call it. transformer: the class of the denoiser. pipelines: those this row was tried with.
     stacks: in execution order. final: the module whose first argument is the image stream that is projected out.
-    width, out_width: the hidden size and the size of a predicted token, as attributes of ``transformer.config`` or of
-    the transformer. grid: the rule that finds the image tokens in a call's arguments (see execute.py).
-    patch: latent pixels per side of an image token. resizing: pipelines that choose the size of the picture themselves.
+    width, out_width: the hidden size and the size of a predicted token: names in ``transformer.config`` or attributes
+    of the transformer, multiplied where several are joined by ``*``.
+    grid, time, guidance: see there; guidance None means that a pipeline makes one conditional call per step.
+    variants: pipeline class -> its own guidance, where it differs.
+    final_layout: where image tokens lie in what enters ``final`` and (prediction_layout) in what is predicted.
+    final_axes: of what enters ``final``, where it is no list of tokens.
+    prediction: "tokens", or the axes of a predicted picture, as in Grid.
+    sign: -1 where the pipeline negates the prediction. patch: latent pixels per side of an image token.
+    resizing: pipelines that choose the size of the picture themselves.
     tokenizer, text_length: the pipeline's tokenizer of the text stream, and the argument that sets its length.
-    embedded: the config flag for a guidance scale that the transformer is told. tiny: overrides that shrink the config.
+    embedded: the config flag for a guidance scale that the transformer is told.
+    tiny, call: overrides that shrink the config, and the arguments of a call of that, for the check at load,
+    which uses a grid of ``tried_on`` tokens (not square where the model allows it, so that a transposed grid shows).
+    refuses: pipeline argument -> why a run with it cannot be followed.
     """
 
     name: str
@@ -54,11 +113,25 @@ class Family:
     final: str
     width: str
     out_width: str
-    grid: str
-    guidance: Guidance
+    grid: Grid
+    guidance: Guidance | None
+    variants: Mapping[str, Guidance | None] = field(default_factory=dict)
+    time: Time = Time(scale=1e-3)
+    final_layout: str = "own"
+    final_axes: str = "tokens"
+    prediction: str = "tokens"
+    prediction_layout: str = "own"
+    sign: int = 1
     patch: int = 2
     resizing: tuple[str, ...] = ()
     tokenizer: str = "tokenizer"
     text_length: str = "max_sequence_length"
     embedded: str | None = None
     tiny: Mapping[str, object] = field(default_factory=dict)
+    call: Mapping[str, object] = field(default_factory=dict)
+    tried_on: tuple[int, int] = (2, 3)
+    refuses: Mapping[str, str] = field(default_factory=dict)
+
+    def guidance_of(self, pipe: object) -> Guidance | None:
+        """How a pipeline of this family is guided."""
+        return self.variants.get(type(pipe).__name__, self.guidance)

@@ -1,0 +1,36 @@
+"""A tiny random pipeline of every family: offline, seeded, a few thousand parameters, a grid that is not square."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One pipeline to try.
+
+    name: of the entry. transformer: the class of its transformer. build: makes the pipeline. call: rows -> arguments of
+    the pipeline for so many prompts. grid: image tokens. branches: per step, per transformer call, in the order of its
+    rows. text_tokens: of the text stream; None where there is none. blocks: of all stacks.
+    """
+
+    name: str
+    transformer: str
+    build: Callable[[], DiffusionPipeline]
+    call: Callable[[int], dict[str, Any]]
+    grid: tuple[int, ...]
+    branches: tuple[tuple[str, ...], ...]
+    text_tokens: int | None
+    blocks: int
+
+
+def entries() -> tuple[Entry, ...]:
+    """Every pipeline of the zoo."""
+    from tests.zoo import rest
+
+    return (*rest.ENTRIES, *rest.VIDEOS)
