@@ -61,6 +61,13 @@ def _reading(read: PlannedRead, pieces: dict[tuple, list[Tensor]], when: Timelin
     values = {}
     for site in read.sites:
         stacked = [[torch.cat(pieces[read.op, site, step, branch]) for branch in branches] for step in read.steps]
+        sizes = {tuple(value.shape) for of_step in stacked for value in of_step}
+        if len(sizes) > 1:
+            counts = ", ".join(str(of_step[0].shape[1]) for of_step in stacked)
+            raise ExecutionError(
+                f"{site} has another number of tokens at different steps or branches ({counts}), so that it fits no one "
+                "tensor: a cache holds the rest. Read its steps and branches one by one, or reduce over tokens."
+            )
         both = torch.stack([torch.stack(of_step) for of_step in stacked])  # [s, branch, b, ...]
         values[site] = both if read.both else both[:, 0]
     return Reading(

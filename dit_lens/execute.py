@@ -257,7 +257,7 @@ def stream_of(tensor: Tensor, part: dict[str, Any], image: SimpleNamespace, rows
     some = tensor[rows.start : rows.stop]
     length, layout, picture = tensor.shape[1], part["layout"], part["stream"] == "img"
     if layout == "own":
-        start, count = (image.first, image.count) if picture else (0, length)
+        start, count = (min(image.first, length - image.count), image.count) if picture else (0, length)
     elif layout == "text_first":
         start, count = (length - image.total + image.first, image.count) if picture else (0, length - image.total)
     elif layout == "image_first":

@@ -101,8 +101,9 @@ class Run:
     """Pictures and numbers of one run.
 
     images: PIL pictures in row order (empty when latents were asked for). latents: what the pipeline returned for
-    ``output_type="latent"``. readings: what was read. receipt: what every op touched. clock: (step, timestep, sigma) of
-    every step. grid: (h, w) image tokens, (f, h, w) of a video. spec: prompt, seed, call and ops. provenance: model, machine and versions.
+    ``output_type="latent"``. readings: what was read. receipt: what every op touched. clock: (step, timestep, sigma)
+    of every step. grid: (h, w) image tokens, (f, h, w) of a video. spec: prompt, seed, call and ops. provenance: model,
+    machine and versions.
     """
 
     images: list[Image]

@@ -79,3 +79,16 @@ def test_the_lens_leaves_the_pipeline_as_it_was(zoo):
         zoo.run([dl.Apply(zoo.sites_of_image[0], fn=truth.stop)])
     assert torch.equal(zoo.plain().drawn, zoo.plain().drawn)
     assert not any(module._forward_hooks for module in zoo.pipe.transformer.modules())
+
+
+def test_only_the_conditional_rows_follow_the_prompt(zoo):
+    """Which branch is which, without a word from the library: at the first step, before guidance mixes them."""
+    changed = truth.with_another_prompt(zoo.call)
+    before, after = zoo.plain(), zoo.plain_of(changed)
+    last = len(zoo.blocks) - 1
+    for branch in zoo.branches:
+        call, rows = zoo.place(0, branch)
+        one, two = (
+            zoo.select(found.outputs[call, last], last, "img", rows, branch) for found in (before, after)
+        )
+        assert torch.equal(one, two) == (branch == "uncond")

@@ -31,6 +31,6 @@ class Entry:
 
 def entries() -> tuple[Entry, ...]:
     """Every pipeline of the zoo."""
-    from tests.zoo import rest
+    from tests.zoo import first, rest
 
-    return (*rest.ENTRIES, *rest.VIDEOS)
+    return (*first.ENTRIES, *rest.ENTRIES, *rest.VIDEOS)
