@@ -11,7 +11,7 @@ import torch
 from dit_lens.errors import FamilyError
 from dit_lens.execute import closed, fetch, image_tokens, opened, packed, replaced, stream_of, unpacked
 from dit_lens.families.anatomy import Address, Anatomy
-from dit_lens.families.calls import build_call
+from dit_lens.families.calls import ROWS, build_call
 from dit_lens.families.row import Family
 
 if TYPE_CHECKING:
@@ -31,8 +31,10 @@ class Check:
 
 def check(anatomy: Anatomy) -> list[Check]:
     """Checks a live transformer; FamilyError says exactly what differs from the family's row."""
-    for site in anatomy.sites:
-        anatomy.address(site)  # every module and argument exists
+    for site in anatomy.sites:  # every module and argument exists
+        anatomy.address(site)
+    anatomy.time_rule(None)
+    anatomy.grid_rule  # noqa: B018
     structure = Check("structure", f"all {anatomy.depth} blocks and their arguments are where the family says")
     return [structure, *_check_clone(anatomy.family, type(anatomy.transformer))]
 
@@ -68,10 +70,10 @@ def _chain(anatomy: Anatomy, call: dict[str, Any]) -> Check:
 def _final(anatomy: Anatomy, call: dict[str, Any]) -> Check:
     """The image tokens of the last block are those that are projected out."""
     seen = _watch(anatomy, call)
-    last = f"blocks.{anatomy.depth - 1}.img"
-    if not _same(seen[last], seen["final.img"]) or seen["velocity"].shape[-1] != anatomy.out_width:
+    last = next((site.name for site in reversed(anatomy.sites) if site.block is not None and site.stream == "img"), "")
+    if not last or not _same(seen[last], seen["final.img"]) or seen["velocity"].shape[-1] != anatomy.out_width:
         raise FamilyError(
-            f"{anatomy.family.name}: {last} is not what enters {anatomy.family.final}. "
+            f"{anatomy.family.name}: {last or 'no block'} is not what enters {anatomy.family.final}. "
             "Are stacks missing or out of order?"
         )
     return Check("final", "the last block's image tokens enter the final norm")
@@ -138,6 +140,8 @@ def _watch(anatomy: Anatomy, call: dict[str, Any]) -> dict[str, Tensor]:
         def keep(_: nn.Module, args: tuple, kwargs: dict, output: Any, site: Any = site, part: Any = address) -> None:
             value = output if part.side == "output" else (args, kwargs)
             tensor = opened(fetch(value, part.side, vars(part)), vars(part))
+            if tensor.shape[0] != ROWS:
+                raise ValueError(f"{site} has {tensor.shape[0]} rows in a call of {ROWS}")
             seen[site.name] = stream_of(tensor, vars(part), image, range(len(tensor)))[0].clone()
 
         handles.append(module.register_forward_hook(keep, with_kwargs=True))

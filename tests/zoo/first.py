@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
@@ -21,6 +21,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
+    QwenImageEditPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -35,7 +36,21 @@ from diffusers import (
 from PIL import Image
 
 from tests.zoo import Entry
-from tests.zoo.rest import FEATURES, GRID, JOINT, SIZE, SPLIT, TOKENS, absent, autoencoder, flow, masks, pair, texts, tiny
+from tests.zoo.rest import (
+    FEATURES,
+    GRID,
+    JOINT,
+    SIZE,
+    SPLIT,
+    TOKENS,
+    absent,
+    autoencoder,
+    flow,
+    masks,
+    pair,
+    texts,
+    tiny,
+)
 
 COND = (("cond",),)
 COND_UNCOND = (("cond", "uncond"),)
@@ -123,17 +138,40 @@ def klein_kv_call(rows):
     return {**unguided_call(rows), "image": Image.new("RGB", (64, 64), "red")}
 
 
-@tiny
-def qwen():
-    transformer = QwenImageTransformer2DModel(
+def qwen_transformer():
+    return QwenImageTransformer2DModel(
         **HEADS, in_channels=16, out_channels=4, num_layers=3, joint_attention_dim=FEATURES, axes_dims_rope=(4, 6, 6)
     )
-    return absent(QwenImagePipeline, transformer=transformer, scheduler=flow())
+
+
+@tiny
+def qwen():
+    return absent(QwenImagePipeline, transformer=qwen_transformer(), scheduler=flow())
 
 
 def qwen_call(rows):
     embeds = {**pair("prompt_embeds", rows, TOKENS, FEATURES), **masks("prompt_embeds_mask", rows)}
     return {**SIZE, "true_cfg_scale": 3.0, **embeds}
+
+
+@tiny
+def qwen_edit():
+    """The pipeline enlarges its picture to a megapixel: a factor of 128 leaves 2 x 8 reference tokens of it."""
+    vae = AutoencoderKLQwenImage(
+        base_dim=2,
+        z_dim=4,
+        dim_mult=[1] * 8,
+        num_res_blocks=0,
+        temperal_downsample=[False] * 7,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+    return absent(QwenImageEditPipeline, transformer=qwen_transformer(), scheduler=flow(), vae=vae)
+
+
+def qwen_edit_call(rows):
+    picture = Image.linear_gradient("L").convert("RGB").resize((64, 16))
+    return {**qwen_call(rows), "height": 1024, "width": 1536, "image": picture}
 
 
 class Processor:
@@ -300,6 +338,7 @@ ENTRIES = (
     Entry("klein", "Flux2Transformer2DModel", klein, klein_call, GRID, SPLIT, TOKENS, 5),
     Entry("klein-kv", "Flux2Transformer2DModel", klein_kv, klein_kv_call, GRID, COND, TOKENS, 5),
     Entry("qwen", "QwenImageTransformer2DModel", qwen, qwen_call, GRID, SPLIT, TOKENS, 3),
+    Entry("qwen-edit", "QwenImageTransformer2DModel", qwen_edit, qwen_edit_call, GRID, SPLIT, TOKENS, 3),
     Entry("qwen21", "QwenImage21Transformer2DModel", qwen21, qwen_call, GRID, SPLIT, TOKENS, 3),
     Entry("sana", "SanaTransformer2DModel", sana, sana_call, GRID, JOINT, None, 3),
     Entry("sana-sprint", "SanaTransformer2DModel", sana_sprint, sana_sprint_call, GRID, COND, None, 3),
