@@ -5,11 +5,13 @@ Torch and plain data only: this module and ``reduce`` travel to a server by sour
 A program is a dict of plain data::
 
     denoiser   path of the transformer in the model      rows   pictures of one branch
-    time       {argument, position, offset, scale}: where a call's time is, and its noise level
+    time       {argument, position, offset, scale, levels, kind, sign}: a call's time, its noise, what is predicted
     grid       {rule, argument, position, latents ...}: how image tokens are found in a call's arguments
     expected   [h, w] where the grid is known beforehand
     calls      for every transformer call {step, branches, visits}; its rows are ``rows`` times its branches, in order
-    visit      [module, side, [part, ...]]               part   {slot, position, stream, layout, ..., site, actions}
+    visit      [module, side, [part, ...]]               part   {slot, position, stream, layout, ..., site, actions},
+               or {slot, ..., keep}: a gate that a later part multiplies its tensor by
+               or {slot, ..., hold}: tokens that a later part reads out
     action     {op, kind, block, rows, tokens, channels, ...}: block counts the branches of the call; None means all
 
 Edits replace a module's value by a changed copy and never write into the live tensor.
@@ -41,13 +43,28 @@ def execute(model: Any, tracer: Any, program: dict[str, Any], given: dict[str, A
         image = image_tokens(arguments, program["grid"])
         check_grid(image.grid, program["expected"])
         store["grid"][:] = image.grid
+        gates: dict[str, Tensor] = {}
+        held: dict[str, Tensor] = {}
         for module, side, parts in call["visits"]:
             envoy = model.get(module)
             value = envoy.output if side == "output" else envoy.inputs
             changed = value
             for part in parts:
                 tensor = fetch(changed, side, part)
-                edited = work(tensor, part, image, moment, program, given, store, indices)
+                if "keep" in part:
+                    gates[part["keep"]] = gate_of(tensor, part, envoy._module)
+                    continue
+                if "hold" in part:
+                    held[part["hold"]] = tokens_of(tensor, part, image)
+                    continue
+                if "readout" in part:
+                    tensor = read_out(model, envoy, changed, part, held, image, program["readout"])
+                gate = (
+                    clean_from(arguments, program, moment)
+                    if "readout" in part or part["x0"]
+                    else gates.get(part["gate"])
+                )
+                edited = work(tensor, part, gate, image, moment, program, given, store, indices)
                 if edited is not None:
                     changed = replaced(changed, side, part, edited)
             if changed is not value:
@@ -203,9 +220,22 @@ def replaced(value: Any, side: str, part: dict[str, Any], tensor: Any) -> Any:
     return type(value)((*value[: part["slot"]], tensor, *value[part["slot"] + 1 :]))
 
 
+def gate_of(value: Tensor, part: dict[str, Any], module: Any) -> Tensor:
+    """What a tensor is multiplied by before it is added to the residual: [row, 1 or token, channel]."""
+    if part["table"] is not None:
+        name, number = part["table"]
+        table = getattr(module, name)
+        value = value.reshape(len(value), len(table), -1)[:, number : number + 1] + table[number]
+    value = value.unsqueeze(1) if value.ndim == 2 else value
+    if part["span"] is not None:
+        value = value[..., part["span"][0] : part["span"][1]]
+    return value.tanh() if part["tanh"] else value
+
+
 def work(
     value: Any,
     part: dict[str, Any],
+    gate: Tensor | SimpleNamespace | None,
     image: SimpleNamespace,
     moment: SimpleNamespace,
     program: dict[str, Any],
@@ -214,7 +244,7 @@ def work(
     indices: dict,
 ) -> Any | None:
     """Runs a part's actions in order; returns the edited value, or None when it was only read."""
-    tensor = opened(value, part)
+    tensor = value if "readout" in part else opened(value, part)
     rows = program["rows"]
     if tensor.shape[0] != rows * len(moment.branches):
         raise PlanMismatchError(
@@ -227,36 +257,126 @@ def work(
         current = tensor if edited is None else edited
         block = range(action["block"] * rows, (action["block"] + 1) * rows)
         branch = moment.branches[action["block"]]
-        stream, place = stream_of(current, part, image, block)
+        whole, place = (
+            (current[block.start : block.stop], None) if "readout" in part else stream_of(current, part, image, block)
+        )
+        stream = whole if part["span"] is None else whole[..., part["span"][0] : part["span"][1]]
+        if isinstance(gate, SimpleNamespace):
+            stream = clean(stream, gate, image, block)
+        factor = stream_of(gate.expand_as(current), part, image, block)[0] if isinstance(gate, Tensor) else None
         if action["kind"] == "Read":
             key = (action["op"], part["site"], moment.step, branch, action["group"])
-            store["reads"][key] = read(stream, action, indices)
+            store["reads"][key] = read(stream if factor is None else stream * factor, action, indices)
         else:
             hook = SimpleNamespace(
                 name=part["site"], step=moment.step, timestep=moment.timestep, sigma=moment.sigma, branch=branch
             )
-            store["touched"].append(edit(stream, action, hook, given, indices))
+            store["touched"].append(edit(stream, action, hook, given, indices, factor))
             if place is not None:
-                current[place] = stream
+                current[place] = whole
     return None if edited is None else closed(edited, value, part)
+
+
+def read_out(
+    model: Any,
+    envoy: Any,
+    inputs: tuple[tuple, dict],
+    part: dict[str, Any],
+    held: dict[str, Tensor],
+    image: SimpleNamespace,
+    rule: dict[str, Any],
+) -> Tensor:
+    """What the model would predict if a block were its last: the final norm and projection of the block's tokens.
+
+    Modules are called by ``forward``, so that no hook fires a second time; weights that are offloaded come with it.
+    """
+    entering = fetch(inputs, "input", part)
+    tokens = opened(entering, part).clone()
+    rows = range(len(tokens))
+    target, place = stream_of(tokens, part, image, rows)
+    if place is None:
+        target.copy_(held[part["readout"]])
+    else:
+        tokens[place] = held[part["readout"]]
+    args, kwargs = replaced(inputs, "input", part, closed(tokens, entering, part))
+    x = envoy._module.forward(*args, **kwargs)
+    if "shift" in held:
+        shift, scale = shift_of(model, held["shift"], rule)
+        x = x * (1 + scale) + shift
+    for module in rule["modules"]:
+        x = model.get(module)._module.forward(x)
+    x = x if isinstance(x, Tensor) else x[0]
+    if x.ndim != 3:  # a module that puts the picture together itself
+        return packed(x, rule["axes"], rule["patch"])
+    x = stream_of(x.transpose(0, 1) if part["turned"] else x, part, image, rows)[0]
+    if rule["order"] == "yxc":
+        patch = prod(rule["patch"])
+        x = x.unflatten(-1, (patch, -1)).transpose(-1, -2).flatten(-2)
+    return x
+
+
+def shift_of(model: Any, value: Tensor, rule: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Shift and scale that the transformer applies itself, [row, 1, channel] each."""
+    if rule["table"] is not None:
+        table = getattr(model.get("transformer")._module, rule["table"])
+        return (table[None] + value).chunk(2, dim=1)
+    both = model.get(rule["projection"])._module.forward(torch.nn.functional.silu(value))
+    return both.chunk(2, dim=-1)
+
+
+def clean_from(arguments: tuple[tuple, dict], program: dict[str, Any], moment: SimpleNamespace) -> SimpleNamespace:
+    """What is needed to estimate clean latents from the prediction of this call."""
+    rule, time = program["grid"], program["time"]
+    latents = named(arguments, rule["latents"], rule["latents_position"])
+    return SimpleNamespace(
+        tokens=packed(latents, rule["axes"], rule["patch"]),
+        layout={"layout": "text_first" if rule["rule"] == "marks" else "own", "stream": "img"},
+        kind=time["kind"],
+        sign=time["sign"],
+        sigma=moment.sigma,
+    )
+
+
+def clean(predicted: Tensor, call: SimpleNamespace, image: SimpleNamespace, rows: range) -> Tensor:
+    """The clean latents that a prediction means: x - sigma v of a flow, (x - sigma e) / sqrt(1 - sigma^2) of noise."""
+    noisy = stream_of(call.tokens, call.layout, image, rows)[0]
+    width = min(noisy.shape[-1], predicted.shape[-1])
+    noisy, predicted = noisy[..., :width].float(), predicted[..., :width].float() * call.sign
+    if call.kind == "flow":
+        return noisy - call.sigma * predicted
+    kept = (1 - call.sigma**2) ** 0.5
+    if call.kind == "v_prediction":
+        return kept * noisy - call.sigma * predicted
+    return (noisy - call.sigma * predicted) / kept
 
 
 def opened(value: Any, part: dict[str, Any]) -> Tensor:
     """A part's value as [row, token, channel]."""
     tensor = packed(value, part["axes"], part["patch"])
+    tensor = tensor.unsqueeze(1) if tensor.ndim == 2 else tensor
     return tensor.transpose(0, 1) if part["turned"] else tensor
+
+
+def tokens_of(value: Any, part: dict[str, Any], image: SimpleNamespace) -> Tensor:
+    """The tokens of a part's stream in every row of a call."""
+    tensor = opened(value, part)
+    return stream_of(tensor, part, image, range(len(tensor)))[0]
 
 
 def closed(tensor: Tensor, value: Any, part: dict[str, Any]) -> Any:
     """The inverse of :func:`opened`."""
-    return unpacked(tensor.transpose(0, 1) if part["turned"] else tensor, value, part["axes"], part["patch"])
+    tensor = tensor.transpose(0, 1) if part["turned"] else tensor
+    tensor = tensor.squeeze(1) if getattr(value, "ndim", 0) == 2 else tensor
+    return unpacked(tensor, value, part["axes"], part["patch"])
 
 
 def stream_of(tensor: Tensor, part: dict[str, Any], image: SimpleNamespace, rows: range) -> tuple[Tensor, tuple | None]:
     """The rows and tokens of one stream: a view, or (where rows differ) a copy and the place it was taken from."""
     some = tensor[rows.start : rows.stop]
     length, layout, picture = tensor.shape[1], part["layout"], part["stream"] == "img"
-    if layout == "own":
+    if layout == "whole":
+        start, count = 0, length
+    elif layout == "own":
         start, count = (min(image.first, length - image.count), image.count) if picture else (0, length)
     elif layout == "text_first":
         start, count = (length - image.total + image.first, image.count) if picture else (0, length - image.total)
@@ -287,18 +407,26 @@ def read(stream: Tensor, action: dict[str, Any], indices: dict) -> Tensor:
     return chosen.to("cpu", copy=True)
 
 
-def edit(stream: Tensor, action: dict[str, Any], hook: SimpleNamespace, given: dict[str, Any], indices: dict) -> tuple:
-    """Changes the chosen elements of ``stream`` (a view of the copy) and says what was touched."""
+def edit(
+    stream: Tensor,
+    action: dict[str, Any],
+    hook: SimpleNamespace,
+    given: dict[str, Any],
+    indices: dict,
+    gate: Tensor | None,
+) -> tuple:
+    """Changes the chosen elements of ``stream`` (a view of the copy) and says what was touched, as gated."""
     where = index(stream, action["rows"], action["tokens"], action["channels"], indices)
     old = stream[where]
     new = new_values(old, stream, action, hook, given, indices)
-    before = torch.linalg.vector_norm(old, dtype=torch.float32)
+    factor = 1.0 if gate is None else gate[where]
+    before = torch.linalg.vector_norm(old * factor, dtype=torch.float32)
     if new is not None:
         if action.get("strength", 1.0) != 1.0:
             new = torch.lerp(old, new, action["strength"])
         stream[where] = new
         old = new
-    after = torch.linalg.vector_norm(old, dtype=torch.float32)
+    after = torch.linalg.vector_norm(old * factor, dtype=torch.float32)
     return (action["op"], hook.name, hook.step, hook.branch, tuple(old.shape), action["group"], before, after)
 
 

@@ -6,13 +6,13 @@ The program inside a plan is what ``execute`` carries out; its format is describ
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import OpError, nearest
 from dit_lens.families import Anatomy
-from dit_lens.ops import Add, Apply, MeanAblate, Op, Read, Resample, Scale, Swap, TokenMean
+from dit_lens.ops import Add, Apply, MeanAblate, Op, Read, Resample, Scale, Swap, TokenMean, Zero
 from dit_lens.reduce import parse
 from dit_lens.sites import Site, match
 from dit_lens.sources import Values, given_values, resampled_rows
@@ -20,6 +20,8 @@ from dit_lens.steps import Timeline
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from dit_lens.families.anatomy import Address
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,12 @@ def narrowed(plan: Plan, rows: range) -> Plan:
 
 def _narrowed_parts(parts: list[dict[str, Any]], rows: range) -> list[dict[str, Any]]:
     kept = [
-        {**part, "actions": [a for action in part["actions"] if (a := _narrowed_action(action, rows)) is not None]}
+        part
+        if "actions" not in part
+        else {**part, "actions": [a for action in part["actions"] if (a := _narrowed_action(action, rows)) is not None]}
         for part in parts
     ]
-    return [part for part in kept if part["actions"]]
+    return [part for part in kept if part.get("actions", True)]
 
 
 def _narrowed_action(action: dict[str, Any], rows: range) -> dict[str, Any] | None:
@@ -145,7 +149,9 @@ class _Compiler:
     names: set[str] = field(default_factory=set)
 
     def add(self, number: int, op: Op) -> None:
-        sites = match(op.site, self.anatomy.sites, self.anatomy.stacks)
+        sites = match(op.site, self.anatomy.sites, self.anatomy.stacks, self.anatomy.why_not)
+        for site in sites:
+            self._allowed(op, site)
         steps = self.timeline.select(op.steps)
         groups = self._groups(op, sites)
         self.visits[number] = 0
@@ -171,34 +177,86 @@ class _Compiler:
                     }
                     self._place(action, site, steps, branch)
 
+    def _allowed(self, op: Op, site: Site) -> None:
+        """Points that are computed can be read; they are written where that is exact, and refused elsewhere."""
+        if site.point == "x0" and self.timeline.kind is None:
+            raise OpError(
+                f"x0 cannot be computed: what {self.anatomy.family.name} predicts under this scheduler is neither a "
+                "flow, noise nor v. Read velocity instead."
+            )
+        if isinstance(op, Read):
+            return
+        if site.point in ("x0", "resid_mid"):
+            instead = "velocity" if site.point == "x0" else f"blocks.{site.block}.{site.stream}.mlp_out or resid_post"
+            raise OpError(
+                f"{type(op).__name__} at {site}: this point is computed from others, so it can be read but not written. "
+                f"Write {instead}."
+            )
+        if self.anatomy.address(site).gate is not None and not isinstance(op, Zero | Scale):
+            raise OpError(
+                f"{type(op).__name__} at {site}: the module's output is multiplied by a gate before it is added, so "
+                "that only Zero and Scale are exact here. Use those, or write resid_post."
+            )
+
     def finish(self) -> Plan:
         calls: list[dict[str, Any]] = [
             {"step": step, "branches": list(branches), "visits": []}
             for step in range(self.timeline.steps)
             for branches in self.timeline.calls
         ]
-        for (call, site), actions in sorted(self.actions.items(), key=lambda item: (item[0][0], item[0][1].order)):
-            address = self.anatomy.address(site)
-            part = {
-                **{name: value for name, value in vars(address).items() if name not in ("module", "side")},
-                "site": site.name,
-                "actions": actions,
-            }
-            visits = calls[call]["visits"]
-            if visits and visits[-1][:2] == [address.module, address.side]:
-                visits[-1][2].append(part)
-            else:
-                visits.append([address.module, address.side, [part]])
+        for call, planned in self._parts():
+            for address, part in planned:
+                visits = calls[call]["visits"]
+                if visits and visits[-1][:2] == [address.module, address.side]:
+                    visits[-1][2].append(part)
+                else:
+                    visits.append([address.module, address.side, [part]])
         program = {
             "denoiser": "transformer",
             "rows": self.batch.rows,
-            "time": self.anatomy.time_rule(self.timeline.levels),
+            "time": self.anatomy.time_rule(self.timeline.levels, self.timeline.kind),
             "repeats": list(self.timeline.repeats),
             "grid": self.anatomy.grid_rule,
+            "readout": self.anatomy.readout_rule,
             "expected": None if self.batch.grid is None else list(self.batch.grid),
             "calls": calls,
         }
         return Plan(program, self.given, self.reads, self.visits, self.selections, self.batch.text_tokens)
+
+    def _parts(self) -> Iterator[tuple[int, list[tuple[Address, dict[str, Any]]]]]:
+        """For every call its parts in the order in which the model computes them, gates included."""
+        calls: dict[int, dict[tuple, tuple[Address, dict[str, Any]]]] = {}
+        for (call, site), actions in self.actions.items():
+            address = self.anatomy.address(site)
+            if site.block is not None and site.point == "x0":
+                calls.setdefault(call, {}).update(self._read_out(site, address, actions))
+                continue
+            key = None
+            if address.gate is not None:
+                key = repr(address.gate)
+                calls.setdefault(call, {})[*self.anatomy.rank(address.gate), -1, key] = (
+                    address.gate,
+                    {**_fields(address.gate), "keep": key},
+                )
+            part = {**_fields(address), "gate": key, "site": site.name, "actions": actions}
+            calls.setdefault(call, {})[*self.anatomy.rank(address), *site.order[1:], site.name] = (address, part)
+        for call, parts in sorted(calls.items()):
+            yield call, [parts[place] for place in sorted(parts)]
+
+    def _read_out(
+        self, site: Site, address: Address, actions: list[dict[str, Any]]
+    ) -> dict[tuple, tuple[Address, dict[str, Any]]]:
+        """A block's tokens are held until the final norm is called, and then go through it and what follows."""
+        final, shift = self.anatomy.final, self.anatomy.shift
+        held = {**_fields(address), "hold": site.name}
+        read = {**_fields(final), "gate": None, "site": site.name, "readout": site.name, "actions": actions}
+        found = {
+            (*self.anatomy.rank(address), *site.order[1:], site.name): (address, held),
+            (*self.anatomy.rank(final), -1, site.order, site.name): (final, read),
+        }
+        if shift is not None:
+            found[*self.anatomy.rank(shift), -1, ""] = (shift, {**_fields(shift), "hold": "shift"})
+        return found
 
     def _place(self, action: dict[str, Any], site: Site, steps: list[int], branch: str) -> None:
         offset, block = self.timeline.place(branch)
@@ -406,6 +464,11 @@ class _Compiler:
     def _give(self, key: str, value: Any) -> str:
         self.given[key] = value
         return key
+
+
+def _fields(address: Address) -> dict[str, Any]:
+    """An address as the plain data of a part."""
+    return {name: value for name, value in vars(address).items() if name not in ("module", "side", "gate")}
 
 
 def _indices(asked: Any, size: int | None, what: str, owner: str, plural: str) -> list[int]:

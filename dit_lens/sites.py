@@ -11,15 +11,32 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dit_lens.errors import SiteError, nearest
 
 DEFAULT_POINT = "resid_post"
-# The order in which a block computes them; the text stream is listed first because the blocks' outputs list it so.
-POINTS = ("resid_pre", "resid_post")
+# Roughly the order in which a block computes them; the text stream comes first because most blocks' outputs list it so.
+POINTS = (
+    "resid_pre",
+    *(f"mod.{part}" for part in ("shift", "scale", "gate")),
+    *(f"mod.attn.{part}" for part in ("shift", "scale", "gate")),
+    *(f"mod.mlp.{part}" for part in ("shift", "scale", "gate")),
+    *(f"attn.{part}" for part in "qkvz"),
+    "attn_out",
+    "attn2_out",
+    "cross_out",
+    "resid_mid",
+    "mlp.pre",
+    "mlp.post",
+    "mlp_out",
+    "resid_post",
+    "x0",
+)
+MODEL_POINTS = ("final", "velocity", "x0")
 STREAMS = ("txt", "img")
 
 
@@ -46,7 +63,7 @@ class Site:
     def order(self) -> tuple[float, int, int]:
         """Sorts sites as the model computes them."""
         if self.block is None:
-            return (float("inf"), ("final", "velocity").index(self.point), 0)
+            return (float("inf"), MODEL_POINTS.index(self.point), 0)
         return (self.block, POINTS.index(self.point), STREAMS.index(self.stream))
 
     def __str__(self) -> str:
@@ -61,12 +78,18 @@ _BLOCK_PATTERN = re.compile(
 )
 
 
-def match(pattern: str | Iterable[str], sites: Sequence[Site], stacks: Mapping[str, range] | None = None) -> list[Site]:
+def match(
+    pattern: str | Iterable[str],
+    sites: Sequence[Site],
+    stacks: Mapping[str, range] | None = None,
+    why_not: Callable[[int, str, str], str] | None = None,
+) -> list[Site]:
     """The sites a pattern means, in the order the model computes them.
 
     pattern: ``*``, ``[a:b]`` (half-open), ``{img,txt}``, negative block indices, a stack's own name (``double.3``), or
         several patterns in a list.
-    sites: every site the model has. stacks: the blocks of each stack, by name.
+    sites: every site the model has. stacks: the blocks of each stack, by name. why_not: (block, stream, point) -> the
+        reason why a block lacks a point.
 
     Raises SiteError, naming what exists and the nearest match, when a pattern selects nothing.
     """
@@ -75,11 +98,16 @@ def match(pattern: str | Iterable[str], sites: Sequence[Site], stacks: Mapping[s
         raise SiteError("no site was named. Pass a pattern such as 'blocks.*.img'.")
     found: dict[Site, None] = {}
     for one in patterns:
-        found.update(dict.fromkeys(_match_one(str(one).strip(), sites, stacks or {})))
+        found.update(dict.fromkeys(_match_one(str(one).strip(), sites, stacks or {}, why_not)))
     return sorted(found, key=lambda site: site.order)
 
 
-def _match_one(pattern: str, sites: Sequence[Site], stacks: Mapping[str, range]) -> list[Site]:
+def _match_one(
+    pattern: str,
+    sites: Sequence[Site],
+    stacks: Mapping[str, range],
+    why_not: Callable[[int, str, str], str] | None,
+) -> list[Site]:
     named = [site for site in sites if site.block is None and site.name == pattern]
     if named:
         return named
@@ -93,13 +121,18 @@ def _match_one(pattern: str, sites: Sequence[Site], stacks: Mapping[str, range])
     streams = _choose(
         pattern, "stream", parts["stream"], list(dict.fromkeys(site.stream for site in sites if site.block is not None))
     )
+    have = {site.point for site in sites if site.block is not None}
     points = _choose(
-        pattern,
-        "point",
-        parts["point"] or DEFAULT_POINT,
-        list(dict.fromkeys(site.point for site in sites if site.block is not None)),
+        pattern, "point", parts["point"] or DEFAULT_POINT, [point for point in POINTS if why_not or point in have]
     )
     found = [site for site in sites if site.block in blocks and site.stream in streams and site.point in points]
+    if not found and why_not is not None and len(points) == 1:
+        reasons = dict.fromkeys(why_not(block, stream, points[0]) for block in blocks for stream in streams)
+        elsewhere = [site.name for site in sites if site.point == points[0]]
+        raise SiteError(
+            f"{pattern!r}: {'; '.join(reasons)}."
+            + (f" Other blocks have {points[0]}: {', '.join(elsewhere[:4])} ..." if elsewhere else "")
+        )
     if not found:
         raise SiteError(
             f"{pattern!r} selects no site of this model.{_closest(pattern, sites, [site.name for site in sites][:8])}"
@@ -129,12 +162,12 @@ def _blocks(pattern: str, parts: re.Match[str], blocks: range) -> range | list[i
 def _choose(pattern: str, what: str, asked: str | None, known: list[str]) -> list[str]:
     if asked is None:
         raise SiteError(f"{pattern!r} names no {what}. Say which: {', '.join(f'{pattern}.{name}' for name in known)}.")
-    if asked == "*":
-        return known
-    names = [name.strip() for name in asked.strip("{}").split(",")]
-    for name in names:
-        if name not in known:
+    names = []
+    for name in (part.strip() for part in asked.strip("{}").split(",")):
+        chosen = fnmatch.filter(known, name)
+        if not chosen:
             raise SiteError(f"{pattern!r}: this model has no {what} {name!r}.{nearest(name, known)}")
+        names += chosen
     return names
 
 

@@ -25,6 +25,7 @@ class Timeline:
     calls: the transformer calls of one step, each the branches of its rows in order.
     sigmas: the noise level of each step, where the scheduler tells it beforehand.
     repeats: steps at the same timestep as the one before. levels: the noise of every timestep, where it is a table.
+    kind: what is predicted: "flow", "epsilon", "v_prediction", or None where it is none of these.
     """
 
     steps: int
@@ -32,6 +33,7 @@ class Timeline:
     sigmas: tuple[float, ...] | None = None
     repeats: tuple[int, ...] = ()
     levels: list[float] | None = None
+    kind: str | None = None
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -128,12 +130,13 @@ def timeline(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any], t
         if skipped == total:
             raise PromptError(f"strength={strength} with {total} steps leaves none to run. Raise one of them.")
     calls, levels = calls_of(pipe, family, call), _levels(pipe.scheduler)
+    kind = _kind(pipe, family, levels)
     if getattr(pipe.scheduler, "order", 1) > 1:
         times = _times(pipe.scheduler, total)[skipped * pipe.scheduler.order :]
         repeats = tuple(i for i in range(1, len(times)) if times[i] == times[i - 1])
-        return Timeline(len(times), calls, None, repeats, levels)
+        return Timeline(len(times), calls, None, repeats, levels, kind)
     sigmas = _sigmas(pipe, call, total, tokens)
-    return Timeline(total - skipped, calls, None if sigmas is None else sigmas[skipped:], (), levels)
+    return Timeline(total - skipped, calls, None if sigmas is None else sigmas[skipped:], (), levels, kind)
 
 
 def calls_of(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
@@ -175,6 +178,14 @@ def _times(scheduler: Any, steps: int) -> list[float]:
     takes_shift = "mu" in inspect.signature(scheduler.set_timesteps).parameters
     scheduler.set_timesteps(steps, **({"mu": 1.0} if takes_shift else {}))
     return [float(time) for time in scheduler.timesteps]
+
+
+def _kind(pipe: DiffusionPipeline, family: Family, levels: list[float] | None) -> str | None:
+    """What the transformer predicts: a flow unless the scheduler or the family's row says otherwise."""
+    if type(pipe).__name__ in family.other_predictions:
+        return None
+    kind = "flow" if levels is None else pipe.scheduler.config.get("prediction_type", "epsilon")
+    return kind if kind in ("flow", "epsilon", "v_prediction") else None
 
 
 def _levels(scheduler: Any) -> list[float] | None:

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 
 from dit_lens.errors import FamilyError
-from dit_lens.families import Anatomy, Family, Stack
+from dit_lens.families import Anatomy, Family, Stack, Tap
 from dit_lens.families.checks import check
 from dit_lens.families.table import TABLE
 
@@ -52,10 +52,37 @@ def another_patch(family: Family) -> list[Family]:
     return [] if family.patch == 1 else [replace(family, grid=replace(family.grid, patch=side))]
 
 
+def taps(change: Callable[[Tap], Tap | None]) -> Callable[[Family], list[Family]]:
+    """The family with one gated point changed, for the first that the change applies to in each stack."""
+
+    def in_stack(stack: Stack) -> Stack | None:
+        for stream, inside in stack.points.items():
+            for point in ("attn_out", "mlp_out"):
+                tap = inside.get(point)
+                other = change(tap) if isinstance(tap, Tap) else None
+                if other is not None:
+                    return replace(stack, points={**stack.points, stream: {**inside, point: other}})
+        return None
+
+    return in_turn(in_stack)
+
+
+def other_gate(tap: Tap) -> Tap | None:
+    """Another slot or slice of what the gate is taken from."""
+    gate = tap.gate
+    if gate is None:
+        return None
+    if isinstance(gate.slot, int) and gate.span is None:
+        return replace(tap, gate=replace(gate, slot=gate.slot + 1))
+    return replace(tap, gate=replace(gate, span=(gate.span[0] - 1, gate.span[1] - 1)))
+
+
 MUTATIONS: dict[str, Callable[[Family], list[Family]]] = {
     "slots swapped": in_turn(swapped),
     "offset": in_turn(lambda s: replace(s, layout=FLIPPED[s.layout]) if s.layout in FLIPPED else None),
-    "joint taken for two": in_turn(lambda s: replace(s, layout="own") if s.layout in ("text_first", "ragged") else None),
+    "joint taken for two": in_turn(
+        lambda s: replace(s, layout="own") if s.layout in ("text_first", "ragged") else None
+    ),
     "slot too high": in_turn(lambda s: replace(s, outputs=dict.fromkeys(s.outputs, 7))),
     "unknown argument": in_turn(lambda s: replace(s, inputs=dict.fromkeys(s.inputs, "nothing"))),
     "unknown path": in_turn(lambda s: replace(s, path=f"{s.path}_of_old")),
@@ -65,6 +92,16 @@ MUTATIONS: dict[str, Callable[[Family], list[Family]]] = {
     "no such norm": lambda family: [replace(family, final="norm_of_old")],
     "another norm": lambda family: [replace(family, final=f"{family.stacks[-1].path}.0")],
     "width of a predicted token": lambda family: [replace(family, out_width=f"{family.out_width}*2")],
+    "another gate": taps(other_gate),
+    "no gate": taps(lambda tap: replace(tap, gate=None) if tap.gate is not None else None),
+    "gate squashed, or not": taps(
+        lambda tap: None if tap.gate is None else replace(tap, gate=replace(tap.gate, tanh=not tap.gate.tanh))
+    ),
+    "order of a predicted token": lambda family: (
+        [replace(family, readout=replace(family.readout, order={"cyx": "yxc", "yxc": "cyx"}[family.readout.order]))]
+        if family.readout is not None and family.prediction == "bchw" and family.patch == 2
+        else []
+    ),
     "time": lambda family: [replace(family, time=replace(family.time, argument="moment"))],
     "grid": lambda family: [replace(family, grid=replace(family.grid, argument="nothing"))],
 }
@@ -72,7 +109,14 @@ MUTATIONS: dict[str, Callable[[Family], list[Family]]] = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_row_passes(name):
-    assert checked(FAMILIES[name]) == ["structure", "chain", "final", "grid", "write"]
+    family = FAMILIES[name]
+    points = {point for stack in family.stacks for inside in stack.points.values() for point in inside}
+    expected = ["structure", "chain", "residual", "final", "grid", "write", "readout"]
+    if "mlp_out" not in points:
+        expected.remove("residual")
+    if family.readout is None:
+        expected.remove("readout")
+    assert checked(family) == expected
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)

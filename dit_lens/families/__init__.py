@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dit_lens.errors import FamilyError
 from dit_lens.families.anatomy import Anatomy
-from dit_lens.families.row import Family, Grid, Guidance, Stack, Time
+from dit_lens.families.row import Family, Grid, Guidance, Readout, Stack, Tap, Time
 from dit_lens.families.table import TABLE
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ __all__ = [
     "Family",
     "Grid",
     "Guidance",
+    "Readout",
     "Stack",
+    "Tap",
     "Time",
     "families",
     "find",

@@ -10,8 +10,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import FamilyError
-from dit_lens.families.row import Family, Stack
-from dit_lens.sites import POINTS, STREAMS, Site
+from dit_lens.families.row import Family, Stack, Tap
+from dit_lens.sites import MODEL_POINTS, POINTS, STREAMS, Site
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -26,6 +26,8 @@ class Address:
     slot: for an input the argument's name, for an output its position in the tuple (None: a bare tensor).
     position: for an input, its place among positional arguments. stream, layout: whose tokens, and where they lie.
     axes, patch: those of a picture, or "tokens". turned: whether the tensor is [token, row, channel].
+    span: its channels (start, stop), or all. gate: what it is multiplied by, tanh: of which the tangent is taken.
+    table: (parameter, part) of the module that is added to it. x0: whether the latents are estimated from it.
     """
 
     module: str
@@ -37,6 +39,11 @@ class Address:
     axes: str = "tokens"
     patch: tuple[int, int, int] = (1, 1, 1)
     turned: bool = False
+    span: tuple[int, int] | None = None
+    gate: Address | None = None
+    tanh: bool = False
+    table: tuple[str, int] | None = None
+    x0: bool = False
 
 
 class Anatomy:
@@ -45,6 +52,7 @@ class Anatomy:
     def __init__(self, family: Family, transformer: ModelMixin):
         self.family = family
         self.transformer = transformer
+        self.order: Mapping[tuple[str, str, str], int] = {}  # (stack, module, side) -> place, seen at the check
         self._places: list[tuple[Stack, int]] = []
         self.stacks: dict[str, range] = {}
         for stack in family.stacks:
@@ -75,12 +83,60 @@ class Anatomy:
         """Every site of this model, in the order it is computed."""
         inner = [
             Site(i, stream, point)
-            for i, (stack, _) in enumerate(self._places)
+            for i in range(self.depth)
             for point in POINTS
             for stream in STREAMS
-            if stream in (stack.inputs if point == "resid_pre" else self._returned(i))
+            if self.why_not(i, stream, point) is None
         ]
-        return (*inner, Site(None, "img", "final"), Site(None, "img", "velocity"))
+        return (*inner, *(Site(None, "img", point) for point in MODEL_POINTS))
+
+    def why_not(self, block: int, stream: str, point: str) -> str | None:
+        """Why a block lacks a point; None where it has it."""
+        stack, _ = self._places[block]
+        streams = stack.inputs if point == "resid_pre" else self._returned(block)
+        if point in ("resid_pre", "resid_post"):
+            return None if stream in streams else f"block {block} ({stack.name}) holds no {stream} tokens there"
+        if point == "x0":
+            if stream != "img" or stream not in streams:
+                return f"block {block} ({stack.name}) holds no image tokens to read out"
+            return (
+                None if self.family.readout else f"the row of {self.family.name} does not say how tokens are read out"
+            )
+        if stream not in stack.outputs:
+            return f"block {block} ({stack.name}) holds no {stream} tokens"
+        if stream not in streams and not point.startswith("attn."):
+            return f"block {block} ({stack.name}), the last, returns no {stream} tokens"
+        tap = stack.points.get(stream, {}).get(point)
+        if tap is None:
+            return f"the {stack.name} blocks of {self.family.name} have no {point}, or its row does not say where"
+        if isinstance(tap, str):
+            return f"the {stack.name} blocks of {self.family.name} have no {point}: {tap}"
+        if self.order and (stack.name, f".{tap.module}" if tap.module else "", tap.side) not in self.order:
+            return f"{tap.module} of the {stack.name} blocks was not called when {self.family.name} was checked"
+        return self._lacks(block, tap)
+
+    def _lacks(self, block: int, tap: Tap) -> str | None:
+        """What a tap needs that this very block does not have."""
+        module = self._inner(block, tap.module)
+        if module is None:
+            return f"block {block} has no module {tap.module}"
+        if isinstance(tap.slot, str) and tap.slot not in inspect.signature(type(module).forward).parameters:
+            return f"block {block} takes no argument {tap.slot}"
+        if tap.span is not None and (tap.span[1] or 0) * self.width > (_width_of(module, tap.side) or math.inf):
+            return f"{tap.module} of block {block} has no such channels"
+        return None if tap.gate is None else self._lacks(block, tap.gate)
+
+    def blocks(self, stack: Stack) -> list[nn.Module]:
+        """The blocks of a stack."""
+        return list(self._module(stack.path))
+
+    def _inner(self, block: int, path: str) -> nn.Module | None:
+        """A module of a block, through its own names or those of a list."""
+        stack, place = self._places[block]
+        try:
+            return self.transformer.get_submodule(f"{stack.path}.{place}{'.' if path else ''}{path}")
+        except AttributeError:
+            return None
 
     def _returned(self, block: int) -> set[str]:
         """The streams a block returns."""
@@ -105,8 +161,11 @@ class Anatomy:
         f, h, w = (1, *sizes)[-3:]
         return f, h, w
 
-    def time_rule(self, levels: list[float] | None) -> dict[str, Any]:
-        """What the executor needs to tell the time of a call; ``levels``: noise by timestep, where it is a table."""
+    def time_rule(self, levels: list[float] | None = None, kind: str | None = None) -> dict[str, Any]:
+        """What the executor needs to tell the time of a call, and what its prediction is.
+
+        levels: noise by timestep, where it is a table. kind: "flow", "epsilon" or "v_prediction".
+        """
         time = self.family.time
         return {
             "argument": time.argument,
@@ -114,6 +173,8 @@ class Anatomy:
             "offset": time.offset,
             "scale": time.scale,
             "levels": levels,
+            "kind": kind,
+            "sign": self.family.sign,
         }
 
     @cached_property
@@ -122,6 +183,7 @@ class Anatomy:
         grid = self.family.grid
         return {
             "rule": grid.rule,
+            "axes": grid.axes,
             "argument": grid.argument,
             "position": self._place("", grid.argument),
             "latents": grid.latents,
@@ -151,7 +213,32 @@ class Anatomy:
 
     def channels(self, site: Site) -> int:
         """The number of channels at a site."""
-        return self.out_width if site.point == "velocity" else self.width
+        if site.point in ("velocity", "x0"):
+            return self.out_width if site.point == "velocity" else self.latent_width
+        tap = self._tap(site)
+        if tap is None:
+            return self.width
+        whole = _width_of(self._inner(site.block or 0, tap.module), tap.side) or self.width
+        if tap.span is None:
+            return whole
+        start, stop = tap.span
+        return (whole if stop is None else stop * self.width) - start * self.width
+
+    @cached_property
+    def latent_width(self) -> int:
+        """The size of one token of latents: what is predicted, without a learned variance."""
+        channels = self.transformer.config.get("in_channels")
+        if self.family.prediction == "tokens" or channels is None:
+            return self.out_width
+        return min(self.out_width, channels * math.prod(self.patch))
+
+    def _tap(self, site: Site) -> Tap | None:
+        if site.block is None or site.point in ("resid_pre", "resid_post", "x0"):
+            return None
+        tap = self._places[site.block][0].points[site.stream][site.point]
+        if isinstance(tap, str):
+            raise FamilyError(f"{self.family.name}: {site} does not exist: {tap}.")
+        return tap
 
     def block_name(self, block: int) -> str:
         """A block's name within its stack, such as "single.4"."""
@@ -160,7 +247,7 @@ class Anatomy:
 
     def address(self, site: Site) -> Address:
         family = self.family
-        if site.point == "velocity":
+        if site.block is None and site.point in ("velocity", "x0"):
             return Address(
                 "transformer",
                 "output",
@@ -168,6 +255,7 @@ class Anatomy:
                 layout=family.prediction_layout,
                 axes=family.prediction,
                 patch=self.patch,
+                x0=site.point == "x0",
             )
         if site.block is None:
             name, position = self._parameter(family.final, 0)
@@ -187,7 +275,79 @@ class Anatomy:
         if site.point == "resid_pre":
             name, position = self._parameter(path, stack.inputs[site.stream])
             return Address(f"transformer.{path}", "input", name, position, **tokens)
+        tap = self._tap(site)
+        if tap is not None:
+            return self._tapped(site.block, site.stream, tap)
         return Address(f"transformer.{path}", "output", stack.outputs[site.stream], **tokens)
+
+    @cached_property
+    def final(self) -> Address:
+        """What enters the final norm."""
+        return self.address(Site(None, "img", "final"))
+
+    @cached_property
+    def shift(self) -> Address | None:
+        """What shift and scale after the final norm are made from, where no module applies them."""
+        readout = self.family.readout
+        if readout is None or readout.shift is None:
+            return None
+        module, slot = readout.shift
+        self._module(module)
+        return Address(f"transformer.{module}", "output", slot, layout="whole")
+
+    @cached_property
+    def readout_rule(self) -> dict[str, Any] | None:
+        """What the executor needs to read image tokens out."""
+        readout = self.family.readout
+        if readout is None:
+            return None
+        for module in readout.modules:
+            self._module(module)
+        return {
+            "modules": [f"transformer.{module}" for module in readout.modules],
+            "order": readout.order,
+            "table": readout.table,
+            "projection": readout.projection and f"transformer.{readout.projection}",
+            "axes": self.family.prediction,
+            "patch": list(self.patch),
+        }
+
+    def _tapped(self, block: int, stream: str, tap: Tap) -> Address:
+        stack, place = self._places[block]
+        path = f"{stack.path}.{place}{'.' if tap.module else ''}{tap.module}"
+        slot, position = (
+            self._parameter(path, tap.slot) if tap.side == "input" and tap.slot is not None else (tap.slot, None)
+        )
+        first, stop = tap.span or (0, None)
+        whole = _width_of(self._module(path), tap.side)
+        table = None if tap.table is None else (tap.table, first)
+        span = None
+        if tap.span is not None and tap.table is None:
+            span = (first * self.width, stop * self.width if stop is not None else whole or -1)
+        return Address(
+            f"transformer.{path}",
+            tap.side,
+            slot,
+            position,
+            stream=stream,
+            layout=tap.layout or stack.layout,
+            axes=tap.axes,
+            turned=stack.turned and tap.layout != "whole",
+            span=span,
+            gate=None if tap.gate is None else self._tapped(block, stream, tap.gate),
+            tanh=tap.tanh,
+            table=table,
+        )
+
+    def rank(self, address: Address) -> tuple[int, int]:
+        """Sorts addresses as the model computes them: blocks by their number, modules of a block as they were seen."""
+        if self.family.readout and self.family.readout.shift and address == self.shift:
+            return -1, 0
+        for number, (stack, place) in enumerate(self._places):
+            path = f"transformer.{stack.path}.{place}"
+            if address.module == path or address.module.startswith(f"{path}."):
+                return number, self.order[stack.name, address.module[len(path) :], address.side]
+        return self.depth, ["input", "output"].index(address.side)
 
     def _module(self, path: str) -> nn.Module:
         try:
@@ -228,3 +388,9 @@ class Anatomy:
         if value is None and entry == "out_channels":
             value = self.transformer.config["in_channels"]
         return math.prod(value) if isinstance(value, tuple | list) else int(value)
+
+
+def _width_of(module: Any, side: str) -> int | None:
+    """Channels that enter or leave a module, where it says."""
+    names = ("in_features", "in_channels") if side == "input" else ("out_features", "out_channels")
+    return next((int(getattr(module, name)) for name in names if hasattr(module, name)), None)

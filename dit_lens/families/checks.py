@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens.errors import FamilyError
-from dit_lens.execute import closed, fetch, image_tokens, opened, packed, replaced, stream_of, unpacked
-from dit_lens.families.anatomy import Address, Anatomy
-from dit_lens.families.calls import ROWS, build_call
+from dit_lens.execute import closed, fetch, opened, packed, replaced, stream_of, unpacked
+from dit_lens.families.anatomy import Anatomy
+from dit_lens.families.calls import build_call
 from dit_lens.families.row import Family
+from dit_lens.families.trial import Trial
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
     from torch import Tensor, nn
 
+    from dit_lens.families.anatomy import Address
+
 TEXT = 5
+WRITES = ("attn_out", "attn2_out", "cross_out", "mlp_out")
 
 
 @dataclass(frozen=True)
@@ -31,91 +35,33 @@ class Check:
 
 def check(anatomy: Anatomy) -> list[Check]:
     """Checks a live transformer; FamilyError says exactly what differs from the family's row."""
-    for site in anatomy.sites:  # every module and argument exists
-        anatomy.address(site)
-    anatomy.time_rule(None)
-    anatomy.grid_rule  # noqa: B018
-    structure = Check("structure", f"all {anatomy.depth} blocks and their arguments are where the family says")
-    return [structure, *_check_clone(anatomy.family, type(anatomy.transformer))]
+    rules = (anatomy.time_rule(), anatomy.grid_rule)
+    found, anatomy.order = _check_clone(anatomy.family, type(anatomy.transformer))
+    addresses = [anatomy.address(site) for site in anatomy.sites]
+    says = (
+        f"{anatomy.depth} blocks, {len(addresses)} sites and {len(rules)} rules name modules and arguments that exist"
+    )
+    return [Check("structure", says), *found]
 
 
 @lru_cache
-def _check_clone(family: Family, transformer: type[ModelMixin]) -> tuple[Check, ...]:
-    """The row, tried on a tiny random transformer of the same class: once per process and class."""
+def _check_clone(
+    family: Family, transformer: type[ModelMixin]
+) -> tuple[tuple[Check, ...], dict[tuple[str, str, str], int]]:
+    """The row, tried on a tiny random transformer of the same class: once per process and class.
+
+    Returns the checks, and the order in which the modules of a block are called.
+    """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         clone = transformer(**family.tiny).eval()
         _wake(clone)
         call = build_call(family, clone, family.tried_on, TEXT)
-    anatomy = Anatomy(family, clone)
-    return (_chain(anatomy, call), _final(anatomy, call), _grid(anatomy, call), _write(anatomy, call))
-
-
-def _chain(anatomy: Anatomy, call: dict[str, Any]) -> Check:
-    """What leaves block i enters block i + 1, stream by stream."""
-    seen = _watch(anatomy, call)
-    names = {site.name for site in anatomy.sites}
-    for stack, blocks in zip(anatomy.family.stacks, anatomy.stacks.values(), strict=True):
-        for block in blocks[:-1]:
-            for stream in {"img", "txt"} - set(stack.rewritten):
-                leaving, entering = f"blocks.{block}.{stream}", f"blocks.{block + 1}.{stream}.resid_pre"
-                if {leaving, entering} <= names and not _same(seen[leaving], seen[entering]):
-                    raise FamilyError(
-                        f"{anatomy.family.name}: what leaves {leaving} is not what enters block {block + 1}. "
-                        "Is a slot of its stack wrong?"
-                    )
-    return Check("chain", "what leaves a block enters the next one, in both streams")
-
-
-def _final(anatomy: Anatomy, call: dict[str, Any]) -> Check:
-    """The image tokens of the last block are those that are projected out."""
-    seen = _watch(anatomy, call)
-    last = next((site.name for site in reversed(anatomy.sites) if site.block is not None and site.stream == "img"), "")
-    if not last or not _same(seen[last], seen["final.img"]) or seen["velocity"].shape[-1] != anatomy.out_width:
-        raise FamilyError(
-            f"{anatomy.family.name}: {last or 'no block'} is not what enters {anatomy.family.final}. "
-            "Are stacks missing or out of order?"
-        )
-    return Check("final", "the last block's image tokens enter the final norm")
-
-
-def _grid(anatomy: Anatomy, call: dict[str, Any]) -> Check:
-    """Changing one latent token changes exactly the row-major place y w + x of the first image block's input."""
-    rule, axes = anatomy.grid_rule, anatomy.family.grid.axes
-    latents = call[rule["latents"]]
-    image = image_tokens(((), call), rule)
-    h, w = anatomy.family.tried_on
-    place = w + 1
-    tokens = packed(latents, axes, rule["patch"]).clone()
-    tokens[:, tokens.shape[1] - image.count + place if axes == "tokens" else place] += 1
-    moved = {**call, rule["latents"]: unpacked(tokens, latents, axes, rule["patch"])}
-    first = next(site.name for site in anatomy.sites if site.point == "resid_pre" and site.stream == "img")
-    changed = (_watch(anatomy, moved)[first] != _watch(anatomy, call)[first]).any(-1)[0]
-    if changed.nonzero().flatten().tolist() != [place] or image.grid[-2:] != (h, w):
-        raise FamilyError(
-            f"{anatomy.family.name}: image tokens are not where the rule {anatomy.family.grid.rule!r} and the layout "
-            "of the stacks put them."
-        )
-    return Check("grid", "image tokens lie row by row, y w + x")
-
-
-def _write(anatomy: Anatomy, call: dict[str, Any]) -> Check:
-    """Changing a block's image tokens changes what the transformer predicts."""
-    clean = _watch(anatomy, call)["velocity"]
-    image = image_tokens(((), call), anatomy.grid_rule)
-    blocks = [site for site in anatomy.sites if site.stream == "img" and site.point == "resid_post"]
-    for site in (blocks[0], blocks[-1]):
-        part = vars(anatomy.address(site))
-
-        def change(value: Any, part: dict[str, Any] = part) -> Any:
-            tensor = opened(fetch(value, "output", part), part).clone()
-            stream_of(tensor, part, image, range(len(tensor)))[0].add_(1)
-            return replaced(value, "output", part, closed(tensor, fetch(value, "output", part), part))
-
-        with _hook(anatomy, anatomy.address(site), change):
-            if _same(_watch(anatomy, call)["velocity"], clean):
-                raise FamilyError(f"{anatomy.family.name}: writing {site} does not reach the model's output.")
-    return Check("write", "a write to a block's image tokens reaches the output")
+        anatomy = Anatomy(family, clone)
+        anatomy.order = Trial(anatomy, call).order()
+        trial = Trial(Anatomy(family, clone), call)
+        checks = [_chain(trial), _residual(trial), _final(trial), _grid(trial), _write(trial), _readout(trial)]
+    return tuple(one for one in checks if one is not None), anatomy.order
 
 
 @torch.no_grad()
@@ -128,48 +74,108 @@ def _wake(clone: nn.Module) -> None:
             parameter.normal_(std=0.1)
 
 
-def _watch(anatomy: Anatomy, call: dict[str, Any]) -> dict[str, Tensor]:
-    """The tokens of every site in one forward pass, by plain torch hooks."""
-    seen: dict[str, Tensor] = {}
-    image = image_tokens(((), call), anatomy.grid_rule)
-    handles = []
-    for site in anatomy.sites:
-        address = anatomy.address(site)
-        module = _module(anatomy, address)
+def _chain(trial: Trial) -> Check:
+    """What leaves block i enters block i + 1, stream by stream."""
+    for stack, blocks in zip(trial.anatomy.family.stacks, trial.anatomy.stacks.values(), strict=True):
+        for block in blocks[:-1]:
+            for stream in {"img", "txt"} - set(stack.rewritten):
+                leaving, entering = (
+                    trial.seen.get(name)
+                    for name in (f"blocks.{block}.{stream}", f"blocks.{block + 1}.{stream}.resid_pre")
+                )
+                if leaving is not None and entering is not None and not _same(leaving, entering):
+                    raise FamilyError(
+                        f"{trial.name}: what leaves blocks.{block}.{stream} is not what enters block {block + 1}. "
+                        "Is a slot of its stack wrong?"
+                    )
+    return Check("chain", "what leaves a block enters the next one, in both streams")
 
-        def keep(_: nn.Module, args: tuple, kwargs: dict, output: Any, site: Any = site, part: Any = address) -> None:
-            value = output if part.side == "output" else (args, kwargs)
-            tensor = opened(fetch(value, part.side, vars(part)), vars(part))
-            if tensor.shape[0] != ROWS:
-                raise ValueError(f"{site} has {tensor.shape[0]} rows in a call of {ROWS}")
-            seen[site.name] = stream_of(tensor, vars(part), image, range(len(tensor)))[0].clone()
 
-        handles.append(module.register_forward_hook(keep, with_kwargs=True))
-    try:
-        _run(anatomy, call)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as problem:
+def _residual(trial: Trial) -> Check | None:
+    """resid_post = resid_pre + what attention and MLP write, and resid_mid lies between, where the row names them."""
+    bases = [name.removesuffix(".mlp_out") for name in trial.seen if name.endswith(".mlp_out")]
+    for base in bases:
+        writes = [f"{base}.{write}" for write in WRITES if f"{base}.{write}" in trial.seen]
+        before = trial.seen[f"{base}.resid_pre"] + sum(trial.seen[write] for write in writes[:-1])
+        middle = trial.seen.get(f"{base}.resid_mid", before)
+        after = before + trial.seen[writes[-1]]
+        if not (_close(middle, before) and _close(trial.seen[base], after)):
+            raise FamilyError(
+                f"{trial.name}: {base} is not its input plus {' plus '.join(writes)}. Is a gate or a norm wrong?"
+            )
+    if not bases:
+        return None
+    return Check("residual", "a block adds attn_out and mlp_out to its input and nothing else; resid_mid lies between")
+
+
+def _final(trial: Trial) -> Check:
+    """The image tokens of the last block are those that are projected out."""
+    width = trial.seen["velocity"].shape[-1]
+    if not _same(trial.seen[trial.last], trial.seen["final.img"]) or width != trial.anatomy.out_width:
         raise FamilyError(
-            f"{anatomy.family.name}: a block of {anatomy.family.transformer} has another output or other arguments "
-            f"than the family says ({problem})."
-        ) from problem
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+            f"{trial.name}: {trial.last} is not what enters {trial.anatomy.family.final}, or a predicted token has not "
+            f"{trial.anatomy.out_width} channels. Are stacks missing or out of order?"
+        )
+    return Check("final", "the last block's image tokens enter the final norm")
 
 
-def _hook(anatomy: Anatomy, address: Address, change: Any) -> Any:
-    return _module(anatomy, address).register_forward_hook(lambda _module, _args, output: change(output))
+def _grid(trial: Trial) -> Check:
+    """Changing one latent token changes exactly the row-major place y w + x of the first image block's input."""
+    family, rule = trial.anatomy.family, trial.rule
+    h, w = family.tried_on
+    place, latents, axes = w + 1, trial.call[rule["latents"]], family.grid.axes
+    tokens = packed(latents, axes, rule["patch"]).clone()
+    tokens[:, tokens.shape[1] - trial.image.count + place if axes == "tokens" else place] += 1
+    moved = trial.watch({**trial.call, rule["latents"]: unpacked(tokens, latents, axes, rule["patch"])})
+    first = next(site.name for site in trial.points if site.point == "resid_pre" and site.stream == "img")
+    changed = (moved[first] != trial.seen[first]).any(-1)[0]
+    if changed.nonzero().flatten().tolist() != [place] or trial.image.grid[-2:] != (h, w):
+        raise FamilyError(
+            f"{trial.name}: image tokens are not where the rule {family.grid.rule!r} and the layout of the stacks put "
+            "them."
+        )
+    return Check("grid", "image tokens lie row by row, y w + x")
 
 
-def _module(anatomy: Anatomy, address: Address) -> nn.Module:
-    return anatomy.transformer.get_submodule(address.module.removeprefix("transformer").removeprefix("."))
+def _write(trial: Trial) -> Check:
+    """Changing a block's image tokens changes what the transformer predicts."""
+    blocks = [site for site in trial.points if site.stream == "img" and site.point == "resid_post"]
+    for site in (blocks[0], blocks[-1]):
+        address = trial.anatomy.address(site)
+        hook = trial.changing(address, _raising(address, trial))
+        if _same(trial.watch(trial.call, hook)["velocity"], trial.seen["velocity"]):
+            raise FamilyError(f"{trial.name}: writing {site} does not reach the model's output.")
+    return Check("write", "a write to a block's image tokens reaches the output")
 
 
-@torch.no_grad()
-def _run(anatomy: Anatomy, call: dict[str, Any]) -> Tensor:
-    return anatomy.transformer(**call)[0]
+def _raising(address: Address, trial: Trial) -> Any:
+    """Adds 1 to a block's image tokens."""
+    part = vars(address)
+
+    def change(value: Any) -> Any:
+        tensor = opened(fetch(value, "output", part), part).clone()
+        stream_of(tensor, part, trial.image, range(len(tensor)))[0].add_(1)
+        return replaced(value, "output", part, closed(tensor, fetch(value, "output", part), part))
+
+    return change
+
+
+def _readout(trial: Trial) -> Check | None:
+    """The last block's tokens, read out, are the model's own prediction."""
+    family = trial.anatomy.family
+    if family.readout is None:
+        return None
+    if not _close(trial.read_out(trial.seen[trial.last]), trial.seen["velocity"]):
+        raise FamilyError(
+            f"{trial.name}: {family.final} and {', '.join(family.readout.modules) or 'nothing'} after it do not make "
+            "the model's prediction of the last block's tokens. Is the readout of its row wrong?"
+        )
+    return Check("readout", "final norm and projection of the last block's tokens are the model's prediction")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4)

@@ -7,6 +7,29 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class Tap:
+    """Where a tensor inside a block is.
+
+    module: path within the block ("": the block itself). side, slot: "output" and its place in the tuple (None: a bare
+    tensor), or "input" and the argument (by name, or by place).
+    span: which channels, in units of the hidden size: (start, stop), stop None for the end.
+    layout: where the stream's tokens lie in it; None: as in the stack's tensors. axes: "tokens", or those of a picture.
+    gate: what it is multiplied by before it is added to the residual; tanh: of which the hyperbolic tangent is taken.
+    table: a parameter of the block, [part, channel], that is added to the argument.
+    """
+
+    module: str
+    side: str = "output"
+    slot: str | int | None = None
+    span: tuple[int, int | None] | None = None
+    layout: str | None = None
+    axes: str = "tokens"
+    gate: Tap | None = None
+    tanh: bool = False
+    table: str | None = None
+
+
+@dataclass(frozen=True)
 class Stack:
     """A list of equal blocks. Stacks run in the order the family lists them.
 
@@ -16,6 +39,7 @@ class Stack:
     "image_first" or "ragged" (text first, of another length in every row).
     turned: whether the blocks' tensors are [token, row, channel].
     rewritten: streams that the model changes between blocks. ends_without: streams the last block does not return.
+    points: stream -> point -> where it is, or why these blocks have none.
     """
 
     name: str
@@ -26,6 +50,7 @@ class Stack:
     turned: bool = False
     rewritten: tuple[str, ...] = ()
     ends_without: tuple[str, ...] = ()
+    points: Mapping[str, Mapping[str, Tap | str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,6 +109,23 @@ class Time:
     scale: float = 1.0
 
 
+@dataclass(frozen=True)
+class Readout:
+    """How image tokens become a prediction: the final norm, then these modules.
+
+    modules: after ``Family.final``, in order. order: of a predicted token's channels, "cyx" or "yxc".
+    shift: where shift and scale between the norm and the first module come from, when no module applies them: a module
+    (and the place in its output tuple) to whose output the transformer's ``table`` is added, or which goes through
+    SiLU and ``projection``.
+    """
+
+    modules: tuple[str, ...] = ("proj_out",)
+    order: str = "cyx"
+    shift: tuple[str, int | None] | None = None
+    table: str | None = None
+    projection: str | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """One DiT class of diffusers.
@@ -97,7 +139,10 @@ class Family:
     final_layout: where image tokens lie in what enters ``final`` and (prediction_layout) in what is predicted.
     final_axes: of what enters ``final``, where it is no list of tokens.
     prediction: "tokens", or the axes of a predicted picture, as in Grid.
-    sign: -1 where the pipeline negates the prediction. patch: latent pixels per side of an image token.
+    readout: what follows the final norm, where the row says it.
+    sign: -1 where the pipeline negates the prediction.
+    other_predictions: pipelines in which it is neither a flow nor noise nor v.
+    patch: latent pixels per side of an image token.
     resizing: pipelines that choose the size of the picture themselves.
     tokenizer, text_length: the pipeline's tokenizer of the text stream, and the argument that sets its length.
     embedded: the config flag for a guidance scale that the transformer is told.
@@ -121,7 +166,9 @@ class Family:
     final_axes: str = "tokens"
     prediction: str = "tokens"
     prediction_layout: str = "own"
+    readout: Readout | None = None
     sign: int = 1
+    other_predictions: tuple[str, ...] = ()
     patch: int = 2
     resizing: tuple[str, ...] = ()
     tokenizer: str = "tokenizer"

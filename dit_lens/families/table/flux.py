@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dit_lens.families.row import Family, Grid, Guidance, Time
+from dit_lens.families.table import points
 from dit_lens.families.table.shared import (
     CALLS,
+    PACKED,
     ROWS,
     SMALL,
     TRUE_CFG,
@@ -15,9 +17,9 @@ from dit_lens.families.table.shared import (
     joint_stack,
 )
 
-DOUBLE = double_stack()
-SINGLE = double_stack("single_transformer_blocks", "single")
-FUSED = joint_stack("single_transformer_blocks", "single", "text_first")
+DOUBLE = double_stack(points=points.FLUX_DOUBLE)
+SINGLE = double_stack("single_transformer_blocks", "single", points=points.FLUX_SINGLE)
+FUSED = joint_stack("single_transformer_blocks", "single", "text_first", points=points.FLUX_SINGLE)
 IDS = Grid("ids", "img_ids")
 
 _TINY = {**SMALL, "num_layers": 2, "num_single_layers": 2, "axes_dims_rope": (4, 6, 6), "joint_attention_dim": 8}
@@ -35,6 +37,7 @@ FLUX1 = Family(
     pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline"),
     stacks=(DOUBLE, SINGLE),
     final="norm_out",
+    readout=PACKED,
     width="inner_dim",
     out_width="out_channels",
     grid=IDS,
@@ -51,8 +54,9 @@ FLUX2 = Family(
     name="FLUX.2",
     transformer="Flux2Transformer2DModel",
     pipelines=("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline"),
-    stacks=(DOUBLE, FUSED),
+    stacks=(replace(DOUBLE, points=points.FLUX2_DOUBLE), replace(FUSED, points=points.FLUX2_SINGLE)),
     final="norm_out",
+    readout=PACKED,
     width="inner_dim",
     out_width="out_channels",
     grid=IDS,
@@ -73,6 +77,7 @@ CHROMA = Family(
     pipelines=("ChromaPipeline",),
     stacks=(DOUBLE, FUSED),
     final="norm_out",
+    readout=PACKED,
     width="inner_dim",
     out_width="out_channels",
     grid=IDS,
@@ -95,6 +100,7 @@ BRIA = Family(
     pipelines=("BriaPipeline",),
     stacks=(DOUBLE, SINGLE),
     final="norm_out",
+    readout=PACKED,
     width="inner_dim",
     out_width="out_channels",
     grid=IDS,
@@ -110,6 +116,7 @@ BRIA_FIBO = Family(
     pipelines=("BriaFiboPipeline",),
     stacks=(replace(DOUBLE, rewritten=("txt",)), replace(FUSED, rewritten=("txt",))),
     final="norm_out",
+    readout=PACKED,
     width="inner_dim",
     out_width="out_channels",
     grid=IDS,
@@ -125,6 +132,7 @@ OVIS = Family(
     pipelines=("OvisImagePipeline",),
     stacks=(DOUBLE, SINGLE),
     final="norm_out",
+    readout=PACKED,
     width="inner_dim",
     out_width="out_channels",
     grid=IDS,
@@ -140,6 +148,7 @@ LONGCAT = Family(
     pipelines=("LongCatImagePipeline",),
     stacks=(DOUBLE, SINGLE),
     final="norm_out",
+    readout=PACKED,
     width="inner_dim",
     out_width="out_channels",
     grid=IDS,

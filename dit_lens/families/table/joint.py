@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dit_lens.families.row import Family, Grid, Guidance, Time
+from dit_lens.families.row import Family, Grid, Guidance, Readout, Time
+from dit_lens.families.table import points
 from dit_lens.families.table.shared import (
     CALLS,
     COND_UNCOND,
     HEADS,
+    PACKED,
     ROWS,
     SMALL,
     TRUE_CFG,
@@ -24,11 +26,12 @@ ZIMAGE = Family(
     transformer="ZImageTransformer2DModel",
     pipelines=("ZImagePipeline",),
     stacks=(
-        image_stack("noise_refiner", "noise_refiner", "x"),
-        text_stack("context_refiner", "context_refiner", "x"),
-        joint_stack("layers", "layer", "image_first", "x"),
+        image_stack("noise_refiner", "noise_refiner", "x", points=points.ZIMAGE),
+        text_stack("context_refiner", "context_refiner", "x", points=points.ZIMAGE_TEXT),
+        joint_stack("layers", "layer", "image_first", "x", points=points.ZIMAGE),
     ),
     final="all_final_layer.2-1",
+    readout=Readout((), "yxc"),
     final_layout="image_first",
     width="dim",
     out_width="out_channels*4",
@@ -56,11 +59,12 @@ LUMINA2 = Family(
     transformer="Lumina2Transformer2DModel",
     pipelines=("Lumina2Pipeline",),
     stacks=(
-        text_stack("context_refiner", "context_refiner"),
-        image_stack("noise_refiner", "noise_refiner"),
-        joint_stack("layers", "layer", "ragged"),
+        text_stack("context_refiner", "context_refiner", points=points.LUMINA2_TEXT),
+        image_stack("noise_refiner", "noise_refiner", points=points.LUMINA2),
+        joint_stack("layers", "layer", "ragged", points=points.LUMINA2),
     ),
     final="norm_out",
+    readout=Readout((), "yxc"),
     final_layout="ragged",
     width="hidden_size",
     out_width="out_channels*patch_size*patch_size",
@@ -135,6 +139,7 @@ KREA2 = Family(
     pipelines=("Krea2Pipeline",),
     stacks=(joint_stack("transformer_blocks", "block", "text_first"),),
     final="final_layer",
+    readout=Readout(()),
     final_layout="own",
     width=HEADS,
     out_width="out_channels",
@@ -172,6 +177,7 @@ IDEOGRAM4 = Family(
     pipelines=("Ideogram4Pipeline",),
     stacks=(joint_stack("layers", "layer", "text_first"),),
     final="final_layer",
+    readout=Readout(()),
     final_layout="text_first",
     width=HEADS,
     out_width="out_channels",
@@ -205,6 +211,7 @@ ERNIE = Family(
     pipelines=("ErnieImagePipeline",),
     stacks=(joint_stack("layers", "layer", "image_first", "x", turned=True),),
     final="final_norm",
+    readout=Readout(("final_linear",)),
     final_layout="image_first turned",
     width="hidden_size",
     out_width="out_channels",
@@ -236,6 +243,7 @@ QWEN21 = Family(
     pipelines=("QwenImage21Pipeline",),
     stacks=(joint_stack("transformer_blocks", "block", "text_first"),),
     final="norm_out",
+    readout=PACKED,
     final_layout="text_first",
     width="inner_dim",
     out_width="out_channels",
@@ -271,6 +279,7 @@ FIBO2 = Family(
         joint_stack("layers", "layer", "text_first", "x"),
     ),
     final="final_layer",
+    readout=Readout(()),
     final_layout="own",
     width="config.dim",
     out_width="in_channels*patch_size*patch_size",

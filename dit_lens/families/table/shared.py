@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dit_lens.families.row import Guidance, Stack
+from collections.abc import Mapping
+
+from dit_lens.families.row import Guidance, Readout, Stack
+from dit_lens.families.table.points import Points
+
+Inside = Mapping[str, Points]
+NOTHING: Inside = {}
 
 BOTH = {"img": "hidden_states", "txt": "encoder_hidden_states"}
 JOINED = {"img": "hidden_states", "txt": "hidden_states"}
@@ -20,26 +26,39 @@ CALLS = Guidance(TWO_CALLS)
 NEGATIVE = ("negative_prompt", "negative_prompt_embeds")
 TRUE_CFG = Guidance(TWO_CALLS, scale="true_cfg_scale", negative=NEGATIVE)
 
+PACKED = Readout()
+PATCHED = Readout(order="yxc")
+
 HEADS = "num_attention_heads*attention_head_dim"
 PIXELS = "out_channels*patch_size*patch_size"
 SMALL = {"attention_head_dim": 16, "num_attention_heads": 2}
 
 
-def image_stack(path: str, name: str = "block", argument: str = "hidden_states") -> Stack:
+def image_stack(path: str, name: str = "block", argument: str = "hidden_states", points: Inside = NOTHING) -> Stack:
     """Blocks that hold image tokens only; text enters by cross-attention."""
-    return Stack(name, path, {"img": argument}, {"img": None})
+    return Stack(name, path, {"img": argument}, {"img": None}, points=points)
 
 
-def joint_stack(path: str, name: str, layout: str, argument: str = "hidden_states", *, turned: bool = False) -> Stack:
+def joint_stack(
+    path: str,
+    name: str,
+    layout: str,
+    argument: str = "hidden_states",
+    points: Inside = NOTHING,
+    *,
+    turned: bool = False,
+) -> Stack:
     """Blocks whose one tensor holds text and image tokens."""
-    return Stack(name, path, {"img": argument, "txt": argument}, ONE, layout, turned)
+    return Stack(name, path, {"img": argument, "txt": argument}, ONE, layout, turned, points=points)
 
 
-def text_stack(path: str, name: str, argument: str = "hidden_states") -> Stack:
+def text_stack(path: str, name: str, argument: str = "hidden_states", points: Inside = NOTHING) -> Stack:
     """Blocks that hold text tokens only."""
-    return Stack(name, path, {"txt": argument}, {"txt": None})
+    return Stack(name, path, {"txt": argument}, {"txt": None}, points=points)
 
 
-def double_stack(path: str = "transformer_blocks", name: str = "double", outputs: dict = TEXT_FIRST) -> Stack:
+def double_stack(
+    path: str = "transformer_blocks", name: str = "double", outputs: dict = TEXT_FIRST, points: Inside = NOTHING
+) -> Stack:
     """Blocks with a tensor for each stream."""
-    return Stack(name, path, BOTH, outputs)
+    return Stack(name, path, BOTH, outputs, points=points)

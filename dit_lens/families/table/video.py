@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from dit_lens.families.row import Family, Grid
-from dit_lens.families.table.shared import CALLS, HEADS, IMAGE_FIRST, ROWS, SMALL, double_stack, image_stack, text_stack
+from dit_lens.families.row import Family, Grid, Readout
+from dit_lens.families.table.shared import (
+    CALLS,
+    HEADS,
+    IMAGE_FIRST,
+    PACKED,
+    ROWS,
+    SMALL,
+    double_stack,
+    image_stack,
+    text_stack,
+)
 
 WAN = Family(
     name="Wan 2.1",
@@ -39,6 +49,7 @@ LTX = Family(
     pipelines=("LTXPipeline",),
     stacks=(image_stack("transformer_blocks"),),
     final="norm_out",
+    readout=Readout(shift=("time_embed", 1), table="scale_shift_table"),
     width=HEADS,
     out_width="out_channels",
     grid=Grid("counts", "num_frames"),
@@ -103,6 +114,7 @@ HUNYUAN_VIDEO = Family(
         double_stack("single_transformer_blocks", "single", outputs=IMAGE_FIRST),
     ),
     final="norm_out",
+    readout=PACKED,
     width=HEADS,
     out_width="config.out_channels*patch_size*patch_size",
     grid=Grid("bcfhw", patch="patch_size"),

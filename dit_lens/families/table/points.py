@@ -1,0 +1,232 @@
+"""Points inside blocks that many families share, as parts to put a row together from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from dit_lens.families.row import Tap
+
+Points = Mapping[str, Tap | str]
+
+WHOLE = "whole"  # one vector per row, no tokens
+
+
+def entering(module: str) -> Tap:
+    """What a module is given as its first argument."""
+    return Tap(module, "input", 0)
+
+
+def attention(
+    module: str, q: str = "to_q", k: str = "to_k", v: str = "to_v", out: str = "to_out.0", layout: str | None = None
+) -> dict[str, Tap]:
+    """The projections of an attention, and what enters its output projection: heads side by side in the channels."""
+    taps = {f"attn.{name}": Tap(f"{module}.{path}") for name, path in zip("qkv", (q, k, v), strict=True)}
+    taps["attn.z"] = entering(f"{module}.{out}")
+    return {name: replace(tap, layout=layout) for name, tap in taps.items()}
+
+
+def neurons(module: str, pre: str = "net.0.proj", post: str = "net.2", layout: str | None = None) -> dict[str, Tap]:
+    """The hidden layer of an MLP: what the first projection gives, and what enters the last."""
+    return {
+        "mlp.pre": Tap(f"{module}.{pre}", layout=layout),
+        "mlp.post": replace(entering(f"{module}.{post}"), layout=layout),
+    }
+
+
+SIX = tuple(f"mod.{part}.{name}" for part in ("attn", "mlp") for name in ("shift", "scale", "gate"))
+THREE = ("mod.shift", "mod.scale", "mod.gate")
+NO_SHIFTS = tuple(f"mod.{part}.{name}" for part in ("attn", "mlp") for name in ("scale", "gate"))
+
+
+def modulation(tap: Tap, names: tuple[str, ...] = SIX) -> dict[str, Tap]:
+    """A vector per row, cut into shifts, scales and gates."""
+    return {name: replace(tap, span=(i, i + 1), layout=WHOLE) for i, name in enumerate(names)}
+
+
+def gated(module: str, gate: Tap, slot: int | None = None, axes: str = "tokens", *, tanh: bool = False) -> Tap:
+    """A module's output times a gate, as it is added to the residual."""
+    return Tap(module, slot=slot, axes=axes, gate=replace(gate, tanh=tanh))
+
+
+def adaln_zero(
+    norm: str, attn: Tap, mlp: str, middle: str, *, gates: tuple[int, int] = (1, 4), linear: str | None = "linear"
+) -> Points:
+    """A block whose first norm also returns the gates of attention and MLP (AdaLayerNormZero)."""
+    first, second = (Tap(norm, slot=slot) for slot in gates)
+    return {
+        **(modulation(Tap(f"{norm}.{linear}")) if linear else {}),
+        "attn_out": replace(attn, gate=first),
+        "resid_mid": entering(middle),
+        "mlp_out": gated(mlp, second),
+        **neurons(mlp),
+    }
+
+
+FLUX_DOUBLE = {
+    "img": {
+        **adaln_zero("norm1", Tap("attn", slot=0), "ff", "norm2"),
+        **attention("attn"),
+    },
+    "txt": {
+        **adaln_zero("norm1_context", Tap("attn", slot=1), "ff_context", "norm2_context"),
+        **attention("attn", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    },
+}
+
+_ONE_PROJECTION = "attention and MLP are added up by one projection under one gate; see attn.z and mlp.post"
+_PARALLEL = "attention and MLP run side by side"
+_FUSED = {"attn_out": _ONE_PROJECTION, "mlp_out": _ONE_PROJECTION, "resid_mid": _PARALLEL}
+
+
+def flux_single(layout: str, mod: Points) -> Mapping[str, Points]:
+    """The single blocks of FLUX.1: both streams in one tensor inside, text first."""
+    inside = {
+        **mod,
+        **attention("attn", layout=layout),
+        "attn.z": Tap("attn", layout=layout),
+        "mlp.pre": Tap("proj_mlp", layout=layout),
+        "mlp.post": Tap("act_mlp", layout=layout),
+        **_FUSED,
+    }
+    return {"img": inside, "txt": inside}
+
+
+FLUX_SINGLE = flux_single("text_first", modulation(Tap("norm.linear"), THREE))
+
+
+def flux2_stream(stream: str, suffix: str) -> Points:
+    """One stream of FLUX.2's double blocks, whose modulation is computed once for all blocks and passed in."""
+    mod = Tap("", "input", f"temb_mod_{stream}")
+    mlp = f"ff{suffix}"
+    return {
+        **modulation(mod),
+        "attn_out": gated("attn", replace(mod, span=(2, 3)), slot=0 if stream == "img" else 1),
+        "resid_mid": entering(f"norm2{suffix}"),
+        "mlp_out": gated(mlp, replace(mod, span=(5, 6))),
+        **neurons(mlp, "linear_in", "linear_out"),
+    }
+
+
+FLUX2_DOUBLE = {
+    "img": {**flux2_stream("img", ""), **attention("attn")},
+    "txt": {
+        **flux2_stream("txt", "_context"),
+        **attention("attn", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    },
+}
+
+_PACKED = Tap("attn.to_qkv_mlp_proj")
+_FLUX2_INSIDE = {
+    **modulation(Tap("", "input", "temb_mod"), THREE),
+    **{f"attn.{name}": replace(_PACKED, span=(i, i + 1)) for i, name in enumerate("qkv")},
+    "attn.z": replace(entering("attn.to_out"), span=(0, 1)),
+    "mlp.pre": replace(_PACKED, span=(3, None)),
+    "mlp.post": replace(entering("attn.to_out"), span=(1, None)),
+    **_FUSED,
+}
+FLUX2_SINGLE = {"img": _FLUX2_INSIDE, "txt": _FLUX2_INSIDE}
+
+
+def qwen_stream(stream: str, slot: int) -> Points:
+    """One stream of Qwen-Image."""
+    mod = Tap(f"{stream}_mod")
+    return {
+        **modulation(mod),
+        "attn_out": gated("attn", replace(mod, span=(2, 3)), slot=slot),
+        "resid_mid": entering(f"{stream}_norm2"),
+        "mlp_out": gated(f"{stream}_mlp", replace(mod, span=(5, 6))),
+        **neurons(f"{stream}_mlp"),
+    }
+
+
+QWEN = {
+    "img": {**qwen_stream("img", 0), **attention("attn")},
+    "txt": {
+        **qwen_stream("txt", 1),
+        **attention("attn", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    },
+}
+
+SD3 = {
+    "img": {**FLUX_DOUBLE["img"], "attn2_out": gated("attn2", Tap("norm1", slot=6))},
+    "txt": FLUX_DOUBLE["txt"],
+}
+
+_SHARED = "the module is shared by both streams, and its second call, for the text, is not followed"
+COGVIEW4 = {
+    "img": {
+        "attn_out": gated("attn1", Tap("norm1", slot=1), slot=0),
+        "resid_mid": entering("norm2"),
+        "mlp_out": gated("ff", Tap("norm1", slot=4)),
+        **neurons("ff"),
+        **attention("attn1", layout="text_first"),
+    },
+    "txt": {
+        "attn_out": gated("attn1", Tap("norm1", slot=6), slot=1),
+        "resid_mid": entering("norm2_context"),
+        "mlp_out": _SHARED,
+        "mlp.pre": _SHARED,
+        "mlp.post": _SHARED,
+        **attention("attn1", layout="text_first"),
+    },
+}
+
+DIT = {
+    "img": {
+        **adaln_zero("norm1", Tap("attn1"), "ff", "norm3"),
+        **attention("attn1"),
+    }
+}
+
+
+def table_block(mlp_axes: str = "tokens", inside: Points | None = None) -> Mapping[str, Points]:
+    """PixArt and SANA: gates from a table of the block plus the time argument; cross-attention is added ungated."""
+    gate = Tap("", "input", "timestep", table="scale_shift_table")
+    return {
+        "img": {
+            "attn_out": gated("attn1", replace(gate, span=(2, 3))),
+            "cross_out": Tap("attn2"),
+            "resid_mid": entering("norm2"),
+            "mlp_out": gated("ff", replace(gate, span=(5, 6)), axes=mlp_axes),
+            **attention("attn1"),
+            **(neurons("ff") if inside is None else inside),
+        }
+    }
+
+
+PIXART = table_block()
+SANA = table_block(
+    "bchw",
+    {
+        "mlp.pre": Tap("ff.conv_inverted", axes="bchw"),
+        "mlp.post": replace(entering("ff.conv_point"), axes="bchw"),
+    },
+)
+
+
+def sandwich(attn: str, attn_norm: str, mlp: str, gates: tuple[Tap, Tap] | None, hidden: tuple[str, str]) -> Points:
+    """Blocks that normalise what attention and MLP give before they add it, under tanh gates or none."""
+    first, second = gates or (None, None)
+    return {
+        "attn_out": Tap(attn_norm) if first is None else gated(attn_norm, first, tanh=True),
+        "resid_mid": entering("ffn_norm1"),
+        "mlp_out": Tap("ffn_norm2") if second is None else gated("ffn_norm2", second, tanh=True),
+        **attention(attn),
+        **neurons(mlp, *hidden),
+    }
+
+
+_Z_MOD = Tap("adaLN_modulation.0")
+_Z_GATES = (replace(_Z_MOD, span=(1, 2)), replace(_Z_MOD, span=(3, 4)))
+_Z_BLOCK = sandwich("attention", "attention_norm2", "feed_forward", _Z_GATES, ("w1", "w2"))
+_Z_MODULATED = {**_Z_BLOCK, **modulation(_Z_MOD, NO_SHIFTS)}
+ZIMAGE = {"img": _Z_MODULATED, "txt": _Z_MODULATED}
+ZIMAGE_TEXT = {"txt": sandwich("attention", "attention_norm2", "feed_forward", None, ("w1", "w2"))}
+
+_LUMINA_GATES = (Tap("norm1", slot=1), Tap("norm1", slot=3))
+_LUMINA_BLOCK = {
+    **sandwich("attn", "norm2", "feed_forward", _LUMINA_GATES, ("linear_1", "linear_2")),
+}
+LUMINA2 = {"img": _LUMINA_BLOCK, "txt": _LUMINA_BLOCK}
+LUMINA2_TEXT = {"txt": sandwich("attn", "norm2", "feed_forward", None, ("linear_1", "linear_2"))}
