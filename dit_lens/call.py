@@ -45,20 +45,15 @@ class Call:
         return call
 
     def part(self, prompts: range) -> Call:
-        """The same call for some of its prompts."""
-        if self.prompts is None or self.seeds is None:
-            raise PromptError(
-                "batch_size= splits lists of prompts with a seed. "
-                "Leave it out when passing prompt_embeds= or generator=."
-            )
+        """The same call for some of its prompts, or of what stands for them."""
+        if self.seeds is None:
+            raise PromptError("batch_size= splits prompts with a seed. Leave it out when passing generator=.")
         n = self.images_per_prompt
-        arguments = {
-            name: [value[i] for i in prompts] if _per_prompt(name) and isinstance(value, list) else value
-            for name, value in self.arguments.items()
-        }
+        span = slice(prompts.start, prompts.stop)
+        arguments = {name: _some(name, value, span) for name, value in self.arguments.items()}
         return replace(
             self,
-            prompts=tuple(self.prompts[i] for i in prompts),
+            prompts=None if self.prompts is None else self.prompts[span],
             seeds=self.seeds[prompts.start * n : prompts.stop * n],
             arguments=arguments,
             rows=len(prompts) * n,
@@ -79,6 +74,8 @@ def prepare(
     signature = inspect.signature(type(pipe).__call__).parameters
     _check_arguments(type(pipe).__name__, signature, call, seed)
     arguments: dict[str, Any] = {**defaults, **call}
+    device = pipe._execution_device  # noqa: SLF001 diffusers offers no public way
+    arguments |= {name: _moved(value, device) for name, value in arguments.items() if _for_prompts(name)}
     prompts = _prompts(prompt, arguments)
     count = len(arguments[_embeddings(arguments)]) if prompts is None else len(prompts)
     steps = num_inference_steps if num_inference_steps is not None else arguments.get("num_inference_steps")
@@ -190,3 +187,22 @@ def _positive(name: str, value: Any) -> int:
 def _per_prompt(name: str) -> bool:
     """Whether a pipeline argument holds one text per prompt (prompt_2, negative_prompt, negative_prompt_2 ...)."""
     return re.fullmatch(r"prompt_\d|negative_prompt(_\d)?", name) is not None
+
+
+def _for_prompts(name: str) -> bool:
+    """Whether a pipeline argument stands for prompts, one entry for each: embeddings, their masks, classes."""
+    return re.fullmatch(r"(negative_)?(pooled_)?prompt_(embeds|attention_mask)\w*|class_labels", name) is not None
+
+
+def _some(name: str, value: Any, span: slice) -> Any:
+    """What a pipeline argument is for some of the prompts."""
+    if value is None or isinstance(value, str) or not (_per_prompt(name) or _for_prompts(name)):
+        return value
+    return value[:, span] if name.endswith("llama3") else value[span]  # layers come first in HiDream's
+
+
+def _moved(value: Any, device: Any) -> Any:
+    """Embeddings on the pipeline's device, to which it does not move them itself."""
+    if isinstance(value, list):
+        return [_moved(one, device) for one in value]
+    return value.to(device) if hasattr(value, "to") else value

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm.auto import tqdm
 
 from dit_lens import families
@@ -17,7 +19,7 @@ from dit_lens.assemble import assemble
 from dit_lens.call import Call, prepare
 from dit_lens.cost import Cost, check_fits, cost_of
 from dit_lens.engine import Engine
-from dit_lens.errors import OpError, PromptError, StoreError
+from dit_lens.errors import ExecutionError, OpError, PromptError, StoreError
 from dit_lens.families.checks import Check, check
 from dit_lens.ops import Apply, Op, Read, from_json, to_json
 from dit_lens.plan import Batch, Plan, compile_plan, narrowed
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
     from dit_lens.accessors import Blocks
     from dit_lens.channels import ChannelSet
+    from dit_lens.encode import Released
     from dit_lens.ops import Pattern, Steps
     from dit_lens.run import Run
 
@@ -146,14 +149,14 @@ class DiTLens:
         seed: an integer gives every prompt the same noise (picture j of a prompt gets seed + j); a list is per picture.
         batch_size: prompts that go through the pipeline together; all by default. call: the pipeline's own arguments.
 
-        Every mistake in the arguments or ops raises before the first denoising step.
+        Every mistake in the arguments or ops raises before the first denoising step. A batch that runs out of GPU
+        memory is started again with half the prompts; a warning says which batch_size worked.
         """
         ops = [ops] if isinstance(ops, Op) else list(ops)
         prepared, when, plan = self._plan(prompt, ops, seed=seed, num_inference_steps=num_inference_steps, **call)
         check_fits(cost_of(plan, ops, self.anatomy, self.pipe.transformer.dtype))
         stores, outputs = [], []
-        for part, piece in self._batches(prepared, plan, batch_size):
-            store, output = self.engine.generate(piece.program, piece.given, part.keywords())
+        for store, output in self._batches(prepared, plan, batch_size):
             stores.append(store)
             outputs.append(output)
         return assemble(ops, plan, when, stores, outputs, self._spec(prepared, ops), describe(self.pipe, self.family))
@@ -206,6 +209,48 @@ class DiTLens:
         ``hook`` has ``name``, ``step``, ``timestep``, ``sigma`` and ``branch``. The same as ``Apply(site, fn=fn)``.
         """
         return self.run(prompt, [Apply(name, fn=fn) for name, fn in fwd_hooks], **call)
+
+    # Memory
+
+    def encode(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        release: bool = False,
+        device: str | torch.device | None = None,
+        **call: Any,
+    ) -> dict[str, Any]:
+        """The text embeddings of prompts, as arguments for :meth:`run`: the same pictures, without the text encoders.
+
+        >>> lens = DiTLens.toy()
+        >>> texts = lens.encode("a big red circle left on a plain blue background", release=True)
+        >>> lens.run(**texts, seed=0, num_inference_steps=2).images[0].size
+        (64, 64)
+
+        release: whether the encoders are given up afterwards, as by :meth:`release_encoders`. device: where they work,
+        such as "cuda" while the pipeline is still on the CPU. call: the arguments of the run; those that concern text
+        count. Words of a prompt (``tokens="circle"``) cannot be found in a run of embeddings.
+        """
+        from dit_lens.encode import encode_prompts
+
+        texts = encode_prompts(
+            self.pipe, prompts, device=device, defaults=self.defaults, vocabulary=self.vocabulary, **call
+        )
+        if release:
+            self.release_encoders()
+        return texts
+
+    def release_encoders(self) -> Released:
+        """Takes the text encoders out of the pipeline; what it returns says how much memory that gave back.
+
+        >>> DiTLens.toy().release_encoders()
+        released text_encoder, text_encoder_2: ... on cpu
+        """
+        from dit_lens.encode import release
+
+        released = release(self.pipe)
+        self.engine = Engine(self.pipe)  # the old one holds on to the encoders
+        return released
 
     # Massive activations
 
@@ -324,20 +369,32 @@ class DiTLens:
         )
         return prepared, when, compile_plan(ops, self.anatomy, when, batch)
 
-    def _batches(self, call: Call, plan: Plan, batch_size: int | None) -> Iterator[tuple[Call, Plan]]:
-        """The call and plan of every batch; several batches share one progress bar."""
+    def _batches(self, call: Call, plan: Plan, batch_size: int | None) -> Iterator[tuple[dict[str, Any], Any]]:
+        """What every batch stored and drew; several share one progress bar. Where memory runs out, half do."""
         prompts = call.rows // call.images_per_prompt
-        if batch_size is None or batch_size >= prompts:
-            yield call, plan
-            return
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise PromptError(f"batch_size={batch_size} must be at least 1.")
-        starts = range(0, prompts, batch_size)
-        spans = [range(start, min(start + batch_size, prompts)) for start in starts]
-        n = call.images_per_prompt
-        pieces = [(call.part(span), narrowed(plan, range(span.start * n, span.stop * n))) for span in spans]
-        with self.quiet():
-            yield from tqdm(pieces, desc="batches")
+        asked = size = min(batch_size or prompts, prompts)
+        pieces, done = _pieces(call, plan, range(prompts), size), 0
+        with tqdm(total=prompts, desc="prompts", disable=size == prompts) as bar:
+            while pieces:
+                (part, piece), *rest = pieces
+                count = part.rows // call.images_per_prompt
+                try:
+                    with self.quiet() if count < prompts else nullcontext():
+                        drawn = self.engine.generate(piece.program, piece.given, part.keywords())
+                except torch.OutOfMemoryError as full:
+                    size = count // 2
+                    pieces = _smaller_pieces(call, plan, range(done, prompts), size, full)
+                    continue
+                yield drawn
+                pieces, done = rest, done + count
+                bar.update(count)
+        if size < asked:
+            warnings.warn(
+                f"memory ran out with {asked} prompts in a batch; {size} fitted. Pass batch_size={size} next time.",
+                stacklevel=3,
+            )
 
     def _spec(self, call: Call, ops: Sequence[Op]) -> dict[str, Any]:
         described = [
@@ -400,6 +457,32 @@ class DiTLens:
         from dit_lens.reprs import lens_html
 
         return lens_html(self)
+
+
+def _pieces(call: Call, plan: Plan, prompts: range, size: int) -> list[tuple[Call, Plan]]:
+    """The call and plan of every batch of ``size`` prompts."""
+    n = call.images_per_prompt
+    if len(prompts) * n == call.rows and size >= len(prompts):
+        return [(call, plan)]
+    spans = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    return [(call.part(span), narrowed(plan, range(span.start * n, span.stop * n))) for span in spans]
+
+
+def _smaller_pieces(
+    call: Call, plan: Plan, prompts: range, size: int, full: torch.OutOfMemoryError
+) -> list[tuple[Call, Plan]]:
+    """The batches that are left, made smaller; an error with the remedies where they cannot be."""
+    try:
+        if size:
+            return _pieces(call, plan, prompts, size)
+        why = "with one prompt at a time"
+    except (OpError, PromptError) as problem:
+        why = f"and the batch cannot be made smaller: {problem}"
+    raise ExecutionError(
+        f"memory ran out {why} ({full}). Nothing was kept of this run. Draw smaller pictures (height=, width=), "
+        "reduce reads where they are (reduce=), encode prompts first (lens.encode(prompts, release=True)), or offload: "
+        "dit_lens.recommend(lens.pipe, gb=...) shows what fits."
+    ) from full
 
 
 def _stored_defaults(pipe: DiffusionPipeline) -> dict[str, Any]:

@@ -1,0 +1,83 @@
+"""A batch that runs out of memory is halved, and what cannot be halved says what helps."""
+
+import pytest
+import torch
+
+from dit_lens import Apply, DiTLens, Read, Swap, Zero
+from dit_lens.errors import ExecutionError
+from tests import pipelines
+
+FIVE = ["a", "b", "c", "d", "e"]
+
+
+@pytest.fixture
+def small():
+    """A lens over a transformer that takes no more than two rows; calls: the rows of every call."""
+    pipe = pipelines.flux()
+    forward, calls = pipe.transformer.forward, []
+
+    def limited(*args, **kwargs):
+        calls.append(len(kwargs["hidden_states"]))
+        if calls[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(*args, **kwargs)
+
+    pipe.transformer.forward = limited
+    lens = DiTLens(pipe, defaults=dict(pipelines.TRUE_CFG))
+    lens.calls = calls
+    return lens
+
+
+def test_batches_are_halved_until_they_fit(small):
+    ops = [Zero("blocks.2.img", channels=[3], rows=[1, 4]), Read("blocks.3.img", reduce="mean")]
+    with pytest.warns(UserWarning, match=r"memory ran out with 5 prompts in a batch; 2 fitted\. Pass batch_size=2"):
+        run = small.run(FIVE, ops, seed=3)
+    whole = small.run(FIVE, ops, seed=3, batch_size=2)
+    assert torch.equal(run["blocks.3.img"], whole["blocks.3.img"])
+    assert [a.tobytes() for a in run.images] == [b.tobytes() for b in whole.images]
+    assert run.receipt.entries[0].rows == (1, 4)
+    assert small.calls[0] == 5
+    assert small.calls.count(5) == 1
+
+
+def test_batches_that_are_done_stay_done(small):
+    """Memory runs out in the second batch: the first is not drawn again."""
+    taken = []
+
+    def greedy(tensor, hook):
+        taken.append(len(tensor))
+        if len(taken) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.warns(UserWarning, match="1 fitted"):
+        run = small.run(FIVE[:4], Apply("blocks.0.img", fn=greedy, steps=0, branch="cond"), seed=3, batch_size=2)
+    assert taken == [2, 2, 1, 1]
+    assert len(run.images) == 4
+
+
+def test_embeddings_are_halved_too(small):
+    texts = small.encode(FIVE[:4])
+    with pytest.warns(UserWarning, match="2 fitted"):
+        run = small.run(**texts, seed=3)
+    assert len(run.images) == 4
+
+
+def test_one_prompt_that_does_not_fit(small):
+    with pytest.raises(ExecutionError, match=r"one prompt at a time .*height=.*reduce=.*encode.*recommend") as caught:
+        small.run("a", seed=3, num_images_per_prompt=3)
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_rows_that_exchange_values_stay_together(small):
+    with pytest.raises(ExecutionError, match="cannot be made smaller: .*must run together"):
+        small.run(FIVE, Swap("blocks.2.img", source="row:0", rows=4), seed=3)
+
+
+def test_a_generator_cannot_be_split(small):
+    with pytest.raises(ExecutionError, match="cannot be made smaller: .*generator="):
+        small.run(FIVE, generator=[torch.Generator().manual_seed(0) for _ in FIVE])
+
+
+def test_nothing_is_said_where_all_fits(small, recwarn):
+    small.run(FIVE[:2], seed=3)
+    assert not recwarn.list
