@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import SiteError, nearest
-from dit_lens.execute import fetch, replaced
+from dit_lens.layout import fetch, replaced
 from dit_lens.sites import DEFAULT_POINT, Site
 
 if TYPE_CHECKING:

@@ -65,7 +65,7 @@ def _reading(read: PlannedRead, pieces: dict[tuple, list[Tensor]], when: Timelin
         if len(sizes) > 1:
             counts = ", ".join(str(of_step[0].shape[1]) for of_step in stacked)
             raise ExecutionError(
-                f"{site} has another number of tokens at different steps or branches ({counts}), so that it fits no one "
+                f"{site} has another number of tokens at different steps or branches ({counts}), which fit no one "
                 "tensor: a cache holds the rest. Read its steps and branches one by one, or reduce over tokens."
             )
         both = torch.stack([torch.stack(of_step) for of_step in stacked])  # [s, branch, b, ...]

@@ -9,7 +9,8 @@ import nnsight
 from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule
 
 from dit_lens.errors import ExecutionError
-from dit_lens.execute import PlanMismatchError, execute
+from dit_lens.execute import execute
+from dit_lens.layout import PlanMismatchError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

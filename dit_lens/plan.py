@@ -189,7 +189,7 @@ class _Compiler:
         if site.point in ("x0", "resid_mid"):
             instead = "velocity" if site.point == "x0" else f"blocks.{site.block}.{site.stream}.mlp_out or resid_post"
             raise OpError(
-                f"{type(op).__name__} at {site}: this point is computed from others, so it can be read but not written. "
+                f"{type(op).__name__} at {site}: this point is computed from others, so it can only be read. "
                 f"Write {instead}."
             )
         if self.anatomy.address(site).gate is not None and not isinstance(op, Zero | Scale):

@@ -34,10 +34,21 @@ OPS = {
         r"no stream 'imgs'\. Nearest: 'img'\. There are: txt, img",
     ),
     "no stream": (lambda: Zero("blocks.3"), SiteError, r"names no stream.*blocks\.3\.txt, blocks\.3\.img"),
-    "unknown point": (
+    "unknown point": (lambda: Read("blocks.3.img.resid_med"), SiteError, r"no point 'resid_med'.*resid_mid"),
+    "point that these blocks lack": (
         lambda: Read("blocks.3.img.resid_mid"),
         SiteError,
-        r"no point 'resid_mid'.*resid_pre, resid_post",
+        r"single blocks of FLUX\.1 have no resid_mid: attention and MLP run side by side\. Other blocks have",
+    ),
+    "writing what is computed": (
+        lambda: Zero("blocks.0.img.resid_mid"),
+        OpError,
+        r"can only be read\. Write blocks\.0",
+    ),
+    "swap under a gate": (
+        lambda: Swap("blocks.0.img.attn_out", source="row:0", rows=1),
+        OpError,
+        r"multiplied by a gate.*only Zero and Scale are exact",
     ),
     "block out of range": (lambda: Read("blocks.5.img"), SiteError, r"block 5, but blocks has 5: 0 to 4, or -1"),
     "empty slice": (lambda: Read("blocks[7:9].img"), SiteError, r"selects no block; blocks has 5"),

@@ -56,11 +56,13 @@ def test_a_process_without_dit_lens_gives_the_same_numbers(tmp_path):
         Swap("blocks.3.img", source=torch.ones(32), steps=[0]),
         Apply("blocks.3.img", fn=double),
         Read("blocks.3.img", channels=[1], name="after"),
+        Read(["blocks.0.img.attn_out", "blocks.2.img.attn.q", "blocks.*.img.x0"]),
     ]
     local = lens.run(["red", "blue"], ops, seed=0, output_type="latent")
     prepared, _, plan = lens._plan(["red", "blue"], ops, seed=0, output_type="latent")
 
     nnsight.register("dit_lens.execute")
+    nnsight.register("dit_lens.layout")
     nnsight.register("dit_lens.reduce")
     nnsight.register(sys.modules[__name__])  # the user's own function
     key = "nnsight.modeling.diffusion.DiffusionModel:" + json.dumps({"repo_id": str(folder), "revision": None})

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens.errors import FamilyError
-from dit_lens.execute import closed, fetch, opened, packed, replaced, stream_of, unpacked
 from dit_lens.families.anatomy import Anatomy
 from dit_lens.families.calls import build_call
 from dit_lens.families.row import Family
 from dit_lens.families.trial import Trial
+from dit_lens.layout import closed, fetch, opened, packed, replaced, stream_of, unpacked
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -38,9 +38,7 @@ def check(anatomy: Anatomy) -> list[Check]:
     rules = (anatomy.time_rule(), anatomy.grid_rule)
     found, anatomy.order = _check_clone(anatomy.family, type(anatomy.transformer))
     addresses = [anatomy.address(site) for site in anatomy.sites]
-    says = (
-        f"{anatomy.depth} blocks, {len(addresses)} sites and {len(rules)} rules name modules and arguments that exist"
-    )
+    says = f"{anatomy.depth} blocks, {len(addresses)} sites, {len(rules)} rules: all their modules and arguments exist"
     return [Check("structure", says), *found]
 
 

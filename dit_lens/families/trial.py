@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens.errors import FamilyError
-from dit_lens.execute import fetch, gate_of, image_tokens, opened, read_out, stream_of
+from dit_lens.execute import gate_of, read_out
 from dit_lens.families.anatomy import Address, Anatomy
 from dit_lens.families.calls import ROWS
+from dit_lens.layout import fetch, image_tokens, opened, stream_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -91,7 +92,7 @@ class Trial:
             part = vars(shift)
             handles.append(self.on_output(shift, lambda value: held.update(shift=opened(value, part))))
         self.run(self.call, handles)
-        model = SimpleNamespace(get=lambda path: SimpleNamespace(_module=self._submodule(path)))
+        model = SimpleNamespace(get=self._submodule)
         part = {**vars(final), "readout": "tokens"}
         with torch.no_grad():
             return read_out(

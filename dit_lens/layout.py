@@ -1,0 +1,186 @@
+"""Where tokens are: in the arguments of a transformer call, in pictures, and in the tensors of blocks.
+
+Torch and plain data only, as ``execute``, with which it travels.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class PlanMismatchError(RuntimeError):
+    """The pipeline did something else than the plan expects."""
+
+
+def named(arguments: tuple[tuple, dict], name: str, position: Any) -> Any:
+    """An argument of a call by name, or by position where it was passed so."""
+    args, kwargs = arguments
+    return kwargs[name] if name in kwargs else args[position]
+
+
+def fetch(value: Any, side: str, part: dict[str, Any]) -> Any:
+    """The tensor of one part, out of a module's input or output."""
+    if side == "input":
+        return named(value, part["slot"], part["position"])
+    return value if part["slot"] is None else value[part["slot"]]
+
+
+def replaced(value: Any, side: str, part: dict[str, Any], tensor: Any) -> Any:
+    """A copy of a module's input or output with one tensor exchanged."""
+    if side == "input":
+        args, kwargs = value
+        if part["slot"] in kwargs:
+            return args, {**kwargs, part["slot"]: tensor}
+        return (*args[: part["position"]], tensor, *args[part["position"] + 1 :]), kwargs
+    if part["slot"] is None:
+        return tensor
+    if isinstance(value, dict):  # the output class of a model, whose fields are counted
+        return type(value)(**{**value, list(value)[part["slot"]]: tensor})
+    return type(value)((*value[: part["slot"]], tensor, *value[part["slot"] + 1 :]))
+
+
+def image_tokens(arguments: tuple[tuple, dict], rule: dict[str, Any]) -> SimpleNamespace:
+    """Where the image tokens of a transformer call are.
+
+    grid: (h, w), or (f, h, w) of a video. count: tokens of the target. first: its place among ``total`` image tokens,
+    references and padding included. starts: of every row, where text is ragged.
+    """
+    value = named(arguments, rule["argument"], rule["position"])
+    latents = named(arguments, rule["latents"], rule["latents_position"])
+    if rule["rule"] in ("ids", "positions", "marks"):
+        ids = value[0] if value.ndim == 3 else value
+        if rule["rule"] == "positions":
+            ids = ids[-latents.shape[1] :]
+        if rule["rule"] == "marks":
+            marks = named(arguments, "indicator", None)[0]
+            ids = ids[marks == rule["marked"]]
+        target = ids[:, 0] == ids[:, 0].amin()
+        places = ids[target][:, 1:3]
+        grid = [int(extent) + 1 for extent in places.amax(0) - places.amin(0)]
+        first, total = int(target.to(torch.uint8).argmax()), len(ids)
+    elif rule["rule"] == "shapes":
+        shapes = value[0] if isinstance(value[0], list) else [value[0]]
+        f, *grid = shapes[0 if rule["target"] == "first" else -1]
+        grid = [f, *grid] if f > 1 else grid
+        first, total = 0, prod(grid) if rule["target"] == "last" else sum(map(prod, shapes))
+    elif rule["rule"] == "counts":
+        grid = [named(arguments, name, None) for name in ("num_frames", "height", "width")]
+        first, total = 0, prod(grid)
+    else:
+        grid, pictures = grid_of(value, rule["rule"], rule["patch"])
+        first, total = 0, prod(grid) * pictures
+    if rule["pad"] == "square":
+        total = max(total, rule["largest"]) if grid[0] != grid[1] else total
+    else:
+        total = -(-total // rule["pad"]) * rule["pad"]
+    starts = None if rule["mask"] is None else named(arguments, rule["mask"], None).sum(1).tolist()
+    return SimpleNamespace(grid=tuple(grid), count=prod(grid), first=first, total=total, starts=starts)
+
+
+def grid_of(latents: Any, axes: str, patch: list[int]) -> tuple[list[int], int]:
+    """The grid of a picture with these axes (see :func:`packed`), and how many pictures a row holds."""
+    shape = (
+        dict(zip("cfhw", latents[0].shape, strict=True))
+        if axes == "list"
+        else dict(zip(axes, latents.shape, strict=True))
+    )
+    frames, h, w = (shape.get(axis, 1) // side for axis, side in zip("fhw", patch, strict=True))
+    return [frames, h, w] if frames > 1 else [h, w], shape.get("i", 1)
+
+
+def check_grid(grid: tuple[int, ...], expected: list[int] | None) -> None:
+    """Fails where the pipeline drew another size than the plan was made for."""
+    if expected is not None and list(grid) != expected:
+        raise PlanMismatchError(
+            f"the plan expects a grid of {' x '.join(map(str, expected))} image tokens, but the pipeline made "
+            f"{' x '.join(map(str, grid))}"
+        )
+
+
+def packed(value: Any, axes: str, patch: list[int]) -> Tensor:
+    """A picture as tokens [row, token, channel]: its patches row by row, each (channel, y, x)."""
+    if axes == "tokens":
+        return value
+    x = torch.stack(list(value)) if axes == "list" else value
+    x = arranged(x, "bcfhw" if axes == "list" else axes)
+    b, i, c, f, h, w = x.shape
+    pf, ph, pw = patch
+    x = x.reshape(b, i, c, f // pf, pf, h // ph, ph, w // pw, pw).permute(0, 1, 3, 5, 7, 2, 4, 6, 8)
+    return x.reshape(b, -1, c * pf * ph * pw)
+
+
+def unpacked(tokens: Tensor, like: Any, axes: str, patch: list[int]) -> Any:
+    """The inverse of :func:`packed`, in the form of ``like``."""
+    if axes == "tokens":
+        return tokens
+    form = torch.stack(list(like)) if axes == "list" else like
+    letters = "bcfhw" if axes == "list" else axes
+    b, i, c, f, h, w = arranged(form, letters).shape
+    pf, ph, pw = patch
+    x = tokens.reshape(b, i, f // pf, h // ph, w // pw, c, pf, ph, pw).permute(0, 1, 5, 2, 6, 3, 7, 4, 8)
+    x = x.reshape(b, i, c, f, h, w)
+    order = ["bicfhw".index(letter) for letter in letters]
+    x = x.permute(*order, *(axis for axis in range(6) if axis not in order)).reshape(form.shape)
+    return list(x) if axes == "list" else x
+
+
+def arranged(x: Tensor, axes: str) -> Tensor:
+    """Axes in the order bicfhw, missing ones of size 1."""
+    for letter in "bicfhw":
+        if letter not in axes:
+            x, axes = x.unsqueeze(-1), axes + letter
+    return x.permute(*(axes.index(letter) for letter in "bicfhw"))
+
+
+def opened(value: Any, part: dict[str, Any]) -> Tensor:
+    """A part's value as [row, token, channel]."""
+    tensor = packed(value, part["axes"], part["patch"])
+    tensor = tensor.unsqueeze(1) if tensor.ndim == 2 else tensor
+    return tensor.transpose(0, 1) if part["turned"] else tensor
+
+
+def closed(tensor: Tensor, value: Any, part: dict[str, Any]) -> Any:
+    """The inverse of :func:`opened`."""
+    tensor = tensor.transpose(0, 1) if part["turned"] else tensor
+    tensor = tensor.squeeze(1) if getattr(value, "ndim", 0) == 2 else tensor
+    return unpacked(tensor, value, part["axes"], part["patch"])
+
+
+def tokens_of(value: Any, part: dict[str, Any], image: SimpleNamespace) -> Tensor:
+    """The tokens of a part's stream in every row of a call."""
+    tensor = opened(value, part)
+    return stream_of(tensor, part, image, range(len(tensor)))[0]
+
+
+def stream_of(tensor: Tensor, part: dict[str, Any], image: SimpleNamespace, rows: range) -> tuple[Tensor, tuple | None]:
+    """The rows and tokens of one stream: a view, or (where rows differ) a copy and the place it was taken from."""
+    some = tensor[rows.start : rows.stop]
+    length, layout, picture = tensor.shape[1], part["layout"], part["stream"] == "img"
+    if layout == "whole":
+        start, count = 0, length
+    elif layout == "own":
+        start, count = (min(image.first, length - image.count), image.count) if picture else (0, length)
+    elif layout == "text_first":
+        start, count = (length - image.total + image.first, image.count) if picture else (0, length - image.total)
+    elif layout == "image_first":
+        start, count = (image.first, image.count) if picture else (image.total, length - image.total)
+    else:
+        starts = [int(image.starts[row]) for row in rows]
+        if len(set(starts)) > 1:
+            if not picture:
+                raise PlanMismatchError(
+                    f"the prompts have {', '.join(map(str, starts))} text tokens at {part['site']}, which fit no one "
+                    "tensor; run them with batch_size=1"
+                )
+            places = torch.tensor(starts, device=tensor.device)[:, None] + torch.arange(
+                image.count, device=tensor.device
+            )
+            place = (torch.arange(rows.start, rows.stop, device=tensor.device)[:, None], places)
+            return tensor[place], place
+        start, count = (starts[0], image.count) if picture else (0, starts[0])
+    return some.narrow(1, start, count), None
