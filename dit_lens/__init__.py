@@ -27,6 +27,8 @@ _WHERE = {
     "Receipt": "receipt",
     "ChannelSet": "channels",
     "compare": "comparison",
+    "encode_prompts": "encode",
+    "recommend": "recommendation",
     "Read": "ops",
     "Zero": "ops",
     "Scale": "ops",
@@ -64,11 +66,13 @@ __all__ = [
     "channels",
     "clusters",
     "compare",
+    "encode_prompts",
     "errors",
     "families",
     "metrics",
     "ops",
     "plots",
+    "recommend",
     "register_family",
     "sigma",
     "studies",
@@ -79,10 +83,12 @@ if TYPE_CHECKING:
     from dit_lens import channels, clusters, errors, families, metrics, ops, plots, studies, toys
     from dit_lens.channels import ChannelSet
     from dit_lens.comparison import compare
+    from dit_lens.encode import encode_prompts
     from dit_lens.families import Family, Guidance, Stack, register_family
     from dit_lens.lens import DiTLens
     from dit_lens.ops import Add, Apply, MeanAblate, Read, Resample, Scale, Swap, TokenMean, Zero, sigma
     from dit_lens.receipt import Receipt
+    from dit_lens.recommendation import recommend
     from dit_lens.run import Run
 
 

@@ -78,8 +78,8 @@ def encode_prompts(
         vocabulary=vocabulary,
         call=call,
     )
-    names = _names(pipe)
-    _check(pipe, names, prepared)
+    names = returned_names(type(pipe))
+    _check(pipe, prepared)
     with _placed(pipe, device) as where:
         found = _encoded(pipe, names, prepared, where)
     cleared = {name: None for name, value in _arguments(pipe, prepared).items() if _is_text(name) and value is not None}
@@ -120,38 +120,19 @@ def release(pipe: DiffusionPipeline) -> Released:
     return Released(names, sizes)
 
 
-def _check(pipe: DiffusionPipeline, names: Sequence[str], prepared: Call) -> None:
-    """Refuses what embeddings could not stand for."""
-    kind = type(pipe).__name__
-    missing = [name for name, part in pipe.components.items() if re.fullmatch(ENCODER, name) and part is None]
-    if not encoders(pipe):
-        raise PromptError(
-            f"{kind} holds no text encoder{' any more' if missing else ''}. Encode prompts before the encoders are "
-            "released, or load a pipeline with them."
-        )
-    if any((prepared.arguments.get(name) or 1) > 1 for name in EACH):
-        raise PromptError(
-            "encoded prompts stand for one picture each. List a prompt once for every picture, with seed= as a list."
-        )
-    known = inspect.signature(type(pipe).__call__).parameters
-    wanted = [name for name in known if re.fullmatch(EMBEDDING, name)]
-    lost = [name for name in wanted if name not in names]
-    if not wanted or lost:
-        why = f"its encode_prompt does not return {', '.join(lost)}" if lost else "it takes no prompt_embeds="
-        raise _refusal(kind, why)
+def returned_names(kind: type[DiffusionPipeline]) -> list[str]:
+    """What encode_prompt of a pipeline class returns, by the names in its source.
 
-
-def _names(pipe: DiffusionPipeline) -> list[str]:
-    """What encode_prompt returns, by the names in its source."""
-    kind = type(pipe).__name__
-    encode = getattr(type(pipe), "encode_prompt", None)
+    PromptError where that is not all that stands for the prompts of its call.
+    """
+    encode = getattr(kind, "encode_prompt", None)
     if encode is None:
         raise _refusal(kind, "it has no encode_prompt")
     if "image" in inspect.signature(encode).parameters:
         raise _refusal(kind, "it encodes prompts together with pictures")
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(encode)))
-        others = re.findall(r"self\.(encode_prompt\w+)", inspect.getsource(type(pipe).__call__))
+        others = re.findall(r"self\.(encode_prompt\w+)", inspect.getsource(kind.__call__))
     except (OSError, SyntaxError) as problem:
         raise _refusal(kind, f"the source of its encode_prompt cannot be read ({problem})") from problem
     if others:
@@ -161,7 +142,26 @@ def _names(pipe: DiffusionPipeline) -> list[str]:
     named = [[part.id if isinstance(part, ast.Name) else "" for part in some] for some in parts]
     if len(named) != 1 or not all(named[0]):
         raise _refusal(kind, "its encode_prompt returns values without names")
+    wanted = [name for name in inspect.signature(kind.__call__).parameters if re.fullmatch(EMBEDDING, name)]
+    lost = [name for name in wanted if name not in named[0]]
+    if not wanted or lost:
+        why = f"its encode_prompt does not return {', '.join(lost)}" if lost else "it takes no prompt_embeds="
+        raise _refusal(kind, why)
     return named[0]
+
+
+def _check(pipe: DiffusionPipeline, prepared: Call) -> None:
+    """Refuses what this very pipeline or call cannot do."""
+    if not encoders(pipe):
+        gone = any(re.fullmatch(ENCODER, name) for name in pipe.components)
+        raise PromptError(
+            f"{type(pipe).__name__} holds no text encoder{' any more' if gone else ''}. Encode prompts before the "
+            "encoders are released, or load a pipeline with them."
+        )
+    if any((prepared.arguments.get(name) or 1) > 1 for name in EACH):
+        raise PromptError(
+            "encoded prompts stand for one picture each. List a prompt once for every picture, with seed= as a list."
+        )
 
 
 def _encoded(pipe: DiffusionPipeline, names: Sequence[str], prepared: Call, device: Any) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def _ask(pipe: DiffusionPipeline, names: Sequence[str], arguments: Mapping[str, 
         else:
             why = ""
     if not all(_same(found[name], again.get(name)) for name in names):
-        raise _refusal(type(pipe).__name__, f"{', '.join(untold)} cannot be found from the embeddings alone{why}")
+        raise _refusal(type(pipe), f"{', '.join(untold)} cannot be found from the embeddings alone{why}")
     return found
 
 
@@ -220,7 +220,7 @@ def _accepted(pipe: DiffusionPipeline, arguments: Mapping[str, Any], device: Any
         if name in own or name in arguments:
             given[name] = own[name] if name in own else arguments[name]
         elif parameter.default is parameter.empty:
-            raise _refusal(type(pipe).__name__, f"its encode_prompt needs {name}=, which only its own call knows")
+            raise _refusal(type(pipe), f"its encode_prompt needs {name}=, which only its own call knows")
     return given
 
 
@@ -277,8 +277,8 @@ def _is_text(name: str) -> bool:
     return re.fullmatch(TEXT, name) is not None
 
 
-def _refusal(kind: str, why: str) -> PromptError:
+def _refusal(kind: type, why: str) -> PromptError:
     return PromptError(
-        f"prompts of {kind} cannot be encoded beforehand: {why}. Pass the prompts to lens.run, and offload with "
-        "lens.pipe.enable_model_cpu_offload() where memory is short."
+        f"prompts of {kind.__name__} cannot be encoded beforehand: {why}. Pass the prompts to lens.run, and where "
+        "memory is short offload with lens.pipe.enable_model_cpu_offload()."
     )

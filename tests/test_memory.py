@@ -69,12 +69,12 @@ def test_one_prompt_that_does_not_fit(small):
 
 
 def test_rows_that_exchange_values_stay_together(small):
-    with pytest.raises(ExecutionError, match="cannot be made smaller: .*must run together"):
+    with pytest.raises(ExecutionError, match=r"cannot be made smaller: .*must run together"):
         small.run(FIVE, Swap("blocks.2.img", source="row:0", rows=4), seed=3)
 
 
 def test_a_generator_cannot_be_split(small):
-    with pytest.raises(ExecutionError, match="cannot be made smaller: .*generator="):
+    with pytest.raises(ExecutionError, match=r"cannot be made smaller: .*generator="):
         small.run(FIVE, generator=[torch.Generator().manual_seed(0) for _ in FIVE])
 
 
