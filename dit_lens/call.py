@@ -77,7 +77,7 @@ def prepare(
     device = pipe._execution_device  # noqa: SLF001 diffusers offers no public way
     arguments |= {name: _moved(value, device) for name, value in arguments.items() if _for_prompts(name)}
     prompts = _prompts(prompt, arguments)
-    count = len(arguments[_embeddings(arguments)]) if prompts is None else len(prompts)
+    count = len(arguments[_embeddings(arguments) or ""]) if prompts is None else len(prompts)
     steps = num_inference_steps if num_inference_steps is not None else arguments.get("num_inference_steps")
     arguments["num_inference_steps"] = _positive(
         "num_inference_steps", signature["num_inference_steps"].default if steps is None else steps

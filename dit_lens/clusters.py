@@ -50,7 +50,7 @@ class Segmentation:
 
 def segment(
     x: Any,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     *,
     n_clusters: int = 2,
     polarity: str = "heat",
@@ -128,7 +128,7 @@ def cluster(x: Any, n_clusters: int = 2, seed: int = 0, method: str = "minmax") 
     return np.argsort(order)[labels]
 
 
-def foreground(labels: Any, heat: Any, grid: tuple[int, int], polarity: str = "heat") -> np.ndarray:
+def foreground(labels: Any, heat: Any, grid: tuple[int, ...], polarity: str = "heat") -> np.ndarray:
     """The mask that some clusters make.
 
     >>> foreground([0, 1, 1, 0], [0.1, 0.9, 0.7, 0.2], (2, 2)).tolist()

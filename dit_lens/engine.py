@@ -48,7 +48,7 @@ class Engine:
 
 
 def traced(
-    model: nnsight.NNsight, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any]
+    model: Any, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Any]]:
     """One trace, one invoke, containers saved empty and filled inside: what holds for local and for remote runs."""
     with model.trace(**call) as tracer:

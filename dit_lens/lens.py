@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from dit_lens.encode import Released
     from dit_lens.ops import Pattern, Steps
     from dit_lens.run import Run
+    from dit_lens.x0 import X0
 
 DEFAULTS_FILE = "dit_lens.json"
 
@@ -116,7 +117,9 @@ class DiTLens:
         ['blocks.0.txt', 'blocks.0.img', 'blocks.1.txt', 'blocks.1.img']
         """
         found: Iterable[Site] = (
-            self.anatomy.sites if pattern == "*" else match(pattern, self.anatomy.sites, self.anatomy.stacks)
+            self.anatomy.sites
+            if pattern == "*"
+            else match(pattern, self.anatomy.sites, self.anatomy.stacks, self.anatomy.why_not)
         )
         return [site.name for site in found]
 
@@ -312,6 +315,28 @@ class DiTLens:
         """The site whose clusters are taken for the subject: after two thirds of the depth, unless a block is named."""
         (name,) = self.sites(f"blocks.{(2 * self.anatomy.depth) // 3 if block is None else block}.img")
         return name
+
+    def read_x0(
+        self, prompt: str | Sequence[str] | None, site: Pattern | None = None, *, steps: Steps = None, **call: Any
+    ) -> X0:
+        """The picture each block would draw if it were the last: the logit lens, for diffusion.
+
+        >>> lens = DiTLens.toy()
+        >>> prompt = "a big red circle left on a plain blue background"
+        >>> found = lens.read_x0(prompt, "blocks[6:8].img", seed=0, num_inference_steps=2)
+        >>> list(found.pictures), found.pictures["x0"][-1][0].size
+        (['blocks.6.img.x0', 'blocks.7.img.x0', 'x0'], (64, 64))
+
+        Image tokens go through the model's own final norm and projection, with the call's own conditioning; from the
+        prediction follow clean latents (x - sigma v for a flow), which the autoencoder draws. "x0" is the model's own,
+        equal to the last block's. Conditional branch only, so guidance does not show. ``.figure()`` is the sheet.
+
+        site: blocks, with or without ``.x0``; some evenly spaced ones by default. steps: four evenly spaced by default.
+        Raises SiteError or OpError, before any denoising, where a family or scheduler has no x0.
+        """
+        from dit_lens.x0 import read_x0
+
+        return read_x0(self, prompt, site, steps=steps, **call)
 
     # nnsight underneath
 

@@ -82,7 +82,7 @@ def match(
     pattern: str | Iterable[str],
     sites: Sequence[Site],
     stacks: Mapping[str, range] | None = None,
-    why_not: Callable[[int, str, str], str] | None = None,
+    why_not: Callable[[int, str, str], str | None] | None = None,
 ) -> list[Site]:
     """The sites a pattern means, in the order the model computes them.
 
@@ -106,7 +106,7 @@ def _match_one(
     pattern: str,
     sites: Sequence[Site],
     stacks: Mapping[str, range],
-    why_not: Callable[[int, str, str], str] | None,
+    why_not: Callable[[int, str, str], str | None] | None,
 ) -> list[Site]:
     named = [site for site in sites if site.block is None and site.name == pattern]
     if named:
@@ -127,7 +127,7 @@ def _match_one(
     )
     found = [site for site in sites if site.block in blocks and site.stream in streams and site.point in points]
     if not found and why_not is not None and len(points) == 1:
-        reasons = dict.fromkeys(why_not(block, stream, points[0]) for block in blocks for stream in streams)
+        reasons = dict.fromkeys(str(why_not(block, stream, points[0])) for block in blocks for stream in streams)
         elsewhere = [site.name for site in sites if site.point == points[0]]
         raise SiteError(
             f"{pattern!r}: {'; '.join(reasons)}."

@@ -192,7 +192,7 @@ def _levels(scheduler: Any) -> list[float] | None:
     """sqrt(1 - alpha bar) of every training timestep, for schedulers that keep such a table and are no flow."""
     table = getattr(scheduler, "alphas_cumprod", None)
     flow = scheduler.config.get("use_flow_sigmas") or scheduler.config.get("prediction_type") == "flow_prediction"
-    return None if table is None or flow else (1 - table).clamp(min=0).sqrt().tolist()
+    return None if table is None or flow else [max(1 - float(kept), 0.0) ** 0.5 for kept in table]
 
 
 def _sigmas(

@@ -128,7 +128,7 @@ class Anatomy:
 
     def blocks(self, stack: Stack) -> list[nn.Module]:
         """The blocks of a stack."""
-        return list(self._module(stack.path))
+        return list(self._module(stack.path).children())
 
     def _inner(self, block: int, path: str) -> nn.Module | None:
         """A module of a block, through its own names or those of a list."""

@@ -10,7 +10,7 @@ marker and name everywhere (theme.ARMS).
 """
 
 from dit_lens.plots.channels import block_channel_map, channel_histogram, channel_spectrum
-from dit_lens.plots.overlays import cluster_overlay, overlay_grid, strip
+from dit_lens.plots.overlays import cluster_overlay, overlay_grid, sheet, strip
 from dit_lens.plots.studies import disruption_figure, organisation_figure, transfer_figure
 from dit_lens.plots.theme import ARMS, TEMPLATE, looks
 
@@ -25,6 +25,7 @@ __all__ = [
     "looks",
     "organisation_figure",
     "overlay_grid",
+    "sheet",
     "strip",
     "transfer_figure",
 ]

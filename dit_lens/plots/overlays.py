@@ -102,6 +102,52 @@ def strip(images: Sequence[Image], labels: Sequence[str], *, title: str = "", su
     return titled(figure, title, subtitle, height=figure.layout.height - (0 if headed else 52))
 
 
+def sheet(
+    images: Sequence[Sequence[Image]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    title: str = "",
+    subtitle: str = "",
+) -> go.Figure:
+    """Pictures in a table, such as steps by blocks.
+
+    >>> from PIL import Image
+    >>> figure = sheet([[Image.new("RGB", (8, 8))] * 2], ["step 0"], ["block 0", "block 1"])
+    >>> [label.text for label in figure.layout.annotations]
+    ['block 0', 'block 1', 'step 0']
+
+    images: [row][column], PIL. rows, columns: their labels.
+    """
+    if not images or any(len(line) != len(columns) for line in images) or len(images) != len(rows):
+        raise OpError(
+            f"A sheet takes one label per row and column, and got {len(rows)} and {len(columns)} labels for "
+            f"{len(images)} rows of {', '.join(str(len(line)) for line in images)} pictures."
+        )
+    labels = [column for _ in rows for column in columns]
+    flat = [image for line in images for image in line]
+    figure, cells = _cells([image.size for image in flat], labels, len(columns))
+    for image, (row, column) in zip(flat, cells, strict=True):
+        figure.add_trace(_picture(image), row=row, col=column)
+    for number, label in enumerate(rows, start=1):
+        domain = figure.get_subplot(number, 1).yaxis.domain
+        figure.add_annotation(
+            text=label,
+            textangle=-90,
+            x=0,
+            y=sum(domain) / 2,
+            xref="paper",
+            yref="paper",
+            xanchor="right",
+            yanchor="middle",
+            xshift=-4,
+            showarrow=False,
+            font={"size": 11},
+        )
+    figure.update_layout(margin={"l": 42})
+    return titled(figure, title, subtitle, height=figure.layout.height)
+
+
 def outline(mask: np.ndarray) -> tuple[list[float | None], list[float | None]]:
     """The border of a mask as line segments x, y with None between them; pixel (0, 0) spans 0 to 1.
 
@@ -179,10 +225,12 @@ def _border(size: tuple[int, int], mask: np.ndarray, name: str, line: dict[str, 
     )
 
 
-def _cells(sizes: Sequence[tuple[int, int]], labels: Sequence[str]) -> tuple[go.Figure, list[tuple[int, int]]]:
+def _cells(
+    sizes: Sequence[tuple[int, int]], labels: Sequence[str], columns: int | None = None
+) -> tuple[go.Figure, list[tuple[int, int]]]:
     """Empty cells for pictures (W, H), wrapped into even rows, labels below; and the (row, column) of each."""
-    rows = -(-len(sizes) // _ROW)
-    columns = -(-len(sizes) // rows)
+    rows = -(-len(sizes) // (columns or _ROW))
+    columns = columns or -(-len(sizes) // rows)
     wide = (WIDTH - 16) / max(columns, 3)
     lines = 1 + max(label.count("<br>") for label in labels)
     tall = min(320.0, wide * max(height / width for width, height in sizes))

@@ -1,0 +1,73 @@
+"""The x0 lens against the pictures the pipelines draw themselves."""
+
+import numpy as np
+import pytest
+
+from dit_lens import DiTLens, Read, Zero
+from dit_lens.errors import FamilyError, OpError, SiteError
+from tests import pipelines
+from tests.test_zoo import ENTRIES
+
+PROMPT = "a big red circle left on a checkered blue background"
+
+
+def array(image):
+    return np.asarray(image, dtype=int)
+
+
+def test_without_guidance_the_last_step_is_the_picture(toy):
+    run = toy.run(PROMPT, seed=0, true_cfg_scale=1.0)
+    found = toy.read_x0(PROMPT, "blocks.-1.img", seed=0, true_cfg_scale=1.0, steps=[0, -1])
+    assert list(found.pictures) == ["blocks.7.img.x0", "x0"]
+    assert found.steps == (0, 11)
+    for pictures in found.pictures.values():
+        assert abs(array(pictures[-1][0]) - array(run.images[0])).max() <= 1
+        assert abs(array(pictures[0][0]) - array(run.images[0])).max() > 10
+
+
+@pytest.mark.parametrize("name", ["flux-embedded", "flux2", "klein-kv", "sd3", "sd35", "zimage"])
+def test_every_kind_of_latents_is_decoded_as_its_pipeline_does(name):
+    entry = ENTRIES[name]
+    lens = DiTLens(entry.build(), defaults={})
+    call = {**entry.call(2), "output_type": "pil"}
+    call = {key: value for key, value in call.items() if not key.startswith("negative")}
+    if "guidance_scale" in call:
+        call["guidance_scale"] = 0.0 if name == "zimage" else 1.0
+    steps = call.pop("num_inference_steps")
+    run = lens.run(None, seed=0, num_inference_steps=steps, **call)
+    found = lens.read_x0(None, "blocks.-1.img", steps=-1, seed=0, num_inference_steps=steps, **call)
+    assert len(found.pictures["x0"][0]) == 2
+    for drawn, own, last in zip(run.images, *(pictures[0] for pictures in found.pictures.values()), strict=True):
+        assert abs(array(drawn) - array(own)).max() <= 1
+        assert abs(array(drawn) - array(last)).max() <= 1
+
+
+def test_an_edit_shows_in_the_blocks_after_it(cfg_lens):
+    ops = [Read("blocks.*.img.x0")]
+    plain, edited = cfg_lens.run("red", ops, seed=0), cfg_lens.run("red", [*ops, Zero("blocks.2.img")], seed=0)
+    same = [bool((plain[site][0] == edited[site][0]).all()) for site in plain.keys()]  # noqa: SIM118
+    assert same == [True, True, False, False, False]
+
+
+def test_the_sheet_and_the_defaults(cfg_lens):
+    found = cfg_lens.read_x0(["red", "blue"], seed=0)
+    assert list(found.pictures) == [*(f"blocks.{i}.img.x0" for i in range(5)), "x0"]
+    assert found.steps == (0, 1, 2)
+    figure = found.figure(row=1)
+    assert len(figure.data) == 18
+    labels = [note.text for note in figure.layout.annotations]
+    assert labels[:6] == ["block 0", "block 1", "block 2", "block 3", "block 4", "the model"]
+    assert labels[-1] == "step 2<br>noise 0.33"
+
+
+def test_refusals(cfg_lens):
+    with pytest.raises(SiteError, match=r"holds no image tokens|no stream"):
+        cfg_lens.read_x0("red", "blocks.0.txt")
+    with pytest.raises(OpError, match="can only be read"):
+        cfg_lens.run("red", Zero("blocks.0.img.x0"))
+    pipe = pipelines.flux()
+    lens = DiTLens(pipe, defaults=dict(pipelines.TRUE_CFG))
+    lens.pipe.vae, vae = None, lens.pipe.vae
+    with pytest.raises(FamilyError, match="without its autoencoder"):
+        lens.read_x0("red", "blocks.0.img", output_type="latent")
+    lens.pipe.vae = vae
