@@ -1,12 +1,13 @@
-"""The command line: dit-lens demo | info | run | train-toy."""
+"""The command line: dit-lens demo | info | doctor | run | train-toy."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dit_lens import __version__
 from dit_lens.errors import DitLensError
@@ -47,6 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="say what a pipeline folder holds: family, sites, checks")
     info.add_argument("pipeline", help="a folder written by save_pretrained, or toy:flux")
     info.set_defaults(command=_info)
+
+    doctor = commands.add_parser("doctor", help="say what works on this machine with this pipeline, within a minute")
+    doctor.add_argument("pipeline", help="a folder written by save_pretrained, a repository, or toy:flux")
+    doctor.add_argument("--device", help="cuda, cuda:1, cpu ...; the GPU where there is one")
+    doctor.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16 on a GPU, else float32")
+    doctor.add_argument("--json", action="store_true", help="the findings as JSON")
+    doctor.set_defaults(command=_doctor)
 
     run = commands.add_parser("run", help="draw one prompt under ops from a JSON file, and save the run")
     run.add_argument("pipeline", help="a folder written by save_pretrained, or toy:flux")
@@ -89,6 +97,19 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    """Exit code 1 where something does not work."""
+    import torch
+
+    from dit_lens.doctor import examine, usual_device
+
+    device = options.device or usual_device()
+    dtype = getattr(torch, options.dtype or ("float32" if device == "cpu" else "bfloat16"))
+    diagnosis = examine(_load(options.pipeline, dtype=dtype), device=device)
+    print(json.dumps(diagnosis.to_json(), indent=1) if options.json else diagnosis)
+    return 0 if diagnosis.well else 1
+
+
 def _run(options: argparse.Namespace) -> int:
     from dit_lens.errors import OpError
     from dit_lens.ops import from_json
@@ -126,12 +147,12 @@ def _train_toy(options: argparse.Namespace) -> int:
     return 0
 
 
-def _load(pipeline: str) -> DiTLens:
+def _load(pipeline: str, **options: Any) -> DiTLens:
     from dit_lens.lens import DiTLens
 
-    return (
-        DiTLens.toy(pipeline.removeprefix("toy:")) if pipeline.startswith("toy:") else DiTLens.from_pretrained(pipeline)
-    )
+    if pipeline.startswith("toy:"):
+        return DiTLens.toy(pipeline.removeprefix("toy:"), **options)
+    return DiTLens.from_pretrained(pipeline, **options)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ CONTEXT = 0.6 * GB  # CUDA itself
 DENOISING = 0.6 * GB
 DECODING = 5.0 * GB
 BYTES = {"bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}  # of a weight; NF4 has a scale of 4 bytes for 64 of them
-BF16 = "torch_dtype=torch.bfloat16"
+BF16 = "dtype=torch.bfloat16"
 QUANTISED = {  # weights -> what diffusers calls it, and how it is made
     "int8": ("TorchAoConfig", "TorchAoConfig(Int8WeightOnlyConfig())"),
     "nf4": (
