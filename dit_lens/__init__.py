@@ -40,7 +40,11 @@ _WHERE = {
     "Apply": "ops",
     "sigma": "ops",
     "Family": "families",
+    "Grid": "families",
     "Guidance": "families",
+    "Readout": "families",
+    "Tap": "families",
+    "Time": "families",
     "Stack": "families",
     "register_family": "families",
 }
@@ -52,15 +56,19 @@ __all__ = [
     "ChannelSet",
     "DiTLens",
     "Family",
+    "Grid",
     "Guidance",
     "MeanAblate",
     "Read",
+    "Readout",
     "Receipt",
     "Resample",
     "Run",
     "Scale",
     "Stack",
     "Swap",
+    "Tap",
+    "Time",
     "TokenMean",
     "Zero",
     "channels",
@@ -84,7 +92,7 @@ if TYPE_CHECKING:
     from dit_lens.channels import ChannelSet
     from dit_lens.comparison import compare
     from dit_lens.encode import encode_prompts
-    from dit_lens.families import Family, Guidance, Stack, register_family
+    from dit_lens.families import Family, Grid, Guidance, Readout, Stack, Tap, Time, register_family
     from dit_lens.lens import DiTLens
     from dit_lens.ops import Add, Apply, MeanAblate, Read, Resample, Scale, Swap, TokenMean, Zero, sigma
     from dit_lens.receipt import Receipt

@@ -28,14 +28,17 @@ def lens_lines(lens: DiTLens) -> list[tuple[str, str]]:
     embedded = family.embedded is not None and bool(lens.pipe.transformer.config[family.embedded])
     guidance = guidance_text(family.guidance_of(lens.pipe))
     streams = [stream for stream in STREAM_WORDS if any(site.stream == stream for site in anatomy.sites)]
-    points = list(dict.fromkeys(site.point for site in anatomy.sites if site.block is not None))
+    inside = list(dict.fromkeys(site.point.split(".")[0] for site in anatomy.sites if site.block is not None))
     size = sum(parameter.numel() for parameter in lens.pipe.transformer.parameters())
     return [
         ("family", f"{family.name} ({type(lens.pipe.transformer).__name__}, {size / 1e6:.4g} M parameters)"),
         ("blocks", f"{anatomy.depth}: {', '.join(stacks)}"),
         ("width", f"{anatomy.width} channels; a predicted token has {anatomy.out_width}"),
         ("streams", ", ".join(STREAM_WORDS[stream] for stream in streams)),
-        ("sites", f"blocks.0-{anatomy.depth - 1}.{{{','.join(streams)}}}[.{'|'.join(points)}], final.img, velocity"),
+        (
+            "sites",
+            f"blocks.0-{anatomy.depth - 1}.{{{','.join(streams)}}}[.{'|'.join(inside)}], final.img, velocity, x0",
+        ),
         ("grid", f"{grid[0]} x {grid[1]} image tokens by default" if grid else "known when it runs"),
         ("guidance", ("a guidance scale is embedded; " if embedded else "") + guidance),
         ("checks", f"{', '.join(check.name for check in lens.checks)} passed"),

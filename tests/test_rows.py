@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import pytest
 
 from dit_lens.errors import FamilyError
-from dit_lens.families import Anatomy, Family, Stack, Tap
+from dit_lens.families import Anatomy, Family, Stack, Tap, template
 from dit_lens.families.checks import check
 from dit_lens.families.table import TABLE
 
@@ -129,3 +130,18 @@ def test_a_mutated_row_is_caught(name, mutation):
     for mutant in mutants:
         with pytest.raises(FamilyError, match=family.name.replace(".", r"\.")):
             checked(mutant)
+
+
+def test_the_page_of_models_is_up_to_date(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs"))
+    import models
+
+    assert models.PAGE.read_text() == models.page(), "run `python docs/models.py`"
+
+
+def test_a_template_is_a_row_that_passes():
+    import dit_lens
+
+    source = template(FAMILIES["Chroma"], "ChromaTransformer2DModel")
+    row = eval(source, {"dit_lens": dit_lens})
+    assert checked(row) == ["structure", "chain", "final", "grid", "write", "readout"]

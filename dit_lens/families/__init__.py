@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING
 
 from dit_lens.errors import FamilyError
@@ -27,6 +29,8 @@ __all__ = [
     "refuse_unsafe",
     "register_family",
 ]
+
+CACHES = "cache|fbc|pyramid_attention"  # in the names of diffusers' hooks that skip work
 
 _registered: list[Family] = []
 
@@ -64,21 +68,55 @@ def find(pipe: DiffusionPipeline) -> Family:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     raise FamilyError(
         f"no family describes {name}. Known: {', '.join(f'{family} ({cls})' for cls, family in known.items())}. "
-        f"Nearest: {close} ({known[close]}). Describe it with dit_lens.register_family(dit_lens.Family(name=..., "
-        f"transformer={name!r}, ...)), starting from that row."
+        f"Nearest: {close} ({known[close]}). Describe it with dit_lens.register_family(row); a row like the nearest "
+        f"one, to start from:\n{template(next(family for family in families() if family.transformer == close), name)}"
     )
+
+
+def template(family: Family, transformer: str) -> str:
+    """The source of a family's row, for another transformer; points inside blocks are left out."""
+    stacks = tuple(replace(stack, points={}) for stack in family.stacks)
+    row = replace(
+        family, name="...", transformer=transformer, pipelines=("...",), stacks=stacks, variants={}, refuses={}
+    )
+    return _source(row, "")
+
+
+def _source(value: object, indent: str) -> str:
+    if not is_dataclass(value):
+        return repr(value)
+    inner = indent + "    "
+    lines = []
+    for one in fields(value):
+        own = getattr(value, one.name)
+        default = one.default_factory() if callable(one.default_factory) else one.default
+        if own == default:
+            continue
+        if isinstance(own, tuple) and any(is_dataclass(item) for item in own):
+            items = "".join(f"{inner}    {_source(item, inner + '    ')},\n" for item in own)
+            lines.append(f"{inner}{one.name}=(\n{items}{inner}),\n")
+        else:
+            lines.append(f"{inner}{one.name}={_source(own, inner)},\n")
+    inside = f"\n{''.join(lines)}{indent}" if lines else ""
+    return f"dit_lens.{type(value).__name__}({inside})"
 
 
 def refuse_unsafe(pipe: DiffusionPipeline) -> None:
     """Refuses what would silently change which calls and modules run; looked at before every run."""
-    transformer = pipe.transformer
-    if getattr(transformer, "is_cache_enabled", False):
+    modules = list(pipe.transformer.modules())
+    hooks = [name for module in modules for name in getattr(getattr(module, "_diffusers_hook", None), "hooks", ())]
+    if getattr(pipe.transformer, "is_cache_enabled", False) or any(re.search(CACHES, name) for name in hooks):
         raise FamilyError(
             "a step cache is enabled, which skips blocks without saying so. "
-            "Call pipe.transformer.disable_cache() first."
+            "Call pipe.transformer.disable_cache() first, or load the pipeline again where there is no such method."
         )
-    if hasattr(transformer, "_orig_mod") or getattr(transformer, "_compiled_call_impl", None) is not None:
+    if any(hasattr(one, "_orig_mod") or getattr(one, "_compiled_call_impl", None) is not None for one in modules):
         raise FamilyError(
-            "the transformer is compiled, so nothing inside it can be read or changed. "
-            "Load the pipeline again without torch.compile."
+            "the transformer or a part of it is compiled, so nothing inside it can be read or changed. "
+            "Load the pipeline again without compiling it."
+        )
+    if any(getattr(module, "fused_projections", False) for module in modules):
+        raise FamilyError(
+            "query, key and value projections are fused, so the modules that attn.q, attn.k and attn.v name are not "
+            "called. Call pipe.transformer.unfuse_qkv_projections() first."
         )

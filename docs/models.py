@@ -1,0 +1,119 @@
+"""Writes docs/models.md from the table of families: ``python docs/models.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+
+from dit_lens.families import Anatomy, Family, Stack
+from dit_lens.families.checks import check
+from dit_lens.families.table import TABLE
+from dit_lens.reprs import guidance_text
+
+PAGE = Path(__file__).with_name("models.md")
+
+HEAD = """# Models
+
+Written from the table of families by `python docs/models.py`. {count} transformer classes of diffusers are described by
+a row each. `lens.sites("blocks.3.img.*")` lists what one block of your model has; a point that is missing answers with
+the reason.
+
+When a pipeline is wrapped, its row is tried on a tiny random transformer of the same class, which costs a fraction of a
+second and touches none of the model's own weights. The checks:
+
+| check | says |
+| --- | --- |
+| structure | every module and argument that the row names exists in the live model |
+| chain | what leaves a block enters the next one |
+| residual | a block adds `attn_out`, `mlp_out` (and `attn2_out`, `cross_out`) to its input and nothing else |
+| final | the last block's image tokens enter the final norm |
+| grid | image tokens lie row by row |
+| write | a write to a block's image tokens reaches the prediction |
+| readout | final norm and projection of the last block's tokens are the model's prediction |
+
+During every run the number of rows, the grid, and the time of every transformer call are compared with the plan, and a
+run that differs fails. Which rows or calls are conditional is data of the row; the tests prove it for every family by
+changing the prompt.
+
+| model | blocks | streams | x0 of a block | guidance |
+| --- | --- | --- | --- | --- |
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [HEAD.format(count=len(TABLE)).rstrip("\n")]
+    lines += [_line(family) for family in TABLE]
+    lines += [_section(family) for family in TABLE]
+    lines.append(OTHERS)
+    return "\n".join(lines)
+
+
+def _line(family: Family) -> str:
+    stacks = ", ".join(stack.name for stack in family.stacks)
+    streams = ", ".join(dict.fromkeys(stream for stack in family.stacks for stream in sorted(stack.outputs)))
+    link = family.name.lower().replace(" ", "-").replace(".", "")
+    return (
+        f"| [{family.name}](#{link}) | {stacks} | {streams} | {'yes' if family.readout else 'no'} | "
+        f"{guidance_text(family.guidance)} |"
+    )
+
+
+def _section(family: Family) -> str:
+    anatomy = Anatomy(family, getattr(diffusers, family.transformer)(**family.tiny))
+    checks = check(anatomy)
+    lines = [
+        f"\n## {family.name}\n",
+        f"`{family.transformer}`; tried with {', '.join(f'`{name}`' for name in family.pipelines)}.",
+        f"Checked at load: {', '.join(one.name for one in checks)}.\n",
+    ]
+    lines += [line for stack in family.stacks for line in _points(anatomy, stack)]
+    for pipeline, guidance in family.variants.items():
+        lines.append(f"- `{pipeline}`: {guidance_text(guidance)}.")
+    if family.sign < 0:
+        lines.append("- The pipeline negates the prediction: `x0` allows for that, `velocity` is the model's own.")
+    for pipeline in family.other_predictions:
+        lines.append(f"- `{pipeline}` predicts neither a flow nor noise nor v, so there is no `x0`.")
+    refused = dict(family.refuses)
+    if family.guidance is not None and family.guidance.cut is not None:
+        refused[family.guidance.cut] = "below 1 it ends guidance inside the run, so that the number of branches changes"
+    lines += [f"- Refused: `{name}=`: {reason}." for name, reason in refused.items()]
+    return "\n".join(lines)
+
+
+def _points(anatomy: Anatomy, stack: Stack) -> list[str]:
+    first = anatomy.stacks[stack.name][0]
+    lines = []
+    for stream in sorted(stack.outputs):
+        have = [site.point for site in anatomy.sites if site.block == first and site.stream == stream]
+        lines.append(f"- `{stack.name}.*.{stream}`: {', '.join(f'`{name}`' for name in _grouped(have))}")
+        reasons: dict[str, list[str]] = {}
+        for point, reason in stack.points.get(stream, {}).items():
+            if isinstance(reason, str):
+                reasons.setdefault(reason, []).append(f"`{point}`")
+        lines += [f"  - no {', '.join(points)}: {reason}" for reason, points in reasons.items()]
+    return lines
+
+
+def _grouped(points: list[str]) -> list[str]:
+    """mod.attn.shift, mod.attn.scale -> mod.attn.shift|scale."""
+    groups: dict[str, list[str]] = {}
+    for point in points:
+        head, _, last = point.rpartition(".")
+        groups.setdefault(head or point, []).append(last)
+    return [f"{head}.{'|'.join(ends)}" if ends != [head] else head for head, ends in groups.items()]
+
+
+OTHERS = """
+## Not described
+
+- Flux3 exists as a modular pipeline only, which has no call that a lens could wrap; it is refused by name.
+- Another transformer is refused with its nearest relative in this table. Describe it with
+  `dit_lens.register_family(dit_lens.Family(...))`: the row is checked as these are.
+- Under quantisation the ranks of channels may shift. Compare before you carry channels over:
+  `massive_of_one.jaccard(massive_of_the_other)`.
+"""
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
