@@ -79,6 +79,14 @@ def human(size: float) -> str:
     return f"{size:.4g} {units[0]}"
 
 
+def stored(tensor: torch.Tensor) -> int:
+    """Bytes that a tensor takes, also where a quantised one says it is of another type."""
+    inner = getattr(tensor, "__tensor_flatten__", None)
+    if inner is None:
+        return tensor.numel() * tensor.element_size()
+    return sum(stored(getattr(tensor, name)) for name in inner()[0])
+
+
 def _bytes(
     read: PlannedRead, anatomy: Anatomy, image_tokens: int | None, text_tokens: int | None, dtype: torch.dtype
 ) -> tuple[int, bool]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens.call import prepare
-from dit_lens.cost import human
+from dit_lens.cost import human, stored
 from dit_lens.ops import Read, Zero
 from dit_lens.provenance import describe
 from dit_lens.recommendation import recommend
@@ -131,7 +131,7 @@ def _memory(lens: DiTLens, device: str | None) -> Finding:
     place = torch.device(device or lens.pipe.device)
     free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else psutil.virtual_memory().available
     moving = sum(
-        tensor.numel() * tensor.element_size()
+        stored(tensor)
         for part in lens.pipe.components.values()
         if isinstance(part, torch.nn.Module)
         for tensor in part.parameters()

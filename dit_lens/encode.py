@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.call import Call, prepare
-from dit_lens.cost import human
+from dit_lens.cost import human, stored
 from dit_lens.errors import PromptError
 from dit_lens.families import families
 
@@ -110,7 +110,7 @@ def release(pipe: DiffusionPipeline) -> Released:
     sizes: dict[str, int] = {}
     for name, part in found.items():
         for tensor in (*part.parameters(), *part.buffers()):
-            sizes[str(tensor.device)] = sizes.get(str(tensor.device), 0) + tensor.numel() * tensor.element_size()
+            sizes[str(tensor.device)] = sizes.get(str(tensor.device), 0) + stored(tensor)
         setattr(pipe, name, None)
     names = tuple(found)
     found.clear()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.cost import human
+from dit_lens.cost import human, stored
 from dit_lens.encode import ENCODER, returned_names
 from dit_lens.errors import FamilyError, OpError, PromptError, StoreError
 from dit_lens.store import read_json
@@ -251,7 +251,8 @@ def _choices(model: str, kind: type | None, parts: list[Part], gb: float, scale:
             small + (others if first else 0) + denoising,
             others + (small if first else 0) + decoding,
             exact=False,
-            note="activations differ a little from those of bf16; compare a prompt with an exact choice",
+            note="activations differ from those of bf16; compare with an exact choice"
+            + ("; float8 is as large" if weights == "int8" else ""),
             lines=load.texts_first(device, weights) if first else load.offloaded(weights),
         )
     streamed = sum(part.size() * (1 - part.blocks / part.parameters) for part in denoisers)
@@ -381,7 +382,7 @@ def _folder(source: str | Path) -> Path:
 
 
 def _shapes_of(module: Any) -> Shapes:
-    return [(name, tuple(p.shape), p.numel() * p.element_size()) for name, p in module.named_parameters()]
+    return [(name, tuple(p.shape), stored(p)) for name, p in module.named_parameters()]
 
 
 def _headers(folder: Path) -> Shapes:

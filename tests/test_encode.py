@@ -5,6 +5,7 @@ import inspect
 import diffusers
 import pytest
 import torch
+import transformers
 
 from dit_lens import DiTLens, Read
 from dit_lens.encode import encode_prompts, encoders, release, returned_names
@@ -122,6 +123,38 @@ def test_several_pictures_of_a_prompt_are_refused():
 def test_pipelines_that_cannot_be_encoded_say_why(name, why):
     with pytest.raises(PromptError, match=rf"prompts of {name} cannot be encoded beforehand: .*{why}"):
         returned_names(getattr(diffusers, name))
+
+
+def test_guidance_by_rows_of_one_encoding():
+    """Stable Diffusion 3 encodes prompt and negative prompt together, an empty one too."""
+    from tests.zoo import first
+
+    def clip():
+        config = transformers.CLIPTextConfig(
+            vocab_size=104,
+            hidden_size=4,
+            intermediate_size=8,
+            projection_dim=5,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=pipelines.LENGTH,
+            eos_token_id=2,
+        )
+        return transformers.CLIPTextModelWithProjection(config).eval()
+
+    torch.manual_seed(0)
+    bare = first.sd3()
+    parts = {"text_encoder": clip(), "text_encoder_2": clip(), "tokenizer": pipelines.tokenizer("<s> $A </s>")}
+    parts["tokenizer_2"] = parts["tokenizer"]
+    pipe = diffusers.StableDiffusion3Pipeline(**{**bare.components, **parts})
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 64, "width": 96, "num_inference_steps": 2, "output_type": "latent", "max_sequence_length": 7}
+    lens = DiTLens(pipe, defaults=size)
+    for call in ({}, {"negative_prompt": ["u", "v"]}, {"guidance_scale": 1.0}):
+        strings = lens.run(PROMPTS, seed=3, **call)
+        texts = lens.encode(PROMPTS, **call)
+        again = lens.run(**texts, seed=3, **{k: v for k, v in call.items() if k == "guidance_scale"})
+        assert torch.equal(again.latents, strings.latents)
 
 
 @pytest.mark.parametrize("name", ["sd3", "pixart-sigma", "sana", "qwen", "klein", "zimage"])

@@ -181,6 +181,21 @@ def test_weights_that_are_quantised_already_count_as_they_are(tmp_path):
     assert not any("nf4" in choice.name for choice in advice.choices)
 
 
+def test_int8_weights_are_counted_and_run():
+    pytest.importorskip("torchao")
+    prompts = ["a big red circle left on a plain blue background"]
+    (found,) = [one for one in recommend(path("flux")).choices if "int8" in one.name]
+    names = {"prompts": prompts}
+    lines = found.lines.replace('"cuda"', '"cpu"')
+    exec(lines.replace("prompts)", 'prompts, negative_prompt="", max_sequence_length=16)'), names)
+    assert len(names["run"].images) == 1
+    whole = {part.name: part for part in recommend(path("flux")).parts}["transformer"]
+    small = {part.name: part for part in recommend(names["lens"].pipe).parts}["transformer"]
+    assert small.quantised
+    assert small.parameters == whole.parameters
+    assert small.bytes == pytest.approx(whole.size("int8"), rel=0.05)
+
+
 def test_a_pipeline_whose_prompts_cannot_be_encoded_is_offloaded():
     from tests import zoo
 
