@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_lens.accessors import Blocks
+    from dit_lens.attention import Attention
     from dit_lens.channels import ChannelSet
     from dit_lens.encode import Released
     from dit_lens.ops import Pattern, Steps
@@ -63,14 +64,24 @@ class DiTLens:
     """
 
     def __init__(self, pipe: DiffusionPipeline, *, defaults: Mapping[str, Any] | None = None):
-        self.family = families.find(pipe)
         self.pipe = pipe
-        self.anatomy = families.Anatomy(self.family, pipe.transformer)
-        self.checks: list[Check] = check(self.anatomy)
+        self._describe()
         stored = _stored_defaults(pipe)
         self.defaults: dict[str, Any] = dict(stored.get("call", {}) if defaults is None else defaults)
         self.vocabulary: list[str] | None = stored.get("vocabulary")
         self.engine = Engine(pipe)
+
+    def _describe(self) -> None:
+        self.family = families.find(self.pipe)
+        self.anatomy = families.Anatomy(self.family, self.pipe.transformer)
+        self.checks: list[Check] = check(self.anatomy)
+
+    def _follow(self) -> Engine:
+        """Looks again at a pipeline whose modules were exchanged: by LoRA, or another transformer."""
+        if self.engine.stale:
+            self._describe()
+            self.engine.follow()
+        return self.engine
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> DiTLens:
@@ -116,6 +127,7 @@ class DiTLens:
         >>> DiTLens.toy().sites("double[0:2].{img,txt}")
         ['blocks.0.txt', 'blocks.0.img', 'blocks.1.txt', 'blocks.1.img']
         """
+        self._follow()
         found: Iterable[Site] = (
             self.anatomy.sites
             if pattern == "*"
@@ -338,6 +350,37 @@ class DiTLens:
 
         return read_x0(self, prompt, site, steps=steps, **call)
 
+    def read_pattern(
+        self,
+        prompt: str | Sequence[str] | None,
+        block: int | Sequence[int],
+        *,
+        heads: int | Sequence[int],
+        steps: Steps = -1,
+        branch: str = "cond",
+        **call: Any,
+    ) -> Attention:
+        """How image and text tokens of chosen blocks and heads attend to each other.
+
+        >>> found = DiTLens.toy().read_pattern(
+        ...     "a big red circle left on a plain blue background", 5, heads=[0, 2], seed=0, num_inference_steps=2
+        ... )
+        >>> found.between(5, "img", "txt").shape  # [step, row, head, image token, text token]
+        torch.Size([1, 1, 2, 256, 16])
+
+        Computed from the q and k that attention is called with, after norms and rotary embedding; every row sums to 1.
+        A head of n tokens keeps 4 n^2 bytes for each step and picture. block: numbers, as in ``blocks.{i}``. steps: the
+        last by default. Raises SiteError before any denoising where a block forms no pattern (linear attention).
+        """
+        from dit_lens.attention import read_pattern
+
+        return read_pattern(self, prompt, block, heads=heads, steps=steps, branch=branch, **call)
+
+    def planned(self, prompt: str | Sequence[str] | None = None, **call: Any) -> tuple[Timeline, Plan]:
+        """The steps and branches of a run, and its empty plan; nothing is run."""
+        _, when, plan = self._plan(prompt, (), **call)
+        return when, plan
+
     # nnsight underneath
 
     @property
@@ -347,14 +390,15 @@ class DiTLens:
         ``with lens.nnsight.generate(prompt, num_inference_steps=4):`` opens one, inside which ``lens.blocks[3].img``
         reads and assigns. Pass ``num_inference_steps``: nnsight's default is 1.
         """
-        return self.engine.model
+        return self._follow().model
 
     @property
     def blocks(self) -> Blocks:
         """The blocks in execution order, for use inside nnsight's own traces: ``lens.blocks[3].img[..., 5] = 0``."""
         from dit_lens.accessors import Blocks
 
-        return Blocks(self.anatomy, self.engine.model)
+        model = self._follow().model
+        return Blocks(self.anatomy, model)
 
     @contextmanager
     def quiet(self) -> Generator[None]:
@@ -378,6 +422,7 @@ class DiTLens:
         **call: Any,
     ) -> tuple[Call, Timeline, Plan]:
         families.refuse_unsafe(self.pipe)
+        self._follow()
         prepared = prepare(
             self.pipe,
             prompt,

@@ -111,6 +111,11 @@ def _match_one(
     named = [site for site in sites if site.block is None and site.name == pattern]
     if named:
         return named
+    if pattern.endswith("attn.pattern"):
+        raise SiteError(
+            f"{pattern!r} is no tensor that a block computes: patterns of attention are made from q and k on demand, by "
+            "lens.read_pattern(prompt, block, heads=...)."
+        )
     parts = _BLOCK_PATTERN.fullmatch(pattern)
     depth = 1 + max((site.block for site in sites if site.block is not None), default=-1)
     ranges = {"blocks": range(depth), **stacks}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.errors import FamilyError
+from dit_lens.errors import FamilyError, SiteError
 from dit_lens.families.row import Family, Stack, Tap
 from dit_lens.sites import MODEL_POINTS, POINTS, STREAMS, Site
 
@@ -89,6 +89,16 @@ class Anatomy:
             if self.why_not(i, stream, point) is None
         ]
         return (*inner, *(Site(None, "img", point) for point in MODEL_POINTS))
+
+    def attention(self, block: int) -> tuple[nn.Module, str]:
+        """A block's module, and the order of the streams inside its attention; SiteError where it has no pattern."""
+        stack, place = self._places[block]
+        if stack.attention not in ("text_first", "image_first", "own"):
+            raise SiteError(
+                f"blocks.{block} of {self.family.name} has no pattern of attention: {stack.attention}. Read attn.q and "
+                "attn.k instead."
+            )
+        return self.blocks(stack)[place], stack.attention
 
     def why_not(self, block: int, stream: str, point: str) -> str | None:
         """Why a block lacks a point; None where it has it."""

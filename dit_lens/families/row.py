@@ -40,6 +40,8 @@ class Stack:
     turned: whether the blocks' tensors are [token, row, channel].
     rewritten: streams that the model changes between blocks. ends_without: streams the last block does not return.
     points: stream -> point -> where it is, or why these blocks have none.
+    attends: the order of the streams inside attention, "text_first" or "image_first"; "own" where the picture attends
+    to itself; or why there is no pattern of attention.
     """
 
     name: str
@@ -51,6 +53,16 @@ class Stack:
     rewritten: tuple[str, ...] = ()
     ends_without: tuple[str, ...] = ()
     points: Mapping[str, Mapping[str, Tap | str]] = field(default_factory=dict)
+    attends: str = ""
+
+    @property
+    def attention(self) -> str:
+        """``attends``, which follows from the streams and their layout where the row does not say it."""
+        if self.attends:
+            return self.attends
+        if len(self.outputs) == 1:
+            return "own"
+        return "text_first" if self.layout in ("own", "ragged") else self.layout
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,11 @@ PIXELS = "out_channels*patch_size*patch_size"
 SMALL = {"attention_head_dim": 16, "num_attention_heads": 2}
 
 
-def image_stack(path: str, name: str = "block", argument: str = "hidden_states", points: Inside = NOTHING) -> Stack:
+def image_stack(
+    path: str, name: str = "block", argument: str = "hidden_states", points: Inside = NOTHING, attends: str = ""
+) -> Stack:
     """Blocks that hold image tokens only; text enters by cross-attention."""
-    return Stack(name, path, {"img": argument}, {"img": None}, points=points)
+    return Stack(name, path, {"img": argument}, {"img": None}, points=points, attends=attends)
 
 
 def joint_stack(
@@ -58,7 +60,11 @@ def text_stack(path: str, name: str, argument: str = "hidden_states", points: In
 
 
 def double_stack(
-    path: str = "transformer_blocks", name: str = "double", outputs: dict = TEXT_FIRST, points: Inside = NOTHING
+    path: str = "transformer_blocks",
+    name: str = "double",
+    outputs: dict = TEXT_FIRST,
+    points: Inside = NOTHING,
+    attends: str = "text_first",
 ) -> Stack:
     """Blocks with a tensor for each stream."""
-    return Stack(name, path, BOTH, outputs, points=points)
+    return Stack(name, path, BOTH, outputs, points=points, attends=attends)

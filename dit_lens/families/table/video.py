@@ -110,8 +110,8 @@ HUNYUAN_VIDEO = Family(
     pipelines=("HunyuanVideoPipeline",),
     stacks=(
         text_stack("context_embedder.token_refiner.refiner_blocks", "refiner"),
-        double_stack(outputs=IMAGE_FIRST),
-        double_stack("single_transformer_blocks", "single", outputs=IMAGE_FIRST),
+        double_stack(outputs=IMAGE_FIRST, attends="image_first"),
+        double_stack("single_transformer_blocks", "single", outputs=IMAGE_FIRST, attends="image_first"),
     ),
     final="norm_out",
     readout=PACKED,

@@ -1,0 +1,86 @@
+"""Patterns of attention: softmax of q and k, checked by what they make of v."""
+
+import pytest
+import torch
+
+from dit_lens import Read
+from dit_lens.errors import OpError, SiteError
+from tests.test_points import zoo_of
+from tests.test_zoo import ENTRIES
+
+HEAD = 16
+
+
+def call_of(zoo):
+    call = dict(zoo.call)
+    return {"prompt": call.pop("prompt", None), "seed": 3, **call}
+
+
+def head(tensor, number):
+    return tensor[..., number * HEAD : (number + 1) * HEAD].as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "text_first"),
+    [
+        ("flux", 0, True),
+        ("flux", 3, True),
+        ("klein", 3, True),
+        ("qwen", 1, True),
+        ("sd3", 1, False),
+        ("zimage", 3, None),
+    ],
+)
+@pytest.mark.parametrize("branch", ["cond", "uncond"])
+def test_the_pattern_times_v_is_z(name, block, text_first, branch):
+    zoo = zoo_of(name)
+    found = zoo.lens.read_pattern(block=block, heads=[1], steps=[0, 2], branch=branch, **call_of(zoo))
+    sites = [f"blocks.{block}.{stream}.attn.{part}" for stream in ("img", "txt") for part in "vz"]
+    run = zoo.run([Read(sites, branch=branch, steps=[0, 2])])
+    v = {stream: head(run[f"blocks.{block}.{stream}.attn.v"], 1) for stream in ("img", "txt")}
+    z = head(run[f"blocks.{block}.img.attn.z"], 1)
+    assert found[block].shape[:3] == (2, zoo.rows, 1)
+    torch.testing.assert_close(found[block].sum(-1), torch.ones(found[block].shape[:-1]))
+    if text_first is None:  # padding lies between image and text
+        return
+    keys = torch.cat([v["txt"], v["img"]] if text_first else [v["img"], v["txt"]], 2)
+    queries = found.between(block, "img", "img"), found.between(block, "img", "txt")
+    assert queries[0].shape[-2:] == (zoo.count, zoo.count)
+    rows = torch.cat([queries[1], queries[0]] if text_first else list(queries), -1)
+    torch.testing.assert_close((rows[:, :, 0] @ keys), z, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in ENTRIES if not name.startswith("sana")])
+def test_every_family_has_patterns(name):
+    zoo = zoo_of(name) if name != "prx" else None
+    if zoo is None:
+        pytest.skip("one prompt at a time")
+    block = zoo.lens.anatomy.depth - 1
+    found = zoo.lens.read_pattern(block=block, heads=0, **call_of(zoo))
+    pattern = found[block]
+    torch.testing.assert_close(pattern.sum(-1), torch.ones(pattern.shape[:-1]))
+    assert found.between(block, "img", "img").shape[-2:] == (zoo.count, zoo.count)
+
+
+def test_the_picture_is_the_same_and_no_hook_stays():
+    zoo = zoo_of("flux")
+    found = zoo.lens.read_pattern(block=[0, -1], heads=[0], **call_of(zoo))
+    assert torch.equal(zoo.drawn(found.run), zoo.plain().drawn)
+    assert list(found.tensors) == [0, 4]
+    assert not any(module._forward_pre_hooks for module in zoo.lens.pipe.transformer.modules())
+
+
+def test_refusals():
+    zoo = zoo_of("flux")
+    with pytest.raises(SiteError, match="block 9 does not exist: there are 5"):
+        zoo.lens.read_pattern(block=9, heads=0, **call_of(zoo))
+    with pytest.raises(OpError, match="head 7 does not exist: block 0 has 2, 0 to 1"):
+        zoo.lens.read_pattern(block=0, heads=7, **call_of(zoo))
+    with pytest.raises(SiteError, match=r"attn\.pattern.*lens\.read_pattern"):
+        zoo.run([Read("blocks.0.attn.pattern")])
+    sana = zoo_of("sana")
+    with pytest.raises(SiteError, match="its attention is linear and forms none"):
+        sana.lens.read_pattern(block=0, heads=0, **call_of(sana))
+    dit = zoo_of("dit")
+    with pytest.raises(OpError, match="image tokens only"):
+        dit.lens.read_pattern(block=0, heads=0, **call_of(dit)).between(0, "img", "txt")
