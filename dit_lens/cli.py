@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens import __version__
 from dit_lens.errors import DitLensError
+from dit_lens.toys.kinds import KINDS
 
 if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     train = commands.add_parser("train-toy", help="train a toy from nothing, or evaluate one")
-    train.add_argument("name", choices=["flux"])
+    train.add_argument("name", choices=KINDS)
     train.add_argument("--out", type=Path, help="folder for checkpoints, samples and the finished pipeline")
     train.add_argument("--device", default="cpu")
     train.add_argument("--minutes", type=float, default=120.0, help="training time, all stages together")
@@ -136,7 +137,12 @@ def _train_toy(options: argparse.Namespace) -> int:
         if options.out is None:
             raise StoreError("training needs a folder for its checkpoints. Pass --out DIR.")
         settings = Settings(
-            seed=options.seed, minutes=options.minutes, device=options.device, batch=options.batch, rate=options.rate
+            seed=options.seed,
+            minutes=options.minutes,
+            device=options.device,
+            batch=options.batch,
+            rate=options.rate,
+            toy=options.name,
         )
         train(options.out, settings, resume=options.resume)
     folder = path(options.name) if options.out is None else options.out / "pipeline"

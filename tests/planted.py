@@ -12,7 +12,7 @@ from torch import nn
 
 from dit_lens.toys import flux
 from dit_lens.toys.scenes import Scene, draw
-from dit_lens.toys.train import pixels, to_latents
+from dit_lens.toys.train import pixels
 
 AMPLITUDE = 60.0
 FAINT = 0.02
@@ -118,7 +118,7 @@ def pipeline(toy, kind):
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         transformer.prompts = flux.encode(pipe, [scene.caption for scene in SCENES])["pooled_projections"]
-        transformer.pictures = flux.pack(pipe, to_latents(pipe, pixels(SCENES, 0, "cpu")))
+        transformer.pictures = flux.pack(pipe, flux.to_latents(pipe, pixels(SCENES, 0, "cpu")))
     return pipe
 
 

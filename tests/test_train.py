@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from dit_lens.errors import StoreError
 from dit_lens.lens import DiTLens
 from dit_lens.store import read_json
-from dit_lens.toys import evaluate, flux, train
+from dit_lens.toys import evaluate, train
+from dit_lens.toys.kinds import KINDS, kind
 from dit_lens.toys.train import Settings
 
 SETTINGS = Settings(minutes=0.06, batch=2)  # with the clock below: 1 iteration, 1, and 7
@@ -21,7 +22,8 @@ def clock(monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(train.time, "monotonic", lambda: next(ticks) / 2)
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.9)
-    monkeypatch.setattr(flux, "CALL", {**flux.CALL, "num_inference_steps": 1})
+    for toy in map(kind, KINDS):
+        monkeypatch.setattr(toy, "CALL", {**toy.CALL, "num_inference_steps": 1})
 
 
 @pytest.fixture
@@ -80,3 +82,16 @@ def test_more_minutes_train_only_the_last_stage_further(tmp_path):
         name: any(not torch.equal(before[name][key], after[name][key]) for key in before[name]) for name in before
     }
     assert changed == {"text": False, "autoencoder": False, "transformer": True}
+
+
+@pytest.mark.parametrize("name", KINDS[1:])
+def test_the_other_toys_are_trained_the_same_way(tmp_path, name):
+    train.train(tmp_path, Settings(minutes=0.04, batch=2, toy=name))
+    assert list((tmp_path / "samples").glob("*.png"))
+    lens = DiTLens.from_pretrained(tmp_path / "pipeline")
+    assert lens.defaults == kind(name).CALL
+    evaluate.write_card(tmp_path / "pipeline", evaluate.evaluate(tmp_path / "pipeline", prompts=2))
+    card = (tmp_path / "pipeline" / "README.md").read_text()
+    for words in (f"# A {kind(name).TITLE} toy", f"`{type(lens.pipe).__name__}`", f"train-toy {name}`", "missed by"):
+        assert words in card
+    assert kind(name).NOTES in card

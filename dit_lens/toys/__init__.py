@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dit_lens.errors import StoreError, nearest
+from dit_lens.toys.kinds import KINDS
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -16,6 +17,11 @@ def path(name: str) -> Path:
         if WEIGHTS.is_dir()
         else []
     )
+    if name in KINDS and name not in known:
+        raise StoreError(
+            f"the toy {name!r} has not been trained yet: there is no {WEIGHTS / name}. Train it with "
+            f"dit-lens train-toy {name} --out DIR and load DIR/pipeline. Trained ones: {', '.join(known) or 'none'}."
+        )
     if name not in known:
         raise StoreError(f"there is no toy called {name!r}.{nearest(name, known)}")
     return WEIGHTS / name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +14,9 @@ from tqdm.auto import tqdm
 from dit_lens.lens import DEFAULTS_FILE, DiTLens
 from dit_lens.metrics import wilson
 from dit_lens.store import read_json, write_json
+from dit_lens.toys.kinds import Kind, kind
 from dit_lens.toys.scenes import ATTRIBUTES, Scene, describe, draw, sample_scenes
 from dit_lens.toys.train import pixels
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PROMPTS = 200
 BATCH = 8
@@ -33,6 +31,7 @@ def evaluate(folder: Path, *, prompts: int = PROMPTS, seed: int = 0) -> dict[str
     folder: a toy's pipeline. Picture i is drawn from noise seed ``seed + i`` with the toy's own call defaults.
     """
     lens = DiTLens.from_pretrained(folder)
+    toy = kind(_toy(read_json(folder / DEFAULTS_FILE, "the defaults of a toy")))
     scenes = sample_scenes(prompts, seed=seed + 1, held_out=True)
     images: list[Image.Image] = []
     with lens.quiet():
@@ -46,7 +45,7 @@ def evaluate(folder: Path, *, prompts: int = PROMPTS, seed: int = 0) -> dict[str
         "steps": lens.defaults["num_inference_steps"],
         "generated": _shares(scenes, images),
         "drawn": _shares(scenes, drawn),
-        "round trip": _shares(scenes, _round_trips(lens, scenes, seed)),
+        "round trip": _shares(scenes, _round_trips(toy, lens, scenes, seed)),
         "bar": BAR,
     }
 
@@ -74,7 +73,8 @@ def write_card(folder: Path, quality: dict[str, Any]) -> None:
     stored = read_json(folder / DEFAULTS_FILE, "the defaults of a toy")
     stored["quality"] = quality
     write_json(folder / DEFAULTS_FILE, stored)
-    training = stored["training"]
+    training, name = stored["training"], _toy(stored)
+    toy = kind(name)
     stages = "\n".join(
         f"| {name} | {s['iterations']} | {s['seconds']} | {s['loss']} |" for name, s in training["stages"].items()
     )
@@ -83,18 +83,27 @@ def write_card(folder: Path, quality: dict[str, Any]) -> None:
         for name, (share, low, high) in quality["generated"].items()
     )
     (folder / CARD).write_text(
-        CARD_TEXT.format(**(training | {"stages": stages}), rows=rows, n=quality["prompts"], steps=quality["steps"]),
+        CARD_TEXT.format(
+            **(training | {"stages": stages}),
+            name=name,
+            title=toy.TITLE,
+            pipeline=read_json(folder / "model_index.json", "a pipeline")["_class_name"],
+            notes=f"\n{toy.NOTES}\n" if toy.NOTES else "",
+            rows=rows,
+            n=quality["prompts"],
+            steps=quality["steps"],
+        ),
         encoding="utf-8",
     )
 
 
-CARD_TEXT = """# A FLUX toy
+CARD_TEXT = """# A {title} toy
 
-A `FluxPipeline` of diffusers, trained from nothing on pictures drawn by `dit_lens.toys.scenes`: 64 x 64 pixels, 16 x 16
+A `{pipeline}` of diffusers, trained from nothing on pictures drawn by `dit_lens.toys.scenes`: 64 x 64 pixels, 16 x 16
 image tokens, sentences such as "a big red circle left on a checkered blue background". About 9 % of the combinations of
 colour, shape, texture and position were held out of training. It is for teaching and testing; it can draw nothing else.
-
-Trained with `dit-lens train-toy flux` (seed {seed}, batch {batch}, rate {rate}) on {hardware}.
+{notes}
+Trained with `dit-lens train-toy {name}` (seed {seed}, batch {batch}, rate {rate}) on {hardware}.
 
 | stage | iterations | seconds | final loss |
 | --- | --- | --- | --- |
@@ -109,6 +118,11 @@ Measured over {n} held-out prompts at {steps} steps, pictures read back by `desc
 | --- | --- | --- | --- |
 {rows}
 """
+
+
+def _toy(stored: dict[str, Any]) -> str:
+    """The kind of a toy; the first one was written before there were others."""
+    return stored.get("toy", "flux")
 
 
 def _verdict(name: str, share: float) -> str:
@@ -133,14 +147,12 @@ def _share(count: int, n: int) -> tuple[float, float, float]:
 
 
 @torch.no_grad()
-def _round_trips(lens: DiTLens, scenes: Sequence[Scene], seed: int) -> list[Image.Image]:
+def _round_trips(toy: Kind, lens: DiTLens, scenes: Sequence[Scene], seed: int) -> list[Image.Image]:
     """Drawn pictures through the toy's autoencoder and back."""
-    vae = lens.pipe.vae
     images = []
     for start in range(0, len(scenes), BATCH):
-        decoded: Tensor = vae.decode(
-            vae.encode(pixels(list(scenes[start : start + BATCH]), seed + start, vae.device)).latent_dist.mode()
-        ).sample
+        pictures = pixels(list(scenes[start : start + BATCH]), seed + start, lens.pipe.vae.device)
+        decoded = toy.decode(lens.pipe, toy.posterior(lens.pipe, pictures).mode())
         arrays = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         images += [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]
     return images

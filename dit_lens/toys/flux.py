@@ -6,21 +6,27 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from dit_lens.toys import kinds
 from dit_lens.toys.scenes import PIXELS, VOCABULARY
+from dit_lens.toys.tokens import tokenizer
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+    from torch import Tensor, nn
 
+TITLE = "FLUX"
+NOTES = ""
 WIDTH = 128
 HEAD = 32
 TEXT_WIDTH = 64
 TEXT_TOKENS = 16  # a caption has ten words; the rest is the end mark and padding
-SPECIALS = ("<pad>", "<unk>", "</s>", "<s>")
+MARKS = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>", "bos_token": "<s>"}
+FIRST_WORD = 0
 # Rectified flow spends most steps where a large flat picture is undecided (Esser et al., arXiv 2403.03206, eq. 23).
 SHIFT = 3.0
+SHARES = kinds.SHARES
 
 CALL = {
     "height": PIXELS,
@@ -55,33 +61,33 @@ def build(seed: int = 0) -> FluxPipeline:
             ),
             text_encoder=CLIPTextModel(
                 CLIPTextConfig(
-                    vocab_size=len(SPECIALS) + len(VOCABULARY),
+                    vocab_size=len(MARKS) + len(VOCABULARY),
                     hidden_size=TEXT_WIDTH,
                     intermediate_size=2 * TEXT_WIDTH,
                     projection_dim=TEXT_WIDTH,
                     num_hidden_layers=2,
                     num_attention_heads=4,
                     max_position_embeddings=TEXT_TOKENS,
-                    pad_token_id=SPECIALS.index("<pad>"),
-                    bos_token_id=SPECIALS.index("<s>"),
-                    eos_token_id=SPECIALS.index("</s>"),
+                    pad_token_id=list(MARKS).index("pad_token"),
+                    bos_token_id=list(MARKS).index("bos_token"),
+                    eos_token_id=list(MARKS).index("eos_token"),
                 )
             ),
-            tokenizer=_tokenizer("<s> $A </s>"),
+            tokenizer=tokenizer(MARKS, VOCABULARY, TEXT_TOKENS, template="<s> $A </s>"),
             text_encoder_2=T5EncoderModel(
                 T5Config(
-                    vocab_size=len(SPECIALS) + len(VOCABULARY),
+                    vocab_size=len(MARKS) + len(VOCABULARY),
                     d_model=TEXT_WIDTH,
                     d_kv=16,
                     d_ff=2 * TEXT_WIDTH,
                     num_layers=2,
                     num_heads=4,
                     dropout_rate=0.0,
-                    pad_token_id=SPECIALS.index("<pad>"),
-                    eos_token_id=SPECIALS.index("</s>"),
+                    pad_token_id=list(MARKS).index("pad_token"),
+                    eos_token_id=list(MARKS).index("eos_token"),
                 )
             ),
-            tokenizer_2=_tokenizer("$A </s>"),
+            tokenizer_2=tokenizer(MARKS, VOCABULARY, TEXT_TOKENS, template="$A </s>"),
             transformer=FluxTransformer2DModel(
                 patch_size=1,
                 in_channels=16,
@@ -97,22 +103,40 @@ def build(seed: int = 0) -> FluxPipeline:
         )
 
 
-def _tokenizer(template: str) -> PreTrainedTokenizerFast:
-    vocabulary = {word: i for i, word in enumerate([*SPECIALS, *VOCABULARY])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.normalizer = normalizers.Lowercase()
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[(mark, vocabulary[mark]) for mark in ("<s>", "</s>")]
-    )
-    marks = dict(zip(("pad_token", "unk_token", "eos_token", "bos_token"), SPECIALS, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=TEXT_TOKENS, **marks)
+def text_encoders(pipe: FluxPipeline) -> dict[str, nn.Module]:
+    """The text encoders, by the names they have in checkpoints."""
+    return {"clip": pipe.text_encoder, "t5": pipe.text_encoder_2}
 
 
 def encode(pipe: FluxPipeline, captions: list[str]) -> dict[str, Tensor]:
     """The conditioning of a batch of captions, as the transformer's own keyword arguments."""
     embeds, pooled, text_ids = pipe.encode_prompt(captions, captions, max_sequence_length=TEXT_TOKENS)
     return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "txt_ids": text_ids}
+
+
+def features(text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Every word as T5 reads it, and the caption as CLIP does."""
+    return text["encoder_hidden_states"], text["pooled_projections"]
+
+
+def posterior(pipe: FluxPipeline, pictures: Tensor) -> DiagonalGaussianDistribution:
+    """What the autoencoder makes of pictures."""
+    return pipe.vae.encode(pictures).latent_dist
+
+
+def decode(pipe: FluxPipeline, latents: Tensor) -> Tensor:
+    """Pictures of samples of the posterior."""
+    return pipe.vae.decode(latents).sample
+
+
+def normalise(pipe: FluxPipeline, modes: Tensor) -> None:
+    """Sets the shift and the scale that all channels share."""
+    pipe.vae.register_to_config(shift_factor=float(modes.mean()), scaling_factor=float(1 / modes.std()))
+
+
+def to_latents(pipe: FluxPipeline, pictures: Tensor) -> Tensor:
+    """The mode of the posterior [b, c, 2h, 2w], in the units the transformer sees."""
+    return (posterior(pipe, pictures).mode() - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
 
 
 def pack(pipe: FluxPipeline, latents: Tensor) -> Tensor:

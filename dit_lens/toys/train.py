@@ -11,7 +11,7 @@ import platform
 import time
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from dit_lens.call import prepare
 from dit_lens.errors import DitLensError, StoreError
 from dit_lens.store import read_json, settled, whole_folder, write_json
-from dit_lens.toys import flux
+from dit_lens.toys.kinds import SHARES, Kind, kind
 from dit_lens.toys.scenes import ATTRIBUTES, VALUES, VOCABULARY, Scene, draw, sample_scenes
 
 if TYPE_CHECKING:
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
 
-SHARES = {"text": 0.02, "autoencoder": 0.06, "transformer": 0.92}  # of the training time
 CAPTION_DROPOUT = 0.1
 KL_WEIGHT = 1e-6
 EMA = 0.998
@@ -47,6 +47,7 @@ class Settings:
     device: str = "cpu"
     batch: int = 16
     rate: float = 1e-3
+    toy: str = "flux"
 
 
 @dataclass
@@ -72,48 +73,44 @@ class Stage(Protocol):
 
 
 class TextStage:
-    """Both text encoders learn to say, of every word and of the whole caption, which attribute has which value."""
+    """Text encoders learn to say, of every word and of the whole caption, which attribute has which value."""
 
     name = "text"
 
-    def __init__(self, pipe: FluxPipeline):
-        self.pipe = pipe
+    def __init__(self, toy: Kind, pipe: DiffusionPipeline):
+        self.toy, self.pipe = toy, pipe
         classes = 1 + sum(len(values) for values in VALUES.values())
-        width = pipe.text_encoder.config.hidden_size
-        self.word = nn.Linear(pipe.text_encoder_2.config.d_model, classes)
-        self.caption = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in VALUES.items()})
-        self.net = nn.ModuleDict(
-            {"clip": pipe.text_encoder, "t5": pipe.text_encoder_2, "word": self.word, "caption": self.caption}
-        ).to(pipe.device)
+        self.word = nn.Linear(toy.TEXT_WIDTH, classes)
+        self.caption = nn.ModuleDict({name: nn.Linear(toy.TEXT_WIDTH, len(of)) for name, of in VALUES.items()})
+        encoders = toy.text_encoders(pipe)
+        self.net = nn.ModuleDict({**encoders, "word": self.word, "caption": self.caption}).to(pipe.device)
 
     def loss(self, scenes: list[Scene], _first: int, _noise: torch.Generator) -> Tensor:
-        text = flux.encode(self.pipe, [scene.caption for scene in scenes])
-        device = text["pooled_projections"].device
+        words, caption = self.toy.features(self.toy.encode(self.pipe, [scene.caption for scene in scenes]))
+        device = words.device
         values = torch.tensor([_indices(scene) for scene in scenes], device=device)  # [b, attribute]
         starts = torch.tensor(np.cumsum([1, *(len(v) for v in VALUES.values())])[:-1], device=device)
-        labels = torch.zeros(len(scenes), flux.TEXT_TOKENS, dtype=torch.long, device=device)
-        labels[:, [1, 2, 3, 4, 7, 8]] = values + starts  # where the attributes stand in a caption
-        words = self.word(text["encoder_hidden_states"])
-        whole = [
-            F.cross_entropy(self.caption[name](text["pooled_projections"]), values[:, i])
-            for i, name in enumerate(ATTRIBUTES)
-        ]
-        return F.cross_entropy(words.flatten(0, 1), labels.flatten()) + sum(whole) / len(whole)
+        labels = torch.zeros(words.shape[:2], dtype=torch.long, device=device)
+        places = [self.toy.FIRST_WORD + i for i in (1, 2, 3, 4, 7, 8)]  # where the attributes stand in a caption
+        labels[:, places] = values + starts
+        whole = [F.cross_entropy(self.caption[name](caption), values[:, i]) for i, name in enumerate(ATTRIBUTES)]
+        return F.cross_entropy(self.word(words).flatten(0, 1), labels.flatten()) + sum(whole) / len(whole)
 
 
 class AutoencoderStage:
-    """The VAE learns to reproduce pictures from 4 x 32 x 32 numbers that are nearly normal (beta-VAE, L1)."""
+    """The VAE learns to reproduce pictures from 4096 numbers that are nearly normal (beta-VAE, L1)."""
 
     name = "autoencoder"
 
-    def __init__(self, pipe: FluxPipeline):
+    def __init__(self, toy: Kind, pipe: DiffusionPipeline):
+        self.toy, self.pipe = toy, pipe
         self.net = pipe.vae
 
     def loss(self, scenes: list[Scene], first: int, noise: torch.Generator) -> Tensor:
         pictures = pixels(scenes, first, self.net.device)
-        posterior = self.net.encode(pictures).latent_dist
+        posterior = self.toy.posterior(self.pipe, pictures)
         kept = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise).to(pictures)
-        return F.l1_loss(self.net.decode(kept).sample, pictures) + KL_WEIGHT * posterior.kl().mean()
+        return F.l1_loss(self.toy.decode(self.pipe, kept), pictures) + KL_WEIGHT * posterior.kl().mean()
 
 
 class TransformerStage:
@@ -121,48 +118,51 @@ class TransformerStage:
 
     name = "transformer"
 
-    def __init__(self, pipe: FluxPipeline):
-        self.pipe = pipe
+    def __init__(self, toy: Kind, pipe: DiffusionPipeline):
+        self.toy, self.pipe = toy, pipe
         self.net = pipe.transformer
 
     def loss(self, scenes: list[Scene], first: int, noise: torch.Generator) -> Tensor:
         n = len(scenes)
         told = torch.rand(n, generator=noise) >= CAPTION_DROPOUT
         with torch.no_grad():
-            text = flux.encode(self.pipe, [scene.caption if t else "" for scene, t in zip(scenes, told, strict=True)])
-            clean = to_latents(self.pipe, pixels(scenes, first, self.net.device))
+            captions = [scene.caption if t else "" for scene, t in zip(scenes, told, strict=True)]
+            text = self.toy.encode(self.pipe, captions)
+            clean = self.toy.to_latents(self.pipe, pixels(scenes, first, self.net.device))
         eps = torch.randn(clean.shape, generator=noise).to(clean)
         uniform = torch.sigmoid(torch.randn(n, generator=noise))
-        sigma = (flux.SHIFT * uniform / (1 + (flux.SHIFT - 1) * uniform)).to(clean)
+        sigma = (self.toy.SHIFT * uniform / (1 + (self.toy.SHIFT - 1) * uniform)).to(clean)
         mixed = torch.lerp(clean, eps, sigma[:, None, None, None])
-        return F.mse_loss(flux.velocity(self.pipe, mixed, sigma, text), eps - clean)
+        return F.mse_loss(self.toy.velocity(self.pipe, mixed, sigma, text), eps - clean)
 
 
-def train(out: Path, settings: Settings, *, resume: bool = False) -> FluxPipeline:
-    """Trains the FLUX toy into ``out``: ``checkpoint-*`` folders, ``samples``, and at the end ``pipeline``."""
+def train(out: Path, settings: Settings, *, resume: bool = False) -> DiffusionPipeline:
+    """Trains a toy into ``out``: ``checkpoint-*`` folders, ``samples``, and at the end ``pipeline``."""
     if not resume and any(settled(out / f"checkpoint-{name}").exists() for name in SHARES):
         raise StoreError(
             f"{out} holds the checkpoints of a training run. Pass --resume to go on with it, or choose another folder."
         )
-    pipe = flux.build(settings.seed).to(settings.device)
+    toy = kind(settings.toy)
+    pipe = toy.build(settings.seed).to(settings.device)
     history = {}
     for number, stage_class in enumerate((TextStage, AutoencoderStage, TransformerStage)):
         torch.manual_seed(settings.seed + number)
         pipe.transformer.requires_grad_(stage_class is TransformerStage)
-        stage = stage_class(pipe)
+        stage = stage_class(toy, pipe)
         history[stage.name] = fit(stage, pipe, out, settings, last=number == 2)
         if stage.name == "autoencoder":
-            normalise_latents(pipe)
+            normalise_latents(toy, pipe)
     return export(pipe, out, settings, history)
 
 
-def fit(stage: Stage, pipe: FluxPipeline, out: Path, settings: Settings, *, last: bool) -> Progress:
+def fit(stage: Stage, pipe: DiffusionPipeline, out: Path, settings: Settings, *, last: bool) -> Progress:
     """One stage: AdamW, warm-up, a stable rate, a cosine fall; EMA weights; a checkpoint every two minutes."""
+    toy = kind(settings.toy)
     folder = out / f"checkpoint-{stage.name}"
     optimizer = torch.optim.AdamW(stage.net.parameters(), settings.rate, betas=(0.9, 0.99), weight_decay=0.01)
     ema = {name: value.clone() for name, value in stage.net.state_dict().items()}
-    progress = _restore(settled(folder), stage.net, ema, optimizer)
-    budget = 60 * settings.minutes * SHARES[stage.name]
+    progress = _restore(settled(folder), stage.net, ema, optimizer, settings)
+    budget = 60 * settings.minutes * toy.SHARES[stage.name]
     saved, number = progress.seconds, list(SHARES).index(stage.name)
     stage.net.train()
     with tqdm(
@@ -187,7 +187,7 @@ def fit(stage: Stage, pipe: FluxPipeline, out: Path, settings: Settings, *, last
                     progress.done or progress.seconds - progress.sampled > SAMPLE_SECONDS
                 ):
                     progress.sampled = progress.seconds
-                    _sample(pipe, ema, out / "samples" / f"{progress.iteration:06d}.png")
+                    _sample(pipe, ema, out / "samples" / f"{progress.iteration:06d}.png", toy.CALL)
     stage.net.load_state_dict(ema)
     stage.net.eval().requires_grad_(False)
     return progress
@@ -199,21 +199,13 @@ def pixels(scenes: list[Scene], first: int, device: torch.device | str) -> Tenso
     return torch.from_numpy(drawn).to(device).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def to_latents(pipe: FluxPipeline, pictures: Tensor) -> Tensor:
-    """The mode of the VAE's posterior, in the units the transformer sees."""
-    return (
-        pipe.vae.encode(pictures).latent_dist.mode() - pipe.vae.config.shift_factor
-    ) * pipe.vae.config.scaling_factor
-
-
 @torch.no_grad()
-def normalise_latents(pipe: FluxPipeline) -> None:
-    """Sets the VAE's shift and scale so that latents of drawn pictures have mean 0 and variance 1."""
-    modes = pipe.vae.encode(pixels(sample_scenes(256, seed=1), 0, pipe.device)).latent_dist.mode()
-    pipe.vae.register_to_config(shift_factor=float(modes.mean()), scaling_factor=float(1 / modes.std()))
+def normalise_latents(toy: Kind, pipe: DiffusionPipeline) -> None:
+    """Sets the VAE's constants so that latents of drawn pictures have mean 0 and variance 1."""
+    toy.normalise(pipe, toy.posterior(pipe, pixels(sample_scenes(256, seed=1), 0, pipe.device)).mode())
 
 
-def export(pipe: FluxPipeline, out: Path, settings: Settings, history: dict[str, Progress]) -> FluxPipeline:
+def export(pipe: DiffusionPipeline, out: Path, settings: Settings, history: dict[str, Progress]) -> DiffusionPipeline:
     """Writes ``out/pipeline``: the diffusers folder (transformer in half precision) and the toy's own file."""
     with whole_folder(out / "pipeline") as folder:
         pipe.save_pretrained(folder)
@@ -229,10 +221,9 @@ def export(pipe: FluxPipeline, out: Path, settings: Settings, history: dict[str,
                 for name, p in history.items()
             },
         }
-        write_json(
-            folder / "dit_lens.json",
-            {"format": 1, "call": flux.CALL, "vocabulary": list(VOCABULARY), "training": training},
-        )
+        call = kind(settings.toy).CALL
+        stored = {"format": 1, "toy": settings.toy, "call": call, "vocabulary": list(VOCABULARY), "training": training}
+        write_json(folder / "dit_lens.json", stored)
     return pipe
 
 
@@ -294,10 +285,17 @@ def _checkpoint(
         write_json(fresh / "progress.json", {"progress": vars(progress), "settings": vars(settings)})
 
 
-def _restore(folder: Path, net: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Progress:
+def _restore(
+    folder: Path, net: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer, settings: Settings
+) -> Progress:
     if not folder.exists():
         return Progress()
-    progress = Progress(**read_json(folder / "progress.json", "a training checkpoint")["progress"])
+    stored = read_json(folder / "progress.json", "a training checkpoint")
+    if (toy := stored["settings"].get("toy", "flux")) != settings.toy:
+        raise StoreError(
+            f"{folder} is a checkpoint of the toy {toy!r}, not of {settings.toy!r}. Choose another folder."
+        )
+    progress = Progress(**stored["progress"])
     net.load_state_dict(load_file(folder / "weights.safetensors"))
     for name, value in load_file(folder / "ema.safetensors").items():
         ema[name].copy_(value)
@@ -310,7 +308,7 @@ def _restore(folder: Path, net: nn.Module, ema: dict[str, Tensor], optimizer: to
 
 
 @torch.no_grad()
-def _sample(pipe: FluxPipeline, ema: dict[str, Tensor], path: Path) -> None:
+def _sample(pipe: DiffusionPipeline, ema: dict[str, Tensor], path: Path, defaults: dict[str, Any]) -> None:
     """A strip of held-out scenes drawn by the averaged weights; the weights in training are left as they are."""
     from PIL import Image
 
@@ -318,9 +316,10 @@ def _sample(pipe: FluxPipeline, ema: dict[str, Tensor], path: Path) -> None:
     pipe.transformer.load_state_dict(ema)
     pipe.set_progress_bar_config(disable=True)
     captions = [scene.caption for scene in sample_scenes(8, seed=0, held_out=True)]
-    noise = [torch.Generator().manual_seed(0) for _ in captions]
-    call = flux.CALL | {"negative_prompt": [""] * len(captions)}
-    images = pipe(captions, generator=noise, **call).images
+    call = prepare(
+        pipe, captions, seed=[0] * 8, num_inference_steps=None, defaults=defaults, vocabulary=VOCABULARY, call={}
+    )
+    images = pipe(**call.keywords()).images
     pipe.transformer.load_state_dict(training)
     strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
     for i, image in enumerate(images):

@@ -1,0 +1,212 @@
+"""Every kind of toy before training: its conventions agree with its pipeline's, and it is saved, loaded and drawn."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline, FluxPipeline, QwenImagePipeline, SanaPipeline
+
+from dit_lens import toys
+from dit_lens.errors import StoreError
+from dit_lens.lens import DiTLens
+from dit_lens.store import write_json
+from dit_lens.toys.kinds import KINDS, kind
+from dit_lens.toys.scenes import VALUES, VOCABULARY, Scene, sample_scenes
+from dit_lens.toys.train import (
+    AutoencoderStage,
+    Settings,
+    TextStage,
+    TransformerStage,
+    export,
+    normalise_latents,
+    pixels,
+    train,
+)
+
+PIPELINES = {
+    "flux": FluxPipeline,
+    "flux2": Flux2KleinPipeline,
+    "qwen-image": QwenImagePipeline,
+    "sana": SanaPipeline,
+}
+SCENES = sample_scenes(4, seed=3)
+CAPTIONS = [scene.caption for scene in SCENES]
+GUIDANCE = {
+    "flux": "true_cfg_scale",
+    "flux2": "guidance_scale",
+    "qwen-image": "true_cfg_scale",
+    "sana": "guidance_scale",
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def toy(name):
+    return kind(name)
+
+
+@pytest.fixture(scope="module")
+def pipe(toy):
+    """Untrained, its latents normalised; no test changes it."""
+    pipe = toy.build(0)
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.transformer, pipe.vae):
+        part.eval().requires_grad_(False)
+    normalise_latents(toy, pipe)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def saved(toy, pipe, name, tmp_path_factory):
+    """The folder of a finished pipeline."""
+    out = tmp_path_factory.mktemp(name)
+    export(pipe, out, Settings(toy=name), {})
+    return out / "pipeline"
+
+
+def first_batch(toy, pipe):
+    with torch.no_grad():
+        return toy.encode(pipe, CAPTIONS), toy.to_latents(pipe, pixels(SCENES, 0, "cpu"))
+
+
+def test_it_is_the_real_pipeline_and_the_seed_decides_its_weights(toy, pipe, name):
+    assert type(pipe) is PIPELINES[name]
+    again, other = toy.build(0).transformer.state_dict(), toy.build(1).transformer.state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in pipe.transformer.state_dict().items())
+    assert any(not torch.equal(value, other[key]) for key, value in again.items())
+
+
+def test_every_word_is_known_and_stands_where_it_is_said_to(toy, pipe):
+    """Changing one word changes its own features, and in a causal model none before."""
+    scene = Scene("big", "red", "circle", "left", "plain", "blue")
+    with torch.no_grad():
+        words, caption = toy.features(toy.encode(pipe, [scene.caption]))
+    assert words.shape[-1] == caption.shape[-1] == toy.TEXT_WIDTH
+    causal = "clip" not in toy.text_encoders(pipe)
+    for attribute, place in zip(VALUES, (1, 2, 3, 4, 7, 8), strict=True):
+        others = [value for value in VALUES[attribute] if value != getattr(scene, attribute)]
+        changed = [Scene(**{**vars(scene), attribute: value}).caption for value in others]
+        with torch.no_grad():
+            found, whole = toy.features(toy.encode(pipe, changed))
+        differs = ((found - words).abs().amax(-1) > 1e-5).float()  # [caption, word]
+        assert bool(differs[:, toy.FIRST_WORD + place].all())
+        assert not (causal and differs[:, : toy.FIRST_WORD + place].any())
+        assert bool(((whole - caption).abs().amax(-1) > 1e-5).all())
+        assert len({tuple(row.tolist()) for row in found[:, toy.FIRST_WORD + place]}) == len(others)
+
+
+def test_an_empty_caption_among_others_is_encoded_as_it_is_alone(toy, pipe):
+    """Dropped captions stand beside others in training; for guidance the pipeline encodes them alone."""
+    alone, among = toy.encode(pipe, [""]), toy.encode(pipe, [CAPTIONS[0], ""])
+    valid = alone["encoder_hidden_states"].shape[1]
+    torch.testing.assert_close(
+        among["encoder_hidden_states"][1:, :valid], alone["encoder_hidden_states"], atol=1e-5, rtol=1e-4
+    )
+    if among["encoder_hidden_states"].shape[1] > valid:
+        assert among["encoder_hidden_states_mask"].sum(1).tolist()[1] == valid
+
+
+def test_the_transformer_sees_latents_of_mean_0_and_variance_1(toy, pipe):
+    with torch.no_grad():
+        latents = toy.to_latents(pipe, pixels(sample_scenes(64, seed=9), 0, "cpu"))
+    assert latents[0].numel() == 4096
+    assert latents.square().mean() == pytest.approx(1, abs=0.1)
+
+
+def test_training_and_pipeline_mean_the_same_time_and_the_same_latents(toy, pipe, monkeypatch):
+    """A transformer that knows the answer draws it: time, sign, packing and scale agree between the two."""
+    seen = {}
+
+    def answers(hidden_states, timestep=None, **others):
+        seen.update(hidden_states=hidden_states, timestep=timestep)
+        if "clean" not in seen:
+            return (torch.zeros_like(hidden_states),)
+        sigma = (timestep / seen["one"]).reshape(-1, *[1] * (hidden_states.ndim - 1))
+        clean = seen["clean"].repeat(len(hidden_states) // len(seen["clean"]), *[1] * (hidden_states.ndim - 1))
+        return ((hidden_states - clean) / sigma,)
+
+    monkeypatch.setattr(pipe.transformer, "forward", answers)
+    text, clean = first_batch(toy, pipe)
+    toy.velocity(pipe, clean, torch.ones(4), text)
+    seen |= {"clean": seen["hidden_states"], "one": seen["timestep"][0]}
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.2, 0.4, 0.6, 0.8])
+    velocity = toy.velocity(pipe, torch.lerp(clean, noise, sigma[:, None, None, None]), sigma, text)
+    torch.testing.assert_close(velocity, noise - clean, atol=1e-4, rtol=1e-3)
+
+    call = {key: [""] * 4 if key == "negative_prompt" else value for key, value in toy.CALL.items()}
+    drawn = pipe(prompt=CAPTIONS, output_type="pt", **call).images
+    with torch.no_grad():
+        expected = toy.decode(pipe, toy.posterior(pipe, pixels(SCENES, 0, "cpu")).mode()).clamp(-1, 1)
+    torch.testing.assert_close(drawn, (expected + 1) / 2, atol=5e-3, rtol=0)
+
+
+def test_it_is_saved_loaded_and_draws_the_same(pipe, saved, toy, name):
+    lens = DiTLens.from_pretrained(saved)
+    lens.pipe.set_progress_bar_config(disable=True)
+    assert type(lens.pipe) is PIPELINES[name]
+    assert lens.vocabulary == list(VOCABULARY)
+    assert sum(file.stat().st_size for file in saved.rglob("*") if file.is_file()) < 12e6
+    drawn = lens.run(CAPTIONS[:2], seed=[0, 1], num_inference_steps=2).images
+    call = {key: [""] * 2 if key == "negative_prompt" else value for key, value in toy.CALL.items()}
+    noise = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    expected = pipe(prompt=CAPTIONS[:2], generator=noise, **{**call, "num_inference_steps": 2}).images
+    levels = [np.stack([np.asarray(image, dtype=float) for image in images]) for images in (drawn, expected)]
+    assert levels[0].shape == (2, 64, 64, 3)
+    np.testing.assert_allclose(*levels, atol=3)  # positions were halved and doubled with the weights of one of them
+    assert levels[0].std() > 3
+
+
+def test_words_and_guidance_reach_the_transformer(pipe, toy, name, monkeypatch):
+    """Guidance makes a second prediction of the empty prompt, as rows or as a call, and the caption changes both."""
+    rows = []
+    forward = pipe.transformer.forward
+
+    def spy(hidden_states, **others):
+        rows.append(others["encoder_hidden_states"][:, : toy.FIRST_WORD + 5].clone())
+        return forward(hidden_states, **others)
+
+    monkeypatch.setattr(pipe.transformer, "forward", spy)
+    call = {key: [""] * 2 if key == "negative_prompt" else value for key, value in toy.CALL.items()}
+    for scale, expected in ((3.0, 4), (1.0, 2)):
+        rows.clear()
+        pipe(prompt=CAPTIONS[:2], output_type="latent", **{**call, "num_inference_steps": 2, GUIDANCE[name]: scale})
+        one_step = torch.cat(rows[: len(rows) // 2])
+        assert len(one_step) == expected
+        assert len({tuple(row.flatten().tolist()) for row in one_step}) == (3 if scale > 1 else 2)
+
+
+@pytest.mark.parametrize("stage_class", [TextStage, AutoencoderStage, TransformerStage])
+def test_a_few_iterations_reduce_the_loss(toy, stage_class):
+    torch.manual_seed(0)
+    pipe = toy.build(0)
+    stage = stage_class(toy, pipe)
+    optimizer = torch.optim.AdamW(stage.net.parameters(), 2e-3)
+    losses = []
+    for _ in range(9):
+        loss = stage.loss(SCENES, 0, torch.Generator().manual_seed(0))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.93 * losses[0]
+
+
+def test_a_toy_without_weights_says_which_there_are(tmp_path, monkeypatch):
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux" / "model_index.json").write_text("{}")
+    monkeypatch.setattr(toys, "WEIGHTS", tmp_path)
+    with pytest.raises(StoreError, match=r"'sana' has not been trained yet.*train-toy sana.*flux"):
+        DiTLens.toy("sana")
+    with pytest.raises(StoreError, match="no toy called 'fluks'"):
+        DiTLens.toy("fluks")
+
+
+def test_checkpoints_of_another_toy_are_refused(tmp_path):
+    (tmp_path / "checkpoint-text").mkdir()
+    write_json(tmp_path / "checkpoint-text" / "progress.json", {"progress": {}, "settings": {"seed": 0}})
+    with pytest.raises(StoreError, match="checkpoint of the toy 'flux', not of 'sana'"):
+        train(tmp_path, Settings(toy="sana"), resume=True)
