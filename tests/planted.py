@@ -6,10 +6,14 @@ carrier  the massive channels hold the picture, token by token; the rest scales 
 detail   the picture is spread over the ordinary channels; the massive ones hold a constant that adds faint detail.
 """
 
+from dataclasses import replace
+
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import nn
 
+from dit_lens import register_family
+from dit_lens.families.table.flux import FLUX1
 from dit_lens.toys import flux
 from dit_lens.toys.scenes import Scene, draw
 from dit_lens.toys.train import pixels
@@ -105,6 +109,10 @@ class DetailOnly(Planted):
 
     def read(self, x):
         return x[..., self.massive :] @ self.spread + FAINT * (x[..., : self.massive] / AMPLITUDE - 1)
+
+
+# It makes its prediction by itself, not by the final norm and projection.
+register_family(replace(FLUX1, transformer="Planted", readout=None))
 
 
 def pipeline(toy, kind):

@@ -34,7 +34,8 @@ def test_no_ops_is_the_plain_pipeline(lens, seen):
 
 def test_every_site_at_every_step_and_branch(lens, seen, embedded):
     wanted = branches(embedded)
-    ops = [Read(lens.sites(), branch=branch, name=branch) for branch in wanted]
+    sites = lens.sites(["blocks.*.*.{resid_pre,resid_post}", "final.img", "velocity"])
+    ops = [Read(sites, branch=branch, name=branch) for branch in wanted]
     run = lens.run(PROMPTS, ops, seed=3)
     for branch in wanted:
         for name, value in run[branch].items():
