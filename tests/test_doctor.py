@@ -1,5 +1,6 @@
 """What works on this machine with a model, said in one go and as JSON."""
 
+import functools
 import json
 
 import pytest
@@ -65,6 +66,7 @@ def test_channels_that_stand_out_are_named(lens):
 def test_a_machine_that_does_not_repeat_itself(lens):
     forward = lens.pipe.transformer.forward
 
+    @functools.wraps(forward)
     def shaky(*args, **kwargs):
         (noise,) = forward(*args, **{**kwargs, "return_dict": False})
         return (noise + torch.rand_like(noise),)
