@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import SiteError, nearest
 from dit_lens.layout import fetch, replaced
-from dit_lens.sites import DEFAULT_POINT, Site
+from dit_lens.sites import DEFAULT_POINT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,8 @@ class Blocks:
 class Block:
     """One block. Inside a trace ``block.img`` is a copy of its stream; assign the changed copy to write it back.
 
-    All rows of the call and, on the image stream, every token the block has (reference tokens too).
+    All rows of the call and, on the image stream, every token the block has (reference tokens too). A block that holds
+    both streams in one tensor has ``block.joint`` instead.
     """
 
     __slots__ = ("_anatomy", "_index", "_model")
@@ -62,11 +63,15 @@ class Block:
         return f"Block({self._index}, {self._anatomy.block_name(self._index)})"
 
     def _locate(self, stream: str) -> tuple[dict[str, Any], Any]:
-        site = Site(self._index, stream)
-        if site not in self._anatomy.sites:
-            known = [
-                site.stream for site in self._anatomy.sites if site.block == self._index and site.point == DEFAULT_POINT
-            ]
-            raise AttributeError(f"block {self._index} has no stream {stream!r}.{nearest(stream, known)}")
-        address = self._anatomy.address(site)
+        sites = {
+            site.stream: site
+            for site in self._anatomy.sites
+            if site.block == self._index and site.point == DEFAULT_POINT
+        }
+        addresses = {name: self._anatomy.address(site) for name, site in sites.items()}
+        if any(address.layout != "own" for address in addresses.values()):
+            addresses = {"joint": addresses["img"]}
+        if stream not in addresses:
+            raise AttributeError(f"block {self._index} has no stream {stream!r}.{nearest(stream, addresses)}")
+        address = addresses[stream]
         return vars(address), self._model.get(address.module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -121,7 +121,7 @@ class Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     @contextmanager
-    def on(self, lens: DiTLens, blocks: list[int]) -> Iterator[None]:
+    def on(self, lens: DiTLens, blocks: list[int]) -> Generator[None]:
         """Follows the pipeline's transformer; whatever happens, its hooks are removed."""
 
         def begin(*_: Any) -> None:

@@ -139,6 +139,7 @@ def work(value: Any, part: dict[str, Any], now: SimpleNamespace) -> Any | None:
         current = tensor if edited is None else edited
         block = block_of(action, now)
         whole, place = stream_of(current, part, now.image, block)
+        check_tokens(whole, action, part)
         stream = whole if part["span"] is None else whole[..., part["span"][0] : part["span"][1]]
         factor = None if gate is None else stream_of(gate.expand_as(current), part, now.image, block)[0]
         if action["kind"] != "Read":
@@ -165,6 +166,15 @@ def predict(predicted: Tensor, part: dict[str, Any], now: SimpleNamespace) -> No
     for action in part["actions"]:
         block = block_of(action, now)
         keep(clean(predicted[block.start : block.stop], now, block), action, part, now)
+
+
+def check_tokens(stream: Tensor, action: dict[str, Any], part: dict[str, Any]) -> None:
+    """Fails where a token is asked for that only the run could tell not to exist."""
+    highest = max(action["tokens"] or [-1])
+    if highest >= stream.shape[1]:
+        raise PlanMismatchError(
+            f"token {highest} does not exist at {part['site']}, which has {stream.shape[1]}, 0 to {stream.shape[1] - 1}"
+        )
 
 
 def keep(stream: Tensor, action: dict[str, Any], part: dict[str, Any], now: SimpleNamespace) -> None:

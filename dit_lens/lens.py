@@ -476,6 +476,11 @@ class DiTLens:
 
     @cached_property
     def _tokenizer(self) -> Any:
+        if not self.family.plain_text:
+            raise PromptError(
+                f"the text stream of {self.family.name} holds more than the prompt's own tokens (a template or a "
+                "second encoder's), so words of a prompt cannot be found in it. Use token indices."
+            )
         tokenizer = getattr(self.pipe, self.family.tokenizer, None)
         if tokenizer is None:
             raise PromptError(
@@ -509,9 +514,11 @@ class DiTLens:
         return found
 
     def _text_tokens(self, call: Call) -> int | None:
+        if not self.family.plain_text:
+            return None
         embeds = call.arguments.get("prompt_embeds")
         if embeds is not None:
-            return int(embeds.shape[1]) if getattr(embeds, "ndim", 0) == 3 else None
+            return int(embeds.shape[1])
         return call.arguments.get(self.family.text_length) or self._signature_default(self.family.text_length)
 
     def _signature_default(self, name: str) -> Any:

@@ -113,7 +113,7 @@ def _match_one(
         return named
     if pattern.endswith("attn.pattern"):
         raise SiteError(
-            f"{pattern!r} is no tensor that a block computes: patterns of attention are made from q and k on demand, by "
+            f"{pattern!r} is no tensor that a block computes: patterns of attention are made from q and k, by "
             "lens.read_pattern(prompt, block, heads=...)."
         )
     parts = _BLOCK_PATTERN.fullmatch(pattern)

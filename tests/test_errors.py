@@ -269,8 +269,8 @@ def test_unknown_transformer():
     pipe.register_modules(transformer=FluxierTransformer2DModel())
     with pytest.raises(
         FamilyError,
-        match=r"(?s)no family describes FluxierTransformer2DModel.*FLUX\.1 \(FluxTransformer2DModel\).*register_family.*"
-        r"transformer='FluxierTransformer2DModel'.*name='double'",
+        match=r"(?s)no family describes FluxierTransformer2DModel.*FLUX\.1 \(FluxTransformer2DModel\).*register_family"
+        r".*transformer='FluxierTransformer2DModel'.*name='double'",
     ):
         DiTLens(pipe)
 

@@ -53,3 +53,11 @@ def test_one_lens_serves_two_threads(cfg_lens):
         thread.join()
     for seed, run in alone.items():
         assert torch.equal(found[seed]["blocks.1.img"], run["blocks.1.img"])
+
+
+def test_a_joint_tensor_is_called_so():
+    from tests.test_points import zoo_of
+
+    zoo = zoo_of("klein")
+    with pytest.raises(AttributeError, match=r"block 3 has no stream 'img'.*joint"):
+        zoo.lens.blocks[3].img  # noqa: B018

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dit_lens import Read, Scale, Swap, Zero
-from dit_lens.errors import OpError, SiteError
+from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError
 from tests.test_zoo import ENTRIES, ROWS
 from tests.zoo import truth
 
@@ -210,3 +210,20 @@ def test_the_last_block_reads_out_the_models_own_x0(name):
         and run.latents.shape == run["x0"][-1].shape
     ):
         torch.testing.assert_close(run["x0"][-1].as_subclass(torch.Tensor), run.latents, rtol=1e-3, atol=1e-3)
+
+
+def test_words_are_not_looked_for_where_the_text_stream_holds_more_than_the_prompt():
+    with pytest.raises(PromptError, match="more than the prompt's own tokens"):
+        zoo_of("qwen").lens.to_str_tokens("a house")
+
+
+def test_a_text_token_that_only_the_run_can_miss():
+    with pytest.raises(ExecutionError, match=r"token 7 does not exist at blocks\.0\.txt, which has 7, 0 to 6"):
+        zoo_of("qwen").run([Read("blocks.0.txt", tokens=[7])])
+
+
+def test_videos_are_kept_as_latents():
+    zoo = zoo_of("wan")
+    call = {**zoo.call, "output_type": "pil"}
+    with pytest.raises(PromptError, match="output_type='latent'"):
+        zoo.lens.run(None, **call)

@@ -157,6 +157,8 @@ class Family:
     patch: latent pixels per side of an image token.
     resizing: pipelines that choose the size of the picture themselves.
     tokenizer, text_length: the pipeline's tokenizer of the text stream, and the argument that sets its length.
+    plain_text: whether the text stream is the prompt's own tokens, padded to that length: no template around it, no
+    second text encoder beside it.
     embedded: the config flag for a guidance scale that the transformer is told.
     tiny, call: overrides that shrink the config, and the arguments of a call of that, for the check at load,
     which uses a grid of ``tried_on`` tokens (not square where the model allows it, so that a transposed grid shows).
@@ -185,6 +187,7 @@ class Family:
     resizing: tuple[str, ...] = ()
     tokenizer: str = "tokenizer"
     text_length: str = "max_sequence_length"
+    plain_text: bool = False
     embedded: str | None = None
     tiny: Mapping[str, object] = field(default_factory=dict)
     call: Mapping[str, object] = field(default_factory=dict)

@@ -45,6 +45,7 @@ FLUX1 = Family(
     time=Time(),
     resizing=("FluxKontextPipeline",),
     tokenizer="tokenizer_2",
+    plain_text=True,
     embedded="guidance_embeds",
     tiny={**_TINY, "pooled_projection_dim": 8, "in_channels": 8, "out_channels": None},
     call={**_CALL, "pooled_projections": "randn b pooled_projection_dim", "guidance": "full 1 b"},
