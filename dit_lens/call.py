@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 OUTPUTS = ("pil", "latent")
+STARTS = ("image", "mask_image", "masked_image_latents")
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,15 @@ class Call:
     """One checked call of the pipeline.
 
     prompts: one per prompt row, or None when embeddings are given. seeds: one per picture, or None with a generator of
-    the user's own. arguments: everything else the pipeline is called with. rows: pictures in the batch.
+    the user's own. arguments: everything else the pipeline is called with. rows: pictures in the batch. starts: whether
+    image= holds what pictures are drawn from, one for each where it is a list, and not what all of them refer to.
     """
 
     prompts: tuple[str, ...] | None
     seeds: tuple[int, ...] | None
     arguments: dict[str, Any]
     rows: int
+    starts: bool = False
 
     @property
     def images_per_prompt(self) -> int:
@@ -50,11 +53,14 @@ class Call:
             raise PromptError("batch_size= splits prompts with a seed. Leave it out when passing generator=.")
         n = self.images_per_prompt
         span = slice(prompts.start, prompts.stop)
+        pictures = slice(prompts.start * n, prompts.stop * n)
         arguments = {name: _some(name, value, span) for name, value in self.arguments.items()}
+        for name in arguments.keys() & {"latents", *(STARTS if self.starts else ())}:
+            arguments[name] = _picked(name, arguments[name], {self.rows // n: span, self.rows: pictures})
         return replace(
             self,
             prompts=None if self.prompts is None else self.prompts[span],
-            seeds=self.seeds[prompts.start * n : prompts.stop * n],
+            seeds=self.seeds[pictures],
             arguments=arguments,
             rows=len(prompts) * n,
         )
@@ -74,6 +80,10 @@ def prepare(
     signature = inspect.signature(type(pipe).__call__).parameters
     _check_arguments(type(pipe).__name__, signature, call, seed)
     arguments: dict[str, Any] = {**defaults, **call}
+    if "num_frames" in signature and arguments.get("output_type") != "latent":
+        raise PromptError(
+            f"{type(pipe).__name__} draws videos, of which a Run keeps latents only. Pass output_type='latent'."
+        )
     device = pipe._execution_device  # noqa: SLF001 diffusers offers no public way
     arguments |= {name: _moved(value, device) for name, value in arguments.items() if _for_prompts(name)}
     prompts = _prompts(prompt, arguments)
@@ -91,7 +101,7 @@ def prepare(
     each = arguments.get("num_images_per_prompt")
     rows = count * (1 if each is None else _positive("num_images_per_prompt", each))
     seeds = None if "generator" in call else _seeds(seed, count, rows)
-    return Call(None if prompts is None else tuple(prompts), seeds, arguments, rows)
+    return Call(None if prompts is None else tuple(prompts), seeds, arguments, rows, starts="strength" in signature)
 
 
 def _check_arguments(pipeline: str, signature: Mapping[str, Any], call: Mapping[str, Any], seed: Any) -> None:
@@ -191,14 +201,23 @@ def _per_prompt(name: str) -> bool:
 
 def _for_prompts(name: str) -> bool:
     """Whether a pipeline argument stands for prompts, one entry for each: embeddings, their masks, classes."""
-    return re.fullmatch(r"(negative_)?(pooled_)?prompt_(embeds|attention_mask)\w*|class_labels", name) is not None
+    pattern = r"(negative_)?(pooled_)?prompt_(embeds|attention_mask|cu_seqlens)\w*|class_labels|prior_token_ids"
+    return re.fullmatch(pattern, name) is not None
 
 
 def _some(name: str, value: Any, span: slice) -> Any:
     """What a pipeline argument is for some of the prompts."""
     if value is None or isinstance(value, str) or not (_per_prompt(name) or _for_prompts(name)):
         return value
+    if name.endswith("cu_seqlens"):  # where each prompt's tokens begin, and where the last one's end
+        return value[span.start : span.stop + 1] - value[span.start]
     return value[:, span] if name.endswith("llama3") else value[span]  # layers come first in HiDream's
+
+
+def _picked(name: str, value: Any, spans: Mapping[int, slice]) -> Any:
+    """Some entries of a list or batch with one for every prompt or picture; anything else stands for all."""
+    batched = isinstance(value, list | tuple) or getattr(value, "ndim", 0) > (1 if name == "latents" else 3)
+    return value[spans[len(value)]] if batched and len(value) in spans else value
 
 
 def _moved(value: Any, device: Any) -> Any:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import nnsight
+from nnsight.intervention.source import STATE, Controller, module_body
 from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule
 
 from dit_lens.errors import ExecutionError
@@ -14,6 +17,14 @@ from dit_lens.layout import PlanMismatchError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from torch import nn
+
+
+class _Pipeline(_PipelineModule):
+    """A pipeline that hides its weights: nnsight would move arguments to wherever the first of them is offloaded."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:  # noqa: ARG002 as in torch
+        return iter(())
 
 
 class Engine:
@@ -24,15 +35,38 @@ class Engine:
     """
 
     def __init__(self, pipe: DiffusionPipeline):
-        self.model = DiffusionModel(_PipelineModule(pipe))
-        self.model.pipeline = pipe
-        self.promptless = nnsight.NNsight(_PipelineModule(pipe))
+        self.pipe = pipe
         self.lock = threading.Lock()
+        self._modules = self._parts()
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            _listen(self._modules)
+            self.model = DiffusionModel(_Pipeline(pipe))
+            self.model.pipeline = pipe
+            self.promptless = nnsight.NNsight(_Pipeline(pipe))
+
+    @property
+    def stale(self) -> bool:
+        """Whether modules came or went since the trees were laid over them (LoRA, another transformer), or are deaf."""
+        parts = self._parts()
+        return parts != self._modules or any(map(_deaf, parts))
+
+    def follow(self) -> None:
+        """Lays nnsight's trees over the modules there are now."""
+        with self.lock, warnings.catch_warnings(action="ignore", category=UserWarning):
+            self._modules = self._parts()
+            _listen(self._modules)
+            for model in (self.model, self.promptless):
+                model._update(_Pipeline(self.pipe))
+
+    def _parts(self) -> list[nn.Module]:
+        return list(_Pipeline(self.pipe).modules())[1:]
 
     def generate(
         self, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any]
     ) -> tuple[dict[str, Any], Any]:
         """Runs the pipeline under a program; returns what was stored and the pipeline's own output."""
+        if self.stale:
+            self.follow()
         with self.lock:
             try:
                 model = self.model if call.get("prompt") is not None else self.promptless
@@ -45,6 +79,26 @@ class Engine:
                 f"{len(store['clock'])}. Was the run interrupted, or are steps skipped by a cache or a callback?"
             )
         return store, results[0]
+
+
+def _deaf(module: nn.Module) -> bool:
+    """Whether something took nnsight's place as a module's forward; accelerate does, after every run that offloads.
+
+    A wrapper around nnsight's own forward leaves it in place: its values pass through as they do through torch's hooks.
+    """
+    forward = vars(module).get("forward") if STATE in vars(module) else None
+    while forward is not None and not isinstance(forward, Controller):
+        forward = getattr(forward, "__wrapped__", None)
+    return STATE in vars(module) and forward is None
+
+
+def _listen(modules: list[nn.Module]) -> None:
+    """Gives nnsight its place back in deaf modules."""
+    for module in filter(_deaf, modules):
+        state = vars(module)[STATE]
+        state.body = state.original = module_body(module)
+        state.sourced = False
+        vars(module)["forward"] = Controller(module, state)
 
 
 def traced(

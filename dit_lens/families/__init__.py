@@ -14,6 +14,7 @@ from dit_lens.families.table import TABLE
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from torch import nn
 
 __all__ = [
     "Anatomy",
@@ -115,8 +116,19 @@ def refuse_unsafe(pipe: DiffusionPipeline) -> None:
             "the transformer or a part of it is compiled, so nothing inside it can be read or changed. "
             "Load the pipeline again without compiling it."
         )
-    if any(getattr(module, "fused_projections", False) for module in modules):
+    if any(map(_fused, modules)):
         raise FamilyError(
             "query, key and value projections are fused, so the modules that attn.q, attn.k and attn.v name are not "
             "called. Call pipe.transformer.unfuse_qkv_projections() first."
         )
+
+
+def _fused(module: nn.Module) -> bool:
+    """Whether an attention no longer calls to_q, to_k and to_v; older ones keep the mark, and tell by their processor.
+
+    >>> from types import SimpleNamespace
+    >>> _fused(SimpleNamespace(fused_projections=True, processor="JointAttnProcessor2_0()"))
+    False
+    """
+    newer = hasattr(module, "unfuse_projections")
+    return getattr(module, "fused_projections", False) and (newer or "Fused" in str(getattr(module, "processor", "")))
