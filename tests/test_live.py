@@ -342,8 +342,8 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("kind", PICTURES)
-@pytest.mark.parametrize("strength", [0.5, 1.0])
-def test_pictures_to_start_from(kind, strength):
+@pytest.mark.parametrize(("strength", "steps"), [(0.5, 2), (0.6, 3), (1.0, 4)])
+def test_pictures_to_start_from(kind, strength, steps):
     entry = ENTRIES[PICTURES[kind]]
 
     def build():
@@ -367,8 +367,8 @@ def test_pictures_to_start_from(kind, strength):
         call["mask_image"] = Image.new("L", (96, 64), 255)
     if kind == "ChromaInpaintPipeline":
         call["true_cfg_scale"] = 3.0
-    run = agrees(replace(entry, build=build), int(4 * strength), **call)
-    assert len(run.timesteps) == int(4 * strength)
+    run = agrees(replace(entry, build=build), steps, **call)
+    assert len(run.timesteps) == steps
     lens = dl.DiTLens(build(), defaults={})
     both = {**entry.call(ROWS), **call}
     whole, split = (lens.run(ops=[Read("velocity")], seed=0, batch_size=size, **both) for size in (2, 1))
@@ -462,6 +462,19 @@ def test_samplers(name):
     call = entry.call(ROWS)
     last = lens.run(ops=[Swap("blocks.1.img", source="row:0", rows=1, steps=-1)], seed=truth.SEED, **call)
     assert {entry.steps for entry in last.receipt.entries} == {(steps - 1,)}
+
+
+def test_a_picture_to_start_from_with_heun():
+    entry = ENTRIES["sd3"]
+
+    def build():
+        parts = {**entry.build().components, "scheduler": diffusers.FlowMatchHeunDiscreteScheduler()}
+        pipe = diffusers.StableDiffusion3Img2ImgPipeline(**parts)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    picture = Image.linear_gradient("L").convert("RGB").resize((96, 64))
+    agrees(replace(entry, build=build), 3, image=[picture] * ROWS, strength=0.5, num_inference_steps=4)
 
 
 # Refusals
