@@ -78,8 +78,10 @@ def visit(envoy: Any, side: str, parts: list[dict[str, Any]], now: SimpleNamespa
             now.gates[part["keep"]] = gate_of(tensor, part, envoy)
         elif "hold" in part:
             now.held[part["hold"]] = tokens_of(tensor, part, now.image)
+        elif part["table"] is not None:
+            derive(gate_of(tensor, part, envoy), part, now)
         elif "readout" in part:
-            predict(read_out(now.model, envoy, changed, part, now.held, now.image, now.program["readout"]), part, now)
+            derive(read_out(now.model, envoy, changed, part, now.held, now.image, now.program["readout"]), part, now)
         else:
             edited = work(tensor, part, now)
             changed = changed if edited is None else replaced(changed, side, part, edited)
@@ -121,6 +123,7 @@ def gate_of(value: Tensor, part: dict[str, Any], module: Any) -> Tensor:
     if part["table"] is not None:
         name, number = part["table"]
         table = getattr(module, name)
+        table = table.reshape(-1, table.shape[-1])
         value = value.reshape(len(value), len(table), -1)[:, number : number + 1] + table[number]
     value = value.unsqueeze(1) if value.ndim == 2 else value
     if part["span"] is not None:
@@ -160,12 +163,13 @@ def work(value: Any, part: dict[str, Any], now: SimpleNamespace) -> Any | None:
     return None if edited is None else closed(edited, value, part)
 
 
-def predict(predicted: Tensor, part: dict[str, Any], now: SimpleNamespace) -> None:
-    """Keeps the clean latents that the read-out of a block means."""
-    check_rows(predicted, part, now)
+def derive(computed: Tensor, part: dict[str, Any], now: SimpleNamespace) -> None:
+    """Keeps what is computed on the way and cannot be written: modulations from tables, and the x0 of a block."""
+    check_rows(computed, part, now)
     for action in part["actions"]:
         block = block_of(action, now)
-        keep(clean(predicted[block.start : block.stop], now, block), action, part, now)
+        stream = computed[block.start : block.stop]
+        keep(clean(stream, now, block) if "readout" in part else stream, action, part, now)
 
 
 def check_tokens(stream: Tensor, action: dict[str, Any], part: dict[str, Any]) -> None:

@@ -186,6 +186,11 @@ class _Compiler:
             )
         if isinstance(op, Read):
             return
+        if self.anatomy.address(site).table is not None:
+            raise OpError(
+                f"{type(op).__name__} at {site}: this is a sum of a table and the time, so it can only be read. "
+                f"Scale blocks.{site.block}.{site.stream}.attn_out or mlp_out instead."
+            )
         if site.point in ("x0", "resid_mid"):
             instead = "velocity" if site.point == "x0" else f"blocks.{site.block}.{site.stream}.mlp_out or resid_post"
             raise OpError(

@@ -131,10 +131,12 @@ def timeline(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any], t
             raise PromptError(f"strength={strength} with {total} steps leaves none to run. Raise one of them.")
     calls, levels = calls_of(pipe, family, call), _levels(pipe.scheduler)
     kind = _kind(pipe, family, levels)
-    if getattr(pipe.scheduler, "order", 1) > 1:
-        times = _times(pipe.scheduler, total)[skipped * pipe.scheduler.order :]
+    order = getattr(pipe.scheduler, "order", 1)
+    if order > 1 or (levels is not None and given is None):  # the scheduler alone decides how often it calls the model
+        times = _times(pipe.scheduler, total)[skipped * order :]
         repeats = tuple(i for i in range(1, len(times)) if times[i] == times[i - 1])
-        return Timeline(len(times), calls, None, repeats, levels, kind)
+        sigmas = None if levels is None else tuple(levels[round(time)] for time in times)
+        return Timeline(len(times), calls, sigmas, repeats, levels, kind)
     sigmas = _sigmas(pipe, call, total, tokens)
     return Timeline(total - skipped, calls, None if sigmas is None else sigmas[skipped:], (), levels, kind)
 
@@ -175,8 +177,7 @@ def _refuse(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any]) ->
 def _times(scheduler: Any, steps: int) -> list[float]:
     """The timesteps a copy of the scheduler sets; which of them are equal does not depend on a shift."""
     scheduler = copy.deepcopy(scheduler)
-    takes_shift = "mu" in inspect.signature(scheduler.set_timesteps).parameters
-    scheduler.set_timesteps(steps, **({"mu": 1.0} if takes_shift else {}))
+    scheduler.set_timesteps(steps, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
     return [float(time) for time in scheduler.timesteps]
 
 

@@ -118,12 +118,16 @@ class Anatomy:
             return f"block {block} ({stack.name}), the last, returns no {stream} tokens"
         tap = stack.points.get(stream, {}).get(point)
         if tap is None:
-            return f"the {stack.name} blocks of {self.family.name} have no {point}, or its row does not say where"
+            return f"the {self._called(stack)} of {self.family.name} have no {point}, or its row does not say where"
         if isinstance(tap, str):
-            return f"the {stack.name} blocks of {self.family.name} have no {point}: {tap}"
+            return f"the {self._called(stack)} of {self.family.name} have no {point}: {tap}"
         if self.order and (stack.name, f".{tap.module}" if tap.module else "", tap.side) not in self.order:
             return f"{tap.module} of the {stack.name} blocks was not called when {self.family.name} was checked"
         return self._lacks(block, tap)
+
+    @staticmethod
+    def _called(stack: Stack) -> str:
+        return "blocks" if stack.name == "block" else f"{stack.name} blocks"
 
     def _lacks(self, block: int, tap: Tap) -> str | None:
         """What a tap needs that this very block does not have."""

@@ -135,10 +135,11 @@ class Trial:
     ) -> RemovableHandle:
         part = vars(address)
 
-        def keep(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             if site.name in found:  # a module that is called again for the other stream
                 return
-            tensor = opened(fetch(output if address.side == "output" else (args, kwargs), address.side, part), part)
+            value = fetch(output if address.side == "output" else (args, kwargs), address.side, part)
+            tensor = opened(value, part) if address.table is None else gate_of(value, part, module)
             if tensor.shape[0] != ROWS:
                 raise ValueError(f"{site} has {tensor.shape[0]} rows in a call of {ROWS}")
             if address.gate is not None:

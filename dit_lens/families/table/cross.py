@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dit_lens.families.row import Family, Grid, Guidance, Readout, Time
-from dit_lens.families.table import points
+from dit_lens.families.table import more_points, points
 from dit_lens.families.table.shared import (
     CALLS,
     COND_UNCOND,
@@ -108,7 +108,7 @@ HUNYUAN_DIT = Family(
     name="Hunyuan-DiT",
     transformer="HunyuanDiT2DModel",
     pipelines=("HunyuanDiTPipeline",),
-    stacks=(image_stack("blocks"),),
+    stacks=(image_stack("blocks", points=more_points.HUNYUAN_DIT),),
     final="norm_out",
     readout=PATCHED,
     width="inner_dim",
@@ -146,7 +146,7 @@ LUMINA = Family(
     name="Lumina-Next",
     transformer="LuminaNextDiT2DModel",
     pipelines=("LuminaPipeline",),
-    stacks=(image_stack("layers", "layer"),),
+    stacks=(image_stack("layers", "layer", points=more_points.LUMINA),),
     final="norm_out",
     readout=Readout((), "yxc"),
     width="hidden_size",
@@ -180,7 +180,7 @@ PRX = Family(
     name="PRX",
     transformer="PRXTransformer2DModel",
     pipelines=("PRXPipeline",),
-    stacks=(image_stack("blocks", attends="text_first"),),
+    stacks=(image_stack("blocks", points=more_points.PRX, attends="text_first"),),
     final="final_layer",
     readout=Readout(()),
     width="hidden_size",
@@ -209,7 +209,7 @@ NUCLEUS = Family(
     name="Nucleus-Image",
     transformer="NucleusMoEImageTransformer2DModel",
     pipelines=("NucleusMoEImagePipeline",),
-    stacks=(image_stack("transformer_blocks", attends="image_first"),),
+    stacks=(image_stack("transformer_blocks", points=more_points.NUCLEUS, attends="image_first"),),
     final="norm_out",
     readout=PACKED,
     width="inner_dim",
@@ -244,7 +244,7 @@ COSMOS = Family(
     transformer="CosmosTransformer3DModel",
     pipelines=("Cosmos2TextToImagePipeline",),
     other_predictions=("Cosmos2TextToImagePipeline",),
-    stacks=(image_stack("transformer_blocks"),),
+    stacks=(image_stack("transformer_blocks", points=more_points.COSMOS),),
     final="norm_out",
     readout=PATCHED,
     width=HEADS,
@@ -277,8 +277,8 @@ KANDINSKY5 = Family(
     transformer="Kandinsky5Transformer3DModel",
     pipelines=("Kandinsky5T2IPipeline",),
     stacks=(
-        text_stack("text_transformer_blocks", "text", "x"),
-        image_stack("visual_transformer_blocks", "visual", "visual_embed"),
+        text_stack("text_transformer_blocks", "text", "x", points=more_points.KANDINSKY5_TEXT),
+        image_stack("visual_transformer_blocks", "visual", "visual_embed", points=more_points.KANDINSKY5),
     ),
     final="out_layer",
     readout=Readout(()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dit_lens.families.row import Family, Grid, Guidance, Readout, Time
-from dit_lens.families.table import points
+from dit_lens.families.table import more_points, points
 from dit_lens.families.table.shared import (
     CALLS,
     HEADS,
@@ -111,7 +111,7 @@ COGVIEW3 = Family(
     name="CogView3-Plus",
     transformer="CogView3PlusTransformer2DModel",
     pipelines=("CogView3PlusPipeline",),
-    stacks=(double_stack(name="block", outputs=IMAGE_FIRST),),
+    stacks=(double_stack(name="block", outputs=IMAGE_FIRST, points=more_points.COGVIEW3),),
     final="norm_out",
     readout=PACKED,
     width="inner_dim",
@@ -165,8 +165,16 @@ HIDREAM = Family(
     transformer="HiDreamImageTransformer2DModel",
     pipelines=("HiDreamImagePipeline",),
     stacks=(
-        replace(double_stack("double_stream_blocks", outputs=IMAGE_FIRST, attends="image_first"), rewritten=("txt",)),
-        replace(joint_stack("single_stream_blocks", "single", "image_first"), rewritten=("txt",)),
+        replace(
+            double_stack(
+                "double_stream_blocks", outputs=IMAGE_FIRST, points=more_points.HIDREAM_DOUBLE, attends="image_first"
+            ),
+            rewritten=("txt",),
+        ),
+        replace(
+            joint_stack("single_stream_blocks", "single", "image_first", points=more_points.HIDREAM_SINGLE),
+            rewritten=("txt",),
+        ),
     ),
     final="final_layer",
     readout=Readout((), "yxc"),
@@ -209,7 +217,13 @@ HUNYUAN_IMAGE = Family(
     stacks=(
         text_stack("context_embedder.token_refiner.refiner_blocks", "refiner"),
         double_stack(outputs=IMAGE_FIRST, points=points.FLUX_DOUBLE, attends="image_first"),
-        double_stack("single_transformer_blocks", "single", outputs=IMAGE_FIRST, attends="image_first"),
+        double_stack(
+            "single_transformer_blocks",
+            "single",
+            outputs=IMAGE_FIRST,
+            points=more_points.HUNYUAN_SINGLE,
+            attends="image_first",
+        ),
     ),
     final="norm_out",
     readout=PACKED,
@@ -245,8 +259,8 @@ AURA_FLOW = Family(
     transformer="AuraFlowTransformer2DModel",
     pipelines=("AuraFlowPipeline",),
     stacks=(
-        double_stack("joint_transformer_blocks"),
-        joint_stack("single_transformer_blocks", "single", "text_first"),
+        double_stack("joint_transformer_blocks", points=more_points.AURA_FLOW_DOUBLE),
+        joint_stack("single_transformer_blocks", "single", "text_first", points=more_points.AURA_FLOW_SINGLE),
     ),
     final="norm_out",
     readout=PATCHED,
@@ -278,7 +292,7 @@ JOY_IMAGE = Family(
     name="JoyImage-Edit",
     transformer="JoyImageEditTransformer3DModel",
     pipelines=("JoyImageEditPipeline",),
-    stacks=(double_stack("double_blocks", outputs=IMAGE_FIRST, attends="image_first"),),
+    stacks=(double_stack("double_blocks", outputs=IMAGE_FIRST, points=more_points.JOY_IMAGE, attends="image_first"),),
     final="norm_out",
     readout=PATCHED,
     width="hidden_size",

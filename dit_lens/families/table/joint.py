@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dit_lens.families.row import Family, Grid, Guidance, Readout, Time
-from dit_lens.families.table import points
+from dit_lens.families.table import more_points, points
 from dit_lens.families.table.shared import (
     CALLS,
     COND_UNCOND,
@@ -98,7 +98,7 @@ OMNIGEN = Family(
     name="OmniGen",
     transformer="OmniGenTransformer2DModel",
     pipelines=("OmniGenPipeline",),
-    stacks=(joint_stack("layers", "layer", "text_first"),),
+    stacks=(joint_stack("layers", "layer", "text_first", points=more_points.OMNIGEN),),
     final="norm",
     final_layout="text_first",
     width="hidden_size",
@@ -137,7 +137,7 @@ KREA2 = Family(
     name="Krea 2",
     transformer="Krea2Transformer2DModel",
     pipelines=("Krea2Pipeline",),
-    stacks=(joint_stack("transformer_blocks", "block", "text_first"),),
+    stacks=(joint_stack("transformer_blocks", "block", "text_first", points=more_points.KREA2),),
     final="final_layer",
     readout=Readout(()),
     final_layout="own",
@@ -175,7 +175,7 @@ IDEOGRAM4 = Family(
     name="Ideogram 4",
     transformer="Ideogram4Transformer2DModel",
     pipelines=("Ideogram4Pipeline",),
-    stacks=(joint_stack("layers", "layer", "text_first"),),
+    stacks=(joint_stack("layers", "layer", "text_first", points=more_points.IDEOGRAM4),),
     final="final_layer",
     readout=Readout(()),
     final_layout="text_first",
@@ -241,7 +241,7 @@ QWEN21 = Family(
     name="Qwen-Image 2.1",
     transformer="QwenImage21Transformer2DModel",
     pipelines=("QwenImage21Pipeline",),
-    stacks=(joint_stack("transformer_blocks", "block", "text_first"),),
+    stacks=(joint_stack("transformer_blocks", "block", "text_first", points=more_points.QWEN21),),
     final="norm_out",
     readout=PACKED,
     final_layout="text_first",
@@ -275,8 +275,8 @@ FIBO2 = Family(
     transformer="BriaFibo2Transformer2DModel",
     pipelines=("BriaFibo2Pipeline",),
     stacks=(
-        image_stack("noise_refiner", "noise_refiner", "x"),
-        joint_stack("layers", "layer", "text_first", "x"),
+        image_stack("noise_refiner", "noise_refiner", "x", points=more_points.FIBO2),
+        joint_stack("layers", "layer", "text_first", "x", points=more_points.FIBO2),
     ),
     final="final_layer",
     readout=Readout(()),

@@ -185,6 +185,7 @@ def table_block(mlp_axes: str = "tokens", inside: Points | None = None) -> Mappi
     gate = Tap("", "input", "timestep", table="scale_shift_table")
     return {
         "img": {
+            **modulation(gate),
             "attn_out": gated("attn1", replace(gate, span=(2, 3))),
             "cross_out": Tap("attn2"),
             "resid_mid": entering("norm2"),

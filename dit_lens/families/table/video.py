@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dit_lens.families.row import Family, Grid, Readout
+from dit_lens.families.table import more_points, points
 from dit_lens.families.table.shared import (
     CALLS,
     HEADS,
@@ -19,7 +20,7 @@ WAN = Family(
     name="Wan 2.1",
     transformer="WanTransformer3DModel",
     pipelines=("WanPipeline",),
-    stacks=(image_stack("blocks"),),
+    stacks=(image_stack("blocks", points=more_points.WAN),),
     final="norm_out",
     width=HEADS,
     out_width="out_channels*patch_size",
@@ -47,7 +48,7 @@ LTX = Family(
     name="LTX-Video",
     transformer="LTXVideoTransformer3DModel",
     pipelines=("LTXPipeline",),
-    stacks=(image_stack("transformer_blocks"),),
+    stacks=(image_stack("transformer_blocks", points=more_points.LTX),),
     final="norm_out",
     readout=Readout(shift=("time_embed", 1), table="scale_shift_table"),
     width=HEADS,
@@ -78,7 +79,7 @@ COGVIDEOX = Family(
     name="CogVideoX",
     transformer="CogVideoXTransformer3DModel",
     pipelines=("CogVideoXPipeline",),
-    stacks=(double_stack(name="block", outputs=IMAGE_FIRST),),
+    stacks=(double_stack(name="block", outputs=IMAGE_FIRST, points=more_points.COGVIDEOX),),
     final="norm_final",
     width=HEADS,
     out_width="config.out_channels*patch_size*patch_size",
@@ -110,8 +111,14 @@ HUNYUAN_VIDEO = Family(
     pipelines=("HunyuanVideoPipeline",),
     stacks=(
         text_stack("context_embedder.token_refiner.refiner_blocks", "refiner"),
-        double_stack(outputs=IMAGE_FIRST, attends="image_first"),
-        double_stack("single_transformer_blocks", "single", outputs=IMAGE_FIRST, attends="image_first"),
+        double_stack(outputs=IMAGE_FIRST, points=points.FLUX_DOUBLE, attends="image_first"),
+        double_stack(
+            "single_transformer_blocks",
+            "single",
+            outputs=IMAGE_FIRST,
+            points=more_points.HUNYUAN_SINGLE,
+            attends="image_first",
+        ),
     ),
     final="norm_out",
     readout=PACKED,
