@@ -100,7 +100,9 @@ def _bytes(
         if read.reduce is not None:
             total += 4 * calls * _reduced(parse(read.reduce), channels)
             continue
-        tokens = len(read.tokens) if read.tokens is not None else image_tokens if ".txt" not in site else text_tokens
+        stream = text_tokens if ".txt" in site else image_tokens
+        tokens = stream if read.tokens is None else len(read.tokens)
+        tokens = 1 if ".mod." in site else tokens  # one vector for each picture
         known &= tokens is not None
         total += dtype.itemsize * calls * channels * (tokens or 1)
     return total, known

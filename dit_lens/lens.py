@@ -135,6 +135,20 @@ class DiTLens:
         )
         return [site.name for site in found]
 
+    def heads(self, site: str) -> list[range]:
+        """The channels of every head at ``attn.q``, ``attn.k``, ``attn.v`` or ``attn.z`` of a block, head by head.
+
+        >>> lens = DiTLens.toy()
+        >>> lens.heads("blocks.3.img.attn.z")
+        [range(0, 32), range(32, 64), range(64, 96), range(96, 128)]
+        >>> from dit_lens import Zero
+        >>> silent = Zero("blocks.3.img.attn.z", channels=lens.heads("blocks.3.img.attn.z")[2])
+
+        Where queries share keys and values, ``attn.k`` and ``attn.v`` have fewer heads. Raises SiteError elsewhere.
+        """
+        (found,) = match(site, self.anatomy.sites, self.anatomy.stacks, self.anatomy.why_not)
+        return self.anatomy.heads(found)
+
     def to_str_tokens(self, prompt: str) -> list[str]:
         """The text stream's tokens as strings, in order; padding shows as the tokenizer's own mark."""
         ids = self._tokenized(prompt)["input_ids"]

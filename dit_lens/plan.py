@@ -383,7 +383,7 @@ class _Compiler:
                 channels={site.name: None if chosen is None else tuple(chosen) for site, chosen in channels.items()},
                 tokens=None if groups[0][1] is None else tuple(groups[0][1]),
                 reduce=op.reduce,
-                image=all(site.stream == "img" for site in sites),
+                image=all(site.stream == "img" and not site.point.startswith("mod.") for site in sites),
             )
         )
 

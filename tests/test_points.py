@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_lens import Read, Scale, Swap, Zero
+from dit_lens import DiTLens, Read, Scale, Swap, Zero
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError
 from tests.test_zoo import ENTRIES, ROWS
 from tests.zoo import truth
@@ -155,6 +155,40 @@ def test_an_edit_inside_a_joint_fused_tensor_touches_one_stream_and_its_channels
     plain = zoo.plain_of(zoo.call)
     handle.remove()
     assert torch.equal(zoo.drawn(run), plain.drawn)
+
+
+@pytest.mark.parametrize(("name", "block", "path"), [("sd3", 1, "attn.to_out.0"), ("krea2", 1, "attn.to_out.0")])
+def test_silencing_a_head(name, block, path):
+    zoo = zoo_of(name)
+    site = f"blocks.{block}.img.attn.z"
+    assert zoo.lens.heads(site) == [range(16), range(16, 32)]
+    run = zoo.run([Zero(site, channels=zoo.lens.heads(site)[1])])
+    joint = slice(TEXT, None) if name == "krea2" else ALL
+
+    def silence(_, args):
+        x = args[0].clone()
+        x[:, joint, 16:] = 0
+        return (x,)
+
+    handle = zoo.pipe.transformer.transformer_blocks[block].get_submodule(path).register_forward_pre_hook(silence)
+    plain = zoo.plain_of(zoo.call)
+    handle.remove()
+    assert torch.equal(zoo.drawn(run), plain.drawn)
+
+
+def test_heads_that_share_keys_and_what_has_no_heads():
+    lens = zoo_of("krea2").lens
+    assert len(lens.heads("blocks.0.img.attn.q")) == 2
+    assert lens.heads("blocks.0.img.attn.k") == [range(16)]
+    with pytest.raises(SiteError, match="not made of heads"):
+        lens.heads("blocks.0.img")
+
+
+@pytest.mark.parametrize("name", [name for name in ENTRIES if name not in {"ernie", "hidream"}])
+def test_every_family_counts_its_heads(name):
+    lens = zoo_of(name).lens if name not in truth.ONE_ROW else DiTLens(ENTRIES[name].build())
+    site = lens.sites("blocks.-1.img.attn.q")[0]
+    assert {len(head) for head in lens.heads(site)} <= {16, 20}
 
 
 def test_modulation_is_one_vector_a_row():

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+HEADED = ("attn.q", "attn.k", "attn.v", "attn.z")
+
+
 @dataclass(frozen=True)
 class Address:
     """Where a site's tensor is.
@@ -238,6 +241,20 @@ class Anatomy:
         start, stop = tap.span
         return (whole if stop is None else stop * self.width) - start * self.width
 
+    def heads(self, site: Site) -> list[range]:
+        """The channels of every head at a point of attention; SiteError elsewhere."""
+        tap = self._tap(site) if site.point in HEADED else None
+        paths = [] if tap is None else [tap.module.rpartition(".")[0], tap.module.split(".")[0]]
+        modules = [self._inner(site.block or 0, path) for path in paths]
+        count = next(filter(None, map(_heads_of, modules)), None)
+        if count is None:
+            raise SiteError(
+                f"{site} is not made of heads that its module counts. Heads are at {', '.join(HEADED)}, for instance "
+                f"blocks.{site.block or 0}.img.attn.z."
+            )
+        size = self.channels(Site(site.block, site.stream, "attn.q")) // count
+        return [range(start, start + size) for start in range(0, self.channels(site), size)]
+
     @cached_property
     def latent_width(self) -> int:
         """The size of one token of latents: what is predicted, without a learned variance."""
@@ -402,6 +419,12 @@ class Anatomy:
         if value is None and entry == "out_channels":
             value = self.transformer.config["in_channels"]
         return math.prod(value) if isinstance(value, tuple | list) else int(value)
+
+
+def _heads_of(module: Any) -> int | None:
+    """How many heads an attention says it has."""
+    counts = (getattr(module, name, None) for name in ("heads", "num_heads"))
+    return next((count for count in counts if isinstance(count, int)), None)
 
 
 def _width_of(module: Any, side: str) -> int | None:
