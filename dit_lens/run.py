@@ -264,7 +264,7 @@ class Run:
         }
 
     def __repr__(self) -> str:
-        prompts = self.spec.get("prompt") or ["(embeddings)"]
+        prompts = self.spec.get("prompt") or ["(embeddings)"] * len(self.spec.get("seed") or [None])
         made = f"{len(self.images)} pictures" if self.images else "latents"
         return (
             f"Run: {made} of {len(prompts)} prompts, {len(self.clock)} steps, grid {' x '.join(map(str, self.grid))}, "

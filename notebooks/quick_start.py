@@ -70,6 +70,13 @@ with lens.trace([other, prompt], seed=0) as t:
 plots.strip(t.images, ["source", "target with the source's channels"])
 
 # %% [markdown]
+# Where in the network does the picture come about? Any block's tokens can be read out as if the block were the last one:
+# rows are steps, columns are blocks.
+
+# %%
+lens.read_x0(prompt, seed=0).figure()
+
+# %% [markdown]
 # One picture proves little. A study runs all arms on the same prompts and seeds and gives intervals:
 # `studies.disruption`, `studies.organisation`, `studies.transfer`.
 
