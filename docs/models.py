@@ -71,6 +71,8 @@ def _section(family: Family) -> str:
     lines += [line for stack in family.stacks for line in _points(anatomy, stack)]
     for pipeline, guidance in family.variants.items():
         lines.append(f"- `{pipeline}`: {guidance_text(guidance)}.")
+    if family.note:
+        lines.append(f"- {family.note}")
     if family.sign < 0:
         lines.append("- The pipeline negates the prediction: `x0` allows for that, `velocity` is the model's own.")
     for pipeline in family.other_predictions:
@@ -108,7 +110,7 @@ def _grouped(points: list[str]) -> list[str]:
 OTHERS = """
 ## Not described
 
-- Flux3 exists as a modular pipeline only, which has no call that a lens could wrap; it is refused by name.
+- FLUX.3 exists as a modular pipeline only, which has no fixed call that could be planned; it is refused by name.
 - Another transformer is refused with its nearest relative in this table. Describe it with
   `dit_lens.register_family(dit_lens.Family(...))`: the row is checked as these are.
 - Under quantisation the ranks of channels may shift. Compare before you carry channels over:

@@ -70,7 +70,7 @@ with lens.trace([other, prompt], seed=0) as t:
 plots.strip(t.images, ["source", "target with the source's channels"])
 
 # %% [markdown]
-# Where in the network does the picture come about? Any block's tokens can be read out as if the block were the last one:
+# Where in the network does the picture come about? Any block's tokens can be read out as if the block were the last:
 # rows are steps, columns are blocks.
 
 # %%

@@ -275,6 +275,13 @@ def test_unknown_transformer():
         DiTLens(pipe)
 
 
+def test_modular_pipelines():
+    from diffusers import Flux3ModularPipeline
+
+    with pytest.raises(FamilyError, match=r"Flux3ModularPipeline is a modular pipeline.*ordinary pipeline"):
+        DiTLens(Flux3ModularPipeline())
+
+
 def test_a_pipeline_without_a_transformer():
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 

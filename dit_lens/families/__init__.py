@@ -48,6 +48,11 @@ def register_family(family: Family) -> None:
 
 def find(pipe: DiffusionPipeline) -> Family:
     """The family of a pipeline's transformer; FamilyError names the nearest one when there is none."""
+    if any(base.__name__ == "ModularPipeline" for base in type(pipe).__mro__):
+        raise FamilyError(
+            f"{type(pipe).__name__} is a modular pipeline, put together at run time: it has no fixed call whose steps "
+            "and branches could be planned. Use the model's ordinary pipeline, where there is one (FLUX.3 has none)."
+        )
     components = getattr(pipe, "components", None)
     if not isinstance(components, dict):
         raise FamilyError(

@@ -162,7 +162,7 @@ class Family:
     embedded: the config flag for a guidance scale that the transformer is told.
     tiny, call: overrides that shrink the config, and the arguments of a call of that, for the check at load,
     which uses a grid of ``tried_on`` tokens (not square where the model allows it, so that a transposed grid shows).
-    refuses: pipeline argument -> why a run with it cannot be followed.
+    refuses: pipeline argument -> why a run with it cannot be followed. note: what else its users must know.
     """
 
     name: str
@@ -193,6 +193,7 @@ class Family:
     call: Mapping[str, object] = field(default_factory=dict)
     tried_on: tuple[int, int] = (2, 3)
     refuses: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
     def guidance_of(self, pipe: object) -> Guidance | None:
         """How a pipeline of this family is guided."""

@@ -182,7 +182,9 @@ IDEOGRAM4 = Family(
     width=HEADS,
     out_width="out_channels",
     grid=Grid("marks", "position_ids", marked=2),
-    guidance=None,  # its unconditional branch is a second transformer, which is not looked into
+    guidance=None,
+    note="Its unconditional branch is a second transformer, `unconditional_transformer`, which is not looked into: "
+    "`cond` is all there is, and the picture is guided by a model that no op touches.",
     time=_FALLING,
     prediction_layout="text_first",
     sign=-1,
