@@ -60,14 +60,9 @@ def _reading(read: PlannedRead, pieces: dict[tuple, list[Tensor]], when: Timelin
     branches = tuple(branch for branch in BRANCHES if branch in read.branches)
     values = {}
     for site in read.sites:
-        stacked = [[torch.cat(pieces[read.op, site, step, branch]) for branch in branches] for step in read.steps]
-        sizes = {tuple(value.shape) for of_step in stacked for value in of_step}
-        if len(sizes) > 1:
-            counts = ", ".join(str(of_step[0].shape[1]) for of_step in stacked)
-            raise ExecutionError(
-                f"{site} has another number of tokens at different steps or branches ({counts}), which fit no one "
-                "tensor: a cache holds the rest. Read its steps and branches one by one, or reduce over tokens."
-            )
+        found = [[pieces[read.op, site, step, branch] for branch in branches] for step in read.steps]
+        _check_sizes(site, read, found)
+        stacked = [[torch.cat(batches) for batches in of_step] for of_step in found]
         both = torch.stack([torch.stack(of_step) for of_step in stacked])  # [s, branch, b, ...]
         values[site] = both if read.both else both[:, 0]
     return Reading(
@@ -82,6 +77,20 @@ def _reading(read: PlannedRead, pieces: dict[tuple, list[Tensor]], when: Timelin
         channels=dict(read.channels),
         reduce=read.reduce,
         shape_of_grid=grid if read.image else None,
+    )
+
+
+def _check_sizes(site: str, read: PlannedRead, found: list[list[list[Tensor]]]) -> None:
+    """ExecutionError where steps, branches or batches have other numbers of tokens, which fit no one tensor."""
+    if len({tuple(batch.shape[1:]) for of_step in found for batches in of_step for batch in batches}) == 1:
+        return
+    lines = [
+        f"step {step} {'/'.join(str(batch.shape[1]) for batches in of_step for batch in batches)}"
+        for step, of_step in zip(read.steps, found, strict=True)
+    ]
+    raise ExecutionError(
+        f"{site} has other numbers of tokens in other branches, prompts or steps ({', '.join(lines[:4])}), which fit "
+        "no one tensor. Read branches, prompts or steps in runs of their own, or reduce over tokens (reduce=)."
     )
 
 

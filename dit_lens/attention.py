@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from dit_lens.errors import ExecutionError, OpError, SiteError
+from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError
+from dit_lens.layout import PlanMismatchError, image_tokens, stream_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_lens.lens import DiTLens
-    from dit_lens.ops import Steps
+    from dit_lens.ops import Op, Steps
     from dit_lens.plan import Plan
     from dit_lens.run import Run
     from dit_lens.steps import Timeline
@@ -30,13 +32,16 @@ class Attention:
     """How much every query token attends to every key token: rows sum to 1.
 
     tensors: block -> [step, row, head, query, key], float32, in main memory. order: block -> "text_first",
-    "image_first" or "own": where text and image tokens lie among them. steps, heads: which were kept. run: the run.
+    "image_first", "ragged" or "own": where text and image tokens lie among them. steps, heads: which were kept.
+    image, rows: where the call had its image tokens, and which of its rows these are. run: the run.
     """
 
     tensors: dict[int, Tensor]
     order: dict[int, str]
     steps: tuple[int, ...]
     heads: tuple[int, ...]
+    image: SimpleNamespace
+    rows: range
     run: Run
 
     def __getitem__(self, block: int) -> Tensor:
@@ -47,24 +52,30 @@ class Attention:
     def between(self, block: int, queries: str = "img", keys: str = "txt") -> Tensor:
         """The part from one stream to another: [step, row, head, query, key] with image tokens row by row.
 
-        queries, keys: "img" or "txt". Reference tokens and padding belong to neither.
+        queries, keys: "img" or "txt": the tokens that a read of that stream has, so references belong to neither.
         """
         tensor = self[block]
-        return tensor[..., self._span(block, queries, tensor.shape[-2]), :][
-            ..., self._span(block, keys, tensor.shape[-1])
-        ]
+        across = self._places(block, queries, tensor.shape[-2])[None, :, None, :, None]
+        down = self._places(block, keys, tensor.shape[-1])[None, :, None, None, :]
+        return tensor.take_along_dim(across, -2).take_along_dim(down, -1)
 
-    def _span(self, block: int, stream: str, length: int) -> slice:
-        h, w = self.run.grid[-2:]
-        image = h * w * (self.run.grid[0] if len(self.run.grid) == 3 else 1)
+    def _places(self, block: int, stream: str, length: int) -> Tensor:
+        """Which of ``length`` tokens belong to a stream: [row, token]."""
         if stream not in ("img", "txt"):
             raise OpError(f"{stream!r} is no stream. Say 'img' or 'txt'.")
-        if stream == "txt" and length == image:
+        if stream == "txt" and self.order[block] == "own":
             raise OpError(f"block {block} attends from and to image tokens only, so there is no text.")
-        text_first = self.order[block] == "text_first"
-        if stream == "img":
-            return slice(length - image, length) if text_first else slice(0, image)
-        return slice(0, length - image) if text_first else slice(image, length)
+        if length < self.image.total:
+            raise OpError(
+                f"block {block} attends in parts; this one has {length} tokens, fewer than the picture and its "
+                f"references, {self.image.total}. Take self[block] whole, or a step that has no references."
+            )
+        numbers = torch.arange(length)[None, :, None].expand(self.rows.stop, -1, 1)
+        part = {"stream": stream, "layout": self.order[block], "site": f"blocks.{block}.{stream}"}
+        try:
+            return stream_of(numbers, part, self.image, self.rows)[0][..., 0]
+        except PlanMismatchError as mismatch:
+            raise OpError(f"{mismatch}, or take self[block] whole.") from mismatch
 
 
 def read_pattern(
@@ -73,27 +84,39 @@ def read_pattern(
     block: int | Sequence[int],
     *,
     heads: int | Sequence[int],
+    ops: Sequence[Op] | Op = (),
     steps: Steps = -1,
     branch: str = "cond",
     **call: Any,
 ) -> Attention:
     """See :meth:`dit_lens.DiTLens.read_pattern`."""
+    if "batch_size" in call:
+        raise PromptError("patterns are read from one batch: leave batch_size= out, and pass fewer prompts at once.")
     depth = lens.anatomy.depth
-    blocks = [block] if isinstance(block, int) else list(block)
+    blocks = _indices("block", block)
     for one in blocks:
         if not -depth <= one < depth:
             raise SiteError(f"block {one} does not exist: there are {depth}, 0 to {depth - 1}.")
     blocks = [one % depth for one in blocks]
-    wanted = tuple([heads] if isinstance(heads, int) else heads)
+    wanted = tuple(_indices("head", heads))
     order = {one: lens.anatomy.attention(one)[1] for one in blocks}
     timeline, plan = lens.planned(prompt, **call)
     if branch not in timeline.branches:
-        raise OpError(f"this call has no {branch!r} branch, only {', '.join(timeline.branches)}.")
+        raise OpError(f"a pattern is of one branch, and {branch!r} is none of {', '.join(timeline.branches)}.")
     chosen = timeline.select(steps)
     watch = Watch(wanted, {(step, one) for step in chosen for one in blocks}, timeline, plan, branch)
     with watch.on(lens, blocks):
-        run = lens.run(prompt, **call)
-    return Attention(watch.stacked(chosen, blocks), order, tuple(chosen), wanted, run)
+        run = lens.run(prompt, ops, **call)
+    tensors = watch.stacked(chosen, blocks)
+    return Attention(tensors, order, tuple(chosen), wanted, watch.image, watch.block_rows, run)
+
+
+def _indices(what: str, value: Any) -> list[int]:
+    """One number or several, of whatever integer type."""
+    values = [value] if hasattr(value, "__index__") else list(value)
+    if not values or any(isinstance(one, bool) or not hasattr(one, "__index__") for one in values):
+        raise OpError(f"{what} {value!r} is no number or list of numbers.")
+    return [one.__index__() for one in values]
 
 
 class Watch(TorchFunctionMode):
@@ -104,8 +127,11 @@ class Watch(TorchFunctionMode):
     ):
         super().__init__()
         self.heads, self.wanted, self.timeline = heads, wanted, timeline
-        self.call, self.block_of_branch = timeline.place(branch)
-        self.rows = plan.program["rows"]
+        self.call, number = timeline.place(branch)
+        rows = plan.program["rows"]
+        self.block_rows = range(number * rows, (number + 1) * rows)
+        self.rule = plan.program["grid"]
+        self.image = SimpleNamespace()
         self.made = -1  # calls of the transformer so far
         self.block: int | None = None
         self.kept: dict[tuple[int, int], Tensor] = {}
@@ -124,13 +150,16 @@ class Watch(TorchFunctionMode):
     def on(self, lens: DiTLens, blocks: list[int]) -> Generator[None]:
         """Follows the pipeline's transformer; whatever happens, its hooks are removed."""
 
-        def begin(*_: Any) -> None:
+        def begin(_: Any, args: tuple, kwargs: dict) -> None:
             self.made += 1
+            step, call = divmod(self.made, len(self.timeline.calls))
+            if call == self.call and any(step == wanted for wanted, _ in self.wanted):
+                self.image = image_tokens((args, kwargs), self.rule)
 
         def leave(*_: Any) -> None:
             self.block = None
 
-        handles = [lens.pipe.transformer.register_forward_pre_hook(begin)]
+        handles = [lens.pipe.transformer.register_forward_pre_hook(begin, with_kwargs=True)]
         for number in blocks:
             module, _ = lens.anatomy.attention(number)
             handles.append(module.register_forward_pre_hook(lambda *_, number=number: setattr(self, "block", number)))
@@ -144,6 +173,12 @@ class Watch(TorchFunctionMode):
 
     def stacked(self, steps: list[int], blocks: list[int]) -> dict[int, Tensor]:
         """Block -> [step, row, head, query, key]."""
+        planned = self.timeline.steps * len(self.timeline.calls)
+        if self.made + 1 != planned:
+            raise ExecutionError(
+                f"the transformer was called {self.made + 1} times instead of {planned}: the batch was split, as "
+                "memory ran out. Pass fewer prompts at once."
+            )
         missing = sorted(self.wanted - set(self.kept))
         if missing:
             step, block = missing[0]
@@ -151,6 +186,9 @@ class Watch(TorchFunctionMode):
                 f"block {block} called no scaled dot-product attention at step {step}. Is another attention backend "
                 "set? pipe.transformer.set_attention_backend('native') has patterns."
             )
+        for block in blocks:
+            if len({self.kept[step, block].shape for step in steps}) > 1:
+                raise ExecutionError(f"block {block} has other tokens at other steps. Read its steps one by one.")
         return {block: torch.stack([self.kept[step, block] for step in steps]) for block in blocks}
 
     def _check_heads(self, query: Tensor) -> None:
@@ -164,7 +202,7 @@ class Watch(TorchFunctionMode):
         """softmax(q k / sqrt(d) + mask) of the chosen rows and heads: [row, head, query, key]."""
         query, key, mask, scale = given["query"], given["key"], given.get("attn_mask"), given.get("scale")
         count = query.shape[1]
-        rows = slice(self.block_of_branch * self.rows, (self.block_of_branch + 1) * self.rows)
+        rows = slice(self.block_rows.start, self.block_rows.stop)
         shared = count // key.shape[1]  # heads that share a key
         q = query[rows, list(self.heads)].float()
         k = key[rows, [head // shared for head in self.heads]].float()

@@ -86,6 +86,9 @@ def prepare(
         )
     device = pipe._execution_device  # noqa: SLF001 diffusers offers no public way
     arguments |= {name: _moved(value, device) for name, value in arguments.items() if _for_prompts(name)}
+    if prompt is not None and "prompt" not in signature:
+        raise PromptError(f"{type(pipe).__name__} takes no prompt. Pass what it draws, such as class_labels=[207].")
+    _check_classes(pipe, arguments.get("class_labels"))
     prompts = _prompts(prompt, arguments)
     count = len(arguments[_embeddings(arguments) or ""]) if prompts is None else len(prompts)
     steps = num_inference_steps if num_inference_steps is not None else arguments.get("num_inference_steps")
@@ -102,6 +105,13 @@ def prepare(
     rows = count * (1 if each is None else _positive("num_images_per_prompt", each))
     seeds = None if "generator" in call else _seeds(seed, count, rows)
     return Call(None if prompts is None else tuple(prompts), seeds, arguments, rows, starts="strength" in signature)
+
+
+def _check_classes(pipe: DiffusionPipeline, labels: Sequence[int] | None) -> None:
+    count = pipe.transformer.config.get("num_embeds_ada_norm") or 0
+    for label in labels if labels is not None and count else ():
+        if not 0 <= label < count:
+            raise PromptError(f"class {label} does not exist: this model has {count}, 0 to {count - 1}.")
 
 
 def _check_arguments(pipeline: str, signature: Mapping[str, Any], call: Mapping[str, Any], seed: Any) -> None:

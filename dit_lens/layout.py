@@ -175,7 +175,7 @@ def stream_of(tensor: Tensor, part: dict[str, Any], image: SimpleNamespace, rows
             if not picture:
                 raise PlanMismatchError(
                     f"the prompts have {', '.join(map(str, starts))} text tokens at {part['site']}, which fit no one "
-                    "tensor; run them with batch_size=1"
+                    "tensor; run prompts of other lengths one by one"
                 )
             places = torch.tensor(starts, device=tensor.device)[:, None] + torch.arange(
                 image.count, device=tensor.device

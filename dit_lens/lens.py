@@ -19,7 +19,7 @@ from dit_lens.assemble import assemble
 from dit_lens.call import Call, prepare
 from dit_lens.cost import Cost, check_fits, cost_of
 from dit_lens.engine import Engine
-from dit_lens.errors import ExecutionError, OpError, PromptError, StoreError
+from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, StoreError
 from dit_lens.families.checks import Check, check
 from dit_lens.ops import Apply, Op, Read, from_json, to_json
 from dit_lens.plan import Batch, Plan, compile_plan, narrowed
@@ -146,8 +146,10 @@ class DiTLens:
 
         Where queries share keys and values, ``attn.k`` and ``attn.v`` have fewer heads. Raises SiteError elsewhere.
         """
-        (found,) = match(site, self.anatomy.sites, self.anatomy.stacks, self.anatomy.why_not)
-        return self.anatomy.heads(found)
+        names = self.sites(site)
+        if len(names) != 1:
+            raise SiteError(f"{site!r} means {len(names)} sites. Ask for the heads of one, such as {names[0]!r}.")
+        return self.anatomy.heads(self.anatomy.site(names[0]))
 
     def to_str_tokens(self, prompt: str) -> list[str]:
         """The text stream's tokens as strings, in order; padding shows as the tokenizer's own mark."""
@@ -194,7 +196,8 @@ class DiTLens:
         """Runs what a saved run's ``spec`` describes."""
         if unsaved(spec):
             raise PromptError(
-                f"this run was made with values that JSON cannot keep, so it cannot be repeated from its spec: {spec}."
+                "this run was made with values that JSON cannot keep, so it cannot be repeated from its spec: "
+                f"{', '.join(_unkept(spec))}. Call lens.run again with them."
             )
         call = {name: value for name, value in spec["call"].items() if name != "num_inference_steps"}
         ops = [from_json(op) for op in spec["ops"]]
@@ -370,6 +373,7 @@ class DiTLens:
         block: int | Sequence[int],
         *,
         heads: int | Sequence[int],
+        ops: Sequence[Op] | Op = (),
         steps: Steps = -1,
         branch: str = "cond",
         **call: Any,
@@ -383,15 +387,17 @@ class DiTLens:
         torch.Size([1, 1, 2, 256, 16])
 
         Computed from the q and k that attention is called with, after norms and rotary embedding; every row sums to 1.
-        A head of n tokens keeps 4 n^2 bytes for each step and picture. block: numbers, as in ``blocks.{i}``. steps: the
-        last by default. Raises SiteError before any denoising where a block forms no pattern (linear attention).
+        A head of n tokens keeps 4 n^2 bytes for each step and picture. block: numbers, as in ``blocks.{i}``. ops: edits
+        under which the pattern is read. steps: the last by default. Raises SiteError before any denoising where a block
+        forms no pattern (linear attention).
         """
         from dit_lens.attention import read_pattern
 
-        return read_pattern(self, prompt, block, heads=heads, steps=steps, branch=branch, **call)
+        return read_pattern(self, prompt, block, heads=heads, ops=ops, steps=steps, branch=branch, **call)
 
     def planned(self, prompt: str | Sequence[str] | None = None, **call: Any) -> tuple[Timeline, Plan]:
         """The steps and branches of a run, and its empty plan; nothing is run."""
+        call.pop("batch_size", None)
         _, when, plan = self._plan(prompt, (), **call)
         return when, plan
 
@@ -490,6 +496,8 @@ class DiTLens:
 
     @cached_property
     def _tokenizer(self) -> Any:
+        if not any("txt" in stack.outputs for stack in self.family.stacks):
+            raise PromptError(f"{self.family.name} has no text stream: its text enters by cross-attention.")
         if not self.family.plain_text:
             raise PromptError(
                 f"the text stream of {self.family.name} holds more than the prompt's own tokens (a template or a "
@@ -581,6 +589,12 @@ def _stored_defaults(pipe: DiffusionPipeline) -> dict[str, Any]:
     folder = Path(str(getattr(pipe, "name_or_path", "") or ""))
     file = folder / DEFAULTS_FILE
     return read_json(file, "the defaults of a toy") if str(folder) not in ("", ".") and file.is_file() else {}
+
+
+def _unkept(spec: Mapping[str, Any]) -> list[str]:
+    """What of a spec was not kept, by name."""
+    arguments = [f"{name}=" for name, value in spec["call"].items() if unsaved(value)]
+    return [*arguments, *(f"ops[{i}]" for i, op in enumerate(spec["ops"]) if unsaved(op))]
 
 
 def _from_unsaved_run(op: Op) -> bool:

@@ -401,6 +401,10 @@ class _Compiler:
                 ([row], self.batch.find_word(row, op.tokens))
                 for row in (range(self.batch.rows) if rows is None else rows)
             ]
+        if (op.mask is not None or op.tokens is not None) and any(site.point.startswith("mod.") for site in sites):
+            raise OpError(
+                f"{op.site!r} is one vector for each picture, not tokens. Use channels=, not tokens= or mask=."
+            )
         if op.mask is not None:
             if streams != {"img"} or op.tokens is not None:
                 raise OpError("mask= chooses image tokens: use it on the img stream, and without tokens=.")
@@ -441,6 +445,8 @@ class _Compiler:
                 f"{self.batch.grid[1]} image tokens. Resize it to the grid (dit_lens.clusters.to_grid), or change "
                 "height= and width=."
             )
+        if not mask.any():
+            raise OpError("mask= chooses no token: every entry is False. Leave the op out, or choose another mask.")
         return [int(token) for token in np.flatnonzero(mask)]
 
     def _channels(self, op: Op, site: Site) -> list[int] | None:
@@ -479,7 +485,7 @@ def _fields(address: Address) -> dict[str, Any]:
 def _indices(asked: Any, size: int | None, what: str, owner: str, plural: str) -> list[int]:
     """Explicit indices, negative ones counted from the end; OpError when one is out of range or no integer."""
     if isinstance(asked, slice | range):
-        asked = range(size)[asked] if isinstance(asked, slice) and size is not None else asked
+        asked = _slice(asked, size, what) if isinstance(asked, slice) else asked
     values = asked if isinstance(asked, Sequence) or hasattr(asked, "__iter__") else [asked]
     found = []
     for value in values:
@@ -488,12 +494,29 @@ def _indices(asked: Any, size: int | None, what: str, owner: str, plural: str) -
                 f"{what} {value!r} is not an index. Use integers; a bool selection over the grid goes into mask=."
             )
         index = value.__index__()
+        if size is None and index < 0:
+            raise OpError(
+                f"{what} {index} counts from the end, but how many there are only the run can tell. Count from 0."
+            )
         if size is not None and not -size <= index < size:
             raise OpError(f"{what} {index} does not exist: {owner} {size} {plural}, 0 to {size - 1}.")
         found.append(index % size if size is not None else index)
     if len(set(found)) != len(found):
         raise OpError(f"{plural} are named twice in {asked!r}. Name each once.")
     return found
+
+
+def _slice(asked: slice, size: int | None, what: str) -> range:
+    """A slice as numbers; where the size is known only during the run, it must say where it ends."""
+    if size is not None:
+        return range(size)[asked]
+    start, stop, step = asked.start or 0, asked.stop, asked.step or 1
+    if stop is None or start < 0 or stop < 0 or step < 1:
+        raise OpError(
+            f"{what}s {asked!r}: how many there are only the run can tell. Give numbers from 0 up, or a slice that "
+            "says where it ends."
+        )
+    return range(start, stop, step)
 
 
 def _checked_strength(op: Swap) -> float:

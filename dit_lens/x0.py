@@ -53,8 +53,8 @@ def read_x0(lens: DiTLens, prompt: Any, site: Pattern | None = None, *, steps: S
     autoencoder(lens.pipe)
     names = _spread(lens.sites("blocks.*.img.x0"), BLOCKS) if site is None else _sites(lens, site)
     if steps is None:
-        total = call.get("num_inference_steps") or lens.defaults.get("num_inference_steps")
-        steps = None if total is None else _spread(list(range(total)), STEPS)
+        when, _ = lens.planned(prompt, **call)
+        steps = _spread(list(range(when.steps)), STEPS)
     run = lens.run(prompt, [Read([*names, "x0"], steps=steps)], **call)
     reading = run.readings[0]
     pictures = {}

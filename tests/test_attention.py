@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from dit_lens import Read
-from dit_lens.errors import OpError, SiteError
+from dit_lens import DiTLens, Read, Zero
+from dit_lens.errors import OpError, PromptError, SiteError
+from tests import pipelines
 from tests.test_points import zoo_of
 from tests.test_zoo import ENTRIES
 
@@ -84,3 +85,53 @@ def test_refusals():
     dit = zoo_of("dit")
     with pytest.raises(OpError, match="image tokens only"):
         dit.lens.read_pattern(block=0, heads=0, **call_of(dit)).between(0, "img", "txt")
+
+
+def test_reference_tokens_belong_to_neither_stream():
+    """Kontext holds them after the picture; klein with a cache lets them attend to themselves first."""
+    from diffusers import FluxKontextPipeline
+    from PIL import Image
+
+    pipe = FluxKontextPipeline(**pipelines.flux().components)
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 32, "width": 48, "max_area": 32 * 48, "_auto_resize": False}
+    call = {"image": Image.new("RGB", (48, 32), "red"), **size, "num_inference_steps": 2}
+    text, count = pipelines.LENGTH, 8 * 12
+    found = DiTLens(pipe).read_pattern("red", 1, heads=[0], seed=0, max_sequence_length=text, **call)
+    whole = found[1]
+    assert whole.shape[-1] == text + 2 * count
+    assert torch.equal(found.between(1, "img", "img"), whole[..., text : text + count, text : text + count])
+    assert torch.equal(found.between(1, "img", "txt"), whole[..., text : text + count, :text])
+    zoo = zoo_of("klein-kv")
+    found = zoo.lens.read_pattern(block=3, heads=0, steps=0, **call_of(zoo))
+    with pytest.raises(OpError, match=r"attends in parts.*fewer than the picture and its references, 40"):
+        found.between(3, "img", "img")
+
+
+def test_streams_are_those_of_a_read():
+    zoo = zoo_of("zimage")
+    run = zoo.run([Read("blocks.3.txt")])
+    found = zoo.lens.read_pattern(block=3, heads=0, **call_of(zoo))
+    assert found.between(3, "img", "txt").shape[-1] == run["blocks.3.txt"].shape[2] == 32
+    ragged = zoo_of("lumina2-ragged")
+    block = ragged.lens.anatomy.depth - 1
+    found = ragged.lens.read_pattern(block=block, heads=0, **call_of(ragged))
+    part = found.between(block, "img", "img")
+    for row, start in enumerate([7, 6]):
+        assert torch.equal(part[0, row], found[block][0, row, :, start : start + 24, start : start + 24])
+    with pytest.raises(OpError, match="7, 6 text tokens"):
+        found.between(block, "img", "txt")
+
+
+def test_patterns_under_an_edit_and_what_is_refused():
+    zoo = zoo_of("flux")
+    call = call_of(zoo)
+    plain = zoo.lens.read_pattern(block=3, heads=0, **call)
+    edited = zoo.lens.read_pattern(block=3, heads=0, ops=Zero("blocks.0.img"), **call)
+    assert not torch.equal(plain[3], edited[3])
+    with pytest.raises(PromptError, match="read from one batch"):
+        zoo.lens.read_pattern(block=3, heads=0, batch_size=1, **call)
+    with pytest.raises(OpError, match="a pattern is of one branch"):
+        zoo.lens.read_pattern(block=3, heads=0, branch="both", **call)
+    with pytest.raises(OpError, match="no number or list of numbers"):
+        zoo.lens.read_pattern(block=3, heads=[], **call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -279,3 +280,34 @@ def test_videos_are_kept_as_latents():
     call = {**zoo.call, "output_type": "pil"}
     with pytest.raises(PromptError, match="output_type='latent'"):
         zoo.lens.run(None, **call)
+
+
+@pytest.mark.parametrize(
+    ("op", "reason"),
+    [
+        (lambda: Zero("blocks.1.img.mod.attn.gate", tokens=[0]), "one vector for each picture, not tokens"),
+        (lambda: Zero("blocks.1.img", mask=np.zeros((4, 6), bool)), "chooses no token"),
+        (lambda: Zero("blocks.1.txt", tokens=[-1]), "only the run can tell. Count from 0"),
+        (lambda: Zero("blocks.1.txt", tokens=slice(2, None)), "a slice that says where it ends"),
+    ],
+)
+def test_selections_that_cannot_be_meant(op, reason):
+    with pytest.raises(OpError, match=reason):
+        zoo_of("sd3").run([op()])
+
+
+def test_a_slice_of_text_tokens_whose_number_only_the_run_knows():
+    run = zoo_of("sd3").run([Read("blocks.1.txt", tokens=slice(0, 3))])
+    assert run["blocks.1.txt"].shape[2] == 3
+
+
+def test_what_a_model_of_classes_is_asked():
+    lens = zoo_of("dit").lens
+    with pytest.raises(PromptError, match=r"takes no prompt.*class_labels"):
+        lens.run("cat")
+    with pytest.raises(PromptError, match="class 5000 does not exist: this model has 1000"):
+        lens.run(class_labels=[5000])
+    with pytest.raises(SiteError, match="means 3 sites"):
+        lens.heads("blocks.*.img.attn.z")
+    with pytest.raises(PromptError, match="no text stream"):
+        zoo_of("pixart-sigma").lens.to_str_tokens("a house")

@@ -71,3 +71,22 @@ def test_refusals(cfg_lens):
     with pytest.raises(FamilyError, match="without its autoencoder"):
         lens.read_x0("red", "blocks.0.img", output_type="latent")
     lens.pipe.vae = vae
+
+
+def test_steps_are_those_that_run():
+    """Not what num_inference_steps says: part of a run from a picture, and a sampler that calls the model twice."""
+    from diffusers import FlowMatchHeunDiscreteScheduler, FluxImg2ImgPipeline
+    from PIL import Image
+
+    pipe = FluxImg2ImgPipeline(**pipelines.flux().components)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"image": Image.new("RGB", (48, 32), "red"), "height": 32, "width": 48, "strength": 0.5}
+    found = DiTLens(pipe).read_x0(
+        "red", "blocks.0.img", seed=0, num_inference_steps=8, max_sequence_length=pipelines.LENGTH, **call
+    )
+    assert found.steps == (0, 1, 2, 3)
+    entry = ENTRIES["sd3"]
+    pipe = entry.build()
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    call = {**entry.call(1), "output_type": "pil", "num_inference_steps": 4}
+    assert DiTLens(pipe, defaults={}).read_x0(None, "blocks.0.img", seed=0, **call).steps == (0, 2, 4, 6)

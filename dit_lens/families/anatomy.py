@@ -101,7 +101,7 @@ class Anatomy:
                 f"blocks.{block} of {self.family.name} has no pattern of attention: {stack.attention}. Read attn.q and "
                 "attn.k instead."
             )
-        return self.blocks(stack)[place], stack.attention
+        return self.blocks(stack)[place], "ragged" if stack.layout == "ragged" else stack.attention
 
     def why_not(self, block: int, stream: str, point: str) -> str | None:
         """Why a block lacks a point; None where it has it."""
