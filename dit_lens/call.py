@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -108,8 +109,10 @@ def prepare(
 
 
 def _check_classes(pipe: DiffusionPipeline, labels: Sequence[int] | None) -> None:
-    count = pipe.transformer.config.get("num_embeds_ada_norm") or 0
-    for label in labels if labels is not None and count else ():
+    if labels is None:
+        return
+    count = pipe.transformer.config.get("num_embeds_ada_norm") or math.inf
+    for label in labels:
         if not 0 <= label < count:
             raise PromptError(f"class {label} does not exist: this model has {count}, 0 to {count - 1}.")
 
