@@ -174,8 +174,8 @@ def derive(computed: Tensor, part: dict[str, Any], now: SimpleNamespace) -> None
 
 def check_tokens(stream: Tensor, action: dict[str, Any], part: dict[str, Any]) -> None:
     """Fails where a token is asked for that only the run could tell not to exist."""
-    highest = max(action["tokens"] or [-1])
-    if highest >= stream.shape[1]:
+    highest = action["highest"]
+    if highest is not None and highest >= stream.shape[1]:
         raise PlanMismatchError(
             f"token {highest} does not exist at {part['site']}, which has {stream.shape[1]}, 0 to {stream.shape[1] - 1}"
         )

@@ -172,10 +172,15 @@ class _Compiler:
                         "group": group,
                         "rows": rows,
                         "tokens": tokens,
+                        "highest": self._unchecked(site, tokens),
                         "channels": channels[site],
                         **detail,
                     }
                     self._place(action, site, steps, branch)
+
+    def _unchecked(self, site: Site, tokens: list[int] | None) -> int | None:
+        """The last token of a selection, where only the run can tell whether it exists."""
+        return max(tokens, default=None) if tokens is not None and self.batch.tokens(site.stream) is None else None
 
     def _allowed(self, op: Op, site: Site) -> None:
         """Points that are computed can be read; they are written where that is exact, and refused elsewhere."""
@@ -230,37 +235,38 @@ class _Compiler:
 
     def _parts(self) -> Iterator[tuple[int, list[tuple[Address, dict[str, Any]]]]]:
         """For every call its parts in the order in which the model computes them, gates included."""
+        placed = {site: self._placed(site) for site in dict.fromkeys(site for _, site in self.actions)}
         calls: dict[int, dict[tuple, tuple[Address, dict[str, Any]]]] = {}
         for (call, site), actions in self.actions.items():
-            address = self.anatomy.address(site)
-            if site.block is not None and site.point == "x0":
-                calls.setdefault(call, {}).update(self._read_out(site, address, actions))
-                continue
-            key = None
-            if address.gate is not None:
-                key = repr(address.gate)
-                calls.setdefault(call, {})[*self.anatomy.rank(address.gate), -1, key] = (
-                    address.gate,
-                    {**_fields(address.gate), "keep": key},
-                )
-            part = {**_fields(address), "gate": key, "site": site.name, "actions": actions}
-            calls.setdefault(call, {})[*self.anatomy.rank(address), *site.order[1:], site.name] = (address, part)
+            for place, address, part in placed[site]:
+                # The part that bears the site's name does the work; those beside it keep what it needs.
+                filled = {**part, "actions": actions} if part.get("site") == site.name else part
+                calls.setdefault(call, {})[place] = (address, filled)
         for call, parts in sorted(calls.items()):
             yield call, [parts[place] for place in sorted(parts)]
 
-    def _read_out(
-        self, site: Site, address: Address, actions: list[dict[str, Any]]
-    ) -> dict[tuple, tuple[Address, dict[str, Any]]]:
+    def _placed(self, site: Site) -> list[tuple[tuple, Address, dict[str, Any]]]:
+        """What is to be done for a site in one call: the place in the model's order, the address, the part."""
+        anatomy, address = self.anatomy, self.anatomy.address(site)
+        place = (*anatomy.rank(address), *site.order[1:], site.name)
+        if site.block is not None and site.point == "x0":
+            return self._read_out(site, place, address)
+        if address.gate is None:
+            return [(place, address, {**_fields(address), "gate": None, "site": site.name})]
+        key = repr(address.gate)
+        gate = ((*anatomy.rank(address.gate), -1, key), address.gate, {**_fields(address.gate), "keep": key})
+        return [gate, (place, address, {**_fields(address), "gate": key, "site": site.name})]
+
+    def _read_out(self, site: Site, place: tuple, address: Address) -> list[tuple[tuple, Address, dict[str, Any]]]:
         """A block's tokens are held until the final norm is called, and then go through it and what follows."""
         final, shift = self.anatomy.final, self.anatomy.shift
-        held = {**_fields(address), "hold": site.name}
-        read = {**_fields(final), "gate": None, "site": site.name, "readout": site.name, "actions": actions}
-        found = {
-            (*self.anatomy.rank(address), *site.order[1:], site.name): (address, held),
-            (*self.anatomy.rank(final), -1, site.order, site.name): (final, read),
-        }
+        read = {**_fields(final), "gate": None, "site": site.name, "readout": site.name}
+        found = [
+            (place, address, {**_fields(address), "hold": site.name}),
+            ((*self.anatomy.rank(final), -1, site.order, site.name), final, read),
+        ]
         if shift is not None:
-            found[*self.anatomy.rank(shift), -1, ""] = (shift, {**_fields(shift), "hold": "shift"})
+            found.append(((*self.anatomy.rank(shift), -1, ""), shift, {**_fields(shift), "hold": "shift"}))
         return found
 
     def _place(self, action: dict[str, Any], site: Site, steps: list[int], branch: str) -> None:
