@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.errors import SiteError, nearest
+from dit_lens.errors import nearest
 from dit_lens.layout import fetch, replaced
 from dit_lens.sites import DEFAULT_POINT
 
@@ -25,9 +25,7 @@ class Blocks:
         return self._anatomy.depth
 
     def __getitem__(self, index: int) -> Block:
-        if not -len(self) <= index < len(self):
-            raise SiteError(f"block {index} does not exist: there are {len(self)}, 0 to {len(self) - 1}.")
-        return Block(self._anatomy, self._model, index % len(self))
+        return Block(self._anatomy, self._model, self._anatomy.block(index))
 
     def __iter__(self) -> Iterator[Block]:
         return (self[i] for i in range(len(self)))

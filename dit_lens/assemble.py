@@ -43,7 +43,7 @@ def assemble(
     touched = [line for store in stores for line in store["touched"]]
     receipt = Receipt(tuple(_entries(ops, plan, touched)))
     _check_fired(ops, plan, pieces, touched)
-    drawn = [_drawn(output) for output in outputs]
+    drawn = [pictures_of(output) for output in outputs]
     if isinstance(drawn[0], torch.Tensor):
         latents, images = torch.cat(drawn).cpu(), []
     else:
@@ -51,7 +51,7 @@ def assemble(
     return Run(images, latents, readings, receipt, clock, grid, spec, provenance)
 
 
-def _drawn(output: Any) -> Any:
+def pictures_of(output: Any) -> Any:
     """Pictures, frames or latents out of a pipeline's output, whatever its field is called."""
     return output[0] if isinstance(output, tuple) else next(iter(output.values()))
 

@@ -92,12 +92,7 @@ def read_pattern(
     """See :meth:`dit_lens.DiTLens.read_pattern`."""
     if "batch_size" in call:
         raise PromptError("patterns are read from one batch: leave batch_size= out, and pass fewer prompts at once.")
-    depth = lens.anatomy.depth
-    blocks = _indices("block", block)
-    for one in blocks:
-        if not -depth <= one < depth:
-            raise SiteError(f"block {one} does not exist: there are {depth}, 0 to {depth - 1}.")
-    blocks = [one % depth for one in blocks]
+    blocks = [lens.anatomy.block(one) for one in _indices("block", block)]
     wanted = tuple(_indices("head", heads))
     order = {one: lens.anatomy.attention(one)[1] for one in blocks}
     timeline, plan = lens.planned(prompt, **call)

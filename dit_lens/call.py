@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 OUTPUTS = ("pil", "latent")
+TEXT = r"(negative_)?prompt(_\d)?"  # a pipeline argument that holds texts
+EMBEDDING = r"(pooled_)?prompt_(embeds|attention_mask|cu_seqlens)\w*|prior_token_ids"  # one that holds what they become
 STARTS = ("image", "mask_image", "masked_image_latents")
 
 
@@ -209,13 +211,18 @@ def _positive(name: str, value: Any) -> int:
 
 def _per_prompt(name: str) -> bool:
     """Whether a pipeline argument holds one text per prompt (prompt_2, negative_prompt, negative_prompt_2 ...)."""
-    return re.fullmatch(r"prompt_\d|negative_prompt(_\d)?", name) is not None
+    return name != "prompt" and re.fullmatch(TEXT, name) is not None
+
+
+def default_of(pipe: DiffusionPipeline, name: str) -> Any:
+    """What a pipeline's own call takes for an argument that is not given; None where it has none."""
+    parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
 def _for_prompts(name: str) -> bool:
     """Whether a pipeline argument stands for prompts, one entry for each: embeddings, their masks, classes."""
-    pattern = r"(negative_)?(pooled_)?prompt_(embeds|attention_mask|cu_seqlens)\w*|class_labels|prior_token_ids"
-    return re.fullmatch(pattern, name) is not None
+    return re.fullmatch(rf"(negative_)?({EMBEDDING})|class_labels", name) is not None
 
 
 def _some(name: str, value: Any, span: slice) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dit_lens.assemble import pictures_of
 from dit_lens.call import prepare
 from dit_lens.cost import human, stored
 from dit_lens.ops import Read, Zero
@@ -160,11 +161,11 @@ def _drawn(lens: DiTLens) -> list[Finding]:
     )
     with lens.quiet():
         with _timed(lens.pipe.transformer) as times:
-            plain = _pictures(lens.pipe(**prepared.keywords()))
+            plain = list(pictures_of(lens.pipe(**prepared.keywords())))
         ops = [Zero("blocks.*.img", channels=[]), Read("blocks.*.img", reduce="|mean|", name="spectrum")]
         run = lens.run(prompt, ops, seed=0, num_inference_steps=STEPS, **call)
         difference = _difference(plain, run.images)
-        noise = _difference(plain, _pictures(lens.pipe(**prepared.keywords()))) if difference else 0.0
+        noise = _difference(plain, list(pictures_of(lens.pipe(**prepared.keywords())))) if difference else 0.0
     calls = len(times) // len(run.clock) or 1
     seconds = sum(times[-calls:])
     grid = " x ".join(map(str, run.grid))
@@ -241,11 +242,6 @@ def _identity(difference: float, noise: float) -> Finding:
     return Finding(
         "identity", "failed", f"under an empty edit pixels differ by up to {difference:g} of 255; {cause}", data
     )
-
-
-def _pictures(output: Any) -> list[Any]:
-    """What a pipeline drew, whatever its field is called."""
-    return list(output[0] if isinstance(output, tuple) else next(iter(output.values())))
 
 
 def _difference(one: list[Any], other: list[Any]) -> float:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.call import Call, prepare
+from dit_lens.call import EMBEDDING, TEXT, Call, prepare
 from dit_lens.cost import human, stored
 from dit_lens.errors import PromptError
 from dit_lens.families import families
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from dit_lens.families import Guidance
 
 ENCODER = r"text_encoder(_\d+)?"
-TEXT = r"(negative_)?prompt(_\d)?"  # a pipeline argument that holds texts
-EMBEDDING = r"(pooled_)?prompt_(embeds|attention_mask|cu_seqlens)\w*|prior_token_ids"  # one that holds what they become
 EACH = ("num_images_per_prompt", "num_videos_per_prompt")
 
 

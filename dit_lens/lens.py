@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 
 from dit_lens import families
 from dit_lens.assemble import assemble
-from dit_lens.call import Call, prepare
+from dit_lens.call import Call, default_of, prepare
 from dit_lens.cost import Cost, check_fits, cost_of
 from dit_lens.engine import Engine
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, StoreError
@@ -26,7 +25,7 @@ from dit_lens.plan import Batch, Plan, compile_plan, narrowed
 from dit_lens.provenance import describe, plain, unsaved
 from dit_lens.sites import Site, match
 from dit_lens.steps import Timeline, timeline
-from dit_lens.store import read_json
+from dit_lens.store import check_pipeline, read_json
 from dit_lens.trace import Trace
 
 if TYPE_CHECKING:
@@ -87,16 +86,11 @@ class DiTLens:
     def from_pretrained(cls, path: str | Path, **options: Any) -> DiTLens:
         """Loads a pipeline folder or repository with ``DiffusionPipeline.from_pretrained`` and looks inside it.
 
-        options: passed to diffusers unchanged (``torch_dtype=``, ``revision=``, ``device_map=`` ...).
+        options: passed to diffusers unchanged (``dtype=``, ``revision=``, ``device_map=`` ...).
         """
         from diffusers import DiffusionPipeline
 
-        folder = Path(path)
-        if folder.exists() and not (folder / "model_index.json").is_file():
-            raise StoreError(
-                f"{folder} is no diffusers pipeline: it has no model_index.json. "
-                "Name the folder that save_pretrained wrote."
-            )
+        check_pipeline(Path(path))
         try:
             pipe = DiffusionPipeline.from_pretrained(str(path), **options)
         except (OSError, ValueError) as problem:
@@ -512,9 +506,7 @@ class DiTLens:
         return tokenizer
 
     def _tokenized(self, prompt: str, length: int | None = None) -> Any:
-        length = (
-            length or self.defaults.get(self.family.text_length) or self._signature_default(self.family.text_length)
-        )
+        length = length or self.defaults.get(self.family.text_length) or default_of(self.pipe, self.family.text_length)
         return self._tokenizer(
             prompt, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True
         )
@@ -541,11 +533,7 @@ class DiTLens:
         embeds = call.arguments.get("prompt_embeds")
         if embeds is not None:
             return int(embeds.shape[1])
-        return call.arguments.get(self.family.text_length) or self._signature_default(self.family.text_length)
-
-    def _signature_default(self, name: str) -> Any:
-        parameter = inspect.signature(type(self.pipe).__call__).parameters.get(name)
-        return None if parameter is None else parameter.default
+        return call.arguments.get(self.family.text_length) or default_of(self.pipe, self.family.text_length)
 
     def __repr__(self) -> str:
         from dit_lens.reprs import lens_text

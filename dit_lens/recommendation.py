@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dit_lens.cost import human, stored
 from dit_lens.encode import ENCODER, returned_names
 from dit_lens.errors import FamilyError, OpError, PromptError, StoreError
-from dit_lens.store import read_json
+from dit_lens.store import check_pipeline, read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -363,13 +363,8 @@ def _measured(source: Any) -> tuple[str, type | None, list[Part]]:
 def _folder(source: str | Path) -> Path:
     """The folder of a pipeline; a repository's configs are fetched into the hub's cache."""
     folder = Path(source)
-    if (folder / "model_index.json").is_file():
+    if check_pipeline(folder):
         return folder
-    if folder.exists():
-        raise StoreError(
-            f"{folder} is no diffusers pipeline: it has no model_index.json. "
-            "Name the folder that save_pretrained wrote."
-        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

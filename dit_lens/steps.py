@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dit_lens.call import default_of
 from dit_lens.errors import OpError, PromptError, nearest
 from dit_lens.ops import Op, SigmaInterval, Steps
 
@@ -124,8 +125,8 @@ def timeline(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any], t
     given = call.get("sigmas") if call.get("sigmas") is not None else call.get("timesteps")
     total = len(given) if given is not None else call["num_inference_steps"]
     skipped = 0
-    if "strength" in inspect.signature(type(pipe).__call__).parameters:
-        strength = call.get("strength", inspect.signature(type(pipe).__call__).parameters["strength"].default)
+    strength = call.get("strength", default_of(pipe, "strength"))
+    if strength is not None:
         skipped = int(max(total - min(total * strength, total), 0))
         if skipped == total:
             raise PromptError(f"strength={strength} with {total} steps leaves none to run. Raise one of them.")
@@ -153,10 +154,8 @@ def calls_of(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any]) -
 def _scale(pipe: DiffusionPipeline, guidance: Guidance, call: Mapping[str, Any]) -> float:
     if guidance.scale is None:
         return float("inf")
-    parameters = inspect.signature(type(pipe).__call__).parameters
     value = call.get(guidance.scale)
-    if value is None and guidance.scale in parameters:
-        value = parameters[guidance.scale].default
+    value = default_of(pipe, guidance.scale) if value is None else value
     return value if isinstance(value, int | float) else guidance.above
 
 
@@ -170,7 +169,7 @@ def _refuse(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any]) ->
     if guidance is not None and cut is not None and cut < 1:
         raise PromptError(
             f"{guidance.cut}={cut} ends guidance in the middle of a run, so that the number of branches changes. "
-            f"Leave it at 1, and choose steps= in the ops instead."
+            "Leave it at 1, and choose steps= in the ops instead."
         )
 
 

@@ -36,6 +36,18 @@ def whole_folder(path: str | Path, *, overwrite: bool = True) -> Generator[Path]
     shutil.rmtree(old, ignore_errors=True)
 
 
+def check_pipeline(folder: Path) -> bool:
+    """Whether a path is the folder of a diffusers pipeline; StoreError where it exists and is none."""
+    if (folder / "model_index.json").is_file():
+        return True
+    if folder.exists():
+        raise StoreError(
+            f"{folder} is no diffusers pipeline: it has no model_index.json. "
+            "Name the folder that save_pretrained wrote."
+        )
+    return False
+
+
 def settled(path: str | Path) -> Path:
     """The folder to read: ``path``, or what it replaced if the writer died between the two renames."""
     path = Path(path)

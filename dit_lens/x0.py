@@ -9,7 +9,6 @@ import numpy as np
 
 from dit_lens.decode import autoencoder, decode
 from dit_lens.ops import Read
-from dit_lens.sites import MODEL_POINTS, match
 
 if TYPE_CHECKING:
     from typing import Any
@@ -69,8 +68,7 @@ def _sites(lens: DiTLens, pattern: Pattern) -> list[str]:
     """Blocks named with or without the point."""
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     full = [one if str(one).endswith("x0") else f"{one}.x0" for one in patterns]
-    found = match(full, lens.anatomy.sites, lens.anatomy.stacks, lens.anatomy.why_not)
-    return [one.name for one in found if one.point not in MODEL_POINTS or one.block is not None]
+    return [name for name in lens.sites(full) if name != "x0"]
 
 
 def _spread(values: list, count: int) -> list:

@@ -73,6 +73,12 @@ class Anatomy:
         """How many blocks there are, over all stacks."""
         return len(self._places)
 
+    def block(self, index: int) -> int:
+        """A block's number, counted from the end where it is negative; SiteError where there is none."""
+        if not -self.depth <= index < self.depth:
+            raise SiteError(f"block {index} does not exist: there are {self.depth}, 0 to {self.depth - 1}.")
+        return index % self.depth
+
     @cached_property
     def width(self) -> int:
         return self._size(self.family.width)
@@ -290,15 +296,14 @@ class Anatomy:
             )
         if site.block is None:
             name, position = self._parameter(family.final, 0)
-            layout, _, turned = family.final_layout.partition(" ")
             return Address(
                 f"transformer.{family.final}",
                 "input",
                 name,
                 position,
-                layout=layout,
+                layout=family.final_layout,
                 axes=family.final_axes,
-                turned=turned == "turned",
+                turned=family.final_turned,
             )
         stack, place = self._places[site.block]
         path = f"{stack.path}.{place}"

@@ -8,34 +8,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from diffusers import ModelMixin
-
-    from dit_lens.families.row import Family
+    from dit_lens.families.anatomy import Anatomy
 
 ROWS = 2
 
 
-def build_call(family: Family, transformer: ModelMixin, grid: tuple[int, int], text: int) -> dict[str, Any]:
-    """Random arguments for a call on ``grid`` image tokens and ``text`` text tokens.
+def build_call(anatomy: Anatomy, text: int) -> dict[str, Any]:
+    """Random arguments for a call on the family's ``tried_on`` image tokens and ``text`` text tokens.
 
     A word of the row is a kind and its sizes: numbers, entries of the config, b (rows), n (image tokens), t (text
     tokens), h and w (latent pixels), joined by + or *. What is no word is passed as it is.
     """
-    maker = _Maker(family, transformer, grid, text)
+    family, maker = anatomy.family, _Maker(anatomy, text)
     call = {name: maker.make(word) if isinstance(word, str) else word for name, word in family.call.items()}
-    if family.embedded and not transformer.config[family.embedded]:
+    if family.embedded and not anatomy.transformer.config[family.embedded]:
         call.pop("guidance", None)
     return call
 
 
 class _Maker:
-    def __init__(self, family: Family, transformer: ModelMixin, grid: tuple[int, int], text: int):
-        self.config, self.grid, self.text = transformer.config, grid, text
-        patch = family.grid.patch
-        side = self.config[patch] if isinstance(patch, str) else patch
-        side = side if isinstance(side, int) else side[-1]
-        n = grid[0] * grid[1]
-        self.sizes = {"b": ROWS, "n": n, "t": text, "h": grid[0] * side, "w": grid[1] * side}
+    def __init__(self, anatomy: Anatomy, text: int):
+        self.config, self.grid, self.text = anatomy.transformer.config, anatomy.family.tried_on, text
+        h, w = self.grid
+        _, tall, wide = anatomy.patch
+        self.sizes = {"b": ROWS, "n": h * w, "t": text, "h": h * tall, "w": w * wide}
 
     def make(self, word: str) -> Any:
         kind, *sizes = word.split()

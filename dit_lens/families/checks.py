@@ -54,8 +54,8 @@ def _check_clone(
         torch.manual_seed(0)
         clone = transformer(**family.tiny).eval()
         _wake(clone)
-        call = build_call(family, clone, family.tried_on, TEXT)
         anatomy = Anatomy(family, clone)
+        call = build_call(anatomy, TEXT)
         anatomy.order = Trial(anatomy, call).order()
         trial = Trial(Anatomy(family, clone), call)
         checks = [_chain(trial), _residual(trial), _final(trial), _grid(trial), _write(trial), _readout(trial)]

@@ -149,7 +149,8 @@ class Family:
     grid, time, guidance: see there; guidance None means that a pipeline makes one conditional call per step.
     variants: pipeline class -> its own guidance, where it differs.
     final_layout: where image tokens lie in what enters ``final`` and (prediction_layout) in what is predicted.
-    final_axes: of what enters ``final``, where it is no list of tokens.
+    final_turned, final_axes: of what enters ``final``: whether it is [token, row, channel], and where it is no list of
+    tokens.
     prediction: "tokens", or the axes of a predicted picture, as in Grid.
     readout: what follows the final norm, where the row says it.
     sign: -1 where the pipeline negates the prediction.
@@ -177,6 +178,7 @@ class Family:
     variants: Mapping[str, Guidance | None] = field(default_factory=dict)
     time: Time = Time(scale=1e-3)
     final_layout: str = "own"
+    final_turned: bool = False
     final_axes: str = "tokens"
     prediction: str = "tokens"
     prediction_layout: str = "own"

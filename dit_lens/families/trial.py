@@ -90,27 +90,16 @@ class Trial:
         handles = [self._module(final).register_forward_pre_hook(keep_inputs, with_kwargs=True)]
         if shift is not None:
             part = vars(shift)
-            handles.append(self.on_output(shift, lambda value: held.update(shift=opened(value, part))))
+
+            def keep_shift(_module: nn.Module, _args: tuple, output: Any) -> None:
+                held["shift"] = opened(fetch(output, "output", part), part)
+
+            handles.append(self._module(shift).register_forward_hook(keep_shift))
         self.run(self.call, handles)
         model = SimpleNamespace(get=self._submodule)
-        part = {**vars(final), "readout": "tokens"}
+        entering, rule = {**vars(final), "readout": "tokens"}, self.anatomy.readout_rule or {}
         with torch.no_grad():
-            return read_out(
-                model,
-                model.get(final.module),
-                caught["inputs"],
-                part,
-                held,
-                self.image,
-                self.anatomy.readout_rule or {},
-            )
-
-    def on_output(self, address: Address, fn: Callable[[Any], Any]) -> RemovableHandle:
-        """A hook that gives ``fn`` a module's output at an address."""
-        part = vars(address)
-        return self._module(address).register_forward_hook(
-            lambda _module, _args, output: (fn(fetch(output, "output", part)), None)[1]
-        )
+            return read_out(model, self._module(final), caught["inputs"], entering, held, self.image, rule)
 
     def changing(self, address: Address, fn: Callable[[Any], Any]) -> RemovableHandle:
         """A hook that replaces a module's whole output."""
