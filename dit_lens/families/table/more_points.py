@@ -7,16 +7,19 @@ from dataclasses import replace
 
 from dit_lens.families.row import Tap
 from dit_lens.families.table.points import (
+    LUMINA_GATES,
     NO_SHIFTS,
-    SIX,
-    THREE,
     Points,
+    added,
     attention,
+    both,
     entering,
     gated,
     modulation,
     neurons,
     sandwich,
+    single,
+    tabled,
 )
 
 _EXPERTS = "its neurons are those of experts, which differ from token to token"
@@ -67,7 +70,7 @@ def _aura_flow(suffix: str, projections: dict[str, Tap]) -> Points:
 
 AURA_FLOW_DOUBLE = {
     "img": _aura_flow("", attention("attn")),
-    "txt": _aura_flow("_context", attention("attn", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+    "txt": _aura_flow("_context", added()),
 }
 AURA_FLOW_SINGLE = {stream: _aura_flow("", attention("attn")) for stream in ("img", "txt")}
 
@@ -90,36 +93,13 @@ _OMNIGEN = {
     **neurons("mlp", "gate_up_proj", "down_proj"),
     **attention("self_attn"),
 }
-OMNIGEN = {"img": _OMNIGEN, "txt": _OMNIGEN}
-
-
-def _tabled(
-    argument: str,
-    attn: str,
-    mlp: str,
-    middle: str,
-    inside: Points,
-    cross: str | None = None,
-    names: tuple[str, ...] = SIX,
-) -> Points:
-    """Gates from a table of the block plus an argument."""
-    table = Tap("", "input", argument, table="scale_shift_table")
-    return {
-        **modulation(table, names),
-        "attn_out": gated(attn, replace(table, span=(2, 3))),
-        **({} if cross is None else {"cross_out": Tap(cross)}),
-        "resid_mid": entering(middle),
-        "mlp_out": gated(mlp, replace(table, span=(5, 6))),
-        **attention(attn),
-        **inside,
-    }
+OMNIGEN = both(_OMNIGEN)
 
 
 _SCALE_FIRST = tuple(f"mod.{part}.{name}" for part in ("attn", "mlp") for name in ("scale", "shift", "gate"))
-_KREA2 = _tabled("temb", "attn", "ff", "norm2", neurons("ff", "gate", "down"), names=_SCALE_FIRST)
-KREA2 = {"img": _KREA2, "txt": _KREA2}
-WAN = {"img": _tabled("temb", "attn1", "ffn", "norm3", neurons("ffn"), "attn2")}
-LTX = {"img": _tabled("temb", "attn1", "ff", "norm2", neurons("ff"), "attn2")}
+KREA2 = both(tabled("temb", "attn", "ff", "norm2", neurons("ff", "gate", "down"), names=_SCALE_FIRST))
+WAN = {"img": tabled("temb", "attn1", "ffn", "norm3", neurons("ffn"), cross="attn2")}
+LTX = {"img": tabled("temb", "attn1", "ff", "norm2", neurons("ff"), cross="attn2")}
 
 _IDEOGRAM_MOD = Tap("adaln_modulation")
 _IDEOGRAM_GATES = (replace(_IDEOGRAM_MOD, span=(1, 2)), replace(_IDEOGRAM_MOD, span=(3, 4)))
@@ -127,7 +107,7 @@ _IDEOGRAM4 = {
     **sandwich("attention", "attention_norm2", "feed_forward", _IDEOGRAM_GATES, ("w1", "w2")),
     **modulation(_IDEOGRAM_MOD, NO_SHIFTS),
 }
-IDEOGRAM4 = {"img": _IDEOGRAM4, "txt": _IDEOGRAM4}
+IDEOGRAM4 = both(_IDEOGRAM4)
 
 _PER_TOKEN = "its gates differ from token to token"
 _QWEN21 = {
@@ -137,16 +117,12 @@ _QWEN21 = {
     **neurons("img_mlp", "proj", "out"),
     **attention("attn"),
 }
-QWEN21 = {"img": _QWEN21, "txt": _QWEN21}
+QWEN21 = both(_QWEN21)
 
 LUMINA = {
     "img": {
-        "attn_out": gated("norm2", Tap("norm1", slot=1), tanh=True),
-        "resid_mid": entering("ffn_norm1"),
-        "mlp_out": gated("ffn_norm2", Tap("norm1", slot=3), tanh=True),
-        **neurons("feed_forward", "linear_1", "linear_2"),
-        **{f"attn.{part}": Tap(f"attn1.to_{part}") for part in "qkv"},
-        "attn.z": entering("attn2.to_out.0"),
+        **sandwich("attn1", "norm2", "feed_forward", LUMINA_GATES, ("linear_1", "linear_2")),
+        "attn.z": entering("attn2.to_out.0"),  # self- and cross-attention are mixed before they are projected out
     }
 }
 
@@ -239,19 +215,6 @@ _FIBO2 = {
     "attn_out": _PER_TOKEN,
     "mlp_out": _PER_TOKEN,
 }
-FIBO2 = {"img": _FIBO2, "txt": _FIBO2}
+FIBO2 = both(_FIBO2)
 
-_HUNYUAN_FUSED = "attention and MLP are added up by one projection under one gate; see attn.z and mlp.post"
-HUNYUAN_SINGLE = {
-    stream: {
-        **modulation(Tap("norm.linear"), THREE),
-        **{f"attn.{part}": Tap(f"attn.to_{part}", layout="image_first") for part in "qkv"},
-        "attn.z": Tap("attn", slot=slot),
-        "mlp.pre": Tap("proj_mlp", layout="image_first"),
-        "mlp.post": Tap("act_mlp", layout="image_first"),
-        "attn_out": _HUNYUAN_FUSED,
-        "mlp_out": _HUNYUAN_FUSED,
-        "resid_mid": "attention and MLP run side by side",
-    }
-    for stream, slot in (("img", 0), ("txt", 1))
-}
+HUNYUAN_SINGLE = {stream: single("image_first", Tap("attn", slot=slot)) for stream, slot in (("img", 0), ("txt", 1))}

@@ -34,6 +34,16 @@ def neurons(module: str, pre: str = "net.0.proj", post: str = "net.2", layout: s
     }
 
 
+def added(module: str = "attn") -> dict[str, Tap]:
+    """The text stream's own projections in an attention of both streams."""
+    return attention(module, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+def both(inside: Points) -> Mapping[str, Points]:
+    """The same points for image and text, which lie in one tensor."""
+    return {"img": inside, "txt": inside}
+
+
 SIX = tuple(f"mod.{part}.{name}" for part in ("attn", "mlp") for name in ("shift", "scale", "gate"))
 THREE = ("mod.shift", "mod.scale", "mod.gate")
 NO_SHIFTS = tuple(f"mod.{part}.{name}" for part in ("attn", "mlp") for name in ("scale", "gate"))
@@ -70,29 +80,31 @@ FLUX_DOUBLE = {
     },
     "txt": {
         **adaln_zero("norm1_context", Tap("attn", slot=1), "ff_context", "norm2_context"),
-        **attention("attn", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        **added(),
     },
 }
 
 _ONE_PROJECTION = "attention and MLP are added up by one projection under one gate; see attn.z and mlp.post"
-_PARALLEL = "attention and MLP run side by side"
-_FUSED = {"attn_out": _ONE_PROJECTION, "mlp_out": _ONE_PROJECTION, "resid_mid": _PARALLEL}
+_FUSED = {
+    "attn_out": _ONE_PROJECTION,
+    "mlp_out": _ONE_PROJECTION,
+    "resid_mid": "attention and MLP run side by side",
+}
 
 
-def flux_single(layout: str, mod: Points) -> Mapping[str, Points]:
-    """The single blocks of FLUX.1: both streams in one tensor inside, text first."""
-    inside = {
-        **mod,
+def single(layout: str, z: Tap) -> Points:
+    """A stream of single blocks, in which both streams lie in one tensor; ``z``: what attention gives."""
+    return {
+        **modulation(Tap("norm.linear"), THREE),
         **attention("attn", layout=layout),
-        "attn.z": Tap("attn", layout=layout),
+        "attn.z": z,
         "mlp.pre": Tap("proj_mlp", layout=layout),
         "mlp.post": Tap("act_mlp", layout=layout),
         **_FUSED,
     }
-    return {"img": inside, "txt": inside}
 
 
-FLUX_SINGLE = flux_single("text_first", modulation(Tap("norm.linear"), THREE))
+FLUX_SINGLE = both(single("text_first", Tap("attn", layout="text_first")))
 
 
 def flux2_stream(stream: str, suffix: str) -> Points:
@@ -112,7 +124,7 @@ FLUX2_DOUBLE = {
     "img": {**flux2_stream("img", ""), **attention("attn")},
     "txt": {
         **flux2_stream("txt", "_context"),
-        **attention("attn", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        **added(),
     },
 }
 
@@ -125,7 +137,7 @@ _FLUX2_INSIDE = {
     "mlp.post": replace(entering("attn.to_out"), span=(1, None)),
     **_FUSED,
 }
-FLUX2_SINGLE = {"img": _FLUX2_INSIDE, "txt": _FLUX2_INSIDE}
+FLUX2_SINGLE = both(_FLUX2_INSIDE)
 
 
 def qwen_stream(stream: str, slot: int) -> Points:
@@ -144,7 +156,7 @@ QWEN = {
     "img": {**qwen_stream("img", 0), **attention("attn")},
     "txt": {
         **qwen_stream("txt", 1),
-        **attention("attn", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        **added(),
     },
 }
 
@@ -180,30 +192,36 @@ DIT = {
 }
 
 
-def table_block(mlp_axes: str = "tokens", inside: Points | None = None) -> Mapping[str, Points]:
-    """PixArt and SANA: gates from a table of the block plus the time argument; cross-attention is added ungated."""
-    gate = Tap("", "input", "timestep", table="scale_shift_table")
+def tabled(
+    argument: str,
+    attn: str,
+    mlp: str,
+    middle: str,
+    inside: Points,
+    *,
+    cross: str | None = None,
+    names: tuple[str, ...] = SIX,
+    mlp_axes: str = "tokens",
+) -> Points:
+    """Blocks whose modulation is a table of their own plus an argument; cross-attention is added ungated."""
+    table = Tap("", "input", argument, table="scale_shift_table")
     return {
-        "img": {
-            **modulation(gate),
-            "attn_out": gated("attn1", replace(gate, span=(2, 3))),
-            "cross_out": Tap("attn2"),
-            "resid_mid": entering("norm2"),
-            "mlp_out": gated("ff", replace(gate, span=(5, 6)), axes=mlp_axes),
-            **attention("attn1"),
-            **(neurons("ff") if inside is None else inside),
-        }
+        **modulation(table, names),
+        "attn_out": gated(attn, replace(table, span=(2, 3))),
+        **({} if cross is None else {"cross_out": Tap(cross)}),
+        "resid_mid": entering(middle),
+        "mlp_out": gated(mlp, replace(table, span=(5, 6)), axes=mlp_axes),
+        **attention(attn),
+        **inside,
     }
 
 
-PIXART = table_block()
-SANA = table_block(
-    "bchw",
-    {
-        "mlp.pre": Tap("ff.conv_inverted", axes="bchw"),
-        "mlp.post": replace(entering("ff.conv_point"), axes="bchw"),
-    },
-)
+PIXART = {"img": tabled("timestep", "attn1", "ff", "norm2", neurons("ff"), cross="attn2")}
+_CONVOLUTIONS = {
+    "mlp.pre": Tap("ff.conv_inverted", axes="bchw"),
+    "mlp.post": replace(entering("ff.conv_point"), axes="bchw"),
+}
+SANA = {"img": tabled("timestep", "attn1", "ff", "norm2", _CONVOLUTIONS, cross="attn2", mlp_axes="bchw")}
 
 
 def sandwich(attn: str, attn_norm: str, mlp: str, gates: tuple[Tap, Tap] | None, hidden: tuple[str, str]) -> Points:
@@ -222,12 +240,9 @@ _Z_MOD = Tap("adaLN_modulation.0")
 _Z_GATES = (replace(_Z_MOD, span=(1, 2)), replace(_Z_MOD, span=(3, 4)))
 _Z_BLOCK = sandwich("attention", "attention_norm2", "feed_forward", _Z_GATES, ("w1", "w2"))
 _Z_MODULATED = {**_Z_BLOCK, **modulation(_Z_MOD, NO_SHIFTS)}
-ZIMAGE = {"img": _Z_MODULATED, "txt": _Z_MODULATED}
+ZIMAGE = both(_Z_MODULATED)
 ZIMAGE_TEXT = {"txt": sandwich("attention", "attention_norm2", "feed_forward", None, ("w1", "w2"))}
 
-_LUMINA_GATES = (Tap("norm1", slot=1), Tap("norm1", slot=3))
-_LUMINA_BLOCK = {
-    **sandwich("attn", "norm2", "feed_forward", _LUMINA_GATES, ("linear_1", "linear_2")),
-}
-LUMINA2 = {"img": _LUMINA_BLOCK, "txt": _LUMINA_BLOCK}
+LUMINA_GATES = (Tap("norm1", slot=1), Tap("norm1", slot=3))
+LUMINA2 = both(sandwich("attn", "norm2", "feed_forward", LUMINA_GATES, ("linear_1", "linear_2")))
 LUMINA2_TEXT = {"txt": sandwich("attn", "norm2", "feed_forward", None, ("linear_1", "linear_2"))}
