@@ -6,8 +6,7 @@ import torch
 from dit_lens import DiTLens, Read, Zero
 from dit_lens.errors import OpError, PromptError, SiteError
 from tests import pipelines
-from tests.test_points import zoo_of
-from tests.test_zoo import ENTRIES
+from tests.zoo.truth import ENTRIES, zoo_of
 
 HEAD = 16
 
@@ -53,9 +52,7 @@ def test_the_pattern_times_v_is_z(name, block, text_first, branch):
 
 @pytest.mark.parametrize("name", [name for name in ENTRIES if not name.startswith("sana")])
 def test_every_family_has_patterns(name):
-    zoo = zoo_of(name) if name != "prx" else None
-    if zoo is None:
-        pytest.skip("one prompt at a time")
+    zoo = zoo_of(name)
     block = zoo.lens.anatomy.depth - 1
     found = zoo.lens.read_pattern(block=block, heads=0, **call_of(zoo))
     pattern = found[block]

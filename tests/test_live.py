@@ -12,10 +12,10 @@ import dit_lens as dl
 from dit_lens import Read, Swap, Zero
 from dit_lens.errors import FamilyError
 from tests import oracle, pipelines
-from tests.zoo import entries, truth
+from tests.zoo import truth
 from tests.zoo.rest import autoencoder
+from tests.zoo.truth import ENTRIES
 
-ENTRIES = {entry.name: entry for entry in entries()}
 CPU = torch.device("cpu")
 ROWS = 2
 CALL = ENTRIES["sd3"].call(ROWS)
@@ -299,7 +299,7 @@ def test_embeddings_are_not_moved_to_weights_that_are_elsewhere(monkeypatch):
 
 def agrees(entry, steps, *, rows=ROWS, seeds=None, **call):
     """Asserts that every branch of every step reads as under plain hooks; returns the run."""
-    zoo = truth.Zoo(replace(entry, call=lambda prompts: {**entry.call(prompts), **call}), ROWS)
+    zoo = truth.Zoo(replace(entry, call=lambda prompts: {**entry.call(prompts), **call}))
     zoo.rows = rows
     sites = [zoo.sites_of_image[0], zoo.sites_of_image[-1]]
     both = [Read(sites, branch=branch, name=branch) for branch in zoo.branches]
@@ -394,7 +394,7 @@ def test_seeds_of_several_pictures():
     assert not torch.equal(run.latents[0], run.latents[1])
 
 
-@pytest.mark.parametrize("name", [name for name in ENTRIES if name not in truth.ONE_ROW])
+@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.rows > 1])
 def test_embeddings_are_split_into_batches(name):
     """One prompt after the other, as if each were alone."""
     entry = ENTRIES[name]

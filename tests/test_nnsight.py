@@ -56,7 +56,7 @@ def test_one_lens_serves_two_threads(cfg_lens):
 
 
 def test_a_joint_tensor_is_called_so():
-    from tests.test_points import zoo_of
+    from tests.zoo.truth import zoo_of
 
     zoo = zoo_of("klein")
     with pytest.raises(AttributeError, match=r"block 3 has no stream 'img'.*joint"):

@@ -126,14 +126,13 @@ def test_the_row_passes(name):
     assert checked(family) == expected
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "mutation"),
+    [(name, mutation) for name, family in FAMILIES.items() for mutation in MUTATIONS if MUTATIONS[mutation](family)],
+)
 def test_a_mutated_row_is_caught(name, mutation):
     family = FAMILIES[name]
-    mutants = MUTATIONS[mutation](family)
-    if not mutants:
-        pytest.skip("does not apply to this family")
-    for mutant in mutants:
+    for mutant in MUTATIONS[mutation](family):
         with pytest.raises(FamilyError, match=family.name.replace(".", r"\.")):
             checked(mutant)
 

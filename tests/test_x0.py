@@ -6,7 +6,7 @@ import pytest
 from dit_lens import DiTLens, Read, Zero
 from dit_lens.errors import FamilyError, OpError, SiteError
 from tests import pipelines
-from tests.test_zoo import ENTRIES
+from tests.zoo.truth import ENTRIES
 
 PROMPT = "a big red circle left on a checkered blue background"
 

@@ -7,17 +7,14 @@ import torch
 
 import dit_lens as dl
 from dit_lens import Read, Swap, Zero
-from tests.zoo import entries, truth
-
-ENTRIES = {entry.name: entry for entry in entries()}
-ROWS = 2
+from tests.zoo import truth
+from tests.zoo.truth import ENTRIES
 
 
 @pytest.fixture(scope="module", params=ENTRIES)
 def zoo(request):
     """A lens over a tiny pipeline, and the pipeline's own run under plain hooks."""
-    entry = ENTRIES[request.param]
-    return truth.Zoo(entry, rows=1 if entry.name in truth.ONE_ROW else ROWS)
+    return truth.Zoo(ENTRIES[request.param])
 
 
 def test_what_is_known_before_a_run(zoo):

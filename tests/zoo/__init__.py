@@ -16,7 +16,7 @@ class Entry:
 
     name: of the entry. transformer: the class of its transformer. build: makes the pipeline. call: rows -> arguments of
     the pipeline for so many prompts. grid: image tokens. branches: per step, per transformer call, in the order of its
-    rows. text_tokens: of the text stream; None where there is none. blocks: of all stacks.
+    rows. text_tokens: of the text stream; None where there is none. blocks: of all stacks. rows: prompts to try.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Entry:
     branches: tuple[tuple[str, ...], ...]
     text_tokens: int | None
     blocks: int
+    rows: int = 2
 
 
 def entries() -> tuple[Entry, ...]:

@@ -868,8 +868,6 @@ def hunyuan_video_call(rows):
     }
 
 
-ONE_ROW = ("prx",)  # these pipelines cannot take several prompts with guidance
-
 ENTRIES = (
     Entry("lumina2", "Lumina2Transformer2DModel", lumina2, lumina2_call, GRID, SPLIT, TOKENS, 7),
     Entry("lumina2-ragged", "Lumina2Transformer2DModel", lumina2, ragged_call, GRID, SPLIT, TOKENS, 7),
@@ -887,7 +885,7 @@ ENTRIES = (
     Entry("bria_fibo", "BriaFiboTransformer2DModel", bria_fibo, bria_fibo_call, GRID, JOINT, TOKENS, 5),
     Entry("ovis", "OvisImageTransformer2DModel", ovis, ovis_call, GRID, SPLIT, TOKENS, 5),
     Entry("longcat", "LongCatImageTransformer2DModel", longcat, longcat_call, GRID, SPLIT, TOKENS, 5),
-    Entry("prx", "PRXTransformer2DModel", prx, prx_call, GRID, JOINT, None, 3),
+    Entry("prx", "PRXTransformer2DModel", prx, prx_call, GRID, JOINT, None, 3, rows=1),
     Entry("prx-unguided", "PRXTransformer2DModel", prx, unguided_call, GRID, (("cond",),), None, 3),
     Entry("kandinsky5", "Kandinsky5Transformer3DModel", kandinsky5, kandinsky5_call, GRID, SPLIT, TOKENS, 5),
     Entry("ernie", "ErnieImageTransformer2DModel", ernie, ernie_call, GRID, JOINT, TOKENS, 3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,8 @@ from typing import Any
 import torch
 
 import dit_lens as dl
-from tests.zoo import Entry
+from tests.zoo import Entry, entries
 
-ONE_ROW = ("prx",)
 REFERENCES_FIRST = ("klein-kv",)
 TEXT_ONLY_AT_FIRST = ("qwen21",)  # a cache holds it afterwards
 SEED = 3
@@ -84,14 +84,23 @@ def stop(tensor: torch.Tensor, hook: Any) -> None:
     raise RuntimeError("stop")
 
 
+ENTRIES = {entry.name: entry for entry in entries()}
+
+
+@cache
+def zoo_of(name: str) -> Zoo:
+    """A pipeline of the zoo by its name, made once."""
+    return Zoo(ENTRIES[name])
+
+
 class Zoo:
     """A tiny pipeline under a lens and, untouched by it, under plain hooks."""
 
-    def __init__(self, entry: Entry, rows: int):
-        self.entry, self.rows, self.count = entry, rows, prod(entry.grid)
+    def __init__(self, entry: Entry):
+        self.entry, self.rows, self.count = entry, entry.rows, prod(entry.grid)
         self.lens = dl.DiTLens(entry.build(), defaults={})
         self.pipe = entry.build()
-        self.call = entry.call(rows)
+        self.call = entry.call(entry.rows)
         self.branches = [branch for call in entry.branches for branch in call]
         self.blocks = [
             (block, streams)
