@@ -89,7 +89,9 @@ TASKS = {"demo": demo, "lint": lint, "test": test}
 
 def set_up(task: str) -> None:
     """Makes .venv hold what pyproject.toml and the constraints ask for; does nothing when it does already."""
-    if PYTHON.exists() and STAMP.is_file() and STAMP.read_text(encoding="utf-8") == fingerprint():
+    groups = ("dev", "live") if task == "test" else ("dev",)
+    held = STAMP.read_text(encoding="utf-8").split() if PYTHON.exists() and STAMP.is_file() else []
+    if {fingerprint(), *groups} <= set(held):
         return
     began = time.monotonic()
     STAMP.unlink(missing_ok=True)
@@ -104,12 +106,12 @@ def set_up(task: str) -> None:
     python = ask("-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
     source, options = choose_torch(python)
     say(f"installing for Python {python}, torch from {source} (once; later calls skip this)")
-    wanted = ("--editable", ".[notebook,png]", "--group", "dev")
+    wanted = ("--editable", ".[notebook,png]", *(word for group in groups for word in ("--group", group)))
     if run("-m", "uv", "pip", "install", "--quiet", "--python", PYTHON, *options, *lock, *wanted, **uv_settings()):
         if source == UV_CHOICE:
             sys.exit(NO_TORCH.format(cpu=cpu_torch(), python=python, task=task, pip=f"{PYTHON} -m pip"))
         sys.exit("The packages could not be installed; uv's own message is above. Run dev.py again to go on.")
-    STAMP.write_text(fingerprint(), encoding="utf-8")
+    STAMP.write_text(" ".join([fingerprint(), *groups]), encoding="utf-8")
     say(f"installed in {time.monotonic() - began:.0f} s")
 
 
