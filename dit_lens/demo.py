@@ -130,7 +130,8 @@ def _disruption(result: Result, k: int, seed: int) -> Section:
     shown = [result.pictures[f"0/{seed}/{0 if arm == 'untouched' else k}/{arm}"] for arm in arms]
     figures = (plots.strip(shown, arms, title="One picture, different channels zeroed"), result.figure())
     code = f"result = studies.disruption(lens, prompts, k={k})\nresult.figure()"
-    return Section("1. Are they critical?", sentence, figures, result.summary, code)
+    columns = ["arm", "n", "rmse", "rmse_low", "rmse_high", "fidelity", "fidelity_low", "fidelity_high", "energy_share"]
+    return Section("1. Are they critical?", sentence, figures, result.summary[columns], code)
 
 
 def _organisation(result: Result, depth: int) -> Section:

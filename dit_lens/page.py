@@ -147,7 +147,7 @@ def _page(title: str, lead: str, sections: Sequence[Section]) -> str:
 <h1>{_text(title)}</h1>
 <p class="lead">{_text(lead)}</p>
 </header>
-<nav aria-label="Contents"><ol>{contents}</ol></nav>
+<nav aria-label="Contents"><ul>{contents}</ul></nav>
 <noscript><p>The figures are drawn by JavaScript inside this file; pictures and tables show without it.</p></noscript>
 {body}
 <footer>Made with dit_lens {__version__}. This file is complete: it loads nothing from elsewhere.</footer>
@@ -278,7 +278,7 @@ p { margin: 0 0 1rem; max-width: 46rem; overflow-wrap: break-word; }
 .lead { font-size: 1.12rem; color: var(--soft); }
 a { color: var(--link); }
 nav { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: .7rem 1rem; }
-nav ol { margin: 0; padding-left: 1.4rem; columns: 18rem; }
+nav ul { margin: 0; padding: 0; list-style: none; columns: 18rem; }
 figure { margin: 0 0 1rem; min-width: 0; }
 figcaption { color: var(--soft); font-size: .85rem; max-width: 46rem; }
 .plot { overflow-x: auto; }
