@@ -16,7 +16,7 @@ from dit_lens.errors import StoreError
 from dit_lens.lens import DiTLens
 from dit_lens.page import Section, write_page, write_pngs
 from dit_lens.store import whole_folder
-from dit_lens.studies.common import score_ops, sets_of
+from dit_lens.studies.common import kept_scores, score_ops, sets_of
 from dit_lens.toys.scenes import Scene, describe, sample_scenes
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def demo(
     prompts = [prompt, source, *(scene.caption for scene in sample_scenes(OTHERS, seed=seed + 100))]
     with lens.quiet():
         run = lens.run(prompts, score_ops("blocks.*.img", "|mean|", None), seed=seed)
-    massive = sets_of(run, k, "|mean|")[0]
+    massive = sets_of(kept_scores(run), k, "|mean|")[0]
     disruption = studies.disruption(lens, prompts, k=k, seeds=[seed], draws=2)
     organisation = studies.organisation(lens, prompts, k=k, seeds=[seed], draws=2)
     transfer = studies.transfer(lens, [(source, prompt)], k=k, strengths=STRENGTHS, seeds=[seed])

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dit_lens.studies.result import Result
 
 
 class DitLensError(Exception):
@@ -36,6 +41,19 @@ class StoreError(DitLensError, OSError):
 
 class NotYetError(DitLensError, RuntimeError):
     """A value that was asked for before the run that produces it."""
+
+
+class StudyInterrupted(KeyboardInterrupt):
+    """Ctrl-C in a study. What was finished is in ``result`` (None before the first cell), and in ``folder`` if any."""
+
+    def __init__(self, study: str, done: int, total: int, folder: Path | None, result: Result | None):
+        kept = (
+            f"it goes on from {folder} when it is called again with the same arguments"
+            if folder
+            else "their result is sys.last_value.result in a notebook; pass out=FOLDER for a study that can go on"
+        )
+        super().__init__(f"{study} was interrupted after {done} of {total} cells; {kept}.")
+        self.folder, self.result = folder, result
 
 
 def nearest(asked: str, known: Iterable[str], what: str = "There are") -> str:

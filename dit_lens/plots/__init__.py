@@ -10,9 +10,11 @@ marker and name everywhere (theme.ARMS).
 """
 
 from dit_lens.plots.channels import block_channel_map, channel_histogram, channel_spectrum
+from dit_lens.plots.disruption import disruption_figure
+from dit_lens.plots.organisation import organisation_figure
 from dit_lens.plots.overlays import cluster_overlay, overlay_grid, sheet, strip
-from dit_lens.plots.studies import disruption_figure, organisation_figure, transfer_figure
 from dit_lens.plots.theme import ARMS, TEMPLATE, looks
+from dit_lens.plots.transfer import transfer_figure
 
 __all__ = [
     "ARMS",

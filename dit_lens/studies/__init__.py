@@ -5,4 +5,6 @@ from dit_lens.studies.organisation import organisation
 from dit_lens.studies.result import Result
 from dit_lens.studies.transfer import transfer
 
-__all__ = ["Result", "disruption", "organisation", "transfer"]
+STUDIES = ("disruption", "organisation", "transfer")
+
+__all__ = ["STUDIES", "Result", "disruption", "organisation", "transfer"]

@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dit_lens.channels import ChannelSet, top_channels
 from dit_lens.errors import OpError, PromptError
 from dit_lens.ops import Read
 from dit_lens.sites import match
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
     from dit_lens.lens import DiTLens
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 Judge = Callable[["Image", str], Mapping[str, float]]
 
+DRAWS = 10  # of a random control, so that the variance between them is inside the interval
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -27,26 +32,36 @@ class Arm:
 
     name: str
     draw: int
-    sets: tuple[ChannelSet, ...]
+    sets: tuple[ChannelSet, ...] = ()
 
 
-def score_ops(site: Pattern, score: str, steps: Steps) -> list[Read]:
+def score_ops(site: Pattern, score: str, steps: Steps = None) -> list[Read]:
     """The reads from which channel sets are made."""
     return [Read(site, reduce=score, steps=steps, name="score"), Read(site, reduce="rms", steps=steps, name="rms")]
 
 
-def sets_of(run: Run, k: int, score: str) -> list[ChannelSet]:
-    """For every picture of a run its own top-k channels per site, averaged over the steps that were read."""
-    scores, rms = run["score"], run["rms"]
-    return [
-        top_channels(
-            {site: value[:, row].float().mean(0) for site, value in scores.items()},
-            {site: value[:, row].float().square().mean(0) for site, value in rms.items()},
-            k,
-            score,
-        )
-        for row in range(len(run.images))
-    ]
+def kept_scores(run: Run, rows: int | None = None) -> dict[str, np.ndarray]:
+    """What :func:`sets_of` needs of a run: per picture and site the score and the energy, averaged over steps.
+
+    rows: how many of the first pictures are wanted; all by default.
+    """
+    found = {"score": run["score"], "energy": {site: rms.float().square() for site, rms in run["rms"].items()}}
+    return {
+        f"{row}/{name}/{site}": value[:, row].float().mean(0).numpy()
+        for name, values in found.items()
+        for site, value in values.items()
+        for row in range(value.shape[1] if rows is None else rows)
+    }
+
+
+def sets_of(kept: Mapping[str, np.ndarray], k: int, score: str) -> list[ChannelSet]:
+    """For every picture its own top-k channels per site, from what :func:`kept_scores` returned."""
+    rows: dict[int, dict[str, dict[str, torch.Tensor]]] = {}
+    for key, value in kept.items():
+        row, name, site = key.split("/", 2)
+        if name in ("score", "energy"):
+            rows.setdefault(int(row), {"score": {}, "energy": {}})[name][site] = torch.from_numpy(value)
+    return [top_channels(rows[row]["score"], rows[row]["energy"], k, score) for row in sorted(rows)]
 
 
 def control_arms(top: Sequence[ChannelSet], draws: int, seed: int) -> list[Arm]:
@@ -76,6 +91,18 @@ def listed(prompts: str | Sequence[str]) -> list[str]:
     if not found:
         raise PromptError("the list of prompts is empty. Pass at least one prompt.")
     return found
+
+
+def seeded(seeds: Sequence[int]) -> list[int]:
+    """Seeds as a list; an empty list is an error."""
+    if not (found := [int(seed) for seed in seeds]):
+        raise PromptError("the list of seeds is empty. Pass at least one seed.")
+    return found
+
+
+def share_of_width(k: int, width: int) -> str:
+    """The note that belongs beside every k: 12 of 3,072 and 12 of 128 are different things."""
+    return f"k={k} is {k / width:.1%} of {width} channels"
 
 
 def judge_for(lens: DiTLens, prompts: Sequence[str], judge: Judge | None) -> Judge | None:

@@ -1,23 +1,47 @@
-"""Claim 1: are massive channels critical? Zero them, and as many others, and see what becomes of the picture."""
+"""Claim 1: are massive channels critical? Ablate them, and as many others, and see what becomes of the picture."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
+from dit_lens.channels import ChannelSet
+from dit_lens.errors import OpError, PromptError, nearest
 from dit_lens.metrics import psnr, rmse
-from dit_lens.ops import Zero
-from dit_lens.studies.common import Arm, Judge, check_k, control_arms, judge_for, judged, listed, score_ops, sets_of
+from dit_lens.ops import MeanAblate, Op, Read, Scale, Swap, Zero
+from dit_lens.studies.cells import Batch, Cell, Cells, batches
+from dit_lens.studies.common import (
+    DRAWS,
+    Arm,
+    Judge,
+    check_k,
+    control_arms,
+    judge_for,
+    judged,
+    kept_scores,
+    listed,
+    score_ops,
+    seeded,
+    sets_of,
+    share_of_width,
+)
+from dit_lens.studies.confounds import fill_ops, push_ops, rescale_ops
 from dit_lens.studies.result import Result, summarise
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from dit_lens.lens import DiTLens
     from dit_lens.ops import Pattern, Steps
     from dit_lens.run import Run
+
+Ablation = Literal["zero", "mean", "resample"]
+CONFOUNDS = ("attenuated", "norm-kept", "rescaled", "random-direction")
 
 
 def disruption(
@@ -26,113 +50,225 @@ def disruption(
     *,
     k: int | Sequence[int] = 12,
     seeds: Sequence[int] = (0,),
-    draws: int = 3,
+    draws: int = DRAWS,
     score: str = "|mean|",
     site: Pattern = "blocks.*.img",
     steps: Steps = None,
+    ablation: Ablation = "zero",
+    confounds: bool = True,
     judge: Judge | None = None,
+    batch_size: int | None = None,
+    out: str | Path | None = None,
     **call: Any,
 ) -> Result:
-    """Zeroes the top-k channels and their controls, on the same prompts and seeds.
+    """Ablates the top-k channels and their controls, on the same prompts and seeds.
 
     >>> from dit_lens import DiTLens
     >>> result = disruption(
     ...     DiTLens.toy(), "a big red circle left on a plain blue background", k=4, draws=1, num_inference_steps=2
     ... )
     >>> sorted(result.summary["arm"])
-    ['bottom', 'energy-matched', 'no-op', 'random', 'top']
+    ['attenuated', 'bottom', 'energy-matched', 'no-op', 'norm-kept', 'random', 'random-direction', 'rescaled', 'top']
 
-    Every picture's own sets come from its clean run, averaged over all its steps, and stay fixed. Arms: no-op (an edit
-    of no channel, which must change nothing), top, bottom, random (``draws`` of them; one map of channels for all
-    blocks) and energy-matched. All arms run at one batch shape.
+    Every picture's own sets come from its clean run, averaged over all its steps, and stay fixed. All arms of a batch
+    run at one batch shape. Arms: no-op (an edit of no channel, which must change nothing), top, bottom, random
+    (``draws`` of them; each one map of channels for all blocks) and energy-matched (other channels, with energy as near
+    as can be). Arms for what else could explain the damage, unless ``confounds=False``:
 
-    k: one or several sizes. steps: when channels are zeroed. judge: ``fn(picture, prompt) -> {name: number}``; toys
-    read scenes back by themselves. The table has rmse (0 to 255) and psnr (dB; missing for equal pictures) to the
-    untouched picture, the share of energy the zeroed channels held, and what the judge says.
-    Source: arXiv 2605.13974.
+    - attenuated: the top channels scaled down just as far as zeroing the energy-matched ones moves the tokens;
+    - norm-kept: the top channels overwritten by a fixed pattern that leaves the next norm's statistics as they were;
+    - rescaled: nothing removed, all other channels raised as the next norm would raise them;
+    - random-direction: every token pushed in one random direction, as far as zeroing would move it.
+
+    k: one or several sizes. steps: when channels are ablated. ablation: "zero"; "mean", by the channel's mean over the
+    study's own prompts and seeds at that step; "resample", by the values of another prompt of the batch under the same
+    noise. Confounds are of zeroing, so they run with it alone, and where ``site`` is the output of blocks.
+    judge: ``fn(picture, prompt) -> {name: number}``; toys read scenes back by themselves. batch_size: prompts that run
+    together. out: a folder for finished cells, from which the same call goes on.
+
+    The table has rmse (0 to 255) and psnr (dB; missing for equal pictures) to the untouched picture, the share of
+    energy the ablated channels held, and what the judge says. Source: arXiv 2605.13974.
     """
-    prompts, ks = listed(prompts), [k] if isinstance(k, int) else sorted(k)
+    prompts, seeds, ks = listed(prompts), seeded(seeds), [k] if isinstance(k, int) else sorted(k)
     check_k(lens, site, ks)
+    _check_ablation(ablation, prompts, batch_size)
     judge = judge_for(lens, prompts, judge)
-    lines: list[dict[str, Any]] = []
-    pictures: dict[str, Any] = {}
-    with lens.quiet(), tqdm(total=len(seeds) * (2 + len(ks) * (3 + draws)), desc="disruption") as bar:
-        for seed in seeds:
-            clean = lens.run(prompts, score_ops(site, score, None), seed=seed, **call)
-            bar.update()
-            arms = [(0, Arm("no-op", 0, ()))]
-            arms += [(size, arm) for size in ks for arm in control_arms(sets_of(clean, size, score), draws, seed)]
-            lines += [
-                _line(prompt, seed, 0, "untouched", 0, **judged(judge, image, prompt))
-                for prompt, image in zip(prompts, clean.images, strict=True)
+    sites = lens.sites(site)
+    extra = CONFOUNDS if confounds and ablation == "zero" and all(name.count(".") == 2 for name in sites) else ()
+    settings = {
+        "prompts": prompts,
+        "k": ks,
+        "seeds": seeds,
+        "draws": draws,
+        "score": score,
+        "site": site,
+        "steps": str(steps),
+        "ablation": ablation,
+        "confounds": list(extra),
+        "judge": judge,
+        "batch_size": batch_size,
+        "call": call,
+        "width": lens.anatomy.width,
+    }
+    parts = batches(prompts, seeds, batch_size)
+    total = len(parts) * (2 + len(ks) * (3 + draws + len(extra)))
+    with Cells("disruption", settings, lens=lens, total=total, out=out) as cells:
+        draw = partial(_draw, lens, ablation == "resample", call)
+        reads = [*score_ops(site, score), *([Read(site, reduce="mean", name="mean")] if ablation == "mean" else [])]
+        clean = [cells.get(f"{part.key}/clean", partial(_clean, draw, part, reads, judge)) for part in parts]
+        means = _means(clean) if ablation == "mean" else {}
+        ablate = partial(_ablate, ablation=ablation, site=site, steps=steps, sites=set(lens.sites()), means=means)
+        for part, cell in zip(parts, clean, strict=True):
+            arms = [(0, Arm("no-op", 0))]
+            arms += [
+                (size, a) for size in ks for a in _arms(sets_of(cell.arrays, size, score), draws, part.seed, extra)
             ]
             for size, arm in arms:
-                ops = _zeros(arm, site, steps)
-                edited = lens.run(prompts, ops, seed=seed, **call)
-                lines += _measured(prompts, seed, size, arm, clean, edited, judge)
-                if arm.draw == 0:
-                    pictures |= {f"{row}/{seed}/{size}/{arm.name}": image for row, image in enumerate(edited.images)}
-                bar.update()
-            pictures |= {f"{row}/{seed}/0/untouched": image for row, image in enumerate(clean.images)}
-    return _result(
-        lens,
-        lines,
-        pictures,
-        {
-            "prompts": prompts,
-            "k": ks,
-            "seeds": list(seeds),
-            "draws": draws,
-            "score": score,
-            "site": str(site),
-            "steps": str(steps),
-        },
-    )
+                make = partial(_edited, draw, part, ablate(arm, part.seed), cell.pictures, judge, size, arm)
+                cells.get(f"{part.key}/{size}/{arm.name}/{arm.draw}", make)
+        return cells.result()
 
 
-def _zeros(arm: Arm, site: Pattern, steps: Steps) -> list[Zero]:
-    if arm.name == "no-op":
-        return [Zero(site, channels=[], steps=steps)]
-    return [Zero(site, channels=one, rows=row, steps=steps) for row, one in enumerate(arm.sets)]
-
-
-def _measured(
-    prompts: Sequence[str], seed: int, k: int, arm: Arm, clean: Run, edited: Run, judge: Judge | None
-) -> list[dict[str, Any]]:
-    lines = []
-    for row, prompt in enumerate(prompts):
-        before, after = clean.images[row], edited.images[row]
-        shares = (
-            {"energy_share": np.mean(list(arm.sets[row].energy_share().values())), "matched": arm.sets[row].matched}
-            if arm.sets
-            else {}
+def _check_ablation(ablation: str, prompts: Sequence[str], batch_size: int | None) -> None:
+    if ablation not in ("zero", "mean", "resample"):
+        raise OpError(f"ablation={ablation!r} does not exist.{nearest(ablation, ('zero', 'mean', 'resample'))}")
+    if ablation == "resample" and any(len(part.prompts) < 2 for part in batches(prompts, [0], batch_size)):
+        raise PromptError(
+            "ablation='resample' takes values from another prompt of the same batch, and one batch has a single "
+            "prompt. Pass more prompts, or another batch_size."
         )
+
+
+def _arms(top: Sequence[ChannelSet], draws: int, seed: int, extra: Sequence[str]) -> list[Arm]:
+    return [*control_arms(top, draws, seed), *(Arm(name, 0, tuple(top)) for name in extra)]
+
+
+def _draw(lens: DiTLens, twice: bool, call: Mapping[str, Any], ops: Sequence[Op], part: Batch) -> Run:
+    """One run of a batch. twice: with the same prompts once more below, untouched, as sources of values."""
+    return lens.run(part.prompts * 2 if twice else part.prompts, ops, seed=part.seed, **call)
+
+
+def _clean(draw: Any, part: Batch, reads: Sequence[Read], judge: Judge | None) -> Cell:
+    run = draw(reads, part)
+    cell = Cell(arrays=kept_scores(run, len(part.prompts)))
+    if "mean" in run.keys():  # noqa: SIM118 a Run is no mapping
+        cell.arrays |= {f"mean/{name}": value.float().numpy() for name, value in run["mean"].items()}
+    for row, prompt, image in zip(part.rows, part.prompts, run.images, strict=False):
+        cell.pictures[f"{row}/{part.seed}/0/untouched"] = image
+        cell.lines.append(_line(prompt, part.seed, 0, Arm("untouched", 0), **judged(judge, image, prompt)))
+    return cell
+
+
+def _means(clean: Iterable[Cell]) -> dict[str, Any]:
+    """The mean of every channel at every step over all prompts and seeds: site -> [s, d]."""
+    import torch
+
+    cells = list(clean)
+    names = [key for key in cells[0].arrays if key.startswith("mean/")]
+    return {
+        name.removeprefix("mean/"): torch.from_numpy(np.concatenate([cell.arrays[name] for cell in cells], 1).mean(1))
+        for name in names
+    }
+
+
+def _ablate(
+    arm: Arm,
+    seed: int,
+    *,
+    ablation: str,
+    site: Pattern,
+    steps: Steps,
+    sites: set[str],
+    means: Mapping[str, Any],
+) -> list[Op]:
+    """The ops of an arm, for every picture of a batch."""
+    if not arm.sets:
+        return [Zero(site, channels=[], steps=steps)]
+    ops: list[Op] = []
+    for row, one in enumerate(arm.sets):
+        if arm.name == "attenuated":
+            ops += _attenuated(one, seed, row, steps)
+        elif arm.name == "norm-kept":
+            ops += fill_ops(one, row, seed, steps)
+        elif arm.name == "rescaled":
+            ops += rescale_ops(one, row, steps, sites)
+        elif arm.name == "random-direction":
+            ops += push_ops(one, row, seed, steps)
+        elif ablation == "mean":
+            ops.append(MeanAblate(site, channels=one, rows=row, steps=steps, mean=means))
+        elif ablation == "resample":
+            other = len(arm.sets) + (row + 1) % len(arm.sets)
+            ops.append(Swap(site, channels=one, rows=row, steps=steps, source=f"row:{other}", branch="both"))
+        else:
+            ops.append(Zero(site, channels=one, rows=row, steps=steps))
+    return ops
+
+
+def _attenuated(top: ChannelSet, seed: int, row: int, steps: Steps) -> list[Scale]:
+    """The top channels, scaled down as far as zeroing the energy-matched control moves the tokens."""
+    held, reached = top.energy_share(), top.energy_matched(seed).energy_share()
+    return [
+        Scale(site, channels=chosen, rows=row, steps=steps, factor=1 - min(1.0, reached[site] / held[site]) ** 0.5)
+        for site, chosen in top.items()
+        if held[site]
+    ]
+
+
+def _edited(
+    draw: Any,
+    part: Batch,
+    ops: Sequence[Op],
+    untouched: Mapping[str, Image],
+    judge: Judge | None,
+    k: int,
+    arm: Arm,
+) -> Cell:
+    cell, images = Cell(), draw(ops, part).images
+    for i, (row, prompt) in enumerate(zip(part.rows, part.prompts, strict=True)):
+        before, after = untouched[f"{row}/{part.seed}/0/untouched"], images[i]
         error = float(rmse(before, after))
-        distance = {"rmse": error, "psnr": float(psnr(before, after)) if error else np.nan}
-        lines.append(_line(prompt, seed, k, arm.name, arm.draw, **distance, **shares, **judged(judge, after, prompt)))
-    return lines
+        measures: dict[str, Any] = {"rmse": error, "psnr": float(psnr(before, after)) if error else np.nan}
+        if arm.sets:
+            held = float(np.mean(list(arm.sets[i].energy_share().values())))
+            measures |= {"energy_share": held, "matched": arm.sets[i].matched}
+        cell.lines.append(_line(prompt, part.seed, k, arm, **measures, **judged(judge, after, prompt)))
+        if arm.draw == 0:
+            cell.pictures[f"{row}/{part.seed}/{k}/{arm.name}"] = after
+    return cell
 
 
-def _line(prompt: str, seed: int, k: int, arm: str, draw: int, **measures: Any) -> dict[str, Any]:
-    return {"prompt": prompt, "seed": seed, "k": k, "arm": arm, "draw": draw, **measures}
+def _line(prompt: str, seed: int, k: int, arm: Arm, **measures: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "seed": seed, "k": k, "arm": arm.name, "draw": arm.draw, **measures}
 
 
-def _result(lens: DiTLens, lines: list[dict[str, Any]], pictures: dict[str, Any], settings: dict[str, Any]) -> Result:
-    table = pd.DataFrame(lines)
+def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
+    """The result of the cells so far."""
+    table = pd.DataFrame([line for cell in cells for line in cell.lines])
     edited = table[table["arm"] != "untouched"]
     measures = [name for name in ("rmse", "fidelity", "energy_share") if name in table]
     summary = summarise(edited, ("k", "arm"), measures)
-    notes = [
-        f"width {lens.anatomy.width}: "
-        + ", ".join(f"k={k} is {k / lens.anatomy.width:.1%} of the channels" for k in settings["k"])
-    ]
+    return Result(
+        "disruption",
+        table,
+        summary,
+        dict(settings),
+        {name: picture for cell in cells for name, picture in cell.pictures.items()},
+        notes=_notes(table, edited, settings),
+    )
+
+
+def _notes(table: pd.DataFrame, edited: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
+    notes = [share_of_width(k, settings["width"]) for k in settings["k"]]
     floor = edited.loc[edited["arm"] == "no-op", "rmse"].max()
     notes.append(f"noise floor: an edit of no channel changes pictures by rmse {floor:g}")
-    if "matched" in table and not table.loc[table["arm"] == "energy-matched", "matched"].astype(bool).all():
+    matched = edited[edited["arm"] == "energy-matched"]
+    if len(matched) and not matched["matched"].astype(bool).all():
+        reached = matched["energy_share"].mean()
+        wanted = edited.loc[edited["arm"] == "top", "energy_share"].mean()
         notes.append(
-            "the energy of the top-k set cannot be reached by as many other channels: "
-            "energy-matched falls short (see energy_share)"
+            f"no other k channels hold the energy of the top k: energy-matched reaches a share of {reached:.3f}, top "
+            f"has {wanted:.3f}; compare energy-matched with attenuated, which moves tokens just as far"
         )
     if "fidelity" in table:
         notes.append(f"untouched pictures: fidelity {table.loc[table['arm'] == 'untouched', 'fidelity'].mean():.3f}")
-    return Result("disruption", table, summary, settings, pictures, notes=notes)
+    return notes

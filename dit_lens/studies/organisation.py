@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from dit_lens.clusters import chance_iou, iou, segment, upsample
 from dit_lens.errors import OpError
 from dit_lens.ops import Read
-from dit_lens.studies.common import Arm, check_k, control_arms, judge_for, listed, score_ops, sets_of
+from dit_lens.studies.common import Arm, check_k, control_arms, judge_for, kept_scores, listed, score_ops, sets_of
 from dit_lens.studies.result import Result, summarise
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def organisation(
         for seed in seeds:
             clean = lens.run(prompts, score_ops(site, score, step), seed=seed, **call)
             bar.update()
-            arms = control_arms(sets_of(clean, k, score), draws, seed)
+            arms = control_arms(sets_of(kept_scores(clean), k, score), draws, seed)
             reads = [
                 Read(site, channels=one, rows=row, steps=step, name=f"{a}/{row}")
                 for a, arm in enumerate(arms)

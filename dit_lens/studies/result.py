@@ -13,6 +13,7 @@ import pandas as pd
 from dit_lens.errors import StoreError
 from dit_lens.metrics import bootstrap_ci
 from dit_lens.store import read_versioned, settled, whole_folder, write_json
+from dit_lens.studies import cells
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -71,12 +72,14 @@ class Result:
 
     @classmethod
     def load(cls, folder: str | Path) -> Result:
-        """Reads what :meth:`save` wrote; needs no model."""
+        """Reads what :meth:`save` wrote, or the finished cells in a study's ``out`` folder; needs no model."""
         from PIL import Image, UnidentifiedImageError
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         folder = settled(folder)
+        if (folder / "study.json").exists():
+            return cells.load(folder)
         data = read_versioned(folder / "result.json", "result", FORMAT)
         try:
             pictures = {key: Image.open(folder / "pictures" / name).copy() for key, name in data["pictures"].items()}

@@ -15,7 +15,17 @@ from dit_lens.clusters import segment, upsample
 from dit_lens.errors import OpError
 from dit_lens.metrics import rmse
 from dit_lens.ops import Branch, Read, Swap
-from dit_lens.studies.common import Arm, Judge, check_k, control_arms, judge_for, judged, score_ops, sets_of
+from dit_lens.studies.common import (
+    Arm,
+    Judge,
+    check_k,
+    control_arms,
+    judge_for,
+    judged,
+    kept_scores,
+    score_ops,
+    sets_of,
+)
 from dit_lens.studies.result import Result, summarise
 
 if TYPE_CHECKING:
@@ -79,7 +89,7 @@ def transfer(
             whole = Read(mask_site, steps=-1, name="mask")
             clean = lens.run(prompts, [*score_ops(site, score, None), whole], seed=seed, **call)
             bar.update()
-            sources = sets_of(clean, k, score)[::2]
+            sources = sets_of(kept_scores(clean), k, score)[::2]
             found = _masks(clean, sources, mask_site)
             masks |= {f"{pair}/{seed}": mask for pair, mask in enumerate(found)}
             ends = ("source", "target")

@@ -1,0 +1,242 @@
+"""The cells of a study: what is finished is kept, written whole or not at all, and found again when the study goes on.
+
+A study is a loop over cells in a fixed order. ``cells.get(key, make)`` returns a finished cell, or makes it and keeps
+it: in memory, or in a folder that outlives Ctrl-C and kill -9.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from dit_lens.errors import PromptError, StoreError, StudyInterrupted
+from dit_lens.provenance import describe
+from dit_lens.store import read_json, read_versioned, settled, whole_folder, write_json
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import nn
+
+    from dit_lens.lens import DiTLens
+    from dit_lens.studies.result import Result
+
+FORMAT = 1
+# What decides a model's numbers; a study goes on with the same one, on any machine.
+IDENTITY = ("family", "pipeline", "transformer", "scheduler", "lora", "dtype", "quantization", "weights")
+
+
+@dataclass
+class Cell:
+    """What one finished part of a study left.
+
+    lines: of the study's table. pictures and masks: for the result, under names of their own. arrays: what later cells
+    need, such as channel scores; they stay out of the result.
+    """
+
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    pictures: dict[str, Image] = field(default_factory=dict)
+    masks: dict[str, np.ndarray] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Cells:
+    """The finished cells of one study on one lens; a context with one progress bar.
+
+    study: its name, which is also its module's. settings: every choice that decides a number, as plain data; functions
+    among them count by their names. total: cells of the whole study. out: a folder, or None to keep them in memory.
+    Raises StoreError where ``out`` holds another study, other settings or another model.
+    """
+
+    def __init__(
+        self, study: str, settings: Mapping[str, Any], *, lens: DiTLens, total: int, out: str | Path | None = None
+    ):
+        self.study = study
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings, default=_named))
+        self.folder = None if out is None else Path(out)
+        self.finished: list[Cell] = []
+        self._lens, self._total = lens, total
+        if self.folder is not None:
+            _claim(self.folder, study, self.settings, identity(lens))
+
+    def __enter__(self) -> Self:
+        self._quiet = self._lens.quiet()
+        self._quiet.__enter__()
+        self._bar = tqdm(total=self._total, desc=self.study, unit="cell")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
+        self._bar.close()
+        self._quiet.__exit__(None, None, None)
+        if isinstance(problem, KeyboardInterrupt):
+            done = len(self.finished)
+            raise StudyInterrupted(self.study, done, self._total, self.folder, self.result() if done else None)
+
+    def get(self, key: str, make: Callable[[], Cell]) -> Cell:
+        """The cell under a key: the one that is kept, else what ``make`` returns, which is kept before this returns."""
+        folder = None if self.folder is None else self.folder / "cells" / f"{len(self.finished):06d}"
+        if folder is not None and settled(folder).exists():
+            cell = _read(folder, key)
+        else:
+            cell = make()
+            if folder is not None:
+                _write(folder, key, cell)
+        self.finished.append(cell)
+        self._bar.update()
+        return cell
+
+    def result(self) -> Result:
+        """The result of the cells so far."""
+        return assembled(self.study, self.settings, self.finished)
+
+
+def load(folder: str | Path) -> Result:
+    """The result of the cells that a study has finished in its ``out`` folder, without the model."""
+    folder = Path(folder)
+    data = read_versioned(folder / "study.json", "study", FORMAT)
+    return assembled(data["study"], data["settings"], list(_stored(folder)))
+
+
+def assembled(study: str, settings: dict[str, Any], cells: Sequence[Cell]) -> Result:
+    """What a study's own module makes of its cells."""
+    from dit_lens.studies import STUDIES
+
+    if study not in STUDIES:
+        raise StoreError(
+            f"there is no study {study!r} in this version of dit_lens. It has: {', '.join(sorted(STUDIES))}."
+        )
+    return importlib.import_module(f"dit_lens.studies.{study}").assemble(settings, cells)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that run together from one seed. rows: their numbers in the study."""
+
+    seed: int
+    rows: range
+    prompts: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """The batch in the key of a cell."""
+        return f"{self.seed}/{self.rows.start}"
+
+
+def batches(prompts: Sequence[str], seeds: Sequence[int], batch_size: int | None) -> list[Batch]:
+    """The batches of a study: for every seed consecutive prompts, all of them where no size is given."""
+    size = len(prompts) if batch_size is None else batch_size
+    if size < 1:
+        raise PromptError(f"batch_size={batch_size} must be at least 1.")
+    spans = [range(start, min(start + size, len(prompts))) for start in range(0, len(prompts), size)]
+    return [Batch(seed, rows, tuple(prompts[i] for i in rows)) for seed in seeds for rows in spans]
+
+
+def identity(lens: DiTLens) -> dict[str, Any]:
+    """The model of a lens, in words and by a few of its weights."""
+    found = {**describe(lens.pipe, lens.family), "weights": _fingerprint(lens.pipe.transformer)}
+    return {name: found[name] for name in IDENTITY}
+
+
+def _fingerprint(module: nn.Module) -> float | None:
+    """The sum of some weights of every part; None where weights are not plainly at hand (offloaded, packed)."""
+    weights = [p.detach() for p in module.parameters()]
+    if not all(type(w) is torch.Tensor and w.device.type != "meta" and w.is_floating_point() for w in weights):
+        return None
+    picked = weights[:: max(1, len(weights) // 16)]
+    return round(sum(float(w.reshape(-1)[:256].double().sum()) * (i + 1) for i, w in enumerate(picked)), 6)
+
+
+def _claim(folder: Path, study: str, settings: dict[str, Any], model: dict[str, Any]) -> None:
+    """Makes the folder this study's, or checks that it is."""
+    file = folder / "study.json"
+    claim = json.loads(json.dumps({"format": FORMAT, "study": study, "settings": settings, "model": model}))
+    if not file.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise StoreError(f"{folder} holds other files and no study. Choose a new folder for out=.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, claim)
+        return
+    found = read_versioned(file, "study", FORMAT)
+    if found["study"] != study:
+        raise StoreError(f"{folder} holds the study {found['study']!r}. Choose another folder for out=.")
+    for part in ("settings", "model"):
+        odd = [
+            f"{name}: {_short(found[part].get(name))} there, {_short(claim[part].get(name))} now"
+            for name in sorted({*found[part], *claim[part]})
+            if found[part].get(name) != claim[part].get(name)
+        ]
+        if odd:
+            raise StoreError(
+                f"{folder} holds a {study} study with another {part.removesuffix('s')}; {'; '.join(odd)}. "
+                "Call it as before to go on, or choose another folder for out=."
+            )
+
+
+def _write(folder: Path, key: str, cell: Cell) -> None:
+    from safetensors.numpy import save_file
+
+    with whole_folder(folder) as fresh:
+        names = {name: f"{i:04d}.png" for i, name in enumerate(cell.pictures)}
+        for name, file in names.items():
+            cell.pictures[name].save(fresh / file)
+        for part in ("masks", "arrays"):
+            values = getattr(cell, part)
+            if values:
+                plain = {name: np.ascontiguousarray(value) for name, value in values.items()}
+                save_file(plain, fresh / f"{part}.safetensors")
+        write_json(fresh / "cell.json", {"key": key, "lines": [_valid(line) for line in cell.lines], "pictures": names})
+
+
+def _read(folder: Path, key: str | None = None) -> Cell:
+    from PIL import Image, UnidentifiedImageError
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    folder = settled(folder)
+    data = read_json(folder / "cell.json", "a cell of a study")
+    try:
+        if key not in (None, data["key"]):
+            raise StoreError(f"{folder} is the cell {data['key']!r}, and {key!r} was to come here. Start a new folder.")
+        pictures = {name: Image.open(folder / file).copy() for name, file in data["pictures"].items()}
+        parts = {
+            part: load_file(file) if (file := folder / f"{part}.safetensors").exists() else {}
+            for part in ("masks", "arrays")
+        }
+    except (OSError, KeyError, SafetensorError, UnidentifiedImageError) as damage:
+        raise StoreError(f"{folder} is damaged: {damage}. Delete it, and the study makes it again.") from damage
+    return Cell(data["lines"], pictures, **parts)
+
+
+def _stored(folder: Path) -> Iterator[Cell]:
+    number = 0
+    while settled(place := folder / "cells" / f"{number:06d}").exists():
+        yield _read(place)
+        number += 1
+
+
+def _valid(line: dict[str, Any]) -> dict[str, Any]:
+    """A line as JSON knows it, which has neither NaN nor the numbers of numpy."""
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in line.items()}
+    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in plain.items()}
+
+
+def _named(value: Any) -> Any:
+    """What JSON cannot hold, by name or as a list."""
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__name__)
+    if isinstance(value, np.generic):
+        return value.item()
+    return value.tolist() if isinstance(value, np.ndarray) else str(value)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
