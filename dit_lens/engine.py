@@ -106,7 +106,7 @@ def traced(
 ) -> tuple[dict[str, Any], list[Any]]:
     """One trace, one invoke, containers saved empty and filled inside: what holds for local and for remote runs."""
     with model.trace(**call) as tracer:
-        store = {"reads": {}, "touched": [], "clock": [], "grid": []}
+        store = {"reads": {}, "touched": [], "clock": [], "grid": [], "tape": []}
         nnsight.save(store)
         results = []
         nnsight.save(results)

@@ -8,6 +8,7 @@ A program is a dict of plain data::
     time       {argument, position, offset, scale, levels, kind, sign}: a call's time, its noise, what is predicted
     grid       {rule, argument, position, latents ...}: how image tokens are found in a call's arguments
     expected   [h, w] where the grid is known beforehand
+    record     whether the transformer's outputs are kept      replayed   the range of calls that given["tape"] answers
     calls      for every transformer call {step, branches, visits}; its rows are ``rows`` times its branches, in order
     visit      [module, side, [part, ...]]               part   {slot, position, stream, layout, ..., site, actions},
                or {slot, ..., keep}: a gate that a later part multiplies its tensor by
@@ -51,6 +52,8 @@ def execute(model: Any, tracer: Any, program: dict[str, Any], given: dict[str, A
         moment = observe(arguments, program, store["clock"], call)
         image = image_tokens(arguments, program["grid"])
         check_grid(image.grid, program["expected"])
+        if number in program["replayed"]:
+            model.get(program["denoiser"]).skip(given["tape"][number])
         store["grid"][:] = image.grid
         now = SimpleNamespace(
             model=model,
@@ -66,6 +69,8 @@ def execute(model: Any, tracer: Any, program: dict[str, Any], given: dict[str, A
         )
         for module, side, parts in call["visits"]:
             visit(model.get(module), side, parts, now)
+        if program["record"]:
+            store["tape"].append(model.get(program["denoiser"]).output)
 
 
 def visit(envoy: Any, side: str, parts: list[dict[str, Any]], now: SimpleNamespace) -> None:

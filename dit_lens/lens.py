@@ -22,6 +22,7 @@ from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, Sto
 from dit_lens.families.checks import Check, check
 from dit_lens.ops import Apply, Op, Read, from_json, to_json
 from dit_lens.plan import Batch, Plan, compile_plan, narrowed
+from dit_lens.prefix import Tape, recording, replaying
 from dit_lens.provenance import describe, plain, unsaved
 from dit_lens.sites import Site, match
 from dit_lens.steps import Timeline, timeline
@@ -160,6 +161,8 @@ class DiTLens:
         seed: int | Sequence[int] | None = None,
         num_inference_steps: int | None = None,
         batch_size: int | None = None,
+        record: bool = False,
+        prefix: Run | None = None,
         **call: Any,
     ) -> Run:
         """Draws, and carries out ``ops`` on the way.
@@ -173,6 +176,8 @@ class DiTLens:
         prompt: one or several; or pass ``prompt_embeds=``. ops: in the order in which they act at one site.
         seed: an integer gives every prompt the same noise (picture j of a prompt gets seed + j); a list is per picture.
         batch_size: prompts that go through the pipeline together; all by default. call: the pipeline's own arguments.
+        record: keeps what the transformer answers, for prefix=: a recorded run of the same call without edits, from
+        which everything before the first op is taken instead of computed. The pictures are the same, bit for bit.
 
         Every mistake in the arguments or ops raises before the first denoising step. A batch that runs out of GPU
         memory is started again with half the prompts; a warning says which batch_size worked.
@@ -180,11 +185,18 @@ class DiTLens:
         ops = [ops] if isinstance(ops, Op) else list(ops)
         prepared, when, plan = self._plan(prompt, ops, seed=seed, num_inference_steps=num_inference_steps, **call)
         check_fits(cost_of(plan, ops, self.anatomy, self.pipe.transformer.dtype))
+        if record:
+            plan = recording(plan, ops)
+        if prefix is not None:
+            plan = replaying(plan, prefix.tape, prepared, self.pipe, self.family)
         stores, outputs = [], []
         for store, output in self._batches(prepared, plan, batch_size):
             stores.append(store)
             outputs.append(output)
-        return assemble(ops, plan, when, stores, outputs, self._spec(prepared, ops), describe(self.pipe, self.family))
+        run = assemble(ops, plan, when, stores, outputs, self._spec(prepared, ops), describe(self.pipe, self.family))
+        if record:
+            run.tape = Tape(prepared, self.pipe.transformer, stores[0]["tape"])
+        return run
 
     def run_spec(self, spec: Mapping[str, Any]) -> Run:
         """Runs what a saved run's ``spec`` describes."""

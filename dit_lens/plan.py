@@ -92,6 +92,8 @@ def compile_plan(ops: Sequence[Op], anatomy: Anatomy, timeline: Timeline, batch:
 
 def narrowed(plan: Plan, rows: range) -> Plan:
     """The part of a plan that concerns some rows of the batch, with those rows numbered from 0."""
+    if plan.program["record"] or plan.program["replayed"]:
+        raise OpError("a recorded run is one batch: leave batch_size= out, and give fewer prompts where memory ends.")
     calls = [
         {
             **call,
@@ -229,6 +231,8 @@ class _Compiler:
             "grid": self.anatomy.grid_rule,
             "readout": self.anatomy.readout_rule,
             "expected": None if self.batch.grid is None else list(self.batch.grid),
+            "record": False,
+            "replayed": range(0),
             "calls": calls,
         }
         return Plan(program, self.given, self.reads, self.visits, self.selections, self.batch.text_tokens)

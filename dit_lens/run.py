@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from dit_lens.comparison import Comparison
     from dit_lens.lens import DiTLens
+    from dit_lens.prefix import Tape
 
 FORMAT = 1
 
@@ -103,7 +104,7 @@ class Run:
     images: PIL pictures in row order (empty when latents were asked for). latents: what the pipeline returned for
     ``output_type="latent"``. readings: what was read. receipt: what every op touched. clock: (step, timestep, sigma)
     of every step. grid: (h, w) image tokens, (f, h, w) of a video. spec: prompt, seed, call and ops. provenance: model,
-    machine and versions.
+    machine and versions. tape: what ``prefix=`` needs, where it was recorded; it is not saved.
     """
 
     images: list[Image]
@@ -115,6 +116,7 @@ class Run:
     spec: dict[str, Any]
     provenance: dict[str, Any]
     folder: Path | None = None
+    tape: Tape | None = field(default=None, repr=False)
 
     def __getitem__(self, key: str) -> Any:
         """A read by its name (a mapping site -> tensor), or the tensor of a site that was read without a name."""

@@ -154,6 +154,7 @@ class Family:
     prediction: "tokens", or the axes of a predicted picture, as in Grid.
     readout: what follows the final norm, where the row says it.
     sign: -1 where the pipeline negates the prediction.
+    caching: pipelines whose first step fills a cache that later steps read.
     other_predictions: pipelines in which it is neither a flow nor noise nor v.
     patch: latent pixels per side of an image token.
     resizing: pipelines that choose the size of the picture themselves.
@@ -184,6 +185,7 @@ class Family:
     prediction_layout: str = "own"
     readout: Readout | None = None
     sign: int = 1
+    caching: tuple[str, ...] = ()
     other_predictions: tuple[str, ...] = ()
     patch: int = 2
     resizing: tuple[str, ...] = ()

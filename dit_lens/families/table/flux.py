@@ -67,6 +67,7 @@ FLUX2 = Family(
         "Flux2KleinInpaintPipeline": Guidance(TWO_CALLS, distilled="is_distilled"),
     },
     time=Time(),
+    caching=("Flux2KleinKVPipeline",),
     embedded="guidance_embeds",
     tiny={**_TINY, "in_channels": 8, "out_channels": None, "axes_dims_rope": (4, 4, 4, 4), "mlp_ratio": 2.0},
     call={**_CALL, "img_ids": "ids4", "txt_ids": "zeros t 4", "guidance": "full 1 b"},

@@ -253,6 +253,7 @@ QWEN21 = Family(
     grid=Grid("shapes", "img_shapes", target="last"),
     guidance=TRUE_CFG,
     time=Time(),
+    caching=("QwenImage21Pipeline",),
     prediction_layout="text_first",
     patch=1,
     tried_on=(2, 4),
