@@ -7,27 +7,55 @@ from __future__ import annotations
 
 import html
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from dit_lens.channel_maps import hits_of, matched_map, random_map
+from dit_lens.channel_stats import (
+    RunningStats,
+    energy_share,
+    gini,
+    jaccard,
+    mad_outliers,
+    median_of,
+    ranked,
+    ratio,
+    share_holders,
+    top_median_ratio,
+    vector,
+)
 from dit_lens.errors import OpError, SiteError, nearest
 
 if TYPE_CHECKING:
     import pandas as pd
 
+__all__ = [
+    "ARMS",
+    "MEDIAN",
+    "SCORES",
+    "ChannelSet",
+    "RunningStats",
+    "absolute_channels",
+    "definitions",
+    "energy_share",
+    "gini",
+    "jaccard",
+    "mad_channels",
+    "mad_outliers",
+    "share_channels",
+    "top_channels",
+    "top_median_ratio",
+]
+
 ARMS = ("top", "bottom", "random", "energy-matched", "given")
 
 # An energy-matched control counts as matched while its energy stays within this factor of the set it stands for.
 ENERGY_TOLERANCE = 0.8
-
-# Draws that the search for an energy match compares; those within 1 % of the wanted energy count as equally good.
-_DRAWS, _NEAR = 16, 0.01
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,8 +101,8 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
             if set(values) != set(self.channels):
                 odd = ", ".join(sorted(set(values) ^ set(self.channels)))
                 raise OpError(f"channels and {what} must name the same sites; these are in one only: {odd}.")
-        scores = {site: _vector(self.scores[site], f"The scores of {site}") for site in self.channels}
-        energy = {site: _vector(self.energy[site], f"The energy of {site}") for site in self.channels}
+        scores = {site: vector(self.scores[site], f"The scores of {site}") for site in self.channels}
+        energy = {site: vector(self.energy[site], f"The energy of {site}") for site in self.channels}
         channels = {site: tuple(int(c) for c in chosen) for site, chosen in self.channels.items()}
         for site, chosen in channels.items():
             width = len(scores[site])
@@ -152,7 +180,7 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
 
     def bottom(self) -> ChannelSet:
         """As many channels per site, with the lowest scores: the control of arXiv 2605.13974."""
-        chosen = {site: _order(self.scores[site], descending=False)[: len(top)] for site, top in self.channels.items()}
+        chosen = {site: ranked(self.scores[site], descending=False)[: len(top)] for site, top in self.channels.items()}
         shared = sum(len(set(chosen[site]) & set(top)) for site, top in self.channels.items())
         note = f"k is so near the width that {shared} channels are in both sets." if shared else ""
         return replace(self, channels=chosen, arm="bottom", matched=not shared, note=note)
@@ -176,59 +204,65 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
         seed: names the map; an interval over arms needs ten or more.
         """
         rng = np.random.default_rng(seed)
-        chosen: dict[str, tuple[int, ...]] = {}
-        notes = []
-        for width in sorted({len(scores) for scores in self.scores.values()}):
-            family = {site: top for site, top in self.channels.items() if len(self.scores[site]) == width}
-            union = sorted(set().union(*family.values()))
-            images = _random_map(union, list(family.values()), width, rng)
-            chosen |= {site: tuple(images[c] for c in top) for site, top in family.items()}
-            if 2 * len(union) > width:
-                hits = sum(len(set(chosen[site]) & set(top)) for site, top in family.items())
-                total = sum(map(len, family.values()))
-                notes.append(
-                    f"the union over sites, {len(union)} of {width} channels, does not fit outside itself: "
-                    f"{hits} of {total} control channels are in the set they control for"
-                )
-        ordered = {site: chosen[site] for site in self.channels}
-        return replace(self, channels=ordered, arm="random", matched=not notes, note="; ".join(notes))
+        return self._mapped("random", lambda family, width: random_map(list(family.values()), width, rng))
 
     def energy_matched(self, seed: int) -> ChannelSet:
-        """As many channels per site, from outside that site's set, whose energies sum as nearly as can be to the set's.
+        """One map of the channels for all sites, whose images hold as nearly as can be the energy of the set at each.
 
         >>> energy = {"a": torch.tensor([8.0, 7.0, 2.0, 1.0, 1.0])}
         >>> control = top_channels(energy, energy, k=1).energy_matched(seed=0)
         >>> control["a"], control.matched
         ((1,), True)
 
-        Channels are ordered by score. ``seed`` picks among draws whose energy is within 1 % of the best; where all the
-        strongest channels outside are needed there is nothing to draw. ``matched`` is False where a site's energy is
-        not within a factor of 0.8 of its set's, and ``note`` says how far off; ``table`` has the achieved shares.
-        Sites are drawn one by one, so the control usually touches more distinct channels than the set: ``note`` says.
-        Raises OpError where fewer than k channels are outside.
+        The map leads where that of :meth:`random` does, so the control touches as many distinct channels as the set.
+        ``seed`` picks among maps whose relative error, averaged over sites, is within 1 % of the best found; where all
+        the strongest channels are needed there is nothing to pick. ``matched`` is False where a site's energy is not
+        within a factor of 0.8 of its set's, and ``note`` says how far off; ``table`` has the achieved shares.
+        Raises OpError where fewer than k channels are outside a site's set.
         """
-        rng = np.random.default_rng(seed)
-        chosen, ratios = {}, {}
         for site, top in self.channels.items():
-            scores, energy = self.scores[site], self.energy[site].double().numpy()
-            outside = np.setdiff1d(np.arange(len(scores)), top)
-            if len(outside) < len(top):
+            width = len(self.scores[site])
+            if 2 * len(top) > width:
                 raise OpError(
-                    f"{site} has {len(outside)} channels outside its set of {len(top)}, too few for a control of the "
-                    f"same size. Take k of at most {len(scores) // 2}: .take({len(scores) // 2})."
+                    f"{site} has {width - len(top)} channels outside its set of {len(top)}, too few for a control of "
+                    f"the same size. Take k of at most {width // 2}: .take({width // 2})."
                 )
-            wanted = float(energy[list(top)].sum())
-            drawn = set(outside[_match_sum(energy[outside], wanted, len(top), rng)].tolist())
-            found = float(energy[list(drawn)].sum())
-            ratios[site] = 1.0 if found == wanted else found / wanted if wanted else float("inf")
-            chosen[site] = tuple(c for c in _order(scores, descending=True) if c in drawn)
-        off = [site for site, ratio in ratios.items() if not ENERGY_TOLERANCE <= ratio <= 1 / ENERGY_TOLERANCE]
-        notes = [f"distinct channels touched: {_distinct(chosen)}, by the set itself: {_distinct(self.channels)}"]
-        if off:
-            worst = min(off, key=lambda site: ratios[site])
-            reach = f"{worst} reaches {ratios[worst]:.3g} of its set's"
-            notes.insert(0, f"energy unmatched at {len(off)} of {len(self)} sites; {reach}")
-        return replace(self, channels=chosen, arm="energy-matched", matched=not off, note="; ".join(notes))
+        rng = np.random.default_rng(seed)
+
+        def near(family: Mapping[str, tuple[int, ...]], _: int) -> dict[int, int]:
+            energy = np.stack([self.energy[site].double().numpy() for site in family])
+            return matched_map(list(family.values()), energy, rng)
+
+        control = self._mapped("energy-matched", near)
+        ratios = {
+            site: _of_wanted(float(energy[list(control[site])].sum()), float(energy[list(self[site])].sum()))
+            for site, energy in self.energy.items()
+        }
+        off = [site for site, found in ratios.items() if not ENERGY_TOLERANCE <= found <= 1 / ENERGY_TOLERANCE]
+        if not off:
+            return control
+        worst = max(off, key=lambda site: abs(np.log(max(ratios[site], 1e-300))))
+        note = f"energy unmatched at {len(off)} of {len(self)} sites; {worst} reaches {ratios[worst]:.3g} of its set's"
+        return replace(control, matched=False, note="; ".join(filter(None, [note, control.note])))
+
+    def _mapped(
+        self, arm: str, mapping: Callable[[Mapping[str, tuple[int, ...]], int], Mapping[int, int]]
+    ) -> ChannelSet:
+        """The images of the set under one map for all sites of equal width; hits are noted."""
+        chosen: dict[str, tuple[int, ...]] = {}
+        notes = []
+        for width in sorted({len(scores) for scores in self.scores.values()}):
+            family = {site: top for site, top in self.channels.items() if len(self.scores[site]) == width}
+            images = mapping(family, width)
+            chosen |= {site: tuple(images[c] for c in top) for site, top in family.items()}
+            if 2 * len(images) > width:
+                notes.append(
+                    f"the union over sites, {len(images)} of {width} channels, does not fit outside itself: "
+                    f"{hits_of(list(family.values()), images)} of {sum(map(len, family.values()))} control channels "
+                    "are in the set they control for"
+                )
+        ordered = {site: chosen[site] for site in self.channels}
+        return replace(self, channels=ordered, arm=arm, matched=not notes, note="; ".join(notes))
 
     # What the set is like.
 
@@ -262,15 +296,15 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
 
         rows = []
         for site, chosen in self.channels.items():
-            scores, median = self.scores[site], _median(self.scores[site])
-            rank = {c: i for i, c in enumerate(_order(scores, descending=True), start=1)}
+            scores, median = self.scores[site], median_of(self.scores[site])
+            rank = {c: i for i, c in enumerate(ranked(scores, descending=True), start=1)}
             rows += [
                 (
                     site,
                     rank[c],
                     c,
                     float(scores[c]),
-                    _ratio(float(scores[c]), median),
+                    ratio(float(scores[c]), median),
                     energy_share(self.energy[site], [c]),
                 )
                 for c in chosen
@@ -337,6 +371,9 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
         return cls(**fresh)
 
 
+# The rules that choose channels.
+
+
 def top_channels(
     scores: Mapping[str, Tensor], energy: Mapping[str, Tensor], k: int, score: str = "|mean|"
 ) -> ChannelSet:
@@ -352,206 +389,140 @@ def top_channels(
     Source: T_k(l) of arXiv 2605.13974, with score |mean over image tokens|.
     """
     for site, values in scores.items():
-        width = len(_vector(values, f"The scores of {site}"))
+        width = len(vector(values, f"The scores of {site}"))
         if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= width:
             raise OpError(
                 f"k={k!r} channels were asked of {site}, which has {width}. Choose a whole number from 1 to {width}."
             )
-    chosen = {site: _order(values, descending=True)[:k] for site, values in scores.items()}
+    chosen = {site: ranked(values, descending=True)[:k] for site, values in scores.items()}
     return ChannelSet(chosen, dict(scores), dict(energy), score=score)
 
 
-def jaccard(a: Iterable[int], b: Iterable[int]) -> float:
-    """Shared channels over all channels of two sets; 1 for two empty sets.
+def share_channels(
+    scores: Mapping[str, Tensor], energy: Mapping[str, Tensor], share: float = 0.5, score: str = "|mean|"
+) -> ChannelSet:
+    """As few of the highest scores as hold a share of the squared energy, at every site.
 
-    >>> jaccard([1, 2, 3], [2, 3, 4])
-    0.5
+    >>> values = {"a": torch.tensor([3.0, 1.0, 1.0, 2.0])}
+    >>> share_channels(values, {"a": values["a"] ** 2}, share=0.8)["a"]
+    (0, 3)
+
+    scores, energy: site -> [d]; see ChannelSet. share: in (0, 1]. A site without energy gives (). k may differ.
+    Source: SPARK's concentration measure, turned round.
     """
-    first, second = set(a), set(b)
-    return len(first & second) / len(first | second) if first | second else 1.0
+    if not 0 < share <= 1:
+        raise OpError(f"share={share!r} must be in (0, 1]: the part of the energy that the channels are to hold.")
+    chosen = {site: share_holders(scores[site], _energy_of(energy, site), share) for site in scores}
+    return ChannelSet(chosen, dict(scores), dict(energy), score=score)
 
 
-def energy_share(energy: Tensor, channels: Iterable[int]) -> float:
-    """The share of squared energy that some channels hold; 0 where there is no energy.
+def mad_channels(
+    scores: Mapping[str, Tensor], energy: Mapping[str, Tensor], threshold: float = 1000.0, score: str = "|mean|"
+) -> ChannelSet:
+    """The channels whose score is an outlier: over ``threshold`` median absolute deviations above the median.
 
-    >>> energy_share(torch.tensor([6.0, 1.0, 1.0]), [0])
-    0.75
-
-    energy: [d], mean square per channel, not negative. channels: indices, each once.
-    Source: SPARK's concentration measure (8 channels hold 68.8 % of the hidden-stream energy of its model).
-    """
-    values = _vector(energy, "The energy").double()
-    chosen = list(channels)
-    if any(not 0 <= c < len(values) for c in chosen):
-        raise OpError(f"The energy has channels 0 to {len(values) - 1}; got {chosen}.")
-    total = float(values.sum())
-    return float(values[chosen].sum()) / total if total else 0.0
-
-
-def top_median_ratio(scores: Tensor) -> float:
-    """The highest score over the median score.
-
-    >>> top_median_ratio(torch.tensor([1.0, 2.0, 50.0]))
-    25.0
-
-    scores: [d], not negative. Infinite when the median is 0, and NaN when every score is.
-    Source: Sun et al., arXiv 2402.17762, call about 1,000 massive (with |x| > 100) in language models.
-    """
-    values = _vector(scores, "The scores")
-    return _ratio(float(values.max()), _median(values))
-
-
-def gini(values: Tensor) -> float:
-    """How unequally values are spread over channels: 0 when all are equal, (d - 1) / d when one holds everything.
-
-    >>> gini(torch.tensor([0.0, 0.0, 0.0, 4.0]))
-    0.75
-
-    values: [d], not negative. All zero counts as equal. Raises OpError for negative values.
-    Source: Gini's mean difference over twice the mean, in its sorted form.
-    """
-    ordered = _vector(values, "The values").double().sort().values
-    if float(ordered[0]) < 0:
-        raise OpError("The Gini coefficient is defined for values >= 0. Take magnitudes or energies first.")
-    total, d = float(ordered.sum()), len(ordered)
-    index = torch.arange(1, d + 1, dtype=torch.float64)
-    return float((2 * index - d - 1) @ ordered) / (d * total) if total else 0.0
-
-
-def mad_outliers(scores: Tensor, threshold: float = 1000.0) -> tuple[int, ...]:
-    """Channels whose score lies more than ``threshold`` median absolute deviations above the median, highest first.
-
-    >>> mad_outliers(torch.tensor([1.0, 2.0, 3.0, 9000.0]))
+    >>> values = {"a": torch.tensor([1.0, 2.0, 3.0, 9000.0])}
+    >>> mad_channels(values, values)["a"]
     (3,)
 
-    scores: [d]. The deviation is the plain median of |score - median|, without the factor 1.4826 of normal data.
-    Where it is 0 every score above the median is an outlier.
+    scores, energy: site -> [d]; see ChannelSet. A site may have none. See :func:`mad_outliers`.
     """
-    values = _vector(scores, "The scores").double()
-    median = _median(values)
-    above = values - median
-    return tuple(c for c in _order(values, descending=True) if above[c] > threshold * _median(above.abs()))
+    chosen = {site: mad_outliers(values, threshold) for site, values in scores.items()}
+    return ChannelSet(chosen, dict(scores), dict(energy), score=score)
 
 
-class RunningStats:
-    """Mean, mean square, least and greatest of every channel over any number of batches, in constant memory.
+def absolute_channels(
+    peaks: Mapping[str, Tensor],
+    medians: Mapping[str, Tensor],
+    energy: Mapping[str, Tensor],
+    least: float = 100.0,
+    times: float = 1000.0,
+) -> ChannelSet:
+    """The channels that reach ``least`` and ``times`` the median magnitude somewhere, at every site.
 
-    >>> stats = RunningStats()
-    >>> stats.update(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
-    >>> stats.update(torch.tensor([[5.0, 6.0]]))
-    >>> stats.count, stats.mean.tolist(), stats.max.tolist()
-    (3, [3.0, 2.0], [5.0, 6.0])
+    >>> peaks, medians = {"a": torch.tensor([2.0, 700.0, 90.0])}, {"a": torch.tensor([0.1, 0.5, 0.1])}
+    >>> absolute_channels(peaks, medians, peaks)["a"]
+    (1,)
 
-    Every statistic is [d] in float64 on the CPU. Source: the parallel update of Chan, Golub & LeVeque (1979), which
-    keeps the variance of channels with a mean far from 0, where E[x^2] - E[x]^2 would cancel.
+    peaks, medians: site -> [d], the largest |x| ("max") and the median |x| ("p50") of each channel over tokens. The
+    median over channels of ``medians`` stands for the median |x| of the site. energy: site -> [d], the mean square.
+    A site may have none: the thresholds were set for language models, and DiTs seldom pass |x| = 150.
+    Source: Sun et al., arXiv 2402.17762.
     """
-
-    # Rows that become float64 at a time, in elements: bounds the scratch memory at 8 MB a copy.
-    _CHUNK = 2**20
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._mean = self._square_deviations = self._min = self._max = torch.empty(0, dtype=torch.float64)
-
-    def update(self, x: Tensor) -> None:
-        """Adds a batch [*, d] of any floating dtype on any device. Raises OpError when d is not that of the others."""
-        if x.ndim == 0 or not x.is_floating_point():
-            raise OpError(f"Running statistics take floating-point values [*, d], and got {x.dtype} {list(x.shape)}.")
-        rows = x.detach().reshape(-1, x.shape[-1])
-        for part in rows.split(max(1, self._CHUNK // max(1, x.shape[-1]))):
-            if len(part):
-                # Apple's GPUs have no float64.
-                self.merge(self._of((part.cpu() if part.device.type == "mps" else part).double()))
-
-    def merge(self, other: RunningStats) -> None:
-        """Adds everything that ``other`` has seen. Raises OpError when the two count different channels."""
-        if other.count == 0:
-            return
-        if self.count and len(self._mean) != len(other._mean):
-            raise OpError(
-                f"These statistics are over {len(self._mean)} channels and the new values have {len(other._mean)}. "
-                "Keep one RunningStats per site."
-            )
-        if self.count == 0:
-            self._mean, self._square_deviations = other._mean, other._square_deviations
-            self._min, self._max = other._min, other._max
-        else:
-            total = self.count + other.count
-            delta = other._mean - self._mean
-            self._mean = self._mean + delta * (other.count / total)
-            between = delta.square() * (self.count * other.count / total)
-            self._square_deviations = self._square_deviations + other._square_deviations + between
-            self._min, self._max = torch.minimum(self._min, other._min), torch.maximum(self._max, other._max)
-        self.count += other.count
-
-    @property
-    def mean(self) -> Tensor:
-        """[d], over all values seen."""
-        return self._seen(self._mean)
-
-    @property
-    def variance(self) -> Tensor:
-        """[d], of all values seen: squared deviations over their count."""
-        return self._seen(self._square_deviations) / self.count
-
-    @property
-    def mean_square(self) -> Tensor:
-        """[d]: the energy that ChannelSet takes."""
-        return self.mean.square() + self.variance
-
-    @property
-    def min(self) -> Tensor:
-        """[d], the least value seen."""
-        return self._seen(self._min)
-
-    @property
-    def max(self) -> Tensor:
-        """[d], the greatest value seen."""
-        return self._seen(self._max)
-
-    def __repr__(self) -> str:
-        return f"RunningStats: {self.count} values of each of {len(self._mean)} channels"
-
-    def _seen(self, values: Tensor) -> Tensor:
-        if self.count == 0:
-            raise OpError("These statistics have seen no values. Call update(x) first.")
-        return values
-
-    @staticmethod
-    def _of(rows: Tensor) -> RunningStats:
-        stats = RunningStats()
-        stats.count = len(rows)
-        mean = rows.mean(0)
-        stats._mean, stats._square_deviations = mean.cpu(), (rows - mean).square().sum(0).cpu()
-        stats._min, stats._max = rows.amin(0).cpu(), rows.amax(0).cpu()
-        return stats
-
-
-def _vector(values: Tensor, what: str) -> Tensor:
-    """A float32 copy on the CPU of one finite number per channel."""
-    vector = torch.as_tensor(values).detach().to("cpu", torch.float32, copy=True)
-    if vector.ndim != 1 or not len(vector):
-        raise OpError(f"{what} must be one number per channel, [d], and have shape {list(vector.shape)}.")
-    if not bool(vector.isfinite().all()):
-        bad = (~vector.isfinite()).nonzero()[:8, 0].tolist()
-        raise OpError(
-            f"{what} are not finite, first in channels {bad}. The run overflowed: repeat it in float32 or bfloat16."
+    chosen = {
+        site: tuple(
+            c
+            for c in ranked(values, descending=True)
+            if values[c] > least and values[c] >= times * median_of(vector(medians[site], f"The medians of {site}"))
         )
-    return vector
+        for site, values in peaks.items()
+    }
+    return ChannelSet(chosen, dict(peaks), dict(energy), score="max")
 
 
-def _order(scores: Tensor, *, descending: bool) -> tuple[int, ...]:
-    # Stable, so that equal scores go to the lower channel on every machine; torch.topk promises no order.
-    return tuple(_vector(scores, "The scores").sort(descending=descending, stable=True).indices.tolist())
+# What definitions() compares: reductions over tokens, the first the score of arXiv 2605.13974.
+SCORES = ("|mean|", "mean|x|", "rms", "max", "p99.9")
+MEDIAN = "p50"
 
 
-def _median(values: Tensor) -> float:
-    # torch.median takes the lower of two middle values, numpy their mean.
-    return float(np.median(values.double().numpy()))
+def definitions(
+    scores: Mapping[str, Tensor], k: int = 12, share: float = 0.5, threshold: float = 1000.0
+) -> pd.DataFrame:
+    """Every definition of massive channels beside each other, for one site.
+
+    >>> mean, rms = torch.tensor([9.0, 0.1, 0.2, 0.1]), torch.tensor([9.0, 0.5, 4.0, 0.2])
+    >>> table = definitions({"|mean|": mean, "rms": rms}, k=2)
+    >>> table[["score", "rule", "k", "jaccard"]].to_dict("split")["data"][:2]
+    [['|mean|', 'top 2', 2, 1.0], ['|mean|', '50 % of energy', 1, 0.5]]
+
+    scores: name -> [d], with "rms" among them: those of ``SCORES`` that were read, and ``MEDIAN`` for the absolute
+    rule. k, share, threshold: of the rules.
+
+    A row per score and rule: k and k/d, the share of squared energy that the set holds, the score's Gini coefficient and
+    top over median, and the Jaccard overlap with the top k of the first score.
+    """
+    import pandas as pd
+
+    if "rms" not in scores:
+        raise OpError(
+            f"The energy of channels is the square of 'rms', which is not among {', '.join(scores)}. Read it."
+        )
+    energy = {"": vector(scores["rms"], "The rms").square()}
+    names = [name for name in scores if name != MEDIAN]
+    first = top_channels({"": scores[names[0]]}, energy, k)[""]
+    rows = []
+    for name in names:
+        values = {"": vector(scores[name], f"The scores {name}")}
+        rules = {
+            f"top {k}": top_channels(values, energy, k),
+            f"{share:.0%} of energy".replace("%", " %"): share_channels(values, energy, share),
+            f"over {threshold:g} MAD": mad_channels(values, energy, threshold),
+        }
+        if name == "max" and MEDIAN in scores:
+            rules["|x| > 100 and 1,000 medians"] = absolute_channels(values, {"": scores[MEDIAN]}, energy)
+        rows += [_definition(name, rule, found[""], values[""], energy[""], first) for rule, found in rules.items()]
+    return pd.DataFrame(rows)
 
 
-def _ratio(value: float, median: float) -> float:
-    return value / median if median else float("inf") if value else float("nan")
+def _definition(
+    name: str, rule: str, chosen: tuple[int, ...], values: Tensor, energy: Tensor, first: tuple[int, ...]
+) -> dict[str, Any]:
+    return {
+        "score": name,
+        "rule": rule,
+        "k": len(chosen),
+        "k/d": len(chosen) / len(values),
+        "energy share": energy_share(energy, chosen),
+        "gini": gini(values),
+        "top/median": top_median_ratio(values),
+        "jaccard": jaccard(chosen, first),
+    }
+
+
+def _energy_of(energy: Mapping[str, Tensor], site: str) -> Tensor:
+    if site not in energy:
+        raise OpError(f"scores and energy must name the same sites; {site} has no energy.")
+    return energy[site]
 
 
 def _one(values: dict[str, int]) -> int | dict[str, int]:
@@ -559,59 +530,10 @@ def _one(values: dict[str, int]) -> int | dict[str, int]:
     return distinct.pop() if len(distinct) == 1 else values
 
 
-def _distinct(channels: Mapping[str, Iterable[int]]) -> int:
-    return len(set().union(*channels.values()))
+def _of_wanted(found: float, wanted: float) -> float:
+    return 1.0 if found == wanted else found / wanted if wanted else float("inf")
 
 
 def _some(words: str, sites: Iterable[str]) -> str:
     names = list(sites)
     return f"{words} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}."
-
-
-def _random_map(
-    union: list[int], family: list[tuple[int, ...]], width: int, rng: np.random.Generator
-) -> dict[int, int]:
-    """A random injective map of ``union`` into channels 0 to width - 1, out of the union where that is possible."""
-    outside = np.setdiff1d(np.arange(width), union)
-    if len(union) <= len(outside):
-        return dict(zip(union, rng.permutation(outside)[: len(union)].tolist(), strict=True))
-    # A map's hits are a sum over pairs (channel, image) of how many sites hold both: an assignment problem, solved
-    # exactly. Between maps with equally few hits those that leave the union win, and then chance does.
-    member = np.zeros((len(family), width))
-    for row, chosen in zip(member, family, strict=True):
-        row[list(chosen)] = 1
-    hits = member[:, union].T @ member  # [union, d]
-    inside = member.any(0).astype(float)
-    chance = rng.random(hits.shape) / (2 * len(union))
-    images = linear_sum_assignment(hits * (len(union) + 1) + inside + chance)[1]
-    return dict(zip(union, images.tolist(), strict=True))
-
-
-def _match_sum(energy: np.ndarray, wanted: float, k: int, rng: np.random.Generator) -> np.ndarray:
-    """Indices of k of ``energy`` [m] whose sum is near ``wanted``: a random one of the best draws."""
-    order = np.argsort(energy, kind="stable")
-    if wanted >= energy[order[len(order) - k :]].sum():
-        return order[len(order) - k :]
-    draws = np.arange(_DRAWS)
-    taken = np.zeros((_DRAWS, len(energy)), dtype=bool)
-    picks = np.zeros((_DRAWS, k), dtype=np.int64)
-    total = np.zeros(_DRAWS)
-    # Every draw splits the wanted energy its own way over the k channels, from nearly all in one (a single dominant
-    # channel may be what is needed) to nearly even. It takes for each part the free channel nearest to it, carrying
-    # what is missing over to the next. Then each in turn is exchanged for the channel that closes the gap best.
-    evenness = np.logspace(-2, 1, _DRAWS)[:, None]
-    parts = rng.gamma(evenness, size=(_DRAWS, k)) + 1e-9  # so that no rest of them sums to 0
-    remaining = np.cumsum(parts[:, ::-1], axis=1)[:, ::-1]  # what this and later parts add up to
-    for sweep in range(2):
-        for p in range(k):
-            if sweep == 0:
-                aim = (wanted - total) * parts[:, p] / remaining[:, p]
-            else:
-                taken[draws, picks[:, p]] = False
-                total -= energy[picks[:, p]]
-                aim = wanted - total
-            picks[:, p] = np.where(taken, np.inf, np.abs(energy - aim[:, None])).argmin(1)
-            taken[draws, picks[:, p]] = True
-            total += energy[picks[:, p]]
-    error = np.abs(total - wanted)
-    return picks[rng.choice(np.flatnonzero(error <= error.min() + _NEAR * wanted))]
