@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import nnsight
+import torch
 from nnsight.intervention.source import STATE, Controller, module_body
 from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule
 
@@ -26,6 +29,13 @@ class _Pipeline(_PipelineModule):
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:  # noqa: ARG002 as in torch
         return iter(())
 
+    def forward(self, *args: Any, gradients: bool = False, **kwargs: Any) -> Any:
+        """The pipeline's call; for gradients the function under its ``no_grad``."""
+        if not gradients:
+            return super().forward(*args, **kwargs)
+        with torch.enable_grad():
+            return inspect.unwrap(type(self.pipeline).__call__)(self.pipeline, *args, **kwargs)
+
 
 class Engine:
     """Stock nnsight models over a pipeline, used by one thread at a time.
@@ -37,6 +47,7 @@ class Engine:
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
         self.lock = threading.Lock()
+        self._gradients = False
         self._modules = self._parts()
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             _listen(self._modules)
@@ -58,6 +69,20 @@ class Engine:
             for model in (self.model, self.promptless):
                 model._update(_Pipeline(self.pipe))
 
+    @contextmanager
+    def differentiable(self) -> Generator[None]:
+        """Runs inside keep the graph of whatever comes to require gradients; weights do not require any meanwhile."""
+        weights = [p for part in self._parts() for p in part.parameters(recurse=False) if p.requires_grad]
+        for weight in weights:
+            weight.requires_grad_(False)
+        self._gradients = True
+        try:
+            yield
+        finally:
+            self._gradients = False
+            for weight in weights:
+                weight.requires_grad_(True)
+
     def _parts(self) -> list[nn.Module]:
         return list(_Pipeline(self.pipe).modules())[1:]
 
@@ -70,7 +95,14 @@ class Engine:
         with self.lock:
             try:
                 model = self.model if call.get("prompt") is not None else self.promptless
-                store, results = traced(model, program, given, call)
+                store, results = traced(model, program, given, call | {"gradients": True} if self._gradients else call)
+            except torch.OutOfMemoryError as full:
+                if not self._gradients:
+                    raise
+                raise ExecutionError(
+                    f"memory ran out ({full}): gradients keep the graph of every block and step. Give fewer prompts, "
+                    "smaller pictures, through='step', or pipe.transformer.enable_gradient_checkpointing()."
+                ) from full
             except PlanMismatchError as mismatch:
                 raise ExecutionError(f"{mismatch}. Nothing was kept of this run.") from mismatch
         if not results:

@@ -290,13 +290,13 @@ def edit(
     old = stream[where]
     new = new_values(old, stream, action, hook, given, indices)
     factor = 1.0 if gate is None else gate[where]
-    before = torch.linalg.vector_norm(old * factor, dtype=torch.float32)
+    before = torch.linalg.vector_norm(old.detach() * factor, dtype=torch.float32)
     if new is not None:
         if action.get("strength", 1.0) != 1.0:
             new = torch.lerp(old, new, action["strength"])
         stream[where] = new
         old = new
-    after = torch.linalg.vector_norm(old * factor, dtype=torch.float32)
+    after = torch.linalg.vector_norm(old.detach() * factor, dtype=torch.float32)
     return (action["op"], hook.name, hook.step, hook.branch, tuple(old.shape), action["group"], before, after)
 
 
