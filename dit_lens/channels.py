@@ -478,8 +478,8 @@ def definitions(
     scores: name -> [d], with "rms" among them: those of ``SCORES`` that were read, and ``MEDIAN`` for the absolute
     rule. k, share, threshold: of the rules.
 
-    A row per score and rule: k and k/d, the share of squared energy that the set holds, the score's Gini coefficient and
-    top over median, and the Jaccard overlap with the top k of the first score.
+    A row per score and rule: k and k/d, the share of squared energy that the set holds, the Gini coefficient of the
+    score and its top over its median, and the Jaccard overlap with the top k of the first score.
     """
     import pandas as pd
 

@@ -13,6 +13,7 @@ from dit_lens.plots.channels import block_channel_map, channel_histogram, channe
 from dit_lens.plots.disruption import disruption_figure
 from dit_lens.plots.organisation import organisation_figure
 from dit_lens.plots.overlays import cluster_overlay, overlay_grid, sheet, strip
+from dit_lens.plots.stability import stability_figure
 from dit_lens.plots.theme import ARMS, TEMPLATE, looks
 from dit_lens.plots.transfer import transfer_figure
 
@@ -28,6 +29,7 @@ __all__ = [
     "organisation_figure",
     "overlay_grid",
     "sheet",
+    "stability_figure",
     "strip",
     "transfer_figure",
 ]

@@ -3,8 +3,9 @@
 from dit_lens.studies.disruption import disruption
 from dit_lens.studies.organisation import organisation
 from dit_lens.studies.result import Result
+from dit_lens.studies.stability import stability
 from dit_lens.studies.transfer import transfer
 
-STUDIES = ("disruption", "organisation", "transfer")
+STUDIES = ("disruption", "organisation", "stability", "transfer")
 
-__all__ = ["STUDIES", "Result", "disruption", "organisation", "transfer"]
+__all__ = ["STUDIES", "Result", "disruption", "organisation", "stability", "transfer"]

@@ -1,0 +1,271 @@
+"""How stable is the set of massive channels? Overlap over prompts, seeds, steps and sites, and when to stop looking."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dit_lens.channel_stats import RunningStats, chance_jaccard, overlaps
+from dit_lens.errors import OpError
+from dit_lens.ops import Read
+from dit_lens.studies.cells import Batch, Cell, Cells, batches
+from dit_lens.studies.common import listed, seeded, share_of_width
+from dit_lens.studies.result import Result, summarise
+
+if TYPE_CHECKING:
+    from dit_lens.lens import DiTLens
+    from dit_lens.ops import Pattern, Steps
+
+# From this overlap of successive aggregates on, SPARK calls a set stable.
+STABLE = 0.9
+COLUMNS = ["over", "site", "a", "b", "prompt", "seed", "jaccard"]
+
+
+def stability(
+    lens: DiTLens,
+    prompts: str | Sequence[str],
+    *,
+    k: int = 12,
+    seeds: Sequence[int] = (0,),
+    scores: Sequence[str] = ("|mean|", "mean|x|"),
+    site: Pattern = "blocks.*.img",
+    steps: Steps = None,
+    stable: float = STABLE,
+    batch_size: int | None = None,
+    out: str | Path | None = None,
+    **call: Any,
+) -> Result:
+    """The Jaccard overlap of top-k sets over prompts, seeds, steps and sites, and after how many prompts they settle.
+
+    >>> from dit_lens import DiTLens
+    >>> prompts = [
+    ...     "a big red circle left on a plain blue background",
+    ...     "a small white cross top on a plain green background",
+    ... ]
+    >>> result = stability(DiTLens.toy(), prompts, k=4, num_inference_steps=2)
+    >>> sorted(result.summary["over"].unique())
+    ['prompts', 'running', 'scores', 'site x site', 'sites', 'step x step', 'steps']
+
+    A picture's set at a site is the top k of its score averaged over steps; only "steps" compares the sets of single
+    steps. The table has per picture and site the mean overlap with the sets of other prompts (same seed), of other
+    seeds (same prompt), of other steps and of other sites (same picture), and between the sets of the first score and
+    of each other; ``step x step`` and ``site x site``, pair by pair, averaged over pictures; and ``running``: the set
+    of the mean score over the first a prompts against that of the first a - 1, averaged over sites, for every seed.
+    The set is stable from the number of prompts on after which this overlap stays at ``stable`` or above; the notes
+    say which that is. A running mean moves less with every prompt, so this tells when the aggregate is known, and
+    ``prompts`` whether prompts agree. Read every overlap beside ``chance``, that of two random sets.
+
+    k: 1 to the width. scores: reductions that give one number per channel, the first the one that is asked about.
+    stable: in (0, 1]. batch_size, out: see :func:`disruption`. Scores are kept only as running statistics, so memory
+    does not grow with them; of every picture the sets stay. Source of the rule: SPARK; of the score: arXiv 2605.13974.
+    """
+    prompts, seeds = listed(prompts), seeded(seeds)
+    sites = lens.sites(site)
+    width = _check(lens, sites, k, scores, stable)
+    settings = {
+        "prompts": prompts,
+        "k": k,
+        "seeds": seeds,
+        "scores": list(scores),
+        "site": site,
+        "sites": sites,
+        "steps": str(steps),
+        "stable": stable,
+        "batch_size": batch_size,
+        "call": call,
+        "width": width,
+    }
+    parts = batches(prompts, seeds, batch_size)
+    seen: dict[int, RunningStats] = defaultdict(RunningStats)
+    with Cells("stability", settings, lens=lens, total=len(parts), out=out) as cells:
+        reads = [Read(site, reduce=score, steps=steps, name=score) for score in scores]
+        for part in parts:
+            cell = cells.get(part.key, partial(_observed, lens, part, reads, k, seen[part.seed], call))
+            # What the next aggregates need is in the statistics; a thousand prompts' own scores would be gigabytes.
+            _add(seen[part.seed], cell.arrays.pop("score"))
+        return cells.result()
+
+
+def _check(lens: DiTLens, sites: Sequence[str], k: int, scores: Sequence[str], stable: float) -> int:
+    """The width of all sites, after checking what was asked."""
+    widths = {name: lens.anatomy.channels(lens.anatomy.site(name)) for name in sites}
+    width = widths[sites[0]]
+    if odd := [name for name in sites if widths[name] != width]:
+        raise OpError(
+            f"{sites[0]} has {width} channels and {odd[0]} has {widths[odd[0]]}, so their channels cannot be compared. "
+            "Choose sites of one width."
+        )
+    if not 1 <= k <= width:
+        raise OpError(f"k={k} channels were asked for, but {sites[0]} has {width}. Choose k from 1 to {width}.")
+    if not scores:
+        raise OpError("scores=[] names no score. Give at least one, such as '|mean|'.")
+    if not 0 < stable <= 1:
+        raise OpError(f"stable={stable!r} must be an overlap in (0, 1]; SPARK's is {STABLE}.")
+    return width
+
+
+def _observed(
+    lens: DiTLens, part: Batch, reads: Sequence[Read], k: int, seen: RunningStats, call: Mapping[str, Any]
+) -> Cell:
+    """The sets of a batch: ``steps`` [b, sites, s, k], ``whole`` [b, sites, scores, k], ``running`` [b, sites, k]."""
+    run = lens.run(part.prompts, reads, seed=part.seed, **call)
+    found = {
+        str(read.name): np.stack([value.float().numpy() for value in run[str(read.name)].values()]) for read in reads
+    }  # each [sites, s, b, d]
+    by_step = next(iter(found.values()))
+    score = by_step.mean(1).swapaxes(0, 1)  # [b, sites, d]
+    seen, running = _copy(seen), []
+    for row in score:
+        _add(seen, row[None])
+        running.append(_top(seen.mean.reshape(row.shape).numpy(), k))
+    return Cell(
+        lines=[{"row": row, "prompt": p, "seed": part.seed} for row, p in zip(part.rows, part.prompts, strict=True)],
+        arrays={
+            "steps": _top(by_step, k).transpose(2, 0, 1, 3),
+            "whole": np.stack([_top(one.mean(1), k) for one in found.values()]).transpose(2, 1, 0, 3),
+            "running": np.stack(running),
+            "score": score,
+        },
+    )
+
+
+def _top(scores: np.ndarray, k: int) -> np.ndarray:
+    """The k channels with the highest scores, [..., k]; equal scores go to the lower channel."""
+    return np.argsort(-scores, axis=-1, kind="stable")[..., :k].astype(np.int32)
+
+
+def _add(seen: RunningStats, score: np.ndarray) -> None:
+    seen.update(torch.from_numpy(score).flatten(1))
+
+
+def _copy(seen: RunningStats) -> RunningStats:
+    copied = RunningStats()
+    copied.merge(seen)
+    return copied
+
+
+def stable_after(running: Sequence[float], stable: float = STABLE) -> int | None:
+    """After how many prompts a running set stays as it is: SPARK's stopping rule.
+
+    >>> stable_after([0.5, 0.95, 0.8, 0.9, 1.0])
+    5
+
+    running: the overlap of the aggregate over 2, 3, ... prompts with the one before. Returns the least number of
+    prompts from which on every overlap is at least ``stable``, or None where the last is not.
+    """
+    below = [i for i, overlap in enumerate(running) if overlap < stable]
+    first = below[-1] + 1 if below else 0
+    return None if first == len(running) else first + 2
+
+
+def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
+    """The result of the cells so far."""
+    pictures = pd.DataFrame([line for cell in cells for line in cell.lines])
+    steps, whole, running = (
+        np.concatenate([cell.arrays[name] for cell in cells]) for name in ("steps", "whole", "running")
+    )
+    by_site, by_pair = _by_site(settings, pictures, steps, whole), _by_pair(settings, steps, whole)
+    settling = _settling(pictures, running)
+    summary = pd.concat(
+        [
+            summarise(by_site, ("over", "site", "a", "b"), ("jaccard",)),
+            by_pair.assign(n=len(pictures)),
+            settling.groupby(["over", "a"], as_index=False).agg(jaccard=("jaccard", "mean"), n=("jaccard", "size")),
+        ],
+        ignore_index=True,
+    ).assign(chance=chance_jaccard(settings["k"], settings["width"]))
+    summary = summary.reindex(
+        columns=["over", "site", "a", "b", "n", "jaccard", "jaccard_low", "jaccard_high", "chance"]
+    )
+    table = pd.concat([by_site, by_pair, settling], ignore_index=True)[COLUMNS]
+    return Result("stability", table, summary, dict(settings), notes=_notes(settings, summary, settling, running))
+
+
+def _by_site(settings: Mapping[str, Any], pictures: pd.DataFrame, steps: np.ndarray, whole: np.ndarray) -> pd.DataFrame:
+    """For every picture and site, the mean overlap of its set with each kind of others."""
+    sets, found = whole[:, :, 0], []  # [pictures, sites, k]
+
+    def add(over: str, rows: Any, jaccard: np.ndarray, **names: str) -> None:
+        lines = pictures.iloc[list(rows)].loc[lambda p: p.index.repeat(len(settings["sites"]))].reset_index(drop=True)
+        found.append(lines.assign(over=over, site=settings["sites"] * len(rows), jaccard=jaccard.ravel(), **names))
+
+    for over, same in (("prompts", "seed"), ("seeds", "row")):
+        for rows in pictures.groupby(same, sort=False).indices.values():
+            if len(rows) > 1:
+                add(over, rows, _with_others(sets[rows].swapaxes(0, 1)).T)
+    for row in range(len(pictures)):
+        if steps.shape[2] > 1:
+            add("steps", [row], _with_others(steps[row]).mean(1))
+        if len(settings["sites"]) > 1:
+            add("sites", [row], _with_others(sets[row]))
+        for i, other in enumerate(settings["scores"][1:], start=1):
+            add("scores", [row], overlaps(sets[row], whole[row, :, i]), a=settings["scores"][0], b=other)
+    return pd.concat(found, ignore_index=True).reindex(columns=COLUMNS) if found else pd.DataFrame(columns=COLUMNS)
+
+
+def _with_others(sets: np.ndarray) -> np.ndarray:
+    """Every set's mean overlap with the others: [..., m, k] -> [..., m]."""
+    every = overlaps(sets[..., :, None, :], sets[..., None, :, :])
+    return (every.sum(-1) - 1) / (sets.shape[-2] - 1)
+
+
+def _by_pair(settings: Mapping[str, Any], steps: np.ndarray, whole: np.ndarray) -> pd.DataFrame:
+    """The overlap of every two steps, averaged over pictures and sites, and of every two sites, over pictures."""
+    between_steps = np.mean([overlaps(one[:, :, None], one[:, None]).mean(0) for one in steps], 0)
+    between_sites = np.mean([overlaps(one[:, None], one[None]) for one in whole[:, :, 0]], 0)
+    return pd.concat(
+        [
+            _pairs("step x step", range(steps.shape[2]), between_steps),
+            _pairs("site x site", settings["sites"], between_sites),
+        ],
+        ignore_index=True,
+    )
+
+
+def _pairs(over: str, names: Sequence[Any], matrix: np.ndarray) -> pd.DataFrame:
+    names = list(names)
+    return pd.DataFrame(
+        {"over": over, "a": np.repeat(np.array(names, object), len(names)), "b": names * len(names)}
+        | {"jaccard": matrix.ravel()}
+    )
+
+
+def _settling(pictures: pd.DataFrame, running: np.ndarray) -> pd.DataFrame:
+    """For every seed the overlap of each aggregate with the one before, averaged over sites; a: prompts so far."""
+    found = []
+    for rows in pictures.groupby("seed", sort=False).indices.values():
+        lines = pictures.iloc[rows[1:]].assign(over="running", a=range(2, len(rows) + 1))
+        found.append(lines.assign(jaccard=overlaps(running[rows[1:]], running[rows[:-1]]).mean(1)))
+    return pd.concat(found, ignore_index=True)
+
+
+def _notes(
+    settings: Mapping[str, Any], summary: pd.DataFrame, settling: pd.DataFrame, running: np.ndarray
+) -> list[str]:
+    notes = [
+        share_of_width(settings["k"], settings["width"])
+        + f"; two random sets of {settings['k']} overlap by {summary['chance'].iloc[0]:.3f}"
+    ]
+    after = [
+        stable_after(one["jaccard"].tolist(), settings["stable"]) for _, one in settling.groupby("seed", sort=False)
+    ]
+    what = f"the set of the running mean (overlap of successive aggregates at {settings['stable']:g} or above)"
+    if not after:
+        notes.append("one prompt cannot tell whether the set is stable over prompts")
+    elif len(settled := [n for n in after if n is not None]) < len(after):
+        notes.append(f"{what} is not stable at the last of {len(settings['prompts'])} prompts for some seed")
+    else:
+        notes.append(f"{what} is stable from prompt {max(settled)} of {len(settings['prompts'])} on, for every seed")
+    channels, counts = np.unique(running[-1], return_counts=True)
+    recurring = channels[2 * counts >= len(running[-1])]
+    notes.append(
+        f"channels in the last aggregate at half of the sites or more: {', '.join(map(str, recurring)) or 'none'}"
+    )
+    return notes
