@@ -7,15 +7,35 @@ levels, 0 to 255, whatever the pictures came as. Intervals are (mean, low, high)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from scipy.stats import norm
 
-from dit_lens.errors import OpError
+from dit_lens.errors import OpError, nearest
+from dit_lens.perceptual import Clip, clip_judge, lpips, ssim
+from dit_lens.pixels import array, per_pair
+
+__all__ = [
+    "DISTANCES",
+    "Clip",
+    "Distance",
+    "Interval",
+    "bootstrap_ci",
+    "clip_judge",
+    "distances",
+    "lpips",
+    "mean_abs",
+    "paired_difference_ci",
+    "psnr",
+    "rmse",
+    "ssim",
+    "wilson",
+]
+
+Distance = Callable[[Any, Any], Any]
 
 LEVELS = 255
 
@@ -40,7 +60,7 @@ def rmse(a: Any, b: Any) -> float | np.ndarray:
     Returns a float for a pair of pictures and float64 [b] for two lists or two batches of four dimensions.
     a, b: pictures of one size and layout. Raises OpError when sizes, numbers or ranges differ.
     """
-    return _per_pair(a, b, lambda x, y: LEVELS * _rmse(x, y))
+    return per_pair(a, b, lambda x, y: LEVELS * _rmse(x, y))
 
 
 def psnr(a: Any, b: Any) -> float | np.ndarray:
@@ -49,7 +69,7 @@ def psnr(a: Any, b: Any) -> float | np.ndarray:
     >>> psnr(np.zeros((2, 2)), np.full((2, 2), 0.1))
     20.0
     """
-    return _per_pair(a, b, lambda x, y: -20 * math.log10(error) if (error := _rmse(x, y)) else math.inf)
+    return per_pair(a, b, lambda x, y: -20 * math.log10(error) if (error := _rmse(x, y)) else math.inf)
 
 
 def mean_abs(a: Any, b: Any) -> float | np.ndarray:
@@ -58,7 +78,34 @@ def mean_abs(a: Any, b: Any) -> float | np.ndarray:
     >>> mean_abs(np.zeros((1, 2)), np.array([[0.5, 1.0]]))
     191.25
     """
-    return _per_pair(a, b, lambda x, y: LEVELS * float(np.abs(x - y).mean()))
+    return per_pair(a, b, lambda x, y: LEVELS * float(np.abs(x - y).mean()))
+
+
+DISTANCES: dict[str, Distance] = {"rmse": rmse, "psnr": psnr, "mean_abs": mean_abs, "ssim": ssim, "lpips": lpips}
+
+
+def distances(chosen: str | Distance | Sequence[str | Distance]) -> dict[str, Distance]:
+    """Distances by the names of their columns; each is tried on two small pictures, so that a mistake shows here.
+
+    >>> def darkest(a, b):
+    ...     return float(min(np.min(a), np.min(b)))
+    >>> list(distances(["rmse", darkest]))
+    ['rmse', 'darkest']
+
+    chosen: names in ``DISTANCES``, or functions of two pictures (PIL) that return a number.
+    Raises OpError for unknown names, what needs a package that is not installed, and functions that return no number.
+    """
+    found: dict[str, Distance] = {}
+    for one in [chosen] if isinstance(chosen, str) or callable(chosen) else chosen:
+        if isinstance(one, str) and one not in DISTANCES:
+            raise OpError(f"There is no distance {one!r}.{nearest(one, DISTANCES)} A function of two pictures will do.")
+        name = one if isinstance(one, str) else getattr(one, "__name__", type(one).__name__)
+        found[name] = DISTANCES[one] if isinstance(one, str) else one
+    black, grey = (Image.new("RGB", (64, 64), (level,) * 3) for level in (0, 128))
+    for name, distance in found.items():
+        if not np.isscalar(answer := distance(black, grey)) or isinstance(answer, str):
+            raise OpError(f"The distance {name!r} of two pictures is to be a number, and it returned {answer!r}.")
+    return found
 
 
 def bootstrap_ci(values: Any, groups: Any = None, seed: int = 0, n: int = 2000, level: float = 0.95) -> Interval:
@@ -81,7 +128,7 @@ def bootstrap_ci(values: Any, groups: Any = None, seed: int = 0, n: int = 2000, 
     _check_level(level)
     if n < 1:
         raise OpError(f"n={n} resamples were asked. Take 1,000 or more.")
-    rows, counts = _by_prompt(np.asarray(_array(values), dtype=np.float64), groups)
+    rows, counts = _by_prompt(np.asarray(array(values), dtype=np.float64), groups)
     mean = float((rows.sum(1) / counts).mean())
     if rows.size == 1:
         return Interval(mean, math.nan, math.nan)
@@ -103,7 +150,7 @@ def paired_difference_ci(a: Any, b: Any, seed: int = 0, n: int = 2000, level: fl
 
     a, b: [prompts, seeds], the same prompts and seeds in the same order. The rest as in ``bootstrap_ci``.
     """
-    first, second = (np.asarray(_array(x), dtype=np.float64) for x in (a, b))
+    first, second = (np.asarray(array(x), dtype=np.float64) for x in (a, b))
     if first.shape != second.shape:
         raise OpError(
             f"Pairs need equal shapes, and got {first.shape} and {second.shape}. Run both arms on the same seeds."
@@ -136,62 +183,6 @@ def _rmse(a: np.ndarray, b: np.ndarray) -> float:
     return math.sqrt(float(np.square(a - b).mean()))
 
 
-def _per_pair(a: Any, b: Any, distance: Callable[[np.ndarray, np.ndarray], float]) -> float | np.ndarray:
-    first, second = _is_batch(a), _is_batch(b)
-    if first != second:
-        raise OpError(
-            "A picture was to be compared with a list of pictures. Give two pictures, or two lists of equal length."
-        )
-    if not first:
-        return distance(*_pair(a, b))
-    if len(a) != len(b):
-        raise OpError(f"{len(a)} pictures were to be compared with {len(b)}. Give as many of one as of the other.")
-    return np.array([distance(*_pair(x, y)) for x, y in zip(a, b, strict=True)], dtype=np.float64)
-
-
-def _is_batch(pictures: Any) -> bool:
-    return isinstance(pictures, list | tuple) or getattr(pictures, "ndim", 0) == 4
-
-
-def _pair(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
-    first, second = _pixels(a), _pixels(b)
-    if first.shape != second.shape:
-        raise OpError(
-            f"The pictures have shapes {list(first.shape)} and {list(second.shape)}. Resize or convert one first; "
-            "a distance over differing sizes means nothing."
-        )
-    return first, second
-
-
-def _pixels(picture: Any) -> np.ndarray:
-    """float64 in [0, 1]."""
-    if isinstance(picture, Image.Image):
-        # Palette indices and the like are no brightness.
-        picture = picture if picture.mode in ("L", "RGB", "RGBA") else picture.convert("RGB")
-    pixels = _array(picture)
-    if pixels.ndim not in (2, 3) or not pixels.size:
-        raise OpError(f"A picture has two or three dimensions, and got {list(pixels.shape)}.")
-    if pixels.dtype == np.uint8:
-        return pixels / 255
-    if not np.issubdtype(pixels.dtype, np.floating):
-        raise OpError(
-            f"A picture is uint8 in [0, 255] or floating point in [0, 1], and got {pixels.dtype}. Convert it first."
-        )
-    if not (pixels.min() >= 0 and pixels.max() <= 1):
-        raise OpError(
-            f"A floating-point picture lies in [0, 1], and this one in [{pixels.min():.3g}, {pixels.max():.3g}]. "
-            "Divide by 255, or map [-1, 1] with (x + 1) / 2; a NaN says that the run overflowed."
-        )
-    return pixels.astype(np.float64)
-
-
-def _array(x: Any) -> np.ndarray:
-    if isinstance(x, torch.Tensor):
-        # numpy has no bfloat16.
-        x = (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy()
-    return np.asarray(x)
-
-
 def _by_prompt(values: np.ndarray, groups: Any) -> tuple[np.ndarray, np.ndarray]:
     """Values as [prompts, seeds], padded with 0, and the number of seeds of each prompt."""
     _check_finite(values)
@@ -202,7 +193,7 @@ def _by_prompt(values: np.ndarray, groups: Any) -> tuple[np.ndarray, np.ndarray]
                 "values[:, None]; with unequal numbers of seeds give groups."
             )
         return values, np.full(len(values), values.shape[1])
-    labels = _array(groups)
+    labels = array(groups)
     if values.ndim != 1 or labels.shape != values.shape:
         raise OpError(
             f"With groups, values and groups are [m] alike, and got {list(values.shape)} and {list(labels.shape)}. "

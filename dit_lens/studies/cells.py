@@ -9,8 +9,11 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -30,6 +33,10 @@ if TYPE_CHECKING:
     from dit_lens.studies.result import Result
 
 FORMAT = 1
+
+# The bar that studies inside `one_bar` advance instead of showing their own.
+_BAR: ContextVar[tqdm | None] = ContextVar("bar", default=None)
+
 # What decides a model's numbers; a study goes on with the same one, on any machine.
 IDENTITY = ("family", "pipeline", "transformer", "scheduler", "lora", "dtype", "quantization", "weights")
 
@@ -60,21 +67,24 @@ class Cells:
         self, study: str, settings: Mapping[str, Any], *, lens: DiTLens, total: int, out: str | Path | None = None
     ):
         self.study = study
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings, default=_named))
+        self.settings: dict[str, Any] = plain(settings)
         self.folder = None if out is None else Path(out)
         self.finished: list[Cell] = []
         self._lens, self._total = lens, total
         if self.folder is not None:
-            _claim(self.folder, study, self.settings, identity(lens))
+            claim(self.folder, study, self.settings, lens)
 
     def __enter__(self) -> Self:
         self._quiet = self._lens.quiet()
         self._quiet.__enter__()
-        self._bar = tqdm(total=self._total, desc=self.study, unit="cell")
+        shared = _BAR.get()
+        self._bar = tqdm(total=self._total, desc=self.study, unit="cell") if shared is None else shared
+        self._unit = 1 if shared is None else 1 / self._total
         return self
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
-        self._bar.close()
+        if _BAR.get() is None:
+            self._bar.close()
         self._quiet.__exit__(None, None, None)
         if isinstance(problem, KeyboardInterrupt):
             done = len(self.finished)
@@ -87,10 +97,11 @@ class Cells:
             cell = _read(folder, key)
         else:
             cell = make()
+            cell.lines = [_valid(line) for line in cell.lines]
             if folder is not None:
                 _write(folder, key, cell)
         self.finished.append(cell)
-        self._bar.update()
+        self._bar.update(self._unit)
         return cell
 
     def result(self) -> Result:
@@ -98,15 +109,31 @@ class Cells:
         return assembled(self.study, self.settings, self.finished)
 
 
+@contextmanager
+def one_bar(study: str, total: int) -> Generator[None]:
+    """One bar for ``total`` studies that run inside; every cell of theirs advances it by its share of one study."""
+    # Shares are fractions, so only the percentage is worth showing.
+    with tqdm(total=total, desc=study, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
+        outer = _BAR.set(bar)
+        try:
+            yield
+        finally:
+            _BAR.reset(outer)
+
+
 def load(folder: str | Path) -> Result:
-    """The result of the cells that a study has finished in its ``out`` folder, without the model."""
+    """The result of what a study has finished in its ``out`` folder, without the model."""
     folder = Path(folder)
     data = read_versioned(folder / "study.json", "study", FORMAT)
-    return assembled(data["study"], data["settings"], list(_stored(folder)))
+    found = [load(part) for part in _numbered(folder / "parts") if any(_numbered(part / "cells"))]
+    found = found or [_read(cell) for cell in _numbered(folder / "cells")]
+    if not found:
+        raise StoreError(f"{folder} holds a {data['study']} study that has finished nothing yet. Call it again to go on.")
+    return assembled(data["study"], data["settings"], found)
 
 
-def assembled(study: str, settings: dict[str, Any], cells: Sequence[Cell]) -> Result:
-    """What a study's own module makes of its cells."""
+def assembled(study: str, settings: dict[str, Any], cells: Sequence[Any]) -> Result:
+    """What a study's own module makes of its cells; a sweep's, of the results of its parts."""
     from dit_lens.studies import STUDIES
 
     if study not in STUDIES:
@@ -154,24 +181,24 @@ def _fingerprint(module: nn.Module) -> float | None:
     return round(sum(float(w.reshape(-1)[:256].double().sum()) * (i + 1) for i, w in enumerate(picked)), 6)
 
 
-def _claim(folder: Path, study: str, settings: dict[str, Any], model: dict[str, Any]) -> None:
-    """Makes the folder this study's, or checks that it is."""
+def claim(folder: Path, study: str, settings: Mapping[str, Any], lens: DiTLens) -> None:
+    """Makes the folder this study's, or checks that it is. Raises StoreError that says what differs."""
     file = folder / "study.json"
-    claim = json.loads(json.dumps({"format": FORMAT, "study": study, "settings": settings, "model": model}))
+    wanted = {"format": FORMAT, "study": study, "settings": plain(settings), "model": plain(identity(lens))}
     if not file.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise StoreError(f"{folder} holds other files and no study. Choose a new folder for out=.")
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, claim)
+        write_json(file, wanted)
         return
     found = read_versioned(file, "study", FORMAT)
     if found["study"] != study:
         raise StoreError(f"{folder} holds the study {found['study']!r}. Choose another folder for out=.")
     for part in ("settings", "model"):
         odd = [
-            f"{name}: {_short(found[part].get(name))} there, {_short(claim[part].get(name))} now"
-            for name in sorted({*found[part], *claim[part]})
-            if found[part].get(name) != claim[part].get(name)
+            f"{name}: {_short(found[part].get(name))} there, {_short(wanted[part].get(name))} now"
+            for name in sorted({*found[part], *wanted[part]})
+            if found[part].get(name) != wanted[part].get(name)
         ]
         if odd:
             raise StoreError(
@@ -192,7 +219,7 @@ def _write(folder: Path, key: str, cell: Cell) -> None:
             if values:
                 plain = {name: np.ascontiguousarray(value) for name, value in values.items()}
                 save_file(plain, fresh / f"{part}.safetensors")
-        write_json(fresh / "cell.json", {"key": key, "lines": [_valid(line) for line in cell.lines], "pictures": names})
+        write_json(fresh / "cell.json", {"key": key, "lines": cell.lines, "pictures": names})
 
 
 def _read(folder: Path, key: str | None = None) -> Cell:
@@ -215,10 +242,11 @@ def _read(folder: Path, key: str | None = None) -> Cell:
     return Cell(data["lines"], pictures, **parts)
 
 
-def _stored(folder: Path) -> Iterator[Cell]:
+def _numbered(folder: Path) -> Iterator[Path]:
+    """The folders 000000, 000001 ... as far as they go without a gap."""
     number = 0
-    while settled(place := folder / "cells" / f"{number:06d}").exists():
-        yield _read(place)
+    while settled(place := folder / f"{number:06d}").exists():
+        yield place
         number += 1
 
 
@@ -228,13 +256,23 @@ def _valid(line: dict[str, Any]) -> dict[str, Any]:
     return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in plain.items()}
 
 
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON reads them back: functions by name, tensors and pictures by a digest of what is in them."""
+    return json.loads(json.dumps(dict(settings), default=_named))
+
+
 def _named(value: Any) -> Any:
-    """What JSON cannot hold, by name or as a list."""
-    if callable(value):
-        return getattr(value, "__qualname__", type(value).__name__)
     if isinstance(value, np.generic):
         return value.item()
-    return value.tolist() if isinstance(value, np.ndarray) else str(value)
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, torch.Tensor):
+        value = value.detach().float().cpu().numpy()
+    if hasattr(value, "tobytes"):
+        return f"{type(value).__name__} {sha256(value.tobytes()).hexdigest()[:16]}"
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__name__)
+    return str(value)
 
 
 def _short(value: Any) -> str:

@@ -45,12 +45,16 @@ def rescaled(x: Tensor, top: Sequence[int]) -> Tensor:
     >>> rescaled(torch.tensor([[[4.0, 3.0, 0.0]]]), [0])[0, 0].tolist()
     [4.0, 5.0, 0.0]
 
-    The factor of a token is its norm over the norm of what the zeroing leaves (arXiv 2605.13974 does not control it).
+    The factor of a token is its norm over the norm of what the zeroing leaves: that of RMSNorm, and of LayerNorm but
+    for the shift of its mean. The norm that reads the result takes part of it back, since the top are still there and
+    all it gives out has one length: with a share s of the energy in the top, the others come out 1 / sqrt(1 - s^2)
+    times as large as without an edit and the top 1 / sqrt(1 + s) times; zeroing makes it 1 / sqrt(1 - s) for the
+    others. No input of a norm does more while it keeps the top.
     """
     rest = x.float().clone()
     rest[..., list(top)] = 0
     whole, left = (torch.linalg.vector_norm(part.float(), dim=-1, keepdim=True) for part in (x, rest))
-    new = (x * (whole / left.clamp_min(torch.finfo(torch.float32).tiny))).to(x.dtype)
+    new = (x * torch.where(left > 0, whole / left, 1)).to(x.dtype)
     new[..., list(top)] = x[..., list(top)]
     return new
 
@@ -98,12 +102,9 @@ def rescale_ops(channels: Mapping[str, Sequence[int]], row: int, steps: Steps, s
     The residual stream itself stays: a block's output is given without what its input was raised by, so that factors
     do not pile up from block to block. sites: the model's, of which the next block's input and the final norm's count.
     """
-    raised: dict[str, Tensor] = {}
+    raised: dict[str, Tensor] = {}  # by branch
     ops = []
     for site, top in channels.items():
-        _, block, stream = site.split(".")[:3]
-        after = f"blocks.{int(block) + 1}.{stream}"
-        reader = f"{after}.resid_pre" if f"{after}.resid_pre" in sites else "final.img"
 
         def lift(x: Tensor, hook: Any, top: Sequence[int] = top) -> Tensor:
             new = rescaled(x, top)
@@ -113,7 +114,21 @@ def rescale_ops(channels: Mapping[str, Sequence[int]], row: int, steps: Steps, s
         def lower(x: Tensor, hook: Any) -> Tensor:
             return x - raised[hook.branch]
 
-        ops.append(Apply(reader, rows=row, steps=steps, fn=lift))
-        if reader != "final.img":
+        reader, after = _reader(site, sites)
+        if reader:
+            ops.append(Apply(reader, rows=row, steps=steps, fn=lift))
+        if after:
             ops.append(Apply(after, rows=row, steps=steps, fn=lower))
     return ops
+
+
+def _reader(site: str, sites: Collection[str]) -> tuple[str | None, str | None]:
+    """What reads a block's output, and where that is passed on: the next block with the stream, or the final norm.
+
+    The last block's text is read by nothing.
+    """
+    _, block, stream = site.split(".")
+    later = (other.split(".") for other in sites if other.endswith(f".{stream}.resid_pre"))
+    if number := min((int(other[1]) for other in later if int(other[1]) > int(block)), default=None):
+        return f"blocks.{number}.{stream}.resid_pre", f"blocks.{number}.{stream}"
+    return (f"final.{stream}", None) if f"final.{stream}" in sites else (None, None)

@@ -12,7 +12,8 @@ import pandas as pd
 
 from dit_lens.channels import ChannelSet
 from dit_lens.errors import OpError, PromptError, nearest
-from dit_lens.metrics import psnr, rmse
+from dit_lens.metrics import Distance
+from dit_lens.metrics import distances as distances_of
 from dit_lens.ops import MeanAblate, Op, Read, Scale, Swap, Zero
 from dit_lens.studies.cells import Batch, Cell, Cells, batches
 from dit_lens.studies.common import (
@@ -31,7 +32,7 @@ from dit_lens.studies.common import (
     share_of_width,
 )
 from dit_lens.studies.confounds import fill_ops, push_ops, rescale_ops
-from dit_lens.studies.result import Result, summarise
+from dit_lens.studies.result import Result, paired, readable, summarise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from dit_lens.run import Run
 
 Ablation = Literal["zero", "mean", "resample"]
+Distances = Sequence["str | Distance"]
 CONFOUNDS = ("attenuated", "norm-kept", "rescaled", "random-direction")
 
 
@@ -56,6 +58,7 @@ def disruption(
     steps: Steps = None,
     ablation: Ablation = "zero",
     confounds: bool = True,
+    distances: Distances = ("rmse", "psnr"),
     judge: Judge | None = None,
     batch_size: int | None = None,
     out: str | Path | None = None,
@@ -80,19 +83,23 @@ def disruption(
     - rescaled: nothing removed, all other channels raised as the next norm would raise them;
     - random-direction: every token pushed in one random direction, as far as zeroing would move it.
 
-    k: one or several sizes. steps: when channels are ablated. ablation: "zero"; "mean", by the channel's mean over the
-    study's own prompts and seeds at that step; "resample", by the values of another prompt of the batch under the same
-    noise. Confounds are of zeroing, so they run with it alone, and where ``site`` is the output of blocks.
-    judge: ``fn(picture, prompt) -> {name: number}``; toys read scenes back by themselves. batch_size: prompts that run
-    together. out: a folder for finished cells, from which the same call goes on.
+    k: one or several sizes. steps: when channels are ablated. ablation: "zero"; "mean", in every branch by the channel's
+    mean over the study's own prompts and seeds at that step (conditional branch); "resample", by the values of another
+    prompt of the batch under the same noise. Confounds are of zeroing, so they run with it alone, and where ``site`` is
+    the output of blocks. distances: to the untouched picture, names or functions of two pictures (see
+    ``metrics.distances``); rmse is always among them. judge: ``fn(picture, prompt) -> {name: number}``, such as
+    ``metrics.clip_judge``; toys read scenes back by themselves. batch_size: prompts that run together. out: a folder
+    for finished cells, from which the same call goes on.
 
-    The table has rmse (0 to 255) and psnr (dB; missing for equal pictures) to the untouched picture, the share of
-    energy the ablated channels held, and what the judge says. Source: arXiv 2605.13974.
+    The table has the distances (rmse in grey levels, psnr in dB and missing for equal pictures), k over the width, the
+    share of energy the ablated channels held, and what the judge says. The summary has the means with their intervals,
+    and ``..._top_minus``: by how much the top arm exceeds the arm of the line, over the same prompts and seeds. Raises
+    OpError or PromptError before anything is drawn. Source: arXiv 2605.13974.
     """
     prompts, seeds, ks = listed(prompts), seeded(seeds), [k] if isinstance(k, int) else sorted(k)
     check_k(lens, site, ks)
     _check_ablation(ablation, prompts, batch_size)
-    judge = judge_for(lens, prompts, judge)
+    judge, measures = judge_for(lens, prompts, judge), distances_of(["rmse", *distances])
     sites = lens.sites(site)
     extra = CONFOUNDS if confounds and ablation == "zero" and all(name.count(".") == 2 for name in sites) else ()
     settings = {
@@ -105,6 +112,7 @@ def disruption(
         "steps": str(steps),
         "ablation": ablation,
         "confounds": list(extra),
+        "distances": list(measures),
         "judge": judge,
         "batch_size": batch_size,
         "call": call,
@@ -124,7 +132,7 @@ def disruption(
                 (size, a) for size in ks for a in _arms(sets_of(cell.arrays, size, score), draws, part.seed, extra)
             ]
             for size, arm in arms:
-                make = partial(_edited, draw, part, ablate(arm, part.seed), cell.pictures, judge, size, arm)
+                make = partial(_edited, draw, part, ablate(arm, part.seed), cell.pictures, measures, judge, size, arm)
                 cells.get(f"{part.key}/{size}/{arm.name}/{arm.draw}", make)
         return cells.result()
 
@@ -219,6 +227,7 @@ def _edited(
     part: Batch,
     ops: Sequence[Op],
     untouched: Mapping[str, Image],
+    distances: Mapping[str, Distance],
     judge: Judge | None,
     k: int,
     arm: Arm,
@@ -226,8 +235,7 @@ def _edited(
     cell, images = Cell(), draw(ops, part).images
     for i, (row, prompt) in enumerate(zip(part.rows, part.prompts, strict=True)):
         before, after = untouched[f"{row}/{part.seed}/0/untouched"], images[i]
-        error = float(rmse(before, after))
-        measures: dict[str, Any] = {"rmse": error, "psnr": float(psnr(before, after)) if error else np.nan}
+        measures: dict[str, Any] = {name: _finite(distance(before, after)) for name, distance in distances.items()}
         if arm.sets:
             held = float(np.mean(list(arm.sets[i].energy_share().values())))
             measures |= {"energy_share": held, "matched": arm.sets[i].matched}
@@ -241,26 +249,44 @@ def _line(prompt: str, seed: int, k: int, arm: Arm, **measures: Any) -> dict[str
     return {"prompt": prompt, "seed": seed, "k": k, "arm": arm.name, "draw": arm.draw, **measures}
 
 
+def _finite(distance: Any) -> float:
+    """A distance; missing where it is infinite, as the psnr of equal pictures."""
+    return float(distance) if np.isfinite(distance) else np.nan
+
+
 def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
     """The result of the cells so far."""
     table = pd.DataFrame([line for cell in cells for line in cell.lines])
+    table.insert(3, "k_share", table["k"] / settings["width"])
+    pictures = {name: picture for cell in cells for name, picture in cell.pictures.items()}
     edited = table[table["arm"] != "untouched"]
-    measures = [name for name in ("rmse", "fidelity", "energy_share") if name in table]
-    summary = summarise(edited, ("k", "arm"), measures)
-    return Result(
-        "disruption",
-        table,
-        summary,
-        dict(settings),
-        {name: picture for cell in cells for name, picture in cell.pictures.items()},
-        notes=_notes(table, edited, settings),
-    )
+    # A psnr has no mean where some pictures are equal.
+    measured = [name for name in settings["distances"] if name != "psnr" and name in table]
+    said = ["fidelity"] if "fidelity" in table else _said(table)
+    summary = summarise(edited, ("k", "k_share", "arm"), [*measured, *said, *_kept(table, "energy_share")])
+    if len(contrasts := paired(edited, ("k",), [*measured, *said])):
+        summary = summary.merge(contrasts, on=["k", "arm"], how="left")
+    return Result("disruption", table, summary, dict(settings), pictures, notes=_notes(table, edited, settings))
+
+
+def _said(table: pd.DataFrame) -> list[str]:
+    """What a judge measured: all numbers of the untouched pictures."""
+    ours = ("prompt", "seed", "k", "k_share", "arm", "draw")
+    heard = table.loc[table["arm"] == "untouched"].dropna(axis="columns", how="all")
+    return [name for name in heard if name not in ours]
+
+
+def _kept(table: pd.DataFrame, *names: str) -> list[str]:
+    return [name for name in names if name in table]
 
 
 def _notes(table: pd.DataFrame, edited: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     notes = [share_of_width(k, settings["width"]) for k in settings["k"]]
+    if edited.empty:
+        return [*notes, "no picture was edited yet"]
     floor = edited.loc[edited["arm"] == "no-op", "rmse"].max()
     notes.append(f"noise floor: an edit of no channel changes pictures by rmse {floor:g}")
+    notes += _differences(edited, "top", ("bottom", "random", "energy-matched"))
     matched = edited[edited["arm"] == "energy-matched"]
     if len(matched) and not matched["matched"].astype(bool).all():
         reached = matched["energy_share"].mean()
@@ -269,6 +295,23 @@ def _notes(table: pd.DataFrame, edited: pd.DataFrame, settings: Mapping[str, Any
             f"no other k channels hold the energy of the top k: energy-matched reaches a share of {reached:.3f}, top "
             f"has {wanted:.3f}; compare energy-matched with attenuated, which moves tokens just as far"
         )
+        notes += _differences(edited, "attenuated", ("energy-matched",))
+    if "norm-kept" in settings["confounds"] and min(settings["k"]) < 3:
+        notes.append("norm-kept leaves two numbers per token, which is all that one or two channels held: take k >= 3")
     if "fidelity" in table:
         notes.append(f"untouched pictures: fidelity {table.loc[table['arm'] == 'untouched', 'fidelity'].mean():.3f}")
     return notes
+
+
+def _differences(edited: pd.DataFrame, base: str, others: Sequence[str]) -> list[str]:
+    """By how much one arm changes pictures more than others, on the same prompts and seeds: a note for every k."""
+    found = paired(edited[edited["arm"].isin([base, *others])], ("k",), ["rmse"], base)
+    if found.empty:
+        return []
+    shown = readable(found).rename(columns={f"rmse_{base}_minus": "more"})
+    return [
+        f"k={k}: {base} changes pictures by rmse "
+        + ", ".join(f"{more} more than {arm}" for arm, more in zip(group["arm"], group["more"], strict=True))
+        + " (paired)"
+        for k, group in shown.groupby("k", sort=False)
+    ]

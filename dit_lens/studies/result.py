@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMAT = 1
+
+SHOWN = 40  # lines of a summary that a result shows of itself
 
 
 @dataclass
@@ -94,18 +97,17 @@ class Result:
         )
 
     def __repr__(self) -> str:
-        return "\n".join(
-            [
-                f"{self.study}: {len(self.table)} measurements",
-                str(self.summary),
-                *(f"note: {note}" for note in self.notes),
-            ]
-        )
+        summary = readable(self.summary).to_string(index=False, max_rows=SHOWN, justify="left")
+        return "\n".join([self._heading(), summary, *(f"note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<p>{note}</p>" for note in self.notes)
-        summary = self.summary.to_html(index=False, float_format="{:.3g}".format, border=0)
-        return f"<b>{self.study}</b>: {len(self.table)} measurements{summary}{notes}"
+        summary = readable(self.summary).to_html(index=False, border=0, max_rows=SHOWN)
+        notes = "".join(f"<div>{html.escape(note)}</div>" for note in self.notes)
+        return f"<b>{html.escape(self._heading())}</b>{summary}{notes}"
+
+    def _heading(self) -> str:
+        pictures = f", {len(self.pictures)} pictures" if self.pictures else ""
+        return f"{self.study}: {len(self.table)} measurements{pictures}; intervals are 95 %"
 
 
 def summarise(table: pd.DataFrame, by: Sequence[str], measures: Sequence[str], seed: int = 0) -> pd.DataFrame:
@@ -119,14 +121,75 @@ def summarise(table: pd.DataFrame, by: Sequence[str], measures: Sequence[str], s
         line: dict[str, Any] = {name: group[name].iloc[0] for name in by} | {"n": len(group)}
         for measure in measures:
             values = group[[measure, "prompt"]].dropna()
-            interval = (
-                bootstrap_ci(values[measure].to_numpy(float), groups=values["prompt"].to_numpy(), seed=seed)
-                if len(values)
-                else (np.nan,) * 3
-            )
-            line |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), map(float, interval), strict=True))
+            line |= _bounds(measure, values[measure], values["prompt"], seed)
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def paired(
+    table: pd.DataFrame, by: Sequence[str], measures: Sequence[str], base: str = "top", seed: int = 0
+) -> pd.DataFrame:
+    """By how much one arm exceeds every other, over pairs that share prompt and seed.
+
+    >>> table = pd.DataFrame({"arm": ["top", "random", "random"], "draw": [0, 0, 1], "rmse": [9.0, 2.0, 4.0]})
+    >>> paired(table.assign(prompt="a", seed=0, k=4), ["k"], ["rmse"])[["k", "arm", "rmse_top_minus"]].values.tolist()
+    [[4, 'random', 6.0]]
+
+    An arm's draws are averaged within a pair; the interval is bootstrapped over prompts, then the seeds within them
+    (95 %). by: what else a group shares. Columns: by, arm, and for every measure ``measure_{base}_minus`` with its
+    ``_low`` and ``_high``, missing where the arms share no pair.
+    """
+    lines = []
+    for values, group in table.groupby(list(by), sort=False):
+        pairs = group.groupby(["prompt", "seed", "arm"], sort=False)[list(measures)].mean().unstack("arm")
+        for arm in group["arm"].unique():
+            if arm == base or base not in group["arm"].to_numpy():
+                continue
+            line: dict[str, Any] = dict(zip(by, values, strict=True)) | {"arm": arm}
+            for measure in measures:
+                excess = (pairs[measure, base] - pairs[measure, arm]).dropna()
+                line |= _bounds(f"{measure}_{base}_minus", excess, excess.index.get_level_values("prompt"), seed)
+            lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def readable(summary: pd.DataFrame) -> pd.DataFrame:
+    """A summary for people: three digits, and a mean with its bounds in one column.
+
+    >>> readable(pd.DataFrame({"arm": ["top"], "rmse": [77.123], "rmse_low": [75.0], "rmse_high": [82.04]}))
+       arm           rmse
+    0  top  77 (75 to 82)
+    """
+    names, bounds = list(summary), {}
+    for i, name in enumerate(names):
+        if tuple(names[i + 1 : i + 3]) in ((f"{name}_low", f"{name}_high"), ("low", "high")):
+            bounds[name] = names[i + 1 : i + 3]
+    inside = {bound for pair in bounds.values() for bound in pair}
+    return pd.DataFrame(
+        {
+            name: [_words(*line) for line in summary[[name, *bounds.get(name, [])]].itertuples(index=False, name=None)]
+            for name in names
+            if name not in inside
+        }
+    )
+
+
+def _words(value: Any, low: Any = None, high: Any = None) -> str:
+    return _number(value) + ("" if pd.isna(low) or pd.isna(high) else f" ({_number(low)} to {_number(high)})")
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return "" if np.isnan(value) else f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _bounds(name: str, values: pd.Series, prompts: Any, seed: int) -> dict[str, float]:
+    """The mean of a measure with its interval, as three columns; missing where there are no values."""
+    found: tuple[float, ...] = (np.nan,) * 3
+    if len(values):
+        found = bootstrap_ci(values.to_numpy(float), groups=np.asarray(prompts), seed=seed)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), map(float, found), strict=True))
 
 
 def _to_json(table: pd.DataFrame) -> dict[str, Any]:
