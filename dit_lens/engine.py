@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 import warnings
@@ -71,15 +72,21 @@ class Engine:
 
     @contextmanager
     def differentiable(self) -> Generator[None]:
-        """Runs inside keep the graph of whatever comes to require gradients; weights do not require any meanwhile."""
+        """Runs inside keep the graph of whatever comes to require gradients.
+
+        Meanwhile weights require none, and a copy stands for the scheduler, which would remember tensors of the graph.
+        """
+        scheduler = self.pipe.scheduler
         weights = [p for part in self._parts() for p in part.parameters(recurse=False) if p.requires_grad]
         for weight in weights:
             weight.requires_grad_(False)
         self._gradients = True
+        self.pipe.scheduler = copy.deepcopy(scheduler)
         try:
             yield
         finally:
             self._gradients = False
+            self.pipe.scheduler = scheduler
             for weight in weights:
                 weight.requires_grad_(True)
 

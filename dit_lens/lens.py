@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from dit_lens.attention import Attention
     from dit_lens.channels import ChannelSet
     from dit_lens.encode import Released
-    from dit_lens.ops import Pattern, Steps
+    from dit_lens.gradients import Gradients, Through
+    from dit_lens.ops import Branch, Pattern, Steps
     from dit_lens.run import Run
     from dit_lens.x0 import X0
 
@@ -400,6 +401,46 @@ class DiTLens:
         from dit_lens.attention import read_pattern
 
         return read_pattern(self, prompt, block, heads=heads, ops=ops, steps=steps, branch=branch, **call)
+
+    def gradients(
+        self,
+        prompt: str | Sequence[str] | None,
+        site: Pattern,
+        *,
+        metric: Callable[[Tensor], Tensor],
+        through: Through = "run",
+        steps: Steps = None,
+        branch: Branch = "cond",
+        reduce: Callable[[Tensor, Tensor], Tensor] | None = None,
+        **call: Any,
+    ) -> Gradients:
+        """The gradient of a number with respect to every tensor that passes through sites.
+
+        >>> found = DiTLens.toy().gradients(
+        ...     "a big red circle left on a plain blue background",
+        ...     "blocks[2:4].img",
+        ...     metric=lambda latents: latents.square().mean(),
+        ...     seed=0,
+        ...     num_inference_steps=2,
+        ... )
+        >>> found["blocks.3.img"].shape, found.value.shape  # [step, row, token, channel]
+        (torch.Size([2, 1, 256, 128]), torch.Size([]))
+
+        metric: what the pictures come to, as a torch tensor of one number. through: "run", a metric of the final
+        latents, in the pipeline's own form, through all steps that follow; or "step", a metric of what the transformer
+        predicts at a step ([b, n, d], before guidance), through that step alone; ``value`` is then one number a step.
+        branch: the rows whose tensors count. reduce: fn(tensor [b, n, d], its gradient) -> what is kept of both.
+
+        Sites are those that Apply can write. The graph keeps what autograd needs of every block from the first site
+        on: of one step through "step", of all steps from the first of ``steps`` through "run". Where that does not fit,
+        ``pipe.transformer.enable_gradient_checkpointing()`` keeps only what enters each block, and computes it twice.
+        Other arguments are those of :meth:`run`.
+        """
+        from dit_lens.gradients import gradients
+
+        return gradients(
+            self, prompt, site, metric=metric, through=through, steps=steps, branch=branch, reduce=reduce, **call
+        )
 
     def planned(self, prompt: str | Sequence[str] | None = None, **call: Any) -> tuple[Timeline, Plan]:
         """The steps and branches of a run, and its empty plan; nothing is run."""
