@@ -9,6 +9,7 @@ Every figure has a transparent background and colours that read on white and on 
 marker and name everywhere (theme.ARMS).
 """
 
+from dit_lens.plots.births import births_figure
 from dit_lens.plots.channels import block_channel_map, channel_histogram, channel_spectrum
 from dit_lens.plots.disruption import disruption_figure
 from dit_lens.plots.organisation import organisation_figure
@@ -20,6 +21,7 @@ from dit_lens.plots.transfer import transfer_figure
 __all__ = [
     "ARMS",
     "TEMPLATE",
+    "births_figure",
     "block_channel_map",
     "channel_histogram",
     "channel_spectrum",
