@@ -5,18 +5,19 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from dit_lens.errors import OpError, StoreError
 from dit_lens.pixels import per_pair
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
     from torch import Tensor
     from transformers import CLIPModel, CLIPProcessor
@@ -28,7 +29,7 @@ def ssim(a: Any, b: Any) -> float | np.ndarray:
     Takes and returns as ``metrics.rmse``; both sides longer than 5 pixels. Source: Wang et al. 2004. Raises OpError
     where torchmetrics is not installed.
     """
-    measure = _torchmetrics("ssim").structural_similarity_index_measure
+    measure = _needed("ssim", "torchmetrics.functional.image").structural_similarity_index_measure
     return per_pair(a, b, lambda x, y: float(measure(_batch(x), _batch(y), data_range=1.0)))
 
 
@@ -115,26 +116,17 @@ def _colour(pictures: Tensor) -> Tensor:
 
 @cache
 def _alexnet() -> Any:
-    package = _torchmetrics("lpips")
+    _needed("lpips", "torchvision")
+    package = _needed("lpips", "torchmetrics.image.lpip")
+    return package.LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).eval()
+
+
+def _needed(distance: str, module: str) -> Any:
+    """A module of a package that not everybody installs."""
     try:
-        import torchvision  # noqa: F401
+        return importlib.import_module(module)
     except ImportError as missing:
-        raise _missing("lpips", "torchvision") from missing
-    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-    return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).eval()
-
-
-def _torchmetrics(distance: str) -> Any:
-    try:
-        from torchmetrics.functional import image
-    except ImportError as missing:
-        raise _missing(distance, "torchmetrics") from missing
-    return image
-
-
-def _missing(distance: str, package: str) -> OpError:
-    return OpError(
-        f"{distance} is computed by {package}, which is not installed: pip install 'dit-lens[perceptual]'. "
-        "rmse, psnr and mean_abs need nothing further."
-    )
+        raise OpError(
+            f"{distance} is computed by {module.split('.')[0]}, which is not installed: pip install "
+            "'dit-lens[perceptual]'. rmse, psnr and mean_abs need nothing further."
+        ) from missing

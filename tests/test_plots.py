@@ -276,14 +276,22 @@ def test_one_k_gives_bars_with_intervals_and_shares():
     figure = plots.disruption_figure(disruption([12]))
     bars = [trace for trace in figure.data if isinstance(trace, go.Bar)]
     assert [bar.name for bar in bars] == [ARMS[arm].name for arm in ARMS_OF_STUDIES] * 2
-    assert bars[0].y.tolist() == [120]
-    assert bars[0].error_y.array.tolist() == [60]
-    assert bars[0].error_y.arrayminus.tolist() == [30]
+    assert bars[0].x.tolist() == [120]
+    assert bars[0].error_x.array.tolist() == [60]
+    assert bars[0].error_x.arrayminus.tolist() == [30]
     assert bars[0].marker.line.color == ARMS["top"].colour
-    assert "70 %" in figure.layout.xaxis.ticktext[0]
+    assert "70 %" in figure.layout.yaxis.ticktext[0]
     assert "n = 8 to 24 per point" in figure.layout.title.subtitle.text
     assert "95 % bootstrap" in figure.layout.title.subtitle.text
-    assert "0 to 255" in figure.layout.yaxis.title.text
+    assert "0 to 255" in figure.layout.xaxis.title.text
+
+
+def test_what_top_has_more_shows_on_hovering():
+    table = disruption([12]).assign(rmse_top_minus=7.0, rmse_top_minus_low=6.0, rmse_top_minus_high=8.0)
+    top, bottom, *_ = plots.disruption_figure(table).data
+    assert "paired" not in top.hovertemplate
+    assert "top-k (massive) has %{customdata[5]:.1f} more" in bottom.hovertemplate
+    assert bottom.customdata[0, 5:].tolist() == [7, 6, 8]
 
 
 def test_several_k_give_lines_in_the_arms_colours():
@@ -300,7 +308,7 @@ def test_several_k_give_lines_in_the_arms_colours():
 @pytest.mark.parametrize("ks", [[12], [4, 8]])
 def test_a_single_sample_has_no_error_bars(ks):
     figure = plots.disruption_figure(disruption(ks, n=1, intervals=False))
-    assert all(trace.error_y.array is None for trace in figure.data)
+    assert all(bars.array is None for trace in figure.data for bars in (trace.error_x, trace.error_y))
 
 
 @pytest.mark.parametrize("ks", [[12], [4, 8]])

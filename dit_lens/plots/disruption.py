@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from plotly.subplots import make_subplots
 
 from dit_lens.errors import OpError
 from dit_lens.plots.tables import checked, errors, floats, n_of
-from dit_lens.plots.theme import CI, INK, Look, faded, looks, titled
+from dit_lens.plots.theme import ARMS, CI, INK, Look, faded, looks, titled
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,9 +26,8 @@ class _Panel(NamedTuple):
 
 
 _RMSE = _Panel("rmse", "RMSE to untouched picture<br>(0 to 255)", ".1f")
-
-
 _FIDELITY = _Panel("fidelity", "prompt fidelity<br>(share of attributes right)", ".2f")
+_CLIP = _Panel("clip", "CLIP score<br>(cosine of picture and prompt)", ".3f")
 
 
 def disruption_figure(summary: pd.DataFrame) -> go.Figure:
@@ -41,61 +40,59 @@ def disruption_figure(summary: pd.DataFrame) -> go.Figure:
     ...         | {"rmse_low": [50.0, 1.0], "rmse_high": [70.0, 3.0], "energy_share": [0.7, 0.01]}
     ...     )
     ... )
-    >>> [(bar.name, bar.y.tolist()) for bar in figure.data]
+    >>> [(bar.name, bar.x.tolist()) for bar in figure.data]
     [('top-k (massive)', [60.0]), ('bottom-k', [2.0])]
 
-    summary: columns k, arm, n, rmse, rmse_low, rmse_high (0 to 255), energy_share, and, where a judge spoke, fidelity,
-    fidelity_low, fidelity_high. Bars for one k, lines over several; the no-op arm, which has k = 0, is a dotted line.
+    summary: columns k, arm, n, rmse, rmse_low, rmse_high (0 to 255), energy_share, and, where a judge spoke, fidelity
+    or clip with their bounds. What the top arm has more of (``rmse_top_minus``) shows on hovering. Bars for one k,
+    lines over several; the no-op arm, which has k = 0, is a dotted line.
     """
     table = checked(summary, ("k", "arm", "n", "rmse", "rmse_low", "rmse_high"))
-    panels = [panel for panel in (_RMSE, _FIDELITY) if panel.column in table and table[panel.column].notna().any()]
+    panels = [panel for panel in (_RMSE, _FIDELITY, _CLIP) if np.isfinite(floats(table, panel.column)).any()]
     ks = sorted(k for k in table["k"].unique() if k > 0)
     if not ks or not panels:
         raise OpError("The summary has no edited pictures to draw: it needs rows with k > 0 and an rmse.")
-    figure = make_subplots(1, len(panels), horizontal_spacing=0.14)
-    draw = _bars if len(ks) == 1 else _lines
+    if len(ks) == 1:
+        share = "; %: energy in the arm's channels" if "energy_share" in table else ""
+        figure, what = _bars(table, panels, ks[0]), f"Zeroing {ks[0]:g} channels"
+    else:
+        figure, what, share = _lines(table, panels, ks), "Zeroing k channels", ""
+    return titled(figure, what, f"{n_of(table)}; {CI}{share}", height=420)
+
+
+def _bars(table: pd.DataFrame, panels: Sequence[_Panel], k: float) -> go.Figure:
+    """One bar per arm for a single k, the arms' names beside them."""
+    figure = make_subplots(1, len(panels), shared_yaxes=True, horizontal_spacing=0.04)
+    rows = table[table["k"] == k].set_index("arm", drop=False)
+    drawn = looks(rows["arm"])
     for column, panel in enumerate(panels, start=1):
-        draw(figure, table, panel, ks, column)
-        figure.update_yaxes(title=panel.axis, rangemode="tozero", row=1, col=column)
-    if len(panels) > 1:
-        figure.update_yaxes(range=[0, 1.05], row=1, col=2)
-    what = f"Zeroing {ks[0]:g} channels" if len(ks) == 1 else "Zeroing k channels"
-    return titled(figure, what, f"{n_of(table)}; {CI}", height=400)
-
-
-def _bars(figure: go.Figure, table: pd.DataFrame, panel: _Panel, ks: Sequence[float], column: int) -> None:
-    """One bar per arm for a single k."""
-    _reference(figure, table, panel, column, [-0.5, len(looks(table.loc[table["k"] > 0, "arm"])) - 0.5])
-    names = []
-    for i, (arm, look) in enumerate(looks(table.loc[table["k"] == ks[0], "arm"]).items()):
-        rows = table[(table["arm"] == arm) & (table["k"] == ks[0])]
-        share = floats(rows, "energy_share")[0]
-        names.append(look.name.replace(" (", "<br>(").replace("-matched", "-<br>matched"))
-        names[-1] += f"<br>{_percent(share)}" if np.isfinite(share) and column == 1 else ""
-        figure.add_bar(
-            x=[i],
-            y=rows[panel.column].to_numpy(),
-            name=look.name,
-            error_y=errors(rows, panel.column, Look("", INK, "")),
-            # Pale, so that error bars show on them.
-            marker={"color": faded(look.colour, 0.55), "line": {"color": look.colour, "width": 1.5}},
-            customdata=_disruption_facts(rows, panel),
-            hovertemplate=_disruption_hover(look, panel),
-            showlegend=False,
-            width=0.7,
-            row=1,
-            col=column,
-        )
-    shown = column == 1 and "energy_share" in table and table["energy_share"].notna().any()
-    figure.update_xaxes(
-        tickvals=list(range(len(names))),
-        ticktext=names,
-        tickangle=0,
-        tickfont={"size": 10},
-        title="%: energy the zeroed channels hold" if shown else None,
-        range=[-0.5, len(names) - 0.5],
-        row=1,
-        col=column,
+        levels = _levels(table, panel)
+        for i, (arm, look) in enumerate(drawn.items()):
+            row = rows.loc[[arm]]
+            figure.add_bar(
+                y=[i],
+                x=row[panel.column].to_numpy(),
+                orientation="h",
+                name=look.name,
+                error_x=errors(row, panel.column, Look("", INK, "")),
+                # Pale, so that error bars show on them.
+                marker={"color": faded(look.colour, 0.55), "line": {"color": look.colour, "width": 1.5}},
+                customdata=_facts(row, panel),
+                hovertemplate=_hover(look, panel, "x"),
+                showlegend=False,
+                width=0.7,
+                row=1,
+                col=column,
+            )
+        for arm, level in levels.items():
+            figure.add_scatter(x=[level] * 2, y=[-0.5, len(drawn) - 0.5], **_level(arm, panel, column, "x"))
+        figure.update_xaxes(title=panel.axis, showgrid=True, rangemode="tozero", row=1, col=column)
+    if _FIDELITY in panels:
+        figure.update_xaxes(range=[0, 1.05], row=1, col=panels.index(_FIDELITY) + 1)
+    shares = dict(zip(rows["arm"], floats(rows, "energy_share"), strict=True))
+    names = [look.name + (f": {_percent(shares[arm])}" if shares[arm] >= 0 else "") for arm, look in drawn.items()]
+    return figure.update_yaxes(
+        tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.5, -0.5], showgrid=False
     )
 
 
@@ -103,63 +100,77 @@ def _percent(share: float) -> str:
     return "under 0.1 %" if 0 < share < 0.001 else f"{100 * share:.3g} %"
 
 
-def _lines(figure: go.Figure, table: pd.DataFrame, panel: _Panel, ks: Sequence[float], column: int) -> None:
+def _lines(table: pd.DataFrame, panels: Sequence[_Panel], ks: Sequence[float]) -> go.Figure:
     """One line per arm over several k, side by side where they would hide each other."""
-    _reference(figure, table, panel, column, [-0.3, len(ks) - 0.7])
+    figure = make_subplots(1, len(panels), horizontal_spacing=0.14)
     drawn = looks(table.loc[table["k"] > 0, "arm"])
-    for i, (arm, look) in enumerate(drawn.items()):
-        rows = table[(table["arm"] == arm) & (table["k"] > 0)].sort_values("k")
-        figure.add_scatter(
-            x=np.searchsorted(ks, rows["k"]) + 0.06 * (i - (len(drawn) - 1) / 2),
-            y=rows[panel.column].to_numpy(),
-            name=look.name,
-            legendgroup=arm,
-            showlegend=column == 1,
-            mode="lines+markers",
-            line={"color": look.colour, "width": 2},
-            marker={"symbol": look.symbol, "size": 8, "color": look.colour},
-            error_y=errors(rows, panel.column, look),
-            customdata=_disruption_facts(rows, panel),
-            hovertemplate=_disruption_hover(look, panel),
-            row=1,
-            col=column,
-        )
-    figure.update_xaxes(
+    for column, panel in enumerate(panels, start=1):
+        for arm, level in _levels(table, panel).items():
+            figure.add_scatter(x=[-0.3, len(ks) - 0.7], y=[level] * 2, **_level(arm, panel, column, "y"))
+        for i, (arm, look) in enumerate(drawn.items()):
+            rows = table[(table["arm"] == arm) & (table["k"] > 0)].sort_values("k")
+            figure.add_scatter(
+                x=np.searchsorted(ks, rows["k"]) + 0.06 * (i - (len(drawn) - 1) / 2),
+                y=rows[panel.column].to_numpy(),
+                name=look.name,
+                legendgroup=arm,
+                showlegend=column == 1,
+                mode="lines+markers",
+                line={"color": look.colour, "width": 2},
+                marker={"symbol": look.symbol, "size": 8, "color": look.colour},
+                error_y=errors(rows, panel.column, look),
+                customdata=_facts(rows, panel),
+                hovertemplate=_hover(look, panel, "y"),
+                row=1,
+                col=column,
+            )
+        figure.update_yaxes(title=panel.axis, rangemode="tozero", row=1, col=column)
+    if _FIDELITY in panels:
+        figure.update_yaxes(range=[0, 1.05], row=1, col=panels.index(_FIDELITY) + 1)
+    return figure.update_xaxes(
         title="k: how many channels are zeroed",
         tickvals=list(range(len(ks))),
         ticktext=[f"{k:g}" for k in ks],
         range=[-0.3, len(ks) - 0.7],
-        row=1,
-        col=column,
     )
 
 
-def _reference(figure: go.Figure, table: pd.DataFrame, panel: _Panel, column: int, span: list[float]) -> None:
+def _levels(table: pd.DataFrame, panel: _Panel) -> dict[str, float]:
     """Arms that zero nothing are a level, not a point."""
-    for arm, look in looks(table.loc[table["k"] == 0, "arm"]).items():
-        level = float(table.loc[(table["arm"] == arm) & (table["k"] == 0), panel.column].iloc[0])
-        figure.add_scatter(
-            x=span,
-            y=[level, level],
-            name=f"{look.name} (nothing zeroed)",
-            legendgroup=arm,
-            showlegend=column == 1,
-            mode="lines",
-            line={"color": look.colour, "width": 1.5, "dash": "dot"},
-            hovertemplate=f"{look.name}: %{{y:{panel.form}}}<extra></extra>",
-            row=1,
-            col=column,
-        )
+    rows = table[table["k"] == 0]
+    return dict(zip(rows["arm"], rows[panel.column], strict=True))
 
 
-def _disruption_facts(rows: pd.DataFrame, panel: _Panel) -> np.ndarray:
-    columns = ("k", "n", f"{panel.column}_low", f"{panel.column}_high", "energy_share")
-    return np.stack([floats(rows, name) for name in columns], axis=1)
+def _level(arm: str, panel: _Panel, column: int, axis: str) -> dict[str, Any]:
+    look = looks([arm])[arm]
+    return {
+        "name": f"{look.name} (nothing zeroed)",
+        "legendgroup": arm,
+        "showlegend": column == 1,
+        "mode": "lines",
+        "line": {"color": look.colour, "width": 1.5, "dash": "dot"},
+        "hovertemplate": f"{look.name}: %{{{axis}:{panel.form}}}<extra></extra>",
+        "row": 1,
+        "col": column,
+    }
 
 
-def _disruption_hover(look: Look, panel: _Panel) -> str:
+def _facts(rows: pd.DataFrame, panel: _Panel) -> np.ndarray:
+    more = f"{panel.column}_top_minus"
+    columns = ("k", "n", f"{panel.column}_low", f"{panel.column}_high", "energy_share", more, f"{more}_low")
+    return np.stack([floats(rows, name) for name in (*columns, f"{more}_high")], axis=1)
+
+
+def _hover(look: Look, panel: _Panel, axis: str) -> str:
+    form, arm = panel.form, look.name
+    compared = (
+        ""
+        if arm == ARMS["top"].name
+        else f"<br>{ARMS['top'].name} has %{{customdata[5]:{form}}} more"
+        f" (%{{customdata[6]:{form}}} to %{{customdata[7]:{form}}}, paired)"
+    )
     return (
-        f"{look.name}, k = %{{customdata[0]:g}}, n = %{{customdata[1]:.0f}}"
-        f"<br>{panel.column} %{{y:{panel.form}}} (%{{customdata[2]:{panel.form}}} to %{{customdata[3]:{panel.form}}})"
-        "<br>the zeroed channels hold %{customdata[4]:.1%} of the energy<extra></extra>"
+        f"{arm}, k = %{{customdata[0]:g}}, n = %{{customdata[1]:.0f}}"
+        f"<br>{panel.column} %{{{axis}:{form}}} (%{{customdata[2]:{form}}} to %{{customdata[3]:{form}}})"
+        f"{compared}<br>its channels hold %{{customdata[4]:.1%}} of the energy<extra></extra>"
     )

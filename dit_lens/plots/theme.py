@@ -41,11 +41,15 @@ ARMS = {
     "bottom": Look("bottom-k", "#0072B2", "square"),
     "random": Look("random-k", "#009E73", "diamond"),
     "energy-matched": Look("energy-matched", "#CC79A7", "triangle-up"),
+    "attenuated": Look("top-k attenuated", "#56B4E9", "cross"),
+    "norm-kept": Look("top-k overwritten, norm kept", "#A6761D", "pentagon"),
+    "rescaled": Look("top-k kept, others raised", "#7570B3", "hexagram"),
+    "random-direction": Look("random push of equal size", "#B3A400", "triangle-down"),
     "all": Look("all channels", "#E69F00", "star"),
 }
 
-_SPARE_COLOURS = ("#56B4E9", "#A6761D", "#7570B3", "#B3A400")
-_SPARE_SYMBOLS = ("cross", "pentagon", "hexagram", "triangle-down")
+_SPARE_COLOURS = ("#CC6677", "#6699CC", "#44AA99", "#999933")
+_SPARE_SYMBOLS = ("hexagon", "triangle-left", "bowtie", "triangle-right")
 
 _AXIS = {
     "gridcolor": FAINT,
@@ -104,10 +108,10 @@ TEMPLATE = go.layout.Template(
 def looks(arms: Iterable[str]) -> dict[str, Look]:
     """The look of every arm, in the fixed order of arms; arms of your own come last, in spare colours.
 
-    >>> looks(["bottom", "top", "rescaled", "top"])["rescaled"].name
-    'rescaled'
-    >>> list(looks(["bottom", "top", "rescaled"]))
-    ['top', 'bottom', 'rescaled']
+    >>> looks(["bottom", "top", "mine", "top"])["mine"].name
+    'mine'
+    >>> list(looks(["bottom", "mine", "top"]))
+    ['top', 'bottom', 'mine']
     """
     found = list(dict.fromkeys(arms))
     own = [arm for arm in found if arm not in ARMS]

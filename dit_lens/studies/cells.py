@@ -128,7 +128,7 @@ def load(folder: str | Path) -> Result:
     found = [load(part) for part in _numbered(folder / "parts") if any(_numbered(part / "cells"))]
     found = found or [_read(cell) for cell in _numbered(folder / "cells")]
     if not found:
-        raise StoreError(f"{folder} holds a {data['study']} study that has finished nothing yet. Call it again to go on.")
+        raise StoreError(f"{folder} holds a {data['study']} study with nothing finished yet. Call it again to go on.")
     return assembled(data["study"], data["settings"], found)
 
 
@@ -184,7 +184,12 @@ def _fingerprint(module: nn.Module) -> float | None:
 def claim(folder: Path, study: str, settings: Mapping[str, Any], lens: DiTLens) -> None:
     """Makes the folder this study's, or checks that it is. Raises StoreError that says what differs."""
     file = folder / "study.json"
-    wanted = {"format": FORMAT, "study": study, "settings": plain(settings), "model": plain(identity(lens))}
+    wanted: dict[str, Any] = {
+        "format": FORMAT,
+        "study": study,
+        "settings": plain(settings),
+        "model": plain(identity(lens)),
+    }
     if not file.exists():
         if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise StoreError(f"{folder} holds other files and no study. Choose a new folder for out=.")

@@ -83,9 +83,9 @@ def disruption(
     - rescaled: nothing removed, all other channels raised as the next norm would raise them;
     - random-direction: every token pushed in one random direction, as far as zeroing would move it.
 
-    k: one or several sizes. steps: when channels are ablated. ablation: "zero"; "mean", in every branch by the channel's
-    mean over the study's own prompts and seeds at that step (conditional branch); "resample", by the values of another
-    prompt of the batch under the same noise. Confounds are of zeroing, so they run with it alone, and where ``site`` is
+    k: one or several sizes. steps: when channels are ablated. ablation: "zero"; "mean", in every branch by the
+    channel's mean over the study's own prompts and seeds at that step (conditional branch); "resample", by the values
+    of another prompt of the batch under the same noise. Confounds are of zeroing, so they run with it alone, and where ``site`` is
     the output of blocks. distances: to the untouched picture, names or functions of two pictures (see
     ``metrics.distances``); rmse is always among them. judge: ``fn(picture, prompt) -> {name: number}``, such as
     ``metrics.clip_judge``; toys read scenes back by themselves. batch_size: prompts that run together. out: a folder

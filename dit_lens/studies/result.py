@@ -140,12 +140,12 @@ def paired(
     ``_low`` and ``_high``, missing where the arms share no pair.
     """
     lines = []
-    for values, group in table.groupby(list(by), sort=False):
+    for _, group in table.groupby(list(by), sort=False):
         pairs = group.groupby(["prompt", "seed", "arm"], sort=False)[list(measures)].mean().unstack("arm")
         for arm in group["arm"].unique():
             if arm == base or base not in group["arm"].to_numpy():
                 continue
-            line: dict[str, Any] = dict(zip(by, values, strict=True)) | {"arm": arm}
+            line: dict[str, Any] = {name: group[name].iloc[0] for name in by} | {"arm": arm}
             for measure in measures:
                 excess = (pairs[measure, base] - pairs[measure, arm]).dropna()
                 line |= _bounds(f"{measure}_{base}_minus", excess, excess.index.get_level_values("prompt"), seed)
@@ -181,7 +181,7 @@ def _words(value: Any, low: Any = None, high: Any = None) -> str:
 def _number(value: Any) -> str:
     if not isinstance(value, float):
         return "" if value is None else str(value)
-    return "" if np.isnan(value) else f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return "" if np.isnan(value) else f"{value:.0f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
 def _bounds(name: str, values: pd.Series, prompts: Any, seed: int) -> dict[str, float]:
