@@ -48,7 +48,7 @@ _WHERE = {
     "Stack": "families",
     "register_family": "families",
 }
-_MODULES = ("channels", "clusters", "errors", "families", "metrics", "ops", "plots", "studies", "toys")
+_MODULES = ("channels", "clusters", "errors", "families", "metrics", "ops", "plots", "prompts", "studies", "toys")
 
 __all__ = [
     "Add",
@@ -80,6 +80,7 @@ __all__ = [
     "metrics",
     "ops",
     "plots",
+    "prompts",
     "recommend",
     "register_family",
     "sigma",
@@ -88,7 +89,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from dit_lens import channels, clusters, errors, families, metrics, ops, plots, studies, toys
+    from dit_lens import channels, clusters, errors, families, metrics, ops, plots, prompts, studies, toys
     from dit_lens.channels import ChannelSet
     from dit_lens.comparison import compare
     from dit_lens.encode import encode_prompts
