@@ -48,7 +48,19 @@ _WHERE = {
     "Stack": "families",
     "register_family": "families",
 }
-_MODULES = ("channels", "clusters", "errors", "families", "metrics", "ops", "plots", "prompts", "studies", "toys")
+_MODULES = (
+    "channels",
+    "clusters",
+    "errors",
+    "families",
+    "metrics",
+    "ops",
+    "plots",
+    "prompts",
+    "protocols",
+    "studies",
+    "toys",
+)
 
 __all__ = [
     "Add",
@@ -81,6 +93,7 @@ __all__ = [
     "ops",
     "plots",
     "prompts",
+    "protocols",
     "recommend",
     "register_family",
     "sigma",
@@ -89,7 +102,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from dit_lens import channels, clusters, errors, families, metrics, ops, plots, prompts, studies, toys
+    from dit_lens import channels, clusters, errors, families, metrics, ops, plots, prompts, protocols, studies, toys
     from dit_lens.channels import ChannelSet
     from dit_lens.comparison import compare
     from dit_lens.encode import encode_prompts
