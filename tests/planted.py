@@ -115,8 +115,8 @@ class DetailOnly(Planted):
 register_family(replace(FLUX1, transformer="Planted", readout=None))
 
 
-def pipeline(toy, kind):
-    """A planted pipeline with the toy's own encoders and autoencoder."""
+def pipeline(toy, kind, scenes=SCENES):
+    """A planted pipeline with the toy's own encoders and autoencoder, which knows some scenes."""
     transformer = kind(
         patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=32, num_attention_heads=2,
         joint_attention_dim=flux.TEXT_WIDTH, pooled_projection_dim=flux.TEXT_WIDTH, axes_dims_rope=(8, 12, 12),
@@ -125,8 +125,8 @@ def pipeline(toy, kind):
     pipe = FluxPipeline(**parts)
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
-        transformer.prompts = flux.encode(pipe, [scene.caption for scene in SCENES])["pooled_projections"]
-        transformer.pictures = flux.pack(pipe, flux.to_latents(pipe, pixels(SCENES, 0, "cpu")))
+        transformer.prompts = flux.encode(pipe, [scene.caption for scene in scenes])["pooled_projections"]
+        transformer.pictures = flux.pack(pipe, flux.to_latents(pipe, pixels(scenes, 0, "cpu")))
     return pipe
 
 

@@ -10,6 +10,7 @@ marker and name everywhere (theme.ARMS).
 """
 
 from dit_lens.plots.births import births_figure
+from dit_lens.plots.carrier_or_detail import carrier_or_detail_figure
 from dit_lens.plots.channels import block_channel_map, channel_histogram, channel_spectrum
 from dit_lens.plots.disruption import disruption_figure
 from dit_lens.plots.organisation import organisation_figure
@@ -23,6 +24,7 @@ __all__ = [
     "TEMPLATE",
     "births_figure",
     "block_channel_map",
+    "carrier_or_detail_figure",
     "channel_histogram",
     "channel_spectrum",
     "cluster_overlay",

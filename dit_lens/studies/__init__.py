@@ -1,12 +1,24 @@
 """Studies: experiments on a lens whose results are data. Controls run by default, on the same seeds."""
 
 from dit_lens.studies.births import births
+from dit_lens.studies.carrier_or_detail import carrier_or_detail
 from dit_lens.studies.disruption import disruption
 from dit_lens.studies.organisation import organisation
+from dit_lens.studies.patching import patching
 from dit_lens.studies.result import Result
 from dit_lens.studies.stability import stability
 from dit_lens.studies.transfer import transfer
 
-STUDIES = ("births", "disruption", "organisation", "stability", "transfer")
+STUDIES = ("births", "carrier_or_detail", "disruption", "organisation", "patching", "stability", "transfer")
 
-__all__ = ["STUDIES", "Result", "births", "disruption", "organisation", "stability", "transfer"]
+__all__ = [
+    "STUDIES",
+    "Result",
+    "births",
+    "carrier_or_detail",
+    "disruption",
+    "organisation",
+    "patching",
+    "stability",
+    "transfer",
+]

@@ -16,7 +16,7 @@ import functools
 import itertools
 import zlib
 from dataclasses import astuple, dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -201,9 +201,14 @@ def backdrop(texture: str, colour: str) -> NDArray[np.float32]:
     return palette()[colour] * np.where(dark, SHADE, 1.0)[..., None].astype(np.float32)
 
 
-def coverage(shape: str, x: float, y: float, radius: float) -> NDArray[np.float32]:
-    """How much of each pixel a shape covers, [64, 64] in [0, 1], from its signed distance."""
-    rows, columns = np.mgrid[:PIXELS, :PIXELS].astype(np.float32) + 0.5
+def coverage(shape: str, x: Any, y: Any, radius: Any) -> NDArray[np.float32]:
+    """How much of each pixel a shape covers, [64, 64] in [0, 1], from its signed distance.
+
+    x, y, radius: numbers, or arrays [c] of them for [c, 64, 64].
+    """
+    x, y, radius = (np.asarray(value, np.float32)[..., None, None] for value in (x, y, radius))
+    columns = np.arange(PIXELS, dtype=np.float32) + 0.5
+    rows = columns[:, None]
     u, v = columns - x, rows - y
     distance = {
         "circle": lambda: np.hypot(u, v) - radius,
@@ -227,7 +232,12 @@ def describe(image: Image) -> Description:
     >>> str(describe(Image.new("RGB", (64, 64), "gray")))
     'unreadable (0.00)'
     """
-    pixels = np.true_divide(np.asarray(image.convert("RGB").resize((PIXELS, PIXELS))), 255, dtype=np.float32)
+    return _described(image.convert("RGB").resize((PIXELS, PIXELS)).tobytes())
+
+
+@functools.lru_cache(1024)  # studies ask of one picture how near it is to several prompts
+def _described(data: bytes) -> Description:
+    pixels = np.frombuffer(data, np.uint8).reshape(PIXELS, PIXELS, 3) / np.float32(255)
     to_subject, to_backdrop = _errors(pixels)
     total = float(((pixels - pixels.mean((0, 1))) ** 2).sum())
     error, best = min(
@@ -258,23 +268,29 @@ def _errors(pixels: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[n
 
 @functools.cache
 def _templates(shape: str) -> tuple[list[tuple[float, float, float]], NDArray[np.float32]]:
-    """Every candidate (x, y, radius) of a shape, and their coverages [candidates, P]."""
+    """Every candidate (x, y, radius) of a shape, and their coverages of squares of 2 x 2 pixels [candidates, P / 4]."""
     placed = [(x, y, radius) for radius in _CANDIDATE_RADII for y in _GRID for x in _GRID]
-    return placed, np.stack([coverage(shape, *where).ravel() for where in placed]).astype(np.float32)
+    return placed, _halved(coverage(shape, *np.array(placed).T)).reshape(len(placed), -1) / 4
+
+
+def _halved(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[*, 64, 64] summed over squares of 2 x 2 pixels."""
+    return x.reshape(*x.shape[:-2], PIXELS // 2, 2, PIXELS // 2, 2).sum((-3, -1))
 
 
 def _candidates(
     to_subject: NDArray[np.float32], to_backdrop: NDArray[np.float32]
 ) -> Iterator[tuple[str, int, int, float, float, float]]:
-    """For each shape the best colour, background and place on the coarse grid."""
+    """For each shape the best colour, background and place on the coarse grid, at half the resolution."""
+    subject, behind = (_halved(x.reshape(-1, PIXELS, PIXELS)).reshape(len(x), -1) for x in (to_subject, to_backdrop))
     for shape in SHAPES:
         placed, masks = _templates(shape)
-        inside, outside = masks @ to_subject.T, to_backdrop.sum(1) - masks @ to_backdrop.T  # [c, 8], [c, 32]
+        inside, outside = masks @ subject.T, behind.sum(1) - masks @ behind.T  # [c, 8], [c, 32]
         error = inside[:, :, None] + outside[:, None, :]
         on_itself = np.arange(len(_BACKDROPS)) % len(COLOURS) == np.arange(len(COLOURS))[:, None]
         error[:, on_itself] = np.inf
-        place, colour, behind = np.unravel_index(error.argmin(), error.shape)
-        yield (shape, int(colour), int(behind), *placed[place])
+        place, colour, ground = np.unravel_index(error.argmin(), error.shape)
+        yield (shape, int(colour), int(ground), *placed[place])
 
 
 def _refine(
@@ -289,11 +305,11 @@ def _refine(
 ) -> tuple[float, tuple]:
     """The least squared error around a coarse candidate, and the scene that gives it."""
     gain, base = to_subject[colour] - to_backdrop[behind], to_backdrop[behind].sum()
-    near = itertools.product(
-        x + np.linspace(-1.5, 1.5, 5), y + np.linspace(-1.5, 1.5, 5), radius + np.linspace(-1.5, 1.5, 5)
-    )
-    error, where = min((float(base + coverage(shape, *at).ravel() @ gain), at) for at in near)
-    return error, (shape, tuple(COLOURS)[colour], _BACKDROPS[behind], *map(float, where))
+    around = np.linspace(-1.5, 1.5, 5)
+    near = np.stack(np.meshgrid(x + around, y + around, radius + around, indexing="ij"), -1).reshape(-1, 3)
+    errors = base + coverage(shape, *near.T).reshape(len(near), -1) @ gain
+    best = int(errors.argmin())
+    return float(errors[best]), (shape, tuple(COLOURS)[colour], _BACKDROPS[behind], *near[best].tolist())
 
 
 def _closest_size(radius: float) -> str:
