@@ -127,6 +127,6 @@ def _needed(distance: str, module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as missing:
         raise OpError(
-            f"{distance} is computed by {module.split('.')[0]}, which is not installed: pip install "
+            f"{distance} is computed by {missing.name}, which is not installed: pip install "
             "'dit-lens[perceptual]'. rmse, psnr and mean_abs need nothing further."
         ) from missing

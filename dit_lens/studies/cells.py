@@ -169,6 +169,8 @@ def batches(prompts: Sequence[str], seeds: Sequence[int], batch_size: int | None
 def identity(lens: DiTLens) -> dict[str, Any]:
     """The model of a lens, in words and by a few of its weights."""
     found = {**describe(lens.pipe, lens.family), "weights": _fingerprint(lens.pipe.transformer)}
+    # Names with "_" are diffusers' own notes: where it was loaded from, and a list in an order that changes by process.
+    found["scheduler"] = {name: value for name, value in found["scheduler"].items() if not name.startswith("_")}
     return {name: found[name] for name in IDENTITY}
 
 
@@ -219,12 +221,12 @@ def _write(folder: Path, key: str, cell: Cell) -> None:
         names = {name: f"{i:04d}.png" for i, name in enumerate(cell.pictures)}
         for name, file in names.items():
             cell.pictures[name].save(fresh / file)
-        for part in ("masks", "arrays"):
-            values = getattr(cell, part)
-            if values:
-                plain = {name: np.ascontiguousarray(value) for name, value in values.items()}
-                save_file(plain, fresh / f"{part}.safetensors")
-        write_json(fresh / "cell.json", {"key": key, "lines": cell.lines, "pictures": names})
+        parts = {part: values for part in ("masks", "arrays") if (values := getattr(cell, part))}
+        for part, values in parts.items():
+            whole = {name: np.ascontiguousarray(value) for name, value in values.items()}
+            save_file(whole, fresh / f"{part}.safetensors")
+        there = {"key": key, "lines": cell.lines, "pictures": names, "parts": list(parts)}
+        write_json(fresh / "cell.json", there)
 
 
 def _read(folder: Path, key: str | None = None) -> Cell:
@@ -238,10 +240,7 @@ def _read(folder: Path, key: str | None = None) -> Cell:
         if key not in (None, data["key"]):
             raise StoreError(f"{folder} is the cell {data['key']!r}, and {key!r} was to come here. Start a new folder.")
         pictures = {name: Image.open(folder / file).copy() for name, file in data["pictures"].items()}
-        parts = {
-            part: load_file(file) if (file := folder / f"{part}.safetensors").exists() else {}
-            for part in ("masks", "arrays")
-        }
+        parts = {part: load_file(folder / f"{part}.safetensors") for part in data["parts"]}
     except (OSError, KeyError, SafetensorError, UnidentifiedImageError) as damage:
         raise StoreError(f"{folder} is damaged: {damage}. Delete it, and the study makes it again.") from damage
     return Cell(data["lines"], pictures, **parts)

@@ -85,8 +85,8 @@ def disruption(
 
     k: one or several sizes. steps: when channels are ablated. ablation: "zero"; "mean", in every branch by the
     channel's mean over the study's own prompts and seeds at that step (conditional branch); "resample", by the values
-    of another prompt of the batch under the same noise. Confounds are of zeroing, so they run with it alone, and where ``site`` is
-    the output of blocks. distances: to the untouched picture, names or functions of two pictures (see
+    of another prompt of the batch under the same noise. Confounds are of zeroing, so they run with it alone, and where
+    ``site`` is the output of blocks. distances: to the untouched picture, names or functions of two pictures (see
     ``metrics.distances``); rmse is always among them. judge: ``fn(picture, prompt) -> {name: number}``, such as
     ``metrics.clip_judge``; toys read scenes back by themselves. batch_size: prompts that run together. out: a folder
     for finished cells, from which the same call goes on.
