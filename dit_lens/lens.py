@@ -100,15 +100,20 @@ class DiTLens:
         return cls(pipe)
 
     @classmethod
-    def toy(cls, name: str = "flux", **options: Any) -> DiTLens:
+    def toy(cls, name: str = "flux", *, untrained: bool = False, **options: Any) -> DiTLens:
         """A small trained text-to-image DiT that comes with the library: no download, no GPU.
 
         It draws scenes such as "a big red circle left on a checkered blue background"; ``lens.vocabulary`` lists its
         words.
-        """
-        from dit_lens.toys import path
 
-        return cls.from_pretrained(path(name), **options)
+        untrained: its twin before training, with the same encoders and autoencoder: what is seen in both was not learnt.
+        """
+        from dit_lens import toys
+
+        lens = cls.from_pretrained(toys.path(name), **options)
+        if untrained:
+            lens.pipe.transformer = toys.untrained(name).to(lens.pipe.device, lens.pipe.transformer.dtype)
+        return lens
 
     def to(self, *args: Any, **kwargs: Any) -> DiTLens:
         """Moves the pipeline, as ``pipe.to`` does, and returns the lens."""

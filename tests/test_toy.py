@@ -1,7 +1,9 @@
 """The toy in the package is the one its card describes: recorded figures, with room for another machine's rounding."""
 
 import pytest
+import torch
 
+from dit_lens import DiTLens
 from dit_lens.channels import top_median_ratio
 from dit_lens.store import read_json
 from dit_lens.toys import path
@@ -58,3 +60,16 @@ def test_it_is_a_pipeline_like_any_other():
         pipe.transformer.dtype
     }
     assert sum(file.stat().st_size for file in path("flux").rglob("*") if file.is_file()) < 16e6
+
+
+def test_the_untrained_twin_differs_in_its_transformer_alone(toy):
+    twin = DiTLens.toy(untrained=True)
+    mine, its = (dict(lens.pipe.transformer.named_parameters()) for lens in (toy, twin))
+    assert mine.keys() == its.keys()
+    assert not any(torch.equal(mine[name], its[name]) for name in mine if name.endswith("attn.to_q.weight"))
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        same = zip(getattr(toy.pipe, part).parameters(), getattr(twin.pipe, part).parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in same)
+    prompt = "a big red circle left on a plain blue background"
+    found = twin.massive_channels(prompt, k=8, seed=0)  # the lens follows the exchanged module
+    assert max(found.energy_share().values()) < min(toy.massive_channels(prompt, k=8, seed=0).energy_share().values())

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 Attributes = Callable[[str], Mapping[str, str]]
 
 PROBED_BLOCKS, PROBED_STEPS = 4, 4
+COLUMNS = ["measure", "part", "value", "value_low", "value_high", "control", "strongest control", "says", "n"]
 
 
 def carrier_or_detail(
@@ -296,9 +297,7 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
             found = edit_evidence(lines, "effect", thresholds)
             evidence += [{"measure": measure, **one} for one in found]
     evidence += _information(settings, cells, thresholds)
-    summary = pd.DataFrame(
-        evidence, columns=["measure", "part", "value", "value_low", "value_high", "control", "strongest control", "says", "n"]
-    )
+    summary = pd.DataFrame(evidence, columns=COLUMNS)
     ablated = table[(table["measure"] == "ablation") & (table["arm"] == "top")]
     changes = ablated.groupby("part")["rmse"].mean().to_dict() if len(ablated) else {}
     found = verdict(summary, changes, thresholds)

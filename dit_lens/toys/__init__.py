@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dit_lens.errors import StoreError, nearest
-from dit_lens.toys.kinds import KINDS
+from dit_lens.toys.kinds import KINDS, kind
+
+if TYPE_CHECKING:
+    from torch import nn
 
 WEIGHTS = Path(__file__).parent / "weights"
+
+
+def untrained(name: str) -> nn.Module:
+    """The transformer of a toy as it was before training began."""
+    return kind(name).build(0).transformer.eval().requires_grad_(requires_grad=False)
 
 
 def path(name: str) -> Path:
