@@ -106,7 +106,7 @@ class DiTLens:
         It draws scenes such as "a big red circle left on a checkered blue background"; ``lens.vocabulary`` lists its
         words.
 
-        untrained: its twin before training, with the same encoders and autoencoder: what is seen in both was not learnt.
+        untrained: its twin before training, with the same encoders and autoencoder: what both show was not learnt.
         """
         from dit_lens import toys
 
