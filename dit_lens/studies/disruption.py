@@ -15,6 +15,7 @@ from dit_lens.errors import OpError, PromptError, nearest
 from dit_lens.metrics import Distance
 from dit_lens.metrics import distances as distances_of
 from dit_lens.ops import MeanAblate, Op, Read, Scale, Swap, Zero
+from dit_lens.protocols import with_protocols
 from dit_lens.studies.cells import Batch, Cell, Cells, batches
 from dit_lens.studies.common import (
     DRAWS,
@@ -46,6 +47,7 @@ Distances = Sequence["str | Distance"]
 CONFOUNDS = ("attenuated", "norm-kept", "rescaled", "random-direction")
 
 
+@with_protocols
 def disruption(
     lens: DiTLens,
     prompts: str | Sequence[str],

@@ -1,0 +1,79 @@
+"""Protocols set every free choice, say whose each is, and give way to what is given."""
+
+from __future__ import annotations
+
+import inspect
+
+import pandas as pd
+import pytest
+
+import dit_lens as dl
+from dit_lens import protocols, studies
+from dit_lens.errors import OpError
+from dit_lens.studies import Result
+
+# What a study is run on, and how; not how it measures.
+DATA = {"lens", "prompts", "pairs", "seeds", "judge", "masks", "words", "batch_size", "out", "protocol", "call"}
+
+
+def study_of(**settings):
+    @protocols.with_protocols
+    def organisation(lens, prompts, *, k=3, method="robust", seeds=(0,), **call):
+        """What it does."""
+        return Result("organisation", pd.DataFrame(), pd.DataFrame(), {"k": k, "method": method, "call": call})
+
+    return organisation
+
+
+def test_a_study_without_a_protocol_is_as_it_was():
+    study = study_of()
+    assert study(None, "a cat", k=4).settings == {"k": 4, "method": "robust", "call": {}}
+    assert study.__doc__ == "What it does."
+    assert study.__name__ == "organisation"
+    assert list(inspect.signature(study).parameters) == ["lens", "prompts", "k", "method", "seeds", "protocol", "call"]
+
+
+def test_a_protocol_fills_in_what_is_not_given_and_says_whose_it_is():
+    result = study_of()(None, "a cat", k=4, protocol="fig3-reproduction", guidance_scale=2)
+    assert result.settings["k"] == 4
+    assert result.settings["method"] == "minmax"
+    assert result.settings["call"]["guidance_scale"] == 2
+    told = {choice["argument"]: choice for choice in result.settings["protocol"]["choices"]}
+    assert (told["k"]["value"], told["k"]["origin"]) == (4, "yours")
+    assert told["method"]["origin"] == "repro"
+    assert told["n_clusters"]["origin"] == "paper"
+    assert result.notes[-1].startswith("protocol fig3-reproduction; the authors': score='|mean|', n_clusters=2, ")
+    assert "; given: k=4" in result.notes[-1]
+
+
+def test_unknown_protocols_and_studies_they_do_not_know():
+    with pytest.raises(OpError, match=r"there is no protocol 'turri2025'\. Nearest: 'turri2026'"):
+        study_of()(None, "a cat", protocol="turri2025")
+    with pytest.raises(OpError, match=r"'fig3-reproduction' says nothing of transfer: .* It sets organisation\."):
+        dl.protocols.get("fig3-reproduction").arguments("transfer")
+
+
+def test_tables_name_every_origin():
+    for name in protocols.NAMES:
+        table = protocols.get(name).table
+        assert set(table["origin"]) <= {"paper", "repro", "ours"}
+        assert table["why"].str.len().min() > 0
+        assert repr(protocols.get(name)).startswith(f"Protocol {name}: ")
+    assert set(protocols.get("turri2026").studies) == {"disruption", "organisation", "transfer"}
+
+
+@pytest.mark.parametrize("study", ["disruption"])
+def test_every_free_choice_of_a_study_is_set(study):
+    parameters = set(inspect.signature(getattr(studies, study)).parameters)
+    assert set(protocols.get("turri2026").arguments(study)) == parameters - DATA
+    assert "protocol" in parameters
+
+
+def test_a_real_study_runs_by_a_protocol(toy, tmp_path):
+    prompt = dl.prompts.scenes(1, seed=0).texts
+    result = studies.disruption(toy, prompt, protocol="turri2026", k=2, draws=1, confounds=False, num_inference_steps=2)
+    assert result.settings["protocol"]["name"] == "turri2026"
+    assert result.settings["score"] == "|mean|"
+    loaded = Result.load(result.save(tmp_path / "r"))
+    assert loaded.settings["protocol"]["choices"][1]["origin"] == "yours"
+    assert loaded.notes == result.notes
