@@ -86,7 +86,9 @@ def gradients(
         raise PromptError(f"{odd[0]}= has no meaning here: the graph is that of one batch. Leave it out.")
     if call.pop("output_type", "latent") != "latent":
         raise PromptError("output_type= must be 'latent' here: pictures have no gradient. Leave it out.")
-    _check_differentiable(lens.pipe, through)
+    check_differentiable(lens.pipe)
+    if through == "run":
+        check_latents(lens.pipe)
     graph = _Graph(metric, reduce)
     ops = [Apply(site, fn=graph.keep, steps=steps, branch=branch)]
     if through == "step":
@@ -221,8 +223,8 @@ def _ending_at(transformer: nn.Module) -> Generator[None]:
         handle.remove()
 
 
-def _check_differentiable(pipe: DiffusionPipeline, through: str) -> None:
-    """Refuses what would leave the graph unseen: code under ``no_grad`` inside the model, pipelines without latents."""
+def check_differentiable(pipe: DiffusionPipeline) -> None:
+    """Raises FamilyError where the model itself runs code under ``no_grad``, which would leave the graph unseen."""
     methods = {
         f"{kind.__name__}.{name}"
         for kind in {type(module) for module in pipe.transformer.modules()}
@@ -232,8 +234,11 @@ def _check_differentiable(pipe: DiffusionPipeline, through: str) -> None:
     if methods:
         raise FamilyError(
             f"gradients through {type(pipe.transformer).__name__} would be wrong: {', '.join(sorted(methods))} runs "
-            "under torch.no_grad inside the model. Patch instead: lens.run with Swap, or studies.patching(..., "
-            "attribution=())."
+            "under torch.no_grad inside the model. Patch instead: studies.patching(..., attribute=())."
         )
-    if through == "run" and '"latent"' not in inspect.getsource(inspect.unwrap(type(pipe).__call__)):
-        raise FamilyError(f"{type(pipe).__name__} does not return latents. Use through='step'.")
+
+
+def check_latents(pipe: DiffusionPipeline) -> None:
+    """Raises FamilyError where a pipeline does not return its final latents."""
+    if '"latent"' not in inspect.getsource(inspect.unwrap(type(pipe).__call__)):
+        raise FamilyError(f"{type(pipe).__name__} does not return latents. Take gradients with through='step'.")
