@@ -70,13 +70,13 @@ def demo(
     massive = sets_of(kept_scores(run), k, "|mean|")[0]
     disruption = studies.disruption(lens, prompts, k=k, seeds=[seed], draws=2)
     organisation = studies.organisation(lens, prompts, k=k, seeds=[seed], draws=2)
-    transfer = studies.transfer(lens, [(source, prompt)], k=k, strengths=STRENGTHS, seeds=[seed])
+    transfer = studies.transfer(lens, [(source, prompt)], k=k, strengths=STRENGTHS, seeds=[seed], draws=2)
     sections = [
         _drawn(run),
         _massive(massive, k),
         _disruption(disruption, k, seed),
         _organisation(organisation, lens.anatomy.depth),
-        _transfer(transfer, seed),
+        _transfer(transfer),
     ]
     with whole_folder(out) as folder:
         write_page(folder / "index.html", title=TITLE, lead=LEAD, sections=sections)
@@ -150,20 +150,18 @@ def _organisation(result: Result, depth: int) -> Section:
     return Section("2. Are they organised in space?", sentence, (overlays, result.figure()), result.summary, code)
 
 
-def _transfer(result: Result, seed: int) -> Section:
+def _transfer(result: Result) -> Section:
     full = result.summary[(result.summary["strength"] == 1.0) & ~result.summary["masked"]].set_index("arm")
     moved = {arm: f"{full.loc[arm, 'to_source']:.0f} and {full.loc[arm, 'to_target']:.0f}" for arm in full.index}
     sentence = (
         f"Moving the source's top channels into the target at full strength leaves a picture at RMSE {moved['top']} of "
-        f"255 from source and target; with random channels it is {moved['random']}, with all channels {moved['all']}."
+        f"255 from source and target; with random channels it is {moved['random']}, with all channels {moved['all']}. "
+        f"{full.loc['top', 'direct_share']:.0%} of the change in what the model predicts is read out directly, by the "
+        f"final norm and projection alone, against {full.loc['random', 'direct_share']:.0%} with random channels."
     )
-    strips = []
-    for where, words in (("whole", "every token"), ("masked", "inside the source's cluster mask")):
-        keys = [f"{arm}/{where}/{strength:g}" for arm in ("top", "random") for strength in STRENGTHS]
-        shown = [result.pictures[f"0/{seed}/{key}"] for key in ("target", *keys, "source")]
-        labels = ["target", *(f"{arm}, strength {s:g}" for arm in ("top", "random") for s in STRENGTHS), "source"]
-        strips.append(plots.strip(shown, labels, title=f"Channels moved from source to target, {words}"))
-    code = "result = studies.transfer(lens, [(source, prompt)])\nresult.figure()"
+    arms = ("top", "random", "prompt-blend")
+    strips = [plots.transfer_strips(result, masked=masked, arms=arms) for masked in (False, True)]
+    code = "result = studies.transfer(lens, [(source, prompt)])\nresult.figure()\nplots.transfer_strips(result)"
     columns = ["arm", "masked", "strength", "to_source", "to_target", "inside", "outside", "says_source", "says_target"]
     return Section("3. Can they be moved?", sentence, (*strips, result.figure()), result.summary[columns], code)
 

@@ -15,9 +15,10 @@ from dit_lens.plots.channels import block_channel_map, channel_histogram, channe
 from dit_lens.plots.disruption import disruption_figure
 from dit_lens.plots.organisation import organisation_figure
 from dit_lens.plots.overlays import cluster_overlay, overlay_grid, sheet, strip
+from dit_lens.plots.patching import patching_figure
 from dit_lens.plots.stability import stability_figure
 from dit_lens.plots.theme import ARMS, TEMPLATE, looks
-from dit_lens.plots.transfer import transfer_figure
+from dit_lens.plots.transfer import transfer_figure, transfer_image_figure, transfer_strips
 
 __all__ = [
     "ARMS",
@@ -32,8 +33,11 @@ __all__ = [
     "looks",
     "organisation_figure",
     "overlay_grid",
+    "patching_figure",
     "sheet",
     "stability_figure",
     "strip",
     "transfer_figure",
+    "transfer_image_figure",
+    "transfer_strips",
 ]

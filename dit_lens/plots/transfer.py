@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from plotly.subplots import make_subplots
 
 from dit_lens.errors import OpError
+from dit_lens.plots.overlays import sheet
 from dit_lens.plots.tables import checked, errors, floats, n_of
-from dit_lens.plots.theme import CI, INK, Look, looks, titled
+from dit_lens.plots.theme import CI, INK, MASSIVE, Look, looks, titled
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+    from dit_lens.studies.result import Result
 
-def transfer_figure(summary: pd.DataFrame) -> go.Figure:
+
+def transfer_figure(summary: pd.DataFrame, k: int | None = None) -> go.Figure:
     """What moving channels from a source into a target does: nearer to the source, farther from the target?
 
     >>> import pandas as pd
@@ -33,14 +37,117 @@ def transfer_figure(summary: pd.DataFrame) -> go.Figure:
     summary: columns arm, masked (bool), strength (0 to 1), n, to_source, to_target (RMSE, 0 to 255), each with _low and
     _high; says_source and says_target (shares) go into the hover text. Left: both distances against strength. Right:
     one against the other, a curve per arm; low and left is near both. Rows with strength 0 are the untouched target:
-    every curve then starts there, and a dotted line shows what blending the two pictures would give.
+    every curve then starts there, and a dotted line shows what blending the two pictures would give. Blends of latents
+    and prompts, and top without the last blocks or read out alone, are on the right only.
+    k: which size, where the summary has several; None then draws both distances against k, at the largest strength.
     """
-    needed = [f"to_{side}{bound}" for side in ("source", "target") for bound in ("", "_low", "_high")]
-    table = checked(summary, ("arm", "masked", "strength", "n", *needed))
-    table["masked"] = table["masked"].astype(bool)
+    table = _checked(summary)
     curves = table[table["strength"] > 0].sort_values("strength")
     if curves.empty:
         raise OpError("The summary has no transfer to draw: it needs rows with a strength above 0.")
+    ks = _ks(curves)
+    if k is None and len(ks) > 1:
+        return _over_k(curves, ks)
+    if k is not None and k not in ks:
+        raise OpError(f"The summary has no k={k}. It has: {', '.join(map(str, ks))}.")
+    return _over_strength(table, _of_k(curves, k if k is not None else (ks or [0])[0], ks))
+
+
+def transfer_image_figure(summary: pd.DataFrame, k: int | None = None) -> go.Figure:
+    """What moving channels out of a picture does: see :func:`transfer_figure`."""
+    figure = transfer_figure(summary, k)
+    return figure.update_layout(title={"text": figure.layout.title.text.replace("a source", "a picture")})
+
+
+def transfer_strips(
+    result: Result,
+    *,
+    pair: int = 0,
+    seed: int | None = None,
+    k: int | None = None,
+    masked: bool = False,
+    arms: Sequence[str] = ("top", "random", "all", "prompt-blend", "latent-blend", "pixel-blend"),
+) -> go.Figure:
+    """The way from target to source in pictures: a line of strengths for every arm.
+
+    >>> from PIL import Image
+    >>> from dit_lens.studies import Result
+    >>> dot = Image.new("RGB", (8, 8))
+    >>> keys = ["0/0/target", "0/0/4/top/whole/0.5", "0/0/4/top/whole/1", "0/0/source"]
+    >>> settings = {"k": [4], "seeds": [0], "strengths": [0.5, 1.0], "width": 128}
+    >>> strips = transfer_strips(Result("transfer", None, None, settings, dict.fromkeys(keys, dot)))
+    >>> len(strips.data), [label.text for label in strips.layout.annotations]
+    (4, ['target', 'strength 0.5', 'strength 1', 'source', 'top-k (massive)'])
+
+    result: of ``studies.transfer`` or ``studies.transfer_image``. pair: its number. seed, k: the first by default. Arms
+    that the result has no pictures of, as it has none of blended prompts inside a mask, are left out.
+    """
+    seed = result.settings["seeds"][0] if seed is None else seed
+    k = result.settings["k"][0] if k is None else k
+    strengths, name = sorted(result.settings["strengths"]), f"{pair}/{seed}"
+    if f"{name}/target" not in result.pictures:
+        raise OpError(f"The result has no pictures of pair {pair} under seed {seed}.")
+    ends = result.pictures[f"{name}/target"], result.pictures[f"{name}/source"]
+    where = "masked" if masked else "whole"
+    lines = {}
+    for arm in arms:
+        size = _size(result, arm, k)
+        keys = [f"{name}/{size}/{arm}/{where}/{strength:g}" for strength in strengths]
+        if all(key in result.pictures for key in keys):
+            lines[arm] = [ends[0], *(result.pictures[key] for key in keys), ends[1]]
+    if not lines:
+        raise OpError(f"The result has no pictures of {', '.join(arms)} with k={k}, {where}.")
+    columns = ["target", *(f"strength {strength:g}" for strength in strengths), "source"]
+    title, words = "From the target to the source", f"k = {k}; channels moved at {_WHERE[masked]}"
+    return sheet(list(lines.values()), [_look(arm).name for arm in lines], columns, title=title, subtitle=words)
+
+
+_DASH = "5px,3px"
+
+_WHERE = {True: "subject's tokens only", False: "all tokens"}
+
+_OWN = {
+    "top-early": Look("top-k, not in the last quarter", MASSIVE, "circle-open"),
+    "top-readout": Look("top-k, only where it is read out", MASSIVE, "circle-x-open"),
+    "latent-blend": Look("blend of the latents", "#56B4E9", "cross"),
+    "prompt-blend": Look("blend of the prompts", "#7570B3", "hexagram"),
+    "pixel-blend": Look("blend of the two pictures", INK, "x-thin-open"),
+}
+
+
+def _look(arm: str) -> Look:
+    return _OWN.get(arm) or looks([arm])[arm]
+
+
+def _checked(summary: pd.DataFrame) -> pd.DataFrame:
+    needed = [f"to_{side}{bound}" for side in ("source", "target") for bound in ("", "_low", "_high")]
+    table = checked(summary, ("arm", "masked", "strength", "n", *needed))
+    table["masked"] = table["masked"].astype(bool)
+    return table
+
+
+def _ks(curves: pd.DataFrame) -> list[int]:
+    """The sizes of the top set that a summary has; none where it does not say."""
+    return sorted({int(k) for k in curves.loc[curves["arm"] == "top", "k"]}) if "k" in curves else []
+
+
+def _of_k(curves: pd.DataFrame, k: int, ks: Sequence[int]) -> pd.DataFrame:
+    """One size's rows, with those of arms that have no size."""
+    if not ks:
+        return curves
+    sized = curves["arm"].isin(set(curves.loc[curves["k"].isin(ks), "arm"]) - {"all"})
+    return curves[~sized | (curves["k"] == k)]
+
+
+def _size(result: Result, arm: str, k: int) -> int:
+    """Under which size the pictures of an arm are kept."""
+    if arm == "all":
+        return result.settings["width"]
+    return 0 if arm.endswith("-blend") else k
+
+
+def _over_strength(table: pd.DataFrame, curves: pd.DataFrame) -> go.Figure:
+    """Both distances against strength, and one against the other."""
     kinds = sorted(set(curves["masked"]), reverse=True)
     apart = [float(one) for one in table.loc[table["strength"] == 0, "to_source"].tolist()[:1]]
     figure = make_subplots(
@@ -51,7 +158,7 @@ def transfer_figure(summary: pd.DataFrame) -> go.Figure:
         horizontal_spacing=0.14,
         vertical_spacing=0.08,
     )
-    drawn = looks(curves["arm"])
+    drawn = looks(arm for arm in curves["arm"] if arm not in _OWN)
     for i, (arm, look) in enumerate(drawn.items()):
         for masked in kinds:
             rows = curves[(curves["arm"] == arm) & (curves["masked"] == masked)]
@@ -59,23 +166,53 @@ def transfer_figure(summary: pd.DataFrame) -> go.Figure:
                 style = _transfer_style(arm, look, "solid" if masked or len(kinds) == 1 else _DASH, _WHERE[masked])
                 _distances(figure, rows, look, style, nudge=0.008 * (i - (len(drawn) - 1) / 2), key=masked == kinds[0])
                 _trajectory(figure, rows, apart, style, named=i == 0)
+    for arm in [arm for arm in _OWN if arm != "pixel-blend" and arm in set(curves["arm"])]:
+        rows = curves[(curves["arm"] == arm) & (curves["masked"] == kinds[-1])]
+        if len(rows):  # prompts are not blended inside a mask
+            style = _transfer_style(arm, _OWN[arm], "solid" if len(kinds) == 1 else _DASH, _WHERE[kinds[-1]])
+            _trajectory(figure, rows, apart, style, named=False, key=True)
     level = {"mode": "lines", "hoverinfo": "skip", "row": 1, "col": 2}
     for one in apart:
         dots = {"color": INK, "width": 1.5, "dash": "dot"}
-        figure.add_scatter(x=[0, one], y=[one, 0], name="blend of the two pictures", line=dots, **level)
+        figure.add_scatter(x=[0, one], y=[one, 0], name=_OWN["pixel-blend"].name, line=dots, **level)
     for masked in kinds if len(kinds) == 2 else ():
         line = {"color": INK, "width": 1.8, "dash": "solid" if masked else _DASH}
         figure.add_scatter(x=[None], y=[None], name=_WHERE[masked], line=line, **level)
     _transfer_axes(figure, float(np.nanmax(table[["to_source", "to_target"]].to_numpy(float))) or 1.0)
     where = "" if len(kinds) == 2 else f"; {_WHERE[kinds[0]]}"
-    small = f"{n_of(table)}; {CI}{where}; numbers beside points: strength"
-    return titled(figure, "Moving channels from a source into a target", small, height=500)
+    size = f"; k = {int(curves.loc[curves['arm'] == 'top', 'k'].iloc[0])}" if _ks(curves) else ""
+    small = f"{n_of(curves)}{size}; {CI}{where}; numbers beside points: strength"
+    return titled(figure, "Moving channels from a source into a target", small, height=540)
 
 
-_DASH = "5px,3px"
-
-
-_WHERE = {True: "subject's tokens only", False: "all tokens"}
+def _over_k(curves: pd.DataFrame, ks: Sequence[int]) -> go.Figure:
+    """Both distances against the number of channels moved, up to all of them, at the largest strength."""
+    full = curves[(curves["strength"] == curves["strength"].max()) & (curves["k"] > 0) & ~curves["arm"].isin(_OWN)]
+    kinds = sorted(set(full["masked"]), reverse=True)
+    figure = make_subplots(1, 2, horizontal_spacing=0.14)
+    for arm, look in looks(full["arm"]).items():
+        for masked in kinds:
+            rows = full[(full["arm"] == arm) & (full["masked"] == masked)].sort_values("k")
+            dash = "solid" if masked or len(kinds) == 1 else _DASH
+            style = {**_transfer_style(arm, look, dash, _WHERE[masked]), "mode": "lines+markers"}
+            for column, side in enumerate(("source", "target"), start=1):
+                figure.add_scatter(
+                    x=rows["k"],
+                    y=rows[f"to_{side}"],
+                    error_y=errors(rows, f"to_{side}", look),
+                    customdata=_transfer_facts(rows),
+                    showlegend=column == 1 and masked == kinds[0],
+                    row=1,
+                    col=column,
+                    **style,
+                )
+    for column, side in enumerate(("source", "target"), start=1):
+        ticks = sorted({*ks, int(full["k"].max())})
+        figure.update_xaxes(type="log", title="k: channels moved", tickvals=ticks, ticktext=ticks, row=1, col=column)
+        figure.update_yaxes(title=f"RMSE to the {side} (0 to 255)", rangemode="tozero", row=1, col=column)
+    where = "solid: subject's tokens only, dashed: all tokens" if len(kinds) == 2 else _WHERE[kinds[0]]
+    small = f"{n_of(full)}; {CI}; strength {full['strength'].max():g}; {where}"
+    return titled(figure, "Moving k channels from a source into a target", small, height=400)
 
 
 def _transfer_style(arm: str, look: Look, dash: str, where: str) -> dict[str, Any]:
@@ -114,7 +251,7 @@ def _distances(
 
 
 def _trajectory(
-    figure: go.Figure, rows: pd.DataFrame, apart: list[float], style: dict[str, Any], *, named: bool
+    figure: go.Figure, rows: pd.DataFrame, apart: list[float], style: dict[str, Any], *, named: bool, key: bool = False
 ) -> None:
     """Right: an arm's way from the target, whose distance from the source is ``apart``, where that is known."""
     figure.add_scatter(
@@ -125,7 +262,7 @@ def _trajectory(
         text=[*[""] * len(apart), *(f"{strength:g}" for strength in rows["strength"])] if named else None,
         textposition="middle right",
         textfont={"size": 10},
-        showlegend=False,
+        showlegend=key,
         row=1,
         col=2,
         **style,

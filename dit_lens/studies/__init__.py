@@ -8,8 +8,9 @@ from dit_lens.studies.patching import patching
 from dit_lens.studies.result import Result
 from dit_lens.studies.stability import stability
 from dit_lens.studies.transfer import transfer
+from dit_lens.studies.transfer_image import transfer_image
 
-STUDIES = ("births", "carrier_or_detail", "disruption", "organisation", "patching", "stability", "transfer")
+STUDIES = ("births", "carrier_or_detail", "disruption", "organisation", "patching", "stability", "transfer", "transfer_image")
 
 __all__ = [
     "STUDIES",
@@ -21,4 +22,5 @@ __all__ = [
     "patching",
     "stability",
     "transfer",
+    "transfer_image",
 ]

@@ -2,55 +2,61 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
-from dit_lens.clusters import segment, upsample
 from dit_lens.errors import OpError
-from dit_lens.metrics import rmse
-from dit_lens.ops import Branch, Read, Swap
-from dit_lens.studies.common import (
-    Arm,
-    Judge,
-    check_k,
-    control_arms,
-    judge_for,
-    judged,
-    kept_scores,
-    score_ops,
-    sets_of,
-)
+from dit_lens.ops import Branch
+from dit_lens.studies.blends import why_no_prompt_blend
+from dit_lens.studies.cells import Cell, Cells, batches
+from dit_lens.studies.common import DRAWS, Judge, judge_for, seeded, share_of_width
+from dit_lens.studies.nearness import MATCHED, with_matched
 from dit_lens.studies.result import Result, summarise
+from dit_lens.studies.transport import ChannelsFrom, Lockstep, Transport, carry_out
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from dit_lens.lens import DiTLens
-    from dit_lens.ops import Pattern, Steps
-    from dit_lens.run import Run
+    from dit_lens.ops import Mask, Pattern, Steps
+    from dit_lens.studies.transport import MaskFrom
+
+_KEY = ["prompt", "seed", "k", "arm", "draw", "masked", "strength"]
+_MEASURES = (
+    "to_source",
+    "to_target",
+    "inside",
+    "outside",
+    "says_source",
+    "says_target",
+    "reached",
+    *(f"matched_{name}" for name in MATCHED),
+    "direct_share",
+    "energy_share",
+    "distinct",
+)
 
 
 def transfer(
     lens: DiTLens,
     pairs: Sequence[tuple[str, str]],
     *,
-    k: int = 12,
+    k: int | Sequence[int] = 12,
     strengths: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
     seeds: Sequence[int] = (0,),
-    draws: int = 1,
-    masked: Sequence[bool] = (False, True),
+    draws: int = DRAWS,
+    channels_from: ChannelsFrom = "source",
+    mask_from: MaskFrom | Mask = "source",
+    mask_block: int | None = None,
     score: str = "|mean|",
     site: Pattern = "blocks.*.img",
     steps: Steps = None,
     branch: Branch = "cond",
-    mask_block: int | None = None,
     judge: Judge | None = None,
+    batch_size: int | None = None,
+    out: str | Path | None = None,
     **call: Any,
 ) -> Result:
     """Moves k channels of each source into its target, X_target <- X_target (1 - M) + X_source M.
@@ -60,158 +66,111 @@ def transfer(
     ...     "a big red circle left on a plain blue background",
     ...     "a small white cross right on a plain green background",
     ... )
-    >>> result = transfer(DiTLens.toy(), [pair], k=4, strengths=[1.0], masked=[False], num_inference_steps=2)
-    >>> sorted(result.summary["arm"])
-    ['all', 'bottom', 'energy-matched', 'random', 'top', 'untouched']
+    >>> result = transfer(DiTLens.toy(), [pair], k=4, strengths=[1.0], mask_from=None, draws=1, num_inference_steps=2)
+    >>> sorted(result.summary["arm"])  # doctest: +NORMALIZE_WHITESPACE
+    ['all', 'bottom', 'energy-matched', 'latent-blend', 'pixel-blend', 'prompt-blend', 'random', 'top', 'top-early',
+     'top-readout', 'untouched']
 
-    pairs: (source prompt, target prompt). Source and target run as two rows of one batch from the same noise; channels
-    (and the spatial mask: K-means of the source's channels at ``mask_block``, by default two thirds down, last step)
-    come from the source. Arms: top, bottom, random, energy-matched, and all channels, which brackets them;
-    the untouched target is strength 0. strengths: in (0, 1]. masked: without and with the spatial mask. branch: "cond"
-    (default) or "both".
+    Source and target run as two rows of one batch from the same noise. Arms, each at every strength, everywhere and
+    inside the mask:
 
-    The table has rmse (0 to 255) to the untouched source and target, the change inside and outside the mask, and what
-    the judge says of the result as a picture of the source's prompt and of the target's. Source: arXiv 2605.13974.
+    - top: the channels; bottom, random (``draws`` of them) and energy-matched: as many others; all: every channel;
+    - top-early: top, without the last quarter of the blocks. top-readout: top, swapped only where the final norm
+      reads, so that nothing but the final norm and projection sees it;
+    - pixel-blend and latent-blend: the two pictures, or their final latents, blended; prompt-blend: the target drawn
+      from embeddings between the two prompts' (everywhere only; left out where a pipeline takes no embeddings).
+
+    pairs: (source prompt, target prompt). k: one or several sizes, up to the width; those above half of it have no
+    controls. strengths: in (0, 1]. channels_from: whose top channels are moved; "union" moves both. mask_from: whose
+    subject is the mask: K-means of the row's own values of the moved channels (of the smallest k) at ``mask_block``, by
+    default two thirds down, at the last step; "both" is the union; or a drawing, bool [H, W] of any size; None leaves
+    masked arms out. branch: "cond" (default) or "both". batch_size: pairs that run together. out: a folder for finished
+    cells, from which the same call goes on.
+
+    The table has, per picture, rmse (0 to 255) to the untouched source and target, the change inside and outside the
+    mask (the source's, where there is none), and what the judge says of it as a picture of either prompt.
+    ``matched_*`` are the same arm's measures where it comes as near to the source as top does at that strength;
+    ``reached`` says whether it ever does. In rmse no picture is kept better at equal nearness than a pixel blend (the
+    triangle inequality), so compare what the pictures say. ``direct_share``, of top and random at full strength: along
+    the target's own trajectory, how much of the change of the predicted velocity remains when the channels are swapped
+    for the final norm and projection alone (1 - squared error; 1: a transport that is read out and no more).
+    ``distinct`` counts the channels an arm touches at any site. Source: arXiv 2605.13974; the controls are ours.
     """
     pairs = [(source, target) for source, target in pairs]
     if not pairs:
         raise OpError("there are no pairs. Give at least one (source prompt, target prompt).")
-    check_k(lens, site, [k])
+    seeds = seeded(seeds)
     prompts = [prompt for pair in pairs for prompt in pair]
+    ks = (k,) if isinstance(k, int) else tuple(sorted(k))
     judge = judge_for(lens, prompts, judge)
-    mask_site = lens.mask_site(mask_block)
-    lines: list[dict[str, Any]] = []
-    pictures: dict[str, Any] = {}
-    masks: dict[str, np.ndarray] = {}
-    cells = list(itertools.product(masked, strengths))
-    with lens.quiet(), tqdm(total=len(seeds) * (1 + len(cells) * (4 + draws)), desc="transfer") as bar:
-        for seed in seeds:
-            whole = Read(mask_site, steps=-1, name="mask")
-            clean = lens.run(prompts, [*score_ops(site, score, None), whole], seed=seed, **call)
-            bar.update()
-            sources = sets_of(kept_scores(clean), k, score)[::2]
-            found = _masks(clean, sources, mask_site)
-            masks |= {f"{pair}/{seed}": mask for pair, mask in enumerate(found)}
-            ends = ("source", "target")
-            pictures |= {f"{row // 2}/{seed}/{ends[row % 2]}": image for row, image in enumerate(clean.images)}
-            measure = functools.partial(_cell, pairs, clean, masks=found, judge=judge, seed=seed)
-            lines += measure(clean, arm=Arm("untouched", 0, ()), masked=False, strength=0.0)
-            arms = [*control_arms(sources, draws, seed), Arm("all", 0, ())]
-            for arm, (spatial, strength) in itertools.product(arms, cells):
-                ops = _swaps(arm, len(pairs), site, found if spatial else None, strength, steps, branch)
-                run = lens.run(prompts, ops, seed=seed, **call)
-                lines += measure(run, arm=arm, masked=spatial, strength=strength)
-                if arm.draw == 0:
-                    key = f"{seed}/{arm.name}/{'masked' if spatial else 'whole'}/{strength:g}"
-                    pictures |= {f"{pair}/{key}": run.images[2 * pair + 1] for pair in range(len(pairs))}
-                bar.update()
-    settings = {
-        "pairs": pairs,
-        "k": k,
-        "strengths": list(strengths),
-        "seeds": list(seeds),
-        "draws": draws,
-        "score": score,
-        "site": str(site),
-        "steps": str(steps),
-        "branch": branch,
-        "mask_site": mask_site,
-    }
-    return _result(lens, lines, settings, pictures, masks)
+    transport = Transport(
+        lens, ks, tuple(strengths), draws, score, site, steps, branch, channels_from, mask_from, mask_block, judge
+    )
+    transport.check(prompts, call)
+    why = why_no_prompt_blend(lens, pairs[0], call)
+    transport = replace(transport, prompt_blend=not why)
+    settings = {"pairs": pairs, "seeds": seeds, "batch_size": batch_size, "call": call, "no_prompt_blend": why}
+    parts = batches([source for source, _ in pairs], seeds, batch_size)
+    total = len(parts) * transport.count
+    with Cells("transfer", {**settings, **transport.settings()}, lens=lens, total=total, out=out) as cells:
+        for part in parts:
+            some = [pairs[i] for i in part.rows]
+            batch = Lockstep(
+                part.key,
+                part.seed,
+                part.rows,
+                prompts=tuple(prompt for pair in some for prompt in pair),
+                labels=tuple(f"{source} -> {target}" for source, target in some),
+                captions=part.prompts,
+                call=call,
+            )
+            carry_out(cells, transport, batch)
+        return cells.result()
 
 
-def _masks(clean: Run, sources: Sequence[Any], site: str) -> list[np.ndarray]:
-    """Each source's subject, bool [h, w], by clustering its massive channels."""
-    tokens = clean["mask"][site][-1].float().numpy()  # [b, n, d]
-    return [segment(tokens[2 * i][:, list(one[site])], clean.grid).mask for i, one in enumerate(sources)]
+def assemble(settings: Mapping[str, Any], cells: Sequence[Cell], study: str = "transfer") -> Result:
+    """The result of the cells so far."""
+    lines = [line for cell in cells for line in cell.lines]
+    table = pd.DataFrame([line for line in lines if "to_source" in line])
+    direct = pd.DataFrame([line for line in lines if "direct_share" in line])
+    table = with_matched(table)
+    if len(direct):
+        table = table.merge(direct, how="left", on=_KEY)
+    measures = [name for name in _MEASURES if name in table]
+    return Result(
+        study,
+        table,
+        summarise(table, ("k", "arm", "masked", "strength"), measures),
+        dict(settings),
+        {name: picture for cell in cells for name, picture in cell.pictures.items()},
+        {name: mask for cell in cells for name, mask in cell.masks.items()},
+        _notes(table, settings),
+    )
 
 
-def _swaps(
-    arm: Arm,
-    pairs: int,
-    site: Pattern,
-    masks: Sequence[np.ndarray] | None,
-    strength: float,
-    steps: Steps,
-    branch: Branch,
-) -> list[Swap]:
-    return [
-        Swap(
-            site,
-            source=f"row:{2 * i}",
-            rows=2 * i + 1,
-            channels=arm.sets[i] if arm.sets else None,
-            mask=None if masks is None else masks[i],
-            strength=strength,
-            steps=steps,
-            branch=branch,
+def _notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
+    notes = [share_of_width(k, settings["width"]) for k in settings["k"]]
+    whole = table[~table["masked"].astype(bool) & (table["strength"] == max(settings["strengths"]))]
+    arms = whole.groupby(["k", "arm"], sort=False)
+    if "distinct" in whole:
+        touched = arms["distinct"].mean().dropna()
+        notes.append("distinct channels touched at any site: " + _listed(touched[touched > 0], "{:.0f}"))
+    if "direct_share" in table and table["direct_share"].notna().any():
+        shares = arms["direct_share"].mean().dropna()
+        notes.append("share of the change that is read out directly: " + _listed(shares, "{:.2f}"))
+    matched = whole[whole["arm"] == "energy-matched"]
+    if len(matched) and not matched["matched"].astype(bool).all():
+        held = whole.groupby("arm")["energy_share"].mean()
+        notes.append(
+            f"no other k channels hold the energy of the top k: energy-matched has a share of "
+            f"{held['energy-matched']:.3f}, top {held['top']:.3f}"
         )
-        for i in range(pairs)
-    ]
+    notes.append(f"final latents drawn again differ from their pictures by rmse {table['redrawn'].max():.2g} at most")
+    if settings.get("no_prompt_blend"):
+        notes.append(f"no prompt-blend: {settings['no_prompt_blend']}")
+    return notes
 
 
-def _cell(
-    pairs: Sequence[tuple[str, str]],
-    clean: Run,
-    run: Run,
-    *,
-    masks: Sequence[np.ndarray],
-    judge: Judge | None,
-    seed: int,
-    arm: Arm,
-    masked: bool,
-    strength: float,
-) -> list[dict[str, Any]]:
-    """One line per pair: how far the target's picture has come, and what it shows now."""
-    lines = []
-    for i, (source, target) in enumerate(pairs):
-        result, untouched = run.images[2 * i + 1], clean.images[2 * i + 1]
-        inside, outside = _change(result, untouched, masks[i])
-        lines.append(
-            {
-                "prompt": f"{source} -> {target}",
-                "seed": seed,
-                "arm": arm.name,
-                "draw": arm.draw,
-                "masked": masked,
-                "strength": strength,
-                "to_source": float(rmse(result, clean.images[2 * i])),
-                "to_target": float(rmse(result, untouched)),
-                "inside": inside,
-                "outside": outside,
-                "says_source": judged(judge, result, source).get("fidelity", np.nan),
-                "says_target": judged(judge, result, target).get("fidelity", np.nan),
-            }
-        )
-    return lines
-
-
-def _change(result: Image, untouched: Image, mask: np.ndarray) -> tuple[float, float]:
-    """Rmse to the untouched target inside and outside the mask; NaN where a part is empty."""
-    difference = (np.asarray(result, float) - np.asarray(untouched, float)) ** 2
-    where = upsample(mask, difference.shape[:2])
-    inside, outside = (float(np.sqrt(difference[part].mean())) if part.any() else np.nan for part in (where, ~where))
-    return inside, outside
-
-
-def _result(
-    lens: DiTLens,
-    lines: list[dict[str, Any]],
-    settings: dict[str, Any],
-    pictures: dict[str, Any],
-    masks: dict[str, np.ndarray],
-) -> Result:
-    table = pd.DataFrame(lines)
-    measures = ("to_source", "to_target", "inside", "outside", "says_source", "says_target")
-    summary = summarise(table, ("arm", "masked", "strength"), measures)
-    notes = [
-        (
-            f"k={settings['k']} is {settings['k'] / lens.anatomy.width:.1%} of {lens.anatomy.width} channels; "
-            "'all' swaps every channel"
-        ),
-        (
-            "near the output a swap with shared noise is partly a blend through the final projection; "
-            "no arm here separates the two"
-        ),
-    ]
-    return Result("transfer", table, summary, settings, pictures, masks, notes)
+def _listed(values: pd.Series, form: str) -> str:
+    parts = zip(values.index.to_list(), values.to_list(), strict=True)
+    return ", ".join(f"{arm} (k={k}) {form.format(value)}" for (k, arm), value in parts)
