@@ -1,12 +1,14 @@
 """Are the chosen channels organised in space? Tokens are clustered by their channel values; a cluster becomes a mask.
 
 Knows no model: numpy arrays or tensors in, numpy arrays out. Letters: n image token, k chosen channels, h w token grid,
-H W picture. Method: Claim 2 of arXiv 2605.13974 with the choices of its public reproduction (min-max per channel,
-K = 2, the hotter cluster in front), each of which is an argument here.
+H W picture, m masks, t truths, p prompts. Method: Claim 2 of arXiv 2605.13974 with the choices of its public
+reproduction (min-max per channel, K = 2, the hotter cluster in front), each of which is an argument here.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +26,9 @@ POLARITIES = ("heat", "border")
 
 # A cluster of fewer tokens than this share is a few outliers that captured it, not a region of the picture.
 DEGENERATE_SHARE = 0.01
+
+# Prompts up to which all orders of a permutation test are counted: 720.
+_ENUMERATED = 6
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -200,13 +205,35 @@ def iou(a: Any, b: Any) -> float:
     return int((first & second).sum()) / union if union else 1.0
 
 
-def chance_iou(truth: Any, size: int) -> float:
+def ious(masks: Any, truths: Any) -> np.ndarray:
+    """The IoU of every mask of a token grid, enlarged as by ``upsample``, with every truth in pixels: float64 [m, t].
+
+    >>> mask = np.array([[True, False]])
+    >>> ious([mask, ~mask], [upsample(mask, (4, 4))]).tolist()
+    [[1.0], [0.0]]
+
+    masks: bool [m, h, w]. truths: bool [t, H, W]. One product of matrices over tokens, for as many pairs as there are.
+    """
+    found, true = _mask(masks, "masks"), _mask(truths, "truths")
+    if found.ndim != 3 or true.ndim != 3:
+        raise OpError(f"Masks [m, h, w] and truths [t, H, W] are compared, not {found.shape} and {true.shape}.")
+    n = found[0].size
+    token = upsample(np.arange(n).reshape(found.shape[1:]), true.shape[1:]).ravel()
+    area = np.bincount(token, minlength=n)
+    covered = np.stack([np.bincount(token[one.ravel()], minlength=n) for one in true]).astype(float)  # [t, n]
+    flat = found.reshape(len(found), n).astype(float)
+    both = flat @ covered.T
+    union = (flat @ area)[:, None] + covered.sum(1) - both
+    return np.divide(both, union, out=np.ones_like(both), where=union > 0)
+
+
+def chance_iou(truth: Any, size: int, *, oracle: bool = False) -> float:
     """The IoU to expect of a mask with ``size`` pixels strewn at random, each set of pixels as likely as any other.
 
-    >>> chance_iou(np.array([True, False]), 1)
-    0.5
+    >>> chance_iou(np.array([True, False]), 1), chance_iou(np.array([True, False]), 1, oracle=True)
+    (0.5, 1.0)
 
-    truth: bool array of T true among N pixels. size: 0 to N.
+    truth: bool array of T true among N pixels. size: 0 to N. oracle: of the better of the mask and its complement.
     Exact: the overlap I is hypergeometric (N, T, size), and I / (T + size - I) is summed over it. Masks strewn over
     the tokens of a grid and then upsampled have nearly the same level where the grid resolves the truth.
     """
@@ -214,10 +241,46 @@ def chance_iou(truth: Any, size: int) -> float:
     total, true = mask.size, int(mask.sum())
     if not 0 <= size <= total:
         raise OpError(f"A random mask of {size} pixels was asked, and the truth has {total}. Choose from 0 to {total}.")
-    if true + size == 0:
-        return 1.0
-    overlap = np.arange(min(true, size) + 1)
-    return float(hypergeom.pmf(overlap, total, true, size) @ (overlap / (true + size - overlap)))
+    overlap = _likely(total, true, size)
+    score = _overlap_iou(overlap, true, size)
+    if oracle:
+        score = np.maximum(score, _overlap_iou(true - overlap, true, total - size))
+    return float(hypergeom.pmf(overlap, total, true, size) @ score)
+
+
+def permutation_p(scores: Any, *, seed: int = 0, n: int = 5000) -> float:
+    """How often masks fit as well as they do when they are dealt out to the prompts anew.
+
+    >>> permutation_p(np.eye(3))  # one of the 6 orders fits as well: the true one
+    0.16666666666666666
+
+    scores: [p, p], the IoU of the mask of prompt i with the truth of prompt j. The statistic is the mean of the
+    diagonal. Up to 6 prompts all orders are counted; beyond, ``n`` drawn ones and the true one.
+    """
+    table = _array(scores).astype(np.float64)
+    if table.ndim != 2 or table.shape[0] != table.shape[1]:
+        raise OpError(f"Scores are [p, p], every mask with every truth, and got {list(table.shape)}.")
+    p = len(table)
+    if p <= _ENUMERATED:
+        orders = np.array(list(itertools.permutations(range(p))))
+    else:
+        drawn = np.random.default_rng(seed).permuted(np.tile(np.arange(p), (n, 1)), axis=1)
+        orders = np.concatenate([np.arange(p)[None], drawn])
+    means = table[np.arange(p), orders].mean(1)
+    return float((means >= means[0] - 1e-12).mean())
+
+
+def _likely(total: int, true: int, size: int) -> np.ndarray:
+    """The overlaps of two random sets that have any weight: what lies beyond adds less than rounding does."""
+    mean, share = size * true / total, true / total
+    reach = 12 * math.sqrt(mean * (1 - share) * (total - size) / max(total - 1, 1)) + 50
+    low, high = max(0, size + true - total), min(true, size)
+    return np.arange(max(low, math.floor(mean - reach)), min(high, math.ceil(mean + reach)) + 1)
+
+
+def _overlap_iou(overlap: np.ndarray, true: int, size: int) -> np.ndarray:
+    union = true + size - overlap
+    return np.divide(overlap, union, out=np.ones(len(overlap)), where=union > 0)
 
 
 def _array(x: Any) -> np.ndarray:
