@@ -62,7 +62,7 @@ def test_tables_name_every_origin():
     assert set(protocols.get("turri2026").studies) == {"disruption", "organisation", "transfer"}
 
 
-@pytest.mark.parametrize("study", ["disruption"])
+@pytest.mark.parametrize("study", ["disruption", "organisation", "transfer"])
 def test_every_free_choice_of_a_study_is_set(study):
     parameters = set(inspect.signature(getattr(studies, study)).parameters)
     assert set(protocols.get("turri2026").arguments(study)) == parameters - DATA

@@ -18,6 +18,7 @@ from dit_lens.channels import ChannelSet, top_channels
 from dit_lens.clusters import DEGENERATE_SHARE, chance_iou, ious, permutation_p, segment, upsample
 from dit_lens.errors import FamilyError, OpError, PromptError, SiteError, nearest
 from dit_lens.ops import Read
+from dit_lens.protocols import with_protocols
 from dit_lens.studies.cells import Batch, Cell, Cells, batches
 from dit_lens.studies.common import (
     DRAWS,
@@ -58,6 +59,7 @@ SUMMARY = ("step", "block", "arm", "n", "iou", "low", "high", "chance", "others"
 SUMMARY += ("behind_low", "behind_high", "size", "degenerate", "energy_share")
 
 
+@with_protocols
 def organisation(
     lens: DiTLens,
     prompts: str | Sequence[str],

@@ -11,6 +11,7 @@ import pandas as pd
 
 from dit_lens.errors import OpError
 from dit_lens.ops import Branch
+from dit_lens.protocols import with_protocols
 from dit_lens.studies.blends import why_no_prompt_blend
 from dit_lens.studies.cells import Cell, Cells, batches
 from dit_lens.studies.common import DRAWS, Judge, judge_for, seeded, share_of_width
@@ -39,6 +40,7 @@ _MEASURES = (
 )
 
 
+@with_protocols
 def transfer(
     lens: DiTLens,
     pairs: Sequence[tuple[str, str]],
