@@ -84,6 +84,10 @@ def push_ops(channels: Mapping[str, Sequence[int]], row: int, seed: int, steps: 
 
     Blocks pass on what they receive, so each site takes back the push of the site before.
     """
+    return [op for part in _streams(channels) for op in _push_ops(part, row, seed, steps)]
+
+
+def _push_ops(channels: Mapping[str, Sequence[int]], row: int, seed: int, steps: Steps) -> list[Apply]:
     first = next(iter(channels))
     pushes: dict[str, Tensor] = {}  # by branch, since branches take turns within a site
 
@@ -102,6 +106,10 @@ def rescale_ops(channels: Mapping[str, Sequence[int]], row: int, steps: Steps, s
     The residual stream itself stays: a block's output is given without what its input was raised by, so that factors
     do not pile up from block to block. sites: the model's, of which the next block's input and the final norm's count.
     """
+    return [op for part in _streams(channels) for op in _rescale_ops(part, row, steps, sites)]
+
+
+def _rescale_ops(channels: Mapping[str, Sequence[int]], row: int, steps: Steps, sites: Collection[str]) -> list[Apply]:
     raised: dict[str, Tensor] = {}  # by branch
     ops = []
     for site, top in channels.items():
@@ -120,6 +128,12 @@ def rescale_ops(channels: Mapping[str, Sequence[int]], row: int, steps: Steps, s
         if after:
             ops.append(Apply(after, rows=row, steps=steps, fn=lower))
     return ops
+
+
+def _streams(channels: Mapping[str, Sequence[int]]) -> list[dict[str, Sequence[int]]]:
+    """The channels of image and text sites apart: their tokens are others, and so is what is remembered of them."""
+    names = dict.fromkeys(site.split(".")[2] for site in channels)
+    return [{site: top for site, top in channels.items() if site.split(".")[2] == name} for name in names]
 
 
 def _reader(site: str, sites: Collection[str]) -> tuple[str | None, str | None]:

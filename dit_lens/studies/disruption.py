@@ -162,7 +162,7 @@ def _clean(draw: Any, part: Batch, reads: Sequence[Read], judge: Judge | None) -
     run = draw(reads, part)
     cell = Cell(arrays=kept_scores(run, len(part.prompts)))
     if "mean" in run.keys():  # noqa: SIM118 a Run is no mapping
-        cell.arrays |= {f"mean/{name}": value.float().numpy() for name, value in run["mean"].items()}
+        cell.arrays |= {f"all/mean/{name}": value.float().numpy() for name, value in run["mean"].items()}
     for row, prompt, image in zip(part.rows, part.prompts, run.images, strict=False):
         cell.pictures[f"{row}/{part.seed}/0/untouched"] = image
         cell.lines.append(_line(prompt, part.seed, 0, Arm("untouched", 0), **judged(judge, image, prompt)))
@@ -174,11 +174,9 @@ def _means(clean: Iterable[Cell]) -> dict[str, Any]:
     import torch
 
     cells = list(clean)
-    names = [key for key in cells[0].arrays if key.startswith("mean/")]
-    return {
-        name.removeprefix("mean/"): torch.from_numpy(np.concatenate([cell.arrays[name] for cell in cells], 1).mean(1))
-        for name in names
-    }
+    sites = [key.removeprefix("all/mean/") for key in cells[0].arrays if key.startswith("all/mean/")]
+    means = {site: np.concatenate([cell.arrays[f"all/mean/{site}"] for cell in cells], 1).mean(1) for site in sites}
+    return {site: torch.from_numpy(mean) for site, mean in means.items()}
 
 
 def _ablate(

@@ -1,0 +1,385 @@
+"""Disruption: every arm does what it says, by hand-written hooks; and the study says on planted models what is true."""
+
+import importlib
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_lens import Apply, DiTLens, Zero
+from dit_lens.errors import OpError, PromptError
+from dit_lens.metrics import paired_difference_ci, rmse
+from dit_lens.studies import Result, confounds, disruption
+from dit_lens.studies.cells import Cell
+from dit_lens.studies.common import kept_scores, scene_judge, score_ops, sets_of
+from dit_lens.studies.result import paired
+from tests import oracle, pipelines, planted
+
+module = importlib.import_module("dit_lens.studies.disruption")  # the function of this name hides it
+
+PROMPTS = ["a cat", "two dogs", "red"]
+K, SEED, STEPS = 4, 5, 2
+SITES = [f"blocks.{i}.img" for i in range(pipelines.DEPTH)]
+
+
+# The pure edits.
+
+
+@st.composite
+def hidden(draw):
+    """Tokens whose first channels are massive, and which ones would be zeroed."""
+    random = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    x = torch.randn(2, 5, 16, generator=random)
+    top = draw(st.lists(st.integers(0, 15), min_size=2, max_size=8, unique=True))
+    x[..., top] = x[..., top] * 20 + 10
+    return x, top, [c for c in range(16) if c not in top]
+
+
+@settings(max_examples=30, deadline=None)
+@given(hidden())
+def test_filled_keeps_what_either_norm_makes_of_the_others(case):
+    x, top, others = case
+    before = x.clone()
+    new = confounds.filled(x, top)
+    assert torch.equal(x, before)
+    assert torch.equal(new[..., others], x[..., others])
+    assert not torch.allclose(new[..., top], x[..., top])
+    for norm in (F.layer_norm, F.rms_norm):
+        torch.testing.assert_close(norm(new, [16])[..., others], norm(x, [16])[..., others], rtol=1e-4, atol=1e-5)
+    # Which top channel held what is gone; only a mean and a spread per token are left.
+    shuffled = x.clone()
+    shuffled[..., top] = x[..., top[::-1]]
+    torch.testing.assert_close(confounds.filled(shuffled, top), new, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(hidden())
+def test_rescaled_raises_the_others_by_what_zeroing_would_and_keeps_the_top(case):
+    x, top, others = case
+    before, zeroed = x.clone(), x.clone()
+    zeroed[..., top] = 0
+    new = confounds.rescaled(x, top)
+    assert torch.equal(x, before)
+    assert torch.equal(new[..., top], x[..., top])
+    raised = F.rms_norm(zeroed, [16], eps=0)[..., others] / F.rms_norm(x, [16], eps=0)[..., others]
+    torch.testing.assert_close(new[..., others], x[..., others] * raised, rtol=1e-4, atol=1e-5)
+    # What the norm after it makes of that, as the docstring says.
+    share = x[..., top].square().sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True)
+    seen, normal = F.rms_norm(new, [16], eps=0), F.rms_norm(x, [16], eps=0)
+    torch.testing.assert_close(seen[..., others], normal[..., others] / (1 - share**2).sqrt(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(seen[..., top], normal[..., top] / (1 + share).sqrt(), rtol=1e-3, atol=1e-5)
+
+
+def test_tokens_that_are_all_massive_stay_numbers():
+    x = torch.tensor([[[3.0, 0.0], [0.0, 0.0]]])
+    assert torch.equal(confounds.rescaled(x, [0]), x)
+    assert torch.isfinite(confounds.filled(x, [0])).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(hidden(), st.integers(0, 100))
+def test_pushed_moves_every_token_as_far_as_zeroing_in_one_direction(case, seed):
+    x, top, _ = case
+    shift = confounds.pushed(x, top, seed)
+    torch.testing.assert_close(shift.norm(dim=-1), x[..., top].norm(dim=-1))
+    directions = F.normalize(shift, dim=-1).reshape(-1, 16)
+    torch.testing.assert_close(directions, directions[:1].expand_as(directions))
+    assert not torch.allclose(directions[0], F.normalize(confounds.pushed(x, top, seed + 1), dim=-1)[0, 0])
+
+
+# The edits inside a pipeline.
+
+
+def sets_for(lens, prompts=PROMPTS, site="blocks.*.img", steps=STEPS):
+    clean = lens.run(prompts, score_ops(site, "|mean|"), seed=SEED, num_inference_steps=steps)
+    return sets_of(kept_scores(clean), K, "|mean|")
+
+
+def watched(lens, ops, sites, prompts=PROMPTS, steps=STEPS):
+    """What row 1 holds at sites before and after the ops there: (step, branch, site) -> (before, after)."""
+    before, after = {}, {}
+
+    def into(seen):
+        def keep(x, hook):
+            seen[hook.step, hook.branch, hook.name] = x[0].clone()
+
+        return keep
+
+    watch = [[Apply(site, rows=1, fn=into(seen)) for site in sites] for seen in (before, after)]
+    lens.run(prompts, [*watch[0], *ops, *watch[1]], seed=SEED, num_inference_steps=steps)
+    return {key: (before[key], after[key]) for key in before}
+
+
+def test_pushes_do_not_pile_up(lens, embedded):
+    top = sets_for(lens)[1]
+    seen = watched(lens, confounds.push_ops(top, 1, 0, None), SITES)
+    assert len({branch for _, branch, _ in seen}) == (1 if embedded else 2)
+    for step, branch in {key[:2] for key in seen}:
+        carried = 0
+        for site in SITES:
+            raw, edited = seen[step, branch, site]
+            wanted = raw - carried  # where the token would be, had its block's input not been pushed
+            carried = edited - wanted
+            torch.testing.assert_close(carried.norm(dim=-1), wanted[:, top[site]].norm(dim=-1), rtol=1e-4, atol=1e-5)
+            assert carried.norm() > 0
+
+
+def test_rescaling_shows_to_readers_and_stays_out_of_the_residual(lens, embedded):
+    top = sets_for(lens)[1]
+    readers = [f"blocks.{i}.img.resid_pre" for i in range(1, pipelines.DEPTH)]
+    seen = watched(lens, confounds.rescale_ops(top, 1, None, lens.sites()), [*readers, *SITES, "final.img"])
+    assert len({branch for _, branch, _ in seen}) == (1 if embedded else 2)
+    for (step, branch, site), (raw, edited) in seen.items():
+        if site in readers:
+            block = int(site.split(".")[1])
+            assert torch.equal(edited[None], confounds.rescaled(raw[None], top[f"blocks.{block - 1}.img"]))
+            assert not torch.equal(edited, raw)
+            # The block's output leaves out what its input was raised by.
+            passed = seen[step, branch, f"blocks.{block}.img"]
+            torch.testing.assert_close(passed[1], passed[0] - (edited - raw))
+        elif site == "final.img":
+            assert torch.equal(edited[None], confounds.rescaled(raw[None], top[SITES[-1]]))
+        elif site == SITES[0]:
+            assert torch.equal(edited, raw)
+
+
+def test_the_reader_is_the_next_block_with_the_stream():
+    sites = ["blocks.0.img.resid_pre", "blocks.1.txt.resid_pre", "blocks.2.img.resid_pre", "blocks.2.txt.resid_pre"]
+    assert confounds._reader("blocks.0.img", [*sites, "final.img"]) == ("blocks.2.img.resid_pre", "blocks.2.img")
+    assert confounds._reader("blocks.2.img", [*sites, "final.img"]) == ("final.img", None)
+    assert confounds._reader("blocks.2.txt", [*sites, "final.img"]) == (None, None)
+
+
+def test_attenuated_moves_tokens_as_far_as_energy_matched(toy):
+    """At one site and one step, where the energies of the clean run are those that are edited."""
+    site, prompts = "blocks.3.img", [scene.caption for scene in planted.SCENES[:2]]
+    one = sets_for(toy, prompts, site, steps=1)[1]
+    edits = {"top": Zero(site, channels=one, rows=1), "matched": Zero(site, channels=one.energy_matched(SEED), rows=1)}
+    edits["attenuated"] = module._attenuated(one, SEED, 1, None)[0]
+    moved = {}
+    for name, op in edits.items():
+        raw, edited = watched(toy, [op], [site], prompts, steps=1)[0, "cond", site]
+        moved[name] = (edited - raw).square().sum(-1).mean().sqrt().item()
+    assert moved["attenuated"] == pytest.approx(moved["matched"], rel=1e-4)
+    assert moved["attenuated"] < 0.8 * moved["top"]
+
+
+# The arms, against hooks written by hand.
+
+
+def call_of(lens):
+    return {**lens.defaults, "num_inference_steps": STEPS}
+
+
+def is_cond(call, embedded):
+    return embedded or call % 2 == 0
+
+
+def step_of(call, embedded):
+    return call if embedded else call // 2
+
+
+def by_hand(plain, lens, embedded, rows):
+    """Per picture and block the top and bottom channels, and per step their means over pictures, from bare hooks."""
+    _, records = oracle.draw(plain, PROMPTS * (rows // len(PROMPTS)), [SEED] * rows, call_of(lens))
+    cond = [record for call, record in enumerate(records) if is_cond(call, embedded)]
+    means = torch.stack([torch.stack([record[i, "img", "post"].mean(1) for i in range(5)]) for record in cond])
+    order = means.abs().mean(0).argsort(-1, descending=True)  # [block, row, channel]
+    return order[:, :, :K].tolist(), order[:, :, -K:].tolist(), means.mean(2)  # [step, block, channel]
+
+
+def hooks(name, channels, means, embedded):
+    """fn(call, block, stream, tensor) for one arm."""
+
+    def edit(call, block, stream, x):
+        if stream == "txt":
+            return None
+        for row, chosen in enumerate(channels[block][: len(PROMPTS)]):
+            if name == "mean":
+                x[row, :, chosen] = means[step_of(call, embedded), block, chosen]
+            elif name == "resample":
+                x[row, :, chosen] = x[3 + (row + 1) % 3, :, chosen]
+            elif name != "late" or step_of(call, embedded) == 1:
+                x[row, :, chosen] = 0
+        return x
+
+    return edit
+
+
+@pytest.mark.parametrize("name", ["top", "bottom", "mean", "resample", "late"])
+def test_an_arm_is_what_hooks_do(lens, plain, embedded, name):
+    choice = {"steps": [1]} if name == "late" else {"ablation": name} if name in ("mean", "resample") else {}
+    arm = "bottom" if name == "bottom" else "top"
+    result = disruption(lens, PROMPTS, k=K, seeds=[SEED], draws=1, confounds=False, num_inference_steps=STEPS, **choice)
+    rows = 6 if name == "resample" else 3
+    top, bottom, means = by_hand(plain, lens, embedded, rows)
+    edit = hooks(name, bottom if arm == "bottom" else top, means, embedded)
+    images, _ = oracle.draw(plain, PROMPTS * (rows // 3), [SEED] * rows, call_of(lens), edit)
+    for row in range(3):
+        found = result.pictures[f"{row}/{SEED}/{K}/{arm}"]
+        worst = np.abs(np.asarray(found, int) - np.asarray(images[row], int)).max()
+        assert worst <= (1 if name == "mean" else 0)  # a mean is summed in another order
+        untouched = result.pictures[f"{row}/{SEED}/0/untouched"]
+        line = result.table.query("prompt == @PROMPTS[@row] and arm == @arm").iloc[0]
+        assert line["rmse"] == rmse(untouched, found) > 0
+    assert result.table.loc[result.table["arm"] == "no-op", "rmse"].tolist() == [0.0] * 3
+    for row in range(3):
+        untouched, same = (result.pictures[f"{row}/{SEED}/0/{arm}"] for arm in ("untouched", "no-op"))
+        assert untouched.tobytes() == same.tobytes()
+
+
+def test_means_are_over_all_prompts_and_seeds():
+    values = np.random.default_rng(0).normal(size=(STEPS, 5, 8)).astype(np.float32)  # five pictures in two batches
+    cells = [Cell(arrays={"all/mean/blocks.0.img": part}) for part in (values[:, :3], values[:, 3:])]
+    np.testing.assert_allclose(module._means(cells)["blocks.0.img"].numpy(), values.mean(1), rtol=1e-5)
+
+
+def test_a_batch_size_changes_no_arm(lens):
+    """Pictures differ by rounding alone, since batches of other shapes are computed otherwise."""
+    one, other = (
+        disruption(lens, PROMPTS, k=K, seeds=[SEED], draws=2, batch_size=size, num_inference_steps=STEPS)
+        for size in (None, 2)
+    )
+    assert set(one.pictures) == set(other.pictures)
+    keys = ["prompt", "seed", "k", "arm", "draw"]
+    both = one.table.merge(other.table, on=keys, suffixes=("", "_other"), validate="one_to_one")
+    assert len(both) == len(one.table) == len(other.table)
+    np.testing.assert_allclose(both["energy_share"], both["energy_share_other"], rtol=0.01)
+    both = both[both["arm"] != "energy-matched"]  # rounding decides between two sets that match equally well
+    np.testing.assert_allclose(both["rmse"], both["rmse_other"], atol=0.5)
+    assert one.table["rmse"].max() > 2
+
+
+def test_confounds_run_where_they_mean_something(lens):
+    arms = disruption(lens, "red", k=K, draws=1, num_inference_steps=1, site="blocks.*.img.resid_pre").summary["arm"]
+    assert list(arms) == ["no-op", "top", "bottom", "random", "energy-matched"]
+    result = disruption(lens, "red", k=2, draws=1, num_inference_steps=1, site="blocks[3:5].{img,txt}")
+    assert {"norm-kept", "rescaled", "random-direction", "attenuated"} <= set(result.summary["arm"])
+    assert any("take k >= 3" in note for note in result.notes)
+
+
+# What is measured.
+
+
+def test_distances_and_judges_get_columns(lens):
+    def reddest(a, b):
+        return float(np.asarray(b)[..., 0].max())
+
+    def judge(picture, prompt):
+        return {"clip": 0.25}
+
+    result = disruption(
+        lens,
+        PROMPTS[:2],
+        k=K,
+        draws=1,
+        confounds=False,
+        distances=["mean_abs", reddest],
+        judge=judge,
+        num_inference_steps=1,
+    )
+    assert result.settings["distances"] == ["rmse", "mean_abs", "reddest"]
+    row = result.table.query("arm == 'top'").iloc[0]
+    assert row["reddest"] == np.asarray(result.pictures[f"0/0/{K}/top"])[..., 0].max()
+    assert row["clip"] == 0.25
+    assert {"rmse", "mean_abs_low", "reddest", "clip", "rmse_top_minus"} <= set(result.summary)
+    assert "psnr" not in result.table
+    assert (result.table.query("k > 0")["k_share"] == K / pipelines.WIDTH).all()
+    assert "CLIP score" in str(result.figure().to_json())
+
+
+def nothing(a, b):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("choice", "error", "said"),
+    [
+        ({"ablation": "meen"}, OpError, r"'meen' does not exist\. Nearest: 'mean'"),
+        ({"ablation": "resample", "batch_size": 1}, PromptError, "one batch has a single prompt"),
+        ({"k": 17}, OpError, "Choose k from 1 to 16"),
+        ({"k": []}, OpError, "no set of channels"),
+        ({"distances": ["rmsee"]}, OpError, r"no distance 'rmsee'\. Nearest: 'rmse'"),
+        ({"distances": [nothing]}, OpError, "'nothing' of two pictures is to be a number, and it returned None"),
+        ({"seeds": []}, PromptError, "list of seeds is empty"),
+    ],
+)
+def test_mistakes_raise_before_anything_is_drawn(lens, monkeypatch, choice, error, said):
+    monkeypatch.setattr(lens, "run", lambda *args, **call: pytest.fail("it was drawn"))
+    with pytest.raises(error, match=said):
+        disruption(lens, PROMPTS, **choice)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 10**6))
+def test_paired_differences_equal_the_loops(prompts, seeds, draws, seed):
+    random = np.random.default_rng(seed)
+    top, other = random.normal(size=(prompts, seeds)), random.normal(size=(prompts, seeds, draws))
+    lines = [{"k": 4, "arm": "top", "prompt": f"{p}", "seed": s, "rmse": top[p, s]} for p, s in np.ndindex(top.shape)]
+    lines += [
+        {"k": 4, "arm": "random", "prompt": f"{p}", "seed": s, "draw": d, "rmse": other[p, s, d]}
+        for p, s, d in np.ndindex(other.shape)
+    ]
+    lines.append({"k": 0, "arm": "no-op", "prompt": "0", "seed": 0, "rmse": 0.0})
+    table = pd.DataFrame(lines).sample(frac=1, random_state=seed)
+    found = paired(table, ["k"], ["rmse"])
+    assert found[["k", "arm"]].to_numpy().tolist() == [[4, "random"]]
+    expected = paired_difference_ci(top, other.mean(2))
+    assert found["rmse_top_minus"].item() == pytest.approx(expected.mean)
+    if prompts * seeds > 1:
+        assert found["rmse_top_minus_low"].item() == pytest.approx(expected.low, abs=0.35)
+        assert found["rmse_top_minus_low"].item() <= expected.mean <= found["rmse_top_minus_high"].item()
+
+
+def test_unpaired_pictures_are_left_out_of_a_difference():
+    table = pd.DataFrame({"k": 4, "arm": ["top", "top", "random"], "prompt": ["a", "b", "a"], "seed": 0})
+    assert paired(table.assign(rmse=[5.0, 100.0, 2.0]), ["k"], ["rmse"])["rmse_top_minus"].tolist() == [3.0]
+
+
+# What it says on models whose truth is known.
+
+
+@pytest.fixture(scope="module", params=["carrier", "detail"])
+def known(request, toy):
+    kind = {"carrier": planted.Carrier, "detail": planted.DetailOnly}[request.param]
+    return request.param, DiTLens(planted.pipeline(toy, kind), defaults=planted.CALL)
+
+
+def test_planted_models_get_the_truth(known):
+    name, lens = known
+    prompts = [scene.caption for scene in planted.SCENES[:3]]
+    rows = disruption(lens, prompts, k=16, draws=2, judge=scene_judge).summary.set_index("arm")
+    assert rows.loc["no-op", "rmse"] == 0
+    if name == "carrier":
+        assert rows.loc[["bottom", "random", "energy-matched"], "rmse_top_minus_low"].min() > 10
+        assert rows.loc[["bottom", "random", "energy-matched"], "fidelity_top_minus_high"].max() < 0
+        assert rows.loc["norm-kept", "rmse"] > 10
+    else:
+        assert rows.loc[["random", "energy-matched"], "rmse_top_minus_high"].max() < 0
+        assert rows.loc["norm-kept", "rmse"] < rows.loc["random", "rmse_low"]
+    assert rows.loc["attenuated", "rmse"] < rows.loc["top", "rmse"]
+
+
+# How it shows itself.
+
+
+def test_a_result_is_readable_and_escaped():
+    table = pd.DataFrame({"arm": ["<i>mine</i>", "none"], "n": [1200, 1], "rmse": [77.123, np.nan]})
+    summary = table.assign(rmse_low=[75.04, np.nan], rmse_high=[82.4, np.nan])
+    result = Result("disruption", table, summary, {}, notes=["k < 3 & more"])
+    assert "disruption: 2 measurements" in repr(result)
+    assert "77 (75 to 82)" in repr(result)
+    assert "1200" in repr(result)
+    assert "rmse_low" not in repr(result)
+    assert "nan" not in repr(result).lower().replace("none", "")
+    page = result._repr_html_()
+    assert "k &lt; 3 &amp; more" in page
+    assert "&lt;i&gt;mine" in page
+    assert "<i>" not in page
+    assert "77 (75 to 82)" in page
+    long = Result("disruption", table, pd.concat([summary] * 100), {})
+    assert len(repr(long).splitlines()) < 50
