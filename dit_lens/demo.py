@@ -135,19 +135,31 @@ def _disruption(result: Result, k: int, seed: int) -> Section:
 
 
 def _organisation(result: Result, depth: int) -> Section:
-    top = result.summary[result.summary["arm"] == "top"].set_index("block")
-    best = int(top["iou"].idxmax())
-    others = result.summary[result.summary["block"] == best].set_index("arm")["iou"]
+    summary = result.summary
+    top = summary[summary["arm"] == "top"].set_index("block")
+    best, step = int(top["iou"].idxmax()), int(top["step"].iloc[0])
+    table = summary[summary["block"] == best].set_index("arm")
+    others = table["iou"]
     sentence = (
         f"Two clusters of the tokens, made from the top channels alone, overlap with the subject best in block {best}: "
-        f"IoU {top.loc[best, 'iou']:.2f}, against {others['random']:.2f} for random channels, "
-        f"{others['bottom']:.2f} for bottom channels and {top.loc[best, 'chance']:.2f} for equally large random masks."
+        f"IoU {others['top']:.2f}, against {others['random']:.2f} for random channels, {others['bottom']:.2f} for "
+        f"bottom channels and {others['all']:.2f} for all; {others['component']:.2f} for the first principal component "
+        f"of all, {others['centre']:.2f} for a disc in the centre, {table.loc['top', 'others']:.2f} for the same "
+        f"masks on the other prompts' pictures and {table.loc['top', 'chance']:.2f} for equally large random masks. "
+        "The block is the best of several, so its IoU flatters."
     )
     first = next(key.removesuffix("/truth") for key in result.masks if key.endswith("/truth"))
-    masks = {f"block {block}": result.masks[f"{first}/{block}/top"] for block in range(depth)}
-    overlays = plots.overlay_grid(result.pictures[first], masks, truth=result.masks[f"{first}/truth"])
+    picture, truth = result.pictures[first], result.masks[f"{first}/truth"]
+    blocks = {f"block {block}": result.masks[f"{first}/{step}/{block}/top"] for block in range(depth)}
+    arms = {arm: result.masks[f"{first}/{step}/{best}/{arm}"] for arm in table.index}
+    overlays = (
+        plots.overlay_grid(picture, blocks, truth=truth, title="Clusters of the top channels"),
+        plots.overlay_grid(picture, arms, truth=truth, title=f"Block {best}: other channels, baselines and nulls"),
+    )
     code = "result = studies.organisation(lens, prompts)\nresult.figure()"
-    return Section("2. Are they organised in space?", sentence, (overlays, result.figure()), result.summary, code)
+    columns = ["arm", "n", "iou", "low", "high", "chance", "others", "p", "size", "degenerate"]
+    shown = table.reset_index()[columns]
+    return Section("2. Are they organised in space?", sentence, (*overlays, result.figure()), shown, code)
 
 
 def _transfer(result: Result) -> Section:

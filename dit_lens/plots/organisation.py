@@ -1,17 +1,33 @@
-"""The figure of claim 2: how well the clusters of each arm find the subject, block by block."""
+"""The figure of claim 2: how well the clusters of each arm find the subject, block by block, and what else does."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
-from dit_lens.plots.tables import checked, n_of
-from dit_lens.plots.theme import CI, INK, Look, faded, looks, titled
+from dit_lens.plots.tables import checked, floats, n_of
+from dit_lens.plots.theme import ARMS, CI, INK, Look, faded, looks, titled
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# What top is compared with besides other channels; nulls, which know nothing of the block, are dashed.
+BESIDES = {
+    "attention": Look("attention to the word", "#0072B2", "square"),
+    "norm": Look("norm of the token", "#009E73", "diamond"),
+    "component": Look("first principal component", "#CC79A7", "triangle-up"),
+    "centre": Look("centred disc", "#8A8A8A", "cross"),
+    "noisy latent": Look("noisy latent", "#A6761D", "pentagon"),
+    "x0": Look("predicted x0", "#7570B3", "hexagram"),
+}
+NULLS = ("centre", "noisy latent", "x0")
+# Pixels: the height of a panel, and the room below it for ticks, title and legend (or scale).
+PANEL, BELOW = 270, {"channels": 112, "besides": 150, "map": 95}
+OTHERS = Look("top-k, subjects of other prompts", ARMS["top"].colour, "circle")
 
 
 def organisation_figure(summary: pd.DataFrame) -> go.Figure:
@@ -28,62 +44,162 @@ def organisation_figure(summary: pd.DataFrame) -> go.Figure:
     ['top-k (massive), 95 % CI', 'top-k (massive)', 'chance: random masks of equal size']
 
     summary: columns block, arm, n, iou, low, high, chance (all IoU, 0 to 1), degenerate (the share of masks of which a
-    cluster holds under 1 % of the tokens). A hollow marker says that half of its masks or more are degenerate. Chance
-    is dotted: one line where all arms share it, else one per arm in its colour.
+    cluster holds under 1 % of the tokens); optionally step and others. Arms of channels are in the first panel; where
+    there are baselines and nulls, a second one sets them against top. Of several steps the last is drawn, and a map
+    shows how far top is above chance at every step. A hollow marker says that half of the masks or more are degenerate.
+    Chance is dotted: one line where all arms of a panel share it, else one per arm in its colour.
     """
     table = checked(summary, ("block", "arm", "n", "iou", "low", "high", "chance", "degenerate"))
-    shared = bool(table.groupby("block", sort=False)["chance"].agg(np.ptp).max() < 1e-9)
-    figure = go.Figure()
-    drawn = looks(table["arm"])
+    steps = sorted(table["step"].unique()) if "step" in table else []
+    last = table[table["step"] == steps[-1]] if steps else table
+    names = list(BESIDES)
+    channels, besides = last[~last["arm"].isin(names)], last[last["arm"].isin([*names, "top"])]
+    panels = {"channels": (channels, looks(channels["arm"]))}
+    if besides["arm"].isin(names).any():
+        drawn = {arm: look for arm, look in {"top": ARMS["top"], **BESIDES}.items() if arm in set(besides["arm"])}
+        panels["besides"] = (besides, drawn)
+    hollow = "; hollow: half of the masks or more are degenerate" if (last["degenerate"] >= 0.5).any() else ""
+    when = f"step {steps[-1]:g}; " if len(steps) > 1 else ""
+    small = f"{when}{n_of(last)}; shaded: {CI}{hollow}"
+    kinds = [*panels, *(["map"] if len(steps) > 1 else [])]
+    figure = make_subplots(len(kinds), 1) if len(kinds) > 1 else go.Figure()
+    titled(figure, "Do the channels find the subject?", small, height=420)
+    _stack(figure, kinds)
+    for number, (rows, looked) in enumerate(panels.values(), start=1):
+        _panel(figure, rows, looked, number if len(kinds) > 1 else None)
+    if len(steps) > 1:
+        _over_steps(figure, table, steps, len(kinds))
+    return figure
+
+
+def _stack(figure: go.Figure, kinds: list[str]) -> None:
+    """Panels below each other, each with the room its legend needs; a figure of one panel is left as it is."""
+    if len(kinds) == 1:
+        return
+    inner = sum(PANEL + BELOW[kind] for kind in kinds) - BELOW[kinds[-1]]
+    figure.update_layout(height=inner + BELOW[kinds[-1]] + 64, margin={"t": 64, "b": BELOW[kinds[-1]]})
+    top = 1.0
+    for row, kind in enumerate(kinds, start=1):
+        bottom = max(0.0, top - PANEL / inner)
+        figure.update_yaxes(domain=[bottom, top], row=row, col=1)
+        # Two lines of ticks and title come before the legend.
+        legend = {"yref": "paper", "y": bottom - 46 / inner, "yanchor": "top", "itemsizing": "trace", "x": 0}
+        figure.update_layout({"legend" if row == 1 else f"legend{row}": {**legend, "orientation": "h"}})
+        top = bottom - BELOW[kind] / inner
+
+
+def _panel(figure: go.Figure, table: pd.DataFrame, drawn: Mapping[str, Look], row: int | None) -> None:
+    """Lines over blocks with their intervals, and what chance would reach."""
+    cell = {} if row is None else {"row": row, "col": 1}
+    group: dict[str, Any] = {} if row is None else {"legend": "legend" if row == 1 else f"legend{row}"}
     for arm, look in drawn.items():
         rows = table[table["arm"] == arm].sort_values("block")
-        if rows[["low", "high"]].notna().any(axis=None):
-            figure.add_scatter(**_band(rows, arm, look))
+        if rows[["low", "high"]].notna().any(axis=None) and (arm == "top" or arm not in BESIDES):
+            figure.add_scatter(**_band(rows, arm, look), **group, **cell)
     for arm, look in drawn.items():
         rows = table[table["arm"] == arm].sort_values("block")
-        hollow = (rows["degenerate"] >= 0.5).to_numpy()
-        figure.add_scatter(
-            x=rows["block"].to_numpy(),
-            y=rows["iou"].to_numpy(),
-            customdata=rows[["low", "high", "n", "chance", "degenerate"]].to_numpy(float),
-            name=look.name,
-            legendgroup=arm,
-            mode="lines+markers",
-            line={"color": look.colour, "width": 2},
-            marker={
-                "symbol": [f"{look.symbol}-open" if empty else look.symbol for empty in hollow],
-                "size": 7,
-                "color": look.colour,
-            },
-            hovertemplate=f"{look.name}, block %{{x}}, n = %{{customdata[2]:.0f}}"
-            "<br>mean IoU %{y:.3f} (%{customdata[0]:.3f} to %{customdata[1]:.3f}), chance %{customdata[3]:.3f}"
-            "<br>degenerate masks: %{customdata[4]:.0%}<extra></extra>",
-        )
-    for arm, look in list(drawn.items())[: 1 if shared else None]:
-        rows = table[table["arm"] == arm].sort_values("block")
-        figure.add_scatter(
-            x=rows["block"].to_numpy(),
-            y=rows["chance"].to_numpy(),
-            name="chance: random masks of equal size" if shared else f"{look.name}, chance",
-            legendgroup="chance" if shared else arm,
-            showlegend=shared,
-            mode="lines",
-            line={"color": INK if shared else look.colour, "width": 1.5, "dash": "dot"},
-            hovertemplate="chance %{y:.3f}<extra></extra>",
-        )
-    if not shared:
-        figure.add_scatter(
-            x=[None],
-            y=[None],
-            name="chance of equal-sized masks",
-            mode="lines",
-            line={"color": INK, "width": 1.5, "dash": "dot"},
-        )
+        figure.add_scatter(**_line(rows, arm, look), **group, **cell)
+    for trace in _references(table, drawn):
+        figure.add_scatter(**trace, **group, **cell)
     blocks = table["block"].unique()
-    figure.update_xaxes(title="block", **({"dtick": 1} if len(blocks) <= 32 and _whole(blocks) else {}))
-    figure.update_yaxes(title="mean IoU with the subject (0 to 1)", range=[0, 1])
-    hollow = "; hollow: half of the masks or more are degenerate" if (table["degenerate"] >= 0.5).any() else ""
-    return titled(figure, "Do the channels find the subject?", f"{n_of(table)}; shaded: {CI}{hollow}", height=420)
+    figure.update_xaxes(title="block", **({"dtick": 1} if len(blocks) <= 32 and _whole(blocks) else {}), **cell)
+    unit = "mean IoU with the subject (0 to 1)" if row is None else "mean IoU with the subject"
+    figure.update_yaxes(title=unit, range=[0, 1], **cell)
+
+
+def _line(rows: pd.DataFrame, arm: str, look: Look) -> dict[str, Any]:
+    hollow = (rows["degenerate"] >= 0.5).to_numpy()
+    facts = [floats(rows, name) for name in ("low", "high", "n", "chance", "degenerate", "others")]
+    return {
+        "x": rows["block"].to_numpy(),
+        "y": rows["iou"].to_numpy(),
+        "customdata": np.stack(facts, 1),
+        "name": look.name,
+        "legendgroup": arm,
+        "mode": "lines+markers",
+        "line": {"color": look.colour, "width": 2, "dash": "dash" if arm in NULLS else "solid"},
+        "marker": {
+            "symbol": [f"{look.symbol}-open" if empty else look.symbol for empty in hollow],
+            "size": 7,
+            "color": look.colour,
+        },
+        "hovertemplate": f"{look.name}, block %{{x}}, n = %{{customdata[2]:.0f}}"
+        "<br>mean IoU %{y:.3f} (%{customdata[0]:.3f} to %{customdata[1]:.3f}), chance %{customdata[3]:.3f}"
+        "<br>with the subjects of other prompts: %{customdata[5]:.3f}"
+        "<br>degenerate masks: %{customdata[4]:.0%}<extra></extra>",
+    }
+
+
+def _references(table: pd.DataFrame, drawn: Mapping[str, Look]) -> list[dict[str, Any]]:
+    """Dotted lines: chance, shared or per arm; and, beside baselines, top against the other prompts' subjects."""
+    shared = bool(table.groupby("block", sort=False)["chance"].agg(np.ptp).max() < 1e-9)
+    beside = any(arm in BESIDES for arm in drawn)
+    arms = list(drawn.items())[: 1 if shared or beside else None]
+    traces = []
+    for arm, look in arms:
+        rows = table[table["arm"] == arm].sort_values("block")
+        one = shared or beside
+        traces.append(
+            {
+                "x": rows["block"].to_numpy(),
+                "y": rows["chance"].to_numpy(),
+                "name": "chance: random masks of equal size" if one else f"{look.name}, chance",
+                "legendgroup": "chance" if one else arm,
+                "showlegend": one,
+                "mode": "lines",
+                "line": {"color": INK if one else look.colour, "width": 1.5, "dash": "dot"},
+                "hovertemplate": "chance %{y:.3f}<extra></extra>",
+            }
+        )
+    if len(arms) > 1:
+        line = {"color": INK, "width": 1.5, "dash": "dot"}
+        traces.append({"x": [None], "y": [None], "name": "chance of equal-sized masks", "mode": "lines", "line": line})
+    top = table[table["arm"] == "top"].sort_values("block")
+    if beside and np.isfinite(floats(top, "others")).any():
+        traces.append(
+            {
+                "x": top["block"].to_numpy(),
+                "y": floats(top, "others"),
+                "name": OTHERS.name,
+                "mode": "lines+markers",
+                "line": {"color": OTHERS.colour, "width": 1.5, "dash": "dot"},
+                "marker": {"symbol": f"{OTHERS.symbol}-open", "size": 6},
+                "hovertemplate": f"{OTHERS.name}: %{{y:.3f}}<extra></extra>",
+            }
+        )
+    return traces
+
+
+def _over_steps(figure: go.Figure, table: pd.DataFrame, steps: list[Any], row: int) -> None:
+    """A map over steps and blocks of how far top lies above chance."""
+    top = table[table["arm"] == "top"].assign(above=lambda rows: rows["iou"] - rows["chance"])
+    grid = top.pivot_table(index="step", columns="block", values="above")
+    reach = max(0.01, float(np.nanmax(np.abs(grid.to_numpy()))))
+    figure.add_heatmap(
+        x=grid.columns.to_numpy(),
+        y=[f"{step:g}" for step in grid.index],
+        z=grid.to_numpy(),
+        zmin=-reach,
+        zmax=reach,
+        colorscale=[[0, ARMS["bottom"].colour], [0.5, "#F4F4F4"], [1, ARMS["top"].colour]],
+        colorbar={
+            "title": {"text": "top-k: mean IoU above chance", "side": "top"},
+            "orientation": "h",
+            "yref": "container",
+            "y": 0,
+            "yanchor": "bottom",
+            "x": 0.5,
+            "len": 0.6,
+            "thickness": 10,
+        },
+        hovertemplate="block %{x}, step %{y}: %{z:.3f} above chance<extra></extra>",
+        row=row,
+        col=1,
+    )
+    figure.update_xaxes(title="block", **({"dtick": 1} if len(grid.columns) <= 32 else {}), row=row, col=1)
+    every = -(-len(steps) // 12)
+    ticks = [f"{step:g}" for step in steps[::every]]
+    figure.update_yaxes(title="step", type="category", tickvals=ticks, autorange="reversed", row=row, col=1)
 
 
 def _band(rows: pd.DataFrame, arm: str, look: Look) -> dict[str, Any]:
@@ -105,7 +221,8 @@ def _band(rows: pd.DataFrame, arm: str, look: Look) -> dict[str, Any]:
         "mode": "lines",
         "line": {"width": 0},
         "fill": "toself",
-        "fillcolor": faded(look.colour, 0.18),
+        # Controls overlap: theirs are paler, so that the one in question stays readable.
+        "fillcolor": faded(look.colour, 0.18 if arm == "top" else 0.08),
         "hoverinfo": "skip",
     }
 
