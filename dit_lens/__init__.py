@@ -53,6 +53,7 @@ _MODULES = (
     "clusters",
     "errors",
     "families",
+    "inversion",
     "metrics",
     "ops",
     "plots",
@@ -89,6 +90,7 @@ __all__ = [
     "encode_prompts",
     "errors",
     "families",
+    "inversion",
     "metrics",
     "ops",
     "plots",
@@ -102,7 +104,20 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from dit_lens import channels, clusters, errors, families, metrics, ops, plots, prompts, protocols, studies, toys
+    from dit_lens import (
+        channels,
+        clusters,
+        errors,
+        families,
+        inversion,
+        metrics,
+        ops,
+        plots,
+        prompts,
+        protocols,
+        studies,
+        toys,
+    )
     from dit_lens.channels import ChannelSet
     from dit_lens.comparison import compare
     from dit_lens.encode import encode_prompts

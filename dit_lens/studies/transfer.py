@@ -83,11 +83,12 @@ def transfer(
       from embeddings between the two prompts' (everywhere only; left out where a pipeline takes no embeddings).
 
     pairs: (source prompt, target prompt). k: one or several sizes, up to the width; those above half of it have no
-    controls. strengths: in (0, 1]. channels_from: whose top channels are moved; "union" moves both. mask_from: whose
-    subject is the mask: K-means of the row's own values of the moved channels (of the smallest k) at ``mask_block``, by
-    default two thirds down, at the last step; "both" is the union; or a drawing, bool [H, W] of any size; None leaves
-    masked arms out. branch: "cond" (default) or "both". batch_size: pairs that run together. out: a folder for finished
-    cells, from which the same call goes on.
+    controls. strengths: in (0, 1], at every site: after n blocks a residual stream keeps (1 - strength)^n of what the
+    target had there, so that half the strength at all blocks is nearly all of it. channels_from: whose top channels are
+    moved; "union" moves both. mask_from: whose subject is the mask: K-means of the row's own values of the moved
+    channels (of the smallest k) at ``mask_block``, by default two thirds down, at the last step; "both" is the union;
+    or a drawing, bool [H, W] of any size; None leaves masked arms out. branch: "cond" (default) or "both". batch_size:
+    pairs that run together. out: a folder for finished cells, from which the same call goes on.
 
     The table has, per picture, rmse (0 to 255) to the untouched source and target, the change inside and outside the
     mask (the source's, where there is none), and what the judge says of it as a picture of either prompt.

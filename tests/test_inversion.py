@@ -1,0 +1,173 @@
+"""A picture's way through a run: its latents, the noised reference, and the flow run backwards."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dit_lens import DiTLens, Read, Swap, studies
+from dit_lens.decode import decode
+from dit_lens.errors import FamilyError, OpError
+from dit_lens.inversion import invert, latents_of, noised_reference
+from dit_lens.metrics import rmse
+from dit_lens.studies.common import scene_judge
+from dit_lens.toys import flux, flux2, qwen_image, sana
+from dit_lens.toys.scenes import Scene, draw
+from tests import pipelines, planted
+
+CAPTION = "a big red circle left on a plain blue background"
+CALLS = {flux: flux.CALL, flux2: flux2.CALL, qwen_image: qwen_image.CALL, sana: sana.CALL}
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return draw(Scene.parse(CAPTION), 0).image
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return DiTLens(pipelines.flux(), defaults=dict(pipelines.TRUE_CFG))
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    """A picture of noise, of the tiny pipeline's size."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
+
+
+def packed_by_hand(kind, pipe, latents):
+    """The toys' own latents as tokens [b, n, d], packed as their pipelines do."""
+    if kind is flux:
+        return flux.pack(pipe, latents)
+    if kind is qwen_image:
+        return pipe._pack_latents(latents, *latents.shape)
+    return latents.flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("kind", CALLS, ids=lambda kind: kind.__name__.split(".")[-1])
+def test_latents_are_what_each_model_was_trained_on(kind, picture):
+    lens = DiTLens(kind.build(), defaults=CALLS[kind])
+    pixels = torch.tensor(np.asarray(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    if kind is flux2:
+        lens.pipe.vae.bn.running_mean.normal_()
+        lens.pipe.vae.bn.running_var.uniform_(1, 4)
+    with torch.no_grad():
+        expected = packed_by_hand(kind, lens.pipe, kind.to_latents(lens.pipe, pixels))
+    found, grid = latents_of(lens, [picture], [CAPTION], {})
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert grid[0] * grid[1] == found.shape[1]
+
+
+def test_latents_are_drawn_as_the_picture(toy, picture):
+    latents, grid = latents_of(toy, [picture], [CAPTION], {})
+    assert rmse(decode(toy.pipe, latents, grid)[0], picture) < 10
+
+
+def test_the_noised_reference_is_a_straight_line_from_the_noise_of_the_seed(tiny, noisy):
+    clean, grid = latents_of(tiny, [noisy], ["red"], {})
+    way = noised_reference(tiny, [noisy], seed=3, prompts="red")
+    plain = tiny.run("red", Read(["x0", "velocity"]), seed=3)
+    run = tiny.run("red", [Swap("velocity", source=way, branch="both"), Read(["x0", "velocity"])], seed=3)
+    levels = torch.tensor(run.sigmas)[:, None, None, None]
+    latents = run["x0"] + levels * run["velocity"]  # [s, b, n, d]: what enters the transformer
+    noise = plain["x0"][0] + levels[0] * plain["velocity"][0]
+    assert torch.allclose(latents, (1 - levels) * clean + levels * noise, atol=1e-4)
+    assert rmse(run.images[0], decode(tiny.pipe, clean, grid)[0]) < 0.5
+
+
+def test_inversion_says_how_well_it_goes_back(tiny, noisy):
+    found = invert(tiny, [noisy, noisy], "red")
+    clean, grid = latents_of(tiny, [noisy], ["red"], {})
+    again = tiny.run("red", latents=found.noise[:1], true_cfg_scale=1.0, output_type="latent", seed=0).latents
+    error = float((again - clean).square().mean().sqrt() / clean.square().mean().sqrt())
+    assert found.latent_error[0] == pytest.approx(error, rel=1e-3)
+    assert error > 1e-4
+    drawn = rmse(decode(tiny.pipe, again, grid)[0], decode(tiny.pipe, clean, grid)[0])
+    assert found.picture_error[1] == pytest.approx(drawn, abs=0.5)
+
+
+def test_inversion_is_euler_from_clean_to_noise(tiny, noisy):
+    """Each step, done by hand with the velocity it took; the way then leads back to the picture exactly."""
+    found = invert(tiny, [noisy], "red")
+    clean, grid = latents_of(tiny, [noisy], ["red"], {})
+    run = tiny.run("red", Swap("velocity", source=found.velocity, branch="both"), seed=0, latents=found.noise)
+    levels = [*run.sigmas, 0.0]
+    latents = clean
+    for step in reversed(range(pipelines.STEPS)):
+        latents = latents + (levels[step] - levels[step + 1]) * found.velocity[step]
+    assert torch.allclose(latents, found.noise, atol=1e-4)
+    assert rmse(run.images[0], decode(tiny.pipe, clean, grid)[0]) < 0.5
+
+
+def test_finer_steps_go_back_better(toy, picture):
+    coarse, fine = (invert(toy, [picture], CAPTION, num_inference_steps=n).latent_error[0] for n in (4, 16))
+    assert fine < 0.8 * coarse
+
+
+def test_the_scheduler_comes_back(tiny, noisy, monkeypatch):
+    before = tiny.pipe.scheduler
+    invert(tiny, [noisy], "red")
+    assert tiny.pipe.scheduler is before
+    monkeypatch.setattr(type(tiny), "run", None)
+    with pytest.raises(TypeError):
+        invert(tiny, [noisy], "red")
+    assert tiny.pipe.scheduler is before
+
+
+def test_what_cannot_be_done_is_refused_before_anything_runs(tiny, noisy, picture, monkeypatch):
+    klein, linear = (DiTLens(kind.build(), defaults=CALLS[kind]) for kind in (flux2, sana))
+    monkeypatch.setattr(DiTLens, "run", None)
+    with pytest.raises(FamilyError, match="does not pass latents= to its transformer as they are"):
+        invert(klein, [picture], CAPTION)
+    with pytest.raises(FamilyError, match="samples with DPMSolverMultistepScheduler"):
+        invert(linear, [picture], CAPTION)
+    with pytest.raises(OpError, match=r"64 x 64 pixels, and the run draws 48 x 32"):
+        noised_reference(tiny, [picture], seed=0)
+    with pytest.raises(OpError, match="Give at least one, and all of one size"):
+        invert(tiny, [noisy, picture])
+    linear.pipe.scheduler.register_to_config(prediction_type="epsilon", use_flow_sigmas=False)
+    with pytest.raises(OpError, match="known for flow matching only"):
+        noised_reference(linear, [picture], seed=0, prompts=CAPTION)
+    pair = (noisy, "red")
+    for choice, words in (
+        ({"how": "invert"}, "'invert' does not exist. Nearest: 'inverted'"),
+        ({"how": "inverted", "seeds": [0, 1]}, "seeds change nothing"),
+        ({"k": 17}, "no control of equal size"),
+    ):
+        with pytest.raises(OpError, match=words):
+            studies.transfer_image(tiny, [pair], **{"k": 3, **choice})
+    with pytest.raises(OpError, match="no pairs"):
+        studies.transfer_image(tiny, [])
+
+
+def test_a_picture_is_a_source_of_a_carrier_and_not_of_a_detail(toy):
+    scenes = planted.SCENES[:2]
+    source, target = (scene.caption for scene in scenes)
+    pair = (draw(scenes[0], 0).image, target)
+    choices = {"captions": [source], "k": 16, "strengths": [1.0], "draws": 1, "mask_from": None, "judge": scene_judge}
+    moved = {}
+    for kind in (planted.Carrier, planted.DetailOnly):
+        lens = DiTLens(planted.pipeline(toy, kind), defaults=planted.CALL)
+        result = studies.transfer_image(lens, [pair], **choices)
+        moved[kind] = result.summary.set_index("arm").loc["top"]
+        assert rmse(result.pictures["0/0/source"], pair[0]) < 10
+    assert moved[planted.Carrier]["says_source"] == 1
+    assert moved[planted.Carrier]["to_source"] < 0.1 * moved[planted.Carrier]["to_target"]
+    assert moved[planted.DetailOnly]["says_target"] == 1
+    assert moved[planted.DetailOnly]["to_target"] < 0.1 * moved[planted.DetailOnly]["to_source"]
+
+
+def test_the_study_of_an_inverted_picture_goes_on_and_loads(tiny, noisy, tmp_path, monkeypatch):
+    choices = {"how": "inverted", "k": 3, "strengths": [1.0], "draws": 1, "mask_from": None, "num_inference_steps": 2}
+    pairs = [(noisy, "red"), (noisy, "blue")]
+    first = studies.transfer_image(tiny, pairs, **choices, batch_size=1, out=tmp_path / "out")
+    assert "run forward again" in first.notes[-2]
+    reconstructed = first.table[first.table["arm"] == "reconstruction"]
+    assert (reconstructed["latent_error"] > 0).all()
+    assert len(reconstructed) == 2
+    assert "reconstruction" not in set(first.summary["arm"])
+    monkeypatch.setattr(DiTLens, "run", None)
+    again = studies.transfer_image(tiny, pairs, **choices, batch_size=1, out=tmp_path / "out")
+    assert again.notes == first.notes
+    assert studies.Result.load(tmp_path / "out").notes == first.notes
+    assert "a picture" in first.figure().layout.title.text
