@@ -7,6 +7,7 @@ reproduction (min-max per channel, K = 2, the hotter cluster in front), each of 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import warnings
@@ -241,11 +242,7 @@ def chance_iou(truth: Any, size: int, *, oracle: bool = False) -> float:
     total, true = mask.size, int(mask.sum())
     if not 0 <= size <= total:
         raise OpError(f"A random mask of {size} pixels was asked, and the truth has {total}. Choose from 0 to {total}.")
-    overlap = _likely(total, true, size)
-    score = _overlap_iou(overlap, true, size)
-    if oracle:
-        score = np.maximum(score, _overlap_iou(true - overlap, true, total - size))
-    return float(hypergeom.pmf(overlap, total, true, size) @ score)
+    return _expected_iou(total, true, size, oracle)
 
 
 def permutation_p(scores: Any, *, seed: int = 0, n: int = 5000) -> float:
@@ -268,6 +265,15 @@ def permutation_p(scores: Any, *, seed: int = 0, n: int = 5000) -> float:
         orders = np.concatenate([np.arange(p)[None], drawn])
     means = table[np.arange(p), orders].mean(1)
     return float((means >= means[0] - 1e-12).mean())
+
+
+@functools.lru_cache(maxsize=4096)  # masks of one size are many: baselines are as large as the mask they stand beside
+def _expected_iou(total: int, true: int, size: int, oracle: bool) -> float:
+    overlap = _likely(total, true, size)
+    score = _overlap_iou(overlap, true, size)
+    if oracle:
+        score = np.maximum(score, _overlap_iou(true - overlap, true, total - size))
+    return float(hypergeom.pmf(overlap, total, true, size) @ score)
 
 
 def _likely(total: int, true: int, size: int) -> np.ndarray:

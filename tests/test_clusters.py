@@ -10,11 +10,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import hypergeom, permutation_test
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, jaccard_score
 from sklearn.preprocessing import MinMaxScaler
 
-from dit_lens.clusters import chance_iou, cluster, foreground, iou, normalise, segment, to_grid, upsample
+from dit_lens.clusters import (
+    chance_iou,
+    cluster,
+    foreground,
+    iou,
+    ious,
+    normalise,
+    permutation_p,
+    segment,
+    to_grid,
+    upsample,
+)
 from dit_lens.errors import OpError
 
 seeds = st.integers(0, 10**6)
@@ -160,6 +172,64 @@ def test_chance_equals_the_mean_over_all_masks(mask, data):
     assert chance_iou(truth, size) == pytest.approx(np.mean(scores))
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=8), st.data())
+def test_chance_of_an_oracle_is_that_of_the_better_half(mask, data):
+    truth = np.array(mask)
+    size = data.draw(st.integers(0, len(truth)))
+    scores = []
+    for chosen in itertools.combinations(range(len(truth)), size):
+        other = np.zeros(len(truth), dtype=bool)
+        other[list(chosen)] = True
+        scores.append(max(iou(truth, other), iou(truth, ~other)))
+    assert chance_iou(truth, size, oracle=True) == pytest.approx(np.mean(scores))
+    assert chance_iou(truth, size, oracle=True) >= chance_iou(truth, size) - 1e-12
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 20_000), st.data())
+def test_chance_leaves_out_no_overlap_that_counts(total, data):
+    true, size = data.draw(st.integers(0, total)), data.draw(st.integers(0, total))
+    if true + size == 0:
+        return
+    overlap = np.arange(min(true, size) + 1)
+    expected = hypergeom.pmf(overlap, total, true, size) @ (overlap / (true + size - overlap))
+    assert chance_iou(np.arange(total) < true, size) == pytest.approx(expected, abs=1e-12)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.tuples(*[st.integers(1, 6)] * 2), st.tuples(*[st.integers(1, 20)] * 2), seeds)
+def test_ious_are_those_of_every_pair(grid, size, seed):
+    rng = np.random.default_rng(seed)
+    found, truths = rng.random((4, *grid)) > 0.5, rng.random((3, *size)) > rng.random()
+    expected = [[iou(upsample(mask, size), truth) for truth in truths] for mask in found]
+    np.testing.assert_allclose(ious(found, truths), expected)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 5), seeds)
+def test_permutation_p_equals_scipy(p, seed):
+    scores = np.random.default_rng(seed).random((p, p))
+    if p == 1:
+        assert permutation_p(scores) == 1
+        return
+    found = permutation_test(
+        (np.arange(p), np.arange(p)),
+        lambda i, j: scores[np.asarray(i, int), np.asarray(j, int)].mean(),
+        permutation_type="pairings",
+        alternative="greater",
+        n_resamples=np.inf,
+    )
+    assert permutation_p(scores) == pytest.approx(found.pvalue)
+
+
+def test_permutation_p_is_small_for_own_subjects_alone():
+    assert permutation_p(np.eye(9), n=999) == pytest.approx(1 / 1000, abs=1e-3)
+    assert permutation_p(np.ones((9, 9))) == 1
+    apart = np.random.default_rng(0).random((50, 9, 9))
+    assert np.mean([permutation_p(one, n=400) for one in apart]) == pytest.approx(0.5, abs=0.1)
+
+
 def test_chance_on_a_picture():
     truth = np.zeros((1024, 1024), dtype=bool)
     truth[:512] = True
@@ -188,6 +258,8 @@ def test_chance_on_a_picture():
             r"a must be a bool mask, and has dtype float64\. Compare it first: a > 0",
         ),
         (lambda: iou(np.ones(2, bool), np.ones(3, bool)), r"shapes \(2,\) and \(3,\)\. .*upsample\(mask, size\)"),
+        (lambda: ious(np.ones((2, 2), bool), np.ones((1, 4, 4), bool)), r"Masks \[m, h, w\] and truths \[t, H, W\]"),
+        (lambda: permutation_p(np.ones((2, 3))), r"Scores are \[p, p\].* got \[2, 3\]"),
         (lambda: chance_iou(np.ones(3, bool), 4), r"of 4 pixels was asked, and the truth has 3"),
     ],
 )
