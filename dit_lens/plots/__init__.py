@@ -17,6 +17,7 @@ from dit_lens.plots.organisation import organisation_figure
 from dit_lens.plots.overlays import cluster_overlay, overlay_grid, sheet, strip
 from dit_lens.plots.patching import patching_figure
 from dit_lens.plots.stability import stability_figure
+from dit_lens.plots.sweep import sweep_figure
 from dit_lens.plots.theme import ARMS, TEMPLATE, looks
 from dit_lens.plots.transfer import transfer_figure, transfer_image_figure, transfer_strips
 
@@ -37,6 +38,7 @@ __all__ = [
     "sheet",
     "stability_figure",
     "strip",
+    "sweep_figure",
     "transfer_figure",
     "transfer_image_figure",
     "transfer_strips",

@@ -7,10 +7,21 @@ from dit_lens.studies.organisation import organisation
 from dit_lens.studies.patching import patching
 from dit_lens.studies.result import Result
 from dit_lens.studies.stability import stability
+from dit_lens.studies.sweep import sweep
 from dit_lens.studies.transfer import transfer
 from dit_lens.studies.transfer_image import transfer_image
 
-STUDIES = ("births", "carrier_or_detail", "disruption", "organisation", "patching", "stability", "transfer", "transfer_image")
+STUDIES = (
+    "births",
+    "carrier_or_detail",
+    "disruption",
+    "organisation",
+    "patching",
+    "stability",
+    "sweep",
+    "transfer",
+    "transfer_image",
+)
 
 __all__ = [
     "STUDIES",
@@ -21,6 +32,7 @@ __all__ = [
     "organisation",
     "patching",
     "stability",
+    "sweep",
     "transfer",
     "transfer_image",
 ]

@@ -10,7 +10,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -36,6 +36,9 @@ FORMAT = 1
 
 # The bar that studies inside `one_bar` advance instead of showing their own.
 _BAR: ContextVar[tqdm | None] = ContextVar("bar", default=None)
+
+# Whether a study is only to check its arguments, which it does before its first cell.
+_REHEARSING: ContextVar[bool] = ContextVar("rehearsing", default=False)
 
 # What decides a model's numbers; a study goes on with the same one, on any machine.
 IDENTITY = ("family", "pipeline", "transformer", "scheduler", "lora", "dtype", "quantization", "weights")
@@ -71,6 +74,8 @@ class Cells:
         self.folder = None if out is None else Path(out)
         self.finished: list[Cell] = []
         self._lens, self._total = lens, total
+        if _REHEARSING.get():
+            raise _RehearsedError
         if self.folder is not None:
             claim(self.folder, study, self.settings, lens)
 
@@ -107,6 +112,21 @@ class Cells:
     def result(self) -> Result:
         """The result of the cells so far."""
         return assembled(self.study, self.settings, self.finished)
+
+
+class _RehearsedError(Exception):
+    """A study's arguments are in order."""
+
+
+@contextmanager
+def rehearsal() -> Generator[None]:
+    """A study inside it checks its arguments, and ends before it draws."""
+    outer = _REHEARSING.set(True)
+    try:
+        with suppress(_RehearsedError):
+            yield
+    finally:
+        _REHEARSING.reset(outer)
 
 
 @contextmanager

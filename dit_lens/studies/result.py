@@ -41,11 +41,13 @@ class Result:
     masks: dict[str, np.ndarray] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def figure(self) -> go.Figure:
-        """The study's figure (plotly); it is returned, not shown."""
+    def figure(self, **options: Any) -> go.Figure:
+        """The study's figure (plotly); it is returned, not shown. options: of ``dit_lens.plots.{study}_figure``."""
         from dit_lens import plots
 
-        return getattr(plots, f"{self.study}_figure")(self.summary)
+        if self.study == "sweep":
+            options = {"over": list(self.settings["over"]), **options}
+        return getattr(plots, f"{self.study}_figure")(self.summary, **options)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Writes result.json, masks.safetensors and pictures/*.png into a new folder."""

@@ -1,0 +1,159 @@
+"""A study over a grid of its own arguments: block ranges, step ranges, streams, sizes, seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from dit_lens.errors import OpError, StudyInterrupted, nearest
+from dit_lens.ops import SigmaInterval
+from dit_lens.studies import cells
+from dit_lens.studies.result import Result
+
+if TYPE_CHECKING:
+    from dit_lens.lens import DiTLens
+
+Study = Callable[..., Result]
+
+
+def sweep(
+    study: str | Study,
+    lens: DiTLens,
+    prompts: Any,
+    *,
+    over: Mapping[str, Sequence[Any]],
+    out: str | Path | None = None,
+    **fixed: Any,
+) -> Result:
+    """Runs a study at every combination of values, and puts what it found in one table, one summary and one figure.
+
+    >>> from dit_lens import DiTLens
+    >>> result = sweep(
+    ...     "disruption",
+    ...     DiTLens.toy(),
+    ...     "a big red circle left on a plain blue background",
+    ...     over={"site": ["blocks[0:4].img", "blocks[4:8].img"], "k": [4]},
+    ...     draws=1,
+    ...     confounds=False,
+    ...     num_inference_steps=1,
+    ... )
+    >>> result.summary.loc[result.summary["arm"] == "top", ["site", "k"]].values.tolist()
+    [['blocks[0:4].img', 4], ['blocks[4:8].img', 4]]
+
+    study: its name or the function. prompts: as the study takes them. over: argument -> values; the last argument
+    changes fastest. fixed: the study's other arguments. out: a folder with one folder per combination, from which the
+    same call goes on.
+
+    The table and the summary are the study's own, with one column per swept argument in front (it replaces a column of
+    that name); intervals are of one combination each. ``figure()`` has lines over the first argument and a panel for
+    every combination of the others; ``figure(measure="fidelity")`` draws another column. Every combination is checked
+    before the first is drawn. Raises OpError for arguments that cannot be swept, and what the study raises.
+    """
+    name = study if isinstance(study, str) else getattr(study, "__name__", str(study))
+    run, points = _named(name), _points(over, fixed)
+    settings = cells.plain(
+        {
+            "study": name,
+            "prompts": prompts,
+            "over": {argument: [label(value) for value in values] for argument, values in over.items()},
+            "fixed": fixed,
+        }
+    )
+    for point in points:
+        with cells.rehearsal():
+            run(lens, prompts, **fixed, **point)
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        cells.claim(folder, "sweep", settings, lens)
+    parts: list[Result] = []
+    with cells.one_bar("sweep", len(points)):
+        for i, point in enumerate(points):
+            try:
+                parts.append(run(lens, prompts, **fixed, **point, out=folder and folder / "parts" / f"{i:06d}"))
+            except StudyInterrupted as stop:
+                found = [*parts, *([stop.result] if stop.result else [])]
+                whole = assemble(settings, found) if found else None
+                raise StudyInterrupted("sweep", len(parts), len(points), folder, whole) from stop
+    return assemble(settings, parts)
+
+
+def assemble(settings: Mapping[str, Any], parts: Sequence[Result]) -> Result:
+    """The result of the combinations so far, from the result of each."""
+    over = settings["over"]
+    points = [dict(zip(over, values, strict=True)) for values in product(*over.values())][: len(parts)]
+    names = [", ".join(f"{argument}={value}" for argument, value in point.items()) for point in points]
+    named = list(zip(names, parts, strict=True))
+    return Result(
+        "sweep",
+        _joined([part.table for part in parts], points),
+        _joined([part.summary for part in parts], points),
+        dict(settings),
+        {f"{name}/{key}": picture for name, part in named for key, picture in part.pictures.items()},
+        {f"{name}/{key}": mask for name, part in named for key, mask in part.masks.items()},
+        _notes(parts, names),
+    )
+
+
+def label(value: Any) -> Any:
+    """A swept value as it stands in a column: numbers and words as they are, ranges in words.
+
+    >>> [label(value) for value in (4, (0.0, 0.5), slice(2, 5), ["blocks.0.img", "blocks.3.img"], None)]
+    [4, '0 to 0.5', '2:5', 'blocks.0.img, blocks.3.img', 'all']
+    """
+    if value is None:
+        return "all"
+    if isinstance(value, str | int | float):
+        return value
+    if isinstance(value, slice):
+        return ":".join("" if part is None else str(part) for part in (value.start, value.stop, value.step)[:2])
+    if isinstance(value, SigmaInterval):
+        return f"sigma {value.high:g} to {value.low:g}"
+    if isinstance(value, tuple) and any(isinstance(end, float) for end in value):
+        return " to ".join(f"{end:g}" for end in value)
+    if isinstance(value, Sequence):
+        return ", ".join(str(label(part)) for part in value)
+    return getattr(value, "__qualname__", str(value))
+
+
+def _named(name: str) -> Study:
+    from dit_lens import studies
+
+    known = [one for one in studies.STUDIES if one != "sweep"]
+    if name not in known:
+        raise OpError(f"There is no study {name!r} to sweep.{nearest(name, known)}")
+    return getattr(studies, name)
+
+
+def _points(over: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if not over:
+        raise OpError('over={} asks for nothing. Name an argument and its values, as in over={"k": [4, 8, 12]}.')
+    for argument, values in over.items():
+        if isinstance(values, str) or not isinstance(values, Sequence) or not len(values):
+            raise OpError(f"over={{{argument!r}: ...}} takes a list of values, at least one; got {values!r}.")
+        if argument in fixed or argument == "out":
+            raise OpError(f"{argument} cannot be swept and given at once. Leave it out of one of them.")
+        if len({str(label(value)) for value in values}) < len(values):
+            raise OpError(f"over={{{argument!r}: ...}} has a value twice: {list(values)!r}.")
+    return [dict(zip(over, values, strict=True)) for values in product(*over.values())]
+
+
+def _joined(tables: Sequence[pd.DataFrame], points: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The tables of all combinations under each other, with the swept arguments in front."""
+    marked = [
+        table.assign(**point)[[*point, *(name for name in table if name not in point)]]
+        for table, point in zip(tables, points, strict=True)
+    ]
+    return pd.concat(marked, ignore_index=True)
+
+
+def _notes(parts: Sequence[Result], names: Sequence[str]) -> list[str]:
+    """What every combination says once; the rest under its combination."""
+    shared = [note for note in parts[0].notes if all(note in part.notes for part in parts)]
+    own = [
+        f"{name}: {note}" for part, name in zip(parts, names, strict=True) for note in part.notes if note not in shared
+    ]
+    return [*shared, *own]
