@@ -248,19 +248,35 @@ def test_stored_activations_give_the_same_picture(tiny):
     assert rmse(lockstep.images[1], untouched.images[1]) > 0.5
 
 
-def test_masks_of_either_side_and_drawings(tiny):
+def test_masks_of_either_side_and_drawings(lenses):
     def masks(mask_from):
-        choices = {"k": 3, "draws": 1, "strengths": [1.0], "site": "blocks.4.img", "num_inference_steps": 1}
-        return studies.transfer(tiny, LETTERS[:1], mask_from=mask_from, **choices).masks["0/0"]
+        choices = {"k": K, "draws": 1, "strengths": [1.0], "site": "blocks.3.img", "num_inference_steps": 1}
+        return studies.transfer(lenses["Carrier"], PAIRS[:1], mask_from=mask_from, **choices).masks["0/0"]
 
     source, target, both = (masks(side) for side in ("source", "target", "both"))
+    assert (source & ~target).any()
+    assert (target & ~source).any()
     assert np.array_equal(both, source | target)
-    drawing = np.zeros((32, 48), bool)
-    drawing[:, :24] = True
-    half = masks(drawing)
-    assert half.shape == pipelines.GRID
-    assert half[:, :6].all()
-    assert not half[:, 6:].any()
+    drawing = np.zeros((64, 64), bool)
+    drawing[:, :32] = True
+    assert np.array_equal(masks(drawing), np.arange(16)[None].repeat(16, 0) < 8)
+
+
+def test_the_share_that_is_read_out_is_what_two_swaps_say(tiny):
+    """At the first step nothing has gone another way yet, so the velocities of plain runs can be compared."""
+    pair, site = LETTERS[0], "blocks.*.img"
+    massive = tiny.massive_channels(pair[0], k=3, seed=0)
+
+    def velocity(*swaps):
+        return tiny.run(pair, [*swaps, Read("velocity", steps=0)], seed=0)["velocity"][0, 1]
+
+    clean, moved = velocity(), velocity(Swap(site, source="row:0", rows=1, channels=massive, steps=0, branch="cond"))
+    last = massive["blocks.4.img"]
+    read = velocity(Swap("final.img", source="row:0", rows=1, channels=last, steps=0, branch="cond"))
+    by_hand = explained(moved - clean, read - clean)
+    result = studies.transfer(tiny, [pair], k=3, draws=1, strengths=[1.0], steps=0, mask_from=None)
+    assert rows(result).loc["top", "direct_share"] == pytest.approx(by_hand, abs=1e-3)
+    assert 0.01 < by_hand < 0.999
 
 
 def test_a_curve_over_k_up_to_the_width(tiny):
