@@ -1,5 +1,7 @@
 """A picture's way through a run: its latents, the noised reference, and the flow run backwards."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -133,6 +135,7 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(tiny, noisy, pictur
         ({"how": "invert"}, "'invert' does not exist. Nearest: 'inverted'"),
         ({"how": "inverted", "seeds": [0, 1]}, "seeds change nothing"),
         ({"k": 17}, "no control of equal size"),
+        ({"captions": ["red", "blue"]}, "lists 2 texts for 1 pictures"),
     ):
         with pytest.raises(OpError, match=words):
             studies.transfer_image(tiny, [pair], **{"k": 3, **choice})
@@ -166,6 +169,8 @@ def test_the_study_of_an_inverted_picture_goes_on_and_loads(tiny, noisy, tmp_pat
     assert (reconstructed["latent_error"] > 0).all()
     assert len(reconstructed) == 2
     assert "reconstruction" not in set(first.summary["arm"])
+    shutil.copytree(tmp_path / "out", tmp_path / "early", ignore=shutil.ignore_patterns("00000[1-9]", "0000[1-9]?"))
+    assert len(studies.Result.load(tmp_path / "early").table) == 1  # interrupted before anything was measured
     monkeypatch.setattr(DiTLens, "run", None)
     again = studies.transfer_image(tiny, pairs, **choices, batch_size=1, out=tmp_path / "out")
     assert again.notes == first.notes

@@ -134,7 +134,8 @@ def transfer(
 def assemble(settings: Mapping[str, Any], cells: Sequence[Cell], study: str = "transfer") -> Result:
     """The result of the cells so far."""
     lines = [line for cell in cells for line in cell.lines]
-    table = pd.DataFrame([line for line in lines if "to_source" in line])
+    measured = [line for line in lines if "to_source" in line]
+    table = pd.DataFrame(measured, columns=None if measured else [*_KEY, *_MEASURES, "redrawn"])
     direct = pd.DataFrame([line for line in lines if "direct_share" in line])
     table = with_matched(table)
     if len(direct):

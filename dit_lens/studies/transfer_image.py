@@ -80,6 +80,8 @@ def transfer_image(
         raise OpError("there are no pairs. Give at least one (picture, target prompt).")
     pictures, targets = [picture for picture, _ in pairs], [target for _, target in pairs]
     captions = [""] * len(pairs) if captions is None else list(captions)
+    if len(captions) != len(pairs):
+        raise OpError(f"captions= lists {len(captions)} texts for {len(pairs)} pictures. Give one each, or none.")
     seeds = seeded(seeds)
     prompts = [prompt for pair in zip(captions, targets, strict=True) for prompt in pair]
     _check(lens, how, pictures, captions, prompts, seeds, call)
