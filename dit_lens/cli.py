@@ -1,4 +1,4 @@
-"""The command line: dit-lens demo | info | doctor | run | train-toy."""
+"""The command line: dit-lens demo | findings | info | doctor | run | train-toy."""
 
 from __future__ import annotations
 
@@ -46,6 +46,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("-k", type=int, default=None, help="how many channels count as massive")
     demo.set_defaults(command=_demo)
 
+    found = commands.add_parser("findings", help="run every study on the toys, and write a page of what they found")
+    found.add_argument("--out", type=Path, default=Path("dit-lens-findings"), help="folder for index.md and figures")
+    found.add_argument("--cells", type=Path, help="folder for finished cells, from which the command goes on")
+    found.add_argument("--toys", nargs="+", choices=KINDS, default=["flux"])
+    found.add_argument("--prompts", type=int, default=None, help="held-out prompts")
+    found.add_argument("--seeds", type=int, default=None, help="seeds of each prompt")
+    found.add_argument("--draws", type=int, default=None, help="draws of the random controls")
+    found.set_defaults(command=_findings)
+
     info = commands.add_parser("info", help="say what a pipeline folder holds: family, sites, checks")
     info.add_argument("pipeline", help="a folder written by save_pretrained, or toy:flux")
     info.set_defaults(command=_info)
@@ -88,6 +97,15 @@ def _demo(options: argparse.Namespace) -> int:
     outcome = demo(options.out, prompt=options.prompt, source=options.source, seed=options.seed, k=options.k)
     print(outcome.headline.to_string(index=False, float_format="{:.3g}".format))
     print(f"\n{outcome.page}")
+    return 0
+
+
+def _findings(options: argparse.Namespace) -> int:
+    from dit_lens.findings import Size, findings
+
+    given = {name: getattr(options, name) for name in ("prompts", "seeds", "draws")}
+    size = Size(**{name: value for name, value in given.items() if value is not None})
+    print(findings(options.out, toys=options.toys, size=size, cells=options.cells))
     return 0
 
 

@@ -1,0 +1,184 @@
+"""What studies found, in plain words: sentences whose numbers are a result's own, beside what is published.
+
+Whether a claim holds is decided by intervals, see :func:`beyond`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from dit_lens.studies import Result
+
+
+class Question(NamedTuple):
+    """What a study asks. say: what a result of it says. published: what others found, and how far it compares."""
+
+    title: str
+    say: Callable[[Result], str]
+    published: str
+
+
+def beyond(top: pd.Series, controls: pd.DataFrame, measure: str, *, larger: bool = True) -> str:
+    """Whether the massive channels lie beyond every control: "holds", "fails" or "is undecided", by intervals.
+
+    >>> top = pd.Series({"x": 5.0, "x_low": 4.0, "x_high": 6.0})
+    >>> beyond(top, pd.DataFrame({"x": [1.0, 2.0], "x_low": [0.5, 1.5], "x_high": [1.5, 2.5]}), "x")
+    'holds'
+    """
+    low, high = (f"{measure}_low", f"{measure}_high") if larger else (f"{measure}_high", f"{measure}_low")
+    sign = 1 if larger else -1
+    if (sign * top[low] > sign * controls[high]).all():
+        return "holds"
+    return "fails" if (sign * top[high] < sign * controls[low]).any() else "is undecided"
+
+
+def between(row: pd.Series, measure: str, form: str = ".1f") -> str:
+    """A mean with its interval: "77.2 (74.7 to 82.0)"; alone where one sample gives no interval."""
+    value, low, high = (row[f"{measure}{bound}"] for bound in ("", "_low", "_high"))
+    bounds = "" if math.isnan(low) else f" ({low:{form}} to {high:{form}})"
+    return f"{value:{form}}{bounds}"
+
+
+def critical(result: Result) -> str:
+    """Claim 1, of a disruption."""
+    rows = result.summary[result.summary["k"] > 0].set_index("arm")
+    top, controls = rows.loc["top"], rows.loc[["bottom", "random", "energy-matched"]]
+    claim = beyond(top, controls, "rmse")
+    listed = ", ".join(f"{arm} {between(row, 'rmse')}" for arm, row in controls.iterrows())
+    fair = beyond(rows.loc["attenuated"], rows.loc[["energy-matched"]], "rmse")
+    return (
+        f"**The claim {claim}.** Zeroing the top channels (energy share {top['energy_share']:.2f}) changes pictures by "
+        f"{between(top, 'rmse')} and leaves {top['fidelity']:.0%} of the prompts' attributes right; {listed}, with "
+        f"{rows.loc['random', 'fidelity']:.0%} right after random channels.\n\n"
+        f"{_norm(rows)}: raising all other channels as the ablation would, with nothing removed, "
+        f"changes pictures by {between(rows.loc['rescaled'], 'rmse')}; overwriting the top channels so that the norm's "
+        f"statistics stay changes them by {between(rows.loc['norm-kept'], 'rmse')}.\n\n"
+        f"Other channels hold less energy (energy-matched reaches a share of "
+        f"{rows.loc['energy-matched', 'energy_share']:.2f}). The top channels, scaled down until tokens move as far as "
+        f"with those others zeroed (attenuated), change pictures by {between(rows.loc['attenuated'], 'rmse')}: that "
+        f"the top matter more for their size {fair}. Pushing tokens as far in one random direction changes pictures by "
+        f"{between(rows.loc['random-direction'], 'rmse')}."
+    )
+
+
+def _norm(rows: pd.DataFrame) -> str:
+    less = rows.loc["rescaled", "rmse_high"] < rows.loc["top", "rmse_low"] / 2
+    return "The next norm is not the reason" if less else "The next norm may be part of the reason"
+
+
+def stable(result: Result) -> str:
+    """Overlaps of sets, of a stability study."""
+    means = result.summary.groupby("over")["jaccard"].mean()
+    chance = result.summary["chance"].iloc[0]
+    words = {"prompts": "prompts", "seeds": "seeds", "steps": "steps", "sites": "blocks"}
+    listed = ", ".join(f"{means[over]:.2f} over {name}" for over, name in words.items() if over in means)
+    return f"Mean Jaccard overlap of top sets: {listed} (chance {chance:.2f}). {' '.join(result.notes)}"
+
+
+def born(result: Result) -> str:
+    """The strongest writers, of a births study."""
+    top = result.summary[result.summary["arm"] == "top"]
+    writers = top[~top["point"].isin(["rest"])].nlargest(3, "share")
+    listed = ", ".join(
+        f"{row['point']} of block {row['block']} {between(row, 'share', '.2f')}" for _, row in writers.iterrows()
+    )
+    return f"The largest direct contributions to the massive channels' final token means: {listed}."
+
+
+def organised(result: Result) -> str:
+    """Claim 2, of an organisation, at the block where the top channels' clusters fit best."""
+    rows = result.summary.rename(columns={"low": "iou_low", "high": "iou_high"})
+    best = int(rows[rows["arm"] == "top"].set_index("block")["iou"].idxmax())
+    at = rows[rows["block"] == best].set_index("arm")
+    controls = at.loc[["bottom", "random", "energy-matched"]]
+    others = [arm for arm in at.index if arm not in ("top", *controls.index)]
+    listed = ", ".join(f"{arm} {between(at.loc[arm], 'iou', '.2f')}" for arm in controls.index)
+    beside = ", ".join(f"{arm} {between(at.loc[arm], 'iou', '.2f')}" for arm in others)
+    return (
+        f"**At its best block ({best}) the claim {beyond(at.loc['top'], controls, 'iou')}.** Mean IoU of the top "
+        f"channels' clusters with the subject: {between(at.loc['top'], 'iou', '.2f')}; {listed}; chance "
+        f"{at.loc['top', 'chance']:.2f}; with the subjects of other prompts {at.loc['top', 'others']:.2f}. What knows "
+        f"nothing of massive channels reaches, at the same block: {beside}. The block was chosen by the top arm, which "
+        "favours it."
+    )
+
+
+def transferable(result: Result) -> str:
+    """Claim 3, of a transfer, everywhere and at full strength."""
+    rows = result.summary[~result.summary["masked"].astype(bool)]
+    at = rows[rows["strength"] == rows["strength"].max()].set_index("arm")
+    controls = at.loc[["bottom", "random", "energy-matched"]]
+    listed = ", ".join(f"{arm} {between(row, 'to_source')}" for arm, row in controls.iterrows())
+    blends = [arm for arm in ("pixel-blend", "latent-blend", "prompt-blend") if arm in at.index]
+    apart = rows.loc[rows["arm"] == "untouched", "to_source"].iloc[0]
+    says = ", ".join(f"{arm} {at.loc[arm, 'matched_says_target']:.2f}" for arm in blends)
+    return (
+        f"**The claim {beyond(at.loc['top'], controls, 'to_source', larger=False)}.** Source and target lie "
+        f"{apart:.1f} apart. Moving the top channels leaves the picture {between(at.loc['top'], 'to_source')} from the "
+        f"source; {listed}; all channels {at.loc['all', 'to_source']:.1f}. The moved picture shows "
+        f"{at.loc['top', 'says_source']:.0%} of the source's attributes and {at.loc['top', 'says_target']:.0%} of the "
+        f"target's.\n\n"
+        f"Of the change of the prediction, {at.loc['top', 'direct_share']:.0%} is read out directly by the final norm "
+        f"and projection; without the last quarter of the blocks the picture is "
+        f"{between(at.loc['top-early'], 'to_source')} from the source. Where plain blends come equally near to the "
+        f"source, they keep of the target's attributes: {says}."
+    )
+
+
+def carrier(result: Result) -> str:
+    """The verdict, of carrier_or_detail."""
+    rows = result.summary.set_index(["measure", "part"])
+    edits = ", ".join(
+        f"{words} {between(rows.loc[(measure, 'whole')], 'value', '.2f')} (strongest control "
+        f"{rows.loc[(measure, 'whole'), 'control']:.2f})"
+        for measure, words in (("ablation", "attributes lost when removed"), ("transport", "gained when moved"))
+    )
+    return (
+        f"**Verdict: {rows.loc[('verdict', 'overall'), 'says']}.** {edits}. The token mean alone: "
+        f"{rows.loc[('verdict', 'mean'), 'says']}; the spatial residual alone: "
+        f"{rows.loc[('verdict', 'residual'), 'says']}."
+    )
+
+
+QUESTIONS = {
+    "stability": Question(
+        "Are they the same channels everywhere?",
+        stable,
+        "SPARK calls a set stable from a mean overlap of 0.9 of successive aggregates on.",
+    ),
+    "births": Question(
+        "Where are they written?",
+        born,
+        "2510.11538 finds AdaLN gates that spike at massive dimensions (SD3: 810).",
+    ),
+    "disruption": Question(
+        "Claim 1: are they critical?",
+        critical,
+        "The paper: zeroing the top channels collapses the image, zeroing low-statistic ones hardly matters. Its k, "
+        "layers and steps are not stated.",
+    ),
+    "organisation": Question(
+        "Claim 2: are they organised in space?",
+        organised,
+        "The reproduction aims, on FLUX.2-klein, at a peak mIoU of about 0.5 near layer 10 and bottom-k flat at about "
+        "0.2; its one stored measurement (FLUX.1-schnell, 4 prompts) did not show it: top 0.082, random 0.186, bottom "
+        "0.184.",
+    ),
+    "transfer": Question(
+        "Claim 3: can they be moved?",
+        transferable,
+        "The paper: moving the channels takes the picture towards the source and keeps much of the target. Strength, "
+        "layers and steps are not stated.",
+    ),
+    "carrier_or_detail": Question(
+        "Carrier or detail knob?",
+        carrier,
+        "2605.13974: massive channels carry the prompt. 2510.11538 and 2607.02968: they are nearly independent of it "
+        "and tune detail.",
+    ),
+}

@@ -1,0 +1,72 @@
+"""The page of findings says what the numbers say, for numbers that say either."""
+
+import pandas as pd
+import pytest
+
+from dit_lens import words
+from dit_lens.findings import Size, findings
+from dit_lens.studies import Result
+
+
+def summary(columns, rows):
+    """Rows of an arm and a mean for every measure, with bounds 1 below and above unless given as (mean, low, high)."""
+    table = []
+    for arm, *values in rows:
+        line = {"arm": arm}
+        for name, value in zip(columns, values, strict=True):
+            mean, low, high = value if isinstance(value, tuple) else (value, value - 1, value + 1)
+            line |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+        table.append(line)
+    return pd.DataFrame(table)
+
+
+def result(study, table, notes=()):
+    return Result(study, table, table, {}, notes=list(notes))
+
+
+@pytest.mark.parametrize(("top", "word"), [(50.0, "holds"), (3.0, "fails"), (10.5, "is undecided")])
+def test_a_claim_is_decided_by_intervals(top, word):
+    rows = summary(["rmse"], [("top", top), ("bottom", 8.0), ("random", 10.0)]).set_index("arm")
+    assert words.beyond(rows.loc["top"], rows.loc[["bottom", "random"]], "rmse") == word
+    mirrored = rows.assign(rmse=-rows["rmse"], rmse_low=-rows["rmse_high"], rmse_high=-rows["rmse_low"])
+    assert words.beyond(mirrored.loc["top"], mirrored.loc[["bottom", "random"]], "rmse", larger=False) == word
+
+
+ARMS = ("bottom", "random", "energy-matched", "attenuated", "rescaled", "norm-kept", "random-direction")
+
+
+@pytest.mark.parametrize(("rescaled", "reason"), [(5.0, "is not the reason"), (60.0, "may be part")])
+def test_claim_1_in_words(rescaled, reason):
+    values = dict.fromkeys(ARMS, 10.0) | {"rescaled": rescaled, "attenuated": 40.0}
+    rows = [("top", 70.0, 0.1, 0.5), *((arm, value, 0.9, 0.02) for arm, value in values.items())]
+    table = summary(["rmse", "fidelity", "energy_share"], rows).assign(k=8)
+    said = words.critical(result("disruption", table))
+    assert "The claim holds" in said
+    assert f"The next norm {reason}" in said
+    assert "that the top matter more for their size holds" in said
+    assert "70.0 (69.0 to 71.0)" in said
+    assert "10% of the prompts' attributes" in said
+
+
+def test_claim_2_in_words():
+    arms = [("top", 0.5), ("bottom", 0.2), ("random", 0.45), ("energy-matched", 0.3), ("norm", 0.6)]
+    rows = summary(["iou"], [(arm, (iou, iou - 0.1, iou + 0.1)) for arm, iou in arms])
+    table = pd.concat([rows.assign(block=3), rows.assign(block=4, iou=0.1)])
+    table = table.rename(columns={"iou_low": "low", "iou_high": "high"}).assign(chance=0.21, others=0.25)
+    said = words.organised(result("organisation", table))
+    assert "best block (3) the claim is undecided" in said
+    assert "norm 0.60 (0.50 to 0.70)" in said
+    assert "chance 0.21" in said
+
+
+def test_the_page_is_whole(tmp_path):
+    size = Size(prompts=2, seeds=1, draws=1, call={"num_inference_steps": 2})
+    page = findings(tmp_path / "page", size=size, cells=tmp_path / "cells")
+    said = page.read_text(encoding="utf-8")
+    for question in words.QUESTIONS.values():
+        assert f"### {question.title}" in said
+    names = [f"flux-{study}" for study in words.QUESTIONS]
+    assert all(f"({name}.png)" in said and (page.parent / f"{name}.png").stat().st_size > 10_000 for name in names)
+    assert all(len(pd.read_csv(page.parent / f"{name}.csv")) for name in names)
+    assert "untrained twin" in said
+    assert "nan" not in said
