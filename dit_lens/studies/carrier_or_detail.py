@@ -98,9 +98,8 @@ def carrier_or_detail(
     """
     prompts, seeds = listed(prompts), seeded(seeds)
     check_k(lens, site, [k])
-    judge = judge_for(lens, prompts, judge)
     parts = batches(prompts, seeds, batch_size)
-    _check(judge, parts)
+    judge = _checked(judge_for(lens, prompts, judge), parts)
     of_prompts = [_attributes_of(prompt, attributes, judge) for prompt in prompts]
     steps = _spread(range(lens.planned(prompts[0], **call)[0].steps), PROBED_STEPS)
     places = _spread(lens.sites(site), PROBED_BLOCKS)
@@ -134,7 +133,8 @@ def carrier_or_detail(
         return cells.result()
 
 
-def _check(judge: Judge | None, parts: Sequence[Batch]) -> None:
+def _checked(judge: Judge | None, parts: Sequence[Batch]) -> Judge:
+    """The judge, where there is one, and another prompt to move channels from in every batch."""
     if judge is None:
         raise OpError(
             "whether a picture still shows its prompt must be judged: pass judge=, a function of picture and prompt "
@@ -145,6 +145,7 @@ def _check(judge: Judge | None, parts: Sequence[Batch]) -> None:
             "channels are moved between prompts of one batch, and one batch has a single prompt. Pass more prompts, or "
             "another batch_size."
         )
+    return judge
 
 
 def _attributes_of(prompt: str, attributes: Attributes | None, judge: Judge | None) -> dict[str, str]:

@@ -212,10 +212,10 @@ def coverage(shape: str, x: Any, y: Any, radius: Any) -> NDArray[np.float32]:
     u, v = columns - x, rows - y
     distance = {
         "circle": lambda: np.hypot(u, v) - radius,
-        "square": lambda: np.maximum(abs(u), abs(v)) - 0.9 * radius,
-        "triangle": lambda: np.maximum(0.8944 * abs(u) - 0.4472 * v - 0.54 * radius, v - radius),
+        "square": lambda: np.maximum(np.abs(u), np.abs(v)) - 0.9 * radius,
+        "triangle": lambda: np.maximum(0.8944 * np.abs(u) - 0.4472 * v - 0.54 * radius, v - radius),
         "cross": lambda: np.minimum(
-            np.maximum(abs(u) - radius, abs(v) - 0.34 * radius), np.maximum(abs(v) - radius, abs(u) - 0.34 * radius)
+            np.maximum(np.abs(u) - radius, np.abs(v) - 0.34 * radius), np.maximum(np.abs(v) - radius, np.abs(u) - 0.34 * radius)
         ),
     }[shape]()
     return np.clip(0.5 - distance, 0, 1).astype(np.float32)
@@ -237,7 +237,7 @@ def describe(image: Image) -> Description:
 
 @functools.lru_cache(1024)  # studies ask of one picture how near it is to several prompts
 def _described(data: bytes) -> Description:
-    pixels = np.frombuffer(data, np.uint8).reshape(PIXELS, PIXELS, 3) / np.float32(255)
+    pixels = np.true_divide(np.frombuffer(data, np.uint8).reshape(PIXELS, PIXELS, 3), 255, dtype=np.float32)
     to_subject, to_backdrop = _errors(pixels)
     total = float(((pixels - pixels.mean((0, 1))) ** 2).sum())
     error, best = min(
@@ -270,7 +270,8 @@ def _errors(pixels: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[n
 def _templates(shape: str) -> tuple[list[tuple[float, float, float]], NDArray[np.float32]]:
     """Every candidate (x, y, radius) of a shape, and their coverages of squares of 2 x 2 pixels [candidates, P / 4]."""
     placed = [(x, y, radius) for radius in _CANDIDATE_RADII for y in _GRID for x in _GRID]
-    return placed, _halved(coverage(shape, *np.array(placed).T)).reshape(len(placed), -1) / 4
+    masks = _halved(coverage(shape, *np.array(placed).T)).reshape(len(placed), -1)
+    return placed, np.true_divide(masks, 4, dtype=np.float32)
 
 
 def _halved(x: NDArray[np.float32]) -> NDArray[np.float32]:
