@@ -70,7 +70,7 @@ def patching_figure(summary: pd.DataFrame) -> go.Figure:
     )
     figure.update_annotations(font={"size": 12, "color": INK})
     told = [f"{line.column} of the subject {line.effect:.2f}" for line in beside.itertuples()]
-    small = "; ".join(["0: untouched target, 1: source", *told, n_of(cells), CI])
+    small = "; ".join(["effect: 0 is the untouched target, 1 the source", *told, n_of(cells), CI])
     height = int(np.clip(24 * len(rows), 160, 560)) + 210
     titled(figure, f"Patches from source to target, {over}", small, height=height)
     return figure.update_layout(margin={"t": 88, "b": 100})

@@ -92,8 +92,8 @@ def patching(
     site: by default the image stream of every block. steps: the columns of "block x step"; elsewhere the steps at which
     a cell swaps; all by default. ``effect`` is the metric's way from the untouched target (0) to the source (1).
     metric: fn(latents [m, ...], source [...], target [...]) -> [m], of final latents in the pipeline's own form;
-    :func:`dit_lens.gradients.nearness` by default. judge: ``fn(picture, prompt) -> {name: number}``; toys read scenes
-    back by themselves, as ``says_source`` and ``says_target``.
+    :func:`dit_lens.gradients.nearness` by default. judge: ``fn(picture, prompt) -> {"fidelity": number}``, of either
+    prompt as ``says_source`` and ``says_target``; toys read scenes back by themselves.
 
     attribute: attribution patching beside it (see :func:`dit_lens.gradients.attribution`): through "run" of the same
     metric, through "step" of the nearness of what each step predicts; () for none. The notes say how well it agrees
