@@ -215,7 +215,8 @@ def coverage(shape: str, x: Any, y: Any, radius: Any) -> NDArray[np.float32]:
         "square": lambda: np.maximum(np.abs(u), np.abs(v)) - 0.9 * radius,
         "triangle": lambda: np.maximum(0.8944 * np.abs(u) - 0.4472 * v - 0.54 * radius, v - radius),
         "cross": lambda: np.minimum(
-            np.maximum(np.abs(u) - radius, np.abs(v) - 0.34 * radius), np.maximum(np.abs(v) - radius, np.abs(u) - 0.34 * radius)
+            np.maximum(np.abs(u) - radius, np.abs(v) - 0.34 * radius),
+            np.maximum(np.abs(v) - radius, np.abs(u) - 0.34 * radius),
         ),
     }[shape]()
     return np.clip(0.5 - distance, 0, 1).astype(np.float32)
