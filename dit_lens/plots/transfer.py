@@ -178,7 +178,11 @@ def _over_strength(table: pd.DataFrame, curves: pd.DataFrame) -> go.Figure:
     for masked in kinds if len(kinds) == 2 else ():
         line = {"color": INK, "width": 1.8, "dash": "solid" if masked else _DASH}
         figure.add_scatter(x=[None], y=[None], name=_WHERE[masked], line=line, **level)
-    _transfer_axes(figure, float(np.nanmax(table[["to_source", "to_target"]].to_numpy(float))) or 1.0)
+    far, high = (
+        float(np.nanmax(table[[f"to_{side}{bound}" for side in ("source", "target") for bound in bounds]])) or 1.0
+        for bounds in (("",), ("", "_high"))
+    )
+    _transfer_axes(figure, far, high)
     where = "" if len(kinds) == 2 else f"; {_WHERE[kinds[0]]}"
     size = f"; k = {int(curves.loc[curves['arm'] == 'top', 'k'].iloc[0])}" if _ks(curves) else ""
     small = f"{n_of(curves)}{size}; {CI}{where}; numbers beside points: strength"
@@ -269,7 +273,8 @@ def _trajectory(
     )
 
 
-def _transfer_axes(figure: go.Figure, span: float) -> None:
+def _transfer_axes(figure: go.Figure, span: float, high: float) -> None:
+    """span: the largest distance. high: the largest end of an interval, which only the left shows."""
     strength = {"range": [0, 1.08], "dtick": 0.25}
     figure.update_xaxes(**strength, matches="x3", showticklabels=False, row=1, col=1)
     figure.update_xaxes(**strength, title="strength", row=2, col=1)
@@ -277,7 +282,7 @@ def _transfer_axes(figure: go.Figure, span: float) -> None:
         title="RMSE to the target (0 to 255)", range=[-0.04 * span, span * 1.12], showgrid=True, row=1, col=2
     )
     for row, side in enumerate(("source", "target"), start=1):
-        figure.update_yaxes(title=f"RMSE to the {side}<br>(0 to 255)", range=[0, span * 1.12], row=row, col=1)
+        figure.update_yaxes(title=f"RMSE to the {side}<br>(0 to 255)", range=[0, high * 1.06], row=row, col=1)
     figure.update_yaxes(title="RMSE to the source (0 to 255)", range=[0, span * 1.12], row=1, col=2)
     corner = {"x": 0.02, "y": 0.02, "xanchor": "left", "yanchor": "bottom", "showarrow": False}
     figure.add_annotation(text="↙ near both", xref="x2 domain", yref="y2 domain", font={"size": 11}, **corner)
