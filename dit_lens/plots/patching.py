@@ -69,7 +69,7 @@ def patching_figure(summary: pd.DataFrame) -> go.Figure:
         col=1,
     )
     figure.update_annotations(font={"size": 12, "color": INK})
-    told = [f"{line.column} of the subject {line.effect:.2f}" for line in beside.itertuples()]
+    told = [f"{line.column} the subject {line.effect:.2f}" for line in beside.itertuples()]
     small = "; ".join(["effect: 0 is the untouched target, 1 the source", *told, n_of(cells), CI])
     height = int(np.clip(24 * len(rows), 160, 560)) + 210
     titled(figure, f"Patches from source to target, {over}", small, height=height)
