@@ -254,6 +254,25 @@ def test_a_batch_size_changes_no_arm(lens):
     assert one.table["rmse"].max() > 2
 
 
+def test_late_edits_start_from_a_recorded_run_and_change_no_number(lens, monkeypatch):
+    """Half of the steps, and the same table and pictures as when every run is computed whole."""
+    call = {"k": K, "draws": 1, "steps": (0.5, 1.0), "num_inference_steps": 4}
+    passes = []
+    first = lens.pipe.transformer.transformer_blocks[0]
+    handle = first.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        quick = disruption(lens, PROMPTS[:2], **call)
+        few = len(passes)
+        monkeypatch.setattr(module, "begins_late", lambda *_: False)
+        slow = disruption(lens, PROMPTS[:2], **call)
+    finally:
+        handle.remove()
+    pd.testing.assert_frame_equal(quick.table, slow.table)
+    assert all(quick.pictures[name].tobytes() == slow.pictures[name].tobytes() for name in slow.pictures)
+    runs = 10  # of the study: clean, and nine arms; the quick one records another and halves the nine
+    assert few / (len(passes) - few) == pytest.approx((2 + (runs - 1) / 2) / runs)
+
+
 def test_confounds_run_where_they_mean_something(lens):
     arms = disruption(lens, "red", k=K, draws=1, num_inference_steps=1, site="blocks.*.img.resid_pre").summary["arm"]
     assert list(arms) == ["no-op", "top", "bottom", "random", "energy-matched"]

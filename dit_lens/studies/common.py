@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dit_lens.lens import DiTLens
-    from dit_lens.ops import Pattern, Steps
+    from dit_lens.ops import Op, Pattern, Steps
     from dit_lens.run import Run
+    from dit_lens.studies.cells import Batch
 
 Judge = Callable[["Image", str], Mapping[str, float]]
 
@@ -33,6 +34,41 @@ class Arm:
     name: str
     draw: int
     sets: tuple[ChannelSet, ...] = ()
+
+
+@dataclass
+class Drawing:
+    """Runs batches. Where edits begin late, a batch is recorded once and its edits start from there, bit for bit.
+
+    twice: with the same prompts once more below, untouched, as sources of values. late: edits leave the first step be.
+    """
+
+    lens: DiTLens
+    call: Mapping[str, Any]
+    twice: bool = False
+    late: bool = False
+    _recorded: tuple[Batch, Run] | None = field(default=None, init=False)
+
+    def clean(self, part: Batch, reads: Sequence[Read] = (), *, record: bool = False) -> Run:
+        """A batch without edits."""
+        return self.lens.run(self._prompts(part), reads, seed=part.seed, record=record, **self.call)
+
+    def edited(self, part: Batch, ops: Sequence[Op]) -> Run:
+        """A batch under edits."""
+        prefix = None
+        if self.late:
+            if self._recorded is None or self._recorded[0] != part:
+                self._recorded = (part, self.clean(part, record=True))
+            prefix = self._recorded[1]
+        return self.lens.run(self._prompts(part), ops, seed=part.seed, prefix=prefix, **self.call)
+
+    def _prompts(self, part: Batch) -> Sequence[str]:
+        return part.prompts * 2 if self.twice else part.prompts
+
+
+def begins_late(lens: DiTLens, prompt: str, steps: Steps, call: Mapping[str, Any]) -> bool:
+    """Whether steps leave out the first one of a run."""
+    return lens.planned(prompt, **call)[0].select(steps)[0] > 0
 
 
 def score_ops(site: Pattern, score: str, steps: Steps = None) -> list[Read]:

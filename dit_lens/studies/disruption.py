@@ -20,7 +20,9 @@ from dit_lens.studies.cells import Batch, Cell, Cells, batches
 from dit_lens.studies.common import (
     DRAWS,
     Arm,
+    Drawing,
     Judge,
+    begins_late,
     check_k,
     control_arms,
     judge_for,
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
 
     from dit_lens.lens import DiTLens
     from dit_lens.ops import Pattern, Steps
-    from dit_lens.run import Run
 
 Ablation = Literal["zero", "mean", "resample"]
 Distances = Sequence["str | Distance"]
@@ -123,7 +124,7 @@ def disruption(
     parts = batches(prompts, seeds, batch_size)
     total = len(parts) * (2 + len(ks) * (3 + draws + len(extra)))
     with Cells("disruption", settings, lens=lens, total=total, out=out) as cells:
-        draw = partial(_draw, lens, ablation == "resample", call)
+        draw = Drawing(lens, call, twice=ablation == "resample", late=begins_late(lens, prompts[0], steps, call))
         reads = [*score_ops(site, score), *([Read(site, reduce="mean", name="mean")] if ablation == "mean" else [])]
         clean = [cells.get(f"{part.key}/clean", partial(_clean, draw, part, reads, judge)) for part in parts]
         means = _means(clean) if ablation == "mean" else {}
@@ -153,13 +154,8 @@ def _arms(top: Sequence[ChannelSet], draws: int, seed: int, extra: Sequence[str]
     return [*control_arms(top, draws, seed), *(Arm(name, 0, tuple(top)) for name in extra)]
 
 
-def _draw(lens: DiTLens, twice: bool, call: Mapping[str, Any], ops: Sequence[Op], part: Batch) -> Run:
-    """One run of a batch. twice: with the same prompts once more below, untouched, as sources of values."""
-    return lens.run(part.prompts * 2 if twice else part.prompts, ops, seed=part.seed, **call)
-
-
-def _clean(draw: Any, part: Batch, reads: Sequence[Read], judge: Judge | None) -> Cell:
-    run = draw(reads, part)
+def _clean(draw: Drawing, part: Batch, reads: Sequence[Read], judge: Judge | None) -> Cell:
+    run = draw.clean(part, reads)
     cell = Cell(arrays=kept_scores(run, len(part.prompts)))
     if "mean" in run.keys():  # noqa: SIM118 a Run is no mapping
         cell.arrays |= {f"all/mean/{name}": value.float().numpy() for name, value in run["mean"].items()}
@@ -223,7 +219,7 @@ def _attenuated(top: ChannelSet, seed: int, row: int, steps: Steps) -> list[Scal
 
 
 def _edited(
-    draw: Any,
+    draw: Drawing,
     part: Batch,
     ops: Sequence[Op],
     untouched: Mapping[str, Image],
@@ -232,7 +228,7 @@ def _edited(
     k: int,
     arm: Arm,
 ) -> Cell:
-    cell, images = Cell(), draw(ops, part).images
+    cell, images = Cell(), draw.edited(part, ops).images
     for i, (row, prompt) in enumerate(zip(part.rows, part.prompts, strict=True)):
         before, after = untouched[f"{row}/{part.seed}/0/untouched"], images[i]
         measures: dict[str, Any] = {name: _finite(distance(before, after)) for name, distance in distances.items()}
