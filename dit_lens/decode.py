@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens.errors import FamilyError
-from dit_lens.layout import unpacked
+from dit_lens.layout import packed, unpacked
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -80,3 +80,14 @@ def _processor(pipe: DiffusionPipeline) -> Any:
     from diffusers.image_processor import VaeImageProcessor
 
     return getattr(pipe, "image_processor", None) or VaeImageProcessor()
+
+
+def tokens_of(latents: Tensor | None, grid: tuple[int, ...]) -> Tensor:
+    """A run's latents on its grid (h, w) as float32 tokens [b, n, d]."""
+    if latents is not None and latents.ndim == 4:
+        side = latents.shape[-1] // grid[-1]
+        latents = packed(latents, "bchw", [1, side, side])
+    if latents is None or latents.ndim != 3:
+        shape = None if latents is None else list(latents.shape)
+        raise FamilyError(f"final latents of shape {shape} are neither tokens nor pictures, so they cannot be drawn.")
+    return latents.float().cpu()

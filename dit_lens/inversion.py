@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from dit_lens.decode import autoencoder, decode
+from dit_lens.decode import autoencoder, decode, tokens_of
 from dit_lens.errors import FamilyError, OpError
 from dit_lens.layout import packed, unpacked
 from dit_lens.metrics import rmse
@@ -178,17 +178,6 @@ def latents_of(
         spread = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
         tokens = (tokens - vae.bn.running_mean.to(tokens)) / spread.to(tokens)
     return tokens.cpu(), grid
-
-
-def tokens_of(latents: Tensor | None, grid: tuple[int, ...]) -> Tensor:
-    """A run's latents on its grid (h, w) as float32 tokens [b, n, d]."""
-    if latents is not None and latents.ndim == 4:
-        side = latents.shape[-1] // grid[-1]
-        latents = packed(latents, "bchw", [1, side, side])
-    if latents is None or latents.ndim != 3:
-        shape = None if latents is None else list(latents.shape)
-        raise FamilyError(f"final latents of shape {shape} are neither tokens nor pictures, so they cannot be drawn.")
-    return latents.float().cpu()
 
 
 def _check_size(

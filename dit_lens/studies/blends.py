@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from dit_lens.clusters import upsample
-from dit_lens.decode import decode
+from dit_lens.decode import decode, tokens_of
 from dit_lens.errors import PromptError
-from dit_lens.inversion import tokens_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image

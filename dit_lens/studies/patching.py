@@ -15,10 +15,9 @@ from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
 from dit_lens.clusters import segment
-from dit_lens.decode import decode
+from dit_lens.decode import decode, tokens_of
 from dit_lens.errors import OpError, PromptError, nearest
 from dit_lens.gradients import THROUGH, PairMetric, attribution, check_differentiable, check_latents, nearness
-from dit_lens.inversion import tokens_of
 from dit_lens.ops import Branch, Op, Read
 from dit_lens.studies.cells import Cell, Cells
 from dit_lens.studies.common import (

@@ -17,8 +17,8 @@ import torch
 
 from dit_lens.channels import ChannelSet
 from dit_lens.clusters import segment, to_grid
+from dit_lens.decode import tokens_of
 from dit_lens.errors import OpError, nearest
-from dit_lens.inversion import tokens_of
 from dit_lens.metrics import rmse
 from dit_lens.ops import Branch, Op, Read, Swap
 from dit_lens.studies.blends import blend_latents, blend_pictures, blend_texts
