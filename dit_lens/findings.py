@@ -75,6 +75,7 @@ def _results(lens: DiTLens, size: Size, folder: Path | None) -> list[Result]:
     pairs = list(zip(prompts[::2], prompts[1::2], strict=False))
     shared = {"k": size.k, "seeds": list(range(size.seeds)), "batch_size": 8, **size.call}
     controlled = {**shared, "draws": size.draws}
+    of_patching = {name: value for name, value in shared.items() if name != "batch_size"}
     few = {**shared, "draws": min(size.draws, 3)}  # a picture more for every draw, part and strength
     plan = {
         "stability": (prompts, shared),
@@ -82,6 +83,7 @@ def _results(lens: DiTLens, size: Size, folder: Path | None) -> list[Result]:
         "disruption": (prompts, controlled),
         "organisation": (prompts, controlled),
         "transfer": (pairs, {**few, "strengths": (0.5, 1.0), "mask_from": None}),
+        "patching": (pairs[:4], {**of_patching, "over": "block x channel group", "seeds": [0], "draws": 1}),
         "carrier_or_detail": (prompts, few),
     }
     results = []

@@ -130,6 +130,19 @@ def transferable(result: Result) -> str:
     )
 
 
+def located(result: Result) -> str:
+    """The strongest cells of a map of patches, and whether attribution foretells it."""
+    best = result.summary.nlargest(3, "effect")
+    cells = ", ".join(
+        f"{row['column']} of block {row['row']} {between(row, 'effect', '.2f')}" for _, row in best.iterrows()
+    )
+    agrees = " ".join(f"{note[0].upper()}{note[1:]}." for note in result.notes if note.startswith("attribution"))
+    return (
+        f"Each cell alone, swapped at all steps, carries the target this far towards the source (1 is there), at its "
+        f"largest: {cells}. {agrees}"
+    )
+
+
 def carrier(result: Result) -> str:
     """The verdict, of carrier_or_detail."""
     rows = result.summary.set_index(["measure", "part"])
@@ -174,6 +187,12 @@ QUESTIONS = {
         transferable,
         "The paper: moving the channels takes the picture towards the source and keeps much of the target. Strength, "
         "layers and steps are not stated.",
+    ),
+    "patching": Question(
+        "Where do they act?",
+        located,
+        "Attribution patching is a first-order estimate of patching (Syed et al., arXiv 2310.10348); where the two "
+        "disagree, patching is right.",
     ),
     "carrier_or_detail": Question(
         "Carrier or detail knob?",
