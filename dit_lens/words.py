@@ -48,21 +48,26 @@ def critical(result: Result) -> str:
     """Claim 1, of a disruption."""
     rows = result.summary[result.summary["k"] > 0].set_index("arm")
     top, controls = rows.loc["top"], rows.loc[["bottom", "random", "energy-matched"]]
-    claim = beyond(top, controls, "rmse")
-    listed = ", ".join(f"{arm} {between(row, 'rmse')}" for arm, row in controls.iterrows())
+    said = "fidelity" in rows
+    changes = {
+        arm: between(row, "rmse") + (f" with {row['fidelity']:.0%} of attributes right" if said else "")
+        for arm, row in rows.iterrows()
+    }
+    listed = ", ".join(f"{arm} {changes[arm]}" for arm in controls.index)
     fair = beyond(rows.loc["attenuated"], rows.loc[["energy-matched"]], "rmse")
+    judged = beyond(rows.loc["attenuated"], rows.loc[["energy-matched"]], "fidelity", larger=False) if said else None
     return (
-        f"**The claim {claim}.** Zeroing the top channels (energy share {top['energy_share']:.2f}) changes pictures by "
-        f"{between(top, 'rmse')} and leaves {top['fidelity']:.0%} of the prompts' attributes right; {listed}, with "
-        f"{rows.loc['random', 'fidelity']:.0%} right after random channels.\n\n"
-        f"{_norm(rows)}: raising all other channels as the ablation would, with nothing removed, "
-        f"changes pictures by {between(rows.loc['rescaled'], 'rmse')}; overwriting the top channels so that the norm's "
-        f"statistics stay changes them by {between(rows.loc['norm-kept'], 'rmse')}.\n\n"
-        f"Other channels hold less energy (energy-matched reaches a share of "
+        f"**The claim {beyond(top, controls, 'rmse')}.** Zeroing the top channels (energy share "
+        f"{top['energy_share']:.2f}) changes pictures by {changes['top']}; {listed}.\n\n"
+        f"{_norm(rows)}: raising all other channels as the ablation would, with nothing removed, changes pictures by "
+        f"{changes['rescaled']}; overwriting the top channels so that the norm's statistics stay, by "
+        f"{changes['norm-kept']}.\n\n"
+        f"Size may be: no other channels hold as much energy (energy-matched reaches a share of "
         f"{rows.loc['energy-matched', 'energy_share']:.2f}). The top channels, scaled down until tokens move as far as "
-        f"with those others zeroed (attenuated), change pictures by {between(rows.loc['attenuated'], 'rmse')}: that "
-        f"the top matter more for their size {fair}. Pushing tokens as far in one random direction changes pictures by "
-        f"{between(rows.loc['random-direction'], 'rmse')}."
+        f"with those others zeroed (attenuated), change pictures by {changes['attenuated']}. That they matter more for "
+        f"their size {fair} by the change of pixels{f' and {judged} by the attributes' if judged else ''}. Pushing "
+        f"tokens in one random direction, as far as zeroing the top would, changes pictures by "
+        f"{changes['random-direction']}."
     )
 
 
@@ -77,7 +82,7 @@ def stable(result: Result) -> str:
     chance = result.summary["chance"].iloc[0]
     words = {"prompts": "prompts", "seeds": "seeds", "steps": "steps", "sites": "blocks"}
     listed = ", ".join(f"{means[over]:.2f} over {name}" for over, name in words.items() if over in means)
-    return f"Mean Jaccard overlap of top sets: {listed} (chance {chance:.2f}). {' '.join(result.notes)}"
+    return f"Mean Jaccard overlap of top sets: {listed} (chance {chance:.2f})."
 
 
 def born(result: Result) -> str:
@@ -85,7 +90,9 @@ def born(result: Result) -> str:
     top = result.summary[result.summary["arm"] == "top"]
     writers = top[~top["point"].isin(["rest"])].nlargest(3, "share")
     listed = ", ".join(
-        f"{row['point']} of block {row['block']} {between(row, 'share', '.2f')}" for _, row in writers.iterrows()
+        f"{'all' if row['point'] == 'block' else row['point']} of block {row['block']:.0f} "
+        f"{between(row, 'share', '.2f')}"
+        for _, row in writers.iterrows()
     )
     return f"The largest direct contributions to the massive channels' final token means: {listed}."
 
