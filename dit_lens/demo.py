@@ -17,6 +17,7 @@ from dit_lens.lens import DiTLens
 from dit_lens.page import Section, write_page, write_pngs
 from dit_lens.store import whole_folder
 from dit_lens.studies.common import kept_scores, score_ops, sets_of
+from dit_lens.studies.result import readable
 from dit_lens.toys.scenes import Scene, describe, sample_scenes
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def demo(
     with lens.quiet():
         run = lens.run(prompts, score_ops("blocks.*.img", "|mean|", None), seed=seed)
     massive = sets_of(kept_scores(run), k, "|mean|")[0]
-    disruption = studies.disruption(lens, prompts, k=k, seeds=[seed], draws=2)
+    disruption = studies.disruption(lens, prompts, k=k, seeds=[seed], draws=1)
     organisation = studies.organisation(lens, prompts, k=k, seeds=[seed], draws=2)
     transfer = studies.transfer(lens, [(source, prompt)], k=k, strengths=STRENGTHS, seeds=[seed], draws=2)
     sections = [
@@ -120,18 +121,25 @@ def _massive(massive: ChannelSet, k: int) -> Section:
 
 def _disruption(result: Result, k: int, seed: int) -> Section:
     rows = result.summary.set_index("arm")
-    against = ", ".join(f"{_interval(rows.loc[arm], 'rmse')} for {arm}" for arm in CONTROLS)
+    changed = {arm: _interval(rows.loc[arm], "rmse") for arm in rows.index}
+    against = ", ".join(f"{changed[arm]} for {arm}" for arm in CONTROLS)
+    held = rows["energy_share"]
     sentence = (
-        f"Zeroing the top {k} channels in every block changes the pictures by {_interval(rows.loc['top'], 'rmse')} of "
-        f"255 (RMSE, 95 % CI), against {against}; {rows.loc['top', 'fidelity']:.0%} of the prompts' attributes are "
-        f"right afterwards, against {rows.loc['random', 'fidelity']:.0%} with random channels zeroed."
+        f"Zeroing the top {k} channels in every block changes the pictures by {changed['top']} of 255 (RMSE, 95 % CI), "
+        f"against {against}; {rows.loc['top', 'fidelity']:.0%} of the prompts' attributes are right afterwards, "
+        f"against {rows.loc['random', 'fidelity']:.0%} with random channels zeroed. The top hold {held['top']:.0%} of "
+        f"the energy, the energy-matched {held['energy-matched']:.0%}: turned down only until tokens move as far as "
+        f"with those, the top change the pictures by {changed['attenuated']}. Overwritten so that the next norm sees "
+        f"the mean and variance of before, they change them by {changed['norm-kept']}; left in place while the others "
+        f"are raised as that norm would raise them, by {changed['rescaled']}."
     )
-    arms = ["untouched", "top", *CONTROLS]
+    arms = ["untouched", "top", *CONTROLS, "attenuated", "norm-kept", "rescaled"]
     shown = [result.pictures[f"0/{seed}/{0 if arm == 'untouched' else k}/{arm}"] for arm in arms]
-    figures = (plots.strip(shown, arms, title="One picture, different channels zeroed"), result.figure())
+    figures = (plots.strip(shown, arms, title="One picture, different channels changed"), result.figure())
     code = f"result = studies.disruption(lens, prompts, k={k})\nresult.figure()"
-    columns = ["arm", "n", "rmse", "rmse_low", "rmse_high", "fidelity", "fidelity_low", "fidelity_high", "energy_share"]
-    return Section("1. Are they critical?", sentence, figures, result.summary[columns], code)
+    measures = ["rmse", "rmse_top_minus", "fidelity", "energy_share"]
+    columns = ["arm", "n", *(name for measure in measures for name in (measure, f"{measure}_low", f"{measure}_high"))]
+    return Section("1. Are they critical?", sentence, figures, readable(result.summary[columns]), code)
 
 
 def _organisation(result: Result, depth: int) -> Section:
