@@ -178,8 +178,14 @@ def with_protocols(study: Study) -> Study:
         chosen, name = get(protocol), called.__name__
         result = study(*args, **{**chosen.arguments(name), **given})
         choices = chosen.chosen(name, given)
-        result.settings["protocol"] = {"name": protocol, "choices": [asdict(choice) for choice in choices]}
-        result.notes.append(_note(protocol, choices))
+        settings = {"protocol": {"name": protocol, "choices": [asdict(choice) for choice in choices]}}
+        notes = [_note(protocol, choices)]
+        if given.get("out") is not None:
+            from dit_lens.studies.cells import remark  # the studies import this module
+
+            remark(given["out"], settings, notes)
+        result.settings |= settings
+        result.notes += notes
         return result
 
     vars(called)["__signature__"] = _signature(study)

@@ -71,9 +71,12 @@ def test_every_free_choice_of_a_study_is_set(study):
 
 def test_a_real_study_runs_by_a_protocol(toy, tmp_path):
     prompt = dl.prompts.scenes(1, seed=0).texts
-    result = studies.disruption(toy, prompt, protocol="turri2026", k=2, draws=1, confounds=False, num_inference_steps=2)
+    choices = {"k": 2, "draws": 1, "confounds": False, "num_inference_steps": 2, "out": tmp_path / "cells"}
+    result = studies.disruption(toy, prompt, protocol="turri2026", **choices)
     assert result.settings["protocol"]["name"] == "turri2026"
     assert result.settings["score"] == "|mean|"
-    loaded = Result.load(result.save(tmp_path / "r"))
-    assert loaded.settings["protocol"]["choices"][1]["origin"] == "yours"
-    assert loaded.notes == result.notes
+    for loaded in (Result.load(result.save(tmp_path / "r")), Result.load(tmp_path / "cells")):
+        assert loaded.settings["protocol"]["choices"][1]["origin"] == "yours"
+        assert loaded.notes == result.notes
+    again = studies.disruption(toy, prompt, protocol="turri2026", **choices)  # what was added does not stand in the way
+    assert again.notes == result.notes

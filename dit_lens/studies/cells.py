@@ -149,7 +149,18 @@ def load(folder: str | Path) -> Result:
     found = found or [_read(cell) for cell in _numbered(folder / "cells")]
     if not found:
         raise StoreError(f"{folder} holds a {data['study']} study with nothing finished yet. Call it again to go on.")
-    return assembled(data["study"], data["settings"], found)
+    result = assembled(data["study"], data["settings"], found)
+    remarks = data.get("remarks", {"settings": {}, "notes": []})
+    result.settings |= remarks["settings"]
+    result.notes += remarks["notes"]
+    return result
+
+
+def remark(folder: str | Path, settings: Mapping[str, Any], notes: Sequence[str]) -> None:
+    """Keeps with a study's folder what is known of it from outside, such as its protocol, for :func:`load`."""
+    file = Path(folder) / "study.json"
+    data = read_versioned(file, "study", FORMAT)
+    write_json(file, {**data, "remarks": {"settings": dict(settings), "notes": list(notes)}})
 
 
 def assembled(study: str, settings: dict[str, Any], cells: Sequence[Any]) -> Result:
