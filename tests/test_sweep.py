@@ -6,7 +6,7 @@ import pytest
 
 from dit_lens import DiTLens, plots, sigma
 from dit_lens.errors import OpError, SiteError, StoreError, StudyInterrupted
-from dit_lens.studies import Result, disruption, sweep
+from dit_lens.studies import Result, cells, disruption, sweep
 from tests import pipelines
 
 PROMPTS = ["a cat", "two dogs"]
@@ -70,15 +70,15 @@ def test_a_sweep_loads_without_the_model_and_has_nothing_left_to_do(lens, whole,
 
 @pytest.mark.parametrize("done", [0, 5, 9])
 def test_ctrl_c_in_a_combination_leaves_the_others_and_its_cells(lens, whole, done, tmp_path, monkeypatch):
-    run, ran = lens.run, []
+    write, written = cells._write, []
 
-    def interrupted(*args, **call):
-        if len(ran) == done:
+    def interrupted(*args):
+        if len(written) == done:
             raise KeyboardInterrupt
-        ran.append(1)
-        return run(*args, **call)
+        written.append(1)
+        write(*args)
 
-    monkeypatch.setattr(lens, "run", interrupted)
+    monkeypatch.setattr(cells, "_write", interrupted)
     with pytest.raises(StudyInterrupted, match=f"sweep was interrupted after {done // 6} of 4") as stop:
         sweep("disruption", lens, PROMPTS, over=OVER, out=tmp_path, **FIXED)
     part = stop.value.result
@@ -89,9 +89,9 @@ def test_ctrl_c_in_a_combination_leaves_the_others_and_its_cells(lens, whole, do
     else:
         assert len(part.table) == done * 2
         assert_same(Result.load(tmp_path), part)
-    monkeypatch.setattr(lens, "run", lambda *args, **call: ran.append(1) or run(*args, **call))
+    monkeypatch.setattr(cells, "_write", lambda *args: written.append(1) or write(*args))
     assert_same(sweep("disruption", lens, PROMPTS, over=OVER, out=tmp_path, **FIXED), whole)
-    assert len(ran) == 4 * 6  # no cell twice: untouched, no-op, top, bottom, random, energy-matched
+    assert len(written) == 4 * 6  # no cell twice: untouched, no-op, top, bottom, random, energy-matched
 
 
 def test_one_bar_counts_it_all(lens, capsys):

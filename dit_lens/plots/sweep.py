@@ -54,7 +54,8 @@ def sweep_figure(summary: pd.DataFrame, over: Sequence[str], measure: str | None
         tickvals=list(range(len(values))), ticktext=[str(value) for value in values], range=[-0.4, len(values) - 0.6]
     )
     figure.update_xaxes(title=x, row=down).update_yaxes(title=measure, col=1)
-    return titled(figure, f"{measure} over {x}", f"{n_of(table)}; {CI}", height=200 + 240 * down)
+    figure.update_layout(margin={"t": 90})  # titles of panels stand below the figure's own
+    return titled(figure, f"{measure} over {x}", f"{n_of(table)}; {CI}", height=220 + 240 * down)
 
 
 def _panels(table: pd.DataFrame, facets: Sequence[str]) -> dict[str, pd.DataFrame]:
