@@ -332,7 +332,8 @@ def _information(settings: Mapping[str, Any], cells: Sequence[Cell], thresholds:
     if settings["attributes"][0]:
         numbers = list(range(prompts)) * seeds
         attributes = [settings["attributes"][i] for i in numbers]
-        lines = decoding_evidence(values, attributes, numbers, grid, thresholds)
+        same = [settings["prompts"].index(settings["prompts"][i]) for i in numbers]  # a prompt given twice is one
+        lines = decoding_evidence(values, attributes, same, grid, thresholds)
         found += [{"measure": "decoding", **line} for line in lines]
     if prompts > 1:
         lines = variance_evidence(values, prompts, thresholds)
