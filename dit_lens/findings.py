@@ -83,7 +83,7 @@ def _results(lens: DiTLens, size: Size, folder: Path | None) -> list[Result]:
         "disruption": (prompts, controlled),
         "organisation": (prompts, controlled),
         "transfer": (pairs, {**few, "strengths": (0.5, 1.0), "mask_from": None}),
-        "patching": (pairs[:4], {**of_patching, "over": "block x channel group", "seeds": [0], "draws": 1}),
+        "patching": (pairs[:2], {**of_patching, "over": "block x channel group", "seeds": [0], "draws": 1}),
         "carrier_or_detail": (prompts, few),
     }
     results = []

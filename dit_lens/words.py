@@ -72,8 +72,10 @@ def critical(result: Result) -> str:
 
 
 def _norm(rows: pd.DataFrame) -> str:
-    less = rows.loc["rescaled", "rmse_high"] < rows.loc["top", "rmse_low"] / 2
-    return "The next norm is not the reason" if less else "The next norm may be part of the reason"
+    """Zeroing is still destructive with the norm's statistics kept, and raising the others alone is not."""
+    kept = rows.loc["norm-kept", "rmse_low"] > rows.loc[["bottom", "random"], "rmse_high"].max()
+    raised = rows.loc["rescaled", "rmse_high"] >= rows.loc["top", "rmse_low"] / 2
+    return "The next norm is not the reason" if kept and not raised else "The next norm may be part of the reason"
 
 
 def stable(result: Result) -> str:

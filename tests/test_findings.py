@@ -35,9 +35,12 @@ def test_a_claim_is_decided_by_intervals(top, word):
 ARMS = ("bottom", "random", "energy-matched", "attenuated", "rescaled", "norm-kept", "random-direction")
 
 
-@pytest.mark.parametrize(("rescaled", "reason"), [(5.0, "is not the reason"), (60.0, "may be part")])
-def test_claim_1_in_words(rescaled, reason):
-    values = dict.fromkeys(ARMS, 10.0) | {"rescaled": rescaled, "attenuated": 40.0}
+@pytest.mark.parametrize(
+    ("rescaled", "kept", "reason"),
+    [(5.0, 60.0, "is not the reason"), (60.0, 60.0, "may be part"), (5.0, 10.0, "may be part")],
+)
+def test_claim_1_in_words(rescaled, kept, reason):
+    values = dict.fromkeys(ARMS, 10.0) | {"rescaled": rescaled, "norm-kept": kept, "attenuated": 40.0}
     right = (0.9, 0.8, 1.0)
     rows = [("top", 70.0, 0.1, 0.5), *((arm, value, right, 0.02) for arm, value in values.items())]
     table = summary(["rmse", "fidelity", "energy_share"], rows).assign(k=8)
