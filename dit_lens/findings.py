@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from dit_lens import studies
 from dit_lens.channels import gini, top_median_ratio
 from dit_lens.lens import DiTLens
+from dit_lens.page import write_pngs
 from dit_lens.store import whole_folder
 from dit_lens.studies.result import readable
 from dit_lens.toys.scenes import sample_scenes
@@ -125,12 +126,13 @@ def _of_toy(
         *_table(means.reset_index()),
         "",
     ]
+    drawn = write_pngs({folder / f"{toy}-{result.study}.png": result.figure() for result in results})
     for result in results:
         name, question = f"{toy}-{result.study}", QUESTIONS[result.study]
-        result.figure().write_image(folder / f"{name}.png", scale=2)
         result.summary.to_csv(folder / f"{name}.csv", index=False)
         lines += [f"### {question.title}", question.say(result), "", f"*Published:* {question.published}", ""]
-        lines += [f"![{question.title}]({name}.png)", "", f"All numbers: [{name}.csv]({name}.csv)", ""]
+        lines += [f"![{question.title}]({name}.png)", ""] if folder / f"{name}.png" in drawn else []
+        lines += [f"All numbers: [{name}.csv]({name}.csv)", ""]
         lines += [*(f"- {note}" for note in result.notes), ""]
     concentration.to_csv(folder / f"{toy}-concentration.csv", index=False)
     return lines

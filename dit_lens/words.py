@@ -26,6 +26,7 @@ class Question(NamedTuple):
 def beyond(top: pd.Series, controls: pd.DataFrame, measure: str, *, larger: bool = True) -> str:
     """Whether the massive channels lie beyond every control: "holds", "fails" or "is undecided", by intervals.
 
+    >>> import pandas as pd
     >>> top = pd.Series({"x": 5.0, "x_low": 4.0, "x_high": 6.0})
     >>> beyond(top, pd.DataFrame({"x": [1.0, 2.0], "x_low": [0.5, 1.5], "x_high": [1.5, 2.5]}), "x")
     'holds'
@@ -142,9 +143,7 @@ def transferable(result: Result) -> str:
 def located(result: Result) -> str:
     """The strongest cells of a map of patches, and whether attribution foretells it."""
     best = result.summary.nlargest(3, "effect")
-    cells = ", ".join(
-        f"{row['column']} of block {row['row']} {between(row, 'effect', '.2f')}" for _, row in best.iterrows()
-    )
+    cells = ", ".join(f"{row['column']} at {row['row']} {between(row, 'effect', '.2f')}" for _, row in best.iterrows())
     agrees = " ".join(f"{note[0].upper()}{note[1:]}." for note in result.notes if note.startswith("attribution"))
     return (
         f"Each cell alone, swapped at all steps, carries the target this far towards the source (1 is there), at its "

@@ -70,7 +70,12 @@ def test_organisation(model):
 def test_transfer(model):
     name, lens = model
     result = studies.transfer(
-        lens, [(PROMPTS[0], PROMPTS[1]), (PROMPTS[2], PROMPTS[3])], k=K, strengths=[0.5, 1.0], draws=2, judge=scene_judge
+        lens,
+        [(PROMPTS[0], PROMPTS[1]), (PROMPTS[2], PROMPTS[3])],
+        k=K,
+        strengths=[0.5, 1.0],
+        draws=2,
+        judge=scene_judge,
     )
     rows = result.summary.set_index(["arm", "masked", "strength"]).sort_index()
     top, every, random = (rows.loc[(arm, False, 1.0)] for arm in ("top", "all", "random"))
