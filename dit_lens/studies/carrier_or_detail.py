@@ -27,6 +27,7 @@ from dit_lens.studies.common import (
     judged,
     kept_scores,
     listed,
+    scene_judge,
     score_ops,
     seeded,
     share_of_width,
@@ -150,7 +151,6 @@ def _checked(judge: Judge | None, parts: Sequence[Batch]) -> Judge:
 
 def _attributes_of(prompt: str, attributes: Attributes | None, judge: Judge | None) -> dict[str, str]:
     """What a prompt asks for, by attribute; nothing where nobody knows."""
-    from dit_lens.studies.common import scene_judge
     from dit_lens.toys.scenes import Scene
 
     if attributes is not None:

@@ -204,7 +204,8 @@ def carry_out(cells: Cells, transport: Transport, batch: Lockstep) -> None:
     clean = cells.get(f"{batch.key}/clean", partial(_clean, transport, batch))
     masks = _masks(batch, clean)
     measure = partial(_measured, transport, batch, clean)
-    for k, arm in transport.arms(clean.arrays, batch.seed):
+    arms = list(transport.arms(clean.arrays, batch.seed))
+    for k, arm in arms:
         for masked, strength in transport.conditions:
             swaps = transport.swaps(arm, len(batch.numbers), masks if masked else None, strength)
             make = partial(_moved, transport.lens, batch, swaps, partial(measure, k, arm, masked, strength))
@@ -214,9 +215,7 @@ def carry_out(cells: Cells, transport: Transport, batch: Lockstep) -> None:
         make = partial(_prompt_blend, transport.lens, batch, strength, measure)
         cells.get(f"{batch.key}/prompt-blend/{strength:g}", make)
     for k in transport.controlled if transport.early else ():
-        make = partial(
-            _direct, transport, batch, [a for size, a in transport.arms(clean.arrays, batch.seed) if size == k], k
-        )
+        make = partial(_direct, transport, batch, [arm for size, arm in arms if size == k], k)
         cells.get(f"{batch.key}/{k}/direct", make)
 
 
