@@ -25,8 +25,8 @@ def describe(pipe: DiffusionPipeline, family: Family) -> dict[str, Any]:
         "pipeline": type(pipe).__name__,
         "model": str(getattr(pipe, "name_or_path", "") or "") or None,
         "revision": pipe.config.get("_commit_hash"),
-        "transformer": plain({name: value for name, value in transformer.config.items() if not name.startswith("_")}),
-        "scheduler": {"class": type(pipe.scheduler).__name__, **plain(dict(pipe.scheduler.config))},
+        "transformer": _config(transformer),
+        "scheduler": {"class": type(pipe.scheduler).__name__, **_config(pipe.scheduler)},
         "lora": plain(getattr(transformer, "peft_config", None) and list(transformer.peft_config)) or [],
         "dtype": str(transformer.dtype).removeprefix("torch."),
         "quantization": plain(getattr(transformer.config, "quantization_config", None)),
@@ -37,6 +37,11 @@ def describe(pipe: DiffusionPipeline, family: Family) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
     }
+
+
+def _config(part: Any) -> dict[str, Any]:
+    """A part's configuration without diffusers' own notes: where it came from, and a list whose order changes."""
+    return plain({name: value for name, value in part.config.items() if not name.startswith("_")})
 
 
 def plain(value: Any) -> Any:

@@ -200,8 +200,6 @@ def batches(prompts: Sequence[str], seeds: Sequence[int], batch_size: int | None
 def identity(lens: DiTLens) -> dict[str, Any]:
     """The model of a lens, in words and by a few of its weights."""
     found = {**describe(lens.pipe, lens.family), "weights": _fingerprint(lens.pipe.transformer)}
-    # Names with "_" are diffusers' own notes: where it was loaded from, and a list in an order that changes by process.
-    found["scheduler"] = {name: value for name, value in found["scheduler"].items() if not name.startswith("_")}
     return {name: found[name] for name in IDENTITY}
 
 
