@@ -4,6 +4,7 @@
     python3 dev.py demo [arguments]    the demo: dit-lens demo [arguments]
     python3 dev.py test [arguments]    lint, then pytest [arguments], such as tests/test_sites.py -k pattern
     python3 dev.py lint [--fix]        ruff check, ruff format, ty; --fix corrects what ruff can correct
+    python3 dev.py docs [arguments]    the documentation, into build/docs: sphinx-build [arguments]
 
 Which torch is installed: what UV_TORCH_BACKEND says (cpu, cu128, ...) if it is set; else the CPU wheel that
 constraints/torch-cpu.txt names, when a folder of pip's find-links setting holds it for this Python; else what .venv has
@@ -75,6 +76,12 @@ def test(rest: list[str]) -> int:
     return steps(linters() | {"pytest": pytest}, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
 
+def docs(rest: list[str]) -> int:
+    """The documentation as a web site; a warning or a reference that leads nowhere is an error."""
+    say("building build/docs/index.html")
+    return run("-m", "sphinx", "-W", "-n", "--keep-going", "--quiet", *rest, "docs", "build/docs")
+
+
 def linters(*, fix: bool = False) -> dict[str, tuple[str, ...]]:
     """The checks of the code as text."""
     return {
@@ -84,12 +91,15 @@ def linters(*, fix: bool = False) -> dict[str, tuple[str, ...]]:
     }
 
 
-TASKS = {"demo": demo, "lint": lint, "test": test}
+TASKS = {"demo": demo, "docs": docs, "lint": lint, "test": test}
+
+# The dependency groups of a task that needs more than "dev".
+GROUPS = {"docs": ("dev", "docs"), "test": ("dev", "docs", "live")}
 
 
 def set_up(task: str) -> None:
     """Makes .venv hold what pyproject.toml and the constraints ask for; does nothing when it does already."""
-    groups = ("dev", "live") if task == "test" else ("dev",)
+    groups = GROUPS.get(task, ("dev",))
     held = STAMP.read_text(encoding="utf-8").split() if PYTHON.exists() and STAMP.is_file() else []
     if {fingerprint(), *groups} <= set(held):
         return
