@@ -1,0 +1,54 @@
+"""llms.txt: the site and the public names in one short text, for readers that are language models."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.application import Sphinx
+
+import dit_lens as dl
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Called by Sphinx."""
+    app.connect("build-finished", _write)
+    return {"parallel_read_safe": True}
+
+
+def _write(app: Sphinx, problem: Exception | None) -> None:
+    if problem is None and app.builder.name == "html":
+        Path(app.outdir, "llms.txt").write_text(text(app), "utf-8")
+
+
+def text(app: Sphinx) -> str:
+    """The quick start, a line for every page with its first sentence, and a line for every public name."""
+    pages = [_page(app, name) for name in _in_order(app, app.config.root_doc)]
+    names = [_name(name) for name in sorted(dl.__all__)]
+    start = inspect.cleandoc(dl.__doc__ or "")
+    return "\n".join(["# dit_lens", "", start, "", "## Pages", "", *pages, "", "## Names", "", *names, ""])
+
+
+def _in_order(app: Sphinx, page: str) -> list[str]:
+    """A page and all below it, as the tables of contents list them."""
+    return [page, *(name for child in app.env.toctree_includes.get(page, []) for name in _in_order(app, child))]
+
+
+def _page(app: Sphinx, name: str) -> str:
+    title = app.env.titles[name].astext()
+    paragraph = next(iter(app.env.get_doctree(name).findall(nodes.paragraph)), None)
+    said = "" if paragraph is None else f": {_first(paragraph.astext())}"
+    return f"- [{title}]({app.builder.get_target_uri(name)}){said}"
+
+
+def _name(name: str) -> str:
+    found = getattr(dl, name)
+    takes = f"{inspect.signature(found)}" if inspect.isfunction(found) else ""
+    return f"- `dit_lens.{name}{takes}`: {_first(inspect.getdoc(found) or '')}"
+
+
+def _first(words: str) -> str:
+    """The first sentence."""
+    return re.split(r"(?<=[.:?!])\s", " ".join(words.split()), maxsplit=1)[0]
