@@ -27,6 +27,10 @@ _WHERE = {
     "Receipt": "receipt",
     "ChannelSet": "channels",
     "compare": "comparison",
+    "atlas": "explorer",
+    "explore": "explorer",
+    "steer": "explorer",
+    "views": "explorer",
     "encode_prompts": "encode",
     "recommend": "recommendation",
     "Read": "ops",
@@ -52,6 +56,7 @@ _MODULES = (
     "channels",
     "clusters",
     "errors",
+    "explorer",
     "families",
     "inversion",
     "metrics",
@@ -84,11 +89,14 @@ __all__ = [
     "Time",
     "TokenMean",
     "Zero",
+    "atlas",
     "channels",
     "clusters",
     "compare",
     "encode_prompts",
     "errors",
+    "explore",
+    "explorer",
     "families",
     "inversion",
     "metrics",
@@ -99,8 +107,10 @@ __all__ = [
     "recommend",
     "register_family",
     "sigma",
+    "steer",
     "studies",
     "toys",
+    "views",
 ]
 
 if TYPE_CHECKING:
@@ -108,6 +118,7 @@ if TYPE_CHECKING:
         channels,
         clusters,
         errors,
+        explorer,
         families,
         inversion,
         metrics,
@@ -121,6 +132,7 @@ if TYPE_CHECKING:
     from dit_lens.channels import ChannelSet
     from dit_lens.comparison import compare
     from dit_lens.encode import encode_prompts
+    from dit_lens.explorer import atlas, explore, steer, views
     from dit_lens.families import Family, Grid, Guidance, Readout, Stack, Tap, Time, register_family
     from dit_lens.lens import DiTLens
     from dit_lens.ops import Add, Apply, MeanAblate, Read, Resample, Scale, Swap, TokenMean, Zero, sigma

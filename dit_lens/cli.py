@@ -1,4 +1,4 @@
-"""The command line: dit-lens demo | findings | info | doctor | run | train-toy."""
+"""The command line: dit-lens demo | findings | atlas | info | doctor | run | train-toy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dit-lens", description="Look inside Diffusion Transformers.")
     parser.add_argument("--version", action="version", version=f"dit-lens {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_pages(commands)
+    _add_work(commands)
+    return parser
 
+
+def _add_pages(commands: Any) -> None:
+    """The commands that write a page."""
     demo = commands.add_parser("demo", help="find the massive channels of the toy, run the three studies, write a page")
     demo.add_argument(
         "--out", type=Path, default=Path("dit-lens-demo"), help="folder for index.html, pictures and data"
@@ -55,6 +61,21 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--draws", type=int, default=None, help="draws of the random controls")
     found.set_defaults(command=_findings)
 
+    atlas = commands.add_parser("atlas", help="write an explorer of some prompts as one file to share")
+    atlas.add_argument("pipeline", help="a folder written by save_pretrained, a repository, or toy:flux")
+    atlas.add_argument("--out", type=Path, default=Path("atlas.html"), help="the file")
+    atlas.add_argument("--prompts", type=Path, help="a .csv or .jsonl of prompts; a few by default")
+    atlas.add_argument("-k", type=int, default=8, help="how many channels of a block count as massive")
+    atlas.add_argument("--seed", type=int, default=0)
+    atlas.add_argument("--steps", type=int, default=None, help="denoising steps")
+    atlas.add_argument("--megabytes", type=float, default=10.0, help="how large the file may become")
+    atlas.add_argument("--device", help="cuda, cuda:1, cpu ...; the GPU where there is one")
+    atlas.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16 on a GPU, else float32")
+    atlas.set_defaults(command=_atlas)
+
+
+def _add_work(commands: Any) -> None:
+    """The commands that look at a pipeline, run it or train one."""
     info = commands.add_parser("info", help="say what a pipeline folder holds: family, sites, checks")
     info.add_argument("pipeline", help="a folder written by save_pretrained, or toy:flux")
     info.set_defaults(command=_info)
@@ -88,7 +109,6 @@ def _parser() -> argparse.ArgumentParser:
         "--evaluate", action="store_true", help="only measure: the pipeline in --out, or the toy that is installed"
     )
     train.set_defaults(command=_train_toy)
-    return parser
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -109,6 +129,21 @@ def _findings(options: argparse.Namespace) -> int:
     return 0
 
 
+def _atlas(options: argparse.Namespace) -> int:
+    from dit_lens import prompts
+    from dit_lens.explorer import atlas
+
+    device, dtype = _placement(options)
+    lens = _load(options.pipeline, dtype=dtype).to(device)
+    if options.prompts is not None:
+        texts = prompts.load(options.prompts).texts
+    else:
+        texts = (prompts.bundled()[:4] if lens.vocabulary is None else prompts.scenes(6, 0, held_out=True)).texts
+    call = {} if options.steps is None else {"num_inference_steps": options.steps}
+    print(atlas(lens, options.out, texts, k=options.k, seed=options.seed, megabytes=options.megabytes, **call))
+    return 0
+
+
 def _info(options: argparse.Namespace) -> int:
     lens = _load(options.pipeline)
     print(lens)
@@ -118,12 +153,9 @@ def _info(options: argparse.Namespace) -> int:
 
 def _doctor(options: argparse.Namespace) -> int:
     """Exit code 1 where something does not work."""
-    import torch
+    from dit_lens.doctor import examine
 
-    from dit_lens.doctor import examine, usual_device
-
-    device = options.device or usual_device()
-    dtype = getattr(torch, options.dtype or ("float32" if device == "cpu" else "bfloat16"))
+    device, dtype = _placement(options)
     diagnosis = examine(_load(options.pipeline, dtype=dtype), device=device)
     print(json.dumps(diagnosis.to_json(), indent=1) if options.json else diagnosis)
     return 0 if diagnosis.well else 1
@@ -169,6 +201,16 @@ def _train_toy(options: argparse.Namespace) -> int:
         write_card(folder, quality)
     print(report(quality))
     return 0
+
+
+def _placement(options: argparse.Namespace) -> tuple[str, Any]:
+    """The device and precision that were asked for, or the usual ones of this machine."""
+    import torch
+
+    from dit_lens.doctor import usual_device
+
+    device = options.device or usual_device()
+    return device, getattr(torch, options.dtype or ("float32" if device == "cpu" else "bfloat16"))
 
 
 def _load(pipeline: str, **options: Any) -> DiTLens:

@@ -1,0 +1,85 @@
+// What the widgets of dit_lens share. One module is made of this file and the widget's own; nothing is imported.
+
+const bytes = value => new Uint8Array(value.buffer ?? value, value.byteOffset ?? 0, value.byteLength);
+// A copy, because a view of four-byte numbers must begin at a multiple of four.
+const numbers = (Type, value) => new Type(bytes(value).slice().buffer);
+const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
+
+function make(tag, properties = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name.includes('-') || name === 'role' || name === 'for') node.setAttribute(name, value);
+    else node[name] = value;
+  }
+  node.append(...children);
+  return node;
+}
+
+let made = 0;
+const uniqueId = () => `dit-lens-${++made}`;
+
+function slider(label, { min = 0, max, step = 1, value, onInput }) {
+  const id = uniqueId();
+  const input = make('input', { type: 'range', id, min, max, step, value, 'aria-label': label });
+  const output = make('output', { htmlFor: id, 'aria-live': 'off' });
+  input.addEventListener('input', () => onInput(+input.value));
+  const row = make('div', { className: 'slider' }, make('label', { htmlFor: id }, label), input, output);
+  return { row, input, show: (at, text) => { input.value = at; output.value = text; input.setAttribute('aria-valuetext', text); } };
+}
+
+function choice(label, options, onChange) {
+  const select = make('select', { 'aria-label': label }, ...options.map(([value, text]) => make('option', { value }, text)));
+  select.addEventListener('change', () => onChange(select.value));
+  const row = make('label', { className: 'choice' }, make('span', {}, label), select);
+  return { row, select };
+}
+
+function toggles(label, options, onChoose) {
+  const buttons = options.map(([value, text]) => {
+    const button = make('button', { type: 'button', 'aria-pressed': 'false' }, text);
+    button.addEventListener('click', () => onChoose(value));
+    return button;
+  });
+  const row = make('div', { className: 'toggles', role: 'group', 'aria-label': label }, ...buttons);
+  const show = chosen => options.forEach(([value], i) => buttons[i].setAttribute('aria-pressed', String(value === chosen)));
+  return { row, show };
+}
+
+function codeBox(text) {
+  const code = make('code'), button = make('button', { type: 'button' }, 'Copy');
+  button.addEventListener('click', async () => {
+    try {
+      await navigator.clipboard.writeText(code.textContent);
+      button.textContent = 'Copied';
+    } catch {
+      // Without leave to write to the clipboard the code is at least selected.
+      getSelection().selectAllChildren(code);
+      button.textContent = 'Selected';
+    }
+    setTimeout(() => { button.textContent = 'Copy'; }, 1500);
+  });
+  const row = make('details', { className: 'code' }, make('summary', {}, 'The code that made this'), make('div', {}, make('pre', {}, code), button));
+  const show = () => { code.textContent = text(); };
+  row.addEventListener('toggle', show);
+  return { row, show: () => { if (row.open) show(); } };
+}
+
+// Changes state and draws once, at once; Python hears of it a moment later, so that a slider never waits for it.
+function stateful(model, names, draw, delay = 120) {
+  let timer, setting = false;
+  for (const name of names) model.on(`change:${name}`, () => { if (!setting) draw(); });
+  return changes => {
+    setting = true;
+    for (const [name, value] of Object.entries(changes)) model.set(name, value);
+    setting = false;
+    draw();
+    clearTimeout(timer);
+    timer = setTimeout(() => model.save_changes(), delay);
+  };
+}
+
+function python(value) {
+  if (typeof value === 'string') return `'${value.replace(/\\/g, '\\\\').replace(/'/g, "\\'")}'`;
+  if (Array.isArray(value)) return `(${value.join(', ')})`;
+  return String(value);
+}

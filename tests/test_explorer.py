@@ -1,0 +1,318 @@
+"""What the explorer holds is what the run read, and what its browser draws is what it holds."""
+
+from __future__ import annotations
+
+import io
+import json
+import runpy
+
+import numpy as np
+import pytest
+from PIL import Image
+from plotly.colors import sequential
+
+import dit_lens as dl
+from dit_lens.cli import main
+from dit_lens.clusters import cluster
+from dit_lens.errors import OpError, SiteError
+from dit_lens.explorer import explorer as module
+from dit_lens.explorer.atlas import Extent, fitted
+from dit_lens.studies import Result
+from tests import browser
+
+CIRCLE = "a big red circle left on a checkered blue background"
+CROSS = "a small white cross right on a plain green background"
+CALL = {"seed": 0, "num_inference_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def run(toy):
+    return toy.run([CIRCLE, CROSS], [dl.Read("blocks[3:6].img")], **CALL)
+
+
+@pytest.fixture(scope="module")
+def edited(toy):
+    ops = [dl.Zero("blocks[2:4].img", channels=[1, 2], rows=0), dl.Read("blocks[3:6].img")]
+    return toy.run([CIRCLE, CROSS], ops, **CALL)
+
+
+def values_of(explorer):
+    """[l, e, s, g, k, h, w], put together from what goes to the browser."""
+    views = explorer.views
+    low, high = views.ranges[..., 0], views.ranges[..., 1]
+    maps = np.frombuffer(explorer._maps, np.uint8).reshape(*low.shape, *views.grid)
+    return low[..., None, None] + (high - low)[..., None, None] * (maps / 255.0)
+
+
+def test_maps_are_the_values_that_were_read(run):
+    explorer = dl.explore(run, k=5)
+    views, found = explorer.views, values_of(explorer)
+    for block, site in enumerate(views.blocks):
+        for group in range(3):
+            channels = views.channels[block, group]
+            read = run[site].grid()[..., channels.tolist()].permute(1, 0, 4, 2, 3).numpy()  # [e, s, k, h, w]
+            error = np.abs(found[block, :, :, group] - read)
+            assert (error <= (read.max((-2, -1)) - read.min((-2, -1)))[..., None, None] / 255 * 0.501).all()
+            np.testing.assert_allclose(views.means[block, :, :, group], read.mean((-2, -1)), rtol=1e-4, atol=1e-5)
+
+
+def test_groups_are_the_channels_with_the_highest_and_the_lowest_scores(run):
+    explorer = dl.explore(run, k=5)
+    for block, site in enumerate(explorer.views.blocks):
+        scores = run[site].mean(2).abs().mean((0, 1))
+        np.testing.assert_allclose(explorer.views.scores[block], scores.numpy(), rtol=1e-5)
+        top, bottom, random = explorer.views.channels[block].tolist()
+        assert top == scores.argsort(descending=True)[:5].tolist()
+        assert set(bottom) == set(scores.argsort()[:5].tolist())
+        assert not set(random) & set(top)
+
+
+def test_labels_are_the_clusters_of_the_group(run):
+    explorer = dl.explore(run, k=4, clusters=3)
+    labels = explorer.views.labels(1)
+    tokens = run["blocks.4.img"][2, 1][:, explorer.views.channels[1, 0].tolist()].numpy()
+    assert (labels[1, 2, 0].ravel() == cluster(tokens, 3)).all()
+
+
+def test_named_reads_are_groups_and_a_set_of_channels_can_be_given(toy, run):
+    massive = toy.massive_channels(CIRCLE, 3, site="blocks[3:6].img", **CALL)
+    few = toy.run(CIRCLE, dl.views(massive), **CALL)
+    explorer = dl.explore(few)
+    assert explorer.views.groups == ("top", "bottom", "random")
+    assert explorer.views.scores.size == 0, "of channels that were not read no score is known"
+    assert explorer.views.channels[0, 0].tolist() == list(massive["blocks.3.img"])
+    given = dl.explore(run, channels=massive)
+    assert (given.views.channels == explorer.views.channels).all()
+    np.testing.assert_array_equal(given.views.maps(0)[:9], explorer.views.maps(0)[:9])
+
+
+def test_an_edited_run_stands_beside_the_first(run, edited, toy):
+    explorer = dl.explore(run, edited, k=4)
+    names = [pane.name for pane in explorer.views.panes]
+    assert names == [f"{CIRCLE}, seed 0", f"{CROSS}, seed 0", f"{CIRCLE}, seed 0 [Zero]", f"{CROSS}, seed 0"]
+    assert explorer.beside == 2
+    channels = explorer.views.channels[0, 0].tolist()
+    read = edited["blocks.3.img"].grid()[-1, 0, ..., channels].permute(2, 0, 1).numpy()
+    np.testing.assert_allclose(values_of(explorer)[0, 2, -1, 0], read, atol=np.ptp(read) / 250)
+    bare = dl.explore(run, toy.run(CIRCLE, [dl.Zero("blocks.3.img")], **CALL))
+    assert [pane.values for pane in bare.views.panes] == [0, 1, None]
+
+
+def test_both_branches_show_the_conditional_one(toy):
+    both = toy.run(CIRCLE, [dl.Read("blocks.3.img", branch="both")], **CALL)
+    one = toy.run(CIRCLE, [dl.Read("blocks.3.img")], **CALL)
+    np.testing.assert_array_equal(dl.explore(both).views.maps(0), dl.explore(one).views.maps(0))
+
+
+def test_what_cannot_be_shown_is_said(toy, run):
+    reduced = toy.run(CIRCLE, [dl.Read("blocks.*.img", reduce="mean")], **CALL)
+    with pytest.raises(OpError, match=r"this run kept blocks.*Read whole tokens"):
+        dl.explore(reduced)
+    with pytest.raises(OpError, match="k=200 channels were asked for"):
+        dl.explore(run, k=200)
+    with pytest.raises(OpError, match="no 'blok' to start from"):
+        dl.explore(run, blok=3)
+    with pytest.raises(SiteError, match=r"no site 'blocks.9.img' in this explorer.*blocks.3.img"):
+        dl.explore(run, site="blocks.9.img")
+    explorer = dl.explore(run)
+    with pytest.raises(OpError, match=r"no palette 'Viridian' in this explorer. Nearest: 'Viridis'"):
+        explorer.palette = "Viridian"
+    result = Result("stability", table=None, summary=None, settings={})
+    with pytest.raises(OpError, match="keeps no pictures"):
+        dl.explore(result)
+
+
+def test_beyond_the_budget_blocks_are_sent_when_they_are_asked_for(run, monkeypatch):
+    monkeypatch.setattr(module, "BUDGET", 0)
+    explorer, sent = dl.explore(run), []
+    assert explorer._maps == b""
+    monkeypatch.setattr(explorer, "send", lambda message, buffers: sent.append((message, bytes(buffers[0]))))
+    for kind in ("maps", "labels"):
+        explorer._handle_custom_msg({"kind": kind, "block": 2}, [])
+        assert sent[-1] == ({"kind": kind, "block": 2}, getattr(explorer.views, kind)(2).tobytes())
+
+
+def test_where_no_widget_loads_there_is_a_picture(run):
+    explorer = dl.explore(run, k=4)
+    data, _ = explorer._repr_mimebundle_()
+    assert set(data) == {"text/plain", "text/html", "application/vnd.jupyter.widget-view+json"}
+    assert "data:image/png;base64" in data["text/html"]
+    assert len(data["text/html"]) < 60_000
+    assert data["text/plain"].startswith("Explorer: 2 pictures, 3 sites x 3 steps")
+
+
+def test_a_documentation_page_gets_the_whole_view(run, monkeypatch):
+    monkeypatch.setenv("DIT_LENS_RENDER", "static")
+    data, _ = dl.explore(run, k=4)._repr_mimebundle_()
+    assert 'data-name="_maps"' in data["text/html"]
+    assert "application/vnd.jupyter.widget-view+json" not in data
+
+
+def test_the_code_makes_the_view_again(run, tmp_path):
+    explorer = dl.explore(run, k=4)
+    code = explorer.views.code.replace("{state}", ", k=4")
+    (tmp_path / "again.py").write_text(code.replace("dl.explore", "explorer = dl.explore"))
+    again = runpy.run_path(str(tmp_path / "again.py"))["explorer"]
+    assert again._maps == explorer._maps
+
+
+# In a browser
+
+
+def pixels(locator):
+    return np.asarray(Image.open(io.BytesIO(locator.screenshot())).convert("RGB")).astype(int)
+
+
+def colour_at(locator, row, column, grid):
+    """The colour in the middle of a token."""
+    shown = pixels(locator)
+    y, x = (
+        int((place + 0.5) * side / cells) for place, side, cells in zip((row, column), shown.shape, grid, strict=False)
+    )
+    return shown[y, x]
+
+
+def colour_of(value):
+    """What Cividis shows for a value of 0 to 255."""
+    anchors = np.array([module._rgb(colour) for colour in sequential.Cividis])
+    return np.array([np.interp(value / 255 * (len(anchors) - 1), range(len(anchors)), part) for part in anchors.T])
+
+
+@pytest.mark.browser
+def test_the_page_draws_the_map_that_its_sliders_name(run, tmp_path):
+    explorer = dl.explore(run, k=4, opacity=1.0)
+    views = explorer.views
+    path = explorer.to_html(tmp_path / "page.html")
+    with browser.page() as page:
+        page.goto(path.as_uri())
+        view, canvas = page.locator(".dit-lens"), page.locator("canvas[data-side=left]")
+        view.wait_for()
+        page.get_by_label("picture").first.select_option(label=f"{CROSS}, seed 0")
+        page.get_by_role("slider", name="step").press("Home")
+        page.get_by_role("slider", name="step").press("ArrowRight")
+        page.get_by_role("slider", name="block").press("End")
+        channel = int(views.channels[2, 0, 3])
+        page.get_by_role("button", name=f"channel {channel} ").click()
+        assert view.get_attribute("data-view") == f"1/blocks.5.img/{channel}"
+        page.mouse.move(5, 5)
+        maps = views.maps(2).reshape(2, 3, 3, 4, 16, 16)[1, 1, 0, 3]
+        for row, column in ((0, 0), (5, 7), (15, 15), (8, 3)):
+            found = colour_at(canvas, row, column, (16, 16))
+            assert np.abs(found - colour_of(maps[row, column])).max() <= 6
+        page.get_by_role("button", name="clusters").click()
+        labels = views.labels(2)[1, 1, 0]
+        colours = {label: tuple(module._rgb(colour)) for label, colour in enumerate(module.CLUSTER_COLOURS)}
+        for row, column in ((0, 0), (5, 7), (15, 15), (8, 3)):
+            found = colour_at(canvas, row, column, (16, 16))
+            assert np.abs(found - colours[int(labels[row, column])]).max() <= 6
+
+
+@pytest.mark.browser
+def test_tokens_tell_their_values_to_the_pointer_and_to_keys(run, tmp_path):
+    explorer = dl.explore(run, k=4)
+    path = explorer.to_html(tmp_path / "page.html")
+    with browser.page() as page:
+        page.goto(path.as_uri())
+        canvas, told = page.locator("canvas[data-side=left]"), page.locator(".token").first
+        canvas.wait_for()
+        box = canvas.bounding_box()
+        canvas.click(position={"x": box["width"] * 3.5 / 16, "y": box["height"] * 5.5 / 16})
+        assert "Token 83 (row 5, column 3)" in told.inner_text()
+        canvas.press("ArrowRight")
+        canvas.press("ArrowUp")
+        assert "Token 68 (row 4, column 4)" in told.inner_text()
+        value = values_of(explorer)[2, 0, -1, 0, 0, 4, 4]
+        shown = float(page.locator(".bar b").first.inner_text())
+        assert shown == pytest.approx(value, rel=0.01)
+        canvas.press("Escape")
+        page.mouse.move(5, 5)
+        assert "mean over tokens" in told.inner_text()
+        page.locator(".atlas canvas").press("ArrowUp")
+        assert page.locator(".dit-lens").get_attribute("data-view").split("/")[1] == "blocks.4.img"
+
+
+@pytest.mark.browser
+def test_the_code_can_be_copied_with_the_state_of_the_view(run, tmp_path):
+    path = dl.explore(run, k=4).to_html(tmp_path / "page.html")
+    with browser.page() as page:
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.goto(path.as_uri())
+        page.get_by_text("The code that made this").click()
+        page.get_by_role("slider", name="step").press("Home")
+        page.get_by_role("button", name="Copy").click()
+        code = page.evaluate("navigator.clipboard.readText()")
+        assert code.startswith("import dit_lens as dl")
+        assert code.endswith("dl.explore(run, step=0)")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_can_be_read_in_light_and_dark(run, tmp_path, dark):
+    path = dl.explore(run, k=4).to_html(tmp_path / "page.html")
+    with browser.page(dark=dark, width=420) as page:
+        page.goto(path.as_uri())
+        page.locator(".dit-lens").wait_for()
+        colours = page.evaluate(
+            """() => { const style = getComputedStyle(document.querySelector('.dit-lens'));
+            return [style.color, style.backgroundColor].map(c => c.match(/[0-9.]+/g).slice(0, 3).map(Number)); }"""
+        )
+        lights = [np.dot((np.array(colour) / 255) ** 2.2, [0.2126, 0.7152, 0.0722]) for colour in colours]
+        assert (max(lights) + 0.05) / (min(lights) + 0.05) > 7
+        assert (lights[1] < 0.1) == dark
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off at 420 pixels"
+
+
+@pytest.mark.browser
+def test_masks_of_a_study_are_shown_over_its_pictures(toy, tmp_path):
+    result = dl.studies.organisation(toy, [CIRCLE], k=4, site="blocks[4:6].img", draws=1, num_inference_steps=3)
+    explorer = dl.explore(result)
+    assert explorer.group == "top"
+    assert explorer.overlay == "clusters"
+    (key,) = [key for key in result.masks if key.endswith("/5/top")]
+    np.testing.assert_array_equal(explorer.views.labels(1)[0, 0, 0], result.masks[key])
+    with browser.page() as page:
+        page.goto(explorer.to_html(tmp_path / "page.html").as_uri())
+        page.get_by_text(f"inside: {int(result.masks[key].sum())} tokens").wait_for()
+
+
+@pytest.mark.browser
+def test_pictures_of_other_studies_stand_side_by_side(toy, tmp_path):
+    result = dl.studies.disruption(toy, [CIRCLE], k=4, draws=1, num_inference_steps=2)
+    explorer = dl.explore(result)
+    names = [pane.name for pane in explorer.views.panes]
+    assert names[0] == f"{CIRCLE}, seed 0, untouched"
+    assert f"{CIRCLE}, seed 0, k 4, top" in names
+    with browser.page() as page:
+        page.goto(explorer.to_html(tmp_path / "page.html").as_uri())
+        page.locator("canvas[data-side=right]").wait_for()
+        page.get_by_label("beside it").select_option(label=f"{CIRCLE}, seed 0, k 4, bottom")
+        assert "bottom" in page.locator("canvas[data-side=right]").get_attribute("aria-label")
+
+
+# The atlas
+
+
+def test_an_extent_keeps_within_its_budget_and_gives_up_steps_first():
+    assert fitted(64, 8, (16, 16), 12, 20 * 2**20) == Extent(12, 16, 3)
+    assert fitted(64, 8, (16, 16), 12, 3 * 2**20).steps == 8
+    assert fitted(57, 8, (64, 64), 28, 10 * 2**20).groups == 1
+    with pytest.raises(OpError, match="cannot hold one step of 640 maps"):
+        fitted(640, 8, (64, 64), 28, 2**18)
+
+
+@pytest.mark.browser
+def test_an_atlas_opens_without_model_or_kernel(tmp_path, capsys, monkeypatch):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"id": str(i), "prompt": text}) + "\n" for i, text in enumerate((CIRCLE, CROSS)))
+    )
+    out = tmp_path / "atlas.html"
+    command = ["atlas", "toy:flux", "--out", str(out), "--prompts", str(prompts), "-k", "3", "--steps", "3"]
+    assert main([*command, "--device", "cpu", "--megabytes", "0.2"]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert out.stat().st_size < 0.25 * 2**20
+    with browser.page() as page:
+        page.goto(out.as_uri())
+        page.get_by_label("picture").first.select_option(label=f"{CROSS}, seed 0")
+        assert page.get_by_text("To keep this file small").count() == 1
+        assert "rank 1" in page.locator(".spectrum").get_attribute("aria-label")
