@@ -1,4 +1,6 @@
-"""The toy in the package is the one its card describes: recorded figures, with room for another machine's rounding."""
+"""A toy in the package is the one its card describes: recorded figures, with room for another machine's rounding."""
+
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ import torch
 from dit_lens import DiTLens
 from dit_lens.channels import top_median_ratio
 from dit_lens.store import read_json
-from dit_lens.toys import path
+from dit_lens.toys import WEIGHTS, path
 from dit_lens.toys.evaluate import BAR
 from dit_lens.toys.scenes import describe, sample_scenes
 
@@ -14,62 +16,111 @@ SCENES = sample_scenes(8, seed=7, held_out=True)
 CAPTIONS = [scene.caption for scene in SCENES]
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What was measured of a toy: channels and figures of some sites, over the captions above, seed 0, k = 8."""
+
+    pipeline: str
+    iterations: int
+    channels: dict[str, tuple[int, ...]]
+    ratios: dict[str, float]
+    shares: dict[str, float]
+
+
+RECORDED = {
+    "flux": Recorded(
+        pipeline="FluxPipeline",
+        iterations=8716,
+        channels={
+            "blocks.0.img": (74, 12, 48, 2, 90, 81, 105, 63),
+            "blocks.4.img": (74, 12, 55, 99, 71, 63, 114, 105),
+            "blocks.7.img": (74, 89, 12, 13, 11, 37, 123, 99),
+        },
+        ratios={"blocks.0.img": 21.87, "blocks.7.img": 48.77},
+        shares={"blocks.7.img": 0.542},
+    ),
+    "flux2": Recorded(
+        pipeline="Flux2KleinPipeline",
+        iterations=4996,
+        channels={
+            "blocks.0.img": (62, 87, 97, 24, 19, 17, 96, 88),
+            "blocks.4.img": (62, 112, 87, 43, 97, 19, 53, 98),
+            "blocks.7.img": (62, 6, 112, 31, 87, 118, 26, 51),
+        },
+        ratios={"blocks.2.img": 54.38, "blocks.7.img": 31.46},
+        shares={"blocks.2.img": 0.671, "blocks.7.img": 0.517},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=RECORDED)
+def name(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def card():
-    return read_json(path("flux") / "dit_lens.json", "the toy's card")
+def lens(name, toy):
+    if name == "flux":
+        return toy
+    found = DiTLens.toy(name)
+    found.pipe.set_progress_bar_config(disable=True)
+    return found
 
 
-def test_held_out_prompts_are_drawn_as_well_as_the_card_says(toy, card):
-    images = toy.run(CAPTIONS, seed=0).images
+@pytest.fixture(scope="module")
+def card(name):
+    return read_json(path(name) / "dit_lens.json", "the toy's card")
+
+
+def test_every_toy_that_is_there_is_recorded():
+    assert sorted(RECORDED) == sorted(folder.name for folder in WEIGHTS.iterdir())
+
+
+def test_held_out_prompts_are_drawn_as_well_as_the_card_says(lens, card):
+    images = lens.run(CAPTIONS, seed=0).images
     right = [scene.agreement(describe(image).scene) for scene, image in zip(SCENES, images, strict=True)]
-    for name in BAR:
-        assert sum(one[name] for one in right) >= 7, name
-        assert card["quality"]["generated"][name][0] >= BAR[name]
+    for attribute in BAR:
+        assert sum(one[attribute] for one in right) >= 7, attribute
+        assert card["quality"]["generated"][attribute][0] >= BAR[attribute]
 
 
-def test_the_card_is_honest_about_what_is_missed(card):
-    text = (path("flux") / "README.md").read_text()
-    for name, bar in BAR.items():
-        share = card["quality"]["generated"][name][0]
+def test_the_card_is_honest_about_what_is_missed(name, card):
+    text = (path(name) / "README.md").read_text()
+    for attribute, bar in BAR.items():
+        share = card["quality"]["generated"][attribute][0]
         assert (f"{bar:.2f}, reached" if share >= bar else f"missed by {bar - share:.3f}") in text
     assert card["quality"]["prompts"] == 200
     assert card["quality"]["steps"] <= 20
-    assert card["training"]["stages"]["transformer"]["iterations"] == 8716
+    assert card["training"]["stages"]["transformer"]["iterations"] == RECORDED[name].iterations
 
 
-def test_massive_channels_as_recorded(toy):
-    massive = toy.massive_channels(CAPTIONS, k=8, seed=0)
-    recorded = {
-        "blocks.0.img": (74, 12, 48, 2, 90, 81, 105, 63),
-        "blocks.4.img": (74, 12, 55, 99, 71, 63, 114, 105),
-        "blocks.7.img": (74, 89, 12, 13, 11, 37, 123, 99),
-    }
-    assert min(massive.jaccard(recorded).values()) >= 0.7
+def test_massive_channels_as_recorded(lens, name):
+    massive, recorded = lens.massive_channels(CAPTIONS, k=8, seed=0), RECORDED[name]
+    assert min(massive.jaccard(recorded.channels).values()) >= 0.7
     ratios = {site: top_median_ratio(scores) for site, scores in massive.scores.items()}
-    assert ratios["blocks.0.img"] == pytest.approx(21.87, rel=0.1)
-    assert ratios["blocks.7.img"] == pytest.approx(48.77, rel=0.1)
-    assert massive.energy_share()["blocks.7.img"] == pytest.approx(0.542, rel=0.05)
+    assert {site: ratios[site] for site in recorded.ratios} == pytest.approx(recorded.ratios, rel=0.1)
+    shares = massive.energy_share()
+    assert {site: shares[site] for site in recorded.shares} == pytest.approx(recorded.shares, rel=0.05)
 
 
-def test_it_is_a_pipeline_like_any_other():
-    from diffusers import DiffusionPipeline, FluxPipeline
+def test_it_is_a_pipeline_like_any_other(name):
+    from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(path("flux"))
-    assert isinstance(pipe, FluxPipeline)
-    assert {module.dtype for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)} == {
-        pipe.transformer.dtype
-    }
-    assert sum(file.stat().st_size for file in path("flux").rglob("*") if file.is_file()) < 16e6
+    pipe = DiffusionPipeline.from_pretrained(path(name))
+    assert type(pipe).__name__ == RECORDED[name].pipeline
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    assert {part.dtype for part in parts} == {pipe.transformer.dtype}
+    assert sum(file.stat().st_size for file in path(name).rglob("*") if file.is_file()) < 12e6
 
 
-def test_the_untrained_twin_differs_in_its_transformer_alone(toy):
-    twin = DiTLens.toy(untrained=True)
-    mine, its = (dict(lens.pipe.transformer.named_parameters()) for lens in (toy, twin))
+def test_the_untrained_twin_differs_in_its_transformer_alone(lens, name):
+    twin = DiTLens.toy(name, untrained=True)
+    mine, its = (dict(one.pipe.transformer.named_parameters()) for one in (lens, twin))
     assert mine.keys() == its.keys()
     assert not any(torch.equal(mine[name], its[name]) for name in mine if name.endswith("attn.to_q.weight"))
-    for part in ("vae", "text_encoder", "text_encoder_2"):
-        same = zip(getattr(toy.pipe, part).parameters(), getattr(twin.pipe, part).parameters(), strict=True)
+    for part in {"vae", "text_encoder", "text_encoder_2"} & set(lens.pipe.components):
+        same = zip(getattr(lens.pipe, part).parameters(), getattr(twin.pipe, part).parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in same)
     prompt = "a big red circle left on a plain blue background"
     found = twin.massive_channels(prompt, k=8, seed=0)  # the lens follows the exchanged module
-    assert max(found.energy_share().values()) < min(toy.massive_channels(prompt, k=8, seed=0).energy_share().values())
+    assert max(found.energy_share().values()) < min(lens.massive_channels(prompt, k=8, seed=0).energy_share().values())
