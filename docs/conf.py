@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE / "extensions"), str(ROOT / "notebooks"), str(ROOT)]
-os.environ["DIT_LENS_RENDER"] = "static"  # no kernel is behind a lesson here, so its widgets answer with pages
 
 import plotly
 import sphinxcontrib.katex
@@ -53,8 +51,8 @@ maximum_signature_line_length = 84
 python_display_short_literal_types = True
 toc_object_entries_show_parents = "hide"
 nitpick_ignore_regex = [
-    # Types of other projects, whose inventories are on the network.
-    ("py:class", r"(torch|nn|np|numpy|pd|pandas|go|plotly|collections\.abc|pathlib|types)\..*"),
+    # Types of other projects, whose inventories are on the network; t is traitlets.
+    ("py:class", r"(torch|nn|np|numpy|pd|pandas|go|plotly|t|collections\.abc|pathlib|types)\..*"),
     ("py:class", r"Tensor|NDArray|Image|Path|SimpleNamespace"),
     ("py:class", r"DiffusionPipeline|ModelMixin|CLIPModel|CLIPProcessor"),
     # What the library uses between its own modules and promises to nobody.

@@ -1,4 +1,4 @@
-"""Executed lessons as pages of the site: their figures drawn by the site's one plotly, their widgets as static pages."""
+"""Executed lessons as pages of the site: their figures are drawn by the site's one plotly."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Any
 
 from sphinx.application import Sphinx
 
-from build import executed
+from build import executed, sources
 
-ROOT = Path(__file__).resolve().parents[2]
 PLOTLY = "application/vnd.plotly.v1+json"
-WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -26,24 +24,18 @@ def write(folder: Path) -> None:
     """Writes every lesson into a folder that holds nothing else."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for source in sorted((ROOT / "notebooks").glob("*.py")):
-        if source.name != "build.py":
-            notebook = json.loads(executed(source).read_text("utf-8"))
-            (folder / f"{source.stem}.ipynb").write_text(json.dumps(_for_the_site(notebook)), "utf-8")
+    for source in sources():
+        notebook = json.loads(executed(source).read_text("utf-8"))
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "markdown":
+                cell["source"] = "".join(cell["source"]).replace("](../docs/", "](../")  # links, as seen from here
+            for output in cell.get("outputs", []):
+                if PLOTLY in output.get("data", {}):
+                    output["data"] = {"text/html": _figure(output["data"][PLOTLY])}
+        (folder / f"{source.stem}.ipynb").write_text(json.dumps(notebook), "utf-8")
 
 
-def _for_the_site(notebook: dict[str, Any]) -> dict[str, Any]:
-    notebook["metadata"].pop("widgets", None)  # the state of widgets, which is of use to a kernel alone
-    for cell in notebook["cells"]:
-        for output in cell.get("outputs", []):
-            if "data" in output:
-                output["data"] = _shown(output["data"])
-    return notebook
-
-
-def _shown(data: dict[str, Any]) -> dict[str, Any]:
-    """One form of what a cell answers: a figure as data for static/figures.js, anything else as it is, HTML first."""
-    if PLOTLY in data:
-        figure = json.dumps(data[PLOTLY]).replace("</", "<\\/")
-        return {"text/html": f'<script type="application/json" data-plotly>{figure}</script>'}
-    return {kind: value for kind, value in data.items() if kind != WIDGET}
+def _figure(figure: dict[str, Any]) -> str:
+    """A figure as data, which static/figures.js draws."""
+    data = json.dumps(figure).replace("</", "<\\/")
+    return f'<script type="application/json" data-plotly>{data}</script>'
