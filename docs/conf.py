@@ -77,6 +77,9 @@ html_theme_options = {
     "footer_end": [],
 }
 html_show_sourcelink = False
+# Pages that have no others below them need no list of pages.
+ALONE = ("index", "install", "models", "errors", "guarantees", "contributing", "changelog", "findings/index")
+html_sidebars = {page: [] for page in ALONE}
 html_css_files = ["site.css"]
 html_js_files = ["plotly.min.js", "figures.js"]
 copybutton_exclude = ".linenos, .gp, .go"
