@@ -1,0 +1,157 @@
+"""Writes the notebooks of the lessons, and executes lessons for the tests and the documentation.
+
+    python notebooks/build.py            write notebooks/*.ipynb and notebooks/solutions/*.ipynb
+    python notebooks/build.py --check    write nothing; name the notebooks that are not what their source says
+
+The sources are the percent scripts beside this file. A cell tagged "solution" is blank in the notebook (its first
+comments, and `name = ...` for what it defines) and whole in the solutions; a cell tagged "check" tells a reader whether
+the exercise is solved. The same source always gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import hashlib
+import os
+import sys
+import tempfile
+from itertools import takewhile
+from pathlib import Path
+
+import jupytext
+import nbformat
+from filelock import FileLock
+from nbformat.v4 import new_code_cell, new_markdown_cell
+
+REPOSITORY = "dit-lens/dit_lens"  # owner/name on GitHub, for Colab; a fork writes its own here
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+EXECUTED = ROOT / "build" / "lessons"
+SECONDS = 300  # for one cell
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+IN_COLAB = f"""\
+import sys
+
+if "google.colab" in sys.modules:
+    %pip install -q "git+https://github.com/{REPOSITORY}\""""
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def sources() -> list[Path]:
+    """The lessons."""
+    return sorted(path for path in HERE.glob("*.py") if path != Path(__file__).resolve())
+
+
+def notebooks(source: Path) -> dict[Path, nbformat.NotebookNode]:
+    """The two notebooks of a lesson, by where they belong: the one with blanks, and the one with solutions."""
+    whole = _notebook(source)
+    blank = copy.deepcopy(whole)
+    for cell in blank.cells:
+        if "solution" in cell.metadata.get("tags", []):
+            cell.source = blanked(cell.source)
+    name = f"{source.stem}.ipynb"
+    return {HERE / name: blank, HERE / "solutions" / name: whole}
+
+
+def blanked(code: str) -> str:
+    """A solution without what solves it.
+
+    >>> print(blanked("# The answer.\\nhalf = 0.5\\nanswer = 84 * half"))
+    # The answer.
+    half = ...
+    answer = ...
+    """
+    comments = takewhile(lambda line: line.startswith("#"), code.splitlines())
+    targets = [target for node in ast.parse(code).body if isinstance(node, ast.Assign) for target in node.targets]
+    return "\n".join([*comments, *(f"{ast.unparse(target)} = ..." for target in targets)])
+
+
+def stale(*, write: bool = False) -> list[Path]:
+    """The notebooks that are not what their source says; ``write`` makes them so."""
+    found = []
+    for source in sources():
+        for path, notebook in notebooks(source).items():
+            text = nbformat.writes(notebook) + "\n"
+            if path.is_file() and path.read_text("utf-8") == text:
+                continue
+            found.append(path)
+            if write:
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text, "utf-8")
+    return found
+
+
+def executed(source: Path) -> Path:
+    """The notebook of a lesson with its solutions and all outputs, in build/lessons.
+
+    It is executed again when the lesson, this file or the package has changed; who comes second waits for the first.
+    Raises nbclient.exceptions.CellExecutionError where a cell fails.
+    """
+    path, digest = EXECUTED / f"{source.stem}.ipynb", _digest(source)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.is_file() or nbformat.read(path, as_version=4).metadata.get("made_from") != digest:
+            notebook = run(notebooks(source)[HERE / "solutions" / path.name])
+            notebook.metadata["made_from"] = digest
+            nbformat.write(notebook, path)
+    return path
+
+
+def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A notebook with its outputs, executed in an empty folder."""
+    from nbclient import NotebookClient
+
+    with tempfile.TemporaryDirectory() as folder:
+        place = {"metadata": {"path": folder}}
+        client = NotebookClient(notebook, timeout=SECONDS, resources=place, store_widget_state=False)
+        client.execute(env={**os.environ, "DIT_LENS_RENDER": "static"})  # explorers as pages that need no kernel
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _passing(output)]
+    return notebook
+
+
+def _passing(output: nbformat.NotebookNode) -> bool:
+    """Whether an output says something of this machine or moment only: on stderr, or in a progress bar."""
+    return output.get("name") == "stderr" or (output.output_type == "display_data" and WIDGET in output.data)
+
+
+def _notebook(source: Path) -> nbformat.NotebookNode:
+    title, *rest = jupytext.read(source).cells
+    address = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{source.stem}.ipynb"
+    colab = [
+        new_markdown_cell(f"[Open this notebook in Colab]({address})"),
+        new_code_cell(IN_COLAB, metadata={"tags": ["remove-cell"]}),  # from the pages of the documentation
+    ]
+    cells = [title, *colab, *rest]
+    for number, cell in enumerate(cells):
+        cell.id = f"cell-{number:03}"  # drawn at random otherwise
+        cell.metadata = {name: value for name, value in cell.metadata.items() if name == "tags"}
+    return nbformat.v4.new_notebook(cells=cells, metadata=METADATA)
+
+
+def _digest(source: Path) -> str:
+    package = (path for path in sorted((ROOT / "dit_lens").rglob("*")) if "__pycache__" not in path.parts)
+    files = [source, Path(__file__), *filter(Path.is_file, package)]
+    return hashlib.sha256(b"\0".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
+
+
+def main(arguments: list[str]) -> int:
+    """The command line."""
+    if arguments not in ([], ["--check"]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    check = bool(arguments)
+    found = stale(write=not check)
+    for path in found:
+        print(f"{'out of date' if check else 'written'}: {path.relative_to(ROOT)}")
+    return 1 if check and found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,228 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 1. What a Diffusion Transformer is, and how the lens names it
+#
+# **A picture comes out of noise in twelve steps. What does the network hold in between, and how do you get at it?**
+#
+# You will learn
+#
+# - what happens between noise and picture: steps, tokens, blocks, the residual stream;
+# - how a name such as `blocks.3.img` says which tensor is meant, in every model;
+# - how to read tensors while a model draws, and how to check that they are the right ones.
+#
+# You need PyTorch, and nothing else. Everything runs on a CPU: the model is a *toy*, a FLUX with 8 blocks of 128
+# channels that was trained on drawn scenes.
+
+# %%
+import dit_lens as dl
+from dit_lens import plots
+
+lens = dl.DiTLens.toy()
+lens
+
+# %% [markdown]
+# `lens` is a diffusers pipeline (`lens.pipe`) with names for what is inside. It draws as the pipeline would.
+
+# %%
+circle = "a big red circle left on a checkered blue background"
+run = lens.run(circle, seed=0)
+run.images[0].resize((192, 192), 0)
+
+# %% [markdown]
+# ## From noise to a picture
+#
+# A diffusion model never draws in one go. It is given noise and asked: *in which direction does a picture lie?* A small
+# step is taken in that direction, and it is asked again. The answer at any step implies a guess of the finished
+# picture, called `x0`. Here it is at some of the steps; σ (sigma) is the share of noise that is still there, from 1
+# down to 0.
+
+# %%
+steps = [0, 2, 4, 6, 8, 11]
+guesses = lens.read_x0(circle, "blocks.-1.img", steps=steps, seed=0).pictures["x0"]
+labels = [f"step {step}<br>σ {run.sigmas[step]:.2f}" for step in steps]
+plots.strip([rows[0] for rows in guesses], labels, title="What the model expects the picture to become")
+
+# %% [markdown]
+# ## Inside one step
+#
+# The network that answers is a transformer:
+#
+# ```
+# noisy picture ─ cut into 16 × 16 patches ─> 256 image tokens ┐
+#                                                              ├─ block 0 ─ block 1 ─ ... ─ block 7 ─> direction
+# prompt ─────── text encoder ─────────────>  16 text tokens   ┘
+# ```
+#
+# A token is a vector of 128 **channels**. Each block adds something to every token: attention brings in what other
+# tokens say, an MLP works on each token by itself. What is added to is the **residual stream**, and it is where to look
+# first: whatever one block tells a later one passes through it.
+#
+# In this family the first three blocks (*double*) have weights of their own for text, and the other five (*single*)
+# share them. The lens counts through, so you need not care.
+
+# %% [markdown]
+# ## Names
+#
+# `blocks.{i}.{stream}.{point}`: the block, the stream (`img` for the picture's tokens, `txt` for the prompt's), and the
+# point inside the block. Without a point it is the residual stream as the block leaves it. Patterns work, and you can
+# ask what one means before anything runs.
+
+# %%
+lens.sites("blocks[1:3].{img,txt}")
+
+# %%
+lens.sites("blocks.1.img.{resid_pre,attn_out,resid_mid,mlp_out,resid_post}")
+
+# %% [markdown]
+# A model lacks some points. Then the lens says why, and does not guess. The single blocks of FLUX compute attention and
+# MLP side by side:
+
+# %%
+try:
+    lens.sites("blocks.5.img.attn_out")
+except dl.errors.SiteError as problem:
+    print(problem)
+
+# %% [markdown]
+# ## Reading
+#
+# What to read is said before the run, and found in it afterwards. A read is `[step, row, token, channel]`; a row is one
+# picture of the batch. `.grid()` lays the image tokens out as they lie in the picture.
+
+# %%
+run = lens.run(circle, [dl.Read("blocks.*.img")], seed=0)
+hidden = run["blocks.5.img"]
+hidden.shape, hidden.grid().shape
+
+# %% [markdown]
+# Reading all tokens of all blocks at all steps is fine for a toy. For a large model `Read` takes `channels=`, `steps=`
+# and `reduce=`, and `lens.cost` says beforehand what a read would keep.
+
+# %%
+lens.cost(circle, dl.Read("blocks.*.img"), seed=0)
+
+# %% [markdown]
+# Now look around. Move through steps and blocks, click on a channel, and point at the picture. Colours show one
+# channel's value at every token.
+
+# %%
+dl.explore(run)
+
+# %% [markdown]
+# ## Is it the right tensor?
+#
+# Never trust a tool on its word. A block of the pipeline is an ordinary `nn.Module`, so a forward hook of PyTorch sees
+# its output. With guidance the toy calls its transformer twice a step, once with the prompt and once without; a read is
+# of the call with the prompt.
+
+# %%
+import torch
+
+seen = []
+
+
+def keep(_module, _inputs, outputs):
+    seen.append(outputs[1])  # text is the first, image tokens the second
+
+
+handle = lens.pipe.transformer.transformer_blocks[1].register_forward_hook(keep)
+plain = lens.pipe(circle, generator=torch.Generator().manual_seed(0), **lens.defaults).images[0]
+handle.remove()
+
+with_prompt = torch.stack(seen[::2])
+print("calls of the block:", len(seen))
+print("same tensor, bit for bit:", torch.equal(with_prompt, run["blocks.1.img"]))
+print("same picture, bit for bit:", plain.tobytes() == run.images[0].tobytes())
+
+# %% [markdown]
+# ## The prompt's tokens
+#
+# Text passes through the same blocks. On the `txt` stream a word can be named instead of its position.
+
+# %%
+print(lens.to_str_tokens(circle))
+lens.run(circle, [dl.Read("blocks.3.txt", tokens="circle")], seed=0)["blocks.3.txt"].shape
+
+# %% [markdown]
+# ## What does a block know?
+#
+# A common trick: take the tokens as some block leaves them and treat them as if that block were the last. In language
+# models this is the *logit lens*. Rows are steps, columns are blocks, and the last column is the model itself.
+
+# %%
+lens.read_x0(circle, seed=0).figure()
+
+# %% [markdown]
+# Read it with care. The final projection was trained for the tokens of the last block alone. That an early block shows
+# nothing need not mean that it knows nothing: it may say it in a way that this projection does not read.
+
+# %% [markdown]
+# ## Exercises
+#
+# Fill in the cells with `...`, run them, then run the check below each.
+#
+# **Exercise 1.** Write the pattern for the *text* tokens that leave the last two blocks. Negative numbers count from
+# the end, also in `[a:b]`.
+
+# %% tags=["solution"]
+# A string for lens.sites.
+pattern = "blocks[-2:].txt"
+
+# %% tags=["check"]
+assert pattern is not ..., (
+    "Exercise 1 is blank: write a pattern of sites, such as 'blocks.0.img', in place of the dots."
+)
+assert lens.sites(pattern) == ["blocks.6.txt", "blocks.7.txt"], f"Not yet: {pattern!r} means {lens.sites(pattern)}."
+print("Exercise 1 is solved.")
+
+# %% [markdown]
+# **Exercise 2.** Read what attention adds to the image tokens in block 1, at the last step only, from the same noise
+# (`seed=0`).
+
+# %% tags=["solution"]
+# A tensor of shape [1, 1, 256, 128].
+added = lens.run(circle, [dl.Read("blocks.1.img.attn_out", steps=-1)], seed=0)["blocks.1.img.attn_out"]
+
+# %% tags=["check"]
+assert added is not ..., (
+    "Exercise 2 is blank: call lens.run with a dl.Read of attn_out, and take the read from the run."
+)
+assert added.shape == (1, 1, 256, 128), f"Not yet: the shape is {list(added.shape)}. Does the read say steps=-1?"
+_expected = lens.run(circle, [dl.Read("blocks.1.img.attn_out")], seed=0)["blocks.1.img.attn_out"][-1:]
+assert torch.equal(added, _expected), "Not yet: the shape is right, the values are others. Is it block 1, and seed=0?"
+print("Exercise 2 is solved.")
+
+# %% [markdown]
+# **Exercise 3.** "Each block adds something to every token": test it. Read `resid_pre`, `attn_out`, `mlp_out` and
+# `resid_post` of block 1 in one run, and find the largest deviation from *before + attention + MLP = after*.
+
+# %% tags=["solution"]
+# One number: the largest absolute difference over all steps, tokens and channels.
+parts = lens.run(circle, [dl.Read("blocks.1.img.{resid_pre,attn_out,mlp_out,resid_post}")], seed=0)
+total = parts["blocks.1.img.resid_pre"] + parts["blocks.1.img.attn_out"] + parts["blocks.1.img.mlp_out"]
+gap = (total - parts["blocks.1.img"]).abs().max().item()
+
+# %% tags=["check"]
+assert gap is not ..., (
+    "Exercise 3 is blank: read the four points of block 1, add three of them, and compare with the fourth."
+)
+assert 0 <= gap < 1e-3, f"Not yet: the sum is off by {gap:.3g}, and only rounding should be left."
+print(f"Exercise 3 is solved: the residual stream adds up to within {gap:.1g}.")
+
+# %% [markdown]
+# ## What we know, and what we do not
+#
+# We know that a read is the very tensor that PyTorch passes on, that reading leaves the picture as it was, and that a
+# block's output is a sum. All three were checked here; `docs/guarantees.md` lists what else is.
+#
+# We do not know what any channel *means*. In the explorer, some channels seem to draw the subject. That is how a
+# question begins: with 128 channels, 8 blocks and 12 steps to choose from, something will look like something.
+#
+# Next: [lesson 2](lesson_2_massive.ipynb) asks which channels to look at first.
