@@ -67,8 +67,10 @@ def blanked(code: str) -> str:
     answer = ...
     """
     comments = takewhile(lambda line: line.startswith("#"), code.splitlines())
-    targets = [target for node in ast.parse(code).body if isinstance(node, ast.Assign) for target in node.targets]
-    return "\n".join([*comments, *(f"{ast.unparse(target)} = ..." for target in targets)])
+    assigned = (target for node in ast.parse(code).body if isinstance(node, ast.Assign) for target in node.targets)
+    names = (node for target in assigned for node in ast.walk(target) if isinstance(node, ast.Name))
+    defined = dict.fromkeys(name.id for name in names if isinstance(name.ctx, ast.Store))
+    return "\n".join([*comments, *(f"{name} = ..." for name in defined)])
 
 
 def stale(*, write: bool = False) -> list[Path]:
@@ -103,13 +105,15 @@ def executed(source: Path) -> Path:
 
 
 def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """A notebook with its outputs, executed in an empty folder."""
+    """A notebook with its outputs, executed in an empty folder; its metadata have the seconds that one core took."""
     from nbclient import NotebookClient
 
     with tempfile.TemporaryDirectory() as folder:
         place = {"metadata": {"path": folder}}
         client = NotebookClient(notebook, timeout=SECONDS, resources=place, store_widget_state=False)
+        before = os.times()
         client.execute(env={**os.environ, "DIT_LENS_RENDER": "static"})  # explorers as pages that need no kernel
+        notebook.metadata["seconds"] = os.times().children_user - before.children_user
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _passing(output)]

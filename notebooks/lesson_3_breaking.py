@@ -153,9 +153,7 @@ assert late is not ..., "Exercise 1 is half done: run dl.Zero with steps=(0.5, 1
 for _picture, _part in ((early, (0.0, 0.5)), (late, (0.5, 1.0))):
     _expected = lens.run(circle, dl.Zero("blocks.*.img", channels=massive, steps=_part), seed=0).images[0]
     assert rmse(_picture, _expected) < 0.5, f"Not yet: this is not the picture with steps={_part}."
-print(
-    f"Exercise 1 is solved: {rmse(early, untouched):.0f} grey levels from early steps, {rmse(late, untouched):.0f} late."
-)
+print(f"Exercise 1 is solved: {rmse(early, untouched):.0f} grey levels early, {rmse(late, untouched):.0f} late.")
 
 # %% [markdown]
 # **Exercise 2.** Build an attenuated arm yourself: `dl.Scale` multiplies channels by `factor`. Zeroing channels moves a

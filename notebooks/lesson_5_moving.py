@@ -112,8 +112,7 @@ subject = lens.subject_mask(source, massive, seed=0)
 masked = lens.run(
     [source, target], dl.Swap("blocks.*.img", source="row:0", rows=1, channels=massive, mask=subject), seed=0
 )
-overlay = plots.cluster_overlay(before[0], subject, title="Where channels are moved")
-overlay
+plots.cluster_overlay(before[0], subject, title="Where channels are moved")
 
 # %%
 plots.strip(
