@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 from docutils import nodes
+from sphinx.addnodes import desc_content
 from sphinx.application import Sphinx
 
 import dit_lens as dl
@@ -26,9 +28,13 @@ def _write(app: Sphinx, problem: Exception | None) -> None:
 def text(app: Sphinx) -> str:
     """The quick start, a line for every page with its first sentence, and a line for every public name."""
     pages = [_page(app, name) for name in _in_order(app, app.config.root_doc)]
-    names = [_name(name) for name in sorted(dl.__all__)]
+    names = [_name(name, getattr(dl, name)) for name in sorted(dl.__all__)]
+    methods = [
+        _name(f"DiTLens.{name}", getattr(dl.DiTLens, name)) for name in vars(dl.DiTLens) if not name.startswith("_")
+    ]
     start = inspect.cleandoc(dl.__doc__ or "")
-    return "\n".join(["# dit_lens", "", start, "", "## Pages", "", *pages, "", "## Names", "", *names, ""])
+    parts = ["# dit_lens", start, "## Pages", "\n".join(pages), "## Names", "\n".join(names)]
+    return "\n\n".join([*parts, "## What a lens can do", "\n".join(methods), ""])
 
 
 def _in_order(app: Sphinx, page: str) -> list[str]:
@@ -38,17 +44,26 @@ def _in_order(app: Sphinx, page: str) -> list[str]:
 
 def _page(app: Sphinx, name: str) -> str:
     title = app.env.titles[name].astext()
-    paragraph = next(iter(app.env.get_doctree(name).findall(nodes.paragraph)), None)
-    said = "" if paragraph is None else f": {_first(paragraph.astext())}"
+    paragraphs = (one for one in app.env.get_doctree(name).findall(nodes.paragraph) if _is_running_text(one))
+    first = next(paragraphs, None)
+    said = "" if first is None else f": {_first(first.astext())}"
     return f"- [{title}]({app.builder.get_target_uri(name)}){said}"
 
 
-def _name(name: str) -> str:
-    found = getattr(dl, name)
-    takes = f"{inspect.signature(found)}" if inspect.isfunction(found) else ""
+def _is_running_text(paragraph: nodes.paragraph) -> bool:
+    return isinstance(paragraph.parent, nodes.section | desc_content)
+
+
+def _name(name: str, found: Any) -> str:
+    takes = f"({', '.join(_arguments(found))})" if callable(found) else ""
     return f"- `dit_lens.{name}{takes}`: {_first(inspect.getdoc(found) or '')}"
+
+
+def _arguments(found: Any) -> list[str]:
+    """The names of what it takes."""
+    return [name for name in inspect.signature(found).parameters if name != "self"]
 
 
 def _first(words: str) -> str:
     """The first sentence."""
-    return re.split(r"(?<=[.:?!])\s", " ".join(words.split()), maxsplit=1)[0]
+    return re.split(r"(?<=[.?!])\s", " ".join(words.split()), maxsplit=1)[0]
