@@ -33,7 +33,7 @@ lens
 # %%
 circle = "a big red circle left on a checkered blue background"
 run = lens.run(circle, seed=0)
-run.images[0].resize((192, 192), 0)
+plots.strip(run.images, [circle])
 
 # %% [markdown]
 # ## From noise to a picture
@@ -50,14 +50,18 @@ labels = [f"step {step}<br>σ {run.sigmas[step]:.2f}" for step in steps]
 plots.strip([rows[0] for rows in guesses], labels, title="What the model expects the picture to become")
 
 # %% [markdown]
+# The toy's scenes are so simple that its first guess is already close; later steps sharpen it. The first guesses of a
+# large model are blurs.
+
+# %% [markdown]
 # ## Inside one step
 #
 # The network that answers is a transformer:
 #
 # ```
-# noisy picture ─ cut into 16 × 16 patches ─> 256 image tokens ┐
-#                                                              ├─ block 0 ─ block 1 ─ ... ─ block 7 ─> direction
-# prompt ─────── text encoder ─────────────>  16 text tokens   ┘
+# noisy picture ─ 16 × 16 patches ─> 256 image tokens ┐
+#                                                     ├─ block 0 ─ block 1 ─ ... ─ block 7 ─> direction
+# prompt ─────────── text encoder ─>  16 text tokens  ┘
 # ```
 #
 # A token is a vector of 128 **channels**. Each block adds something to every token: attention brings in what other

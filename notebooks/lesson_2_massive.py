@@ -84,8 +84,8 @@ unlearnt = twin.massive_channels(circle, k=8, seed=0)
 plots.channel_spectrum(unlearnt.scores["blocks.5.img"], unlearnt["blocks.5.img"], site="blocks.5.img, untrained")
 
 # %% [markdown]
-# Mind the vertical axis. Two numbers that do not depend on scale: the share of energy in the top 8, and how many times
-# the median channel the top one is.
+# Mind the vertical axis: the figure marks eight here as well, as it would in any list of numbers. Two numbers that do
+# not depend on scale: the share of energy in the top 8, and how many times the median channel the top one is.
 
 # %%
 import pandas as pd
@@ -116,8 +116,8 @@ overlaps.groupby(level=0).mean().sort_values("jaccard").round(2)
 
 # %% [markdown]
 # So there are two answers. Between two drawings of one prompt the set hardly changes; between prompts it changes more
-# than one would think, though far less than by chance. "The massive channels of this model" is an average: for a single
-# picture, use that picture's own set.
+# than one would think, though far less than random sets would. "The massive channels of this model" is an average: for
+# a single picture, use that picture's own set.
 
 # %% [markdown]
 # ## Control 3: other definitions
@@ -181,16 +181,18 @@ print(f"Exercise 2 is solved: {share:.0%} of the energy is in {8 / 128:.0%} of t
 # **Exercise 3.** By how much do the sets of two prompts overlap? Find the massive channels of `triangle` (`k=8`,
 # `seed=0`), and average their Jaccard overlap with `massive` over sites. A ChannelSet has the method `jaccard`.
 
+# %%
+triangle = "a big yellow triangle right on a plain green background"
+
 # %% tags=["solution"]
 # A number between 0 and 1.
-triangle = "a big yellow triangle right on a plain green background"
 overlaps = lens.massive_channels(triangle, k=8, seed=0).jaccard(massive)
 overlap = sum(overlaps.values()) / len(overlaps)
 
 # %% tags=["check"]
 assert overlap is not ..., "Exercise 3 is blank: call lens.massive_channels for the triangle, then .jaccard(massive)."
 assert 0 <= overlap < 1, "Not yet: with an overlap of 1 you have compared the set with itself."
-_other = lens.massive_channels("a big yellow triangle right on a plain green background", k=8, seed=0).jaccard(massive)
+_other = lens.massive_channels(triangle, k=8, seed=0).jaccard(massive)
 assert abs(overlap - sum(_other.values()) / len(_other)) < 1e-6, f"Not yet: {overlap:.3f} is not the mean over sites."
 print(f"Exercise 3 is solved: the overlap is {overlap:.2f}.")
 

@@ -50,6 +50,9 @@ plots.strip(list(pictures.values()), list(pictures), title="Eight channels zeroe
 runs["top"].receipt.table[["op", "site", "channels", "elements", "before", "after"]].head(4)
 
 # %% [markdown]
+# Less is left to zero after the first block: what is gone from the residual stream does not come back by itself, and
+# each later block adds its own part only.
+#
 # Looking is not measuring. Two numbers: the distance of a picture from the untouched one (root mean square over grey
 # levels, 0 to 255), and what can still be read from it. Toy pictures come from a small grammar of scenes, and
 # `describe` finds the scene that fits a picture best; a picture that none fits is unreadable.
@@ -87,9 +90,10 @@ matched.matched, matched.note
 # ## Objection 2: the next norm did it
 #
 # Every block begins with a normalisation: it divides a token by its length. Take the largest channels away, and all
-# others come out larger. Perhaps that breaks the picture, and not the loss. Two arms separate it: **rescaled** removes
-# nothing and raises the others as the norm would; **norm-kept** overwrites the top channels by a fixed pattern with the
-# same statistics, so that the norm notices nothing.
+# others come out larger. Perhaps that breaks the picture, and not the loss. Two arms separate it. **rescaled** ("top-k
+# kept, others raised" in the figure) removes nothing and raises the others as the norm would. **norm-kept** ("top-k
+# overwritten") overwrites the top channels by a fixed pattern with the same statistics, so that the norm notices
+# nothing.
 #
 # ## The study
 #
@@ -103,21 +107,20 @@ result = studies.disruption(lens, prompts, k=8, draws=2, num_inference_steps=4)
 result.figure()
 
 # %%
-result.summary.set_index("arm")[["rmse", "rmse_low", "rmse_high", "fidelity", "energy_share"]].round(2)
+summary = result.summary.set_index("arm")
+summary[["rmse", "rmse_low", "rmse_high", "fidelity", "energy_share"]].round(2)
 
 # %% [markdown]
 # `fidelity` is the share of the prompt's six attributes (size, colour, shape, place, texture, background) that can be
 # read from the picture. Now a rule, fixed before looking: one arm does more damage than another where its whole
 # interval lies above the other's.
 
+
 # %%
-summary = result.summary.set_index("arm")
-
-
-def does_more(arm, than):
-    low, high = summary.loc[arm, "rmse_low"], summary.loc[than, "rmse_high"]
-    below = summary.loc[arm, "rmse_high"] < summary.loc[than, "rmse_low"]
-    return f"{arm} against {than}: " + ("more damage" if low > high else "less damage" if below else "undecided")
+def damage(arm, than):
+    if summary.rmse_low[arm] > summary.rmse_high[than]:
+        return "more"
+    return "less" if summary.rmse_high[arm] < summary.rmse_low[than] else "undecided"
 
 
 for arm, than in [
@@ -128,7 +131,7 @@ for arm, than in [
     ("top", "random-direction"),
     ("top", "rescaled"),
 ]:
-    print(does_more(arm, than))
+    print(f"{arm} against {than}: {damage(arm, than)}")
 
 # %% [markdown]
 # Read it line by line. The first two are the paper's claim. The third is a weak test, since energy-matched removes less
