@@ -5,8 +5,12 @@ const bytes = value => new Uint8Array(value.buffer ?? value, value.byteOffset ??
 const numbers = (Type, value) => new Type(bytes(value).slice().buffer);
 const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
 
+const FOCUSABLE = new Set(['button', 'canvas', 'input', 'select', 'summary']);
+
 function make(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
+  // JupyterLab would take the arrow keys for its own; it asks the focused element alone.
+  if (FOCUSABLE.has(tag)) node.setAttribute('data-lm-suppress-shortcuts', 'true');
   for (const [name, value] of Object.entries(properties)) {
     if (name.includes('-') || name === 'role' || name === 'for') node.setAttribute(name, value);
     else node[name] = value;
@@ -14,6 +18,8 @@ function make(tag, properties = {}, ...children) {
   node.append(...children);
   return node;
 }
+
+const frame = (name, ...children) => make('div', { className: 'dit-lens', role: 'region', 'aria-label': name }, ...children);
 
 let made = 0;
 const uniqueId = () => `dit-lens-${++made}`;

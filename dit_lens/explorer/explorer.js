@@ -374,7 +374,7 @@ function render({ model, el }) {
   const stateCode = () => STATE.filter(name => get(name) !== arrays.initial[name]).map(name => `, ${name}=${python(get(name))}`).join('');
 
   const part = (title, ...nodes) => make('div', { className: 'part' }, make('h4', {}, title), ...nodes);
-  const root = make('div', { className: 'dit-lens', role: 'region', 'aria-label': 'dit_lens explorer' },
+  const root = frame('dit_lens explorer',
     make('div', { className: 'top' }, ...(several ? [paneChoice.row, besideChoice.row] : []), overlays.row, ...(hasMaps ? [palette.row, scale.row] : [])),
     make('div', { className: 'stage' },
       make('div', { className: 'panes' }, left.node, right.node),

@@ -10,12 +10,11 @@ function picture(caption, url) {
 }
 
 // Two sliders that keep a half-open interval in order.
-function interval(name, length, onInput, onChange) {
+function interval(name, length, onInput) {
   let ends = [0, length];
   const from = slider(`first ${name}`, { max: length - 1, onInput: value => set([value, Math.max(ends[1], value + 1)]) });
   const to = slider(`last ${name}`, { max: length - 1, onInput: value => set([Math.min(ends[0], value), value + 1]) });
   const set = value => { ends = value; onInput(ends); };
-  for (const { input } of [from, to]) input.addEventListener('change', onChange);
   return { rows: [from.row, to.row], show: (value, say = String) => { ends = value; from.show(value[0], say(value[0])); to.show(value[1] - 1, say(value[1] - 1)); } };
 }
 
@@ -23,18 +22,19 @@ function render({ model, el }) {
   const meta = model.get('_meta'), ends = bytes(model.get('_ends')), shots = [];
   let busy = false, again = false, current = -1;
   const change = stateful(model, CONTROLS, () => draw());
-  const changed = () => ask();
+  // Drawn when a control rests.
+  let resting;
+  const changed = changes => { change(changes); clearTimeout(resting); resting = setTimeout(ask, 250); };
   const setting = () => Object.fromEntries(CONTROLS.map(name => [name, model.get(name)]));
 
-  const strength = slider('strength', { max: 1, step: 0.05, onInput: value => change({ strength: value }) });
-  const size = slider('channels', { min: 1, max: meta.largest, onInput: value => change({ k: value }) });
-  for (const { input } of [strength, size]) input.addEventListener('change', changed);
-  const blocks = interval('block', meta.depth, value => change({ blocks: value }), changed);
-  const steps = interval('step', meta.sigmas.length, value => change({ steps: value }), changed);
-  const arms = toggles('which channels', meta.arms.map(name => [name, name]), arm => { change({ arm }); ask(); });
-  const where = toggles('where', meta.where.map(name => [name, name]), value => { change({ where: value }); ask(); });
+  const strength = slider('strength', { max: 1, step: 0.05, onInput: value => changed({ strength: value }) });
+  const size = slider('channels', { min: 1, max: meta.largest, onInput: value => changed({ k: value }) });
+  const blocks = interval('block', meta.depth, value => changed({ blocks: value }));
+  const steps = interval('step', meta.sigmas.length, value => changed({ steps: value }));
+  const arms = toggles('which channels', meta.arms.map(name => [name, name]), arm => changed({ arm }));
+  const where = toggles('where', meta.where.map(name => [name, name]), value => changed({ where: value }));
   const redraw = make('button', { type: 'button' }, 'Draw');
-  redraw.addEventListener('click', changed);
+  redraw.addEventListener('click', ask);
   const status = make('div', { className: 'token', role: 'status', 'aria-live': 'polite' });
 
   const source = picture(`source: ${meta.prompts[0]}`, pictureUrl(ends.slice(0, meta.split)));
@@ -42,7 +42,7 @@ function render({ model, el }) {
   const result = picture('target with channels of the source');
   const strip = make('div', { className: 'strip', role: 'group', 'aria-label': 'what was drawn' });
   const code = codeBox(() => shots[current]?.code ?? '');
-  const root = make('div', { className: 'dit-lens', role: 'region', 'aria-label': 'dit_lens steering' },
+  const root = frame('dit_lens steering',
     make('div', { className: 'panes' }, source.node, target.node, result.node),
     make('div', { className: 'controls' },
       make('div', { className: 'side' }, strength.row, size.row, arms.row, where.row),
