@@ -52,8 +52,11 @@ def notebooks(source: Path) -> dict[Path, nbformat.NotebookNode]:
     whole = _notebook(source)
     blank = copy.deepcopy(whole)
     for cell in blank.cells:
-        if "solution" in cell.metadata.get("tags", []):
+        tags = cell.metadata.get("tags", [])
+        if "solution" in tags:
             cell.source = blanked(cell.source)
+        if "check" in tags:
+            cell.metadata["jupyter"] = {"source_hidden": True}
     name = f"{source.stem}.ipynb"
     return {HERE / name: blank, HERE / "solutions" / name: whole}
 

@@ -25,6 +25,7 @@ import dit_lens as dl
 from dit_lens import plots
 
 lens = dl.DiTLens.toy()
+lens.pipe.set_progress_bar_config(disable=True)  # the toy is quick
 lens
 
 # %% [markdown]
@@ -170,7 +171,7 @@ lens.read_x0(circle, seed=0).figure()
 # %% [markdown]
 # ## Exercises
 #
-# Fill in the cells with `...`, run them, then run the check below each.
+# Fill in the cells with `...` and run them, then the check below each. It is folded, since it knows the answer.
 #
 # **Exercise 1.** Write the pattern for the *text* tokens that leave the last two blocks. Negative numbers count from
 # the end, also in `[a:b]`.

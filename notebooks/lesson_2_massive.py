@@ -139,7 +139,7 @@ dl.channels.definitions({name: run[name]["blocks.5.img"].mean((0, 1)) for name i
 #
 # ## Exercises
 #
-# Fill in the cells with `...`, run them, then run the check below each.
+# Fill in the cells with `...` and run them, then the check below each. It is folded, since it knows the answer.
 #
 # **Exercise 1.** Find the massive channels by hand. `hidden` holds block 5 at all steps; compute the score, average
 # over steps, and take the 8 largest with `torch.topk`.

@@ -140,7 +140,7 @@ for arm, than in [
 #
 # ## Exercises
 #
-# Fill in the cells with `...`, run them, then run the check below each.
+# Fill in the cells with `...` and run them, then the check below each. It is folded, since it knows the answer.
 #
 # **Exercise 1.** Every edit takes `steps=`: an index, a list, or a pair of floats for a part of the run. Zero the
 # massive channels in the first half of the steps only, and in the second half only. When is the picture decided?

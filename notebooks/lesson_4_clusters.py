@@ -34,11 +34,11 @@ picture = run.images[0]
 # %% [markdown]
 # ## One channel as a map
 #
-# A channel has one value per image token, so it is a map of 16 × 16. Choose a channel below, then *clusters* as the
-# overlay: that is what this lesson builds up by hand.
+# A channel has one value per image token, so it is a map of 16 × 16. Below, the eight massive channels of block 5 are
+# clustered, which this lesson builds up by hand; *channel* shows each alone.
 
 # %%
-dl.explore(run, channels=massive, site="blocks.5.img")
+dl.explore(run, channels=massive, site="blocks.5.img", overlay="clusters")
 
 # %% [markdown]
 # ## Clusters
@@ -73,7 +73,7 @@ plots.cluster_overlay(picture, found.mask, truth=truth, title="Clusters of eight
 # %%
 pixels = clusters.upsample(found.mask, truth.shape)
 across, down = np.meshgrid(np.arange(64), np.arange(64))
-nearest = np.argsort(np.hypot(across - 31.5, down - 31.5).ravel())[: pixels.sum()]
+nearest = np.argsort(np.hypot(across - 31.5, down - 31.5).ravel())[: pixels.sum()]  # to the middle
 disc = np.zeros(truth.size, bool)
 disc[nearest] = True
 
@@ -137,7 +137,7 @@ pd.concat({"mean of all blocks": every, lens.mask_site(): chosen}, axis=1).round
 #
 # ## Exercises
 #
-# Fill in the cells with `...`, run them, then run the check below each.
+# Fill in the cells with `...` and run them, then the check below each. It is folded, since it knows the answer.
 #
 # **Exercise 1.** At which step does the layout appear? Cluster block 5 at *every* step with the channels
 # `massive[site]`, and give the IoU with `truth` for each.

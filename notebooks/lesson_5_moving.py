@@ -88,8 +88,12 @@ pd.DataFrame({name: weighed(picture) for name, picture in shown.items()}).T.roun
 
 # %% [markdown]
 # The two prompts share one attribute of six, so 0.17 is said of either from the start; a mixture that fits no scene
-# says 0 of both. Compare rows at an equal distance to the source. Where a swap says no more than the blend at that
-# distance, it has moved *colours*, and not the scene.
+# says 0 of both. Compare rows at an equal distance to the source: does the swap say more of it than the blend? And
+# which attributes are they?
+
+# %%
+for name, picture in shown.items():
+    print(f"{name:<16} {describe(picture)}")
 
 # %% [markdown]
 # ## Try it
@@ -99,7 +103,9 @@ pd.DataFrame({name: weighed(picture) for name, picture in shown.items()}).T.roun
 # kernel.)
 
 # %%
-dl.steer(lens, source, target, k=8)
+panel = dl.steer(lens, source, target, k=8)
+panel.draw(strength=0.7)
+panel
 
 # %% [markdown]
 # ## Only on the subject
@@ -159,7 +165,7 @@ result.summary[result.summary.strength > 0][columns].round(2)
 #
 # ## Exercises
 #
-# Fill in the cells with `...`, run them, then run the check below each.
+# Fill in the cells with `...` and run them, then the check below each. It is folded, since it knows the answer.
 #
 # **Exercise 1.** A sanity check that every swap has to pass: swap a picture with *itself*. Draw `[target, target]` and
 # swap the massive channels of row 0 into row 1.

@@ -117,7 +117,7 @@ result
 #
 # ## Exercises
 #
-# Fill in the cells with `...`, run them, then run the check below each.
+# Fill in the cells with `...` and run them, then the check below each. It is folded, since it knows the answer.
 #
 # **Exercise 1.** The two parts add up. Compute mean and residual of `x` (`[token, channel]`) over tokens, and give the
 # share of its energy (mean square) that is in the mean. The two shares sum to 1, because the residual averages to 0.

@@ -170,7 +170,7 @@ loaded.rerun(toy)
 #
 # ## Exercises
 #
-# Fill in the cells with `...`, run them, then run the check below each.
+# Fill in the cells with `...` and run them, then the check below each. It is folded, since it knows the answer.
 #
 # **Exercise 1.** You want the spectrum of every block at every step, and have 100 kB. Write the read.
 

@@ -1,7 +1,5 @@
 # ---
 # jupyter:
-#   jupytext:
-#     formats: py:percent
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -83,3 +81,6 @@ lens.read_x0(prompt, seed=0).figure()
 # %%
 result = studies.disruption(lens, [prompt, other], k=8, draws=1, num_inference_steps=4)
 result.figure()
+
+# %% [markdown]
+# The lessons take this apart, one question at a time, with exercises: begin with [lesson 1](lesson_1_names.ipynb).
