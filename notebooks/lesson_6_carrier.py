@@ -84,9 +84,9 @@ for name, picture in pictures.items():
 # Each has controls of equal size, and the rules are written down *before* the run:
 
 # %%
-prompts = [scene.caption for scene in sample_scenes(4, seed=0, held_out=True)]
-result = studies.carrier_or_detail(lens, prompts, k=8, seeds=[0], draws=1, num_inference_steps=4)
-pd.Series(result.settings["thresholds"], name="threshold").to_frame()
+from dit_lens.studies.evidence import Thresholds
+
+Thresholds()
 
 # %% [markdown]
 # From `carrier` on an edit speaks for a carrier, if it also exceeds the strongest control by an interval above 0. Up to
@@ -94,6 +94,8 @@ pd.Series(result.settings["thresholds"], name="threshold").to_frame()
 # changes the picture by less than `change` grey levels is no evidence of anything.
 
 # %%
+prompts = [scene.caption for scene in sample_scenes(4, seed=0, held_out=True)]
+result = studies.carrier_or_detail(lens, prompts, k=8, seeds=[0], draws=1, num_inference_steps=4)
 result.figure()
 
 # %%
@@ -107,7 +109,8 @@ result
 # - **The size of the study.** Four prompts, one seed, one draw of random channels: run it again with other prompts and
 #   see what stays.
 # - **What could not be asked.** With a single seed, all that varies within a step is the prompt's, so `variance` is 1
-#   for any channel, the controls included. It takes two seeds to ask.
+#   for any channel, the controls included. It takes two seeds to ask. `decoding` needs prompts that share attributes,
+#   and is missing where there are too few.
 #
 # ## Can the instrument say no?
 #

@@ -87,7 +87,7 @@ examine(lens)
 # %% [markdown]
 # ## Prompts first, then the encoders may go
 #
-# The text encoders of FLUX.1 are nearly as heavy as half its transformer, and are needed for a moment. `encode` turns
+# The text encoders of FLUX.1 weigh two fifths of what its transformer does, and are needed for a moment. `encode` turns
 # prompts into embeddings; with `release=True` the encoders are given up.
 
 # %%
@@ -104,7 +104,7 @@ print("text encoder:", lens.pipe.text_encoder)
 #
 # Reads are kept in the computer's memory. `lens.cost` counts their bytes beforehand, and a run that would not fit is
 # refused. All of FLUX.1 at 1024 × 1024, 57 blocks and 28 steps, would be about 40 GB; the averages of all its channels
-# are some megabytes. Here is the same comparison for the small one.
+# are about 20 MB. Here is the same comparison for the small one.
 
 # %%
 lens.cost(**texts, ops=[dl.Read("blocks.*.img")], seed=0)
