@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import OpError
-from dit_lens.explorer.code import lens_code
 from dit_lens.explorer.explorer import Explorer
 from dit_lens.explorer.views import THUMB, of_runs, views
+from dit_lens.source_code import lens_code
 
 if TYPE_CHECKING:
     from dit_lens.lens import DiTLens

@@ -12,10 +12,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dit_lens.errors import OpError, SiteError, nearest
-from dit_lens.explorer.code import code_of_runs
 from dit_lens.explorer.results import of_result
 from dit_lens.explorer.views import Views, of_runs
 from dit_lens.explorer.widget import Widget, bytes_trait, module_of
+from dit_lens.source_code import code_of_runs
 
 if TYPE_CHECKING:
     from dit_lens.channels import ChannelSet

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import traitlets
 
 from dit_lens.errors import DitLensError, OpError, nearest
-from dit_lens.explorer.code import lens_code
 from dit_lens.explorer.widget import Widget, bytes_trait, module_of
 from dit_lens.ops import Swap
+from dit_lens.source_code import lens_code
 
 if TYPE_CHECKING:
     import numpy as np

@@ -3,6 +3,7 @@
 from dit_lens.studies.births import births
 from dit_lens.studies.carrier_or_detail import carrier_or_detail
 from dit_lens.studies.disruption import disruption
+from dit_lens.studies.evidence import Thresholds
 from dit_lens.studies.organisation import organisation
 from dit_lens.studies.patching import patching
 from dit_lens.studies.result import Result
@@ -26,6 +27,7 @@ STUDIES = (
 __all__ = [
     "STUDIES",
     "Result",
+    "Thresholds",
     "births",
     "carrier_or_detail",
     "disruption",

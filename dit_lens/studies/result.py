@@ -47,7 +47,15 @@ class Result:
 
         if self.study == "sweep":
             options = {"over": list(self.settings["over"]), **options}
-        return getattr(plots, f"{self.study}_figure")(self.summary, **options)
+        figure = getattr(plots, f"{self.study}_figure")(self.summary, **options)
+        return figure.update_layout(meta={"code": self.code})
+
+    @property
+    def code(self) -> str:
+        """The call that made this result; figures carry it in ``layout.meta``."""
+        from dit_lens.source_code import code_of_result
+
+        return code_of_result(self)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Writes result.json, masks.safetensors and pictures/*.png into a new folder."""
@@ -105,7 +113,8 @@ class Result:
     def _repr_html_(self) -> str:
         summary = readable(self.summary).to_html(index=False, border=0, max_rows=SHOWN)
         notes = "".join(f"<div>{html.escape(note)}</div>" for note in self.notes)
-        return f"<b>{html.escape(self._heading())}</b>{summary}{notes}"
+        code = f"<details><summary>The code that made this</summary><pre>{html.escape(self.code)}</pre></details>"
+        return f"<b>{html.escape(self._heading())}</b>{summary}{notes}{code}"
 
     def _heading(self) -> str:
         pictures = f", {len(self.pictures)} pictures" if self.pictures else ""

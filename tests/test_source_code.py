@@ -1,0 +1,41 @@
+"""The code beside a result makes the same result again."""
+
+import pandas as pd
+import pytest
+
+import dit_lens as dl
+
+CIRCLE = "a big red circle left on a checkered blue background"
+CROSS = "a small white cross right on a plain green background"
+PROMPTS = [CIRCLE, CROSS]
+CALL = {"k": 4, "num_inference_steps": 2}
+MADE = {
+    "disruption": ([PROMPTS], {"draws": 1, "confounds": False, **CALL}),
+    "organisation": ([PROMPTS], {"draws": 1, "site": "blocks[4:6].img", "polarity": "border", **CALL}),
+    "transfer": ([[(CROSS, CIRCLE)]], {"draws": 1, "strengths": [0.5], "mask_from": None, "steps": (0.0, 0.5), **CALL}),
+    "stability": ([PROMPTS], {"seeds": [0, 3], "site": "blocks[6:8].img", **CALL}),
+    "births": ([PROMPTS], {"site": "blocks.2.img", **CALL}),
+    "patching": ([[(CROSS, CIRCLE)]], {"over": "block x step", "attribute": (), **CALL}),
+}
+
+
+@pytest.mark.parametrize("study", MADE)
+def test_the_code_of_a_result_makes_it_again(toy, study):
+    arguments, options = MADE[study]
+    result = getattr(dl.studies, study)(toy, *arguments, **options)
+    *made, shown = result.code.splitlines()
+    assert shown == "result.figure()"
+    found = {"lens": toy}
+    exec("\n".join(made), found)
+    assert found["result"].settings == result.settings
+    pd.testing.assert_frame_equal(found["result"].summary, result.summary)
+    assert result.figure().layout.meta["code"] == result.code
+
+
+def test_thresholds_and_judges_of_ones_own_are_named():
+    thresholds = {"carrier": 0.4, "detail": 0.1, "change": 0.5}
+    settings = {"prompts": [CIRCLE], "k": 4, "thresholds": thresholds, "judge": "mine", "attributes": [{"size": "big"}]}
+    code = dl.studies.Result("carrier_or_detail", None, None, settings).code
+    assert "thresholds=dl.studies.Thresholds(carrier=0.4, detail=0.1, change=0.5)," in code
+    assert "judge=...,  # mine" in code
+    assert "attributes" not in code
