@@ -49,6 +49,23 @@ def test_a_blank_keeps_the_first_comments_and_the_names():
     assert build.blanked(solution) == "# A picture.\n# With seed=0.\nrun = ...\nearly = ...\nlate = ..."
 
 
+def test_a_lesson_is_executed_once_until_it_changes(tmp_path, monkeypatch):
+    source, runs = tmp_path / "lesson.py", []
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setattr(build, "EXECUTED", tmp_path / "executed")
+    monkeypatch.setattr(build, "run", lambda notebook: runs.append(notebook) or notebook)
+    for text in ("# %%\n1\n", "# %%\n1\n", "# %%\n2\n"):
+        source.write_text(text)
+        assert nbformat.read(build.executed(source), as_version=4).cells[0].source == text[5:-1]
+    assert len(runs) == 2
+
+
+def test_what_is_said_of_this_machine_and_moment_is_left_out():
+    chatter = "import sys\nfrom tqdm.auto import tqdm\nfor _ in tqdm([1]):\n    print('here', file=sys.stderr)\n6 * 7"
+    (cell,) = build.run(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(chatter)])).cells
+    assert [output.data["text/plain"] for output in cell.outputs] == ["42"]
+
+
 @pytest.mark.parametrize("source", LESSONS, ids=named)
 def test_a_lesson_says_what_it_teaches_and_has_exercises(source):
     whole = build.notebooks(source)[build.HERE / "solutions" / f"{source.stem}.ipynb"]
