@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shutil
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -28,6 +30,9 @@ CELLS = {
 }
 
 
+LESSON = Path(__file__).parent.parent / "notebooks" / "solutions" / "lesson_1_names.ipynb"
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     browser.browser_or_skip()
@@ -36,6 +41,7 @@ def lab(tmp_path_factory):
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in cells])
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
         nbformat.write(notebook, folder / f"{name}.ipynb")
+    shutil.copy(LESSON, folder / "lesson.ipynb")
     with browser.jupyterlab(folder) as address:
         yield address
 
@@ -88,6 +94,22 @@ def test_sliders_and_channels_move_the_picture_and_python_hears_of_it(page, lab)
     page.mouse.move(5, 5)
     assert np.abs(pixels(canvas) - moved).max() > 30
     python_says(page, "x.channel", channel)
+
+
+def test_the_first_lesson_runs_and_its_explorer_moves(page, lab):
+    view = opened(page, lab, "lesson")
+    canvas = view.locator("canvas[data-side=left]")
+    before = pixels(canvas)
+    view.get_by_role("slider", name="block").press("Home")
+    page.wait_for_function("() => document.querySelector('.dit-lens').dataset.view.includes('/blocks.0.img/')")
+    bar = view.locator(".bar").nth(1)
+    bar.click()
+    page.mouse.move(5, 5)
+    assert bar.get_attribute("aria-pressed") == "true"
+    assert np.abs(pixels(canvas) - before).max() > 30
+    figures = page.locator(".js-plotly-plot .main-svg")
+    figures.first.wait_for()
+    assert figures.count() >= 2
 
 
 def test_python_moves_the_view(page, lab):
