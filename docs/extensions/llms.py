@@ -60,8 +60,9 @@ def _name(name: str, found: Any) -> str:
 
 
 def _arguments(found: Any) -> list[str]:
-    """The names of what it takes."""
-    return [name for name in inspect.signature(found).parameters if name != "self"]
+    """What it takes, by name, with the stars of what takes any."""
+    taken = [one for name, one in inspect.signature(found).parameters.items() if name != "self"]
+    return [str(one.replace(annotation=one.empty, default=one.empty)) for one in taken]
 
 
 def _first(words: str) -> str:
