@@ -55,6 +55,7 @@ def test_the_strip_keeps_everything(panel):
     for strength in (0.25, 0.75):
         panel.draw(strength=strength)
     assert [setting.strength for setting in panel.settings] == [0.25, 0.75]
+    assert panel.strength == 0.75, "the controls stand where the picture was drawn"
     state = panel.whole_state()
     assert [shot["strength"] for shot in state["_shots"]] == [0.25, 0.75]
     assert len(state["_album"]) == sum(shot["length"] for shot in state["_shots"])

@@ -129,6 +129,7 @@ class Steer(Widget):
         self._seconds.append(perf_counter() - began)
         self.settings.append(setting)
         self.pictures.append(run.images[1])
+        self.set_state(_plain(setting))  # the controls stand where the picture was drawn
         self._deliver(len(self.pictures) - 1)
         return run.images[1]
 
