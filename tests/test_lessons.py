@@ -94,7 +94,7 @@ def test_a_lesson_runs_in_time_and_shows_its_figures(source):
     notebook = nbformat.read(build.executed(source), as_version=4)
     assert 0 < notebook.metadata.seconds < SECONDS
     figures = [cell for cell in notebook.cells if cell.cell_type == "code" and DRAWS.search(cell.source)]
-    assert len(figures) >= (0 if source.stem == "lesson_7_own_model" else 3)
+    assert len(figures) > 1 or source.stem == "lesson_7_own_model"  # which has tables
     for cell in figures:
         assert DRAWN & set(cell.outputs[-1].data), cell.source
     for cell in tagged(notebook, "check"):
