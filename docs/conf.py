@@ -76,7 +76,7 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
-html_show_sourcelink = False
+html_copy_source = html_show_sourcelink = False
 # Pages that have no others below them need no list of pages.
 ALONE = ("index", "install", "models", "errors", "guarantees", "contributing", "changelog", "findings/index")
 html_sidebars = {page: [] for page in ALONE}
