@@ -1,7 +1,7 @@
 """Prompts as data: read from CSV or JSONL, the bundled list for real models, and scenes for the toys.
 
 prompts = dl.prompts.load("prompts.csv")           # columns: prompt, and if you like id, subject, pair, role
-dl.studies.disruption(lens, prompts.texts)
+dl.studies.disruption(lens, prompts)
 dl.studies.transfer(lens, prompts.pairs)           # (source, target) of every contrastive pair
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Self, overload
 
 from dit_lens.errors import PromptError, StoreError, nearest
 
@@ -26,19 +26,29 @@ ROLES = ("source", "target")
 COLUMNS = ("id", "prompt", "subject", "pair", "role")
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt: its text, and what is known of it.
+class Prompt(str):
+    """One prompt: a text, which knows what is known of it.
+
+    >>> prompt = Prompt("a red fox in snow", id="fox-1", subject="fox")
+    >>> prompt.title(), prompt.subject
+    ('A Red Fox In Snow', 'fox')
 
     id: its name, once in a list. subject: the word of the text that names what is drawn. pair, role: the contrastive
     pair that it belongs to, and whether it is the "source" or the "target" there. What is not known is "".
     """
 
-    id: str
-    text: str
-    subject: str = ""
-    pair: str = ""
-    role: str = ""
+    __slots__ = ("id", "pair", "role", "subject")
+
+    def __new__(cls, text: str, *, id: str, subject: str = "", pair: str = "", role: str = "") -> Self:  # noqa: A002
+        """A text with what is known of it."""
+        found = super().__new__(cls, text)
+        found.id, found.subject, found.pair, found.role = id, subject, pair, role
+        return found
+
+    @property
+    def text(self) -> str:
+        """The text alone."""
+        return str(self)
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,7 @@ class PromptList(Sequence[Prompt]):
 
     @property
     def texts(self) -> list[str]:
-        """The texts, as every study takes them."""
+        """The texts alone."""
         return [prompt.text for prompt in self.prompts]
 
     @property
@@ -140,7 +150,8 @@ def scenes(n: int, seed: int, *, held_out: bool = False) -> PromptList:
     if n < 1:
         raise PromptError(f"n={n} scenes were asked for. Ask for at least 1.")
     drawn = sample_scenes(n, seed, held_out=held_out)
-    return PromptList(tuple(Prompt(f"scene-{i}", scene.caption, scene.shape) for i, scene in enumerate(drawn)))
+    found = (Prompt(scene.caption, id=f"scene-{i}", subject=scene.shape) for i, scene in enumerate(drawn))
+    return PromptList(tuple(found))
 
 
 @dataclass(frozen=True)
@@ -230,7 +241,7 @@ def _checked(name: str, rows: Iterable[_Row]) -> PromptList:
         lines[known] = row.line
         if row.role:
             roles[row.pair, row.role] = row.line
-        found.append(Prompt(known, row.prompt, row.subject, row.pair, row.role))
+        found.append(Prompt(row.prompt, id=known, subject=row.subject, pair=row.pair, role=row.role))
     if not found:
         raise PromptError(f"{name} holds no prompts.")
     for (pair, role), line in roles.items():

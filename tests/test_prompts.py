@@ -126,3 +126,12 @@ def test_scenes_are_those_of_the_grammar():
     assert all(Scene.parse(text).held_out for text in dl.prompts.scenes(3, 0, held_out=True).texts)
     with pytest.raises(PromptError, match="n=0 scenes were asked for"):
         dl.prompts.scenes(0, 0)
+
+
+def test_a_list_of_prompts_is_what_runs_and_studies_take(toy):
+    found = prompts.scenes(2, seed=0)
+    assert all(isinstance(prompt, str) for prompt in found)
+    run = toy.run(found, seed=0, num_inference_steps=1)
+    assert run.spec["prompt"] == found.texts
+    result = dl.studies.stability(toy, found, k=4, site="blocks.2.img", num_inference_steps=1)
+    assert result.settings["prompts"] == found.texts
