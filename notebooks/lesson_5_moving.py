@@ -29,7 +29,7 @@ from dit_lens.toys.scenes import Scene, describe, draw, sample_scenes
 
 lens = dl.DiTLens.toy()
 lens.pipe.set_progress_bar_config(disable=True)
-lens.defaults["num_inference_steps"] = 6  # half of the usual: twice as quick, and pictures are hardly worse
+lens.defaults["num_inference_steps"] = 4  # a third of the usual: quick, and pictures are hardly worse
 source = "a big red circle left on a checkered blue background"
 target = "a big yellow triangle right on a plain green background"
 massive = lens.massive_channels(source, k=8, seed=0)
@@ -52,7 +52,7 @@ plots.strip([before[0], moved, before[1]], ["source", "target with the source's<
 # row with its own swap.
 
 # %%
-strengths = [0.2, 0.4, 0.6, 0.8, 1.0]
+strengths = [0.25, 0.5, 0.75, 1.0]
 swaps = [
     dl.Swap("blocks.*.img", source="row:0", rows=row, channels=massive, strength=strength)
     for row, strength in enumerate(strengths, start=1)
@@ -96,6 +96,9 @@ for name, picture in shown.items():
     print(f"{name:<16} {describe(picture)}")
 
 # %% [markdown]
+# Pixels and content are two things: a triangle that has gone to the circle's place has taken over an attribute, and may
+# be no nearer to the circle in grey levels.
+#
 # ## Try it
 #
 # The panel redraws the target whenever you let go of a control, keeps what you drew, and shows the code of it. Do other
@@ -152,7 +155,7 @@ plots.strip([drawing, *seen, before[1]], ["drawing", "as the model sees it", "ta
 # %%
 scenes = [scene.caption for scene in sample_scenes(4, seed=0, held_out=True)]
 pairs = list(zip(scenes[::2], scenes[1::2], strict=True))
-result = studies.transfer(lens, pairs, k=8, draws=1, strengths=[0.5, 1.0], mask_from=None, num_inference_steps=4)
+result = studies.transfer(lens, pairs, k=8, draws=1, strengths=[0.5, 1.0], mask_from=None, num_inference_steps=3)
 result.figure()
 
 # %%
@@ -200,9 +203,9 @@ print(
 )
 
 # %% [markdown]
-# **Exercise 3.** The drawing's own channels. Find them with `massive_channels`, run along the way of the drawing, and
-# move them into the target. `massive_channels` draws for itself, without `follow`; so read `reduce="|mean|"` in a run
-# with `follow`, and take the top 8 of each site.
+# **Exercise 3.** The drawing's own channels. `massive_channels` would draw for itself and never see the drawing. So
+# read `reduce="|mean|"` in a run of one row, with the prompt `""`, whose velocity is swapped for `way` in both
+# branches; then take the top 8 of each site.
 
 # %% tags=["solution"]
 # A mapping from site to 8 channels.
