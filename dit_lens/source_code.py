@@ -24,7 +24,7 @@ STOCK_JUDGE = "scene_judge"
 LEFT_OUT = ("call", "batch_size", "judge", "attributes")
 
 
-def code_of_runs(runs: tuple[Run, ...]) -> str:
+def code_of_runs(runs: tuple[Run, ...], **options: Any) -> str:
     """What draws some runs again and explores them.
 
     >>> import dit_lens as dl
@@ -41,10 +41,13 @@ def code_of_runs(runs: tuple[Run, ...]) -> str:
         ...
     )
     dl.explore(run{state})
+
+    options: further arguments of ``explore``.
     """
     names = ["run", "beside"][: len(runs)]
     made = "\n".join(_run(run, name) for run, name in zip(runs, names, strict=True))
-    shown = ", ".join(["run", *(f"{name}={name}" for name in names[1:])])
+    options = {name: name for name in names[1:]} | {name: repr(value) for name, value in options.items()}
+    shown = ", ".join(["run", *(f"{name}={value}" for name, value in options.items())])
     return f"import dit_lens as dl\n\n{lens_code(runs[0])}\n{made}\ndl.explore({shown}{STATE})"
 
 

@@ -90,7 +90,7 @@ def test_an_edited_run_stands_beside_the_first(run, edited, toy):
     explorer = dl.explore(run, edited, k=4)
     names = [pane.name for pane in explorer.views.panes]
     assert names == [f"{CIRCLE}, seed 0", f"{CROSS}, seed 0", f"{CIRCLE}, seed 0 [Zero]", f"{CROSS}, seed 0"]
-    assert explorer.beside == 2
+    assert explorer.right == 2
     channels = explorer.views.channels[0, 0].tolist()
     read = edited["blocks.3.img"].grid()[-1, 0, ..., channels].permute(2, 0, 1).numpy()
     np.testing.assert_allclose(values_of(explorer)[0, 2, -1, 0], read, atol=np.ptp(read) / 250)
@@ -150,7 +150,7 @@ def test_a_documentation_page_gets_the_whole_view(run, monkeypatch):
 
 def test_the_code_makes_the_view_again(run, tmp_path):
     explorer = dl.explore(run, k=4)
-    code = explorer.views.code.replace("{state}", ", k=4")
+    code = explorer.views.code.replace("{state}", "")
     (tmp_path / "again.py").write_text(code.replace("dl.explore", "explorer = dl.explore"))
     again = runpy.run_path(str(tmp_path / "again.py"))["explorer"]
     assert again._maps == explorer._maps
@@ -242,7 +242,7 @@ def test_the_code_can_be_copied_with_the_state_of_the_view(run, tmp_path):
         page.get_by_role("button", name="Copy").click()
         code = page.evaluate("navigator.clipboard.readText()")
         assert code.startswith("import dit_lens as dl")
-        assert code.endswith("dl.explore(run, step=0)")
+        assert code.endswith("dl.explore(run, k=4, step=0)")
 
 
 @pytest.mark.browser

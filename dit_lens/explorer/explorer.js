@@ -1,7 +1,7 @@
 // The explorer: pictures under maps of channels or clusters. All arrays are in the browser; a slider only slices them.
 // Letters as in views.py: l block, e picture with values, s step, g group, k channel of a group, n token.
 
-const ACCENT = '#D55E00', STATE = ['pane', 'beside', 'step', 'site', 'group', 'channel', 'overlay', 'palette', 'scale', 'opacity', 'token'];
+const ACCENT = '#D55E00', STATE = ['left', 'right', 'step', 'site', 'group', 'channel', 'overlay', 'palette', 'scale', 'opacity', 'token'];
 const NONE = 255, PIN = '#ffffff', EDGE = '#000000', NEIGHBOURS = 6;
 
 class Arrays {
@@ -350,8 +350,8 @@ function render({ model, el }) {
 
   const left = new Pane(arrays, 'left', pin), right = new Pane(arrays, 'right', pin);
   const names = arrays.panes.map((pane, i) => [i, pane.name]);
-  const paneChoice = choice('picture', names, value => change({ pane: +value }));
-  const besideChoice = choice('beside it', [[-1, 'nothing'], ...names], value => change({ beside: +value }));
+  const paneChoice = choice('picture', names, value => change({ left: +value }));
+  const besideChoice = choice('beside it', [[-1, 'nothing'], ...names], value => change({ right: +value }));
   const overlays = toggles('overlay', [...(hasMaps ? [['heat', 'channel']] : []), ...(hasLabels ? [['clusters', arrays.masks ? 'mask' : 'clusters']] : []), ['none', 'picture']], overlay => change({ overlay }));
   const palette = choice('colours', Object.keys(arrays.palettes).map(name => [name, name]), value => change({ palette: value }));
   const scale = choice('scale', [['map', 'of this map'], ['steps', 'of all steps']], value => change({ scale: value }));
@@ -465,9 +465,9 @@ function render({ model, el }) {
 
   function draw() {
     const began = performance.now(), view = state(), { l, s, g, k } = view;
-    const token = get('token') >= 0 ? get('token') : hovered, e = arrays.panes[get('pane')]?.values ?? arrays.panes[get('beside')]?.values ?? null;
-    drawPane(left, get('pane'), view, token);
-    drawPane(right, get('beside'), view, token);
+    const token = get('token') >= 0 ? get('token') : hovered, e = arrays.panes[get('left')]?.values ?? arrays.panes[get('right')]?.values ?? null;
+    drawPane(left, get('left'), view, token);
+    drawPane(right, get('right'), view, token);
     root.classList.toggle('double', !right.node.hidden);
     if (hasLabels) {
       steps.show(s, `${arrays.steps[s][0]}${arrays.steps[s][1] === null ? '' : `  σ ${figure3(arrays.steps[s][1])}`}`);
@@ -488,7 +488,7 @@ function render({ model, el }) {
       if (spectrum && spectrumKey !== (spectrumKey = [l, g, k, ink].join())) requestAnimationFrame(() => spectrum.draw(l, g, arrays.channel(l, g, k), ink, ACCENT));
     }
     overlays.show(get('overlay'));
-    paneChoice.select.value = get('pane'); besideChoice.select.value = get('beside');
+    paneChoice.select.value = get('left'); besideChoice.select.value = get('right');
     palette.select.value = get('palette'); scale.select.value = get('scale');
     code.show();
     Object.assign(root.dataset, { view: `${get('step')}/${get('site')}/${get('channel')}`, overlay: get('overlay'), draws: ++draws, ms: (performance.now() - began).toFixed(2) });

@@ -15,7 +15,7 @@ from dit_lens.errors import OpError, SiteError, nearest
 from dit_lens.explorer.results import of_result
 from dit_lens.explorer.views import Views, of_runs
 from dit_lens.explorer.widget import Widget, bytes_trait, module_of
-from dit_lens.source_code import code_of_runs
+from dit_lens.source_code import STATE, code_of_runs
 
 if TYPE_CHECKING:
     from dit_lens.channels import ChannelSet
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BUDGET = 64 * 2**20  # bytes of maps that go to the browser at once; beyond, blocks are sent when they are looked at
 LARGEST = 768  # pixels of a picture's longer side
+DEFAULTS = {"k": 8, "clusters": 2}
 PALETTES = ("Cividis", "Viridis", "Magma", "Greys")
 OVERLAYS = ("heat", "clusters", "none")
 SCALES = ("map", "steps")
@@ -35,8 +36,8 @@ def explore(
     beside: Run | None = None,
     *,
     channels: ChannelSet | None = None,
-    k: int = 8,
-    clusters: int = 2,
+    k: int = DEFAULTS["k"],
+    clusters: int = DEFAULTS["clusters"],
     **state: Any,
 ) -> Explorer:
     """An interactive view of a run: its pictures under the maps of their channels, at every block and step.
@@ -66,16 +67,20 @@ def explore(
             raise OpError("a result has its pictures side by side already. Leave beside= out.")
         return Explorer(of_result(shown), **state)
     runs = (shown,) if beside is None else (shown, beside)
-    code = code_of_runs(runs)
+    chosen = {"k": k, "clusters": clusters}
+    code = code_of_runs(runs, **{name: value for name, value in chosen.items() if value != DEFAULTS[name]})
+    if channels is not None:
+        code = code.replace(STATE, f", channels=channels{STATE}")  # a set of the caller's
     return Explorer(of_runs(runs, channels=channels, k=k, clusters=clusters, code=code), **state)
 
 
 class Explorer(Widget):
     """What ``dl.explore`` returns. ``.views`` has all that is shown, as arrays.
 
-    pane, beside: which pictures are shown, -1 for none. step: a step's index. site, group, channel: what is mapped.
-    overlay: "heat" (the channel), "clusters" (K-means of the group), "none". scale: colours span "map", this map, or
-    "steps", all of the block's. palette, opacity. token: the one that is kept in view, -1 for none.
+    left, right: the numbers of the pictures that are shown, -1 for none on the right. step: a step's index. site,
+    group, channel: what is mapped. overlay: "heat" (the channel), "clusters" (K-means of the group), "none". scale:
+    colours span "map", this map, or "steps", all of the block's. palette, opacity. token: the one that is kept in view,
+    -1 for none.
     """
 
     _esm = module_of("explorer")
@@ -90,8 +95,8 @@ class Explorer(Widget):
     _means = bytes_trait()
     _scores = bytes_trait()
 
-    pane = traitlets.Int(0).tag(sync=True)
-    beside = traitlets.Int(-1).tag(sync=True)
+    left = traitlets.Int(0).tag(sync=True)
+    right = traitlets.Int(-1).tag(sync=True)
     step = traitlets.Int(0).tag(sync=True)
     site = traitlets.Unicode("").tag(sync=True)
     group = traitlets.Unicode("").tag(sync=True)
@@ -121,7 +126,7 @@ class Explorer(Widget):
         )
         self.on_msg(self._answer)
 
-    @traitlets.validate("pane", "beside", "step", "site", "group", "overlay", "palette", "scale")
+    @traitlets.validate("left", "right", "step", "site", "group", "overlay", "palette", "scale")
     def _known(self, proposal: Any) -> Any:
         name, value = proposal["trait"].name, proposal["value"]
         known = _choices(self.views)[name]
@@ -138,7 +143,7 @@ class Explorer(Widget):
 
     def preview(self) -> Image.Image | None:
         """The first picture, under the map that is looked at."""
-        pane, views = self.views.panes[self.pane], self.views
+        pane, views = self.views.panes[self.left], self.views
         picture = pane.picture or Image.new("RGB", (256, 256))
         if pane.values is None or self.overlay != "heat":
             return picture
@@ -172,8 +177,8 @@ def _start(views: Views) -> dict[str, Any]:
     """What is looked at first: the last step, and the site after two thirds of the depth."""
     block = (2 * len(views.blocks)) // 3
     return {
-        "pane": 0,
-        "beside": views.beside,
+        "left": 0,
+        "right": views.right,
         "step": views.steps[-1][0] if views.steps else 0,
         "site": views.blocks[block] if views.blocks else "",
         "group": views.groups[0] if views.groups else "",
@@ -188,8 +193,8 @@ def _start(views: Views) -> dict[str, Any]:
 
 def _choices(views: Views) -> dict[str, Sequence[Any]]:
     return {
-        "pane": range(len(views.panes)),
-        "beside": range(-1, len(views.panes)),
+        "left": range(len(views.panes)),
+        "right": range(-1, len(views.panes)),
         "step": [step for step, _ in views.steps] or [0],
         "site": views.blocks or ("",),
         "group": views.groups or ("",),

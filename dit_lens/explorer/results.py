@@ -35,7 +35,7 @@ def of_result(result: Result) -> Views:
     found = {key: match for key in result.masks if (match := _MASK.fullmatch(key))}
     if not found:
         panes = tuple(Pane(_name(key, result), picture) for key, picture in result.pictures.items())
-        return Views(panes=panes, code=code, beside=1 if len(panes) > 1 else -1)
+        return Views(panes=panes, code=code, right=1 if len(panes) > 1 else -1)
     return _of_masks(result, list(found.values()), code)
 
 

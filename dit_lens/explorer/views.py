@@ -71,7 +71,7 @@ class Views:
     [l, e, s, g, k]. thumbs: uint8 [l, e, s, g, k, th, tw]. scores: [l, d], of every channel, or [0, 0]. maps: l ->
     uint8 [e * s * g * k, h, w], from the smallest value to the largest. labels: l -> uint8 [e, s, g, h, w], 0 the
     coldest cluster. code: what makes this explorer, with a place for its state. masks: whether labels are masks that a
-    study made, not clusters. beside: the picture that is first seen next to the first. note: a sentence under all.
+    study made, not clusters. right: the picture that is first seen next to the first. note: a sentence under all.
     """
 
     panes: tuple[Pane, ...]
@@ -88,7 +88,7 @@ class Views:
     labels: Callable[[int], np.ndarray] = _nothing
     code: str = ""
     masks: bool = False
-    beside: int = -1
+    right: int = -1
     note: str = ""
 
     @property
@@ -122,7 +122,7 @@ def of_runs(
         maps=lambda block: _quantised(shown.values(block)).reshape(-1, *shown.grid),
         labels=shown.labels,
         code=code,
-        beside=next((i for i, (run, _) in enumerate(shown.rows) if run is not runs[0]), -1),
+        right=next((i for i, (run, _) in enumerate(shown.rows) if run is not runs[0]), -1),
     )
 
 
