@@ -149,3 +149,13 @@ class TestSite:
             assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
             pictures = "[...document.querySelectorAll('article img')].every(image => image.naturalWidth > 0)"
             assert page.evaluate(pictures)
+
+    @pytest.mark.browser
+    def test_the_figure_of_a_study_gives_its_code(self, site):
+        with opened(noise=("Got invalid theme mode",)) as page:
+            page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+            page.goto((site / "lessons" / "lesson_3_breaking.html").as_uri())
+            button = page.locator("[data-title='Copy the code that made this']").first
+            button.wait_for(state="attached")
+            button.dispatch_event("click")
+            assert "dl.studies.disruption(" in page.evaluate("navigator.clipboard.readText()")
