@@ -33,6 +33,7 @@ circle = "a big red circle left on a checkered blue background"
 home = Path(tempfile.mkdtemp())
 folder = home / "my-flux"
 toy = dl.DiTLens.toy()
+toy.pipe.set_progress_bar_config(disable=True)
 toy.pipe.save_pretrained(folder)
 sorted(path.name for path in folder.iterdir())
 
