@@ -274,7 +274,7 @@ class Run:
             f"  prompt  {prompts[0]!r}{' ...' if len(prompts) > 1 else ''}\n"
             f"  seed    {self.spec.get('seed')}\n"
             f"  reads   {', '.join(self.keys()[:6]) or 'none'}{' ...' if len(self.keys()) > 6 else ''}\n"
-            f"  edits   {len(self.receipt.entries)} sites touched (see .receipt)"
+            f"  edits   {len({entry.site for entry in self.receipt.entries})} sites touched (see .receipt)"
         )
 
     def _repr_html_(self) -> str:

@@ -26,7 +26,7 @@ CALL = {"k": 16, "draws": 1, "judge": scene_judge}
 @pytest.mark.parametrize("kind", ["Carrier", "DetailOnly"])
 def test_the_planted_truth_is_found(toy, kind, tmp_path):
     lens = DiTLens(planted.pipeline(toy, getattr(planted, kind)), defaults=planted.CALL)
-    result = studies.carrier_or_detail(lens, PROMPTS, seeds=[0], out=tmp_path / "study", **CALL)
+    result = studies.carrier_or_detail(lens, PROMPTS, seeds=[0, 1], out=tmp_path / "study", **CALL)
     rows = result.summary.set_index(["measure", "part"])
     expected = {"Carrier": "carrier", "DetailOnly": "detail"}[kind]
     assert rows.loc[("verdict", "overall"), "says"] == expected
@@ -40,6 +40,13 @@ def test_the_planted_truth_is_found(toy, kind, tmp_path):
     pd.testing.assert_frame_equal(again.summary, result.summary)
     assert again.notes == result.notes
     assert expected in result.figure().layout.title.text
+
+
+def test_of_one_seed_variance_is_not_asked(toy):
+    lens = DiTLens(planted.pipeline(toy, planted.DetailOnly), defaults=planted.CALL)
+    result = studies.carrier_or_detail(lens, PROMPTS[:2], seeds=[0], **CALL)
+    assert "variance" not in set(result.summary["measure"])
+    assert "variance was not measured: of one seed all that varies depends on the prompt" in result.notes
 
 
 def test_moving_a_part_moves_that_part_and_no_other(lens):

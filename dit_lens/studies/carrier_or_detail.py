@@ -89,6 +89,7 @@ def carrier_or_detail(
       the same noise (conditional branch), into the next prompt's;
     - decoding: how well attributes of prompts never seen are read from a part by a linear decoder (0 is chance);
     - variance: the share of a part's variance, within a step, that depends on the prompt, alone or with the seed.
+      It takes two seeds.
 
     Controls are equally many channels: bottom, random (``draws`` maps) and energy-matched. ``summary`` is the table of
     evidence, the rows "verdict" last: carrier, detail, both or undecided, by rules fixed beforehand (``thresholds``;
@@ -311,6 +312,8 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
         ),
         share_of_width(settings["k"], settings["width"]),
     ]
+    if len(settings["seeds"]) == 1:
+        notes.append("variance was not measured: of one seed all that varies depends on the prompt")
     pictures = {name: picture for cell in cells for name, picture in cell.pictures.items()}
     return Result(
         "carrier_or_detail", table, pd.concat([summary, rows], ignore_index=True), dict(settings), pictures, notes=notes
@@ -335,7 +338,7 @@ def _information(settings: Mapping[str, Any], cells: Sequence[Cell], thresholds:
         same = [settings["prompts"].index(settings["prompts"][i]) for i in numbers]  # a prompt given twice is one
         lines = decoding_evidence(values, attributes, same, grid, thresholds)
         found += [{"measure": "decoding", **line} for line in lines]
-    if prompts > 1:
+    if prompts > 1 and seeds > 1:  # of one seed all that varies depends on the prompt
         lines = variance_evidence(values, prompts, thresholds)
         found += [{"measure": "variance", "n": prompts * seeds, **line} for line in lines]
     return found
