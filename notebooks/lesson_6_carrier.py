@@ -108,7 +108,7 @@ result
 # - **The column `control`.** A line in which other channels reach as much says nothing of these.
 # - **The size of the study.** Four prompts, one seed, one draw of random channels: run it again with other prompts, or
 #   with `num_inference_steps=4`, and see whether the verdict stays.
-# - **What could not be asked.** With a single seed, all that varies within a step is the prompt's, whatever the channel,
+# - **What could not be asked.** With a single seed, all that varies within a step is the prompt's in any channel,
 #   so `variance` is missing: it takes two seeds to ask. `decoding` needs prompts that share attributes, and is missing
 #   where there are too few.
 #
