@@ -134,6 +134,7 @@ def test_ctrl_c_leaves_what_was_finished(lens, whole, done, tmp_path, monkeypatc
 
 
 def test_ctrl_c_before_the_first_cell(lens, tmp_path, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background may lack
     monkeypatch.setattr(lens, "run", lambda *args, **call: signal.raise_signal(signal.SIGINT))
     with pytest.raises(StudyInterrupted, match="after 0 of") as stop:
         study(lens, out=tmp_path)
