@@ -108,6 +108,8 @@ def test_what_cannot_be_shown_is_said(toy, run):
     reduced = toy.run(CIRCLE, [dl.Read("blocks.*.img", reduce="mean")], **CALL)
     with pytest.raises(OpError, match=r"this run kept blocks.*Read whole tokens"):
         dl.explore(reduced)
+    with pytest.raises(OpError, match=r"takes a run or the result of a study, and got a DiTLens\. Run first"):
+        dl.explore(toy)
     with pytest.raises(OpError, match="k=200 channels were asked for"):
         dl.explore(run, k=200)
     with pytest.raises(OpError, match="no 'blok' to start from"):

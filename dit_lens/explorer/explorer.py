@@ -60,8 +60,15 @@ def explore(
     same. channels: a set to show instead of the top k. clusters: of K-means over a group's channels. state: what is
     looked at first. Raises OpError where a run kept no image tokens.
     """
+    from dit_lens.run import Run
     from dit_lens.studies import Result
 
+    for given in (shown,) if beside is None else (shown, beside):
+        if not isinstance(given, Run | Result):
+            raise OpError(
+                f"explore takes a run or the result of a study, and got a {type(given).__name__}. Run first: "
+                "dl.explore(lens.run(prompt, [dl.Read('blocks.*.img')], seed=0))."
+            )
     if isinstance(shown, Result):
         if beside is not None:
             raise OpError("a result has its pictures side by side already. Leave beside= out.")
@@ -164,13 +171,18 @@ class Explorer(Widget):
 
     def __repr__(self) -> str:
         views = self.views
-        found = [f"{len(views.panes)} picture{'s' if len(views.panes) > 1 else ''}"]
+        found = [_count(len(views.panes), "picture")]
         if views.blocks:
-            found.append(f"{len(views.blocks)} sites x {len(views.steps)} steps")
+            found.append(f"{_count(len(views.blocks), 'site')} x {_count(len(views.steps), 'step')}")
             names = list(views.groups)
             words = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-            found.append(f"{words} {views.channels.shape[-1]} channels" if views.channels.size else f"masks: {words}")
+            size = views.channels.shape[-1]
+            found.append(f"{words} {_count(size, 'channel')}" if views.channels.size else f"masks: {words}")
         return f"Explorer: {', '.join(found)}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _start(views: Views) -> dict[str, Any]:
