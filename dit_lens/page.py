@@ -16,6 +16,7 @@ from PIL.Image import Image
 
 from dit_lens.errors import OpError
 from dit_lens.reprs import data_url
+from dit_lens.store import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,13 +78,7 @@ def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Se
     path = Path(path)
     page = _page(title, lead, sections)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.partial")
-    try:
-        fresh.write_text(page, encoding="utf-8")
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
-    return path
+    return write_text(path, page)
 
 
 def write_pngs(figures: Mapping[Path, go.Figure], *, width: int = 760, scale: float = 2) -> list[Path]:

@@ -56,10 +56,19 @@ def settled(path: str | Path) -> Path:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Writes JSON through a file beside it, so that readers never see half of it."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Writes a file whole or not at all, and returns its path."""
     path = Path(path)
     fresh = _beside(path, "partial")
-    fresh.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return path
 
 
 def read_json(path: str | Path, what: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from html.parser import HTMLParser
 
@@ -16,6 +15,7 @@ from dit_lens import page as module
 from dit_lens.errors import OpError
 from dit_lens.page import Section, find_browser, write_page, write_pngs
 from dit_lens.plots import channel_spectrum, strip
+from tests.browser import browser_or_skip
 
 
 class Tags(HTMLParser):
@@ -47,12 +47,7 @@ def sections():
 
 @pytest.fixture
 def browser():
-    found = find_browser()
-    if found is None:
-        why = "no Chromium or Chrome: set CHROMIUM to one, or put one on PATH"
-        required = os.environ.get("DIT_LENS_BROWSER") == "required"
-        (pytest.fail if required else pytest.skip)(why)
-    return found
+    return browser_or_skip()
 
 
 def test_page_is_complete_without_a_network(tmp_path, sections):

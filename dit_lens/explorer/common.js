@@ -86,6 +86,5 @@ function stateful(model, names, draw, delay = 120) {
 
 function python(value) {
   if (typeof value === 'string') return `'${value.replace(/\\/g, '\\\\').replace(/'/g, "\\'")}'`;
-  if (Array.isArray(value)) return `(${value.join(', ')})`;
   return String(value);
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 from dit_lens.errors import OpError, SiteError, nearest
 from dit_lens.explorer.results import of_result
 from dit_lens.explorer.views import Views, of_runs
-from dit_lens.explorer.widget import Widget, bytes_trait, module_of
+from dit_lens.explorer.widget import Widget, bytes_trait, module_of, webp
 from dit_lens.source_code import STATE, code_of_runs
 
 if TYPE_CHECKING:
@@ -247,12 +246,9 @@ def _album(views: Views) -> tuple[bytes, list[tuple[int, int] | None]]:
         if pane.picture is None:
             places.append(None)
             continue
-        buffer = io.BytesIO()
-        picture = pane.picture.convert("RGB")
-        picture.thumbnail((LARGEST, LARGEST))
-        picture.save(buffer, "WEBP", lossless=max(picture.size) <= LARGEST // 4, quality=90)
-        places.append((len(data), len(data) + buffer.tell()))
-        data += buffer.getvalue()
+        file = webp(pane.picture, LARGEST)
+        places.append((len(data), len(data) + len(file)))
+        data += file
     return data, places
 
 

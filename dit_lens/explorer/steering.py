@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import traitlets
 
 from dit_lens.errors import DitLensError, OpError, nearest
-from dit_lens.explorer.widget import Widget, bytes_trait, module_of
+from dit_lens.explorer.widget import Widget, bytes_trait, module_of, webp
 from dit_lens.ops import Swap
 from dit_lens.source_code import lens_code
 
@@ -101,7 +100,7 @@ class Steer(Widget):
         self._chosen = cache(self._chosen_channels)
         self._subject = cache(self._subject_mask)
         self._first = Setting(k=k, blocks=(0, lens.anatomy.depth), steps=(0, len(self.base.clock)))
-        files = [_webp(image) for image in self.base.images]
+        files = [webp(image) for image in self.base.images]
         super().__init__(
             _meta={
                 "prompts": self.prompts,
@@ -185,7 +184,7 @@ class Steer(Widget):
         )
 
     def whole_state(self) -> dict[str, Any]:
-        files = [_webp(picture) for picture in self.pictures]
+        files = [webp(picture) for picture in self.pictures]
         shots = [self._shot(i) | {"length": len(file)} for i, file in enumerate(files)]
         return super().whole_state() | {"_shots": shots, "_album": b"".join(files)}
 
@@ -211,7 +210,7 @@ class Steer(Widget):
         return {**_plain(self.settings[i]), "code": self.code_of(self.settings[i]), "seconds": self._seconds[i]}
 
     def _deliver(self, i: int) -> None:
-        self.send({"kind": "shot", "number": i, **self._shot(i)}, buffers=[_webp(self.pictures[i])])
+        self.send({"kind": "shot", "number": i, **self._shot(i)}, buffers=[webp(self.pictures[i])])
 
     def _answer(self, _: Any, message: dict[str, Any], buffers: Sequence[Any]) -> None:  # noqa: ARG002
         """Draws what the browser asks for, or sends it what was drawn before it opened."""
@@ -231,9 +230,3 @@ class Steer(Widget):
 
 def _plain(setting: Setting) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(setting).items()}
-
-
-def _webp(picture: Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "WEBP", lossless=max(picture.size) <= 192, quality=90)
-    return buffer.getvalue()

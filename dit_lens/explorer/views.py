@@ -6,7 +6,7 @@ h w token grid, d channel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -186,7 +186,7 @@ class _Shown:
                     chosen.setdefault(reading.name or "channels", {})[site] = kept
         if chosen:
             return chosen
-        return arms_of(_top(self._whole, self.k) if self.given is None else self.given)
+        return arms_of(self._top() if self.given is None else self.given)
 
     @cached_property
     def _whole(self) -> dict[str, Tensor]:
@@ -197,6 +197,20 @@ class _Shown:
             for site, kept in reading.channels.items()
             if kept is None
         }
+
+    @cached_property
+    def _means(self) -> dict[str, Tensor]:
+        """Site -> [d], |mean over tokens| averaged over steps and pictures."""
+        return {site: values.float().mean(2).abs().mean((0, 1)) for site, values in self._whole.items()}
+
+    def _top(self) -> ChannelSet:
+        from dit_lens.channels import top_channels
+
+        narrow = min(map(len, self._means.values()))
+        if not 1 <= self.k <= narrow:
+            raise OpError(f"k={self.k} channels were asked for, and a site has {narrow}. Choose k from 1 to {narrow}.")
+        energy = {site: values.float().square().mean((0, 1, 2)) for site, values in self._whole.items()}
+        return top_channels(self._means, energy, self.k, "|mean|")
 
     @cached_property
     def held(self) -> list[Run]:
@@ -262,10 +276,7 @@ class _Shown:
 
         Empty where sites differ in width or a site's other channels were neither read nor scored.
         """
-        if self.given is not None:
-            known = dict(self.given.scores)
-        else:
-            known = {site: values.float().mean(2).abs().mean((0, 1)) for site, values in self._whole.items()}
+        known = self._means if self.given is None else self.given.scores
         rows = [known.get(site) for site in self.blocks]
         if any(row is None for row in rows) or len({len(row) for row in rows if row is not None}) > 1:
             return np.zeros((0, 0), np.float32)
@@ -286,17 +297,6 @@ def arms_of(massive: ChannelSet, seed: int = 0) -> Groups:
     """A set of channels and its controls, as groups."""
     arms = {"top": massive, "bottom": massive.bottom(), "random": massive.random(seed)}
     return {name: dict(chosen) for name, chosen in arms.items()}
-
-
-def _top(whole: Mapping[str, Tensor], k: int) -> ChannelSet:
-    from dit_lens.channels import top_channels
-
-    narrow = min(values.shape[-1] for values in whole.values())
-    if not 1 <= k <= narrow:
-        raise OpError(f"k={k} channels were asked for, and a site has {narrow}. Choose k from 1 to {narrow}.")
-    scores = {site: values.float().mean(2).abs().mean((0, 1)) for site, values in whole.items()}
-    energy = {site: values.float().square().mean((0, 1, 2)) for site, values in whole.items()}
-    return top_channels(scores, energy, k, "|mean|")
 
 
 def _conditional(reading: Reading, site: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import html
+import io
 import json
 import os
 from pathlib import Path
@@ -14,11 +15,14 @@ import anywidget
 import traitlets
 
 from dit_lens.reprs import data_url
+from dit_lens.store import write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 HERE = Path(__file__).parent
+
+SMALL = 192  # pixels of a picture's longer side that is sent without loss
 
 # Nothing from anywhere: the module is made from text in the page, pictures are decoded from its data.
 _POLICY = (
@@ -52,13 +56,7 @@ class Widget(anywidget.AnyWidget):
         path = Path(path)
         page = _PAGE.format(policy=_POLICY, title=html.escape(title), body=self.fragment())
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}.partial")
-        try:
-            fresh.write_text(page, encoding="utf-8")
-            fresh.replace(path)
-        finally:
-            fresh.unlink(missing_ok=True)
-        return path
+        return write_text(path, page)
 
     def fragment(self) -> str:
         """The view as a piece of a page: markup, data, style and the module that draws it."""
@@ -106,6 +104,15 @@ class Widget(anywidget.AnyWidget):
 def bytes_trait() -> Any:
     """Bytes that are sent to the browser."""
     return traitlets.Bytes(b"").tag(sync=True)
+
+
+def webp(picture: Image, largest: int | None = None) -> bytes:
+    """A picture as WebP, without loss where it is small. largest: pixels of the longer side, to which it is shrunk."""
+    picture, buffer = picture.convert("RGB"), io.BytesIO()
+    if largest is not None:
+        picture.thumbnail((largest, largest))
+    picture.save(buffer, "WEBP", lossless=max(picture.size) <= SMALL, quality=90)
+    return buffer.getvalue()
 
 
 def _packed(value: bytes) -> str:
