@@ -12,6 +12,7 @@ from dit_lens.errors import ExecutionError
 from dit_lens.ops import Op
 from dit_lens.receipt import Entry, Receipt
 from dit_lens.run import Reading, Run
+from dit_lens.spill import Spill, mapped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,10 +40,12 @@ def assemble(
     for store in stores:
         for (op, site, step, branch, _), value in sorted(store["reads"].items(), key=lambda item: item[0][-1]):
             pieces[op, site, step, branch].append(value)
-    readings = [_reading(read, pieces, when, grid) for read in plan.reads]
+        store["reads"].clear()
     touched = [line for store in stores for line in store["touched"]]
     receipt = Receipt(tuple(_entries(ops, plan, touched)))
     _check_fired(ops, plan, pieces, touched)
+    spilled = isinstance(stores[0]["reads"], Spill)
+    readings = [_reading(read, pieces, when, grid, spilled) for read in plan.reads]
     drawn = [pictures_of(output) for output in outputs]
     if isinstance(drawn[0], torch.Tensor):
         latents, images = torch.cat(drawn).cpu(), []
@@ -56,15 +59,19 @@ def pictures_of(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else next(iter(output.values()))
 
 
-def _reading(read: PlannedRead, pieces: dict[tuple, list[Tensor]], when: Timeline, grid: tuple[int, ...]) -> Reading:
+def _reading(
+    read: PlannedRead, pieces: dict[tuple, list[Tensor]], when: Timeline, grid: tuple[int, ...], spilled: bool
+) -> Reading:
+    """One read in its shape; its pieces are taken out, so that no site is kept twice."""
     branches = tuple(branch for branch in BRANCHES if branch in read.branches)
     values = {}
     for site in read.sites:
-        found = [[pieces[read.op, site, step, branch] for branch in branches] for step in read.steps]
+        found = [[pieces.pop((read.op, site, step, branch)) for branch in branches] for step in read.steps]
         _check_sizes(site, read, found)
         stacked = [[torch.cat(batches) for batches in of_step] for of_step in found]
         both = torch.stack([torch.stack(of_step) for of_step in stacked])  # [s, branch, b, ...]
-        values[site] = both if read.both else both[:, 0]
+        value = both if read.both else both[:, 0]
+        values[site] = mapped(value) if spilled else value
     return Reading(
         name=read.name,
         tensors=values,

@@ -1,4 +1,4 @@
-"""What a run would keep, before it is run: bytes per read, and a refusal when they cannot fit."""
+"""What a run would keep, before it is run: bytes per read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dit_lens.errors import OpError
 from dit_lens.ops import Op
 
 if TYPE_CHECKING:
@@ -52,19 +51,6 @@ def cost_of(plan: Plan, ops: Sequence[Op], anatomy: Anatomy, dtype: torch.dtype)
         complete &= known
         lines.append((repr(ops[read.op]), len(read.sites), size))
     return Cost(sum(size for *_, size in lines), tuple(lines), complete)
-
-
-def check_fits(cost: Cost) -> None:
-    """Refuses a run whose reads would not fit into the free memory, and names cheaper forms."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    if cost.bytes > HEADROOM * free:
-        raise OpError(
-            f"the reads of this run would keep {human(cost.bytes)}, but only {human(free)} of memory are free. "
-            "Reduce tokens at the source (reduce='|mean|'), choose channels= or tokens=, fewer steps= or sites, or "
-            "run fewer prompts at once."
-        )
 
 
 def human(size: float) -> str:

@@ -94,15 +94,19 @@ class Engine:
         return list(_Pipeline(self.pipe).modules())[1:]
 
     def generate(
-        self, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any]
+        self, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any], reads: dict
     ) -> tuple[dict[str, Any], Any]:
-        """Runs the pipeline under a program; returns what was stored and the pipeline's own output."""
+        """Runs the pipeline under a program; returns what was stored and the pipeline's own output.
+
+        reads: an empty dictionary, or something like one, for what is read.
+        """
         if self.stale:
             self.follow()
         with self.lock:
             try:
                 model = self.model if call.get("prompt") is not None else self.promptless
-                store, results = traced(model, program, given, call | {"gradients": True} if self._gradients else call)
+                arguments = call | {"gradients": True} if self._gradients else call
+                store, results = traced(model, program, given, arguments, reads)
             except torch.OutOfMemoryError as full:
                 if not self._gradients:
                     raise
@@ -141,11 +145,11 @@ def _listen(modules: list[nn.Module]) -> None:
 
 
 def traced(
-    model: Any, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any]
+    model: Any, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any], reads: dict
 ) -> tuple[dict[str, Any], list[Any]]:
     """One trace, one invoke, containers saved empty and filled inside: what holds for local and for remote runs."""
     with model.trace(**call) as tracer:
-        store = {"reads": {}, "touched": [], "clock": [], "grid": [], "tape": []}
+        store = {"reads": reads, "touched": [], "clock": [], "grid": [], "tape": []}
         nnsight.save(store)
         results = []
         nnsight.save(results)

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from dit_lens import families
 from dit_lens.assemble import assemble
 from dit_lens.call import Call, default_of, prepare
-from dit_lens.cost import Cost, check_fits, cost_of
+from dit_lens.cost import Cost, cost_of
 from dit_lens.engine import Engine
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, StoreError
 from dit_lens.families.checks import Check, check
@@ -25,6 +25,7 @@ from dit_lens.plan import Batch, Plan, compile_plan, narrowed
 from dit_lens.prefix import Tape, recording, replaying
 from dit_lens.provenance import describe, plain, unsaved
 from dit_lens.sites import Site, match
+from dit_lens.spill import place_for
 from dit_lens.steps import Timeline, timeline
 from dit_lens.store import check_pipeline, read_json
 from dit_lens.trace import Trace
@@ -190,13 +191,13 @@ class DiTLens:
         """
         ops = [ops] if isinstance(ops, Op) else list(ops)
         prepared, when, plan = self._plan(prompt, ops, seed=seed, num_inference_steps=num_inference_steps, **call)
-        check_fits(cost_of(plan, ops, self.anatomy, self.pipe.transformer.dtype))
+        place = place_for(cost_of(plan, ops, self.anatomy, self.pipe.transformer.dtype))
         if record:
             plan = recording(plan, ops)
         if prefix is not None:
             plan = replaying(plan, prefix.tape, prepared, self.pipe, self.family)
         stores, outputs = [], []
-        for store, output in self._batches(prepared, plan, batch_size):
+        for store, output in self._batches(prepared, plan, batch_size, place):
             stores.append(store)
             outputs.append(output)
         run = assemble(ops, plan, when, stores, outputs, self._spec(prepared, ops), describe(self.pipe, self.family))
@@ -511,7 +512,9 @@ class DiTLens:
         )
         return prepared, when, compile_plan(ops, self.anatomy, when, batch)
 
-    def _batches(self, call: Call, plan: Plan, batch_size: int | None) -> Iterator[tuple[dict[str, Any], Any]]:
+    def _batches(
+        self, call: Call, plan: Plan, batch_size: int | None, place: type[dict]
+    ) -> Iterator[tuple[dict[str, Any], Any]]:
         """What every batch stored and drew; several share one progress bar. Where memory runs out, half do."""
         prompts = call.rows // call.images_per_prompt
         if batch_size is not None and batch_size < 1:
@@ -524,7 +527,7 @@ class DiTLens:
                 count = part.rows // call.images_per_prompt
                 try:
                     with self.quiet() if count < prompts else nullcontext():
-                        drawn = self.engine.generate(piece.program, piece.given, part.keywords())
+                        drawn = self.engine.generate(piece.program, piece.given, part.keywords(), place())
                 except torch.OutOfMemoryError as full:
                     size = count // 2
                     pieces = _smaller_pieces(call, plan, range(done, prompts), size, full)

@@ -246,10 +246,13 @@ def test_studies_of_nothing(cfg_lens):
 
 
 def test_reads_that_cannot_fit(cfg_lens, monkeypatch):
+    import shutil
+
     import psutil
 
     monkeypatch.setattr(psutil, "virtual_memory", type("Memory", (), {"available": 10_000}))
-    with pytest.raises(OpError, match=r"would keep 36\.86 kB, but only 10 kB.*reduce='\|mean\|'"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Disk", (), {"free": 20_000}))
+    with pytest.raises(OpError, match=r"would keep 36\.86 kB, but only 10 kB of memory and 20 kB of disk.*TMPDIR"):
         cfg_lens.run("red", [Read("blocks.0.img")], seed=0)
     assert cfg_lens.cost("red", [Read("blocks.0.img")]).bytes == 3 * 96 * 32 * 4
 

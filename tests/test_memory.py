@@ -1,9 +1,13 @@
-"""A batch that runs out of memory is halved, and what cannot be halved says what helps."""
+"""A batch that runs out of memory is halved; reads that do not fit there go to files; errors say what helps."""
 
+import gc
+import tempfile
+
+import psutil
 import pytest
 import torch
 
-from dit_lens import Apply, DiTLens, Read, Swap, Zero
+from dit_lens import Apply, DiTLens, Read, Run, Swap, Zero
 from dit_lens.errors import ExecutionError
 from tests import pipelines
 
@@ -81,3 +85,29 @@ def test_a_generator_cannot_be_split(small):
 def test_nothing_is_said_where_all_fits(small, recwarn):
     small.run(FIVE[:2], seed=3)
     assert not recwarn.list
+
+
+def test_reads_larger_than_memory_lie_in_files(small, monkeypatch, tmp_path):
+    """The same values from files, which go with the run; saving does not need them in memory either."""
+    ops = [Read("blocks.*.{img,txt}", branch="both"), Read("blocks.*.img", reduce="|mean|", name="spectrum")]
+    held = small.run(FIVE, ops, seed=3, batch_size=2)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(psutil, "virtual_memory", type("Memory", (), {"available": 10_000}))
+    mappings = len(_mappings(tmp_path))
+    with pytest.warns(UserWarning, match=r"they go to files in .*\(TMPDIR\)"):
+        spilled = small.run(FIVE, ops, seed=3, batch_size=2)
+    assert len(_mappings(tmp_path)) > mappings
+    assert not list(tmp_path.iterdir())
+    for key in ("blocks.2.img", "blocks.0.txt"):
+        assert torch.equal(spilled[key], held[key])
+    assert torch.equal(spilled["spectrum"]["blocks.3.img"], held["spectrum"]["blocks.3.img"])
+    saved = Run.load(spilled.save(tmp_path / "run"))
+    assert torch.equal(saved["blocks.2.img"], held["blocks.2.img"])
+    del spilled, saved
+    gc.collect()
+    assert len(_mappings(tmp_path)) == mappings
+
+
+def _mappings(folder):
+    """The files of a folder, deleted ones included, that this process has mapped into memory."""
+    return [path for mapping in psutil.Process().memory_maps() if (path := mapping.path).startswith(str(folder))]

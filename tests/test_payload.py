@@ -68,7 +68,7 @@ def test_a_process_without_dit_lens_gives_the_same_numbers(tmp_path):
     key = "nnsight.modeling.diffusion.DiffusionModel:" + json.dumps({"repo_id": str(folder), "revision": None})
     request = tmp_path / "request"
     with pytest.raises(SentError):
-        traced(lens.engine.model, plan.program, plan.given, {**prepared.keywords(), "backend": Request(request)})
+        traced(lens.engine.model, plan.program, plan.given, {**prepared.keywords(), "backend": Request(request)}, {})
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     server = [sys.executable, Path(__file__).with_name("server.py"), key, request, tmp_path / "result.safetensors"]
     subprocess.run(server, check=True, cwd=tmp_path, env=environment)
