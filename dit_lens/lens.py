@@ -111,9 +111,10 @@ class DiTLens:
         """
         from dit_lens import toys
 
-        lens = cls.from_pretrained(toys.path(name), **options)
-        if untrained:
-            lens.pipe.transformer = toys.untrained(name).to(lens.pipe.device, lens.pipe.transformer.dtype)
+        with toys.hushed():
+            lens = cls.from_pretrained(toys.path(name), **options)
+            if untrained:
+                lens.pipe.transformer = toys.untrained(name).to(lens.pipe.device, lens.pipe.transformer.dtype)
         return lens
 
     def to(self, *args: Any, **kwargs: Any) -> DiTLens:

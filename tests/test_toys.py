@@ -1,5 +1,8 @@
 """Every kind of toy before training: its conventions agree with its pipeline's, and it is saved, loaded and drawn."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -203,6 +206,22 @@ def test_a_toy_without_weights_says_which_there_are(tmp_path, monkeypatch):
         DiTLens.toy("sana")
     with pytest.raises(StoreError, match="no toy called 'fluks'"):
         DiTLens.toy("fluks")
+
+
+def test_toys_load_without_a_word(tmp_path):
+    """No bars, no advice: what a first cell of a notebook shows is the lens. Verbosity is as before afterwards."""
+    code = """
+from diffusers.utils import logging as of_diffusers
+from transformers.utils import logging as of_transformers
+from dit_lens import DiTLens
+before = [library.get_verbosity() for library in (of_diffusers, of_transformers)]
+DiTLens.toy("flux2", untrained=True)
+assert [library.get_verbosity() for library in (of_diffusers, of_transformers)] == before
+assert of_diffusers.is_progress_bar_enabled() and of_transformers.is_progress_bar_enabled()
+"""
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path)
+    of_torchao = [line for line in said.stderr.splitlines() if "torchao" in line or "pytree" in line]
+    assert [line for line in said.stderr.splitlines() if line not in of_torchao] == []
 
 
 def test_checkpoints_of_another_toy_are_refused(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,26 @@ WEIGHTS = Path(__file__).parent / "weights"
 def untrained(name: str) -> nn.Module:
     """The transformer of a toy as it was before training began."""
     return kind(name).build(0).transformer.eval().requires_grad_(requires_grad=False)
+
+
+@contextmanager
+def hushed() -> Generator[None]:
+    """Without the bars and advice of diffusers and transformers: a toy is there in a moment and lacks nothing."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    libraries = (of_diffusers, of_transformers)
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    try:
+        for library in libraries:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        yield
+    finally:
+        for library, verbosity, bar in before:
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
 
 
 def path(name: str) -> Path:
