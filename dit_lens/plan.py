@@ -226,7 +226,7 @@ class _Compiler:
         program = {
             "denoiser": "transformer",
             "rows": self.batch.rows,
-            "time": self.anatomy.time_rule(self.timeline.levels, self.timeline.kind),
+            "time": self.anatomy.time_rule(self.timeline.time, self.timeline.levels, self.timeline.kind),
             "repeats": list(self.timeline.repeats),
             "grid": self.anatomy.grid_rule,
             "readout": self.anatomy.readout_rule,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from dit_lens.families import Family, Guidance
+    from dit_lens.families.row import Time
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Timeline:
     sigmas: the noise level of each step, where the scheduler tells it beforehand.
     repeats: steps at the same timestep as the one before. levels: the noise of every timestep, where it is a table.
     kind: what is predicted: "flow", "epsilon", "v_prediction", or None where it is none of these.
+    time: what the transformer is told of time; None: what its family says.
     """
 
     steps: int
@@ -35,6 +37,7 @@ class Timeline:
     repeats: tuple[int, ...] = ()
     levels: list[float] | None = None
     kind: str | None = None
+    time: Time | None = None
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -131,15 +134,15 @@ def timeline(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any], t
         if skipped == total:
             raise PromptError(f"strength={strength} with {total} steps leaves none to run. Raise one of them.")
     calls, levels = calls_of(pipe, family, call), _levels(pipe.scheduler)
-    kind = _kind(pipe, family, levels)
+    kind, time = _kind(pipe.scheduler, levels), family.time_of(pipe)
     order = getattr(pipe.scheduler, "order", 1)
     if order > 1 or (levels is not None and given is None):  # the scheduler alone decides how often it calls the model
         times = _times(pipe.scheduler, total)[skipped * order :]
         repeats = tuple(i for i in range(1, len(times)) if times[i] == times[i - 1])
         sigmas = None if levels is None else tuple(levels[round(time)] for time in times)
-        return Timeline(len(times), calls, sigmas, repeats, levels, kind)
+        return Timeline(len(times), calls, sigmas, repeats, levels, kind, time)
     sigmas = _sigmas(pipe, call, total, tokens)
-    return Timeline(total - skipped, calls, None if sigmas is None else sigmas[skipped:], (), levels, kind)
+    return Timeline(total - skipped, calls, None if sigmas is None else sigmas[skipped:], (), levels, kind, time)
 
 
 def calls_of(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
@@ -180,11 +183,9 @@ def _times(scheduler: Any, steps: int) -> list[float]:
     return [float(time) for time in scheduler.timesteps]
 
 
-def _kind(pipe: DiffusionPipeline, family: Family, levels: list[float] | None) -> str | None:
-    """What the transformer predicts: a flow unless the scheduler or the family's row says otherwise."""
-    if type(pipe).__name__ in family.other_predictions:
-        return None
-    kind = "flow" if levels is None else pipe.scheduler.config.get("prediction_type", "epsilon")
+def _kind(scheduler: Any, levels: list[float] | None) -> str | None:
+    """What the transformer predicts: a flow unless the scheduler says otherwise."""
+    kind = "flow" if levels is None else scheduler.config.get("prediction_type", "epsilon")
     return kind if kind in ("flow", "epsilon", "v_prediction") else None
 
 

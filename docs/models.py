@@ -75,8 +75,6 @@ def _section(family: Family) -> str:
         lines.append(f"- {family.note}")
     if family.sign < 0:
         lines.append("- The pipeline negates the prediction: `x0` allows for that, `velocity` is the model's own.")
-    for pipeline in family.other_predictions:
-        lines.append(f"- `{pipeline}` predicts neither a flow nor noise nor v, so there is no `x0`.")
     refused = dict(family.refuses)
     if family.guidance is not None and family.guidance.cut is not None:
         refused[family.guidance.cut] = "below 1 it ends guidance inside the run, so that the number of branches changes"

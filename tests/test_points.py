@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 
 from dit_lens import Read, Scale, Swap, Zero
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError
-from tests.zoo.truth import ENTRIES, zoo_of
+from tests.zoo.truth import ENTRIES, Zoo, zoo_of
 
 # Entry -> site -> module, side, which of its tokens, and which of its channels.
 WIDTH = 32
@@ -68,7 +70,7 @@ MODULES = {
 }
 # Without attn_out and mlp_out, a cache that empties the text, and rows of other lengths, which fit no one tensor.
 LACK_WRITES = {"qwen21", "lumina2-ragged", "ernie", "hunyuan_dit", "nucleus", "bria_fibo2", "aura_flow", "prx"}
-LACK_X0 = {"sana-sprint", "cosmos2", "omnigen", "wan", "cogvideox"}
+LACK_X0 = {"omnigen", "wan", "cogvideox"}
 HAVE_WRITES = [name for name in ENTRIES if name not in LACK_WRITES]
 
 
@@ -238,8 +240,38 @@ def test_what_has_no_x0_of_a_block_says_so(name):
 
 
 def test_x0_needs_a_prediction_it_can_be_computed_from():
+    zoo = Zoo(ENTRIES["pixart-alpha"])
+    zoo.lens.pipe.scheduler.register_to_config(prediction_type="sample")
     with pytest.raises(OpError, match=r"x0 cannot be computed.*Read velocity instead"):
-        zoo_of("cosmos2").run([Read("x0")])
+        zoo.run([Read("x0")])
+
+
+@pytest.mark.parametrize(
+    ("name", "off"), [("sana-sprint", {}), ("cosmos2", {"guidance_scale": 1.0, "negative_prompt_embeds": None})]
+)
+def test_x0_of_rescaled_latents_is_the_schedulers_own(name, off):
+    """Their pipelines scale what the transformer sees, and turn its answer into what the scheduler wants."""
+    zoo = Zoo(ENTRIES[name])
+    zoo.call = {**zoo.call, **off}
+    run = zoo.run([Read("x0")])
+    scheduler, taken = zoo.pipe.scheduler, []
+    step = scheduler.step
+
+    @functools.wraps(step)
+    def stepping(output, timestep, sample, **rest):
+        stepped = step(output, timestep, sample, **rest)
+        if name == "cosmos2":
+            taken.append(sample - scheduler.sigmas[len(taken)] * output)
+        else:
+            taken.append(stepped[1] / scheduler.config.sigma_data)
+        return stepped
+
+    scheduler.step = stepping
+    zoo.plain_of(zoo.call)
+    for found, wanted in zip(run["x0"].as_subclass(torch.Tensor), taken, strict=True):
+        picture = wanted.float().squeeze(2) if wanted.ndim == 5 else wanted.float()
+        patches = torch.nn.functional.pixel_unshuffle(picture, picture.shape[-1] // run.grid[-1])
+        torch.testing.assert_close(found, patches.flatten(2).transpose(1, 2), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", [name for name in ENTRIES if name not in LACK_X0])

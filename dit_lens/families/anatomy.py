@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import FamilyError, SiteError
-from dit_lens.families.row import Family, Stack, Tap
+from dit_lens.families.row import Family, Stack, Tap, Time
 from dit_lens.sites import MODEL_POINTS, POINTS, STREAMS, Site
 
 if TYPE_CHECKING:
@@ -184,12 +184,15 @@ class Anatomy:
         f, h, w = (1, *sizes)[-3:]
         return f, h, w
 
-    def time_rule(self, levels: list[float] | None = None, kind: str | None = None) -> dict[str, Any]:
+    def time_rule(
+        self, time: Time | None = None, levels: list[float] | None = None, kind: str | None = None
+    ) -> dict[str, Any]:
         """What the executor needs to tell the time of a call, and what its prediction is.
 
-        levels: noise by timestep, where it is a table. kind: "flow", "epsilon" or "v_prediction".
+        time: the family's own by default. levels: noise by timestep, where it is a table. kind: "flow", "epsilon" or
+        "v_prediction".
         """
-        time = self.family.time
+        time = self.family.time if time is None else time
         return {
             "argument": time.argument,
             "position": self._place("", time.argument),

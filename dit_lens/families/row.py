@@ -147,7 +147,7 @@ class Family:
     width, out_width: the hidden size and the size of a predicted token: names in ``transformer.config`` or attributes
     of the transformer, multiplied where several are joined by ``*``.
     grid, time, guidance: see there; guidance None means that a pipeline makes one conditional call per step.
-    variants: pipeline class -> its own guidance, where it differs.
+    variants, times: pipeline class -> its own guidance, and its own time, where they differ.
     final_layout: where image tokens lie in what enters ``final`` and (prediction_layout) in what is predicted.
     final_turned, final_axes: of what enters ``final``: whether it is [token, row, channel], and where it is no list of
     tokens.
@@ -155,7 +155,6 @@ class Family:
     readout: what follows the final norm, where the row says it.
     sign: -1 where the pipeline negates the prediction.
     caching: pipelines whose first step fills a cache that later steps read.
-    other_predictions: pipelines in which it is neither a flow nor noise nor v.
     patch: latent pixels per side of an image token.
     resizing: pipelines that choose the size of the picture themselves.
     tokenizer, text_length: the pipeline's tokenizer of the text stream, and the argument that sets its length.
@@ -178,6 +177,7 @@ class Family:
     guidance: Guidance | None
     variants: Mapping[str, Guidance | None] = field(default_factory=dict)
     time: Time = Time(scale=1e-3)
+    times: Mapping[str, Time] = field(default_factory=dict)
     final_layout: str = "own"
     final_turned: bool = False
     final_axes: str = "tokens"
@@ -186,7 +186,6 @@ class Family:
     readout: Readout | None = None
     sign: int = 1
     caching: tuple[str, ...] = ()
-    other_predictions: tuple[str, ...] = ()
     patch: int = 2
     resizing: tuple[str, ...] = ()
     tokenizer: str = "tokenizer"
@@ -202,3 +201,7 @@ class Family:
     def guidance_of(self, pipe: object) -> Guidance | None:
         """How a pipeline of this family is guided."""
         return self.variants.get(type(pipe).__name__, self.guidance)
+
+    def time_of(self, pipe: object) -> Time:
+        """What a pipeline of this family tells the transformer of time."""
+        return self.times.get(type(pipe).__name__, self.time)
