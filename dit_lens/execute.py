@@ -231,7 +231,7 @@ def read_out(
     x = envoy(*args, **kwargs)
     if "shift" in held:
         shift, scale = shift_of(model, held["shift"], rule)
-        x = x * (1 + scale) + shift
+        x = (x * (1 + scale) + shift).to(held[part["readout"]].dtype)
     for module in rule["modules"]:
         x = model.get(module)(x)
     x = x if isinstance(x, Tensor) else x[0]
@@ -245,10 +245,10 @@ def read_out(
 
 
 def shift_of(model: Any, value: Tensor, rule: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Shift and scale that the transformer applies itself, [row, 1, channel] each."""
+    """Shift and scale that the transformer applies itself, [row, 1 or token, channel] each."""
     if rule["table"] is not None:
         table = getattr(model.get("transformer"), rule["table"])
-        return (table[None] + value).chunk(2, dim=1)
+        return (table.reshape(2, 1, 1, -1) + value).unbind(0)
     both = model.get(rule["projection"])(torch.nn.functional.silu(value))
     return both.chunk(2, dim=-1)
 

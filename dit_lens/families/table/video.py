@@ -22,6 +22,7 @@ WAN = Family(
     pipelines=("WanPipeline",),
     stacks=(image_stack("blocks", points=more_points.WAN),),
     final="norm_out",
+    readout=Readout(order="yxc", shift=("condition_embedder", 0), table="scale_shift_table"),
     width=HEADS,
     out_width="out_channels*patch_size",
     grid=Grid("bcfhw", patch="patch_size"),
