@@ -87,22 +87,23 @@ def _points(anatomy: Anatomy, stack: Stack) -> list[str]:
     lines = []
     for stream in sorted(stack.outputs):
         have = [site.point for site in anatomy.sites if site.block == first and site.stream == stream]
-        lines.append(f"- `{stack.name}.*.{stream}`: {', '.join(f'`{name}`' for name in _grouped(have))}")
+        lines.append(f"- `{stack.name}.*.{stream}`: {_listed(have)}")
         reasons: dict[str, list[str]] = {}
         for point, reason in stack.points.get(stream, {}).items():
             if isinstance(reason, str):
-                reasons.setdefault(reason, []).append(f"`{point}`")
-        lines += [f"  - no {', '.join(points)}: {reason}" for reason, points in reasons.items()]
+                reasons.setdefault(reason, []).append(point)
+        lines += [f"  - no {_listed(points)}: {reason}" for reason, points in reasons.items()]
     return lines
 
 
-def _grouped(points: list[str]) -> list[str]:
-    """mod.attn.shift, mod.attn.scale -> mod.attn.shift|scale."""
+def _listed(points: list[str]) -> str:
+    """mod.attn.shift, mod.attn.scale -> `mod.attn.shift|scale`."""
     groups: dict[str, list[str]] = {}
     for point in points:
         head, _, last = point.rpartition(".")
         groups.setdefault(head or point, []).append(last)
-    return [f"{head}.{'|'.join(ends)}" if ends != [head] else head for head, ends in groups.items()]
+    names = [f"{head}.{'|'.join(ends)}" if ends != [head] else head for head, ends in groups.items()]
+    return ", ".join(f"`{name}`" for name in names)
 
 
 OTHERS = """

@@ -10,6 +10,7 @@ import torch
 
 from dit_lens import Read, Scale, Swap, Zero
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError
+from tests.zoo.rest import TOKENS
 from tests.zoo.truth import ENTRIES, Zoo, zoo_of
 
 # Entry -> site -> module, side, which of its tokens, and which of its channels.
@@ -66,6 +67,10 @@ MODULES = {
     },
     "sana": {"blocks.0.img.attn.k": ("transformer_blocks.0.attn1.to_k", OUT, ALL, ALL)},
     "dit": {"blocks.2.img.mlp.pre": ("transformer_blocks.2.ff.net.0.proj", OUT, ALL, ALL)},
+    "ernie": {
+        "blocks.1.img.attn.k": ("layers.1.self_attention.to_k", OUT, slice(0, 24), ALL),
+        "blocks.1.img.mlp.post": ("layers.1.mlp.linear_fc2", IN, slice(0, 24), ALL),
+    },
     "zimage": {"blocks.3.img.attn.q": ("layers.1.attention.to_q", OUT, slice(0, 24), ALL)},
 }
 # Without attn_out and mlp_out, a cache that empties the text, and rows of other lengths, which fit no one tensor.
@@ -85,6 +90,7 @@ def test_a_point_is_what_its_module_holds(name, site):
 
     def keep(_, args, output):
         value = output if side == OUT else args[0]
+        value = value.transpose(0, 1) if len(value) == zoo.count + TOKENS else value  # [token, row, channel]
         seen.append((value[:, None] if value.ndim == 2 else value)[:, tokens, channels].clone())
 
     handle = module.register_forward_hook(keep)
@@ -200,7 +206,7 @@ def test_modulation_is_one_vector_a_row():
     [
         ("flux", "blocks.3.img.attn_out", r"attention and MLP are added up by one projection"),
         ("aura_flow", "blocks.0.img.attn_out", r"attention is not added to the residual"),
-        ("ernie", "blocks.0.img.attn_out", r"have no attn_out, or its row does not say where"),
+        ("ernie", "blocks.0.img.attn_out", r"its modulation comes as a list of tensors"),
         ("hunyuan_dit", "blocks.0.img.mod.attn.gate", r"have no mod\.attn\.gate"),
         ("sd3", "blocks.2.txt.mlp_out", r"the last, returns no txt tokens"),
         ("cogview4", "blocks.0.txt.mlp_out", r"second call, for the text, is not followed"),

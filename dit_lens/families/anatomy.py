@@ -371,7 +371,7 @@ class Anatomy:
             stream=stream,
             layout=tap.layout or stack.layout,
             axes=tap.axes,
-            turned=stack.turned and tap.layout != "whole",
+            turned=stack.turned and not tap.upright and tap.layout != "whole",
             span=span,
             gate=None if tap.gate is None else self._tapped(block, stream, tap.gate),
             tanh=tap.tanh,

@@ -14,6 +14,7 @@ class Tap:
     tensor), or "input" and the argument (by name, or by place).
     span: which channels, in units of the hidden size: (start, stop), stop None for the end.
     layout: where the stream's tokens lie in it; None: as in the stack's tensors. axes: "tokens", or those of a picture.
+    upright: whether it is [row, token, channel] also where the stack's tensors are turned.
     gate: what it is multiplied by before it is added to the residual; tanh: of which the hyperbolic tangent is taken.
     table: a parameter of the block, [part, channel], that is added to the argument.
     """
@@ -24,6 +25,7 @@ class Tap:
     span: tuple[int, int | None] | None = None
     layout: str | None = None
     axes: str = "tokens"
+    upright: bool = False
     gate: Tap | None = None
     tanh: bool = False
     table: str | None = None

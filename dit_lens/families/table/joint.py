@@ -211,7 +211,7 @@ ERNIE = Family(
     name="ERNIE-Image",
     transformer="ErnieImageTransformer2DModel",
     pipelines=("ErnieImagePipeline",),
-    stacks=(joint_stack("layers", "layer", "image_first", "x", turned=True),),
+    stacks=(joint_stack("layers", "layer", "image_first", "x", more_points.ERNIE, turned=True),),
     final="final_norm",
     readout=Readout(("final_linear",)),
     final_layout="image_first",

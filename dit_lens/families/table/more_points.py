@@ -9,6 +9,7 @@ from dit_lens.families.row import Tap
 from dit_lens.families.table.points import (
     LUMINA_GATES,
     NO_SHIFTS,
+    SIX,
     Points,
     added,
     attention,
@@ -118,6 +119,17 @@ _QWEN21 = {
     **attention("attn"),
 }
 QWEN21 = both(_QWEN21)
+
+_IN_A_LIST = "its modulation comes as a list of tensors, one for each part"
+_ERNIE = {
+    **dict.fromkeys(SIX, _IN_A_LIST),
+    "attn_out": _IN_A_LIST,
+    "mlp_out": _IN_A_LIST,
+    "resid_mid": entering("adaLN_mlp_ln"),
+    **{name: replace(tap, upright=True) for name, tap in attention("self_attention").items()},
+    **neurons("mlp", "gate_proj", "linear_fc2"),
+}
+ERNIE = both(_ERNIE)
 
 LUMINA = {
     "img": {
