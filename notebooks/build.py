@@ -28,6 +28,7 @@ REPOSITORY = "dit-lens/dit_lens"  # owner/name on GitHub, for Colab; a fork writ
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+BADGE = "colab.svg"  # beside the notebooks
 EXECUTED = ROOT / "build" / "lessons"
 SECONDS = 300  # for one cell
 METADATA = {
@@ -51,6 +52,7 @@ def notebooks(source: Path) -> dict[Path, nbformat.NotebookNode]:
     """The two notebooks of a lesson, by where they belong: the one with blanks, and the one with solutions."""
     whole = _notebook(source)
     blank = copy.deepcopy(whole)
+    whole.cells[1].source = whole.cells[1].source.replace(BADGE, f"../{BADGE}")
     for cell in blank.cells:
         tags = cell.metadata.get("tags", [])
         if "solution" in tags:
@@ -132,7 +134,7 @@ def _notebook(source: Path) -> nbformat.NotebookNode:
     title, *rest = jupytext.read(source).cells
     address = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{source.stem}.ipynb"
     colab = [
-        new_markdown_cell(f"[Open this notebook in Colab]({address})"),
+        new_markdown_cell(f"[![Open in Colab]({BADGE})]({address})"),
         new_code_cell(IN_COLAB, metadata={"tags": ["remove-cell"]}),  # from the pages of the documentation
     ]
     cells = [title, *colab, *rest]

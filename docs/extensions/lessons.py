@@ -9,7 +9,7 @@ from typing import Any
 
 from sphinx.application import Sphinx
 
-from build import executed, sources
+from build import BADGE, HERE, executed, sources
 
 PLOTLY = "application/vnd.plotly.v1+json"
 
@@ -24,15 +24,21 @@ def write(folder: Path) -> None:
     """Writes every lesson into a folder that holds nothing else."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
+    shutil.copy(HERE / BADGE, folder)
     for source in sources():
         notebook = json.loads(executed(source).read_text("utf-8"))
         for cell in notebook["cells"]:
             if cell["cell_type"] == "markdown":
-                cell["source"] = "".join(cell["source"]).replace("](../docs/", "](../")  # links, as seen from here
+                cell["source"] = _as_seen_from_here("".join(cell["source"]))
             for output in cell.get("outputs", []):
                 if PLOTLY in output.get("data", {}):
                     output["data"] = {"text/html": _figure(output["data"][PLOTLY])}
         (folder / f"{source.stem}.ipynb").write_text(json.dumps(notebook), "utf-8")
+
+
+def _as_seen_from_here(text: str) -> str:
+    """A cell whose links were relative to the solutions."""
+    return text.replace("](../docs/", "](../").replace(f"](../{BADGE})", f"]({BADGE})")
 
 
 def _figure(figure: dict[str, Any]) -> str:
