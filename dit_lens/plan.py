@@ -14,7 +14,7 @@ from dit_lens.errors import OpError, nearest
 from dit_lens.families import Anatomy
 from dit_lens.ops import Add, Apply, MeanAblate, Op, Read, Resample, Scale, Swap, TokenMean, Zero
 from dit_lens.reduce import parse
-from dit_lens.sites import Site, match
+from dit_lens.sites import Site, holds_image_tokens, match
 from dit_lens.sources import Values, given_values, resampled_rows
 from dit_lens.steps import Timeline
 
@@ -393,7 +393,7 @@ class _Compiler:
                 channels={site.name: None if chosen is None else tuple(chosen) for site, chosen in channels.items()},
                 tokens=None if groups[0][1] is None else tuple(groups[0][1]),
                 reduce=op.reduce,
-                image=all(site.stream == "img" and not site.point.startswith("mod.") for site in sites),
+                image=any(holds_image_tokens(site.name) for site in sites),
             )
         )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_lens.errors import OpError, SiteError, StoreError, nearest
 from dit_lens.receipt import Receipt
+from dit_lens.sites import holds_image_tokens
 from dit_lens.store import read_versioned, settled, whole_folder, write_json
 
 if TYPE_CHECKING:
@@ -65,11 +66,18 @@ class Reading(Mapping[str, Tensor]):
     reduce: str | None
     shape_of_grid: tuple[int, ...] | None
 
+    @property
+    def on_grid(self) -> tuple[str, ...]:
+        """The sites that were read at every token of the picture."""
+        if self.reduce is not None or self.tokens is not None or self.shape_of_grid is None:
+            return ()
+        return tuple(filter(holds_image_tokens, self.tensors))
+
     def __getitem__(self, site: str) -> SiteTensor:
         if site not in self.tensors:
             raise SiteError(f"this read has no {site!r}.{nearest(site, self.tensors)}")
         value = self.tensors[site].as_subclass(SiteTensor)
-        gridded = self.reduce is None and self.tokens is None
+        gridded = site in self.on_grid
         value.shape_of_grid = self.shape_of_grid if gridded else None
         value.token_axis = (3 if self.both else 2) if gridded else None
         return value

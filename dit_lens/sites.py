@@ -70,6 +70,19 @@ class Site:
         return self.name
 
 
+def holds_image_tokens(name: str) -> bool:
+    """Whether a site is a tensor of image tokens: not of text, and no vector for the whole picture.
+
+    >>> (
+    ...     holds_image_tokens("blocks.3.img"),
+    ...     holds_image_tokens("blocks.3.txt"),
+    ...     holds_image_tokens("blocks.3.img.mod.gate"),
+    ... )
+    (True, False, False)
+    """
+    return ".txt" not in name and ".mod." not in name
+
+
 _BLOCK_PATTERN = re.compile(
     r"(?P<stack>[A-Za-z_]\w*)"
     r"(?:\.(?P<index>-?\d+|\*)|\[(?P<start>-?\d*):(?P<stop>-?\d*)\]|\[(?P<bracket>-?\d+)\])"

@@ -104,6 +104,16 @@ def test_both_branches_show_the_conditional_one(toy):
     np.testing.assert_array_equal(dl.explore(both).views.maps(0), dl.explore(one).views.maps(0))
 
 
+def test_of_a_read_of_both_streams_the_picture_is_shown(toy, run):
+    """Whole or of some channels; text has no place in it."""
+    both = toy.run(CIRCLE, [dl.Read("blocks[3:5].{img,txt}")], **CALL)
+    alone = toy.run(CIRCLE, [dl.Read("blocks[3:5].img")], **CALL)
+    assert dl.explore(both).views.blocks == ("blocks.3.img", "blocks.4.img")
+    np.testing.assert_array_equal(dl.explore(both).views.maps(1), dl.explore(alone).views.maps(1))
+    some = toy.run(CIRCLE, [dl.Read("blocks.3.{img,txt}", channels=[5, 7], name="two")], **CALL)
+    assert dl.explore(some).views.channels.tolist() == [[[5, 7]]]
+
+
 def test_what_cannot_be_shown_is_said(toy, run):
     reduced = toy.run(CIRCLE, [dl.Read("blocks.*.img", reduce="mean")], **CALL)
     with pytest.raises(OpError, match=r"this run kept blocks.*Read whole tokens"):

@@ -53,6 +53,7 @@ def test_selections_and_the_grid(lens, seen, embedded):
     ops = [
         Read("blocks.1.img", channels=[5, 2], tokens=[0, 13], steps=[2], rows=1, name="some"),
         Read("blocks.-1.img", rows=[1]),
+        Read("blocks.0.{img,txt}", name="both"),
     ]
     run = lens.run(PROMPTS, ops, seed=3)
     whole = truth(seen[1], embedded, 2, "cond", (1, "img", "post"))
@@ -62,8 +63,10 @@ def test_selections_and_the_grid(lens, seen, embedded):
     assert last.grid().shape == (3, 1, h, w, pipelines.WIDTH)
     assert torch.equal(last.grid()[2, 0, 3, 7], truth(seen[1], embedded, 2, "cond", (4, "img", "post"))[1, 3 * w + 7])
     assert type(last * 2) is torch.Tensor
-    with pytest.raises(OpError, match="no token grid"):
-        run["some"].tensor.grid()
+    assert run["both"]["blocks.0.img"].grid().shape == (3, 2, h, w, pipelines.WIDTH)
+    for without in (run["some"].tensor, run["both"]["blocks.0.txt"]):
+        with pytest.raises(OpError, match="no token grid"):
+            without.grid()
 
 
 @pytest.mark.parametrize(

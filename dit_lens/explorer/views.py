@@ -7,7 +7,7 @@ h w token grid, d channel.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
@@ -284,13 +284,15 @@ class _Shown:
 
 
 def _gridded(run: Run) -> list[Reading]:
-    """The reads of whole tokens on a grid, of the rows that the first of them has."""
-    found = [
-        reading
-        for reading in run.readings
-        if reading.reduce is None and reading.tokens is None and reading.shape_of_grid is not None
-    ]
+    """The reads of whole tokens on a grid, without their sites of text; of the rows that the first of them has."""
+    found = [_narrowed(reading, reading.on_grid) for reading in run.readings if reading.on_grid]
     return [reading for reading in found if reading.rows == found[0].rows]
+
+
+def _narrowed(reading: Reading, sites: Sequence[str]) -> Reading:
+    """Some sites of a read."""
+    tensors, channels = reading.tensors, reading.channels
+    return replace(reading, tensors={site: tensors[site] for site in sites}, channels={s: channels[s] for s in sites})
 
 
 def arms_of(massive: ChannelSet, seed: int = 0) -> Groups:
