@@ -73,12 +73,8 @@ class Site:
 def holds_image_tokens(name: str) -> bool:
     """Whether a site is a tensor of image tokens: not of text, and no vector for the whole picture.
 
-    >>> (
-    ...     holds_image_tokens("blocks.3.img"),
-    ...     holds_image_tokens("blocks.3.txt"),
-    ...     holds_image_tokens("blocks.3.img.mod.gate"),
-    ... )
-    (True, False, False)
+    >>> [holds_image_tokens(name) for name in ("blocks.3.img", "blocks.3.txt", "blocks.3.img.mod.gate")]
+    [True, False, False]
     """
     return ".txt" not in name and ".mod." not in name
 

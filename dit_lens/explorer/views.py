@@ -143,8 +143,8 @@ class _Shown:
         if not found:
             kept = ", ".join(self.runs[0].keys()) or "nothing"
             raise OpError(
-                f"an explorer shows maps of image tokens, and this run kept {kept}. Read whole tokens of the picture, "
-                "in a read of their own: lens.run(prompt, [dl.Read('blocks.*.img')], seed=0), or of a large model "
+                f"an explorer shows maps of image tokens, and this run kept {kept}. Read whole tokens of the picture: "
+                "lens.run(prompt, [dl.Read('blocks.*.img')], seed=0), or of a large model "
                 "lens.run(prompt, dl.views(massive), seed=0)."
             )
         return found
