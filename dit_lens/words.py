@@ -92,12 +92,15 @@ def born(result: Result) -> str:
     """The strongest writers, of a births study."""
     top = result.summary[result.summary["arm"] == "top"]
     writers = top[~top["point"].isin(["rest"])].nlargest(3, "share")
-    listed = ", ".join(
-        f"{'all' if row['point'] == 'block' else row['point']} of block {row['block']:.0f} "
-        f"{between(row, 'share', '.2f')}"
-        for _, row in writers.iterrows()
-    )
+    listed = ", ".join(f"{_writer(row)} {between(row, 'share', '.2f')}" for _, row in writers.iterrows())
     return f"The largest direct contributions to the massive channels' final token means: {listed}."
+
+
+def _writer(row: pd.Series) -> str:
+    """A point of a block, or what enters the first."""
+    if math.isnan(row["block"]):
+        return "what enters the first block"
+    return f"{'all' if row['point'] == 'block' else row['point']} of block {row['block']:.0f}"
 
 
 def organised(result: Result) -> str:

@@ -52,6 +52,12 @@ def test_claim_1_in_words(rescaled, kept, reason):
     assert "with 10% of attributes right" in said
 
 
+def test_what_enters_the_first_block_writes_too():
+    rows = summary(["share"], [("top", (0.5, 0.4, 0.6)), ("top", (0.3, 0.2, 0.4))])
+    said = words.born(result("births", rows.assign(point=["input", "mlp_out"], block=[float("nan"), 3.0])))
+    assert said.endswith("what enters the first block 0.50 (0.40 to 0.60), mlp_out of block 3 0.30 (0.20 to 0.40).")
+
+
 def test_claim_2_in_words():
     arms = [("top", 0.5), ("bottom", 0.2), ("random", 0.45), ("energy-matched", 0.3), ("norm", 0.6)]
     rows = summary(["iou"], [(arm, (iou, iou - 0.1, iou + 0.1)) for arm, iou in arms])
