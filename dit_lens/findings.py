@@ -20,7 +20,7 @@ from dit_lens.page import write_pngs
 from dit_lens.store import whole_folder
 from dit_lens.studies.result import readable
 from dit_lens.toys.scenes import sample_scenes
-from dit_lens.words import QUESTIONS
+from dit_lens.words import CLAIMS, QUESTIONS
 
 if TYPE_CHECKING:
     from dit_lens.studies import Result
@@ -64,7 +64,7 @@ def findings(out: Path, *, toys: Sequence[str] = ("flux",), size: Size = Size(),
             (toy, lens, _concentration(lens, DiTLens.toy(toy, untrained=True), size), _results(lens, size, folder))
         )
     with whole_folder(out) as fresh:
-        lines = [INTRO]
+        lines = [INTRO, *_overview(pages)]
         for toy, lens, concentration, results in pages:
             lines += _of_toy(fresh, toy, lens, concentration, results, size)
         (fresh / "index.md").write_text("\n".join(lines), encoding="utf-8")
@@ -106,6 +106,20 @@ def _concentration(lens: DiTLens, twin: DiTLens, size: Size) -> pd.DataFrame:
             measures = {"top/median": top_median_ratio(scores), "Gini of energy": gini(found.energy[site])}
             lines.append({"model": name, "site": site, "energy share": shares[site], **measures})
     return pd.DataFrame(lines)
+
+
+def _overview(pages: Sequence[tuple[str, DiTLens, pd.DataFrame, list[Result]]]) -> list[str]:
+    """One line for each toy: are there massive channels, and what became of the claims."""
+    lines = []
+    for toy, _, concentration, results in pages:
+        found = {result.study: result for result in results}
+        shares = concentration.groupby("model")["energy share"].mean()
+        line = {"toy": toy, "energy share (untrained)": f"{shares['trained']:.2f} ({shares['untrained twin']:.2f})"}
+        line |= {column: contest(found[study]).brief for study, (column, contest) in CLAIMS.items()}
+        rows = found["carrier_or_detail"].summary.set_index(["measure", "part"])
+        lines.append({**line, "carrier or detail": rows.loc[("verdict", "overall"), "says"]})
+    said = "A claim's verdict: what it rests on, for the massive channels; the same for the strongest control."
+    return ["## At a glance", said, "", *_table(pd.DataFrame(lines)), ""]
 
 
 def _of_toy(

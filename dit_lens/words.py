@@ -15,6 +15,32 @@ if TYPE_CHECKING:
     from dit_lens.studies import Result
 
 
+CONTROLS = ["bottom", "random", "energy-matched"]
+
+
+class Contest(NamedTuple):
+    """The massive channels against the controls of equal size, by one measure of a summary."""
+
+    top: pd.Series
+    controls: pd.DataFrame
+    measure: str
+    larger: bool = True
+    form: str = ".1f"
+
+    @property
+    def verdict(self) -> str:
+        """Whether the claim "holds", "fails" or "is undecided"."""
+        return beyond(self.top, self.controls, self.measure, larger=self.larger)
+
+    @property
+    def brief(self) -> str:
+        """The verdict, and the massive channels beside the strongest control."""
+        column = self.controls[self.measure]
+        arm = column.idxmax() if self.larger else column.idxmin()
+        own, other = (between(row, self.measure, self.form) for row in (self.top, self.controls.loc[arm]))
+        return f"{self.verdict}: {own}; {arm} {other}"
+
+
 class Question(NamedTuple):
     """What a study asks. say: what a result of it says. published: what others found, and how far it compares."""
 
@@ -45,20 +71,25 @@ def between(row: pd.Series, measure: str, form: str = ".1f") -> str:
     return f"{value:{form}}{bounds}"
 
 
+def damage(result: Result) -> Contest:
+    """How far ablation changes pictures, of a disruption."""
+    rows = result.summary[result.summary["k"] > 0].set_index("arm")
+    return Contest(rows.loc["top"], rows.loc[CONTROLS], "rmse")
+
+
 def critical(result: Result) -> str:
     """Claim 1, of a disruption."""
     rows = result.summary[result.summary["k"] > 0].set_index("arm")
-    top, controls = rows.loc["top"], rows.loc[["bottom", "random", "energy-matched"]]
-    said = "fidelity" in rows
+    top, said = rows.loc["top"], "fidelity" in rows
     changes = {
         arm: between(row, "rmse") + (f" with {row['fidelity']:.0%} of attributes right" if said else "")
         for arm, row in rows.iterrows()
     }
-    listed = ", ".join(f"{arm} {changes[arm]}" for arm in controls.index)
+    listed = ", ".join(f"{arm} {changes[arm]}" for arm in CONTROLS)
     fair = beyond(rows.loc["attenuated"], rows.loc[["energy-matched"]], "rmse")
     judged = beyond(rows.loc["attenuated"], rows.loc[["energy-matched"]], "fidelity", larger=False) if said else None
     return (
-        f"**The claim {beyond(top, controls, 'rmse')}.** Zeroing the top channels (energy share "
+        f"**The claim {damage(result).verdict}.** Zeroing the top channels (energy share "
         f"{top['energy_share']:.2f}) changes pictures by {changes['top']}; {listed}.\n\n"
         f"{_norm(rows)}: raising all other channels as the ablation would, with nothing removed, changes pictures by "
         f"{changes['rescaled']}; overwriting the top channels so that the norm's statistics stay, by "
@@ -103,17 +134,27 @@ def _writer(row: pd.Series) -> str:
     return f"{'all' if row['point'] == 'block' else row['point']} of block {row['block']:.0f}"
 
 
-def organised(result: Result) -> str:
-    """Claim 2, of an organisation, at the block where the top channels' clusters fit best."""
+def _best_block(result: Result) -> tuple[int, pd.DataFrame]:
+    """The block where the top channels' clusters fit best, and the arms of an organisation there."""
     rows = result.summary.rename(columns={"low": "iou_low", "high": "iou_high"})
     best = int(rows[rows["arm"] == "top"].set_index("block")["iou"].idxmax())
-    at = rows[rows["block"] == best].set_index("arm")
-    controls = at.loc[["bottom", "random", "energy-matched"]]
-    others = [arm for arm in at.index if arm not in ("top", *controls.index)]
-    listed = ", ".join(f"{arm} {between(at.loc[arm], 'iou', '.2f')}" for arm in controls.index)
+    return best, rows[rows["block"] == best].set_index("arm")
+
+
+def overlap(result: Result) -> Contest:
+    """How well clusters fit the subject, of an organisation, at the best block of the top channels."""
+    _, at = _best_block(result)
+    return Contest(at.loc["top"], at.loc[CONTROLS], "iou", form=".2f")
+
+
+def organised(result: Result) -> str:
+    """Claim 2, of an organisation, at the block where the top channels' clusters fit best."""
+    best, at = _best_block(result)
+    others = [arm for arm in at.index if arm not in ("top", *CONTROLS)]
+    listed = ", ".join(f"{arm} {between(at.loc[arm], 'iou', '.2f')}" for arm in CONTROLS)
     beside = ", ".join(f"{arm} {between(at.loc[arm], 'iou', '.2f')}" for arm in others)
     return (
-        f"**At its best block ({best}) the claim {beyond(at.loc['top'], controls, 'iou')}.** Mean IoU of the top "
+        f"**At its best block ({best}) the claim {overlap(result).verdict}.** Mean IoU of the top "
         f"channels' clusters with the subject: {between(at.loc['top'], 'iou', '.2f')}; {listed}; chance "
         f"{at.loc['top', 'chance']:.2f}; with the subjects of other prompts {at.loc['top', 'others']:.2f}. What knows "
         f"nothing of massive channels reaches, at the same block: {beside}. The block was chosen by the top arm, which "
@@ -121,19 +162,29 @@ def organised(result: Result) -> str:
     )
 
 
+def _at_full_strength(result: Result) -> pd.DataFrame:
+    """The arms of a transfer everywhere in the picture."""
+    rows = result.summary[~result.summary["masked"].astype(bool)]
+    return rows[rows["strength"] == rows["strength"].max()].set_index("arm")
+
+
+def nearness(result: Result) -> Contest:
+    """How near the moved picture is to its source, of a transfer."""
+    at = _at_full_strength(result)
+    return Contest(at.loc["top"], at.loc[CONTROLS], "to_source", larger=False)
+
+
 def transferable(result: Result) -> str:
     """Claim 3, of a transfer, everywhere and at full strength."""
-    rows = result.summary[~result.summary["masked"].astype(bool)]
-    at = rows[rows["strength"] == rows["strength"].max()].set_index("arm")
-    controls = at.loc[["bottom", "random", "energy-matched"]]
-    listed = ", ".join(f"{arm} {between(row, 'to_source')}" for arm, row in controls.iterrows())
+    at = _at_full_strength(result)
+    listed = ", ".join(f"{arm} {between(at.loc[arm], 'to_source')}" for arm in CONTROLS)
     blends = [arm for arm in ("pixel-blend", "latent-blend", "prompt-blend") if arm in at.index]
-    apart = rows.loc[rows["arm"] == "untouched", "to_source"].iloc[0]
+    untouched = result.summary[result.summary["arm"] == "untouched"]
     says = ", ".join(f"{arm} {at.loc[arm, 'matched_says_target']:.2f}" for arm in blends)
     return (
-        f"**The claim {beyond(at.loc['top'], controls, 'to_source', larger=False)}.** Source and target lie "
-        f"{apart:.1f} apart. Moving the top channels leaves the picture {between(at.loc['top'], 'to_source')} from the "
-        f"source; {listed}; all channels {at.loc['all', 'to_source']:.1f}. The moved picture shows "
+        f"**The claim {nearness(result).verdict}.** Source and target lie {untouched['to_source'].iloc[0]:.1f} apart. "
+        f"Moving the top channels leaves the picture {between(at.loc['top'], 'to_source')} from the source; {listed}; "
+        f"all channels {at.loc['all', 'to_source']:.1f}. The moved picture shows "
         f"{at.loc['top', 'says_source']:.0%} of the source's attributes and {at.loc['top', 'says_target']:.0%} of the "
         f"target's.\n\n"
         f"Of the change of the prediction, {at.loc['top', 'direct_share']:.0%} is read out directly by the final norm "
@@ -155,7 +206,7 @@ def located(result: Result) -> str:
 
 
 def carrier(result: Result) -> str:
-    """The verdict, of carrier_or_detail."""
+    """The verdict, of carrier_or_detail, and what it rests on."""
     rows = result.summary.set_index(["measure", "part"])
     edits = ", ".join(
         f"{words} {between(rows.loc[(measure, 'whole')], 'value', '.2f')} (strongest control "
@@ -169,6 +220,11 @@ def carrier(result: Result) -> str:
     )
 
 
+CLAIMS = {
+    "disruption": ("claim 1, critical: RMSE of ablation", damage),
+    "organisation": ("claim 2, organised: IoU with the subject", overlap),
+    "transfer": ("claim 3, movable: RMSE to the source", nearness),
+}
 QUESTIONS = {
     "stability": Question(
         "Are they the same channels everywhere?",

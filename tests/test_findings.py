@@ -32,6 +32,13 @@ def test_a_claim_is_decided_by_intervals(top, word):
     assert words.beyond(mirrored.loc["top"], mirrored.loc[["bottom", "random"]], "rmse", larger=False) == word
 
 
+def test_a_contest_names_the_strongest_control():
+    rows = summary(["x"], [("top", 5.0), ("bottom", 2.0), ("random", 4.5)]).set_index("arm")
+    contest = words.Contest(rows.loc["top"], rows.loc[["bottom", "random"]], "x")
+    assert contest.brief == "is undecided: 5.0 (4.0 to 6.0); random 4.5 (3.5 to 5.5)"
+    assert contest._replace(larger=False).brief == "fails: 5.0 (4.0 to 6.0); bottom 2.0 (1.0 to 3.0)"
+
+
 ARMS = ("bottom", "random", "energy-matched", "attenuated", "rescaled", "norm-kept", "random-direction")
 
 
@@ -79,4 +86,6 @@ def test_the_page_is_whole(tmp_path):
     assert all(f"({name}.png)" in said and (page.parent / f"{name}.png").stat().st_size > 10_000 for name in names)
     assert all(len(pd.read_csv(page.parent / f"{name}.csv")) for name in names)
     assert "untrained twin" in said
+    overview = said.split("## At a glance")[1].split("## flux")[0]
+    assert all(column in overview for column, _ in words.CLAIMS.values())
     assert "nan" not in said
