@@ -199,13 +199,22 @@ def test_a_few_iterations_reduce_the_loss(toy, stage_class):
 
 
 def test_a_toy_without_weights_says_which_there_are(tmp_path, monkeypatch):
-    (tmp_path / "flux").mkdir()
-    (tmp_path / "flux" / "model_index.json").write_text("{}")
-    monkeypatch.setattr(toys, "WEIGHTS", tmp_path)
-    with pytest.raises(StoreError, match=r"'sana' has not been trained yet.*train-toy sana.*flux"):
+    for folder in ("weights/flux", "beside/flux-seed1"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "model_index.json").write_text("{}")
+    monkeypatch.setattr(toys, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(toys, "BESIDE", tmp_path / "beside")
+    assert toys.path("flux-seed1") == tmp_path / "beside" / "flux-seed1"
+    with pytest.raises(StoreError, match=r"'sana' has not been trained yet.*train-toy sana.*flux, flux-seed1"):
         DiTLens.toy("sana")
     with pytest.raises(StoreError, match="no toy called 'fluks'"):
         DiTLens.toy("fluks")
+
+
+def test_the_twin_of_a_seed_begins_as_that_seed_did():
+    ours, first = (toys.untrained(name).x_embedder.weight for name in ("flux-seed1", "flux"))
+    assert torch.equal(ours, kind("flux").build(1).transformer.x_embedder.weight)
+    assert not torch.equal(ours, first)
 
 
 def test_toys_load_without_a_word(tmp_path):

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 WEIGHTS = Path(__file__).parent / "weights"
+BESIDE = Path(__file__).parents[2] / "toys"  # in the repository, not in the package: "flux-seed1", "flux-seed2"
 
 
 def untrained(name: str) -> nn.Module:
     """The transformer of a toy as it was before training began."""
-    return kind(name).build(0).transformer.eval().requires_grad_(requires_grad=False)
+    of, _, seed = name.partition("-seed")
+    return kind(of).build(int(seed or 0)).transformer.eval().requires_grad_(requires_grad=False)
 
 
 @contextmanager
@@ -43,16 +45,13 @@ def hushed() -> Generator[None]:
 
 def path(name: str) -> Path:
     """The folder of a toy's pipeline."""
-    known = (
-        sorted(folder.name for folder in WEIGHTS.iterdir() if (folder / "model_index.json").is_file())
-        if WEIGHTS.is_dir()
-        else []
-    )
+    known = {file.parent.name: file.parent for place in (WEIGHTS, BESIDE) for file in place.glob("*/model_index.json")}
     if name in KINDS and name not in known:
+        trained = ", ".join(sorted(known)) or "none"
         raise StoreError(
             f"the toy {name!r} has not been trained yet: there is no {WEIGHTS / name}. Train it with "
-            f"dit-lens train-toy {name} --out DIR and load DIR/pipeline. Trained ones: {', '.join(known) or 'none'}."
+            f"dit-lens train-toy {name} --out DIR and load DIR/pipeline. Trained ones: {trained}."
         )
     if name not in known:
         raise StoreError(f"there is no toy called {name!r}.{nearest(name, known)}")
-    return WEIGHTS / name
+    return known[name]
