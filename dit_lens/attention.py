@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError
 from dit_lens.layout import PlanMismatchError, image_tokens, stream_of
+from dit_lens.remote import needs_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,6 +91,7 @@ def read_pattern(
     **call: Any,
 ) -> Attention:
     """See :meth:`dit_lens.DiTLens.read_pattern`."""
+    needs_weights(lens.pipe, "patterns of attention need")
     if "batch_size" in call:
         raise PromptError("patterns are read from one batch: leave batch_size= out, and pass fewer prompts at once.")
     blocks = [lens.anatomy.block(one) for one in _indices("block", block)]

@@ -9,6 +9,7 @@ import torch
 
 from dit_lens.errors import FamilyError
 from dit_lens.layout import packed, unpacked
+from dit_lens.remote import needs_weights
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -46,6 +47,7 @@ def autoencoder(pipe: DiffusionPipeline) -> Any:
             f"this {type(pipe).__name__} was loaded without its autoencoder, so latents cannot be drawn. Load it with "
             "vae=, or keep the latents: Read('blocks.*.img.x0')."
         )
+    needs_weights(pipe, "drawing latents needs")
     return vae
 
 

@@ -16,6 +16,7 @@ from dit_lens.call import EMBEDDING, TEXT, Call, prepare
 from dit_lens.cost import human, stored
 from dit_lens.errors import PromptError
 from dit_lens.families import families
+from dit_lens.remote import needs_weights
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,7 @@ def encode_prompts(
     device: where the text encoders work; they are moved there and back. By default, where the pipeline works.
     defaults, vocabulary: those of a lens. Raises PromptError where embeddings cannot stand for this pipeline's prompts.
     """
+    needs_weights(pipe, "encoding prompts needs")
     prepared = prepare(
         pipe,
         prompts,

@@ -70,6 +70,11 @@ class Engine:
             for model in (self.model, self.promptless):
                 model._update(_Pipeline(self.pipe))
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a run's provenance says of the machine beyond what the pipeline tells: nothing, where both are here."""
+        return {}
+
     @contextmanager
     def differentiable(self) -> Generator[None]:
         """Runs inside keep the graph of whatever comes to require gradients.
@@ -106,7 +111,7 @@ class Engine:
             try:
                 model = self.model if call.get("prompt") is not None else self.promptless
                 arguments = call | {"gradients": True} if self._gradients else call
-                store, results = traced(model, program, given, arguments, reads)
+                store, results = traced(model.trace, model, program, given, arguments, reads)
             except torch.OutOfMemoryError as full:
                 if not self._gradients:
                     raise
@@ -145,10 +150,13 @@ def _listen(modules: list[nn.Module]) -> None:
 
 
 def traced(
-    model: Any, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any], reads: dict
+    opened: Any, model: Any, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any], reads: dict
 ) -> tuple[dict[str, Any], list[Any]]:
-    """One trace, one invoke, containers saved empty and filled inside: what holds for local and for remote runs."""
-    with model.trace(**call) as tracer:
+    """One trace, one invoke, containers saved empty and filled inside: what holds for local and for remote runs.
+
+    opened: the model's method that opens the trace.
+    """
+    with opened(**call) as tracer:
         store = {"reads": reads, "touched": [], "clock": [], "grid": [], "tape": []}
         nnsight.save(store)
         results = []

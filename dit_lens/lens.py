@@ -24,6 +24,7 @@ from dit_lens.ops import Apply, Op, Read, from_json, to_json
 from dit_lens.plan import Batch, Plan, compile_plan, narrowed
 from dit_lens.prefix import Tape, recording, replaying
 from dit_lens.provenance import describe, plain, unsaved
+from dit_lens.remote import needs_weights
 from dit_lens.sites import Site, match
 from dit_lens.spill import place_for
 from dit_lens.steps import Timeline, timeline
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from dit_lens.encode import Released
     from dit_lens.gradients import Gradients, Through
     from dit_lens.ops import Branch, Pattern, Steps
+    from dit_lens.remote import RemoteEngine
     from dit_lens.run import Run
     from dit_lens.x0 import X0
 
@@ -71,14 +73,14 @@ class DiTLens:
         stored = _stored_defaults(pipe)
         self.defaults: dict[str, Any] = dict(stored.get("call", {}) if defaults is None else defaults)
         self.vocabulary: list[str] | None = stored.get("vocabulary")
-        self.engine = Engine(pipe)
+        self.engine: Engine | RemoteEngine = Engine(pipe)
 
     def _describe(self) -> None:
         self.family = families.find(self.pipe)
         self.anatomy = families.Anatomy(self.family, self.pipe.transformer)
         self.checks: list[Check] = check(self.anatomy)
 
-    def _follow(self) -> Engine:
+    def _follow(self) -> Engine | RemoteEngine:
         """Looks again at a pipeline whose modules were exchanged: by LoRA, or another transformer."""
         if self.engine.stale:
             self._describe()
@@ -117,8 +119,28 @@ class DiTLens:
                 lens.pipe.transformer = toys.untrained(name).to(lens.pipe.device, lens.pipe.transformer.dtype)
         return lens
 
+    @classmethod
+    def remote(cls, model: str | Path, *, host: str | None = None, revision: str | None = None) -> DiTLens:
+        """A lens on a model that an nnsight server holds: no weights are loaded or downloaded here.
+
+        Names, checks, plans, costs and errors are made here from the model's configuration; a run is sent to the
+        server, and comes back as it would have been made here: pictures, reads, receipt. What has to have the weights
+        at hand (gradients, ``read_x0``, ``read_pattern``, ``encode``) is refused.
+
+        model: a repository, or a folder that the server knows by the same name. host: the server's address, such as
+        "http://localhost:8001"; ``nnsight.CONFIG.API.HOST`` by default, whose key is used as well. Raises StoreError
+        where there is no such pipeline, ExecutionError where an address is none.
+        """
+        from dit_lens.remote import RemoteEngine, hollow
+
+        hollowed = hollow(model, revision)
+        lens = cls(hollowed.pipeline)
+        lens.engine = RemoteEngine(hollowed, host)
+        return lens
+
     def to(self, *args: Any, **kwargs: Any) -> DiTLens:
         """Moves the pipeline, as ``pipe.to`` does, and returns the lens."""
+        needs_weights(self.pipe, "moving a pipeline needs")
         self.pipe.to(*args, **kwargs)
         return self
 
@@ -201,7 +223,8 @@ class DiTLens:
         for store, output in self._batches(prepared, plan, batch_size, place):
             stores.append(store)
             outputs.append(output)
-        run = assemble(ops, plan, when, stores, outputs, self._spec(prepared, ops), describe(self.pipe, self.family))
+        provenance = {**describe(self.pipe, self.family), **self.engine.provenance}
+        run = assemble(ops, plan, when, stores, outputs, self._spec(prepared, ops), provenance)
         if record:
             run.tape = Tape(prepared, self.pipe.transformer, stores[0]["tape"])
         return run

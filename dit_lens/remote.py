@@ -1,0 +1,136 @@
+"""A model that lives on an nnsight server: the same plans, sent there instead of carried out here.
+
+The pipeline of such a lens is built from its configuration alone, without weights. What travels is the program, plain
+data, and the source of the executor, so that the server needs nnsight and diffusers but not this library.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dit_lens.errors import ExecutionError, PromptError, StoreError
+from dit_lens.store import check_pipeline
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from nnsight.intervention.backends.remote import RemoteBackend
+    from nnsight.modeling.diffusion import DiffusionModel
+
+
+def needs_weights(pipe: DiffusionPipeline, what: str) -> None:
+    """ExecutionError where a pipeline has none, its model being on a server. what: what needs them, with its verb."""
+    if pipe.device.type == "meta":
+        raise ExecutionError(
+            f"{what} the model's weights on this machine, and this model is on a server. Load it here, with "
+            "DiTLens.from_pretrained; runs, traces and the studies made of them work on a server."
+        )
+
+
+def hollow(path: str | Path, revision: str | None = None) -> DiffusionModel:
+    """nnsight's model of a pipeline whose weights are not loaded. StoreError where there is no such pipeline."""
+    from diffusers import DiffusionPipeline
+    from nnsight.modeling.diffusion import DiffusionModel
+
+    check_pipeline(Path(path))
+    try:
+        config = DiffusionPipeline.load_config(str(path), revision=revision)
+        model = DiffusionModel(str(path), revision=revision)
+    except (OSError, ValueError) as problem:
+        raise StoreError(f"{path} could not be read as a diffusers pipeline: {problem}") from problem
+    flags = {name: value for name, value in config.items() if not name.startswith("_") and not isinstance(value, list)}
+    # nnsight builds a pipeline from its parts and leaves out the rest, such as whether guidance is distilled.
+    model.pipeline.register_to_config(_name_or_path=str(path), **flags)
+    return model
+
+
+class RemoteEngine:
+    """Sends programs to an nnsight server, one at a time; stands where a lens has an Engine.
+
+    model: from :func:`hollow`. host: the server's address; nnsight's own setting by default.
+    """
+
+    stale = False
+
+    def __init__(self, model: DiffusionModel, host: str | None = None):
+        self.model, self.lock = model, threading.Lock()
+        self.host = self._backend(host).host
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What is known of the machine that a run was made on."""
+        return {"device": f"nnsight server {self.host}", "dtype": "the server's", "threads": None}
+
+    def follow(self) -> None:
+        """Modules do not come or go here."""
+
+    def generate(
+        self, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any], reads: dict
+    ) -> tuple[dict[str, Any], Any]:
+        """As :meth:`dit_lens.engine.Engine.generate`; every failure on the way or there is an ExecutionError."""
+        from dit_lens.engine import traced
+
+        if call.get("prompt") is None:
+            raise PromptError(
+                "a model on a server is given prompts: embeddings and classes cannot be sent as nnsight lays out a "
+                "batch by its prompts. Pass prompts."
+            )
+        with self.lock, self._told():
+            _register()
+            call = {**call, "backend": self._backend(self.host)}
+            store, results = traced(self.model.generate, self.model, program, given, call, {})
+        for key, value in store["reads"].items():
+            reads[key] = value
+        return {**store, "reads": reads}, results[0]
+
+    @contextmanager
+    def differentiable(self) -> Generator[None]:
+        """Gradients are computed here only."""
+        needs_weights(self.model.pipeline, "gradients need")
+        yield
+
+    def _backend(self, host: str | None) -> RemoteBackend:
+        from nnsight.intervention.backends.remote import RemoteBackend
+
+        try:
+            return RemoteBackend(self._key(), host=host)
+        except ValueError as problem:
+            raise ExecutionError(f"{problem}. Pass host=, such as 'http://localhost:8001'.") from problem
+
+    def _key(self) -> str:
+        """How the server knows the model; the folder of a server of one's own is named as it is."""
+        model = self.model
+        if not Path(model.repo_id).is_dir():
+            return model.to_model_key()
+        name = f"{type(model).__module__}.{type(model).__qualname__}"
+        return f"{name}:{json.dumps({'repo_id': model.repo_id, 'revision': model.revision})}"
+
+    @contextmanager
+    def _told(self) -> Generator[None]:
+        """What a person can do about a server that cannot be reached, refuses, or fails."""
+        from nnsight.intervention.backends.remote import RemoteError
+        from websocket import WebSocketException
+
+        try:
+            yield
+        except RemoteError as failure:
+            self._failed(f"answered: {failure}", "Nothing was kept of this run.", failure)
+        except WebSocketException as refusal:
+            advice = "Is the key right (nnsight.CONFIG.set_default_api_key), and is it an nnsight server?"
+            self._failed(f"refused the connection: {refusal}", advice, refusal)
+        except OSError as silence:
+            self._failed(f"could not be reached: {silence}", "Is the address right, and does it run?", silence)
+
+    def _failed(self, how: str, advice: str, cause: Exception) -> NoReturn:
+        raise ExecutionError(f"the nnsight server {self.host} {how}. {advice}") from cause
+
+
+def _register() -> None:
+    """Has this library's functions travel by source: those of the executor, and those that studies apply."""
+    import nnsight
+
+    nnsight.register("dit_lens")

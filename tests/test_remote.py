@@ -1,0 +1,172 @@
+"""A lens on a model of a server gives what a lens on the model gives; the server knows nothing of dit_lens."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nnsight
+import pytest
+import torch
+from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
+
+import dit_lens as dl
+from dit_lens import Apply, DiTLens, Read, Swap, Zero
+from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, StoreError
+from tests import pipelines
+
+HOST = "http://server.test"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "flux"
+    pipelines.flux().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def served(monkeypatch, tmp_path):
+    """The way to a server and back, with a process of its own in place of the connection."""
+    sent = []
+
+    def request(backend, envelope, tracer):
+        blob = backend._serialize(tracer)
+        sent.append((envelope.model_key, blob))
+        (tmp_path / "request").write_bytes(blob)
+        files = [str(tmp_path / "request"), str(tmp_path / "result")]
+        done = subprocess.run(
+            [sys.executable, Path(__file__).with_name("server.py"), envelope.model_key, *files],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise RemoteError(done.stderr.strip().splitlines()[-1])
+        return backend.finalize((tmp_path / "result").read_bytes())
+
+    monkeypatch.setattr(RemoteBackend, "request", request)
+    return sent
+
+
+@pytest.fixture
+def lenses(folder):
+    """On the model here, and on the same of a server."""
+    both = DiTLens.from_pretrained(folder), DiTLens.remote(folder, host=HOST)
+    for lens in both:
+        lens.pipe.set_progress_bar_config(disable=True)
+        lens.defaults = dict(pipelines.TRUE_CFG)
+    return both
+
+
+def double(tensor, hook):
+    return tensor * 2
+
+
+def same(one, other):
+    """Two runs are equal bit for bit: pictures, reads, receipt, clock."""
+    assert [image.tobytes() for image in one.images] == [image.tobytes() for image in other.images]
+    for first, second in zip(one.readings, other.readings, strict=True):
+        assert all(torch.equal(first[site], second[site]) for site in first)
+    assert one.receipt == other.receipt
+    assert (one.clock, one.grid, one.spec) == (other.clock, other.grid, other.spec)
+
+
+def test_a_run_on_a_server_is_the_run_here(lenses, served):
+    nnsight.register(sys.modules[__name__])  # the user's own function
+    ops = [
+        Read("blocks.*.{img,txt}", reduce="|mean|"),
+        Zero("blocks.1.img", channels=[3], tokens=[0, 7]),
+        Swap("blocks.2.img", source="row:0", rows=1, strength=0.5),
+        Swap("blocks.3.img", source=torch.ones(32), steps=[0]),
+        Apply("blocks.3.img", fn=double),
+        Read("blocks.3.img", channels=[1], name="after", branch="both"),
+        Read(["blocks.0.img.attn_out", "blocks.2.img.attn.q", "blocks.*.img.x0"]),
+    ]
+    here, there = lenses
+    local, remote = (lens.run(["red", "blue"], ops, seed=0) for lens in (here, there))
+    same(local, remote)
+    assert remote.provenance["device"] == f"nnsight server {HOST}"
+    ((key, blob),) = served
+    assert key.startswith("nnsight.modeling.diffusion.DiffusionModel:")
+    assert len(blob) < 200_000
+
+
+def test_methods_and_studies_that_are_made_of_runs_work_there(lenses, served):
+    here, there = lenses
+    found = [lens.massive_channels(["red", "blue"], k=3, seed=0, batch_size=1) for lens in lenses]
+    assert dict(found[0]) == dict(found[1])
+    assert len(served) == 2
+    local, remote = (dl.studies.disruption(lens, ["red"], k=3, draws=1, seeds=[0]) for lens in lenses)
+    assert local.summary.drop(columns=[]).equals(remote.summary)
+    assert there.pipe.device.type == "meta"
+    assert here.pipe.device.type == "cpu"
+
+
+def test_mistakes_are_found_before_anything_is_sent(lenses, served):
+    _, there = lenses
+    with pytest.raises(SiteError, match="blocks has 5"):
+        there.run("red", Read("blocks.9.img"))
+    with pytest.raises(PromptError, match=r"a model on a server is given prompts.*Pass prompts"):
+        there.run(prompt_embeds=torch.zeros(1, 24, 32), pooled_prompt_embeds=torch.zeros(1, 16), negative_prompt=None)
+    assert served == []
+    assert there.cost("red", Read("blocks.0.img")).bytes == 3 * 96 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda lens: lens.read_x0("red", seed=0),
+        lambda lens: lens.encode("red"),
+        lambda lens: lens.read_pattern("red", 2, heads=0),
+        lambda lens: lens.gradients("red", "blocks.2.img", metric=torch.mean),
+        lambda lens: lens.to("cpu"),
+    ],
+)
+def test_what_needs_weights_is_refused(lenses, served, work):
+    with pytest.raises(ExecutionError, match=r"needs? the model's weights on this machine.*DiTLens\.from_pretrained"):
+        work(lenses[1])
+    assert served == []
+
+
+def test_a_server_that_fails_says_so(lenses, served):
+    _, there = lenses
+
+    def broken(tensor, hook):
+        raise ValueError("no such thing")
+
+    with pytest.raises(ExecutionError, match=rf"the nnsight server {HOST} answered: .*no such thing.*Nothing was kept"):
+        there.run("red", Apply("blocks.0.img", fn=broken), seed=0)
+
+
+def test_a_server_that_is_not_there(folder):
+    there = DiTLens.remote(folder, host="http://127.0.0.1:9")
+    there.defaults = dict(pipelines.TRUE_CFG)
+    with pytest.raises(ExecutionError, match=r"server http://127\.0\.0\.1:9 could not be reached.*does it run"):
+        there.run("red", seed=0)
+    with pytest.raises(ExecutionError, match=r"Invalid host URL: 'localhost'.*Pass host="):
+        DiTLens.remote(folder, host="localhost")
+    with pytest.raises(StoreError, match="no diffusers pipeline"):
+        DiTLens.remote(folder.parent)
+
+
+def test_what_the_configuration_says_of_guidance_is_known(tmp_path):
+    """nnsight leaves it out of the pipelines it builds; without it a distilled model would seem to be guided."""
+    from tests.zoo.truth import ENTRIES
+
+    pipe = ENTRIES["klein"].build()
+    pipe.register_to_config(is_distilled=True)
+    pipe.save_pretrained(tmp_path / "klein")
+    assert DiTLens.remote(tmp_path / "klein", host=HOST).pipe.config.is_distilled is True
+
+
+def test_a_toy_brings_its_defaults():
+    from dit_lens import toys
+
+    there = DiTLens.remote(toys.path("flux"), host=HOST)
+    assert there.defaults == DiTLens.toy().defaults
+    with pytest.raises(PromptError, match="'purple-ish'"):
+        there.run("a purple-ish circle")
+    with pytest.raises(OpError, match="channel"):
+        there.run("a red circle", Zero("blocks.0.img", channels=[500]))
