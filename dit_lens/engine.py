@@ -71,6 +71,11 @@ class Engine:
                 model._update(_Pipeline(self.pipe))
 
     @property
+    def place(self) -> str:
+        """Where the model is, and its precision."""
+        return f"{self.pipe.device}, {str(self.pipe.transformer.dtype).removeprefix('torch.')}"
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """What a run's provenance says of the machine beyond what the pipeline tells: nothing, where both are here."""
         return {}

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from dit_lens.errors import ExecutionError, PromptError, StoreError
 from dit_lens.store import check_pipeline
@@ -32,7 +32,7 @@ def needs_weights(pipe: DiffusionPipeline, what: str) -> None:
 
 
 def hollow(path: str | Path, revision: str | None = None) -> DiffusionModel:
-    """nnsight's model of a pipeline whose weights are not loaded. StoreError where there is no such pipeline."""
+    """Nnsight's model of a pipeline whose weights are not loaded. StoreError where there is no such pipeline."""
     from diffusers import DiffusionPipeline
     from nnsight.modeling.diffusion import DiffusionModel
 
@@ -44,7 +44,7 @@ def hollow(path: str | Path, revision: str | None = None) -> DiffusionModel:
         raise StoreError(f"{path} could not be read as a diffusers pipeline: {problem}") from problem
     flags = {name: value for name, value in config.items() if not name.startswith("_") and not isinstance(value, list)}
     # nnsight builds a pipeline from its parts and leaves out the rest, such as whether guidance is distilled.
-    model.pipeline.register_to_config(_name_or_path=str(path), **flags)
+    cast("DiffusionPipeline", model.pipeline).register_to_config(_name_or_path=str(path), **flags)
     return model
 
 
@@ -61,9 +61,14 @@ class RemoteEngine:
         self.host = self._backend(host).host
 
     @property
+    def place(self) -> str:
+        """Where the model is."""
+        return f"nnsight server {self.host}"
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """What is known of the machine that a run was made on."""
-        return {"device": f"nnsight server {self.host}", "dtype": "the server's", "threads": None}
+        return {"device": self.place, "dtype": "the server's", "threads": None}
 
     def follow(self) -> None:
         """Modules do not come or go here."""
@@ -83,8 +88,8 @@ class RemoteEngine:
             _register()
             call = {**call, "backend": self._backend(self.host)}
             store, results = traced(self.model.generate, self.model, program, given, call, {})
-        for key, value in store["reads"].items():
-            reads[key] = value
+        for key in list(store["reads"]):
+            reads[key] = store["reads"].pop(key)
         return {**store, "reads": reads}, results[0]
 
     @contextmanager
@@ -104,7 +109,7 @@ class RemoteEngine:
     def _key(self) -> str:
         """How the server knows the model; the folder of a server of one's own is named as it is."""
         model = self.model
-        if not Path(model.repo_id).is_dir():
+        if not Path(str(model.repo_id)).is_dir():
             return model.to_model_key()
         name = f"{type(model).__module__}.{type(model).__qualname__}"
         return f"{name}:{json.dumps({'repo_id': model.repo_id, 'revision': model.revision})}"

@@ -42,7 +42,7 @@ def lens_lines(lens: DiTLens) -> list[tuple[str, str]]:
         ("grid", f"{grid[0]} x {grid[1]} image tokens by default" if grid else "known when it runs"),
         ("guidance", ("a guidance scale is embedded; " if embedded else "") + guidance),
         ("checks", f"{', '.join(check.name for check in lens.checks)} passed"),
-        ("on", f"{lens.pipe.device}, {str(lens.pipe.transformer.dtype).removeprefix('torch.')}"),
+        ("on", lens.engine.place),
     ]
 
 

@@ -1,6 +1,6 @@
-"""A stand-in for a server: runs a serialised request in a process where dit_lens cannot be imported.
+"""A stand-in for a server: runs serialised requests in a process where dit_lens cannot be imported.
 
-python server.py MODEL_KEY REQUEST RESULT
+python server.py MODEL_KEY, then a line "REQUEST RESULT" of two files for each request; it answers "done", or why not.
 """
 
 import io
@@ -16,15 +16,13 @@ class Refuse:
             raise ModuleNotFoundError(f"No module named {name!r}")
 
 
-def serve(key, request, result):
-    """Loads the model, runs the request as a server does, and sends back what was saved, as a server does."""
+def serve(model, request, result):
+    """Runs a request as a server does, and sends back what was saved, as a server does."""
     import torch
     import zstandard
-    from nnsight.modeling.mixins.remotable import Remotable
     from nnsight.schema.request import RequestModel
     from nnsight.tracing.tracer import inc
 
-    model = Remotable.from_model_key(key, dispatch=True)
     blob = pathlib.Path(request).read_bytes()
     tracer = RequestModel.deserialize(blob, model._remoteable_persistent_objects(), compress=True)
     inc()  # as a server does around the body of a trace
@@ -35,7 +33,21 @@ def serve(key, request, result):
     pathlib.Path(result).write_bytes(zstandard.ZstdCompressor().compress(answer.getvalue()))
 
 
+def main(key):
+    """Answers until nothing more is asked."""
+    from nnsight.modeling.mixins.remotable import Remotable
+
+    model = Remotable.from_model_key(key, dispatch=True)
+    for line in sys.stdin:
+        try:
+            serve(model, *line.split())
+        except Exception as failure:  # noqa: BLE001 whatever it is, the client is told
+            print("failed:", str(failure).replace("\n", " "), flush=True)
+        else:
+            print("done", flush=True)
+    assert not [name for name in sys.modules if name.startswith("dit_lens")]
+
+
 if __name__ == "__main__":
     sys.meta_path.insert(0, Refuse())
-    serve(*sys.argv[1:])
-    assert not [name for name in sys.modules if name.startswith("dit_lens")]
+    main(*sys.argv[1:])
