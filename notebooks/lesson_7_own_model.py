@@ -16,7 +16,8 @@
 #
 # - how to put a lens on any diffusers pipeline, with a LoRA, quantised or offloaded;
 # - how to ask what fits into memory before loading, and what a read would keep before running;
-# - how to write an experiment down as data, so that another machine can repeat it.
+# - how to look into a model that is on a server, and how to write an experiment down as data, so that another machine
+#   can repeat it.
 #
 # No GPU is needed here: a small FLUX is saved to a folder, and then treated as a stranger. What needs a GPU is shown as
 # text.
@@ -140,8 +141,16 @@ else:
 #
 # ## Runs that travel
 #
-# There is no remote execution in the library today: a run happens where the model is. What does exist makes an
-# experiment portable. Ops are data, and go to JSON and back.
+# Where the model is on an nnsight server, `dl.DiTLens.remote(name, host="http://...")` makes a lens without its weights:
+# plans are made and checked here, carried out there, and a run comes back as if it had been made here
+# (`docs/how-to/remote.md`). No server is at hand in this lesson, but everything up to the request is:
+
+# %%
+there = dl.DiTLens.remote(dl.toys.path("flux"), host="http://127.0.0.1:9")
+there.cost("a big red circle left on a plain blue background", [dl.Read("blocks.*.img", reduce="|mean|")])
+
+# %% [markdown]
+# The same experiment is portable as data. Ops go to JSON and back.
 
 # %%
 massive = toy.massive_channels(circle, k=8, seed=0)
