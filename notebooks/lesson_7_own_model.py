@@ -141,8 +141,8 @@ else:
 #
 # ## Runs that travel
 #
-# Where the model is on an nnsight server, `dl.DiTLens.remote(name, host="http://...")` makes a lens without its weights:
-# plans are made and checked here, carried out there, and a run comes back as if it had been made here
+# Where the model is on an nnsight server, `dl.DiTLens.remote(name, host="http://...")` makes a lens without its
+# weights: plans are made and checked here and carried out there, and a run comes back as if it had been made here
 # (`docs/how-to/remote.md`). No server is at hand in this lesson, but everything up to the request is:
 
 # %%
