@@ -1,18 +1,23 @@
-"""The code that made a view or a result: what a reader copies to make it again."""
+"""The code that made a view, a result or a figure: what a reader copies to make it again."""
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from dit_lens.provenance import unsaved
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
     from dit_lens.run import Run
     from dit_lens.studies import Result
+
+P = ParamSpec("P")
 
 # Where the state of a view goes, as further arguments.
 STATE = "{state}"
@@ -22,6 +27,10 @@ STOCK_JUDGE = "scene_judge"
 
 # Arguments of a study that are no choices of what it finds, or that its prompts and judge decide.
 LEFT_OUT = ("call", "batch_size", "judge", "attributes")
+
+
+# Longer arguments of a plot stand as names.
+LONGEST = 200
 
 
 def code_of_runs(runs: tuple[Run, ...], **options: Any) -> str:
@@ -96,6 +105,52 @@ def _argument(name: str, value: Any, default: Any) -> str | None:
     if str(value) == str(default) or (isinstance(default, tuple) and value == list(default)):
         return None
     return value if name == "steps" and isinstance(value, str) else repr(value)  # a slice or an interval, as text
+
+
+def carries_code(plot: Callable[P, go.Figure]) -> Callable[P, go.Figure]:
+    """Makes a plot's figures carry the call that made them in ``layout.meta``.
+
+    >>> from dit_lens.plots import channel_spectrum
+    >>> figure = channel_spectrum([0.1, 9.0, 0.2], massive=[1], site="blocks.3.img")
+    >>> print(figure.layout.meta["code"])
+    import dit_lens as dl
+    <BLANKLINE>
+    dl.plots.channel_spectrum(
+        [0.1, 9.0, 0.2],
+        [1],
+        site='blocks.3.img',
+    )
+
+    What code cannot spell, such as a tensor, stands as the argument's name.
+    """
+    signature = inspect.signature(plot)
+
+    @functools.wraps(plot)
+    def made(*args: P.args, **kwargs: P.kwargs) -> go.Figure:
+        given = signature.bind(*args, **kwargs).arguments
+        by_name = {name for name, one in signature.parameters.items() if one.kind is one.KEYWORD_ONLY}
+        lines = "".join(f"    {_spelt(name, value, named=name in by_name)}\n" for name, value in given.items())
+        code = f"import dit_lens as dl\n\ndl.plots.{made.__name__}(\n{lines})"
+        return plot(*args, **kwargs).update_layout(meta={"code": code})
+
+    return made
+
+
+def _spelt(name: str, value: Any, *, named: bool) -> str:
+    """An argument in code: as a literal, or as its name with a word of what it is."""
+    before = f"{name}=" if named else ""
+    if _literate(value) and len(repr(value)) <= LONGEST:
+        return f"{before}{value!r},"
+    shape = getattr(value, "shape", None)
+    size = list(shape) if shape is not None else len(value) if hasattr(value, "__len__") else ""
+    return f"{before}{name},  # {type(value).__name__} {size}".rstrip()
+
+
+def _literate(value: Any) -> bool:
+    """Whether a value's repr is code for it."""
+    if isinstance(value, list | tuple):
+        return all(map(_literate, value))
+    return value is None or isinstance(value, str | bool | int | float)
 
 
 def lens_code(run: Run) -> str:

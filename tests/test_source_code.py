@@ -1,7 +1,11 @@
 """The code beside a result makes the same result again."""
 
+import inspect
+
 import pandas as pd
 import pytest
+import torch
+from PIL import Image
 
 import dit_lens as dl
 
@@ -39,3 +43,21 @@ def test_thresholds_and_judges_of_ones_own_are_named():
     assert "thresholds=dl.studies.Thresholds(carrier=0.4, detail=0.1, change=0.5)," in code
     assert "judge=...,  # mine" in code
     assert "attributes" not in code
+
+
+def test_the_code_of_a_figure_makes_it_again():
+    """Where its arguments can be spelt; others stand as their names, so that the code runs where they are."""
+    scores = torch.tensor([0.1, 9.0, 0.2])
+    figure = dl.plots.channel_spectrum(scores, [1], site="blocks.3.img", by_rank=True)
+    code = figure.layout.meta["code"]
+    assert "    scores,  # Tensor [3]\n    [1],\n    site='blocks.3.img',\n    by_rank=True,\n" in code
+    again = eval(code.split("\n\n")[1], {"dl": dl, "scores": scores})
+    assert again.to_json() == figure.to_json()
+    assert "images,  # list 1" in dl.plots.strip([Image.new("RGB", (8, 8))], ["red"]).layout.meta["code"]
+
+
+def test_every_plot_carries_code():
+    figures = [getattr(dl.plots, name) for name in dl.plots.__all__]
+    plots = [one for one in figures if inspect.isfunction(one) and one is not dl.plots.looks]
+    assert len(plots) == 17
+    assert all(hasattr(one, "__wrapped__") for one in plots)

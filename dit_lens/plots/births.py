@@ -10,6 +10,7 @@ from plotly.subplots import make_subplots
 from dit_lens.errors import OpError
 from dit_lens.plots.tables import checked, errors, n_of
 from dit_lens.plots.theme import CI, INK, Look, looks, titled
+from dit_lens.source_code import carries_code
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +27,7 @@ _POINTS = {
 }
 
 
+@carries_code
 def births_figure(summary: pd.DataFrame) -> go.Figure:
     """The share that each write has in the massive channels, and the percentile of their gates.
 

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from dit_lens.errors import OpError
 from dit_lens.plots.tables import checked, errors
 from dit_lens.plots.theme import CI, INK, MASSIVE, Look, faded, titled
+from dit_lens.source_code import carries_code
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +24,7 @@ _PARTS = {"whole": "whole", "mean": "token mean", "residual": "spatial residual"
 _CONTROL = Look("strongest equal-k control", "#0072B2", "diamond-open")
 
 
+@carries_code
 def carrier_or_detail_figure(summary: pd.DataFrame, *, carrier: float = 0.3, detail: float = 0.1) -> go.Figure:
     """Evidence for and against, for the massive channels and for their two parts.
 

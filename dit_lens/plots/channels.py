@@ -13,6 +13,7 @@ import torch
 from dit_lens.channels import top_median_ratio
 from dit_lens.errors import OpError
 from dit_lens.plots.theme import INK, LINE, MASSIVE, WIDTH, faded, label_width, placed, short, titled
+from dit_lens.source_code import carries_code
 
 # More labels than this are a thicket; the hover text names the rest.
 _LABELS = 24
@@ -21,6 +22,7 @@ _LABELS = 24
 _PLOT = (WIDTH - 80, 230)
 
 
+@carries_code
 def channel_spectrum(
     scores: Any, massive: Sequence[int] = (), *, site: str = "", score: str = "|mean|", by_rank: bool = False
 ) -> go.Figure:
@@ -86,6 +88,7 @@ def channel_spectrum(
     return titled(figure, _title("Score of every channel", site), _ratio(values), height=340)
 
 
+@carries_code
 def channel_histogram(
     scores: Any, massive: Sequence[int] = (), *, site: str = "", score: str = "|mean|", bins: int = 48
 ) -> go.Figure:
@@ -142,6 +145,7 @@ def channel_histogram(
     return titled(figure, _title("Distribution of scores", site), _ratio(values) + zeros, height=340)
 
 
+@carries_code
 def block_channel_map(
     scores: Mapping[str, Any], massive: Mapping[str, Sequence[int]] | None = None, *, score: str = "|mean|"
 ) -> go.Figure:

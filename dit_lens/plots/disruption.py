@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 from dit_lens.errors import OpError
 from dit_lens.plots.tables import checked, errors, floats, n_of
 from dit_lens.plots.theme import ARMS, CI, INK, Look, faded, looks, titled
+from dit_lens.source_code import carries_code
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +31,7 @@ _FIDELITY = _Panel("fidelity", "prompt fidelity<br>(share of attributes right)",
 _CLIP = _Panel("clip", "CLIP score<br>(cosine of picture and prompt)", ".3f")
 
 
+@carries_code
 def disruption_figure(summary: pd.DataFrame) -> go.Figure:
     """How much pictures change, and how much of the prompt they keep, when k channels are zeroed.
 

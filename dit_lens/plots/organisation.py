@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 
 from dit_lens.plots.tables import checked, floats, n_of
 from dit_lens.plots.theme import ARMS, CI, INK, Look, faded, looks, titled
+from dit_lens.source_code import carries_code
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +31,7 @@ PANEL, BELOW = 270, {"channels": 112, "besides": 150, "map": 95}
 OTHERS = Look("top-k, subjects of other prompts", ARMS["top"].colour, "circle")
 
 
+@carries_code
 def organisation_figure(summary: pd.DataFrame) -> go.Figure:
     """How well clusters of each arm's channels find the subject, block by block, and how well chance would.
 

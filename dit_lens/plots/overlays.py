@@ -16,6 +16,7 @@ from dit_lens.clusters import iou, upsample
 from dit_lens.errors import OpError
 from dit_lens.plots.theme import INK, WIDTH, short, titled
 from dit_lens.reprs import data_url
+from dit_lens.source_code import carries_code
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,6 +28,7 @@ MASK = "#FF00C8"
 _ROW, _PIXELS = 8, 512
 
 
+@carries_code
 def cluster_overlay(
     image: Image, mask: Any, *, truth: Any = None, title: str = "Clusters", opacity: float = 0.45
 ) -> go.Figure:
@@ -53,6 +55,7 @@ def cluster_overlay(
     return titled(figure, title, "; ".join(facts), height=460)
 
 
+@carries_code
 def overlay_grid(
     image: Image, masks: Mapping[str, Any], *, truth: Any = None, title: str = "Clusters", opacity: float = 0.45
 ) -> go.Figure:
@@ -82,6 +85,7 @@ def overlay_grid(
     return titled(figure, title, subtitle, height=figure.layout.height)
 
 
+@carries_code
 def strip(images: Sequence[Image], labels: Sequence[str], *, title: str = "", subtitle: str = "") -> go.Figure:
     """Pictures in a row with labels underneath, eight to a row; pixels stay sharp squares.
 
@@ -102,6 +106,7 @@ def strip(images: Sequence[Image], labels: Sequence[str], *, title: str = "", su
     return titled(figure, title, subtitle, height=figure.layout.height - (0 if headed else 52))
 
 
+@carries_code
 def sheet(
     images: Sequence[Sequence[Image]],
     rows: Sequence[str],

@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 from dit_lens.errors import OpError
 from dit_lens.plots.tables import checked, floats, n_of
 from dit_lens.plots.theme import CI, INK, short, titled
+from dit_lens.source_code import carries_code
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +26,7 @@ _AXES = {
 _PANELS = {"effect": "patched", "attribution_run": "attributed, whole run", "attribution_step": "attributed, one step"}
 
 
+@carries_code
 def patching_figure(summary: pd.DataFrame) -> go.Figure:
     """A map for patches and one for each attribution: how far every cell carries the target towards the source.
 

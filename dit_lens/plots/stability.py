@@ -9,6 +9,7 @@ from plotly.subplots import make_subplots
 from dit_lens.errors import OpError
 from dit_lens.plots.tables import checked, errors
 from dit_lens.plots.theme import CI, INK, MASSIVE, Look, short, titled
+from dit_lens.source_code import carries_code
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +26,7 @@ _LINES = {
 _TEXT = ("over", "site", "a", "b")
 
 
+@carries_code
 def stability_figure(summary: pd.DataFrame) -> go.Figure:
     """Overlap by site, overlap of the running aggregate, and the overlap of every two steps and every two sites.
 

@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 from dit_lens.errors import OpError, nearest
 from dit_lens.plots.tables import errors, floats, n_of
 from dit_lens.plots.theme import CI, Look, looks, titled
+from dit_lens.source_code import carries_code
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,6 +21,7 @@ NOTHING = ("no-op", "untouched")  # arms that edit nothing are no line
 PANELS = 12
 
 
+@carries_code
 def sweep_figure(summary: pd.DataFrame, over: Sequence[str], measure: str | None = None) -> go.Figure:
     """Lines over the first swept argument, one per arm, and a panel for every combination of the others.
 

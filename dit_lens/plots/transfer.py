@@ -12,6 +12,7 @@ from dit_lens.errors import OpError
 from dit_lens.plots.overlays import sheet
 from dit_lens.plots.tables import checked, errors, floats, n_of
 from dit_lens.plots.theme import CI, INK, MASSIVE, Look, looks, titled
+from dit_lens.source_code import carries_code
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from dit_lens.studies.result import Result
 
 
+@carries_code
 def transfer_figure(summary: pd.DataFrame, k: int | None = None) -> go.Figure:
     """What moving channels from a source into a target does: nearer to the source, farther from the target?
 
@@ -53,12 +55,14 @@ def transfer_figure(summary: pd.DataFrame, k: int | None = None) -> go.Figure:
     return _over_strength(table, _of_k(curves, k if k is not None else (ks or [0])[0], ks))
 
 
+@carries_code
 def transfer_image_figure(summary: pd.DataFrame, k: int | None = None) -> go.Figure:
     """What moving channels out of a picture does: see :func:`transfer_figure`."""
     figure = transfer_figure(summary, k)
     return figure.update_layout(title={"text": figure.layout.title.text.replace("a source", "a picture")})
 
 
+@carries_code
 def transfer_strips(
     result: Result,
     *,
