@@ -90,10 +90,9 @@ matched.matched, matched.note
 # ## Objection 2: the next norm did it
 #
 # Every block begins with a normalisation: it divides a token by its length. Take the largest channels away, and all
-# others come out larger. Perhaps that breaks the picture, and not the loss. Two arms separate it. **rescaled** ("top-k
-# kept, others raised" in the figure) removes nothing and raises the others as the norm would. **norm-kept** ("top-k
-# overwritten") overwrites the top channels by a fixed pattern with the same statistics, so that the norm notices
-# nothing.
+# others come out larger. Perhaps that breaks the picture, and not the loss. Two arms separate it. **rescaled** removes
+# nothing and raises the others as the norm would. **norm-kept** overwrites the top channels by a fixed pattern with the
+# same statistics, so that the norm notices nothing.
 #
 # ## The study
 #

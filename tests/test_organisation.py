@@ -114,8 +114,8 @@ def test_several_steps_are_mapped_and_the_last_is_drawn(carried):
     (heat,) = [trace for trace in figure.data if trace.type == "heatmap"]
     assert np.shape(heat.z) == (2, 4)
     names = [trace.name for trace in figure.data]
-    assert names.count("top-k (massive)") == 2
-    assert {"norm of the token", "centred disc", "predicted x0", "top-k, subjects of other prompts"} <= set(names)
+    assert names.count("top (massive)") == 2
+    assert {"norm of the token", "centred disc", "predicted x0", "top, subjects of other prompts"} <= set(names)
     drawn = next(trace for trace in figure.data if trace.name == "norm of the token")
     assert list(drawn.y) == [last(carried, block).loc["norm", "iou"] for block in range(4)]
     assert "step 2" in figure.layout.title.subtitle.text

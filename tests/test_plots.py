@@ -18,6 +18,7 @@ from dit_lens.clusters import upsample
 from dit_lens.errors import OpError
 from dit_lens.plots.overlays import outline
 from dit_lens.plots.theme import ARMS, INK, MASSIVE, label_width, placed
+from dit_lens.plots.transfer import _OWN as TRANSFER_ARMS
 
 ARMS_OF_STUDIES = ("top", "bottom", "random", "energy-matched")
 
@@ -290,7 +291,7 @@ def test_what_top_has_more_shows_on_hovering():
     table = disruption([12]).assign(rmse_top_minus=7.0, rmse_top_minus_low=6.0, rmse_top_minus_high=8.0)
     top, bottom, *_ = plots.disruption_figure(table).data
     assert "paired" not in top.hovertemplate
-    assert "top-k (massive) has %{customdata[5]:.1f} more" in bottom.hovertemplate
+    assert "top (massive) has %{customdata[5]:.1f} more" in bottom.hovertemplate
     assert bottom.customdata[0, 5:].tolist() == [7, 6, 8]
 
 
@@ -337,24 +338,24 @@ def organisation(*, shared=True, intervals=True):
 
 def test_organisation_has_a_line_a_band_and_a_chance_level():
     figure = plots.organisation_figure(organisation())
-    (top,) = named(figure, "top-k (massive)")
+    (top,) = named(figure, "top (massive)")
     assert top.x.tolist() == [0, 1, 2]
     assert top.y.tolist() == [0.5] * 3
-    (band,) = named(figure, "top-k (massive), 95 % CI")
+    (band,) = named(figure, "top (massive), 95 % CI")
     assert band.fill == "toself"
     assert set(band.y) == {0.4, 0.6, None}
     (chance,) = named(figure, "chance: random masks of equal size")
     assert chance.line.dash == "dot"
     assert figure.layout.yaxis.range == (0, 1)
-    (bottom,) = named(figure, "bottom-k")
+    (bottom,) = named(figure, "bottom")
     assert list(bottom.marker.symbol) == ["square", "square", "square-open"]
     assert "hollow" in figure.layout.title.subtitle.text
 
 
 def test_organisation_has_a_chance_level_per_arm_where_they_differ():
     figure = plots.organisation_figure(organisation(shared=False))
-    assert named(figure, "bottom-k, chance")[0].line.color == ARMS["bottom"].colour
-    assert named(figure, "bottom-k, chance")[0].y.tolist() == [0.2] * 3
+    assert named(figure, "bottom, chance")[0].line.color == ARMS["bottom"].colour
+    assert named(figure, "bottom, chance")[0].y.tolist() == [0.2] * 3
 
 
 def test_organisation_without_intervals_has_no_bands():
@@ -364,7 +365,7 @@ def test_organisation_without_intervals_has_no_bands():
 def test_a_band_is_broken_where_an_interval_is_missing():
     table = organisation()
     table.loc[table["block"] == 1, ["low", "high"]] = np.nan
-    band = named(plots.organisation_figure(table), "top-k (massive), 95 % CI")[0]
+    band = named(plots.organisation_figure(table), "top (massive), 95 % CI")[0]
     assert list(band.x) == [0, 0, None, 2, 2, None]
 
 
@@ -386,26 +387,26 @@ def transfer(*, masked=(False, True), start=True, intervals=True):
 
 def test_transfer_shows_both_distances_and_the_way():
     figure = plots.transfer_figure(transfer())
-    source, target, way = named(figure, "top-k (massive)")[:3]
+    source, target, way = named(figure, "top (massive)")[:3]
     assert source.y.tolist() == [60, 30]
     assert target.y.tolist() == [25, 50]
     assert (way.x, way.y) == ((0, 25, 50), (90, 60, 30))
     assert way.text == ("", "0.5", "1")
     assert source.error_y.array.tolist() == [5, 5]
-    solid, dashed = source.line.dash, named(figure, "top-k (massive)")[3].line.dash
+    solid, dashed = source.line.dash, named(figure, "top (massive)")[3].line.dash
     assert solid == "solid" != dashed
     assert {trace.name for trace in figure.data} >= {"subject's tokens only", "all tokens"}
-    assert named(figure, "blend of the two pictures")[0].x == (0, 90)
+    assert named(figure, "pixel-blend")[0].x == (0, 90)
     assert figure.layout.xaxis2.title.text == "RMSE to the target (0 to 255)"
 
 
 def test_transfer_without_strength_zero_or_mask_says_so():
     figure = plots.transfer_figure(transfer(masked=(False,), start=False, intervals=False))
-    assert not named(figure, "blend of the two pictures")
+    assert not named(figure, "pixel-blend")
     assert not named(figure, "all tokens")
     assert "; all tokens" in figure.layout.title.subtitle.text
     assert all(trace.error_y.array is None and trace.line.dash == "solid" for trace in figure.data)
-    assert named(figure, "all channels")[2].x == (25, 50)
+    assert named(figure, "all")[2].x == (25, 50)
 
 
 def test_figures_are_figures_and_serialise():
@@ -441,3 +442,7 @@ def test_a_summary_without_edits_is_refused():
         plots.disruption_figure(table)
     with pytest.raises(OpError, match="strength above 0"):
         plots.transfer_figure(transfer().query("strength == 0"))
+
+
+def test_an_arm_has_the_same_name_in_figures_as_in_tables():
+    assert all(look.name.split(" (")[0] == arm for arm, look in {**ARMS, **TRANSFER_ARMS}.items())

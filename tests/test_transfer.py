@@ -288,7 +288,7 @@ def test_a_curve_over_k_up_to_the_width(tiny):
     assert set(arms[32]) == {"top", "all"}  # no room for controls
     whole = result.table[result.table["k"] == 32].set_index("arm")["to_target"]
     assert whole["top"] == whole["all"]
-    assert {trace.name for trace in result.figure().data} >= {"top-k (massive)", "all channels"}
+    assert {trace.name for trace in result.figure().data} >= {"top (massive)", "all"}
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def disruption_figure(summary: pd.DataFrame) -> go.Figure:
     ...     )
     ... )
     >>> [(bar.name, bar.x.tolist()) for bar in figure.data]
-    [('top-k (massive)', [60.0]), ('bottom-k', [2.0])]
+    [('top (massive)', [60.0]), ('bottom', [2.0])]
 
     summary: columns k, arm, n, rmse, rmse_low, rmse_high (0 to 255), energy_share, and, where a judge spoke, fidelity
     or clip with their bounds. What the top arm has more of (``rmse_top_minus``) shows on hovering. Bars for one k,

@@ -28,7 +28,7 @@ BESIDES = {
 NULLS = ("centre", "noisy latent", "x0")
 # Pixels: the height of a panel, and the room below it for ticks, title and legend (or scale).
 PANEL, BELOW = 270, {"channels": 112, "besides": 150, "map": 95}
-OTHERS = Look("top-k, subjects of other prompts", ARMS["top"].colour, "circle")
+OTHERS = Look("top, subjects of other prompts", ARMS["top"].colour, "circle")
 
 
 @carries_code
@@ -43,7 +43,7 @@ def organisation_figure(summary: pd.DataFrame) -> go.Figure:
     ...     )
     ... )
     >>> [trace.name for trace in figure.data]
-    ['top-k (massive), 95 % CI', 'top-k (massive)', 'chance: random masks of equal size']
+    ['top (massive), 95 % CI', 'top (massive)', 'chance: random masks of equal size']
 
     summary: columns block, arm, n, iou, low, high, chance (all IoU, 0 to 1), degenerate (the share of masks of which a
     cluster holds under 1 % of the tokens); optionally step and others. Arms of channels are in the first panel; where
@@ -185,7 +185,7 @@ def _over_steps(figure: go.Figure, table: pd.DataFrame, steps: list[Any], row: i
         zmax=reach,
         colorscale=[[0, ARMS["bottom"].colour], [0.5, "#F4F4F4"], [1, ARMS["top"].colour]],
         colorbar={
-            "title": {"text": "top-k: mean IoU above chance", "side": "top"},
+            "title": {"text": "top: mean IoU above chance", "side": "top"},
             "orientation": "h",
             "yref": "container",
             "y": 0,

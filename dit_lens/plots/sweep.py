@@ -29,7 +29,7 @@ def sweep_figure(summary: pd.DataFrame, over: Sequence[str], measure: str | None
     >>> summary = pd.DataFrame({"site": ["early", "late"] * 2, "k": [4, 4, 8, 8], "arm": "top", "n": 3})
     >>> figure = sweep_figure(summary.assign(rmse=[9.0, 5.0, 12.0, 8.0]), ["site", "k"], "rmse")
     >>> [(line.name, line.y.tolist()) for line in figure.data]
-    [('top-k (massive)', [9.0, 5.0]), ('top-k (massive)', [12.0, 8.0])]
+    [('top (massive)', [9.0, 5.0]), ('top (massive)', [12.0, 8.0])]
 
     summary: of a sweep; what a study tells apart itself (columns before n, such as its blocks) adds to the panels.
     over: the swept arguments. measure: the column to draw; by default the first that has an interval.

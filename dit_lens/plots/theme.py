@@ -27,7 +27,10 @@ CI = "CI: 95 % bootstrap"
 
 
 class Look(NamedTuple):
-    """How an arm appears: its name in legends, its colour, and its marker for readers who see no colour."""
+    """How an arm appears: its name in legends, its colour, and its marker for readers who see no colour.
+
+    The name begins with the arm's name in tables.
+    """
 
     name: str
     colour: str
@@ -37,15 +40,15 @@ class Look(NamedTuple):
 ARMS = {
     "untouched": Look("untouched", "#8A8A8A", "x-thin-open"),
     "no-op": Look("no-op", "#8A8A8A", "line-ew-open"),
-    "top": Look("top-k (massive)", MASSIVE, "circle"),
-    "bottom": Look("bottom-k", "#0072B2", "square"),
-    "random": Look("random-k", "#009E73", "diamond"),
+    "top": Look("top (massive)", MASSIVE, "circle"),
+    "bottom": Look("bottom", "#0072B2", "square"),
+    "random": Look("random", "#009E73", "diamond"),
     "energy-matched": Look("energy-matched", "#CC79A7", "triangle-up"),
-    "attenuated": Look("top-k attenuated", "#56B4E9", "cross"),
-    "norm-kept": Look("top-k overwritten, norm kept", "#A6761D", "pentagon"),
-    "rescaled": Look("top-k kept, others raised", "#7570B3", "hexagram"),
-    "random-direction": Look("random push of equal size", "#B3A400", "triangle-down"),
-    "all": Look("all channels", "#E69F00", "star"),
+    "attenuated": Look("attenuated (top, scaled down)", "#56B4E9", "cross"),
+    "norm-kept": Look("norm-kept (top overwritten)", "#A6761D", "pentagon"),
+    "rescaled": Look("rescaled (others raised)", "#7570B3", "hexagram"),
+    "random-direction": Look("random-direction (a push)", "#B3A400", "triangle-down"),
+    "all": Look("all", "#E69F00", "star"),
 }
 
 _SPARE_COLOURS = ("#CC6677", "#6699CC", "#44AA99", "#999933")

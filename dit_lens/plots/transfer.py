@@ -34,7 +34,7 @@ def transfer_figure(summary: pd.DataFrame, k: int | None = None) -> go.Figure:
     ...     )
     ... )
     >>> [(trace.name, trace.xaxis) for trace in figure.data]
-    [('top-k (massive)', 'x'), ('top-k (massive)', 'x3'), ('top-k (massive)', 'x2')]
+    [('top (massive)', 'x'), ('top (massive)', 'x3'), ('top (massive)', 'x2')]
 
     summary: columns arm, masked (bool), strength (0 to 1), n, to_source, to_target (RMSE, 0 to 255), each with _low and
     _high; says_source and says_target (shares) go into the hover text. Left: both distances against strength. Right:
@@ -81,7 +81,7 @@ def transfer_strips(
     >>> settings = {"k": [4], "seeds": [0], "strengths": [0.5, 1.0], "width": 128}
     >>> strips = transfer_strips(Result("transfer", None, None, settings, dict.fromkeys(keys, dot)))
     >>> len(strips.data), [label.text for label in strips.layout.annotations]
-    (4, ['target', 'strength 0.5', 'strength 1', 'source', 'top-k (massive)'])
+    (4, ['target', 'strength 0.5', 'strength 1', 'source', 'top (massive)'])
 
     result: of ``studies.transfer`` or ``studies.transfer_image``. pair: its number. seed, k: the first by default. Arms
     that the result has no pictures of, as it has none of blended prompts inside a mask, are left out.
@@ -111,11 +111,11 @@ _DASH = "5px,3px"
 _WHERE = {True: "subject's tokens only", False: "all tokens"}
 
 _OWN = {
-    "top-early": Look("top-k, not in the last quarter", MASSIVE, "circle-open"),
-    "top-readout": Look("top-k, only where it is read out", MASSIVE, "circle-x-open"),
-    "latent-blend": Look("blend of the latents", "#56B4E9", "cross"),
-    "prompt-blend": Look("blend of the prompts", "#7570B3", "hexagram"),
-    "pixel-blend": Look("blend of the two pictures", INK, "x-thin-open"),
+    "top-early": Look("top-early (not in the last quarter)", MASSIVE, "circle-open"),
+    "top-readout": Look("top-readout (only where it is read out)", MASSIVE, "circle-x-open"),
+    "latent-blend": Look("latent-blend", "#56B4E9", "cross"),
+    "prompt-blend": Look("prompt-blend", "#7570B3", "hexagram"),
+    "pixel-blend": Look("pixel-blend", INK, "x-thin-open"),
 }
 
 
