@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,11 @@ import torch
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from torch import nn
 
     from dit_lens.families import Family
 
+SAMPLED = 64  # elements of a weight
 PACKAGES = ("dit-lens", "torch", "diffusers", "transformers", "nnsight")
 
 
@@ -29,6 +32,7 @@ def describe(pipe: DiffusionPipeline, family: Family) -> dict[str, Any]:
         "scheduler": {"class": type(pipe.scheduler).__name__, **_config(pipe.scheduler)},
         "lora": plain(getattr(transformer, "peft_config", None) and list(transformer.peft_config)) or [],
         "dtype": str(transformer.dtype).removeprefix("torch."),
+        "weights": fingerprint(transformer),
         "quantization": plain(getattr(transformer.config, "quantization_config", None)),
         "attention": str(getattr(transformer, "_attention_backend", None) or "native"),
         "device": torch.cuda.get_device_name(device)
@@ -37,6 +41,28 @@ def describe(pipe: DiffusionPipeline, family: Family) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
     }
+
+
+@torch.no_grad()
+def fingerprint(module: nn.Module) -> str | None:
+    """A hash of up to 64 elements, evenly spaced, of every weight: the same for the same weights, wherever they lie.
+
+    >>> layer = torch.nn.Linear(4, 4)
+    >>> before = fingerprint(layer)
+    >>> layer.weight.data[0, 0] += 1
+    >>> fingerprint(layer) == before
+    False
+
+    None where weights are not plainly at hand: offloaded ones, and those of quantised layers.
+    """
+    weights = [weight.detach() for weight in module.parameters()]
+    if not all(type(w) is torch.Tensor and w.device.type != "meta" and w.is_floating_point() for w in weights):
+        return None
+    digest = hashlib.sha256()
+    for weight in weights:
+        some = weight.flatten()[:: max(1, weight.numel() // SAMPLED)][:SAMPLED]
+        digest.update(some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _config(part: Any) -> dict[str, Any]:

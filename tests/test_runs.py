@@ -141,3 +141,17 @@ def test_reprs_teach(run, cfg_lens):
     assert "data:image/png;base64," in run._repr_html_()
     assert "a blue one" not in repr(run)
     assert "Zero blocks.2.img" in repr(run.receipt)
+
+
+def test_a_rerun_names_exchanged_weights(lens, tmp_path):
+    """The same class and configuration do not make the same model."""
+    folder = lens.run("red", seed=0).save(tmp_path / "run")
+    weight = lens.pipe.transformer.proj_out.weight
+    assert dl.Run.load(folder).rerun(lens).differences == ()
+    weight.data[0, 0] += 1
+    try:
+        ((where, one, other),) = dl.Run.load(folder).rerun(lens).differences
+    finally:
+        weight.data[0, 0] -= 1
+    assert where == "provenance.weights"
+    assert one != other

@@ -27,7 +27,6 @@ from dit_lens.store import read_json, read_versioned, settled, whole_folder, wri
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import nn
 
     from dit_lens.lens import DiTLens
     from dit_lens.studies.result import Result
@@ -199,17 +198,8 @@ def batches(prompts: Sequence[str], seeds: Sequence[int], batch_size: int | None
 
 def identity(lens: DiTLens) -> dict[str, Any]:
     """The model of a lens, in words and by a few of its weights."""
-    found = {**describe(lens.pipe, lens.family), "weights": _fingerprint(lens.pipe.transformer)}
+    found = describe(lens.pipe, lens.family)
     return {name: found[name] for name in IDENTITY}
-
-
-def _fingerprint(module: nn.Module) -> float | None:
-    """The sum of some weights of every part; None where weights are not plainly at hand (offloaded, packed)."""
-    weights = [p.detach() for p in module.parameters()]
-    if not all(type(w) is torch.Tensor and w.device.type != "meta" and w.is_floating_point() for w in weights):
-        return None
-    picked = weights[:: max(1, len(weights) // 16)]
-    return round(sum(float(w.reshape(-1)[:256].double().sum()) * (i + 1) for i, w in enumerate(picked)), 6)
 
 
 def claim(folder: Path, study: str, settings: Mapping[str, Any], lens: DiTLens) -> None:
