@@ -9,6 +9,7 @@ import html
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,6 +48,7 @@ __all__ = [
     "jaccard",
     "mad_channels",
     "mad_outliers",
+    "rule_of",
     "share_channels",
     "top_channels",
     "top_median_ratio",
@@ -373,6 +375,36 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
 
 # The rules that choose channels.
 
+TOP = 12
+
+
+def rule_of(
+    widths: Mapping[str, int], k: int | None = None, share: float | None = None, mad: float | None = None
+) -> Callable[..., ChannelSet]:
+    """The one rule that is meant, to be called with scores and energy; the top 12 where none is given.
+
+    >>> values = {"a": torch.tensor([3.0, 1.0, 1.0, 2.0])}
+    >>> rule_of({"a": 4}, share=0.8)(values, {"a": values["a"] ** 2})["a"]
+    (0, 3)
+
+    widths: site -> channels. Raises OpError where two rules are given, or k does not fit a site.
+    """
+    given = {name: value for name, value in (("k", k), ("share", share), ("mad", mad)) if value is not None}
+    if len(given) > 1:
+        listed = " and ".join(f"{name}={value}" for name, value in given.items())
+        raise OpError(f"{listed} are two rules for which channels are massive. Give one of them.")
+    if share is not None:
+        _check_share(share)
+        return partial(share_channels, share=share)
+    if mad is not None:
+        if not mad > 0:
+            raise OpError(f"mad={mad!r} must be above 0: so many median absolute deviations above the median.")
+        return partial(mad_channels, threshold=mad)
+    k = TOP if k is None else k
+    for site, width in widths.items():
+        _check_k(k, site, width)
+    return partial(top_channels, k=k)
+
 
 def top_channels(
     scores: Mapping[str, Tensor], energy: Mapping[str, Tensor], k: int, score: str = "|mean|"
@@ -389,11 +421,7 @@ def top_channels(
     Source: T_k(l) of arXiv 2605.13974, with score |mean over image tokens|.
     """
     for site, values in scores.items():
-        width = len(vector(values, f"The scores of {site}"))
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= width:
-            raise OpError(
-                f"k={k!r} channels were asked of {site}, which has {width}. Choose a whole number from 1 to {width}."
-            )
+        _check_k(k, site, len(vector(values, f"The scores of {site}")))
     chosen = {site: ranked(values, descending=True)[:k] for site, values in scores.items()}
     return ChannelSet(chosen, dict(scores), dict(energy), score=score)
 
@@ -410,10 +438,10 @@ def share_channels(
     scores, energy: site -> [d]; see ChannelSet. share: in (0, 1]. A site without energy gives (). k may differ.
     Source: SPARK's concentration measure, turned round.
     """
-    if not 0 < share <= 1:
-        raise OpError(f"share={share!r} must be in (0, 1]: the part of the energy that the channels are to hold.")
+    _check_share(share)
     chosen = {site: share_holders(scores[site], _energy_of(energy, site), share) for site in scores}
-    return ChannelSet(chosen, dict(scores), dict(energy), score=score)
+    note = f"as few as hold {100 * share:g} % of the energy"
+    return ChannelSet(chosen, dict(scores), dict(energy), score=score, note=note)
 
 
 def mad_channels(
@@ -428,7 +456,8 @@ def mad_channels(
     scores, energy: site -> [d]; see ChannelSet. A site may have none. See :func:`mad_outliers`.
     """
     chosen = {site: mad_outliers(values, threshold) for site, values in scores.items()}
-    return ChannelSet(chosen, dict(scores), dict(energy), score=score)
+    note = f"scores over {threshold:g} median absolute deviations above the median"
+    return ChannelSet(chosen, dict(scores), dict(energy), score=score, note=note)
 
 
 def absolute_channels(
@@ -517,6 +546,18 @@ def _definition(
         "top/median": top_median_ratio(values),
         "jaccard": jaccard(chosen, first),
     }
+
+
+def _check_k(k: Any, site: str, width: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= width:
+        raise OpError(
+            f"k={k!r} channels were asked for, but {site} has {width}. Choose a whole number from 1 to {width}."
+        )
+
+
+def _check_share(share: float) -> None:
+    if not 0 < share <= 1:
+        raise OpError(f"share={share!r} must be in (0, 1]: the part of the energy that the channels are to hold.")
 
 
 def _energy_of(energy: Mapping[str, Tensor], site: str) -> Tensor:

@@ -326,8 +326,10 @@ class DiTLens:
     def massive_channels(
         self,
         prompt: str | Sequence[str],
-        k: int = 12,
+        k: int | None = None,
         *,
+        share: float | None = None,
+        mad: float | None = None,
         score: str = "|mean|",
         site: Pattern = "blocks.*.img",
         steps: Steps = None,
@@ -341,20 +343,20 @@ class DiTLens:
         >>> len(massive["blocks.3.img"])
         4
 
+        k: 12 by default. Instead of k, share: as few as hold this share of the squared energy; or mad: those whose
+        score lies that many median absolute deviations above the median, so that a site may have none.
         score: any reduction that gives one number per channel: "|mean|" (the paper's), "mean|x|", "rms", "max",
         "p99.9". steps: which denoising steps count; all by default. Conditional branch only.
         """
-        from dit_lens.channels import top_channels
+        from dit_lens.channels import rule_of
 
         ops = [Read(site, reduce=score, steps=steps, name="score"), Read(site, reduce="rms", steps=steps, name="rms")]
-        for name in self.sites(site):
-            width = self.anatomy.channels(self.anatomy.site(name))
-            if not 1 <= k <= width:
-                raise OpError(f"k={k} channels were asked for, but {name} has {width}. Choose k from 1 to {width}.")
+        widths = {name: self.anatomy.channels(self.anatomy.site(name)) for name in self.sites(site)}
+        rule = rule_of(widths, k, share, mad)
         run = self.run(prompt, ops, **call)
         scores = {name: value.float().mean((0, 1)) for name, value in run["score"].items()}
         energy = {name: value.float().square().mean((0, 1)) for name, value in run["rms"].items()}
-        return top_channels(scores, energy, k, score)
+        return rule(scores, energy, score=score)
 
     def subject_mask(
         self,

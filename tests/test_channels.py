@@ -68,7 +68,7 @@ def test_top_and_bottom_are_the_ends_of_the_order(seed, width, k):
 
 @pytest.mark.parametrize("k", [0, -1, 6, 2.0, True])
 def test_k_that_does_not_fit_is_refused(k):
-    with pytest.raises(OpError, match=r"channels were asked of blocks\.1\.img, which has 5\. Choose .* from 1 to 5"):
+    with pytest.raises(OpError, match=r"channels were asked for, but blocks\.1\.img has 5\. Choose .* from 1 to 5"):
         top_channels({"blocks.1.img": torch.ones(5)}, {}, k)
 
 
@@ -549,3 +549,15 @@ def test_running_statistics_take_any_precision_and_one_width():
         stats.update(torch.ones(4, 3))
     with pytest.raises(OpError, match="floating-point values"):
         stats.update(torch.ones(2, 2, dtype=torch.int64))
+
+
+def test_a_lens_chooses_by_other_rules_too(cfg_lens):
+    """By a share of the energy, and by deviations: as the functions do from the same scores and energy."""
+    top = cfg_lens.massive_channels("red", k=4, seed=0)
+    half = cfg_lens.massive_channels("red", share=0.5, seed=0)
+    assert half == share_channels(top.scores, top.energy, 0.5)
+    assert min(half.energy_share().values()) >= 0.5
+    assert "as few as hold 50 % of the energy" in repr(half)
+    far = cfg_lens.massive_channels("red", mad=3.0, seed=0)
+    assert far == mad_channels(top.scores, top.energy, 3.0)
+    assert ChannelSet.from_json(far.to_json()) == far
