@@ -87,6 +87,8 @@ def visit(envoy: Any, side: str, parts: list[dict[str, Any]], now: SimpleNamespa
             derive(gate_of(tensor, part, envoy), part, now)
         elif "readout" in part:
             derive(read_out(now.model, envoy, changed, part, now.held, now.image, now.program["readout"]), part, now)
+        elif part["half"] is not None:
+            work(half_of(envoy, tensor, part), part, now)
         else:
             edited = work(tensor, part, now)
             changed = changed if edited is None else replaced(changed, side, part, edited)
@@ -134,6 +136,15 @@ def gate_of(value: Tensor, part: dict[str, Any], module: Any) -> Tensor:
     if part["span"] is not None:
         value = value[..., part["span"][0] : part["span"][1]]
     return value.tanh() if part["tanh"] else value
+
+
+def half_of(module: Any, tensor: Tensor, part: dict[str, Any]) -> Tensor:
+    """What a linear module makes of some channels of its input alone; its bias counts with the last of them."""
+    start, stop = part["half"]
+    alone = torch.zeros_like(tensor)
+    alone[..., start:stop] = tensor[..., start:stop]
+    made = module(alone)
+    return made if stop == tensor.shape[-1] else made - module(torch.zeros_like(tensor[:1, :1]))
 
 
 def work(value: Any, part: dict[str, Any], now: SimpleNamespace) -> Any | None:

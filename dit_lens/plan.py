@@ -204,6 +204,11 @@ class _Compiler:
                 f"{type(op).__name__} at {site}: this point is computed from others, so it can only be read. "
                 f"Write {instead}."
             )
+        if self.anatomy.address(site).half is not None:
+            raise OpError(
+                f"{type(op).__name__} at {site}: one projection adds up what attention and MLP write, so that either "
+                f"can only be read. Write blocks.{site.block}.{site.stream}.attn.z or mlp.post, which enter it."
+            )
         if self.anatomy.address(site).gate is not None and not isinstance(op, Zero | Scale):
             raise OpError(
                 f"{type(op).__name__} at {site}: the module's output is multiplied by a gate before it is added, so "

@@ -86,12 +86,12 @@ lens.sites("blocks[1:3].{img,txt}")
 lens.sites("blocks.1.img.{resid_pre,attn_out,resid_mid,mlp_out,resid_post}")
 
 # %% [markdown]
-# A model lacks some points. Then the lens says why, and does not guess. The single blocks of FLUX compute attention and
-# MLP side by side:
+# A model lacks some points. Then the lens says why, and does not guess. In the single blocks of FLUX nothing lies
+# between attention and MLP:
 
 # %%
 try:
-    lens.sites("blocks.5.img.attn_out")
+    lens.sites("blocks.5.img.resid_mid")
 except dl.errors.SiteError as problem:
     print(problem)
 

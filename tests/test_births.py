@@ -47,19 +47,17 @@ def test_a_planted_channel_is_traced_to_its_mlp_and_gate(planted):
 
 def test_shares_are_those_of_the_plain_reads(planted):
     result = studies.births(planted, "a cat", k=3, site="blocks.2.img", steps=slice(1, 3))
-    names = ["blocks.0.img.resid_pre", "blocks.0.img.mlp_out", "blocks.2.img.resid_pre", "blocks.2.img"]
+    names = ["blocks.0.img.resid_pre", "blocks.0.img.mlp_out", "blocks.2.img.attn_out", "blocks.2.img"]
     run = planted.run("a cat", [Read(names, steps=slice(1, 3))], seed=0)
-    start, write, before, after = (run[name].float().mean(2)[:, 0].double().numpy() for name in names)  # [s, d]
+    start, write, single, after = (run[name].float().mean(2)[:, 0].double().numpy() for name in names)  # [s, d]
     table = result.table[result.table["arm"] == "top"].set_index(["block", "point", "channel"])["share"]
     for c in result.table["channel"].iloc[:3]:
         energy = (after[:, c] ** 2).sum()
         assert table.loc[(0, "mlp_out", c)] == pytest.approx((write[:, c] * after[:, c]).sum() / energy, rel=1e-4)
-        whole = ((after - before)[:, c] * after[:, c]).sum() / energy
-        assert table.loc[(2, "block", c)] == pytest.approx(whole, rel=1e-4)
+        assert table.loc[(2, "attn_out", c)] == pytest.approx((single[:, c] * after[:, c]).sum() / energy, rel=1e-3)
         first = table[table.index.get_level_values("point") == "input"].xs(c, level="channel").item()
         assert first == pytest.approx((start[:, c] * after[:, c]).sum() / energy, rel=1e-4)
     assert result.table["block"].max() == 2
-    assert any("single blocks of FLUX.1 have no attn_out" in note for note in result.notes)
 
 
 @pytest.mark.parametrize("name", ["sd3", "pixart-sigma", "sana", "hunyuan_dit", "aura_flow", "zimage", "lumina2"])

@@ -30,6 +30,7 @@ class Address:
     position: for an input, its place among positional arguments. stream, layout: whose tokens, and where they lie.
     axes, patch: those of a picture, or "tokens". turned: whether the tensor is [token, row, channel].
     span: its channels (start, stop), or all. gate: what it is multiplied by, tanh: of which the tangent is taken.
+    half: which channels of a module's input count, where the tensor is what the module makes of them alone.
     table: (parameter, part) of the module that is added to it. x0: whether the latents are estimated from it.
     """
 
@@ -43,6 +44,7 @@ class Address:
     patch: tuple[int, int, int] = (1, 1, 1)
     turned: bool = False
     span: tuple[int, int] | None = None
+    half: tuple[int, int] | None = None
     gate: Address | None = None
     tanh: bool = False
     table: tuple[str, int] | None = None
@@ -242,7 +244,7 @@ class Anatomy:
         if site.point in ("velocity", "x0"):
             return self.out_width if site.point == "velocity" else self.latent_width
         tap = self._tap(site)
-        if tap is None:
+        if tap is None or tap.half is not None:
             return self.width
         whole = _width_of(self._inner(site.block or 0, tap.module), tap.side) or self.width
         if tap.span is None:
@@ -357,12 +359,9 @@ class Anatomy:
         slot, position = (
             self._parameter(path, tap.slot) if tap.side == "input" and tap.slot is not None else (tap.slot, None)
         )
-        first, stop = tap.span or (0, None)
         whole = _width_of(self._module(path), tap.side)
-        table = None if tap.table is None else (tap.table, first)
-        span = None
-        if tap.span is not None and tap.table is None:
-            span = (first * self.width, stop * self.width if stop is not None else whole or -1)
+        table = None if tap.table is None else (tap.table, (tap.span or (0, None))[0])
+        span = None if tap.table is not None else self._channels_of(tap.span, whole)
         return Address(
             f"transformer.{path}",
             tap.side,
@@ -373,10 +372,18 @@ class Anatomy:
             axes=tap.axes,
             turned=stack.turned and not tap.upright and tap.layout != "whole",
             span=span,
+            half=self._channels_of(tap.half, whole),
             gate=None if tap.gate is None else self._tapped(block, stream, tap.gate),
             tanh=tap.tanh,
             table=table,
         )
+
+    def _channels_of(self, units: tuple[int, int | None] | None, whole: int | None) -> tuple[int, int] | None:
+        """A span in units of the hidden size, in channels of a module with ``whole`` of them."""
+        if units is None:
+            return None
+        start, stop = units
+        return start * self.width, stop * self.width if stop is not None else whole or -1
 
     def rank(self, address: Address) -> tuple[int, int]:
         """Sorts addresses as the model computes them: blocks by their number, modules of a block as they were seen."""

@@ -94,10 +94,11 @@ def _residual(trial: Trial) -> Check | None:
     bases = [name.removesuffix(".mlp_out") for name in trial.seen if name.endswith(".mlp_out")]
     for base in bases:
         writes = [f"{base}.{write}" for write in WRITES if f"{base}.{write}" in trial.seen]
-        before = trial.seen[f"{base}.resid_pre"] + sum(trial.seen[write] for write in writes[:-1])
+        *early, last = (trial.seen[name] for name in (f"{base}.resid_pre", *writes))
+        fits = all(one.shape == last.shape for one in early)
+        before = torch.stack(early).sum(0) if fits else last
         middle = trial.seen.get(f"{base}.resid_mid", before)
-        after = before + trial.seen[writes[-1]]
-        if not (_close(middle, before) and _close(trial.seen[base], after)):
+        if not (fits and _close(middle, before) and _close(trial.seen[base], before + last)):
             raise FamilyError(
                 f"{trial.name}: {base} is not its input plus {' plus '.join(writes)}. Is a gate or a norm wrong?"
             )

@@ -15,6 +15,9 @@ class Tap:
     span: which channels, in units of the hidden size: (start, stop), stop None for the end.
     layout: where the stream's tokens lie in it; None: as in the stack's tensors. axes: "tokens", or those of a picture.
     upright: whether it is [row, token, channel] also where the stack's tensors are turned.
+    half: of a module that projects attention and MLP at once, what its input has of one of them: (start, stop) in units
+    of the hidden size, stop None for the end. The tensor is what the module makes of that alone; a bias counts with the
+    last part.
     gate: what it is multiplied by before it is added to the residual; tanh: of which the hyperbolic tangent is taken.
     table: a parameter of the block, [part, channel], that is added to the argument.
     """
@@ -26,6 +29,7 @@ class Tap:
     layout: str | None = None
     axes: str = "tokens"
     upright: bool = False
+    half: tuple[int, int | None] | None = None
     gate: Tap | None = None
     tanh: bool = False
     table: str | None = None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens.errors import FamilyError
-from dit_lens.execute import gate_of, read_out
+from dit_lens.execute import gate_of, half_of, read_out
 from dit_lens.families.anatomy import Address, Anatomy
 from dit_lens.families.calls import ROWS
 from dit_lens.layout import fetch, image_tokens, opened, stream_of
@@ -128,6 +128,8 @@ class Trial:
             if site.name in found:  # a module that is called again for the other stream
                 return
             value = fetch(output if address.side == "output" else (args, kwargs), address.side, part)
+            if address.half is not None:
+                value = half_of(module.forward, value, part)
             tensor = opened(value, part) if address.table is None else gate_of(value, part, module)
             if tensor.shape[0] != ROWS:
                 raise ValueError(f"{site} has {tensor.shape[0]} rows in a call of {ROWS}")

@@ -84,12 +84,15 @@ FLUX_DOUBLE = {
     },
 }
 
-_ONE_PROJECTION = "attention and MLP are added up by one projection under one gate; see attn.z and mlp.post"
-_FUSED = {
-    "attn_out": _ONE_PROJECTION,
-    "mlp_out": _ONE_PROJECTION,
-    "resid_mid": "attention and MLP run side by side",
-}
+
+def side_by_side(projection: str, gate: Tap, layout: str | None = None) -> dict[str, Tap | str]:
+    """What attention and MLP write where one projection adds them up, under one gate."""
+    write = Tap(projection, "input", 0, layout=layout, gate=gate)
+    return {
+        "attn_out": replace(write, half=(0, 1)),
+        "mlp_out": replace(write, half=(1, None)),
+        "resid_mid": "attention and MLP run side by side",
+    }
 
 
 def single(layout: str, z: Tap) -> Points:
@@ -100,7 +103,7 @@ def single(layout: str, z: Tap) -> Points:
         "attn.z": z,
         "mlp.pre": Tap("proj_mlp", layout=layout),
         "mlp.post": Tap("act_mlp", layout=layout),
-        **_FUSED,
+        **side_by_side("proj_out", Tap("norm", slot=1), layout),
     }
 
 
@@ -135,7 +138,7 @@ _FLUX2_INSIDE = {
     "attn.z": replace(entering("attn.to_out"), span=(0, 1)),
     "mlp.pre": replace(_PACKED, span=(3, None)),
     "mlp.post": replace(entering("attn.to_out"), span=(1, None)),
-    **_FUSED,
+    **side_by_side("attn.to_out", Tap("", "input", "temb_mod", span=(2, 3))),
 }
 FLUX2_SINGLE = both(_FLUX2_INSIDE)
 
