@@ -231,7 +231,8 @@ def hardware(device: str) -> str:
     """The machine in words, for a model card."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'' if threads == 1 else 's'} ({platform.machine()})"
 
 
 def _indices(scene: Scene) -> list[int]:
