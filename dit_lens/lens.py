@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from tqdm.auto import tqdm
-
 from dit_lens import families
 from dit_lens.assemble import assemble
-from dit_lens.call import Call, default_of, prepare
+from dit_lens.batches import drawn_in_batches
+from dit_lens.call import Call, prepare
 from dit_lens.cost import Cost, cost_of
 from dit_lens.engine import Engine
-from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, StoreError
+from dit_lens.errors import PromptError, SiteError, StoreError
 from dit_lens.families.checks import Check, check
 from dit_lens.ops import Apply, Op, Read, from_json, to_json
-from dit_lens.plan import Batch, Plan, compile_plan, narrowed
+from dit_lens.plan import Batch, Plan, compile_plan
 from dit_lens.prefix import Tape, recording, replaying
 from dit_lens.provenance import describe, plain, unsaved
 from dit_lens.remote import needs_weights
@@ -29,10 +25,12 @@ from dit_lens.sites import Site, match
 from dit_lens.spill import place_for
 from dit_lens.steps import Timeline, timeline
 from dit_lens.store import check_pipeline, read_json
+from dit_lens.text_tokens import TextTokens
 from dit_lens.trace import Trace
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from diffusers import DiffusionPipeline
     from torch import Tensor
 
@@ -178,8 +176,7 @@ class DiTLens:
 
     def to_str_tokens(self, prompt: str) -> list[str]:
         """The text stream's tokens as strings, in order; padding shows as the tokenizer's own mark."""
-        ids = self._tokenized(prompt)["input_ids"]
-        return self._tokenizer.convert_ids_to_tokens(ids)
+        return self._text.names(prompt)
 
     # Running
 
@@ -219,10 +216,13 @@ class DiTLens:
             plan = recording(plan, ops)
         if prefix is not None:
             plan = replaying(plan, prefix.tape, prepared, self.pipe, self.family)
-        stores, outputs = [], []
-        for store, output in self._batches(prepared, plan, batch_size, place):
-            stores.append(store)
-            outputs.append(output)
+
+        def draw(part: Call, piece: Plan) -> tuple[dict[str, Any], Any]:
+            """The bar of the pipeline shows for a run in one batch only."""
+            with nullcontext() if part.rows == prepared.rows else self.quiet():
+                return self.engine.generate(piece.program, piece.given, part.keywords(), place())
+
+        stores, outputs = zip(*drawn_in_batches(prepared, plan, batch_size, draw), strict=True)
         provenance = {**describe(self.pipe, self.family), **self.engine.provenance}
         run = assemble(ops, plan, when, stores, outputs, self._spec(prepared, ops), provenance)
         if record:
@@ -533,39 +533,8 @@ class DiTLens:
         )
         grid = self.anatomy.planned_grid(self.pipe, prepared.arguments)
         when = timeline(self.pipe, self.family, prepared.arguments, None if grid is None else grid[0] * grid[1])
-        batch = Batch(
-            prepared.rows, grid, self._text_tokens(prepared), lambda row, word: self._find_word(prepared, row, word)
-        )
+        batch = Batch(prepared.rows, grid, self._text.count(prepared), partial(self._text.find, prepared))
         return prepared, when, compile_plan(ops, self.anatomy, when, batch)
-
-    def _batches(
-        self, call: Call, plan: Plan, batch_size: int | None, place: type[dict]
-    ) -> Iterator[tuple[dict[str, Any], Any]]:
-        """What every batch stored and drew; several share one progress bar. Where memory runs out, half do."""
-        prompts = call.rows // call.images_per_prompt
-        if batch_size is not None and batch_size < 1:
-            raise PromptError(f"batch_size={batch_size} must be at least 1.")
-        asked = size = min(batch_size or prompts, prompts)
-        pieces, done = _pieces(call, plan, range(prompts), size), 0
-        with tqdm(total=prompts, desc="prompts", disable=size == prompts) as bar:
-            while pieces:
-                (part, piece), *rest = pieces
-                count = part.rows // call.images_per_prompt
-                try:
-                    with self.quiet() if count < prompts else nullcontext():
-                        drawn = self.engine.generate(piece.program, piece.given, part.keywords(), place())
-                except torch.OutOfMemoryError as full:
-                    size = count // 2
-                    pieces = _smaller_pieces(call, plan, range(done, prompts), size, full)
-                    continue
-                yield drawn
-                pieces, done = rest, done + count
-                bar.update(count)
-        if size < asked:
-            warnings.warn(
-                f"memory ran out with {asked} prompts in a batch; {size} fitted. Pass batch_size={size} next time.",
-                stacklevel=3,
-            )
 
     def _spec(self, call: Call, ops: Sequence[Op]) -> dict[str, Any]:
         described = [
@@ -575,52 +544,9 @@ class DiTLens:
         prompt = None if call.prompts is None else list(call.prompts)
         return {"prompt": prompt, "seed": seed, "call": plain(call.arguments), "ops": described}
 
-    @cached_property
-    def _tokenizer(self) -> Any:
-        if not any("txt" in stack.outputs for stack in self.family.stacks):
-            raise PromptError(f"{self.family.name} has no text stream: its text enters by cross-attention.")
-        if not self.family.plain_text:
-            raise PromptError(
-                f"the text stream of {self.family.name} holds more than the prompt's own tokens (a template or a "
-                "second encoder's), so words of a prompt cannot be found in it. Use token indices."
-            )
-        tokenizer = getattr(self.pipe, self.family.tokenizer, None)
-        if tokenizer is None:
-            raise PromptError(
-                f"this pipeline was loaded without {self.family.tokenizer}, so words of a prompt cannot be found. "
-                "Use token indices."
-            )
-        return tokenizer
-
-    def _tokenized(self, prompt: str, length: int | None = None) -> Any:
-        length = length or self.defaults.get(self.family.text_length) or default_of(self.pipe, self.family.text_length)
-        return self._tokenizer(
-            prompt, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True
-        )
-
-    def _find_word(self, call: Call, row: int, word: str) -> list[int]:
-        """The text tokens of every occurrence of a word in the prompt of a row."""
-        if call.prompts is None:
-            raise OpError(
-                f"tokens={word!r} needs a prompt to find the word in; this run has prompt_embeds. Use token indices."
-            )
-        prompt = call.prompts[row // call.images_per_prompt]
-        spans = [found.span() for found in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
-        offsets = self._tokenized(prompt, self._text_tokens(call))["offset_mapping"]
-        found = [
-            i for i, (start, stop) in enumerate(offsets) if any(start < end and begin < stop for begin, end in spans)
-        ]
-        if not found:
-            raise OpError(f"the word {word!r} is not in {prompt!r}. lens.to_str_tokens(prompt) lists its tokens.")
-        return found
-
-    def _text_tokens(self, call: Call) -> int | None:
-        if not self.family.plain_text:
-            return None
-        embeds = call.arguments.get("prompt_embeds")
-        if embeds is not None:
-            return int(embeds.shape[1])
-        return call.arguments.get(self.family.text_length) or default_of(self.pipe, self.family.text_length)
+    @property
+    def _text(self) -> TextTokens:
+        return TextTokens(self.pipe, self.family, self.defaults)
 
     def __repr__(self) -> str:
         from dit_lens.reprs import lens_text
@@ -631,32 +557,6 @@ class DiTLens:
         from dit_lens.reprs import lens_html
 
         return lens_html(self)
-
-
-def _pieces(call: Call, plan: Plan, prompts: range, size: int) -> list[tuple[Call, Plan]]:
-    """The call and plan of every batch of ``size`` prompts."""
-    n = call.images_per_prompt
-    if len(prompts) * n == call.rows and size >= len(prompts):
-        return [(call, plan)]
-    spans = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    return [(call.part(span), narrowed(plan, range(span.start * n, span.stop * n))) for span in spans]
-
-
-def _smaller_pieces(
-    call: Call, plan: Plan, prompts: range, size: int, full: torch.OutOfMemoryError
-) -> list[tuple[Call, Plan]]:
-    """The batches that are left, made smaller; an error with the remedies where they cannot be."""
-    try:
-        if size:
-            return _pieces(call, plan, prompts, size)
-        why = "with one prompt at a time"
-    except (OpError, PromptError) as problem:
-        why = f"and the batch cannot be made smaller: {problem}"
-    raise ExecutionError(
-        f"memory ran out {why} ({full}). Nothing was kept of this run. Draw smaller pictures (height=, width=), "
-        "reduce reads where they are (reduce=), encode prompts first (lens.encode(prompts, release=True)), or offload: "
-        "dit_lens.recommend(lens.pipe, gb=...) shows what fits."
-    ) from full
 
 
 def _stored_defaults(pipe: DiffusionPipeline) -> dict[str, Any]:
