@@ -121,6 +121,11 @@ class DiTLens:
     def remote(cls, model: str | Path, *, host: str | None = None, revision: str | None = None) -> DiTLens:
         """A lens on a model that an nnsight server holds: no weights are loaded or downloaded here.
 
+        >>> from dit_lens import toys
+        >>> lens = DiTLens.remote(toys.path("flux"), host="http://localhost:8001")
+        >>> lens.cost("a big red circle left on a plain blue background", Read("blocks.*.img", reduce="|mean|")).bytes
+        49152
+
         Names, checks, plans, costs and errors are made here from the model's configuration; a run is sent to the
         server, and comes back as it would have been made here: pictures, reads, receipt. What has to have the weights
         at hand (gradients, ``read_x0``, ``read_pattern``, ``encode``) is refused.
