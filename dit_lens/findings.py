@@ -19,6 +19,7 @@ from dit_lens.lens import DiTLens
 from dit_lens.page import write_pngs
 from dit_lens.store import whole_folder
 from dit_lens.studies.result import readable
+from dit_lens.toys import path
 from dit_lens.toys.scenes import sample_scenes
 from dit_lens.words import CLAIMS, QUESTIONS
 
@@ -57,6 +58,8 @@ def findings(out: Path, *, toys: Sequence[str] = ("flux",), size: Size = Size(),
 
     cells: a folder for finished cells, from which an interrupted call goes on. A page that is there is replaced.
     """
+    for toy in toys:
+        path(toy)  # a name that does not exist costs no hour of the toys before it
     pages = []
     for toy in tqdm(toys, desc="toys", disable=len(toys) == 1):
         lens, folder = DiTLens.toy(toy), None if cells is None else cells / toy

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from dit_lens import words
+from dit_lens.errors import StoreError
 from dit_lens.findings import Size, findings
 from dit_lens.studies import Result
 
@@ -74,6 +75,13 @@ def test_claim_2_in_words():
     assert "best block (3) the claim is undecided" in said
     assert "norm 0.60 (0.50 to 0.70)" in said
     assert "chance 0.21" in said
+
+
+def test_a_misspelt_toy_is_found_before_anything_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("dit_lens.findings._results", lambda *_: pytest.fail("drawn"))
+    with pytest.raises(StoreError, match="no toy called 'fluks'. Nearest: 'flux'"):
+        findings(tmp_path / "page", toys=["flux", "fluks"])
+    assert not (tmp_path / "page").exists()
 
 
 def test_the_page_is_whole(tmp_path):

@@ -53,5 +53,5 @@ def path(name: str) -> Path:
             f"dit-lens train-toy {name} --out DIR and load DIR/pipeline. Trained ones: {trained}."
         )
     if name not in known:
-        raise StoreError(f"there is no toy called {name!r}.{nearest(name, known)}")
+        raise StoreError(f"there is no toy called {name!r}.{nearest(name, sorted(known))}")
     return known[name]
