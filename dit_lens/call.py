@@ -88,7 +88,7 @@ def prepare(
             f"{type(pipe).__name__} draws videos, of which a Run keeps latents only. Pass output_type='latent'."
         )
     device = pipe._execution_device  # noqa: SLF001 diffusers offers no public way
-    arguments |= {name: _moved(value, device) for name, value in arguments.items() if _for_prompts(name)}
+    arguments |= {name: _moved(value, device) for name, value in arguments.items() if for_prompts(name)}
     if prompt is not None and "prompt" not in signature:
         raise PromptError(f"{type(pipe).__name__} takes no prompt. Pass what it draws, such as class_labels=[207].")
     _check_classes(pipe, arguments.get("class_labels"))
@@ -220,14 +220,14 @@ def default_of(pipe: DiffusionPipeline, name: str) -> Any:
     return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
-def _for_prompts(name: str) -> bool:
+def for_prompts(name: str) -> bool:
     """Whether a pipeline argument stands for prompts, one entry for each: embeddings, their masks, classes."""
     return re.fullmatch(rf"(negative_)?({EMBEDDING})|class_labels", name) is not None
 
 
 def _some(name: str, value: Any, span: slice) -> Any:
     """What a pipeline argument is for some of the prompts."""
-    if value is None or isinstance(value, str) or not (_per_prompt(name) or _for_prompts(name)):
+    if value is None or isinstance(value, str) or not (_per_prompt(name) or for_prompts(name)):
         return value
     if name.endswith("cu_seqlens"):  # where each prompt's tokens begin, and where the last one's end
         return value[span.start : span.stop + 1] - value[span.start]

@@ -101,6 +101,7 @@ def release(pipe: DiffusionPipeline) -> Released:
     """
     import torch
 
+    needs_weights(pipe, "releasing text encoders needs")
     if getattr(pipe, "_all_hooks", None):
         raise PromptError(
             "this pipeline is offloaded, so its text encoders leave the GPU by themselves. "

@@ -7,13 +7,15 @@ data, and the source of the executor, so that the server needs nnsight and diffu
 from __future__ import annotations
 
 import json
+import pickle
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from dit_lens.errors import ExecutionError, PromptError, StoreError
+from dit_lens.call import for_prompts
+from dit_lens.errors import ExecutionError, OpError, PromptError, StoreError
 from dit_lens.store import check_pipeline
 
 if TYPE_CHECKING:
@@ -79,13 +81,10 @@ class RemoteEngine:
         """As :meth:`dit_lens.engine.Engine.generate`; every failure on the way or there is an ExecutionError."""
         from dit_lens.engine import traced
 
-        if call.get("prompt") is None:
-            raise PromptError(
-                "a model on a server is given prompts: embeddings and classes cannot be sent as nnsight lays out a "
-                "batch by its prompts. Pass prompts."
-            )
+        _check_prompts(call)
         with self.lock, self._told():
             _register()
+            _check_functions([*call.values(), *given.values()])
             call = {**call, "backend": self._backend(self.host)}
             store, results = traced(self.model.generate, self.model, program, given, call, {})
         for key in list(store["reads"]):
@@ -102,9 +101,12 @@ class RemoteEngine:
         from nnsight.intervention.backends.remote import RemoteBackend
 
         try:
-            return RemoteBackend(self._key(), host=host)
+            backend = RemoteBackend(self._key(), host=host)
         except ValueError as problem:
             raise ExecutionError(f"{problem}. Pass host=, such as 'http://localhost:8001'.") from problem
+        bar = getattr(self.model.pipeline, "_progress_bar_config", {})
+        backend.display.enabled &= not bar.get("disable", False)  # the job's state shows where a bar would
+        return backend
 
     def _key(self) -> str:
         """How the server knows the model; the folder of a server of one's own is named as it is."""
@@ -117,17 +119,18 @@ class RemoteEngine:
     @contextmanager
     def _told(self) -> Generator[None]:
         """What a person can do about a server that cannot be reached, refuses, or fails."""
+        from httpx import HTTPError
         from nnsight.intervention.backends.remote import RemoteError
-        from websocket import WebSocketException
+        from websocket import WebSocketBadStatusException, WebSocketException
 
         try:
             yield
         except RemoteError as failure:
             self._failed(f"answered: {failure}", "Nothing was kept of this run.", failure)
-        except WebSocketException as refusal:
+        except WebSocketBadStatusException as refusal:
             advice = "Is the key right (nnsight.CONFIG.set_default_api_key), and is it an nnsight server?"
-            self._failed(f"refused the connection: {refusal}", advice, refusal)
-        except OSError as silence:
+            self._failed(f"refused the connection (HTTP status {refusal.status_code})", advice, refusal)
+        except (OSError, HTTPError, WebSocketException) as silence:
             self._failed(f"could not be reached: {silence}", "Is the address right, and does it run?", silence)
 
     def _failed(self, how: str, advice: str, cause: Exception) -> NoReturn:
@@ -139,3 +142,27 @@ def _register() -> None:
     import nnsight
 
     nnsight.register("dit_lens")
+
+
+def _check_prompts(call: Mapping[str, Any]) -> None:
+    """PromptError for a call without prompts, or with tensors that stand for some: where they belong is not known."""
+    others = [f"{name}=" for name, value in call.items() if for_prompts(name) and value is not None]
+    if others or call.get("prompt") is None:
+        raise PromptError(
+            "a model on a server is given prompts: embeddings and classes cannot be sent as nnsight lays out a "
+            f"batch by its prompts. Pass prompts{' instead of ' * bool(others)}{', '.join(others)}."
+        )
+
+
+def _check_functions(values: Iterable[Any]) -> None:
+    """OpError for a function that cannot be sent."""
+    from nnsight.intervention.serialization import dumps
+
+    for function in filter(callable, values):
+        try:
+            dumps(function)
+        except (TypeError, ValueError, AttributeError, OSError, pickle.PicklingError) as problem:
+            raise OpError(
+                f"{function!r} cannot be sent to a server: {problem}. A function travels by its source, with what it "
+                "refers to; let it refer to modules, functions, tensors and plain data only."
+            ) from problem

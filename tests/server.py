@@ -1,9 +1,11 @@
 """A stand-in for a server: runs serialised requests in a process where dit_lens cannot be imported.
 
-python server.py MODEL_KEY, then a line "REQUEST RESULT" of two files for each request; it answers "done", or why not.
+For each request a line of JSON: the model's key, the file of the request, a file for the result. It answers "done", or
+why not. As on a server, only some models are there: those in its working directory.
 """
 
 import io
+import json
 import pathlib
 import sys
 
@@ -33,14 +35,23 @@ def serve(model, request, result):
     pathlib.Path(result).write_bytes(zstandard.ZstdCompressor().compress(answer.getvalue()))
 
 
-def main(key):
-    """Answers until nothing more is asked."""
+def load(key):
+    """The model of a key."""
     from nnsight.modeling.mixins.remotable import Remotable
 
-    model = Remotable.from_model_key(key, dispatch=True)
+    if not pathlib.Path(json.loads(key.partition(":")[2])["repo_id"]).is_relative_to(pathlib.Path.cwd()):
+        raise LookupError(f"{key} is not here")
+    return Remotable.from_model_key(key, dispatch=True)
+
+
+def main():
+    """Answers until nothing more is asked."""
+    models = {}
     for line in sys.stdin:
+        key, request, result = json.loads(line)
         try:
-            serve(model, *line.split())
+            models[key] = models.get(key) or load(key)
+            serve(models[key], request, result)
         except Exception as failure:  # noqa: BLE001 whatever it is, the client is told
             print("failed:", str(failure).replace("\n", " "), flush=True)
         else:
@@ -50,4 +61,4 @@ def main(key):
 
 if __name__ == "__main__":
     sys.meta_path.insert(0, Refuse())
-    main(*sys.argv[1:])
+    main()

@@ -1,8 +1,11 @@
 """A lens on a model of a server gives what a lens on the model gives; the server knows nothing of dit_lens."""
 
+import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import nnsight
@@ -11,8 +14,9 @@ import torch
 from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 
 import dit_lens as dl
-from dit_lens import Apply, DiTLens, Read, Swap, Zero
+from dit_lens import Apply, DiTLens, Read, Swap, Zero, toys
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, StoreError
+from dit_lens.execute import answer
 from tests import pipelines
 
 HOST = "http://server.test"
@@ -27,12 +31,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def process(folder):
-    """A server of the model."""
-    key = DiTLens.remote(folder, host=HOST).engine._key()
-    command = [sys.executable, Path(__file__).with_name("server.py"), key]
+    """A server of the model, and of what else lies beside it."""
+    command = [sys.executable, Path(__file__).with_name("server.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes) as running:
+    with subprocess.Popen(command, cwd=folder.parent, env=environment, text=True, **pipes) as running:
         yield running
         running.stdin.close()
     assert running.returncode == 0  # it knows nothing of dit_lens to the end
@@ -47,7 +50,8 @@ def served(monkeypatch, process, tmp_path):
         blob = backend._serialize(tracer)
         sent.append((envelope.model_key, blob))
         (tmp_path / "request").write_bytes(blob)
-        print(tmp_path / "request", tmp_path / "result", file=process.stdin, flush=True)
+        order = [envelope.model_key, str(tmp_path / "request"), str(tmp_path / "result")]
+        print(json.dumps(order), file=process.stdin, flush=True)
         if (answer := process.stdout.readline().strip()) != "done":
             raise RemoteError(answer)
         return backend.finalize((tmp_path / "result").read_bytes())
@@ -101,6 +105,31 @@ def test_a_run_on_a_server_is_the_run_here(lenses, served):
     assert len(blob) < 200_000
 
 
+def test_a_run_of_guidance_in_one_batch(folder, served):
+    (beside := folder.with_name("sana")).symlink_to(toys.path("sana"))
+    ops = [
+        Swap("blocks.2.img", source="row:0", rows=1, channels=[0, 5]),
+        Read("blocks.2.img", reduce="rms", branch="both"),
+        Read("velocity", channels=[0]),
+    ]
+    prompts = ["a big red circle left on a plain blue background", "a big blue cross right on a plain red background"]
+    runs = []
+    for lens in (DiTLens.toy("sana"), DiTLens.remote(beside, host=HOST)):
+        with lens.quiet():
+            runs.append(lens.run(prompts, ops, seed=0, num_inference_steps=2))
+    same(*runs)
+    assert runs[1].readings[0]["blocks.2.img"].shape[:2] == (2, 2)  # steps, branches
+
+
+def test_a_recorded_run_goes_there_and_back(lenses, served):
+    def edited(lens):
+        base = lens.run("red", seed=0, record=True)
+        return lens.run("red", Zero("blocks.2.img", channels=[1], steps=[2]), seed=0, prefix=base)
+
+    same(*map(edited, lenses))
+    assert answer((torch.ones(1),), ((), {"hidden": torch.ones(1, 1, device="meta")}))[0].device.type == "meta"
+
+
 def test_methods_and_studies_that_are_made_of_runs_work_there(lenses, served):
     here, there = lenses
     found = [lens.massive_channels(["red", "blue"], k=3, seed=0, batch_size=1) for lens in lenses]
@@ -118,6 +147,11 @@ def test_mistakes_are_found_before_anything_is_sent(lenses, served):
         there.run("red", Read("blocks.9.img"))
     with pytest.raises(PromptError, match=r"a model on a server is given prompts.*Pass prompts"):
         there.run(prompt_embeds=torch.zeros(1, 24, 32), pooled_prompt_embeds=torch.zeros(1, 16), negative_prompt=None)
+    with pytest.raises(PromptError, match="Pass prompts instead of negative_prompt_embeds="):
+        there.run("red", negative_prompt=None, negative_prompt_embeds=torch.zeros(1, 24, 32))
+    lock = threading.Lock()
+    with pytest.raises(OpError, match=r"lambda.* cannot be sent to a server: cannot pickle.*by its source"):
+        there.run("red", Apply("blocks.0.img", fn=lambda tensor, hook: lock and tensor))
     assert served == []
     assert there.cost("red", Read("blocks.0.img")).bytes == 3 * 96 * 32 * 4
 
@@ -127,6 +161,9 @@ def test_mistakes_are_found_before_anything_is_sent(lenses, served):
     [
         lambda lens: lens.read_x0("red", seed=0),
         lambda lens: lens.encode("red"),
+        lambda lens: lens.release_encoders(),
+        lambda lens: dl.studies.patching(lens, [("red", "blue")]),
+        lambda lens: dl.studies.transfer(lens, [("red", "blue")]),
         lambda lens: lens.read_pattern("red", 2, heads=0),
         lambda lens: lens.gradients("red", "blocks.2.img", metric=torch.mean),
         lambda lens: lens.to("cpu"),
@@ -148,10 +185,47 @@ def test_a_server_that_fails_says_so(lenses, served):
         there.run("red", Apply("blocks.0.img", fn=broken), seed=0)
 
 
+def test_a_model_that_a_server_does_not_hold(folder, served, tmp_path):
+    (tmp_path / "other").symlink_to(folder)
+    there = DiTLens.remote(tmp_path / "other", host=HOST)
+    there.defaults = dict(pipelines.TRUE_CFG)
+    with pytest.raises(ExecutionError, match=r"answered: failed: .*DiffusionModel:.*other.* is not here\. Nothing"):
+        there.run("red", seed=0)
+
+
+class Refusal(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(401)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_key_that_is_refused(folder):
+    with HTTPServer(("127.0.0.1", 0), Refusal) as server:
+        threading.Thread(target=server.handle_request).start()
+        there = DiTLens.remote(folder, host=f"http://127.0.0.1:{server.server_port}")
+        there.defaults = dict(pipelines.TRUE_CFG)
+        with pytest.raises(ExecutionError, match=r"refused the connection \(HTTP status 401\)\. Is the key right"):
+            there.run("red", seed=0)
+
+
+def test_the_state_of_a_job_shows_where_a_bar_would(lenses):
+    _, there = lenses
+    assert not there.engine._backend(HOST).display.enabled
+    there.pipe.set_progress_bar_config(disable=False)
+    assert there.engine._backend(HOST).display.enabled
+    with there.quiet():
+        assert not there.engine._backend(HOST).display.enabled
+
+
 def test_a_server_that_is_not_there(folder):
     there = DiTLens.remote(folder, host="http://127.0.0.1:9")
     there.defaults = dict(pipelines.TRUE_CFG)
     with pytest.raises(ExecutionError, match=r"server http://127\.0\.0\.1:9 could not be reached.*does it run"):
+        there.run("red", seed=0)
+    there.engine.host = "http://no-such-host.invalid"
+    with pytest.raises(ExecutionError, match=r"no-such-host\.invalid could not be reached"):
         there.run("red", seed=0)
     with pytest.raises(ExecutionError, match=r"Invalid host URL: 'localhost'.*Pass host="):
         DiTLens.remote(folder, host="localhost")
@@ -170,8 +244,6 @@ def test_what_the_configuration_says_of_guidance_is_known(tmp_path):
 
 
 def test_a_toy_brings_its_defaults():
-    from dit_lens import toys
-
     there = DiTLens.remote(toys.path("flux"), host=HOST)
     assert there.defaults == DiTLens.toy().defaults
     with pytest.raises(PromptError, match="'purple-ish'"):

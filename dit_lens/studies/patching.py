@@ -15,7 +15,7 @@ from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
 from dit_lens.clusters import segment
-from dit_lens.decode import decode, tokens_of
+from dit_lens.decode import autoencoder, decode, tokens_of
 from dit_lens.errors import OpError, PromptError, nearest
 from dit_lens.gradients import THROUGH, PairMetric, attribution, check_differentiable, check_latents, nearness
 from dit_lens.ops import Branch, Op, Read
@@ -172,6 +172,7 @@ class Sweep:
     ) -> None:
         """Raises what would go wrong, before anything runs."""
         check_latents(self.lens.pipe)
+        autoencoder(self.lens.pipe)
         if attribute:
             check_differentiable(self.lens.pipe)
             if self.branch == "both":
