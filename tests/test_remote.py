@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import nnsight
+import numpy as np
 import pytest
 import torch
 from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
@@ -137,6 +138,10 @@ def test_methods_and_studies_that_are_made_of_runs_work_there(lenses, served):
     assert len(served) == 2
     local, remote = (dl.studies.disruption(lens, ["red"], k=3, draws=1, seeds=[0]) for lens in lenses)
     assert local.summary.equals(remote.summary)
+    inside = np.zeros((8, 12), bool)
+    inside[2:6, 3:9] = True
+    organisation = dl.studies.organisation(there, ["red"], k=3, draws=1, masks=[inside], words="red", steps=[-1])
+    assert any("attention" in note and "on a server" in note for note in organisation.notes)
     assert there.pipe.device.type == "meta"
     assert here.pipe.device.type == "cpu"
 

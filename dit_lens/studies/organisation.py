@@ -16,7 +16,7 @@ from PIL import Image
 from dit_lens import clusters
 from dit_lens.channels import ChannelSet, top_channels
 from dit_lens.clusters import DEGENERATE_SHARE, chance_iou, ious, permutation_p, segment, upsample
-from dit_lens.errors import FamilyError, OpError, PromptError, SiteError, nearest
+from dit_lens.errors import ExecutionError, FamilyError, OpError, PromptError, SiteError, nearest
 from dit_lens.ops import Read
 from dit_lens.protocols import with_protocols
 from dit_lens.studies.cells import Batch, Cell, Cells, batches
@@ -234,7 +234,7 @@ def _extra_reads(
         if words:
             heads_of(lens, blocks)
             lens.cost(prompts, _word_reads(words), **call)
-    except (FamilyError, SiteError, PromptError) as problem:
+    except (ExecutionError, FamilyError, SiteError, PromptError) as problem:
         extra.discard("attention")
         left_out["attention"] = str(problem)
     try:

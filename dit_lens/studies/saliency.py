@@ -13,6 +13,7 @@ import numpy as np
 from scipy.sparse.linalg import svds
 
 from dit_lens.errors import OpError, nearest
+from dit_lens.remote import needs_weights
 
 if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
@@ -90,7 +91,11 @@ def noisy_latent(clean: Any, predicted: Any, sigma: float, kind: str) -> Any:
 
 
 def heads_of(lens: DiTLens, blocks: Sequence[int]) -> dict[int, int]:
-    """How many heads attend in every block; SiteError where one forms no pattern or does not count its heads."""
+    """How many heads attend in every block; SiteError where one forms no pattern or does not count its heads.
+
+    ExecutionError where patterns cannot be read here, the model being on a server.
+    """
+    needs_weights(lens.pipe, "patterns of attention need")
     for block in blocks:
         lens.anatomy.attention(block)
     return {block: len(lens.heads(f"blocks.{block}.img.attn.q")) for block in blocks}
