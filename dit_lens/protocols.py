@@ -91,24 +91,48 @@ def _of(study: str, *choices: tuple[Any, ...]) -> tuple[Choice, ...]:
     return tuple(Choice(study, *choice) for choice in choices)
 
 
-_SETS = (
-    ("score", "|mean|", "paper", "|mean over image tokens| of the block's output"),
-    ("k", 12, "repro", "the authors state none; 12 on FLUX.2-klein in the reproduction"),
-)
+_K = ("k", 12, "repro", "the authors state none; 12 on FLUX.2-klein in the reproduction")
+_SETS = (("score", "|mean|", "paper", "|mean over image tokens| of the block's output"), _K)
+_REPRODUCED_SETS = (("score", "mean|x|", "repro", "absolute values first, then their mean over image tokens"), _K)
 _DRAWS = ("draws", 10, "ours", "random controls, each one map of channels for all blocks")
+_STABLE = ("stable", 0.9, "ours", "SPARK's stopping rule")
 
-_ORGANISATION = _of(
-    "organisation",
-    *_SETS,
+_STABILITY = _of(
+    "stability",
+    _K,
+    ("scores", ("|mean|", "mean|x|"), "paper", "the authors' score, and beside it the reproduction's"),
+    ("site", "blocks.*.img", "paper", "a set for every block, image stream"),
+    ("steps", None, "ours", "the steps are not stated: all of them"),
+    _STABLE,
+)
+
+_REPRODUCED_STABILITY = _of(
+    "stability",
+    _K,
+    ("scores", ("mean|x|", "p99.9"), "repro", "the second finds channels that are massive at few tokens"),
+    ("site", "blocks.*.img", "ours", "the reproduction looks at block 11 of FLUX.1-dev: here all of them"),
+    ("steps", -1, "repro", "the last denoising step"),
+    _STABLE,
+)
+
+_PROCEDURE = (
     ("steps", -1, "repro", "the last denoising step; channels are chosen at the same step"),
     ("site", "blocks.*.img", "repro", "every block, clustered by itself"),
     ("n_clusters", 2, "paper", "K-means with K = 2"),
     ("method", "minmax", "repro", "every channel by its minimum and maximum over tokens"),
     ("polarity", "heat", "repro", "the cluster with the larger mean of the summed channels is the subject"),
-    _DRAWS,
     ("", "top, bottom, random", "paper", "the low-statistic control; random in the reproduction"),
     ("", "IoU after nearest upsampling of the token grid", "repro", "with a mask of the generated picture"),
     ("", "energy-matched arm, chance level, nulls", "ours", "what a smooth, centred subject demands"),
+)
+
+_ORGANISATION = _of("organisation", *_SETS, *_PROCEDURE, _DRAWS)
+
+_REPRODUCED_ORGANISATION = _of(
+    "organisation",
+    *_REPRODUCED_SETS,
+    *_PROCEDURE,
+    ("draws", 5, "repro", "random controls; here each is one map of channels for all blocks"),
 )
 
 _DISRUPTION = _of(
@@ -124,8 +148,7 @@ _DISRUPTION = _of(
     ("", "sets of each picture's clean run, kept in the edited one", "ours", "not stated"),
 )
 
-_TRANSFER = _of(
-    "transfer",
+_TRANSPORT = (
     *_SETS,
     ("strengths", (0.25, 0.5, 0.75, 1.0), "ours", "the formula replaces, which is strength 1; less is a sweep"),
     ("mask_from", "source", "ours", "whose mask is not stated; a spatial mask p is the paper's, and None a variant"),
@@ -139,19 +162,27 @@ _TRANSFER = _of(
     ("", "one noise for source and target", "ours", "not stated"),
 )
 
+_TRANSFER = _of("transfer", *_TRANSPORT)
+
+_TRANSFER_IMAGE = _of(
+    "transfer_image",
+    *_TRANSPORT,
+    ("how", "noised", "ours", "how a picture's trajectory is had is not stated; inversion is the other way"),
+)
+
 _PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         Protocol(
             "turri2026",
-            "arXiv 2605.13974, three claims: the authors' values where they are stated, else the reproduction's, else "
-            "ours.",
-            (*_DISRUPTION, *_ORGANISATION, *_TRANSFER),
+            "arXiv 2605.13974, the authors' values where they are stated, else the reproduction's, else ours.",
+            (*_DISRUPTION, *_ORGANISATION, *_TRANSFER, *_TRANSFER_IMAGE, *_STABILITY),
         ),
         Protocol(
             "fig3-reproduction",
-            "the public reproduction of Fig. 3 of arXiv 2605.13974, which is of spatial organisation alone.",
-            _ORGANISATION,
+            "the public reproduction of Fig. 3 of arXiv 2605.13974 (github.com/BrendanGho/massive-activations-fig3), "
+            "which looks at activations and changes none.",
+            (*_REPRODUCED_ORGANISATION, *_REPRODUCED_STABILITY),
         ),
     )
 }

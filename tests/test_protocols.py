@@ -13,7 +13,12 @@ from dit_lens.errors import OpError
 from dit_lens.studies import Result
 
 # What a study is run on, and how; not how it measures.
-DATA = {"lens", "prompts", "pairs", "seeds", "judge", "masks", "words", "batch_size", "out", "protocol", "call"}
+DATA = {"lens", "prompts", "pairs", "captions", "seeds", "judge", "masks", "words", "batch_size", "out"}
+DATA |= {"protocol", "call"}
+
+
+def listed(value):
+    return list(value) if isinstance(value, tuple) else value
 
 
 def study_of(**settings):
@@ -42,14 +47,16 @@ def test_a_protocol_fills_in_what_is_not_given_and_says_whose_it_is():
     assert (told["k"]["value"], told["k"]["origin"]) == (4, "yours")
     assert told["method"]["origin"] == "repro"
     assert told["n_clusters"]["origin"] == "paper"
-    assert result.notes[-1].startswith("protocol fig3-reproduction; the authors': score='|mean|', n_clusters=2, ")
+    assert result.notes[-1].startswith("protocol fig3-reproduction; the authors': n_clusters=2, ")
     assert "; given: k=4" in result.notes[-1]
 
 
 def test_unknown_protocols_and_studies_they_do_not_know():
     with pytest.raises(OpError, match=r"there is no protocol 'turri2025'\. Nearest: 'turri2026'"):
         study_of()(None, "a cat", protocol="turri2025")
-    with pytest.raises(OpError, match=r"'fig3-reproduction' says nothing of transfer: .* It sets organisation\."):
+    with pytest.raises(
+        OpError, match=r"'fig3-reproduction' says nothing of transfer: .* It sets organisation, stability\."
+    ):
         dl.protocols.get("fig3-reproduction").arguments("transfer")
 
 
@@ -59,14 +66,36 @@ def test_tables_name_every_origin():
         assert set(table["origin"]) <= {"paper", "repro", "ours"}
         assert table["why"].str.len().min() > 0
         assert repr(protocols.get(name)).startswith(f"Protocol {name}: ")
-    assert set(protocols.get("turri2026").studies) == {"disruption", "organisation", "transfer"}
 
 
-@pytest.mark.parametrize("study", ["disruption", "organisation", "transfer"])
-def test_every_free_choice_of_a_study_is_set(study):
+@pytest.mark.parametrize(
+    ("name", "study"), [(name, study) for name in protocols.NAMES for study in protocols.get(name).studies]
+)
+def test_every_free_choice_of_a_study_is_set(name, study):
     parameters = set(inspect.signature(getattr(studies, study)).parameters)
-    assert set(protocols.get("turri2026").arguments(study)) == parameters - DATA
+    assert set(protocols.get(name).arguments(study)) == parameters - DATA
     assert "protocol" in parameters
+
+
+def test_the_authors_and_the_reproduction_score_channels_differently():
+    assert protocols.get("turri2026").arguments("organisation")["score"] == "|mean|"
+    assert protocols.get("fig3-reproduction").arguments("organisation")["score"] == "mean|x|"
+    assert protocols.get("turri2026").studies == [
+        "disruption",
+        "organisation",
+        "transfer",
+        "transfer_image",
+        "stability",
+    ]
+
+
+@pytest.mark.parametrize("study", ["organisation", "stability"])
+def test_studies_run_by_the_reproduction(toy, study):
+    prompts = dl.prompts.scenes(2, seed=0).texts
+    result = getattr(studies, study)(toy, prompts, protocol="fig3-reproduction", num_inference_steps=2)
+    told = protocols.get("fig3-reproduction").arguments(study)
+    assert all(str(result.settings[name]) == str(listed(value)) for name, value in told.items())
+    assert [choice["origin"] for choice in result.settings["protocol"]["choices"]].count("yours") == 0
 
 
 def test_a_real_study_runs_by_a_protocol(toy, tmp_path):

@@ -15,6 +15,7 @@ import torch
 from dit_lens.channel_stats import RunningStats, chance_jaccard, overlaps
 from dit_lens.errors import OpError
 from dit_lens.ops import Read
+from dit_lens.protocols import with_protocols
 from dit_lens.studies.cells import Batch, Cell, Cells, batches
 from dit_lens.studies.common import listed, seeded, share_of_width
 from dit_lens.studies.result import Result, summarise
@@ -28,6 +29,7 @@ STABLE = 0.9
 COLUMNS = ["over", "site", "a", "b", "prompt", "seed", "jaccard"]
 
 
+@with_protocols
 def stability(
     lens: DiTLens,
     prompts: str | Sequence[str],

@@ -16,6 +16,7 @@ from dit_lens.errors import OpError, nearest
 from dit_lens.inversion import check_flow, check_invertible, invert, latents_of, noised_reference
 from dit_lens.metrics import rmse
 from dit_lens.ops import Branch, Swap
+from dit_lens.protocols import with_protocols
 from dit_lens.studies.cells import Batch, Cell, Cells, batches
 from dit_lens.studies.common import DRAWS, Judge, judge_for, seeded
 from dit_lens.studies.transfer import assemble as assemble_transfer
@@ -33,6 +34,7 @@ How = Literal["noised", "inverted"]
 _ERRORS = ("autoencoder_error", "latent_error", "picture_error")
 
 
+@with_protocols
 def transfer_image(
     lens: DiTLens,
     pairs: Sequence[tuple[Image, str]],
