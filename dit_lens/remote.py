@@ -50,6 +50,10 @@ def hollow(path: str | Path, revision: str | None = None) -> DiffusionModel:
     return model
 
 
+_LOST = "Nothing was kept of this run."
+_MISSING = "What a function imports has to be there, or to be named here first: nnsight.register('my_module')."
+
+
 class RemoteEngine:
     """Sends programs to an nnsight server, one at a time; stands where a lens has an Engine.
 
@@ -60,6 +64,7 @@ class RemoteEngine:
 
     def __init__(self, model: DiffusionModel, host: str | None = None):
         self.model, self.lock = model, threading.Lock()
+        self.key = _key(model)
         self.host = self._backend(host).host
 
     @property
@@ -101,20 +106,12 @@ class RemoteEngine:
         from nnsight.intervention.backends.remote import RemoteBackend
 
         try:
-            backend = RemoteBackend(self._key(), host=host)
+            backend = RemoteBackend(self.key, host=host)
         except ValueError as problem:
             raise ExecutionError(f"{problem}. Pass host=, such as 'http://localhost:8001'.") from problem
         bar = getattr(self.model.pipeline, "_progress_bar_config", {})
         backend.display.enabled &= not bar.get("disable", False)  # the job's state shows where a bar would
         return backend
-
-    def _key(self) -> str:
-        """How the server knows the model; the folder of a server of one's own is named as it is."""
-        model = self.model
-        if not Path(str(model.repo_id)).is_dir():
-            return model.to_model_key()
-        name = f"{type(model).__module__}.{type(model).__qualname__}"
-        return f"{name}:{json.dumps({'repo_id': model.repo_id, 'revision': model.revision})}"
 
     @contextmanager
     def _told(self) -> Generator[None]:
@@ -126,7 +123,9 @@ class RemoteEngine:
         try:
             yield
         except RemoteError as failure:
-            self._failed(f"answered: {failure}", "Nothing was kept of this run.", failure)
+            last = str(failure).strip().rpartition("\n")[2]  # of a traceback, which the cause shows whole
+            advice = f"{_MISSING} {_LOST}" if "ModuleNotFoundError" in last else _LOST
+            self._failed(f"answered: {last.removesuffix('.')}", advice, failure)
         except WebSocketBadStatusException as refusal:
             advice = "Is the key right (nnsight.CONFIG.set_default_api_key), and is it an nnsight server?"
             self._failed(f"refused the connection (HTTP status {refusal.status_code})", advice, refusal)
@@ -135,6 +134,21 @@ class RemoteEngine:
 
     def _failed(self, how: str, advice: str, cause: Exception) -> NoReturn:
         raise ExecutionError(f"the nnsight server {self.host} {how}. {advice}") from cause
+
+
+def _key(model: DiffusionModel) -> str:
+    """How a server knows a model; the folder of a server of one's own is named as it is."""
+    from httpx import HTTPError
+
+    if Path(str(model.repo_id)).is_dir():
+        name = f"{type(model).__module__}.{type(model).__qualname__}"
+        return f"{name}:{json.dumps({'repo_id': model.repo_id, 'revision': model.revision})}"
+    try:
+        return model.to_model_key()
+    except (OSError, HTTPError) as problem:
+        raise StoreError(
+            f"the Hugging Face hub did not tell the name of {model.repo_id}, by which a server knows it: {problem}"
+        ) from problem
 
 
 def _register() -> None:

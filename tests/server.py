@@ -1,13 +1,14 @@
 """A stand-in for a server: runs serialised requests in a process where dit_lens cannot be imported.
 
-For each request a line of JSON: the model's key, the file of the request, a file for the result. It answers "done", or
-why not. As on a server, only some models are there: those in its working directory.
+For each request a line of JSON: the model's key, the file of the request, a file for the result. It answers null, or
+how it failed. As on a server, only some models are there: those in its working directory.
 """
 
 import io
 import json
 import pathlib
 import sys
+import traceback
 
 
 class Refuse:
@@ -52,10 +53,10 @@ def main():
         try:
             models[key] = models.get(key) or load(key)
             serve(models[key], request, result)
-        except Exception as failure:  # noqa: BLE001 whatever it is, the client is told
-            print("failed:", str(failure).replace("\n", " "), flush=True)
+        except Exception:  # noqa: BLE001 whatever it is, the client is told
+            print(json.dumps(traceback.format_exc()), flush=True)
         else:
-            print("done", flush=True)
+            print(json.dumps(None), flush=True)
     assert not [name for name in sys.modules if name.startswith("dit_lens")]
 
 

@@ -18,6 +18,7 @@ import dit_lens as dl
 from dit_lens import Apply, DiTLens, Read, Swap, Zero, toys
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, StoreError
 from dit_lens.execute import answer
+from dit_lens.remote import RemoteEngine, hollow
 from tests import pipelines
 
 HOST = "http://server.test"
@@ -53,8 +54,8 @@ def served(monkeypatch, process, tmp_path):
         (tmp_path / "request").write_bytes(blob)
         order = [envelope.model_key, str(tmp_path / "request"), str(tmp_path / "result")]
         print(json.dumps(order), file=process.stdin, flush=True)
-        if (answer := process.stdout.readline().strip()) != "done":
-            raise RemoteError(answer)
+        if failure := json.loads(process.stdout.readline()):
+            raise RemoteError(failure)
         return backend.finalize((tmp_path / "result").read_bytes())
 
     monkeypatch.setattr(RemoteBackend, "request", request)
@@ -186,15 +187,25 @@ def test_a_server_that_fails_says_so(lenses, served):
     def broken(tensor, hook):
         raise ValueError("no such thing")
 
-    with pytest.raises(ExecutionError, match=rf"the nnsight server {HOST} answered: .*no such thing.*Nothing was kept"):
+    with pytest.raises(
+        ExecutionError, match=rf"the nnsight server {HOST} answered: ValueError: no such thing\. Nothing was kept"
+    ):
         there.run("red", Apply("blocks.0.img", fn=broken), seed=0)
+
+    def elsewhere(tensor, hook):
+        import not_there
+
+        return not_there.fn(tensor)
+
+    with pytest.raises(ExecutionError, match=r"No module named 'not_there'\. What a function imports .*register"):
+        there.run("red", Apply("blocks.0.img", fn=elsewhere), seed=0)
 
 
 def test_a_model_that_a_server_does_not_hold(folder, served, tmp_path):
     (tmp_path / "other").symlink_to(folder)
     there = DiTLens.remote(tmp_path / "other", host=HOST)
     there.defaults = dict(pipelines.TRUE_CFG)
-    with pytest.raises(ExecutionError, match=r"answered: failed: .*DiffusionModel:.*other.* is not here\. Nothing"):
+    with pytest.raises(ExecutionError, match=r"answered: LookupError: .*other.* is not here\. Nothing"):
         there.run("red", seed=0)
 
 
@@ -236,6 +247,13 @@ def test_a_server_that_is_not_there(folder):
         DiTLens.remote(folder, host="localhost")
     with pytest.raises(StoreError, match="no diffusers pipeline"):
         DiTLens.remote(folder.parent)
+
+
+def test_a_name_that_the_hub_does_not_tell(folder):
+    model = hollow(folder)
+    model.repo_id = "someone/a-model"
+    with pytest.raises(StoreError, match="hub did not tell the name of someone/a-model"):
+        RemoteEngine(model, HOST)
 
 
 def test_what_the_configuration_says_of_guidance_is_known(tmp_path):
