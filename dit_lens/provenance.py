@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from dit_lens.families import Family
 
-SAMPLED = 64  # elements of a weight
+SAMPLED = 4096  # elements of a weight, about
 PACKAGES = ("dit-lens", "torch", "diffusers", "transformers", "nnsight")
 
 
@@ -45,7 +45,7 @@ def describe(pipe: DiffusionPipeline, family: Family) -> dict[str, Any]:
 
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> str | None:
-    """A hash of up to 64 elements, evenly spaced, of every weight: the same for the same weights, wherever they lie.
+    """A hash of about 4,096 elements, evenly spaced, of every weight: the same for the same weights wherever they lie.
 
     >>> layer = torch.nn.Linear(4, 4)
     >>> before = fingerprint(layer)
@@ -53,6 +53,8 @@ def fingerprint(module: nn.Module) -> str | None:
     >>> fingerprint(layer) == before
     False
 
+    Weights of up to 4,096 elements are covered whole, and of matrices up to about 4,000 wide every row; a change of
+    single elements of larger ones may pass unseen, and so does the strength at which an adapter is applied.
     None where weights are not plainly at hand: offloaded ones, and those of quantised layers.
     """
     weights = [weight.detach() for weight in module.parameters()]
@@ -60,8 +62,8 @@ def fingerprint(module: nn.Module) -> str | None:
         return None
     digest = hashlib.sha256()
     for weight in weights:
-        some = weight.flatten()[:: max(1, weight.numel() // SAMPLED)][:SAMPLED]
-        digest.update(some.float().cpu().numpy().tobytes())
+        stride = weight.numel() // SAMPLED | 1  # odd, so that a width of a power of 2 does not always meet one column
+        digest.update(weight.flatten()[::stride].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
