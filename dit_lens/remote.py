@@ -123,9 +123,9 @@ class RemoteEngine:
         try:
             yield
         except RemoteError as failure:
-            last = str(failure).strip().rpartition("\n")[2]  # of a traceback, which the cause shows whole
-            advice = f"{_MISSING} {_LOST}" if "ModuleNotFoundError" in last else _LOST
-            self._failed(f"answered: {last.removesuffix('.')}", advice, failure)
+            gist = _gist(str(failure))
+            advice = f"{_MISSING} {_LOST}" if "ModuleNotFoundError" in gist else _LOST
+            self._failed(f"answered: {gist}", advice, failure)
         except WebSocketBadStatusException as refusal:
             advice = "Is the key right (nnsight.CONFIG.set_default_api_key), and is it an nnsight server?"
             self._failed(f"refused the connection (HTTP status {refusal.status_code})", advice, refusal)
@@ -134,6 +134,19 @@ class RemoteEngine:
 
     def _failed(self, how: str, advice: str, cause: Exception) -> NoReturn:
         raise ExecutionError(f"the nnsight server {self.host} {how}. {advice}") from cause
+
+
+def _gist(answer: str) -> str:
+    r"""What a server says before a traceback, or what the traceback is of; the error's cause shows all of it.
+
+    >>> _gist("Could not deploy this model.\nTraceback (most recent call last):\n  File ...")
+    'Could not deploy this model'
+    >>> _gist("Traceback (most recent call last):\n  File ...\nValueError: no such thing")
+    'ValueError: no such thing'
+    """
+    answer = answer.strip()
+    line = answer.rpartition("\n")[2] if answer.startswith("Traceback") else answer.partition("\n")[0]
+    return line.removesuffix(".")
 
 
 def _key(model: DiffusionModel) -> str:
