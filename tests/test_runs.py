@@ -11,6 +11,7 @@ import dit_lens as dl
 from dit_lens import Read, Swap, Zero
 from dit_lens.errors import PromptError, SiteError
 from dit_lens.ops import from_json, to_json
+from dit_lens.provenance import fingerprint
 
 OPS = [
     Read("blocks.*.img", reduce="|mean|", name="spectrum"),
@@ -155,3 +156,17 @@ def test_a_rerun_names_exchanged_weights(lens, tmp_path):
         weight.data[0, 0] -= 1
     assert where == "provenance.weights"
     assert one != other
+
+
+def test_a_fingerprint_sees_every_row_and_column():
+    layer = torch.nn.Linear(512, 256)
+    seen = {fingerprint(layer)}
+    for line in (*layer.weight.data, *layer.weight.data.T):
+        line.add_(1)
+        seen.add(fingerprint(layer))
+    assert len(seen) == 1 + 256 + 512
+
+
+def test_a_fingerprint_needs_weights_at_hand():
+    assert fingerprint(torch.nn.Linear(4, 4, device="meta")) is None
+    assert fingerprint(torch.nn.Linear(4, 4).to(torch.bfloat16)) is not None
