@@ -41,7 +41,9 @@ def lab(tmp_path_factory):
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in cells])
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
         nbformat.write(notebook, folder / f"{name}.ipynb")
-    shutil.copy(LESSON, folder / "lesson.ipynb")
+    (folder / "solutions").mkdir()
+    shutil.copy(LESSON, folder / "solutions")
+    shutil.copy(LESSON.parent.parent / "colab.svg", folder)  # a badge in the lesson, from where it lies
     with browser.jupyterlab(folder) as address:
         yield address
 
@@ -97,7 +99,7 @@ def test_sliders_and_channels_move_the_picture_and_python_hears_of_it(page, lab)
 
 
 def test_the_first_lesson_runs_and_its_explorer_moves(page, lab):
-    view = opened(page, lab, "lesson")
+    view = opened(page, lab, f"solutions/{LESSON.stem}")
     canvas = view.locator("canvas[data-side=left]")
     before = pixels(canvas)
     view.get_by_role("slider", name="block").press("Home")

@@ -172,11 +172,11 @@ class Sweep:
     ) -> None:
         """Raises what would go wrong, before anything runs."""
         check_latents(self.lens.pipe)
-        autoencoder(self.lens.pipe)
         if attribute:
             check_differentiable(self.lens.pipe)
             if self.branch == "both":
                 raise OpError("branch='both': attribution is of one branch. Choose it, or pass attribute=().")
+        autoencoder(self.lens.pipe)
         if self.scored:
             check_k(self.lens, self.scored, [self.k])
         if self.over == "block x channel group" and self.draws < 1:
