@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from dit_lens.families import Anatomy
     from dit_lens.plan import Plan, PlannedRead
 
-HEADROOM = 0.8  # share of the free memory that reads may fill
-
 
 @dataclass(frozen=True)
 class Cost:

@@ -151,7 +151,7 @@ def half_of(module: Any, tensor: Tensor, part: dict[str, Any]) -> Tensor:
     alone = torch.zeros_like(tensor)
     alone[..., start:stop] = tensor[..., start:stop]
     made = module(alone)
-    return made if stop == tensor.shape[-1] else made - module(torch.zeros_like(tensor[:1, :1]))
+    return made if stop is None else made - module(torch.zeros_like(tensor[:1, :1]))
 
 
 def work(value: Any, part: dict[str, Any], now: SimpleNamespace) -> Any | None:

@@ -7,11 +7,13 @@ import tempfile
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.cost import HEADROOM, Cost, human
+from dit_lens.cost import Cost, human
 from dit_lens.errors import OpError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+HEADROOM = 0.8  # share of what is free that reads may fill
 
 
 class Spill(dict):

@@ -160,6 +160,17 @@ def test_what_one_projection_adds_up_is_cut_apart(name):
             zoo.run([op])
 
 
+def test_a_projection_that_does_not_say_how_wide_it_is_is_cut_apart_too():
+    """As those of other libraries may not: the last channel and the bias are still counted."""
+    zoo = Zoo(ENTRIES["flux"])
+    block = zoo.lens.pipe.transformer.single_transformer_blocks[-1]
+    block.proj_out = torch.nn.Sequential(block.proj_out)
+    sites = [f"blocks.4.img{point}" for point in (".resid_pre", ".attn_out", ".mlp_out", "")]
+    run = zoo.run([Read(sites)])
+    *parts, whole = (run[site].as_subclass(torch.Tensor) for site in sites)
+    torch.testing.assert_close(sum(parts), whole)
+
+
 @pytest.mark.parametrize(("name", "path"), [("flux", "attn"), ("sd3", "attn"), ("sana", "attn1"), ("dit", "attn1")])
 def test_zeroing_a_write_is_zeroing_the_module(name, path):
     zoo = zoo_of(name)

@@ -29,7 +29,8 @@ class Address:
     slot: for an input the argument's name, for an output its position in the tuple (None: a bare tensor).
     position: for an input, its place among positional arguments. stream, layout: whose tokens, and where they lie.
     axes, patch: those of a picture, or "tokens". turned: whether the tensor is [token, row, channel].
-    span: its channels (start, stop), or all. gate: what it is multiplied by, tanh: of which the tangent is taken.
+    span: its channels (start, stop, None for the end), or all. gate: what it is multiplied by, tanh: of which the
+    tangent is taken.
     half: which channels of a module's input count, where the tensor is what the module makes of them alone.
     table: (parameter, part) of the module that is added to it. x0: whether the latents are estimated from it.
     """
@@ -43,8 +44,8 @@ class Address:
     axes: str = "tokens"
     patch: tuple[int, int, int] = (1, 1, 1)
     turned: bool = False
-    span: tuple[int, int] | None = None
-    half: tuple[int, int] | None = None
+    span: tuple[int, int | None] | None = None
+    half: tuple[int, int | None] | None = None
     gate: Address | None = None
     tanh: bool = False
     table: tuple[str, int] | None = None
@@ -359,9 +360,7 @@ class Anatomy:
         slot, position = (
             self._parameter(path, tap.slot) if tap.side == "input" and tap.slot is not None else (tap.slot, None)
         )
-        whole = _width_of(self._module(path), tap.side)
         table = None if tap.table is None else (tap.table, (tap.span or (0, None))[0])
-        span = None if tap.table is not None else self._channels_of(tap.span, whole)
         return Address(
             f"transformer.{path}",
             tap.side,
@@ -371,19 +370,19 @@ class Anatomy:
             layout=tap.layout or stack.layout,
             axes=tap.axes,
             turned=stack.turned and not tap.upright and tap.layout != "whole",
-            span=span,
-            half=self._channels_of(tap.half, whole),
+            span=None if tap.table is not None else self._channels_of(tap.span),
+            half=self._channels_of(tap.half),
             gate=None if tap.gate is None else self._tapped(block, stream, tap.gate),
             tanh=tap.tanh,
             table=table,
         )
 
-    def _channels_of(self, units: tuple[int, int | None] | None, whole: int | None) -> tuple[int, int] | None:
-        """A span in units of the hidden size, in channels of a module with ``whole`` of them."""
+    def _channels_of(self, units: tuple[int, int | None] | None) -> tuple[int, int | None] | None:
+        """A span in units of the hidden size, in channels."""
         if units is None:
             return None
         start, stop = units
-        return start * self.width, stop * self.width if stop is not None else whole or -1
+        return start * self.width, None if stop is None else stop * self.width
 
     def rank(self, address: Address) -> tuple[int, int]:
         """Sorts addresses as the model computes them: blocks by their number, modules of a block as they were seen."""
