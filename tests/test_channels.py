@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import median_abs_deviation
 
@@ -200,16 +200,19 @@ def test_random_maps_each_width_by_itself():
 
 
 @settings(max_examples=15, deadline=None)
+@example(9440, 0)  # the set holds more than the six strongest channels outside
 @given(seeds, seeds)
-def test_energy_matched_is_outside_and_near_where_it_can_be(seed, draw):
+def test_energy_matched_is_outside_and_as_near_as_it_can_be(seed, draw):
     rng = np.random.default_rng(seed)
     energy = torch.tensor(rng.lognormal(size=128), dtype=torch.float32)
     wanted = ChannelSet({"a": tuple(rng.permutation(128)[:6].tolist())}, {"a": energy}, {"a": energy}, arm="given")
     control = wanted.energy_matched(draw)
     assert len(set(control["a"])) == 6
     assert not set(control["a"]) & set(wanted["a"])
-    assert control.energy_share()["a"] == pytest.approx(wanted.energy_share()["a"], rel=0.02)
-    assert control.matched
+    held, outside = energy[list(wanted["a"])].sum(), np.delete(energy.numpy(), list(wanted["a"]))
+    within_reach = min(held, np.sort(outside)[-6:].sum())
+    assert energy[list(control["a"])].sum() == pytest.approx(within_reach, rel=0.02 if within_reach == held else 1e-6)
+    assert control.matched == (within_reach >= 0.8 * held)
     assert control == wanted.energy_matched(draw)
 
 
