@@ -236,6 +236,24 @@ def test_a_study_goes_on_and_loads_without_its_model(found, tiny, monkeypatch):
         }
 
 
+def test_late_swaps_start_from_a_recorded_run_and_change_no_number(tiny, monkeypatch):
+    choices = {"k": 3, "strengths": [1.0], "draws": 1, "mask_from": None, "steps": (0.5, 1.0), "num_inference_steps": 4}
+    passes = []
+    handle = tiny.pipe.transformer.transformer_blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    try:
+        quick = studies.transfer(tiny, LETTERS, **choices)
+        few = len(passes)
+        monkeypatch.setattr("dit_lens.studies.transport.begins_late", lambda *_: False)
+        slow = studies.transfer(tiny, LETTERS, **choices)
+    finally:
+        handle.remove()
+    pd.testing.assert_frame_equal(quick.table, slow.table)
+    assert all(quick.pictures[name].tobytes() == slow.pictures[name].tobytes() for name in slow.pictures)
+    whole, moved, calls = 8, 7, 2  # runs that stay whole, of swaps, and the transformer's calls at a step
+    assert len(passes) - few == (whole + moved) * 4 * calls
+    assert few == (whole + 1 + moved / 2) * 4 * calls  # one more is recorded
+
+
 def test_stored_activations_give_the_same_picture(tiny):
     """Lockstep, against a source that was run before and kept."""
     source, target = LETTERS[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
     from dit_lens.ops import Op, Pattern, Steps
     from dit_lens.run import Run
-    from dit_lens.studies.cells import Batch
 
 Judge = Callable[["Image", str], Mapping[str, float]]
 
@@ -36,6 +35,15 @@ class Arm:
     sets: tuple[ChannelSet, ...] = ()
 
 
+class Drawn(Protocol):
+    """What is drawn together: prompts, from one seed."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]: ...
+    @property
+    def seed(self) -> int: ...
+
+
 @dataclass
 class Drawing:
     """Runs batches. Where edits begin late, a batch is recorded once and its edits start from there, bit for bit.
@@ -47,13 +55,13 @@ class Drawing:
     call: Mapping[str, Any]
     twice: bool = False
     late: bool = False
-    _recorded: tuple[Batch, Run] | None = field(default=None, init=False)
+    _recorded: tuple[Drawn, Run] | None = field(default=None, init=False)
 
-    def clean(self, part: Batch, reads: Sequence[Read] = (), *, record: bool = False) -> Run:
+    def clean(self, part: Drawn, reads: Sequence[Read] = (), *, record: bool = False) -> Run:
         """A batch without edits."""
         return self.lens.run(self._prompts(part), reads, seed=part.seed, record=record, **self.call)
 
-    def edited(self, part: Batch, ops: Sequence[Op]) -> Run:
+    def edited(self, part: Drawn, ops: Sequence[Op]) -> Run:
         """A batch under edits."""
         prefix = None
         if self.late:
@@ -62,7 +70,7 @@ class Drawing:
             prefix = self._recorded[1]
         return self.lens.run(self._prompts(part), ops, seed=part.seed, prefix=prefix, **self.call)
 
-    def _prompts(self, part: Batch) -> Sequence[str]:
+    def _prompts(self, part: Drawn) -> Sequence[str]:
         return part.prompts * 2 if self.twice else part.prompts
 
 

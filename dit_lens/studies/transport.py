@@ -23,7 +23,18 @@ from dit_lens.metrics import rmse
 from dit_lens.ops import Branch, Op, Read, Swap
 from dit_lens.studies.blends import blend_latents, blend_pictures, blend_texts
 from dit_lens.studies.cells import Cell, Cells
-from dit_lens.studies.common import Arm, Judge, check_k, control_arms, judged, kept_scores, score_ops, sets_of
+from dit_lens.studies.common import (
+    Arm,
+    Drawing,
+    Judge,
+    begins_late,
+    check_k,
+    control_arms,
+    judged,
+    kept_scores,
+    score_ops,
+    sets_of,
+)
 from dit_lens.studies.nearness import change_within, explained
 
 if TYPE_CHECKING:
@@ -204,11 +215,14 @@ def carry_out(cells: Cells, transport: Transport, batch: Lockstep) -> None:
     clean = cells.get(f"{batch.key}/clean", partial(_clean, transport, batch))
     masks = _masks(batch, clean)
     measure = partial(_measured, transport, batch, clean)
+    # Source rows that are made by ops of their own leave no step alone.
+    late = not batch.ops and begins_late(transport.lens, batch.prompts[0], transport.steps, batch.call)
+    draw = Drawing(transport.lens, batch.call, late=late)
     arms = list(transport.arms(clean.arrays, batch.seed))
     for k, arm in arms:
         for masked, strength in transport.conditions:
             swaps = transport.swaps(arm, len(batch.numbers), masks if masked else None, strength)
-            make = partial(_moved, transport.lens, batch, swaps, partial(measure, k, arm, masked, strength))
+            make = partial(_moved, draw, batch, swaps, partial(measure, k, arm, masked, strength))
             cells.get(f"{batch.key}/{k}/{arm.name}/{arm.draw}/{masked}/{strength:g}", make)
     cells.get(f"{batch.key}/blends", partial(_blends, transport, batch, clean, measure))
     for strength in transport.strengths if transport.prompt_blend else ():
@@ -325,8 +339,8 @@ def _key(batch: Lockstep, i: int, k: int, arm: Arm, masked: bool, strength: floa
     }
 
 
-def _moved(lens: DiTLens, batch: Lockstep, swaps: Sequence[Swap], measure: Any) -> Cell:
-    return measure(batch.run(lens, swaps).images[1::2])
+def _moved(draw: Drawing, batch: Lockstep, swaps: Sequence[Swap], measure: Any) -> Cell:
+    return measure(draw.edited(batch, [*batch.ops, *swaps]).images[1::2])
 
 
 def _blends(transport: Transport, batch: Lockstep, clean: Cell, measure: Any) -> Cell:
