@@ -61,6 +61,17 @@ RECORDED = {
         ratios={"blocks.2.img": 10.8, "blocks.7.img": 28.04},
         shares={"blocks.2.img": 0.283, "blocks.7.img": 0.548},
     ),
+    "qwen-image": Recorded(
+        pipeline="QwenImagePipeline",
+        iterations=4704,
+        channels={
+            "blocks.0.img": (109, 105, 36, 75, 48, 87, 65, 91),
+            "blocks.4.img": (10, 109, 75, 31, 117, 105, 70, 36),
+            "blocks.6.img": (75, 10, 70, 31, 109, 26, 105, 98),
+        },
+        ratios={"blocks.2.img": 14.8, "blocks.6.img": 17.11},
+        shares={"blocks.2.img": 0.412, "blocks.6.img": 0.443},
+    ),
 }
 
 
