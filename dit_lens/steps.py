@@ -167,6 +167,12 @@ def _refuse(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any]) ->
     for name, reason in family.refuses.items():
         if call.get(name) is not None:
             raise PromptError(f"{name}= cannot be followed with {family.name}: {reason}. Leave it out.")
+    perturbed = call.get("pag_scale", default_of(pipe, "pag_scale"))
+    if perturbed:
+        raise PromptError(
+            f"pag_scale={perturbed} adds rows of perturbed attention to the transformer's calls, which are neither "
+            "branch. Pass pag_scale=0, or use the pipeline without PAG."
+        )
     guidance = family.guidance_of(pipe)
     cut = None if guidance is None or guidance.cut is None else call.get(guidance.cut)
     if guidance is not None and cut is not None and cut < 1:

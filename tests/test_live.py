@@ -1,5 +1,6 @@
 """Pipelines in use: LoRA that comes and goes, quantised and offloaded weights, pictures to start from, samplers."""
 
+import inspect
 from dataclasses import replace
 
 import diffusers
@@ -10,7 +11,7 @@ from PIL import Image
 
 import dit_lens as dl
 from dit_lens import Read, Swap, Zero
-from dit_lens.errors import FamilyError
+from dit_lens.errors import FamilyError, PromptError
 from tests import oracle, pipelines
 from tests.zoo import truth
 from tests.zoo.rest import autoencoder
@@ -375,6 +376,52 @@ def test_pictures_to_start_from(kind, strength, steps):
     assert torch.allclose(whole["velocity"], split["velocity"], atol=1e-4)
 
 
+def of_parts(cls, pipe, **options):
+    """A pipeline of another class with the same parts; those that are new are missing."""
+    parts = {name: getattr(pipe, name, None) for name in inspect.signature(cls).parameters if name != "is_distilled"}
+    return cls(**{**parts, **options})
+
+
+def of_size(lens, entry, height, width, **call):
+    return lens.run(
+        ops=[Read("blocks.*.img", name="image")], seed=3, **{**entry.call(1), "height": height, "width": width, **call}
+    )
+
+
+def same(one, other):
+    return one.grid == other.grid and all(
+        torch.equal(one["image"][site], other["image"][site]) for site in one["image"]
+    )
+
+
+@pytest.mark.parametrize("name", ["flux2", "klein", "klein-kv"])
+def test_pictures_that_set_the_size(name):
+    """Editing without height and width, as most do: the plan leaves the grid to the pipeline."""
+    lens, picture = dl.DiTLens(ENTRIES[name].build()), Image.linear_gradient("L").convert("RGB").resize((64, 96))
+    for asked, size in {(None, None): (96, 64), (32, None): (32, 64), (None, 32): (96, 32)}.items():
+        found = of_size(lens, ENTRIES[name], *asked, image=picture)
+        assert found.grid == (size[0] // 16, size[1] // 16)
+        assert same(found, of_size(lens, ENTRIES[name], *size, image=picture))
+
+
+RESIZING = {
+    "FluxKontextInpaintPipeline": ("flux-embedded", {"_auto_resize": False, "max_area": 96 * 64}, (6, 4)),
+    "Flux2KleinInpaintPipeline": ("klein", {}, (6, 4)),
+    "QwenImageEditInpaintPipeline": ("qwen-edit", {}, (4, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", RESIZING)
+def test_pictures_whose_size_overrules_what_is_asked(kind):
+    name, options, grid = RESIZING[kind]
+    lens = dl.DiTLens(of_parts(getattr(diffusers, kind), ENTRIES[name].build()))
+    picture = Image.linear_gradient("L").convert("RGB").resize((64, 96))
+    call = {"image": picture, "mask_image": Image.new("L", (64, 96), 255), "strength": 1.0, **options}
+    found = of_size(lens, ENTRIES[name], 64, 128, **call)
+    assert found.grid == grid
+    assert same(found, of_size(lens, ENTRIES[name], 96, 64, **call))
+
+
 @pytest.mark.parametrize("name", ["qwen", "sana", "pixart-sigma", "zimage"])
 def test_several_pictures_of_a_prompt(name):
     """Rows of a call: both pictures of the first prompt, then both of the second."""
@@ -475,6 +522,22 @@ def test_a_picture_to_start_from_with_heun():
 
     picture = Image.linear_gradient("L").convert("RGB").resize((96, 64))
     agrees(replace(entry, build=build), 3, image=[picture] * ROWS, strength=0.5, num_inference_steps=4)
+
+
+def test_rows_of_perturbed_attention_are_refused():
+    """Their pipelines add them unless told otherwise; without them they are like any other."""
+    entry = ENTRIES["sd3"]
+
+    def build():
+        pipe = of_parts(diffusers.StableDiffusion3PAGPipeline, entry.build(), pag_applied_layers="blocks.1")
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    agrees(replace(entry, build=build), 3, pag_scale=0.0)
+    lens = dl.DiTLens(build(), defaults={})
+    for options in ({}, {"pag_scale": 2.0}):
+        with pytest.raises(PromptError, match=r"pag_scale=[23]\.0 adds rows .* Pass pag_scale=0"):
+            lens.cost(ops=[Read("blocks.0.img")], **entry.call(1), **options)
 
 
 # Refusals

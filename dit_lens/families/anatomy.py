@@ -234,6 +234,8 @@ class Anatomy:
             return None
         factor = getattr(pipe, "vae_scale_factor", None)
         sizes = [call.get(side) or defaults[side].default for side in ("height", "width")]
+        if None in sizes and call.get("image") is not None and type(pipe).__name__ in self.family.following:
+            return None
         usual = getattr(pipe, "default_sample_size", None)
         if factor is None or (None in sizes and not isinstance(usual, int)):
             return None

@@ -162,7 +162,8 @@ class Family:
     sign: -1 where the pipeline negates the prediction.
     caching: pipelines whose first step fills a cache that later steps read.
     patch: latent pixels per side of an image token.
-    resizing: pipelines that choose the size of the picture themselves.
+    resizing: pipelines that choose the size of the picture themselves. following: pipelines that take it from a picture
+    they are given, where none is asked for.
     tokenizer, text_length: the pipeline's tokenizer of the text stream, and the argument that sets its length.
     plain_text: whether the text stream is the prompt's own tokens, padded to that length: no template around it, no
     second text encoder beside it.
@@ -194,6 +195,7 @@ class Family:
     caching: tuple[str, ...] = ()
     patch: int = 2
     resizing: tuple[str, ...] = ()
+    following: tuple[str, ...] = ()
     tokenizer: str = "tokenizer"
     text_length: str = "max_sequence_length"
     plain_text: bool = False

@@ -287,7 +287,7 @@ KANDINSKY5 = Family(
     grid=Grid("bfhwc", patch="patch_size"),
     guidance=CALLS,
     prediction="bfhwc",
-    resizing=("Kandinsky5T2IPipeline",),
+    resizing=("Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline"),
     tiny={
         "in_visual_dim": 4,
         "in_text_dim": 8,

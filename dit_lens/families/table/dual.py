@@ -37,7 +37,7 @@ QWEN_IMAGE = Family(
     grid=Grid("shapes", "img_shapes"),
     guidance=TRUE_CFG,
     time=Time(),
-    resizing=("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
+    resizing=("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageEditInpaintPipeline"),
     tiny={
         **SMALL,
         "num_layers": 2,

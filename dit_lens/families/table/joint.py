@@ -40,6 +40,7 @@ ZIMAGE = Family(
     time=Time("t", 1.0, -1.0),
     prediction="list",
     sign=-1,
+    following=("ZImageOmniPipeline",),
     tiny={
         "in_channels": 4,
         "dim": 32,
