@@ -16,26 +16,28 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from dit_lens.lens import DiTLens
+
 BATCH = 8  # pictures that go through the autoencoder together
 
 
 @torch.no_grad()
-def decode(pipe: DiffusionPipeline, tokens: Tensor, grid: tuple[int, ...]) -> list[Image]:
+def decode(lens: DiTLens, tokens: Tensor, grid: tuple[int, ...]) -> list[Image]:
     """Pictures of clean latents, as the pipeline's own autoencoder draws them.
 
-    tokens: [picture, token, channel] on ``grid`` (h, w), each token's channels as (latent channel, y, x).
+    tokens: [picture, token, channel] on ``grid`` (h, w), as the transformer has them.
     """
-    vae = autoencoder(pipe)
+    vae = autoencoder(lens.pipe)
     if len(grid) != 2:
         raise FamilyError(
             f"a grid of {' x '.join(map(str, grid))} tokens is a video, which is not drawn. Keep its latents."
         )
     images: list[Image] = []
     for some in tokens.split(BATCH):
-        latents = _scaled(vae, _latents(vae, some.to(vae.device, torch.float32), grid))
+        latents = _scaled(vae, _latents(lens, some.to(vae.device, torch.float32), grid))
         drawn = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         drawn = drawn[:, :, 0] if drawn.ndim == 5 else drawn
-        images += _processor(pipe).postprocess(drawn.float(), output_type="pil")
+        images += _processor(lens.pipe).postprocess(drawn.float(), output_type="pil")
     return images
 
 
@@ -51,8 +53,9 @@ def autoencoder(pipe: DiffusionPipeline) -> Any:
     return vae
 
 
-def _latents(vae: Any, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
+def _latents(lens: DiTLens, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Tokens as [picture, channel, H, W]. The packing follows from the number of the autoencoder's channels."""
+    vae: Any = lens.pipe.vae
     channels = vae.config.get("latent_channels") or vae.config.get("z_dim")
     side = isqrt(tokens.shape[-1] // channels)
     if channels * side * side != tokens.shape[-1]:
@@ -60,6 +63,8 @@ def _latents(vae: Any, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
     if hasattr(vae, "bn"):  # FLUX.2 normalises packed latents
         deviation = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
         tokens = tokens * deviation.to(tokens) + vae.bn.running_mean.to(tokens)
+    if lens.family.packing == "yxc":
+        tokens = tokens.unflatten(-1, (side * side, channels)).transpose(-1, -2).flatten(-2)
     h, w = grid
     like = torch.empty(len(tokens), channels, h * side, w * side, device="meta")
     return unpacked(tokens, like, "bchw", [1, side, side])
@@ -84,9 +89,24 @@ def _processor(pipe: DiffusionPipeline) -> Any:
     return getattr(pipe, "image_processor", None) or VaeImageProcessor()
 
 
-def tokens_of(latents: Tensor | None, grid: tuple[int, ...]) -> Tensor:
-    """A run's latents on its grid (h, w) as float32 tokens [b, n, d]."""
-    if latents is not None and latents.ndim == 4:
+def as_tokens(lens: DiTLens, latents: Tensor) -> Tensor:
+    """The autoencoder's latents [picture, channel, H, W] as the transformer's tokens: the inverse of ``_latents``."""
+    vae: Any = lens.pipe.vae
+    side = isqrt(lens.anatomy.latent_width // latents.shape[1])
+    tokens = packed(latents, "bchw", [1, side, side])
+    if lens.family.packing == "yxc":
+        tokens = tokens.unflatten(-1, (-1, side * side)).transpose(-1, -2).flatten(-2)
+    if hasattr(vae, "bn"):
+        deviation = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+        tokens = (tokens - vae.bn.running_mean.to(tokens)) / deviation.to(tokens)
+    return tokens
+
+
+def tokens_of(lens: DiTLens, latents: Tensor | None, grid: tuple[int, ...]) -> Tensor:
+    """What a run returned for latents, on its grid (h, w), as float32 tokens [b, n, d]."""
+    if latents is not None and type(lens.pipe).__name__ in lens.family.finished:
+        latents = as_tokens(lens, latents.float())
+    elif latents is not None and latents.ndim == 4:
         side = latents.shape[-1] // grid[-1]
         latents = packed(latents, "bchw", [1, side, side])
     if latents is None or latents.ndim != 3:

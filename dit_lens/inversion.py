@@ -16,14 +16,14 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isqrt
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from dit_lens.decode import autoencoder, decode, tokens_of
+from dit_lens.decode import as_tokens, autoencoder, decode, tokens_of
 from dit_lens.errors import FamilyError, OpError
-from dit_lens.layout import packed, unpacked
+from dit_lens.layout import unpacked
 from dit_lens.metrics import rmse
 from dit_lens.ops import Read
 
@@ -34,8 +34,15 @@ if TYPE_CHECKING:
 
     from dit_lens.lens import DiTLens
 
-# What the source of prepare_latents says where latents that were given go to the transformer as they are.
-_TAKEN = r"if latents is not None:\n(\s+latent_image_ids = .*\n)?\s+return latents\.to\("
+# What the source of prepare_latents says where latents that were given go to the transformer as they are, and where
+# they are a picture whose pixels become the tokens.
+_TAKEN = (
+    r"if latents is not None:\n(\s+latent_image_ids = .*\n)?\s+return latents\.to\("
+    r"|else:\n(\s+if latents\.shape != shape:\n\s+raise .*\n)?\s+latents = latents\.to\(.*\n+\s+return latents\b"
+)
+_FLATTENED = (
+    r"else:\n\s+latents = latents\.to\(.*\n+(\s+latent_ids = .*\n)+\n?\s+latents = self\._pack_latents\(latents\)"
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,9 @@ class Inversion:
     picture_error: tuple[float, ...]
 
 
-def invert(lens: DiTLens, pictures: Sequence[Image], prompts: Sequence[str] | str = "", **call: Any) -> Inversion:
+def invert(
+    lens: DiTLens, pictures: Sequence[Image], prompts: Sequence[str] | str | None = "", **call: Any
+) -> Inversion:
     """Runs the ODE of the flow backwards from pictures to noise.
 
     >>> from dit_lens import DiTLens
@@ -66,27 +75,28 @@ def invert(lens: DiTLens, pictures: Sequence[Image], prompts: Sequence[str] | st
 
     The scheduler's own steps in reverse order, by Euler, without guidance (which would not be undone): each takes the
     velocity at the noise level it goes to, which is the one the forward step starts at. pictures: PIL, of the run's
-    size. prompts: what the model is told of them, one for all or one each. call: the pipeline's arguments.
+    size. prompts: what the model is told of them, one for all or one each; None where ``call``, the pipeline's
+    arguments, has embeddings.
     Raises FamilyError where the sampler is no Euler of a flow, or where latents cannot be given to the pipeline.
     """
     check_invertible(lens)
-    prompts = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts)
+    prompts = _each(prompts, pictures)
     call = {**call, **_unguided(lens)}
     latents, grid = latents_of(lens, pictures, prompts, call)
     call |= {"seed": 0, "output_type": "latent"}
     with lens.quiet(), _backwards(lens.pipe):
         back = lens.run(prompts, [Read("velocity")], latents=_given(lens, latents, grid), **call)
-    noise = cast("Tensor", back.latents)
+    noise = _given(lens, tokens_of(lens, back.latents, grid), grid)
     with lens.quiet():
-        again = tokens_of(lens.run(prompts, latents=noise, **call).latents, grid)
-    drawn, redrawn = decode(lens.pipe, latents, grid), decode(lens.pipe, again, grid)
+        again = tokens_of(lens, lens.run(prompts, latents=noise, **call).latents, grid)
+    drawn, redrawn = decode(lens, latents, grid), decode(lens, again, grid)
     off = (again - latents).square().mean((1, 2)).sqrt() / latents.square().mean((1, 2)).sqrt()
     errors = np.atleast_1d(rmse(redrawn, drawn))
     return Inversion(noise, back["velocity"].flip(0), tuple(off.tolist()), tuple(map(float, errors)))
 
 
 def noised_reference(
-    lens: DiTLens, pictures: Sequence[Image], *, seed: int, prompts: Sequence[str] | str = "", **call: Any
+    lens: DiTLens, pictures: Sequence[Image], *, seed: int, prompts: Sequence[str] | str | None = "", **call: Any
 ) -> Tensor:
     """The velocity along which pictures lie under the noise of a seed: x_t = (1 - s) x_0 + s noise at every step.
 
@@ -101,19 +111,19 @@ def noised_reference(
     Returns float32 [1, b, n, d]: the same at every step. pictures: PIL, of the run's size. prompts and call: of the run
     the noise is for. Raises OpError, before any denoising, where the scheduler is none of a flow.
     """
-    prompts = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts)
+    prompts = _each(prompts, pictures)
     check_flow(lens, prompts, call)
     latents, _ = latents_of(lens, pictures, prompts, call)
     with lens.quiet():
-        run = lens.run(prompts[:1], [Read(["x0", "velocity"], steps=0)], seed=seed, **call)
+        run = lens.run(prompts and prompts[:1], [Read(["x0", "velocity"], steps=0)], seed=seed, **call)
     first, sign = run.sigmas[0], lens.family.sign
     noise = run["x0"].float()[0] + first * sign * run["velocity"].float()[0]  # [1, n, d]
     return (sign * (noise - latents) / first)[None]
 
 
-def check_flow(lens: DiTLens, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
+def check_flow(lens: DiTLens, prompts: Sequence[str] | None, call: Mapping[str, Any]) -> None:
     """Refuses a run whose latents are no blend of picture and noise."""
-    when, _ = lens.planned(list(prompts), **{"seed": 0, **call})
+    when, _ = lens.planned(prompts, **{"seed": 0, **call})
     if when.kind != "flow":
         raise OpError(
             f"{type(lens.pipe).__name__} with {type(lens.pipe.scheduler).__name__} predicts {when.kind or 'no flow'}; "
@@ -133,14 +143,14 @@ def check_invertible(lens: DiTLens) -> None:
             f"{'noise of its own' if hasattr(scheduler, 'time_shift') else type(scheduler).__name__}. Exchange it, or "
             "use the noised reference (how='noised')."
         )
-    taken = re.search(_TAKEN, inspect.getsource(type(pipe).prepare_latents))
-    if taken is None or lens.anatomy.grid_rule["axes"] not in ("tokens", "bchw"):
+    if lens.anatomy.grid_rule["axes"] not in ("tokens", "bchw", "list") or not _taken(lens, f"{_TAKEN}|{_FLATTENED}"):
         raise FamilyError(
             f"{type(pipe).__name__} does not pass latents= to its transformer as they are, so inverted noise cannot be "
             "given to it. Use the noised reference (how='noised')."
         )
-    guidance = lens.family.guidance_of(pipe)
-    if guidance is not None and guidance.scale is None:
+    guidance, known = lens.family.guidance_of(pipe), inspect.signature(type(pipe).__call__).parameters
+    elsewhere = guidance is None and "guidance_scale" in known and lens.family.embedded is None  # by another model
+    if elsewhere or (guidance is not None and guidance.scale is None):
         raise FamilyError(
             f"{type(pipe).__name__} always guides, and guidance is not undone by going backwards. Use the noised "
             "reference (how='noised')."
@@ -149,7 +159,7 @@ def check_invertible(lens: DiTLens) -> None:
 
 @torch.no_grad()
 def latents_of(
-    lens: DiTLens, pictures: Sequence[Image], prompts: Sequence[str], call: Mapping[str, Any]
+    lens: DiTLens, pictures: Sequence[Image], prompts: Sequence[str] | None, call: Mapping[str, Any]
 ) -> tuple[Tensor, tuple[int, int]]:
     """The clean latents of pictures, float32 [b, n, d] with channels as (latent channel, y, x), and their grid (h, w).
 
@@ -173,17 +183,13 @@ def latents_of(
     side = isqrt(lens.anatomy.latent_width // latents.shape[1])
     grid = (latents.shape[2] // side, latents.shape[3] // side)
     _check_size(lens, pictures[0], grid, prompts, call)
-    tokens = packed(latents, "bchw", [1, side, side])
-    if hasattr(vae, "bn"):  # FLUX.2 normalises packed latents
-        spread = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
-        tokens = (tokens - vae.bn.running_mean.to(tokens)) / spread.to(tokens)
-    return tokens.cpu(), grid
+    return as_tokens(lens, latents).cpu(), grid
 
 
 def _check_size(
-    lens: DiTLens, picture: Image, grid: tuple[int, int], prompts: Sequence[str], call: Mapping[str, Any]
+    lens: DiTLens, picture: Image, grid: tuple[int, int], prompts: Sequence[str] | None, call: Mapping[str, Any]
 ) -> None:
-    _, plan = lens.planned(list(prompts), **{"seed": 0, **call})
+    _, plan = lens.planned(prompts, **{"seed": 0, **call})
     expected = plan.program["expected"]
     if expected is not None and tuple(expected) != grid:
         w, h = picture.size
@@ -194,13 +200,29 @@ def _check_size(
         )
 
 
+def _each(prompts: Sequence[str] | str | None, pictures: Sequence[Image]) -> list[str] | None:
+    """A prompt for every picture, where there are prompts."""
+    if prompts is None:
+        return None
+    return [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts)
+
+
 def _given(lens: DiTLens, latents: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Latents as the transformer, and so ``latents=`` of the pipeline, has them."""
+    """Latents as ``latents=`` of the pipeline takes them."""
+    if _taken(lens, _FLATTENED):
+        return latents.transpose(1, 2).unflatten(2, grid)
     rule = lens.anatomy.grid_rule
+    axes = "bchw" if rule["axes"] == "list" else rule["axes"]  # a list is made of one tensor for every step
     _, *patch = rule["patch"]
     channels = latents.shape[-1] // (patch[0] * patch[1])
     like = torch.empty(len(latents), channels, grid[0] * patch[0], grid[1] * patch[1], device="meta")
-    return unpacked(latents, like, rule["axes"], rule["patch"])
+    return unpacked(latents, like, axes, rule["patch"])
+
+
+def _taken(lens: DiTLens, form: str) -> bool:
+    """Whether the pipeline takes ``latents=`` in a form, by its source."""
+    prepare = getattr(type(lens.pipe), "prepare_latents", None)
+    return prepare is not None and re.search(form, inspect.getsource(prepare)) is not None
 
 
 def _unguided(lens: DiTLens) -> dict[str, Any]:
@@ -213,15 +235,16 @@ def _unguided(lens: DiTLens) -> dict[str, Any]:
 def _backwards(pipe: DiffusionPipeline) -> Generator[None]:
     """The pipeline with its scheduler's steps in reverse order, from clean to noise."""
     forward = pipe.scheduler
-    kind = type(forward)
+    scheduler = type(forward).from_config(forward.config)  # of the same class: pipelines ask for it
+    ahead = scheduler.set_timesteps
 
-    class Backwards(kind):
-        @functools.wraps(kind.set_timesteps)  # pipelines look at what it takes
-        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-            super().set_timesteps(*args, **kwargs)
-            self.timesteps, self.sigmas = self.timesteps.flip(0), self.sigmas.flip(0)
+    @functools.wraps(ahead)  # pipelines look at what it takes
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        ahead(*args, **kwargs)
+        scheduler.timesteps, scheduler.sigmas = scheduler.timesteps.flip(0), scheduler.sigmas.flip(0)
 
-    pipe.scheduler = Backwards.from_config(forward.config)
+    scheduler.set_timesteps = set_timesteps
+    pipe.scheduler = scheduler
     try:
         yield
     finally:

@@ -59,7 +59,7 @@ def read_x0(lens: DiTLens, prompt: Any, site: Pattern | None = None, *, steps: S
     pictures = {}
     for name, value in reading.tensors.items():
         s, b = value.shape[:2]
-        drawn = decode(lens.pipe, value.flatten(0, 1), run.grid)
+        drawn = decode(lens, value.flatten(0, 1), run.grid)
         pictures[name] = [drawn[i * b : (i + 1) * b] for i in range(s)]
     return X0(pictures, reading.steps, run)
 

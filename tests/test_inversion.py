@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dit_lens import DiTLens, Read, Swap, studies
-from dit_lens.decode import decode
+from dit_lens.decode import decode, tokens_of
 from dit_lens.errors import FamilyError, OpError
 from dit_lens.inversion import invert, latents_of, noised_reference
 from dit_lens.metrics import rmse
@@ -16,6 +16,9 @@ from dit_lens.studies.common import scene_judge
 from dit_lens.toys import flux, flux2, qwen_image, sana
 from dit_lens.toys.scenes import Scene, draw
 from tests import pipelines, planted
+from tests.zoo.first import flux2_autoencoder
+from tests.zoo.rest import autoencoder
+from tests.zoo.truth import ENTRIES
 
 CAPTION = "a big red circle left on a plain blue background"
 CALLS = {flux: flux.CALL, flux2: flux2.CALL, qwen_image: qwen_image.CALL, sana: sana.CALL}
@@ -35,6 +38,19 @@ def tiny():
 def noisy():
     """A picture of noise, of the tiny pipeline's size."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
+
+
+def with_autoencoder(name):
+    """A tiny pipeline that draws pictures, whose statistics are not those of a fresh autoencoder; and its call."""
+    pipe = ENTRIES[name].build()
+    if pipe.vae is None:
+        pipe.register_modules(vae=flux2_autoencoder() if name == "ideogram4" else autoencoder())
+    if hasattr(pipe.vae, "bn"):
+        pipe.vae.bn.running_mean.normal_()
+        pipe.vae.bn.running_var.uniform_(1, 4)
+    pipe.set_progress_bar_config(disable=True)
+    call = ENTRIES[name].call(1)
+    return DiTLens(pipe, defaults={}), {key: call[key] for key in call.keys() - {"output_type", "num_inference_steps"}}
 
 
 def packed_by_hand(kind, pipe, latents):
@@ -60,9 +76,20 @@ def test_latents_are_what_each_model_was_trained_on(kind, picture):
     assert grid[0] * grid[1] == found.shape[1]
 
 
+@pytest.mark.parametrize(
+    "name", ["flux", "flux2", "klein", "klein-kv", "sd3", "zimage", "chroma", "hidream", "ideogram4"]
+)
+def test_final_latents_are_drawn_as_the_pipeline_draws_them(name):
+    lens, call = with_autoencoder(name)
+    drawn = lens.run(**call, seed=0, num_inference_steps=2).images[0]
+    run = lens.run(**call, seed=0, num_inference_steps=2, output_type="latent")
+    assert rmse(decode(lens, tokens_of(lens, run.latents, run.grid), run.grid)[0], drawn) < 0.2
+    assert np.asarray(drawn).std() > 10
+
+
 def test_latents_are_drawn_as_the_picture(toy, picture):
     latents, grid = latents_of(toy, [picture], [CAPTION], {})
-    assert rmse(decode(toy.pipe, latents, grid)[0], picture) < 10
+    assert rmse(decode(toy, latents, grid)[0], picture) < 10
 
 
 def test_the_noised_reference_is_a_straight_line_from_the_noise_of_the_seed(tiny, noisy):
@@ -74,7 +101,7 @@ def test_the_noised_reference_is_a_straight_line_from_the_noise_of_the_seed(tiny
     latents = run["x0"] + levels * run["velocity"]  # [s, b, n, d]: what enters the transformer
     noise = plain["x0"][0] + levels[0] * plain["velocity"][0]
     assert torch.allclose(latents, (1 - levels) * clean + levels * noise, atol=1e-4)
-    assert rmse(run.images[0], decode(tiny.pipe, clean, grid)[0]) < 0.5
+    assert rmse(run.images[0], decode(tiny, clean, grid)[0]) < 0.5
 
 
 def test_inversion_says_how_well_it_goes_back(tiny, noisy):
@@ -84,7 +111,7 @@ def test_inversion_says_how_well_it_goes_back(tiny, noisy):
     error = float((again - clean).square().mean().sqrt() / clean.square().mean().sqrt())
     assert found.latent_error[0] == pytest.approx(error, rel=1e-3)
     assert error > 1e-4
-    drawn = rmse(decode(tiny.pipe, again, grid)[0], decode(tiny.pipe, clean, grid)[0])
+    drawn = rmse(decode(tiny, again, grid)[0], decode(tiny, clean, grid)[0])
     assert found.picture_error[1] == pytest.approx(drawn, abs=0.5)
 
 
@@ -98,7 +125,7 @@ def test_inversion_is_euler_from_clean_to_noise(tiny, noisy):
     for step in reversed(range(pipelines.STEPS)):
         latents = latents + (levels[step] - levels[step + 1]) * found.velocity[step]
     assert torch.allclose(latents, found.noise, atol=1e-4)
-    assert rmse(run.images[0], decode(tiny.pipe, clean, grid)[0]) < 0.5
+    assert rmse(run.images[0], decode(tiny, clean, grid)[0]) < 0.5
 
 
 def test_finer_steps_go_back_better(toy, picture):
@@ -116,11 +143,35 @@ def test_the_scheduler_comes_back(tiny, noisy, monkeypatch):
     assert tiny.pipe.scheduler is before
 
 
+@pytest.mark.parametrize("name", ["flux", "flux2", "klein", "sd3", "zimage", "bria", "chroma", "hidream"])
+def test_pictures_are_inverted_in_every_form_of_latents(name):
+    """Tokens, pictures of tokens, latents that come out normalised, lists: the error falls as steps get finer."""
+    lens, call = with_autoencoder(name)
+    picture = lens.run(**call, seed=0, num_inference_steps=4).images[0]
+    found = [invert(lens, [picture], None, **call, num_inference_steps=n) for n in (8, 32)]
+    assert found[1].latent_error[0] < 0.5 * found[0].latent_error[0]
+    clean, grid = latents_of(lens, [picture], None, call)
+    way = lens.run(
+        ops=Swap("velocity", source=found[0].velocity, branch="both"),
+        seed=0,
+        **{**call, "latents": found[0].noise, "num_inference_steps": 8},
+    )
+    assert rmse(way.images[0], decode(lens, clean, grid)[0]) < 0.5
+
+
 def test_what_cannot_be_done_is_refused_before_anything_runs(tiny, noisy, picture, monkeypatch):
-    klein, linear = (DiTLens(kind.build(), defaults=CALLS[kind]) for kind in (flux2, sana))
+    linear = DiTLens(sana.build(), defaults=CALLS[sana])
+    others = {
+        "kandinsky5": "does not pass latents= to its transformer as they are",
+        "ernie": "does not pass latents= to its transformer as they are",
+        "omnigen": "always guides",
+        "ideogram4": "always guides",
+    }
+    others = {DiTLens(ENTRIES[name].build()): words for name, words in others.items()}
     monkeypatch.setattr(DiTLens, "run", None)
-    with pytest.raises(FamilyError, match="does not pass latents= to its transformer as they are"):
-        invert(klein, [picture], CAPTION)
+    for lens, words in others.items():
+        with pytest.raises(FamilyError, match=words):
+            invert(lens, [picture], CAPTION)
     with pytest.raises(FamilyError, match="samples with DPMSolverMultistepScheduler"):
         invert(linear, [picture], CAPTION)
     with pytest.raises(OpError, match=r"64 x 64 pixels, and the run draws 48 x 32"):

@@ -162,6 +162,8 @@ class Family:
     sign: -1 where the pipeline negates the prediction.
     caching: pipelines whose first step fills a cache that later steps read.
     patch: latent pixels per side of an image token.
+    packing: the order of a token's channels in packed latents, "cyx" or "yxc". finished: pipelines that return latents
+    as their autoencoder takes them.
     resizing: pipelines that choose the size of the picture themselves. following: pipelines that take it from a picture
     they are given, where none is asked for.
     tokenizer, text_length: the pipeline's tokenizer of the text stream, and the argument that sets its length.
@@ -194,6 +196,8 @@ class Family:
     sign: int = 1
     caching: tuple[str, ...] = ()
     patch: int = 2
+    packing: str = "cyx"
+    finished: tuple[str, ...] = ()
     resizing: tuple[str, ...] = ()
     following: tuple[str, ...] = ()
     tokenizer: str = "tokenizer"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_lens.clusters import upsample
-from dit_lens.decode import decode, tokens_of
+from dit_lens.decode import decode
 from dit_lens.errors import PromptError
 
 if TYPE_CHECKING:
@@ -38,18 +38,17 @@ def blend_pictures(source: Image, target: Image, strength: float, mask: np.ndarr
 
 
 def blend_latents(
-    lens: DiTLens, latents: Tensor, grid: tuple[int, ...], strength: float, masks: Sequence[np.ndarray] | None = None
+    lens: DiTLens, tokens: Tensor, grid: tuple[int, ...], strength: float, masks: Sequence[np.ndarray] | None = None
 ) -> list[Image]:
     """The targets' pictures after their final latents were blended with the sources'.
 
-    latents: as the pipeline returns them, on ``grid`` (h, w). masks: bool [h, w] for every pair, or everywhere.
+    tokens: of latents [b, n, d], on ``grid`` (h, w). masks: bool [h, w] for every pair, or everywhere.
     """
-    tokens = tokens_of(latents, grid)
     sources, targets = tokens[0::2], tokens[1::2]
     weight = torch.full((*targets.shape[:2], 1), strength)
     if masks is not None:
         weight *= torch.from_numpy(np.stack([mask.ravel() for mask in masks]))[..., None]
-    return decode(lens.pipe, torch.lerp(targets, sources, weight), grid)
+    return decode(lens, torch.lerp(targets, sources, weight), grid)
 
 
 def blend_texts(texts: Mapping[str, Any], strength: float) -> dict[str, Any]:

@@ -315,7 +315,8 @@ class Trial:
         return (found - clean.arrays["ends"][1]) / _way(clean)
 
     def _pictures(self, run: Run, rows: Sequence[int]) -> list[Any]:
-        return decode(self.sweep.lens.pipe, tokens_of(run.latents, run.grid)[list(rows)], run.grid)
+        lens = self.sweep.lens
+        return decode(lens, tokens_of(lens, run.latents, run.grid)[list(rows)], run.grid)
 
     def _says(self, picture: Any) -> dict[str, float]:
         judge = self.sweep.judge

@@ -173,7 +173,7 @@ def _way(
 ) -> Cell:
     """The pictures' way through the steps, and how well it ends at the pictures."""
     latents, grid = latents_of(lens, pictures, captions, call)
-    drawn = decode(lens.pipe, latents, grid)
+    drawn = decode(lens, latents, grid)
     errors: dict[str, Any] = {"autoencoder_error": rmse(drawn, [one.convert("RGB") for one in pictures])}
     if how == "inverted":
         found = invert(lens, pictures, captions, **call)

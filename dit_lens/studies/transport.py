@@ -266,7 +266,7 @@ def _clean(transport: Transport, batch: Lockstep) -> Cell:
     sets = transport.sets(cell.arrays, transport.ks[0])
     found = [segment(row[:, list(sets[i // 2][site])], run.grid).mask for i, row in enumerate(tokens)]
     final = batch.run(lens, output_type="latent")
-    cell.arrays[LATENTS] = tokens_of(final.latents, run.grid).numpy()
+    cell.arrays[LATENTS] = tokens_of(lens, final.latents, run.grid).numpy()
     for i, number in enumerate(batch.numbers):
         name = f"{number}/{batch.seed}"
         cell.pictures |= {f"{name}/source": run.images[2 * i], f"{name}/target": run.images[2 * i + 1]}

@@ -68,6 +68,7 @@ FLUX2 = Family(
     },
     time=Time(),
     caching=("Flux2KleinKVPipeline",),
+    finished=("Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline"),
     resizing=("Flux2KleinInpaintPipeline",),
     following=("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline"),
     embedded="guidance_embeds",

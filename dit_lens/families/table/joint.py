@@ -105,7 +105,8 @@ OMNIGEN = Family(
     width="hidden_size",
     out_width="in_channels*patch_size*patch_size",
     grid=Grid("bchw", patch="patch_size"),
-    guidance=Guidance(COND_UNCOND),
+    guidance=Guidance(COND_UNCOND, scale=None),
+    refuses={"input_images": "they add rows that see the pictures without the prompt"},
     time=Time(offset=1.0, scale=-1.0),
     prediction="bchw",
     tiny={
@@ -188,6 +189,7 @@ IDEOGRAM4 = Family(
     "`cond` is all there is, and the picture is guided by a model that no op touches.",
     time=_FALLING,
     prediction_layout="text_first",
+    packing="yxc",
     sign=-1,
     tiny={
         **SMALL,
