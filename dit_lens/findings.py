@@ -36,9 +36,10 @@ models of the paper (Turri et al., arXiv 2605.13974), and one training run is on
 about an architecture. The page shows what the instruments measure where the truth can be checked, and it says so where
 a claim does not hold. It is written by `dit-lens findings`; every number in it comes from the tables beside it.
 
-Intervals are 95 % hierarchical bootstrap over prompts, then seeds and draws. A claim *holds* where the interval of the
-massive channels lies wholly beyond those of all controls of equal size, *fails* where it lies wholly on the other side
-of one, and is *undecided* between. Distances between pictures are RMSE over grey levels, 0 to 255.
+Intervals are 95 % hierarchical bootstrap over prompts, then seeds and draws. Arms are compared picture by picture: the
+same prompt, the same seed. A claim *holds* where the interval of the mean difference between the massive channels and
+each control of equal size lies wholly beyond 0, *fails* where it lies wholly on the other side for one of them, and is
+*undecided* between. Distances between pictures are RMSE over grey levels, 0 to 255.
 """
 
 

@@ -1,13 +1,16 @@
 """What studies found, in plain words: sentences whose numbers are a result's own, beside what is published.
 
-Whether a claim holds is decided by intervals, see :func:`beyond`.
+Whether a claim holds is decided by intervals of paired differences, see :func:`beyond`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
+
+from dit_lens.studies.result import paired
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,10 +22,13 @@ CONTROLS = ["bottom", "random", "energy-matched"]
 
 
 class Contest(NamedTuple):
-    """The massive channels against the controls of equal size, by one measure of a summary."""
+    """The massive channels against the controls of equal size, by one measure.
 
-    top: pd.Series
-    controls: pd.DataFrame
+    means: of every arm, with intervals. table: the measurements they are of, from which differences follow.
+    """
+
+    means: pd.DataFrame
+    table: pd.DataFrame
     measure: str
     larger: bool = True
     form: str = ".1f"
@@ -30,14 +36,14 @@ class Contest(NamedTuple):
     @property
     def verdict(self) -> str:
         """Whether the claim "holds", "fails" or "is undecided"."""
-        return beyond(self.top, self.controls, self.measure, larger=self.larger)
+        return beyond(self.table, self.measure, larger=self.larger)
 
     @property
     def brief(self) -> str:
         """The verdict, and the massive channels beside the strongest control."""
-        column = self.controls[self.measure]
+        column = self.means.loc[CONTROLS, self.measure]
         arm = column.idxmax() if self.larger else column.idxmin()
-        own, other = (between(row, self.measure, self.form) for row in (self.top, self.controls.loc[arm]))
+        own, other = (between(self.means.loc[one], self.measure, self.form) for one in ("top", arm))
         return f"{self.verdict}: {own}; {arm} {other}"
 
 
@@ -49,19 +55,25 @@ class Question(NamedTuple):
     published: str
 
 
-def beyond(top: pd.Series, controls: pd.DataFrame, measure: str, *, larger: bool = True) -> str:
-    """Whether the massive channels lie beyond every control: "holds", "fails" or "is undecided", by intervals.
+def beyond(
+    table: pd.DataFrame, measure: str, *, arm: str = "top", over: Sequence[str] = CONTROLS, larger: bool = True
+) -> str:
+    """Whether an arm lies beyond every control: "holds", "fails" or "is undecided".
 
     >>> import pandas as pd
-    >>> top = pd.Series({"x": 5.0, "x_low": 4.0, "x_high": 6.0})
-    >>> beyond(top, pd.DataFrame({"x": [1.0, 2.0], "x_low": [0.5, 1.5], "x_high": [1.5, 2.5]}), "x")
+    >>> arms = pd.DataFrame({"arm": ["top", "bottom"] * 4, "x": [5.0, 1.0, 7.0, 3.5, 6.0, 2.0, 9.0, 4.0]})
+    >>> beyond(arms.assign(prompt=[*"aabbccdd"], seed=0), "x", over=["bottom"])
     'holds'
+
+    By the 95 % intervals of the differences between pictures of one prompt and seed: beyond 0 for every control, on
+    the other side of it for one, or neither. table: prompt, seed, arm and the measure. larger: what the claim says.
     """
-    low, high = (f"{measure}_low", f"{measure}_high") if larger else (f"{measure}_high", f"{measure}_low")
-    sign = 1 if larger else -1
-    if (sign * top[low] > sign * controls[high]).all():
+    excess = paired(table[table["arm"].isin([arm, *over])].assign(all=0), ["all"], [measure], base=arm)
+    low, high = (excess[f"{measure}_{arm}_minus_{bound}"] for bound in ("low", "high"))
+    above, below = (low > 0).all(), (high < 0).all()
+    if above if larger else below:
         return "holds"
-    return "fails" if (sign * top[high] < sign * controls[low]).any() else "is undecided"
+    return "fails" if ((high < 0).any() if larger else (low > 0).any()) else "is undecided"
 
 
 def between(row: pd.Series, measure: str, form: str = ".1f") -> str:
@@ -74,7 +86,7 @@ def between(row: pd.Series, measure: str, form: str = ".1f") -> str:
 def damage(result: Result) -> Contest:
     """How far ablation changes pictures, of a disruption."""
     rows = result.summary[result.summary["k"] > 0].set_index("arm")
-    return Contest(rows.loc["top"], rows.loc[CONTROLS], "rmse")
+    return Contest(rows, result.table, "rmse")
 
 
 def critical(result: Result) -> str:
@@ -86,12 +98,13 @@ def critical(result: Result) -> str:
         for arm, row in rows.iterrows()
     }
     listed = ", ".join(f"{arm} {changes[arm]}" for arm in CONTROLS)
-    fair = beyond(rows.loc["attenuated"], rows.loc[["energy-matched"]], "rmse")
-    judged = beyond(rows.loc["attenuated"], rows.loc[["energy-matched"]], "fidelity", larger=False) if said else None
+    equal = partial(beyond, result.table, arm="attenuated", over=["energy-matched"])
+    fair, judged = equal("rmse"), equal("fidelity", larger=False) if said else None
+    norm = _norm(result.table, rows)
     return (
         f"**The claim {damage(result).verdict}.** Zeroing the top channels (energy share "
         f"{top['energy_share']:.2f}) changes pictures by {changes['top']}; {listed}.\n\n"
-        f"{_norm(rows)}: raising all other channels as the ablation would, with nothing removed, changes pictures by "
+        f"{norm}: raising all other channels as the ablation would, with nothing removed, changes pictures by "
         f"{changes['rescaled']}; overwriting the top channels so that the norm's statistics stay, by "
         f"{changes['norm-kept']}.\n\n"
         f"Size may be: no other channels hold as much energy (energy-matched reaches a share of "
@@ -103,9 +116,9 @@ def critical(result: Result) -> str:
     )
 
 
-def _norm(rows: pd.DataFrame) -> str:
+def _norm(table: pd.DataFrame, rows: pd.DataFrame) -> str:
     """Zeroing is still destructive with the norm's statistics kept, and raising the others alone is not."""
-    kept = rows.loc["norm-kept", "rmse_low"] > rows.loc[["bottom", "random"], "rmse_high"].max()
+    kept = beyond(table, "rmse", arm="norm-kept", over=["bottom", "random"]) == "holds"
     raised = rows.loc["rescaled", "rmse_high"] >= rows.loc["top", "rmse_low"] / 2
     return "The next norm is not the reason" if kept and not raised else "The next norm may be part of the reason"
 
@@ -143,8 +156,8 @@ def _best_block(result: Result) -> tuple[int, pd.DataFrame]:
 
 def overlap(result: Result) -> Contest:
     """How well clusters fit the subject, of an organisation, at the best block of the top channels."""
-    _, at = _best_block(result)
-    return Contest(at.loc["top"], at.loc[CONTROLS], "iou", form=".2f")
+    best, at = _best_block(result)
+    return Contest(at, result.table[result.table["block"] == best], "iou", form=".2f")
 
 
 def organised(result: Result) -> str:
@@ -162,21 +175,21 @@ def organised(result: Result) -> str:
     )
 
 
-def _at_full_strength(result: Result) -> pd.DataFrame:
-    """The arms of a transfer everywhere in the picture."""
-    rows = result.summary[~result.summary["masked"].astype(bool)]
-    return rows[rows["strength"] == rows["strength"].max()].set_index("arm")
+def _at_full_strength(rows: pd.DataFrame) -> pd.DataFrame:
+    """The lines of a transfer everywhere in the picture."""
+    rows = rows[~rows["masked"].astype(bool)]
+    return rows[rows["strength"] == rows["strength"].max()]
 
 
 def nearness(result: Result) -> Contest:
     """How near the moved picture is to its source, of a transfer."""
-    at = _at_full_strength(result)
-    return Contest(at.loc["top"], at.loc[CONTROLS], "to_source", larger=False)
+    at = _at_full_strength(result.summary).set_index("arm")
+    return Contest(at, _at_full_strength(result.table), "to_source", larger=False)
 
 
 def transferable(result: Result) -> str:
     """Claim 3, of a transfer, everywhere and at full strength."""
-    at = _at_full_strength(result)
+    at = _at_full_strength(result.summary).set_index("arm")
     listed = ", ".join(f"{arm} {between(at.loc[arm], 'to_source')}" for arm in CONTROLS)
     blends = [arm for arm in ("pixel-blend", "latent-blend", "prompt-blend") if arm in at.index]
     untouched = result.summary[result.summary["arm"] == "untouched"]

@@ -1,5 +1,6 @@
 """The page of findings says what the numbers say, for numbers that say either."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -21,22 +22,38 @@ def summary(columns, rows):
     return pd.DataFrame(table)
 
 
-def result(study, table, notes=()):
-    return Result(study, table, table, {}, notes=list(notes))
+def measured(columns, rows):
+    """Measurements of eight prompts, with the means of rows: far apart between prompts, and little between arms."""
+    rng, lines = np.random.default_rng(0), []
+    prompts = np.linspace(-20, 20, 8)
+    for arm, *values in rows:
+        own = rng.normal(0, 0.3, (len(prompts), len(values)))
+        own -= own.mean(0)
+        for i, prompt in enumerate(prompts):
+            lines.append(
+                {"arm": arm, "prompt": str(i), "seed": 0} | dict(zip(columns, values + prompt + own[i], strict=True))
+            )
+    return pd.DataFrame(lines)
 
 
-@pytest.mark.parametrize(("top", "word"), [(50.0, "holds"), (3.0, "fails"), (10.5, "is undecided")])
-def test_a_claim_is_decided_by_intervals(top, word):
-    rows = summary(["rmse"], [("top", top), ("bottom", 8.0), ("random", 10.0)]).set_index("arm")
-    assert words.beyond(rows.loc["top"], rows.loc[["bottom", "random"]], "rmse") == word
-    mirrored = rows.assign(rmse=-rows["rmse"], rmse_low=-rows["rmse_high"], rmse_high=-rows["rmse_low"])
-    assert words.beyond(mirrored.loc["top"], mirrored.loc[["bottom", "random"]], "rmse", larger=False) == word
+def result(study, summary, table=None, notes=()):
+    return Result(study, summary if table is None else table, summary, {}, notes=list(notes))
+
+
+@pytest.mark.parametrize(("top", "word"), [(50.0, "holds"), (12.0, "holds"), (3.0, "fails"), (10.05, "is undecided")])
+def test_a_claim_is_decided_by_differences_within_prompts(top, word):
+    table = measured(["rmse"], [("top", top), ("bottom", 8.0), ("random", 10.0), ("norm", 99.0)])
+    over = ["bottom", "random"]
+    assert words.beyond(table, "rmse", over=over) == word
+    assert words.beyond(table.assign(rmse=-table["rmse"]), "rmse", over=over, larger=False) == word
+    shuffled = table.assign(prompt=table["arm"] + table["prompt"])  # nothing to compare: no prompt has two arms
+    assert words.beyond(shuffled, "rmse", over=over) == "is undecided"
 
 
 def test_a_contest_names_the_strongest_control():
-    rows = summary(["x"], [("top", 5.0), ("bottom", 2.0), ("random", 4.5)]).set_index("arm")
-    contest = words.Contest(rows.loc["top"], rows.loc[["bottom", "random"]], "x")
-    assert contest.brief == "is undecided: 5.0 (4.0 to 6.0); random 4.5 (3.5 to 5.5)"
+    arms = [("top", 5.0), ("bottom", 2.0), ("random", 5.01), ("energy-matched", 3.0)]
+    contest = words.Contest(summary(["x"], arms).set_index("arm"), measured(["x"], arms), "x")
+    assert contest.brief == "is undecided: 5.0 (4.0 to 6.0); random 5.0 (4.0 to 6.0)"
     assert contest._replace(larger=False).brief == "fails: 5.0 (4.0 to 6.0); bottom 2.0 (1.0 to 3.0)"
 
 
@@ -49,10 +66,9 @@ ARMS = ("bottom", "random", "energy-matched", "attenuated", "rescaled", "norm-ke
 )
 def test_claim_1_in_words(rescaled, kept, reason):
     values = dict.fromkeys(ARMS, 10.0) | {"rescaled": rescaled, "norm-kept": kept, "attenuated": 40.0}
-    right = (0.9, 0.8, 1.0)
-    rows = [("top", 70.0, 0.1, 0.5), *((arm, value, right, 0.02) for arm, value in values.items())]
-    table = summary(["rmse", "fidelity", "energy_share"], rows).assign(k=8)
-    said = words.critical(result("disruption", table))
+    columns = ["rmse", "fidelity", "energy_share"]
+    rows = [("top", 70.0, 0.1, 0.5), *((arm, value, 0.9, 0.02) for arm, value in values.items())]
+    said = words.critical(result("disruption", summary(columns, rows).assign(k=8), measured(columns, rows)))
     assert "The claim holds" in said
     assert f"The next norm {reason}" in said
     assert "for their size holds by the change of pixels and is undecided by the attributes" in said
@@ -71,8 +87,10 @@ def test_claim_2_in_words():
     rows = summary(["iou"], [(arm, (iou, iou - 0.1, iou + 0.1)) for arm, iou in arms])
     table = pd.concat([rows.assign(block=3), rows.assign(block=4, iou=0.1)])
     table = table.rename(columns={"iou_low": "low", "iou_high": "high"}).assign(chance=0.21, others=0.25)
-    said = words.organised(result("organisation", table))
-    assert "best block (3) the claim is undecided" in said
+    lines = measured(["iou"], arms)
+    lines = pd.concat([lines.assign(block=3), lines.assign(block=4, iou=0.1)])
+    said = words.organised(result("organisation", table, lines))
+    assert "best block (3) the claim is undecided" in said  # 0.05 apart, beside noise of 0.3
     assert "norm 0.60 (0.50 to 0.70)" in said
     assert "chance 0.21" in said
 
