@@ -122,7 +122,10 @@ def _overview(pages: Sequence[tuple[str, DiTLens, pd.DataFrame, list[Result]]]) 
         line |= {column: contest(found[study]).brief for study, (column, contest) in CLAIMS.items()}
         rows = found["carrier_or_detail"].summary.set_index(["measure", "part"])
         lines.append({**line, "carrier or detail": rows.loc[("verdict", "overall"), "says"]})
-    said = "A claim's verdict: what it rests on, for the massive channels; the same for the strongest control."
+    said = (
+        "A claim's verdict: what it rests on, for the massive channels; the same for the strongest control; the mean "
+        "difference of the two."
+    )
     return ["## At a glance", said, "", *_table(pd.DataFrame(lines)), ""]
 
 

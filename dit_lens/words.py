@@ -44,7 +44,8 @@ class Contest(NamedTuple):
         column = self.means.loc[CONTROLS, self.measure]
         arm = column.idxmax() if self.larger else column.idxmin()
         own, other = (between(self.means.loc[one], self.measure, self.form) for one in ("top", arm))
-        return f"{self.verdict}: {own}; {arm} {other}"
+        difference = between(differences(self.table, self.measure).loc[arm], self.measure, f"+{self.form}")
+        return f"{self.verdict}: {own}; {arm} {other}; difference {difference}"
 
 
 class Question(NamedTuple):
@@ -68,12 +69,19 @@ def beyond(
     By the 95 % intervals of the differences between pictures of one prompt and seed: beyond 0 for every control, on
     the other side of it for one, or neither. table: prompt, seed, arm and the measure. larger: what the claim says.
     """
-    excess = paired(table[table["arm"].isin([arm, *over])].assign(all=0), ["all"], [measure], base=arm)
-    low, high = (excess[f"{measure}_{arm}_minus_{bound}"] for bound in ("low", "high"))
+    found = differences(table, measure, arm, over)
+    low, high = found[f"{measure}_low"], found[f"{measure}_high"]
     above, below = (low > 0).all(), (high < 0).all()
     if above if larger else below:
         return "holds"
     return "fails" if ((high < 0).any() if larger else (low > 0).any()) else "is undecided"
+
+
+def differences(table: pd.DataFrame, measure: str, arm: str = "top", over: Sequence[str] = CONTROLS) -> pd.DataFrame:
+    """By how much an arm exceeds every control, one line each, with intervals."""
+    some = table[table["arm"].isin([arm, *over])].assign(all=0)
+    found = paired(some, ["all"], [measure], base=arm).set_index("arm")
+    return found.rename(columns=lambda name: name.replace(f"_{arm}_minus", ""))
 
 
 def between(row: pd.Series, measure: str, form: str = ".1f") -> str:

@@ -53,8 +53,10 @@ def test_a_claim_is_decided_by_differences_within_prompts(top, word):
 def test_a_contest_names_the_strongest_control():
     arms = [("top", 5.0), ("bottom", 2.0), ("random", 5.01), ("energy-matched", 3.0)]
     contest = words.Contest(summary(["x"], arms).set_index("arm"), measured(["x"], arms), "x")
-    assert contest.brief == "is undecided: 5.0 (4.0 to 6.0); random 5.0 (4.0 to 6.0)"
-    assert contest._replace(larger=False).brief == "fails: 5.0 (4.0 to 6.0); bottom 2.0 (1.0 to 3.0)"
+    assert contest.brief.startswith("is undecided: 5.0 (4.0 to 6.0); random 5.0 (4.0 to 6.0); difference -0.0 (-0.")
+    assert contest._replace(larger=False).brief.startswith(
+        "fails: 5.0 (4.0 to 6.0); bottom 2.0 (1.0 to 3.0); difference +3.0 (+2."
+    )
 
 
 ARMS = ("bottom", "random", "energy-matched", "attenuated", "rescaled", "norm-kept", "random-direction")

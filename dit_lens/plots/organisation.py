@@ -62,7 +62,7 @@ def organisation_figure(summary: pd.DataFrame) -> go.Figure:
         panels["besides"] = (besides, drawn)
     hollow = "; hollow: half of the masks or more are degenerate" if (last["degenerate"] >= 0.5).any() else ""
     when = f"step {steps[-1]:g}; " if len(steps) > 1 else ""
-    small = f"{when}{n_of(last)}; shaded: {CI}{hollow}"
+    small = f"{when}{n_of(last)}; shaded {CI}{hollow}"
     kinds = [*panels, *(["map"] if len(steps) > 1 else [])]
     figure = make_subplots(len(kinds), 1) if len(kinds) > 1 else go.Figure()
     titled(figure, "Do the channels find the subject?", small, height=420)
