@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +98,8 @@ def prepare(
     arguments["num_inference_steps"] = _positive(
         "num_inference_steps", signature["num_inference_steps"].default if steps is None else steps
     )
+    sizes = [side for side in ("height", "width") if arguments.get(side) is not None]
+    arguments |= {side: _positive(side, arguments[side]) for side in sizes}
     texts = {
         name: _texts(name, value, count) for name, value in arguments.items() if _per_prompt(name) and value is not None
     }
@@ -146,12 +148,12 @@ def _prompts(prompt: str | Sequence[str] | None, arguments: Mapping[str, Any]) -
         return None
     if given is not None:
         raise PromptError(f"a prompt and {given}= were both given. Pass one of them.")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, str) else [prompt]
     if not prompts:
         raise PromptError("the list of prompts is empty. Pass at least one prompt.")
     for one in prompts:
         if not isinstance(one, str):
-            raise PromptError(f"a prompt must be a string; one is {one!r}, a {type(one).__name__}.")
+            raise PromptError(f"a prompt must be a string; one is {one!r} ({type(one).__name__}).")
     return prompts
 
 

@@ -154,7 +154,10 @@ def test_ops(case, cfg_lens):
 CALLS = {
     "empty list": (lambda: {"prompt": []}, r"the list of prompts is empty"),
     "nothing": (dict, r"pass a prompt"),
-    "no string": (lambda: {"prompt": [3]}, r"must be a string; one is 3, a int"),
+    "no string": (lambda: {"prompt": [3]}, r"must be a string; one is 3 \(int\)"),
+    "a number": (lambda: {"prompt": 3}, r"must be a string; one is 3 \(int\)"),
+    "no size": (lambda: {"prompt": "red", "height": 0}, "height=0 must be a whole number of at least 1"),
+    "a size in words": (lambda: {"prompt": "red", "width": "64"}, "width='64' must be a whole number of at least 1"),
     "both": (lambda: {"prompt": "red", "prompt_embeds": torch.zeros(1, 4, 16)}, r"Pass one of them"),
     "misspelt argument": (
         lambda: {"prompt": "red", "guidance_skale": 2.0},
