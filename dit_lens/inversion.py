@@ -167,6 +167,8 @@ def latents_of(
     anything runs, for pictures of another size than the run's.
     """
     vae = autoencoder(lens.pipe)
+    if odd := [picture for picture in pictures if not hasattr(picture, "convert")]:
+        raise OpError(f"{odd[0]!r} is no picture. Open it first: PIL.Image.open(path).")
     sizes = {picture.size for picture in pictures}
     if len(sizes) != 1:
         raise OpError(f"pictures have sizes {sorted(sizes)}. Give at least one, and all of one size.")

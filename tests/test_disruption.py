@@ -325,6 +325,9 @@ def nothing(a, b):
         ({"distances": ["rmsee"]}, OpError, r"no distance 'rmsee'\. Nearest: 'rmse'"),
         ({"distances": [nothing]}, OpError, "'nothing' of two pictures is to be a number, and it returned None"),
         ({"seeds": []}, PromptError, "list of seeds is empty"),
+        ({"seeds": [1, 2, 1]}, PromptError, "names a seed twice"),
+        ({"seeds": [1.5]}, PromptError, "seed 1.5 is not a whole number"),
+        ({"k": "8"}, OpError, "k='8' is no number of channels"),
     ],
 )
 def test_mistakes_raise_before_anything_is_drawn(lens, monkeypatch, choice, error, said):

@@ -176,6 +176,8 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(tiny, noisy, pictur
         invert(linear, [picture], CAPTION)
     with pytest.raises(OpError, match=r"64 x 64 pixels, and the run draws 48 x 32"):
         noised_reference(tiny, [picture], seed=0)
+    with pytest.raises(OpError, match=r"'noisy.png' is no picture. Open it first"):
+        noised_reference(tiny, ["noisy.png"], seed=0)
     with pytest.raises(OpError, match="Give at least one, and all of one size"):
         invert(tiny, [noisy, picture])
     linear.pipe.scheduler.register_to_config(prediction_type="epsilon", use_flow_sigmas=False)

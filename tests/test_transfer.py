@@ -329,3 +329,11 @@ def test_mistakes_are_told_before_anything_runs(tiny, monkeypatch, choice, words
     monkeypatch.setattr(type(tiny), "run", None)
     with pytest.raises(OpError, match=words):
         studies.transfer(tiny, LETTERS, **{"k": 3, **choice})
+
+
+@pytest.mark.parametrize("study", [studies.transfer, studies.transfer_image, studies.patching])
+def test_what_is_no_pair_is_told_before_anything_runs(tiny, study, monkeypatch):
+    monkeypatch.setattr(DiTLens, "run", None)
+    for pairs, words in (([], "there are no pairs"), (LETTERS[0], r"pairs\[0\] is '.*', which is no pair")):
+        with pytest.raises(OpError, match=words):
+            study(tiny, pairs)

@@ -33,7 +33,7 @@ def births(
     prompts: str | Sequence[str],
     *,
     k: int = 12,
-    seeds: Sequence[int] = (0,),
+    seeds: int | Sequence[int] = (0,),
     site: Pattern = "blocks.-1.img",
     steps: Steps = None,
     batch_size: int | None = None,

@@ -59,7 +59,7 @@ def carrier_or_detail(
     prompts: str | Sequence[str],
     *,
     k: int = 12,
-    seeds: Sequence[int] = (0, 1),
+    seeds: int | Sequence[int] = (0, 1),
     draws: int = 3,
     score: str = "|mean|",
     site: Pattern = "blocks.*.img",

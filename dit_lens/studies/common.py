@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -122,6 +123,8 @@ def check_k(lens: DiTLens, site: Pattern, ks: Sequence[int]) -> None:
     for found in match(site, lens.anatomy.sites, lens.anatomy.stacks):
         width = lens.anatomy.channels(found)
         for k in ks:
+            if not isinstance(k, Integral):
+                raise OpError(f"k={k!r} is no number of channels. Give a whole number from 1 to {width // 2}.")
             if not 1 <= k <= width // 2:
                 raise OpError(
                     f"k={k} leaves no control of equal size: {found} has {width} channels. "
@@ -137,11 +140,31 @@ def listed(prompts: str | Sequence[str]) -> list[str]:
     return found
 
 
-def seeded(seeds: Sequence[int]) -> list[int]:
-    """Seeds as a list; an empty list is an error."""
-    if not (found := [int(seed) for seed in seeds]):
+def seeded(seeds: int | Sequence[int]) -> list[int]:
+    """One or several seeds as a list. None, or one twice, which would count one picture as two, is an error."""
+    found = [seeds] if isinstance(seeds, int) else list(seeds)
+    if not found:
         raise PromptError("the list of seeds is empty. Pass at least one seed.")
-    return found
+    if odd := [seed for seed in found if not isinstance(seed, Integral) or seed < 0]:
+        raise PromptError(f"seed {odd[0]!r} is not a whole number from 0 up.")
+    if len(set(found)) < len(found):
+        raise PromptError(f"seeds={found} names a seed twice, which draws the same picture again. Name each once.")
+    return [int(seed) for seed in found]
+
+
+def several(values: float | Sequence[float]) -> tuple[float, ...]:
+    """One or several numbers."""
+    return (values,) if isinstance(values, int | float) else tuple(values)
+
+
+def in_pairs(pairs: Sequence[tuple[Any, str]], source: str = "source prompt") -> list[tuple[Any, str]]:
+    """Pairs of a source and a target prompt; anything else is an error."""
+    if not pairs:
+        raise OpError(f"there are no pairs. Give at least one ({source}, target prompt).")
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[1], str):
+            raise OpError(f"pairs[{i}] is {pair!r}, which is no pair. Give a list of ({source}, target prompt).")
+    return [(pair[0], pair[1]) for pair in pairs]
 
 
 def share_of_width(k: int, width: int) -> str:

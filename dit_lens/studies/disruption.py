@@ -54,7 +54,7 @@ def disruption(
     prompts: str | Sequence[str],
     *,
     k: int | Sequence[int] = 12,
-    seeds: Sequence[int] = (0,),
+    seeds: int | Sequence[int] = (0,),
     draws: int = DRAWS,
     score: str = "|mean|",
     site: Pattern = "blocks.*.img",

@@ -65,7 +65,7 @@ def organisation(
     prompts: str | Sequence[str],
     *,
     k: int = 12,
-    seeds: Sequence[int] = (0,),
+    seeds: int | Sequence[int] = (0,),
     steps: Steps = -1,
     draws: int = DRAWS,
     score: str = "|mean|",

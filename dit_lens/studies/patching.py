@@ -24,6 +24,7 @@ from dit_lens.studies.common import (
     DRAWS,
     Judge,
     check_k,
+    in_pairs,
     judge_for,
     judged,
     kept_scores,
@@ -55,7 +56,7 @@ def patching(
     over: Over = "block x step",
     metric: PairMetric = nearness,
     attribute: Sequence[Through] = THROUGH,
-    seeds: Sequence[int] = (0,),
+    seeds: int | Sequence[int] = (0,),
     site: Pattern | None = None,
     steps: Steps = None,
     branch: Branch = "cond",
@@ -102,7 +103,7 @@ def patching(
     the untouched run's latents at that step. All batches have equally many rows. out: a folder for finished cells, from
     which the same call goes on. Pictures are kept of the untouched pair and of the cells of highest and lowest effect.
     """
-    pairs = [(source, target) for source, target in pairs]
+    pairs = in_pairs(pairs)
     _check(pairs, over, attribute, batch_size, tiles, call)
     seeds = seeded(seeds)
     sites = lens.sites(("blocks.*.img.attn.z" if over == "block x head" else "blocks.*.img") if site is None else site)
@@ -349,8 +350,6 @@ def _check(
     call: Mapping[str, Any],
 ) -> None:
     """What is wrong with the arguments whatever the model."""
-    if not pairs:
-        raise OpError("there are no pairs. Give at least one (source prompt, target prompt).")
     if same := [source for source, target in pairs if source == target]:
         raise PromptError(f"source and target are both {same[0]!r}, so no patch can move one to the other.")
     if over not in OVER:

@@ -35,7 +35,7 @@ def stability(
     prompts: str | Sequence[str],
     *,
     k: int = 12,
-    seeds: Sequence[int] = (0,),
+    seeds: int | Sequence[int] = (0,),
     scores: Sequence[str] = ("|mean|", "mean|x|"),
     site: Pattern = "blocks.*.img",
     steps: Steps = None,

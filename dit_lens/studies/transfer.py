@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from dit_lens.errors import OpError
 from dit_lens.ops import Branch
 from dit_lens.protocols import with_protocols
 from dit_lens.studies.blends import why_no_prompt_blend
 from dit_lens.studies.cells import Cell, Cells, batches
-from dit_lens.studies.common import DRAWS, Judge, judge_for, seeded, share_of_width
+from dit_lens.studies.common import DRAWS, Judge, in_pairs, judge_for, seeded, several, share_of_width
 from dit_lens.studies.nearness import MATCHED, with_matched
 from dit_lens.studies.result import Result, summarise
 from dit_lens.studies.transport import ChannelsFrom, Lockstep, Transport, carry_out
@@ -46,8 +45,8 @@ def transfer(
     pairs: Sequence[tuple[str, str]],
     *,
     k: int | Sequence[int] = 12,
-    strengths: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
-    seeds: Sequence[int] = (0,),
+    strengths: float | Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+    seeds: int | Sequence[int] = (0,),
     draws: int = DRAWS,
     channels_from: ChannelsFrom = "source",
     mask_from: MaskFrom | Mask = "source",
@@ -99,15 +98,13 @@ def transfer(
     for the final norm and projection alone (1 - squared error; 1: a transport that is read out and no more).
     ``distinct`` counts the channels an arm touches at any site. Source: arXiv 2605.13974; the controls are ours.
     """
-    pairs = [(source, target) for source, target in pairs]
-    if not pairs:
-        raise OpError("there are no pairs. Give at least one (source prompt, target prompt).")
+    pairs = in_pairs(pairs)
     seeds = seeded(seeds)
     prompts = [prompt for pair in pairs for prompt in pair]
     ks = (k,) if isinstance(k, int) else tuple(sorted(k))
     judge = judge_for(lens, prompts, judge)
     transport = Transport(
-        lens, ks, tuple(strengths), draws, score, site, steps, branch, channels_from, mask_from, mask_block, judge
+        lens, ks, several(strengths), draws, score, site, steps, branch, channels_from, mask_from, mask_block, judge
     )
     transport.check(prompts, call)
     why = why_no_prompt_blend(lens, pairs[0], call)

@@ -18,7 +18,7 @@ from dit_lens.metrics import rmse
 from dit_lens.ops import Branch, Swap
 from dit_lens.protocols import with_protocols
 from dit_lens.studies.cells import Batch, Cell, Cells, batches
-from dit_lens.studies.common import DRAWS, Judge, judge_for, seeded
+from dit_lens.studies.common import DRAWS, Judge, in_pairs, judge_for, seeded, several
 from dit_lens.studies.transfer import assemble as assemble_transfer
 from dit_lens.studies.transport import ChannelsFrom, Lockstep, Transport, carry_out
 
@@ -42,8 +42,8 @@ def transfer_image(
     how: How = "noised",
     captions: Sequence[str] | None = None,
     k: int | Sequence[int] = 12,
-    strengths: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
-    seeds: Sequence[int] = (0,),
+    strengths: float | Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+    seeds: int | Sequence[int] = (0,),
     draws: int = DRAWS,
     channels_from: ChannelsFrom = "source",
     mask_from: MaskFrom | Mask = "source",
@@ -78,8 +78,7 @@ def transfer_image(
     Raises OpError or FamilyError, before any denoising, where the model is no flow, or cannot be inverted.
     Source: the image-conditioned application of arXiv 2605.13974, which does not say how the picture is noised.
     """
-    if not pairs:
-        raise OpError("there are no pairs. Give at least one (picture, target prompt).")
+    pairs = in_pairs(pairs, "picture")
     pictures, targets = [picture for picture, _ in pairs], [target for _, target in pairs]
     captions = [""] * len(pairs) if captions is None else list(captions)
     if len(captions) != len(pairs):
@@ -92,7 +91,7 @@ def transfer_image(
     transport = Transport(
         lens,
         ks,
-        tuple(strengths),
+        several(strengths),
         draws,
         score,
         site,
