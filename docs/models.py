@@ -73,6 +73,12 @@ def _section(family: Family) -> str:
         lines.append(f"- `{pipeline}`: {guidance_text(guidance)}.")
     if family.note:
         lines.append(f"- {family.note}")
+    for pipelines, what in (
+        (family.resizing, "choose the size themselves"),
+        (family.following, "take the size of a picture they are given, unless told another"),
+    ):
+        if pipelines:
+            lines.append(f"- Pipelines that {what}: {', '.join(f'`{name}`' for name in pipelines)}.")
     if family.sign < 0:
         lines.append("- The pipeline negates the prediction: `x0` allows for that, `velocity` is the model's own.")
     refused = dict(family.refuses)
@@ -112,6 +118,7 @@ OTHERS = """
 - FLUX.3 exists as a modular pipeline only, which has no fixed call that could be planned; it is refused by name.
 - Another transformer is refused with its nearest relative in this table. Describe it with
   `dit_lens.register_family(dit_lens.Family(...))`: the row is checked as these are.
+- Pipelines with perturbed attention (PAG) run with `pag_scale=0` only: its rows are neither branch.
 - Under quantisation the ranks of channels may shift. Compare before you carry channels over:
   `massive_of_one.jaccard(massive_of_the_other)`.
 """
