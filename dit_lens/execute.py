@@ -247,11 +247,14 @@ def read_out(
         tokens[place] = held[part["readout"]]
     args, kwargs = replaced(inputs, "input", part, closed(tokens, entering, part))
     x = envoy(*args, **kwargs)
-    if "shift" in held:
+    modules = [model.get(module) for module in rule["modules"]]
+    if rule["told"]:
+        x = modules.pop(0)(x, temb=held["shift"].squeeze(1))
+    elif "shift" in held:
         shift, scale = shift_of(model, held["shift"], rule)
         x = (x * (1 + scale) + shift).to(held[part["readout"]].dtype)
-    for module in rule["modules"]:
-        x = model.get(module)(x)
+    for module in modules:
+        x = module(x)
     x = x if isinstance(x, Tensor) else x[0]
     if x.ndim != 3:  # a module that puts the picture together itself
         return packed(x, rule["axes"], rule["patch"])

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 
 from dit_lens.errors import FamilyError
-from dit_lens.families import Anatomy, Family, Stack, Tap, template
+from dit_lens.families import Anatomy, Family, Readout, Stack, Tap, template
 from dit_lens.families.checks import check
 from dit_lens.families.table import TABLE
 
@@ -78,6 +78,16 @@ def other_gate(tap: Tap) -> Tap | None:
     return replace(tap, gate=replace(gate, span=(gate.span[0] - 1, gate.span[1] - 1)))
 
 
+def readouts(change: Callable[[Readout], Readout | None]) -> Callable[[Family], list[Family]]:
+    """The family with another readout, where the change applies."""
+
+    def changed(family: Family) -> list[Family]:
+        other = None if family.readout is None else change(family.readout)
+        return [] if other is None else [replace(family, readout=other)]
+
+    return changed
+
+
 MUTATIONS: dict[str, Callable[[Family], list[Family]]] = {
     "slots swapped": in_turn(swapped),
     "offset": in_turn(lambda s: replace(s, layout=FLIPPED[s.layout]) if s.layout in FLIPPED else None),
@@ -103,6 +113,9 @@ MUTATIONS: dict[str, Callable[[Family], list[Family]]] = {
         if family.readout is not None and family.prediction == "bchw" and family.patch == 2
         else []
     ),
+    "another projection": readouts(lambda r: replace(r, modules=r.modules[:-1]) if r.modules else None),
+    "no shift": readouts(lambda r: replace(r, shift=None) if r.shift else None),
+    "shift told, or not": readouts(lambda r: replace(r, told=not r.told)),
     "time": lambda family: [replace(family, time=replace(family.time, argument="moment"))],
     "grid": lambda family: [replace(family, grid=replace(family.grid, argument="nothing"))],
 }

@@ -351,6 +351,7 @@ class Anatomy:
             "modules": [f"transformer.{module}" for module in readout.modules],
             "order": readout.order,
             "table": readout.table,
+            "told": readout.told,
             "projection": readout.projection and f"transformer.{readout.projection}",
             "axes": self.family.prediction,
             "patch": list(self.patch),

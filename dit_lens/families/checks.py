@@ -12,7 +12,7 @@ from dit_lens.errors import FamilyError
 from dit_lens.families.anatomy import Anatomy
 from dit_lens.families.calls import build_call
 from dit_lens.families.row import Family
-from dit_lens.families.trial import Trial
+from dit_lens.families.trial import MISFITS, Trial
 from dit_lens.layout import closed, fetch, opened, packed, replaced, stream_of, unpacked
 
 if TYPE_CHECKING:
@@ -164,10 +164,14 @@ def _readout(trial: Trial) -> Check | None:
     family = trial.anatomy.family
     if family.readout is None:
         return None
-    if not _close(trial.read_out(trial.seen[trial.last]), trial.seen["velocity"]):
+    try:
+        fits, why = _close(trial.read_out(trial.seen[trial.last]), trial.seen["velocity"]), ""
+    except MISFITS as problem:
+        fits, why = False, f" ({problem})"
+    if not fits:
         raise FamilyError(
             f"{trial.name}: {family.final} and {', '.join(family.readout.modules) or 'nothing'} after it do not make "
-            "the model's prediction of the last block's tokens. Is the readout of its row wrong?"
+            f"the model's prediction of the last block's tokens{why}. Is the readout of its row wrong?"
         )
     return Check("readout", "final norm and projection of the last block's tokens are the model's prediction")
 

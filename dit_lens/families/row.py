@@ -134,7 +134,7 @@ class Readout:
     modules: after ``Family.final``, in order. order: of a predicted token's channels, "cyx" or "yxc".
     shift: where shift and scale between the norm and the first module come from, when no module applies them: a module
     (and the place in its output tuple) to whose output the transformer's ``table`` is added, or which goes through
-    SiLU and ``projection``.
+    SiLU and ``projection``; ``told``: or which the first module is given as its ``temb``.
     """
 
     modules: tuple[str, ...] = ("proj_out",)
@@ -142,6 +142,7 @@ class Readout:
     shift: tuple[str, int | None] | None = None
     table: str | None = None
     projection: str | None = None
+    told: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -101,6 +101,7 @@ OMNIGEN = Family(
     pipelines=("OmniGenPipeline",),
     stacks=(joint_stack("layers", "layer", "text_first", points=more_points.OMNIGEN),),
     final="norm",
+    readout=Readout(("norm_out", "proj_out"), "yxc", shift=("t_embedder", None), told=True),
     final_layout="text_first",
     width="hidden_size",
     out_width="in_channels*patch_size*patch_size",

@@ -82,6 +82,7 @@ COGVIDEOX = Family(
     pipelines=("CogVideoXPipeline",),
     stacks=(double_stack(name="block", outputs=IMAGE_FIRST, points=more_points.COGVIDEOX),),
     final="norm_final",
+    readout=Readout(("norm_out", "proj_out"), shift=("time_embedding", None), told=True),
     width=HEADS,
     out_width="config.out_channels*patch_size*patch_size",
     grid=Grid("bfchw", patch="patch_size"),
