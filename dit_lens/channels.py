@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -549,7 +550,7 @@ def _definition(
 
 
 def _check_k(k: Any, site: str, width: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= width:
+    if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= width:
         raise OpError(
             f"k={k!r} channels were asked for, but {site} has {width}. Choose a whole number from 1 to {width}."
         )

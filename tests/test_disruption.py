@@ -254,6 +254,12 @@ def test_a_batch_size_changes_no_arm(lens):
     assert one.table["rmse"].max() > 2
 
 
+def test_one_k_and_one_seed_may_be_numbers_of_numpy(lens):
+    call = {"draws": 1, "confounds": False, "num_inference_steps": 1}
+    one = disruption(lens, PROMPTS[0], k=np.int64(K), seeds=np.int64(SEED), **call)
+    pd.testing.assert_frame_equal(one.table, disruption(lens, PROMPTS[:1], k=[K], seeds=[SEED], **call).table)
+
+
 def test_late_edits_start_from_a_recorded_run_and_change_no_number(lens, monkeypatch):
     """Half of the steps, and the same table and pictures as when every run is computed whole."""
     call = {"k": K, "draws": 1, "steps": (0.5, 1.0), "num_inference_steps": 4}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Number
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -142,7 +142,7 @@ def listed(prompts: str | Sequence[str]) -> list[str]:
 
 def seeded(seeds: int | Sequence[int]) -> list[int]:
     """One or several seeds as a list. None, or one twice, which would count one picture as two, is an error."""
-    found = [seeds] if isinstance(seeds, int) else list(seeds)
+    found = list(several(seeds))
     if not found:
         raise PromptError("the list of seeds is empty. Pass at least one seed.")
     if odd := [seed for seed in found if not isinstance(seed, Integral) or seed < 0]:
@@ -152,9 +152,9 @@ def seeded(seeds: int | Sequence[int]) -> list[int]:
     return [int(seed) for seed in found]
 
 
-def several(values: float | Sequence[float]) -> tuple[float, ...]:
+def several(values: Any) -> tuple[Any, ...]:
     """One or several numbers."""
-    return (values,) if isinstance(values, int | float) else tuple(values)
+    return (values,) if isinstance(values, Number) else tuple(values)
 
 
 def in_pairs(pairs: Sequence[tuple[Any, str]], source: str = "source prompt") -> list[tuple[Any, str]]:

@@ -32,6 +32,7 @@ from dit_lens.studies.common import (
     score_ops,
     seeded,
     sets_of,
+    several,
     share_of_width,
 )
 from dit_lens.studies.confounds import fill_ops, push_ops, rescale_ops
@@ -99,7 +100,7 @@ def disruption(
     and ``..._top_minus``: by how much the top arm exceeds the arm of the line, over the same prompts and seeds. Raises
     OpError or PromptError before anything is drawn. Source: arXiv 2605.13974.
     """
-    prompts, seeds, ks = listed(prompts), seeded(seeds), [k] if isinstance(k, int) else sorted(k)
+    prompts, seeds, ks = listed(prompts), seeded(seeds), sorted(several(k))
     check_k(lens, site, ks)
     _check_ablation(ablation, prompts, batch_size)
     judge, measures = judge_for(lens, prompts, judge), distances_of(["rmse", *distances])

@@ -101,7 +101,7 @@ def transfer(
     pairs = in_pairs(pairs)
     seeds = seeded(seeds)
     prompts = [prompt for pair in pairs for prompt in pair]
-    ks = (k,) if isinstance(k, int) else tuple(sorted(k))
+    ks = tuple(sorted(several(k)))
     judge = judge_for(lens, prompts, judge)
     transport = Transport(
         lens, ks, several(strengths), draws, score, site, steps, branch, channels_from, mask_from, mask_block, judge

@@ -86,7 +86,7 @@ def transfer_image(
     seeds = seeded(seeds)
     prompts = [prompt for pair in zip(captions, targets, strict=True) for prompt in pair]
     _check(lens, how, pictures, captions, prompts, seeds, call)
-    ks = (k,) if isinstance(k, int) else tuple(sorted(k))
+    ks = tuple(sorted(several(k)))
     judge = judge_for(lens, [prompt for prompt in prompts if prompt], judge)
     transport = Transport(
         lens,
