@@ -60,9 +60,9 @@ def _latents(lens: DiTLens, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
     side = isqrt(tokens.shape[-1] // channels)
     if channels * side * side != tokens.shape[-1]:
         raise FamilyError(f"tokens of {tokens.shape[-1]} channels are no patches of the autoencoder's {channels}.")
-    if hasattr(vae, "bn"):  # FLUX.2 normalises packed latents
-        deviation = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
-        tokens = tokens * deviation.to(tokens) + vae.bn.running_mean.to(tokens)
+    if hasattr(vae, "bn"):
+        mean, deviation = _statistics(vae, tokens)
+        tokens = tokens * deviation + mean
     if lens.family.packing == "yxc":
         tokens = tokens.unflatten(-1, (side * side, channels)).transpose(-1, -2).flatten(-2)
     h, w = grid
@@ -97,9 +97,15 @@ def as_tokens(lens: DiTLens, latents: Tensor) -> Tensor:
     if lens.family.packing == "yxc":
         tokens = tokens.unflatten(-1, (-1, side * side)).transpose(-1, -2).flatten(-2)
     if hasattr(vae, "bn"):
-        deviation = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
-        tokens = (tokens - vae.bn.running_mean.to(tokens)) / deviation.to(tokens)
+        mean, deviation = _statistics(vae, tokens)
+        tokens = (tokens - mean) / deviation
     return tokens
+
+
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of a token's channels, by which FLUX.2's autoencoder normalises packed latents."""
+    deviation = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+    return vae.bn.running_mean.to(like), deviation.to(like)
 
 
 def tokens_of(lens: DiTLens, latents: Tensor | None, grid: tuple[int, ...]) -> Tensor:
