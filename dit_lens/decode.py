@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens.errors import FamilyError
-from dit_lens.layout import packed, unpacked
+from dit_lens.layout import packed, regrouped, unpacked
 from dit_lens.remote import needs_weights
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _latents(lens: DiTLens, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
         mean, deviation = _statistics(vae, tokens)
         tokens = tokens * deviation + mean
     if lens.family.packing == "yxc":
-        tokens = tokens.unflatten(-1, (side * side, channels)).transpose(-1, -2).flatten(-2)
+        tokens = regrouped(tokens, side * side)
     h, w = grid
     like = torch.empty(len(tokens), channels, h * side, w * side, device="meta")
     return unpacked(tokens, like, "bchw", [1, side, side])
@@ -95,7 +95,7 @@ def as_tokens(lens: DiTLens, latents: Tensor) -> Tensor:
     side = isqrt(lens.anatomy.latent_width // latents.shape[1])
     tokens = packed(latents, "bchw", [1, side, side])
     if lens.family.packing == "yxc":
-        tokens = tokens.unflatten(-1, (-1, side * side)).transpose(-1, -2).flatten(-2)
+        tokens = regrouped(tokens, latents.shape[1])
     if hasattr(vae, "bn"):
         mean, deviation = _statistics(vae, tokens)
         tokens = (tokens - mean) / deviation

@@ -37,6 +37,7 @@ from dit_lens.layout import (
     named,
     opened,
     packed,
+    regrouped,
     replaced,
     stream_of,
     tokens_of,
@@ -260,8 +261,7 @@ def read_out(
         return packed(x, rule["axes"], rule["patch"])
     x = stream_of(x.transpose(0, 1) if part["turned"] else x, part, image, rows)[0]
     if rule["order"] == "yxc":
-        patch = prod(rule["patch"])
-        x = x.unflatten(-1, (patch, -1)).transpose(-1, -2).flatten(-2)
+        x = regrouped(x, prod(rule["patch"]))
     return x
 
 

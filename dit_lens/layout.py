@@ -114,6 +114,11 @@ def packed(value: Any, axes: str, patch: list[int]) -> Tensor:
     return x.reshape(b, -1, c * pf * ph * pw)
 
 
+def regrouped(tokens: Tensor, groups: int) -> Tensor:
+    """Tokens whose channels were ``groups`` groups of equal size, with the members of all groups side by side."""
+    return tokens.unflatten(-1, (groups, -1)).transpose(-1, -2).flatten(-2)
+
+
 def unpacked(tokens: Tensor, like: Any, axes: str, patch: list[int]) -> Any:
     """The inverse of :func:`packed`, in the form of ``like``."""
     if axes == "tokens":
