@@ -195,11 +195,12 @@ def _seeds(seed: int | Sequence[int] | None, count: int, rows: int) -> tuple[int
             raise PromptError(
                 f"seed= lists {len(seed)} seeds for {rows} pictures. Give one integer for all, or one seed per picture."
             )
-        return tuple(_seed(one) for one in seed)
-    return tuple(_seed(seed) + j for _ in range(count) for j in range(rows // count))
+        return tuple(seed_of(one) for one in seed)
+    return tuple(seed_of(seed) + j for _ in range(count) for j in range(rows // count))
 
 
-def _seed(seed: Any) -> int:
+def seed_of(seed: Any) -> int:
+    """A seed as an int; PromptError where it is none."""
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed.__index__() < 2**63:
         raise PromptError(f"seed {seed!r} is not a whole number from 0 up.")
     return seed.__index__()

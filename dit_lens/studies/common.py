@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from dit_lens.call import seed_of
 from dit_lens.channels import ChannelSet, top_channels
 from dit_lens.errors import OpError, PromptError
 from dit_lens.ops import Read
@@ -142,14 +143,12 @@ def listed(prompts: str | Sequence[str]) -> list[str]:
 
 def seeded(seeds: int | Sequence[int]) -> list[int]:
     """One or several seeds as a list. None, or one twice, which would count one picture as two, is an error."""
-    found = list(several(seeds))
+    found = [seed_of(seed) for seed in several(seeds)]
     if not found:
         raise PromptError("the list of seeds is empty. Pass at least one seed.")
-    if odd := [seed for seed in found if not isinstance(seed, Integral) or seed < 0]:
-        raise PromptError(f"seed {odd[0]!r} is not a whole number from 0 up.")
     if len(set(found)) < len(found):
         raise PromptError(f"seeds={found} names a seed twice, which draws the same picture again. Name each once.")
-    return [int(seed) for seed in found]
+    return found
 
 
 def several(values: Any) -> tuple[Any, ...]:
