@@ -55,10 +55,12 @@ def _add_pages(commands: Any) -> None:
     demo.add_argument("-k", type=int, default=None, help="how many channels count as massive")
     demo.set_defaults(command=_demo)
 
-    found = commands.add_parser("findings", help="run every study on the toys, and write a page of what they found")
-    found.add_argument("--out", type=Path, default=Path("dit-lens-findings"), help="folder for index.md and figures")
+    found = commands.add_parser("findings", help="run every study on toys, and write pages of what they found")
+    found.add_argument(
+        "--out", type=Path, default=Path("dit-lens-findings"), help="folder for index.md and a folder for each toy"
+    )
     found.add_argument("--cells", type=Path, help="folder for finished cells, from which the command goes on")
-    found.add_argument("--toys", nargs="+", metavar="TOY", default=["flux"], help="such as flux, flux2, sana")
+    found.add_argument("--toys", nargs="+", metavar="TOY", default=["flux"], help="such as flux, flux-seed1, sana")
     found.add_argument("--prompts", type=int, default=None, help="held-out prompts")
     found.add_argument("--seeds", type=int, default=None, help="seeds of each prompt")
     found.add_argument("--draws", type=int, default=None, help="draws of the random controls")

@@ -1,4 +1,4 @@
-"""All studies on the toys, and a page that says in plain words what they found, with the numbers beside the words.
+"""All studies on the toys, and pages that say in plain words what they found, with the numbers beside the words.
 
 Every sentence with a number is made from a result; whether a claim holds is decided by intervals, not by hand.
 """
@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 
 from dit_lens import studies
 from dit_lens.channels import gini, top_median_ratio
-from dit_lens.lens import DiTLens
+from dit_lens.lens import DEFAULTS_FILE, DiTLens
 from dit_lens.page import write_pngs
-from dit_lens.store import whole_folder
+from dit_lens.store import read_json, whole_folder, write_text
 from dit_lens.studies.result import readable
 from dit_lens.toys import path
 from dit_lens.toys.scenes import sample_scenes
@@ -32,14 +32,19 @@ PROMPTS, SEEDS, DRAWS, K = 16, 2, 10, 8
 INTRO = """# Findings
 
 What the studies of dit_lens find on the toys: small Diffusion Transformers trained on drawn scenes. They are not the
-models of the paper (Turri et al., arXiv 2605.13974), and one training run is one sample, so nothing here is evidence
-about an architecture. The page shows what the instruments measure where the truth can be checked, and it says so where
-a claim does not hold. It is written by `dit-lens findings`; every number in it comes from the tables beside it.
+models of the paper (Turri et al., arXiv 2605.13974), and a training run is one sample: nothing here is evidence about
+an architecture. Compare toys that differ by the seed and the length of their training before you believe one. The pages
+show what the instruments measure where the truth can be checked, and they say so where a claim does not hold. They are
+written by `dit-lens findings`; every number in them comes from the tables beside it.
 
 Intervals are 95 % hierarchical bootstrap over prompts, then seeds and draws. Arms are compared picture by picture: the
 same prompt, the same seed. A claim *holds* where the interval of the mean difference between the massive channels and
 each control of equal size lies wholly beyond 0, *fails* where it lies wholly on the other side for one of them, and is
 *undecided* between. Distances between pictures are RMSE over grey levels, 0 to 255.
+
+## At a glance
+A claim's verdict: what it rests on, for the massive channels; the same for the strongest control; the mean difference
+of the two. Iterations are those in which the transformer was trained.
 """
 
 
@@ -55,24 +60,31 @@ class Size:
 
 
 def findings(out: Path, *, toys: Sequence[str] = ("flux",), size: Size = Size(), cells: Path | None = None) -> Path:
-    """Runs every study on every toy and writes ``out/index.md``, its figures and its tables; returns the page.
+    """Runs every study on every toy; returns ``out/index.md``, about all toys whose pages lie in ``out``.
 
-    cells: a folder for finished cells, from which an interrupted call goes on. A page that is there is replaced.
+    A toy's page, figures and tables lie in ``out/TOY``, which is replaced when its studies are done; other toys' stay.
+    cells: a folder for finished cells, from which an interrupted call goes on.
     """
     for toy in toys:
         path(toy)  # a name that does not exist costs no hour of the toys before it
-    pages = []
     for toy in tqdm(toys, desc="toys", disable=len(toys) == 1):
-        lens, folder = DiTLens.toy(toy), None if cells is None else cells / toy
-        pages.append(
-            (toy, lens, _concentration(lens, DiTLens.toy(toy, untrained=True), size), _results(lens, size, folder))
-        )
-    with whole_folder(out) as fresh:
-        lines = [INTRO, *_overview(pages)]
-        for toy, lens, concentration, results in pages:
-            lines += _of_toy(fresh, toy, lens, concentration, results, size)
-        (fresh / "index.md").write_text("\n".join(lines), encoding="utf-8")
+        lens = DiTLens.toy(toy)
+        concentration = _concentration(lens, DiTLens.toy(toy, untrained=True), size)
+        results = _results(lens, size, None if cells is None else cells / toy)
+        with whole_folder(out / toy) as fresh:
+            lines = _of_toy(fresh, toy, lens, concentration, results, size)
+            (fresh / "index.md").write_text("\n".join(lines), encoding="utf-8")
+            _glance(toy, concentration, results).to_csv(fresh / "glance.csv", index=False)
+        _write_overview(out)
     return out / "index.md"
+
+
+def _write_overview(out: Path) -> None:
+    """The page about all toys of a folder, from the line that each keeps beside its own page."""
+    lines = [pd.read_csv(file, dtype=str) for file in sorted(out.glob("[!.]*/glance.csv"))]
+    table = pd.concat(lines, ignore_index=True)
+    table["toy"] = [f"[{toy}]({toy}/index.md)" for toy in table["toy"]]
+    write_text(out / "index.md", "\n".join([INTRO, *_table(table), ""]))
 
 
 def _results(lens: DiTLens, size: Size, folder: Path | None) -> list[Result]:
@@ -112,50 +124,63 @@ def _concentration(lens: DiTLens, twin: DiTLens, size: Size) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _overview(pages: Sequence[tuple[str, DiTLens, pd.DataFrame, list[Result]]]) -> list[str]:
-    """One line for each toy: are there massive channels, and what became of the claims."""
-    lines = []
-    for toy, _, concentration, results in pages:
-        found = {result.study: result for result in results}
-        shares = concentration.groupby("model")["energy share"].mean()
-        line = {"toy": toy, "energy share (untrained)": f"{shares['trained']:.2f} ({shares['untrained twin']:.2f})"}
-        line |= {column: contest(found[study]).brief for study, (column, contest) in CLAIMS.items()}
-        rows = found["carrier_or_detail"].summary.set_index(["measure", "part"])
-        lines.append({**line, "carrier or detail": rows.loc[("verdict", "overall"), "says"]})
-    said = (
-        "A claim's verdict: what it rests on, for the massive channels; the same for the strongest control; the mean "
-        "difference of the two."
+def _glance(toy: str, concentration: pd.DataFrame, results: Sequence[Result]) -> pd.DataFrame:
+    """A toy in one line: how long it was trained, are there massive channels, and what became of the claims."""
+    found = {result.study: result for result in results}
+    shares = concentration.groupby("model")["energy share"].mean()
+    trained = _card(toy)["training"]["stages"]["transformer"]["iterations"]
+    line = {"toy": toy, "iterations": f"{trained:,}"}
+    line["energy share (untrained)"] = f"{shares['trained']:.2f} ({shares['untrained twin']:.2f})"
+    line |= {column: contest(found[study]).brief for study, (column, contest) in CLAIMS.items()}
+    rows = found["carrier_or_detail"].summary.set_index(["measure", "part"])
+    return pd.DataFrame([{**line, "carrier or detail": rows.loc[("verdict", "overall"), "says"]}])
+
+
+def _card(toy: str) -> dict[str, Any]:
+    """How a toy was trained, and how well it draws."""
+    return read_json(path(toy) / DEFAULTS_FILE, "the card of a toy")
+
+
+def _training(toy: str) -> str:
+    """The card of a toy in words."""
+    card = _card(toy)
+    right = ", ".join(f"{name} {share:.2f}" for name, (share, *_) in card["quality"]["generated"].items())
+    training, quality = card["training"], card["quality"]
+    return (
+        f"Trained from seed {training['seed']} for {training['stages']['transformer']['iterations']:,} iterations. "
+        f"Shares right in pictures of {quality['prompts']} held-out prompts: {right}."
     )
-    return ["## At a glance", said, "", *_table(pd.DataFrame(lines)), ""]
 
 
 def _of_toy(
     folder: Path, toy: str, lens: DiTLens, concentration: pd.DataFrame, results: Sequence[Result], size: Size
 ) -> list[str]:
-    """The lines of one toy; its figures and tables are written beside the page."""
+    """The page of one toy; its figures and tables are written beside it."""
     share = f"k = {size.k} of {lens.anatomy.width} channels ({size.k / lens.anatomy.width:.1%})"
     means = concentration.groupby("model", sort=False)[["energy share", "top/median", "Gini of energy"]].mean()
     lines = [
-        f"## {toy}",
+        f"# Findings on {toy}",
         (
             f"{type(lens.pipe).__name__}, {lens.anatomy.depth} blocks, {share}; {size.prompts} held-out prompts x "
-            f"{size.seeds} seeds, {size.draws} draws of random controls."
+            f"{size.seeds} seeds, {size.draws} draws of random controls. [What the words mean](../index.md)."
         ),
+        "",
+        _training(toy),
         "",
         "Are there massive channels, and did training make them? Means over blocks:",
         "",
         *_table(means.reset_index()),
         "",
     ]
-    drawn = write_pngs({folder / f"{toy}-{result.study}.png": result.figure() for result in results})
+    drawn = write_pngs({folder / f"{result.study}.png": result.figure() for result in results})
     for result in results:
-        name, question = f"{toy}-{result.study}", QUESTIONS[result.study]
+        name, question = result.study, QUESTIONS[result.study]
         result.summary.to_csv(folder / f"{name}.csv", index=False)
-        lines += [f"### {question.title}", question.say(result), "", f"*Published:* {question.published}", ""]
+        lines += [f"## {question.title}", question.say(result), "", f"*Published:* {question.published}", ""]
         lines += [f"![{question.title}]({name}.png)", ""] if folder / f"{name}.png" in drawn else []
         lines += [f"All numbers: [{name}.csv]({name}.csv)", ""]
         lines += [*(f"- {note}" for note in result.notes), ""]
-    concentration.to_csv(folder / f"{toy}-concentration.csv", index=False)
+    concentration.to_csv(folder / "concentration.csv", index=False)
     return lines
 
 

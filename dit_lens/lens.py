@@ -105,7 +105,8 @@ class DiTLens:
         """A small trained text-to-image DiT that comes with the library: no download, no GPU.
 
         It draws scenes such as "a big red circle left on a checkered blue background"; ``lens.vocabulary`` lists its
-        words.
+        words. A checkout of the repository has two more of the first, "flux-seed1" and "flux-seed2", trained from other
+        seeds.
 
         untrained: its twin before training, with the same encoders and autoencoder: what both show was not learnt.
         """

@@ -12,6 +12,7 @@ sys.path[:0] = [str(HERE / "extensions"), str(ROOT / "notebooks"), str(ROOT)]
 
 import plotly
 import sphinxcontrib.katex
+from sphinx.application import Sphinx
 
 import dit_lens
 
@@ -31,7 +32,7 @@ extensions = [
     "sphinxcontrib.katex",
 ]
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb", ".rst": "restructuredtext"}
-exclude_patterns = ["findings/*.csv"]
+exclude_patterns = ["findings/**/*.csv"]
 
 # Markdown and notebooks
 
@@ -78,7 +79,7 @@ html_theme_options = {
 }
 html_copy_source = html_show_sourcelink = False
 # Pages that have no others below them need no list of pages.
-ALONE = ("index", "install", "models", "errors", "guarantees", "contributing", "changelog", "findings/index")
+ALONE = ("index", "install", "models", "errors", "guarantees", "contributing", "changelog")
 html_sidebars = {page: [] for page in ALONE}
 html_css_files = ["site.css"]
 html_js_files = ["plotly.min.js", "figures.js"]
@@ -94,3 +95,13 @@ for name in ("katex.min.js", "auto-render.min.js"):
 html_static_path = ["static", str(MADE)]
 katex_js_path, katex_autorender_path, katex_css_path = "katex.min.js", "auto-render.min.js", "katex.css"
 katex_options = "output: 'mathml'"
+
+
+def list_toys(_: object, page: str, source: list[str]) -> None:
+    """Gives the findings, which a command writes for readers of plain Markdown, a list of the pages below them."""
+    if page == "findings/index":
+        source[0] += "\n```{toctree}\n:hidden:\n:glob:\n\n*/index\n```\n"
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("source-read", list_toys)

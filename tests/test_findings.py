@@ -104,16 +104,32 @@ def test_a_misspelt_toy_is_found_before_anything_is_drawn(tmp_path, monkeypatch)
     assert not (tmp_path / "page").exists()
 
 
-def test_the_page_is_whole(tmp_path):
-    size = Size(prompts=2, seeds=1, draws=1, call={"num_inference_steps": 2})
-    page = findings(tmp_path / "page", size=size, cells=tmp_path / "cells")
+def test_a_toy_has_its_page_and_all_toys_have_one(tmp_path):
+    out, size = tmp_path / "page", Size(prompts=2, seeds=1, draws=1, call={"num_inference_steps": 2})
+    earlier = out / "another"
+    earlier.mkdir(parents=True)
+    (earlier / "glance.csv").write_text('toy,iterations\nanother,"1,234"\n')
+    (out / "flux").mkdir()
+    (out / "flux" / "old.csv").write_text("of a toy that was trained anew")
+
+    page = findings(out, size=size, cells=tmp_path / "cells")
+
+    of_toy = (out / "flux" / "index.md").read_text(encoding="utf-8")
+    for study, question in words.QUESTIONS.items():
+        assert f"## {question.title}" in of_toy
+        assert f"({study}.png)" in of_toy
+        assert (out / "flux" / f"{study}.png").stat().st_size > 10_000
+        assert len(pd.read_csv(out / "flux" / f"{study}.csv"))
+    assert "untrained twin" in of_toy
+    assert "Trained from seed 0 for 8,716 iterations. Shares right in pictures of 200 held-out prompts: " in of_toy
+    assert not (out / "flux" / "old.csv").exists()
+    assert earlier.is_dir()
+
     said = page.read_text(encoding="utf-8")
-    for question in words.QUESTIONS.values():
-        assert f"### {question.title}" in said
-    names = [f"flux-{study}" for study in words.QUESTIONS]
-    assert all(f"({name}.png)" in said and (page.parent / f"{name}.png").stat().st_size > 10_000 for name in names)
-    assert all(len(pd.read_csv(page.parent / f"{name}.csv")) for name in names)
-    assert "untrained twin" in said
-    overview = said.split("## At a glance")[1].split("## flux")[0]
-    assert all(column in overview for column, _ in words.CLAIMS.values())
-    assert "nan" not in said
+    rows = [line for line in said.split("## At a glance")[1].splitlines() if line.startswith("| [")]
+    assert [row.split(" | ")[:2] for row in rows] == [
+        ["| [another](another/index.md)", "1,234"],
+        ["| [flux](flux/index.md)", "8,716"],
+    ]
+    assert all(column in said for column, _ in words.CLAIMS.values())
+    assert "nan" not in of_toy

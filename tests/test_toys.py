@@ -217,6 +217,24 @@ def test_the_twin_of_a_seed_begins_as_that_seed_did():
     assert not torch.equal(ours, first)
 
 
+def test_the_seeds_of_a_toy_were_trained_apart_each_from_its_own_beginning():
+    names = ("flux", "flux-seed1", "flux-seed2")
+    starts = [toys.untrained(name).state_dict() for name in names]
+    for name in names:
+        ends = DiTLens.toy(name).pipe.transformer.state_dict()
+        kept = [_cosine(ends, start) for start in starts]
+        assert names[int(np.argmax(kept))] == name
+        assert 0.02 < max(kept) < 0.98  # trained, and yet not beyond recognition
+        assert sorted(kept)[1] < 0.02
+
+
+def _cosine(ours, theirs):
+    """Between all matrices of two models; gains, which begin at one in every model, are left out."""
+    names = [name for name, weight in ours.items() if weight.dim() > 1]
+    one, other = (torch.cat([weights[name].float().flatten() for name in names]) for weights in (ours, theirs))
+    return torch.cosine_similarity(one, other, dim=0).item()
+
+
 def test_toys_load_without_a_word(tmp_path):
     """No bars, no advice: what a first cell of a notebook shows is the lens. Verbosity is as before afterwards."""
     code = """
