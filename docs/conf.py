@@ -100,7 +100,8 @@ katex_options = "output: 'mathml'"
 def list_toys(_: object, page: str, source: list[str]) -> None:
     """Gives the findings, which a command writes for readers of plain Markdown, a list of the pages below them."""
     if page == "findings/index":
-        source[0] += "\n```{toctree}\n:hidden:\n:glob:\n\n*/index\n```\n"
+        toys = sorted(file.parent.name for file in HERE.glob("findings/*/index.md"))
+        source[0] += "\n".join(["", "```{toctree}", ":hidden:", "", *(f"{toy}/index" for toy in toys), "```", ""])
 
 
 def setup(app: Sphinx) -> None:
