@@ -5,7 +5,7 @@ Every sentence with a number is made from a result; whether a claim holds is dec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,16 +65,16 @@ def findings(out: Path, *, toys: Sequence[str] = ("flux",), size: Size = Size(),
     A toy's page, figures and tables lie in ``out/TOY``, which is replaced when its studies are done; other toys' stay.
     cells: a folder for finished cells, from which an interrupted call goes on.
     """
-    for toy in toys:
-        path(toy)  # a name that does not exist costs no hour of the toys before it
-    for toy in tqdm(toys, desc="toys", disable=len(toys) == 1):
+    # First of all: a name that does not exist costs no hour of the toys before it.
+    cards = {toy: read_json(path(toy) / DEFAULTS_FILE, "the card of a toy") for toy in toys}
+    for toy, card in tqdm(cards.items(), desc="toys", disable=len(cards) == 1):
         lens = DiTLens.toy(toy)
         concentration = _concentration(lens, DiTLens.toy(toy, untrained=True), size)
         results = _results(lens, size, None if cells is None else cells / toy)
         with whole_folder(out / toy) as fresh:
-            lines = _of_toy(fresh, toy, lens, concentration, results, size)
+            lines = [f"# Findings on {toy}", *_of_toy(fresh, card, lens, concentration, results, size)]
             (fresh / "index.md").write_text("\n".join(lines), encoding="utf-8")
-            _glance(toy, concentration, results).to_csv(fresh / "glance.csv", index=False)
+            _glance(toy, card, concentration, results).to_csv(fresh / "glance.csv", index=False)
         _write_overview(out)
     return out / "index.md"
 
@@ -124,48 +124,50 @@ def _concentration(lens: DiTLens, twin: DiTLens, size: Size) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _glance(toy: str, concentration: pd.DataFrame, results: Sequence[Result]) -> pd.DataFrame:
+def _glance(toy: str, card: Mapping[str, Any], concentration: pd.DataFrame, results: Sequence[Result]) -> pd.DataFrame:
     """A toy in one line: how long it was trained, are there massive channels, and what became of the claims."""
     found = {result.study: result for result in results}
     shares = concentration.groupby("model")["energy share"].mean()
-    trained = _card(toy)["training"]["stages"]["transformer"]["iterations"]
-    line = {"toy": toy, "iterations": f"{trained:,}"}
+    line = {"toy": toy, "iterations": _iterations(card)}
     line["energy share (untrained)"] = f"{shares['trained']:.2f} ({shares['untrained twin']:.2f})"
     line |= {column: contest(found[study]).brief for study, (column, contest) in CLAIMS.items()}
     rows = found["carrier_or_detail"].summary.set_index(["measure", "part"])
     return pd.DataFrame([{**line, "carrier or detail": rows.loc[("verdict", "overall"), "says"]}])
 
 
-def _card(toy: str) -> dict[str, Any]:
-    """How a toy was trained, and how well it draws."""
-    return read_json(path(toy) / DEFAULTS_FILE, "the card of a toy")
+def _iterations(card: Mapping[str, Any]) -> str:
+    """In how many of them the transformer of a toy was trained."""
+    return f"{card['training']['stages']['transformer']['iterations']:,}"
 
 
-def _training(toy: str) -> str:
-    """The card of a toy in words."""
-    card = _card(toy)
-    right = ", ".join(f"{name} {share:.2f}" for name, (share, *_) in card["quality"]["generated"].items())
-    training, quality = card["training"], card["quality"]
-    return (
-        f"Trained from seed {training['seed']} for {training['stages']['transformer']['iterations']:,} iterations. "
-        f"Shares right in pictures of {quality['prompts']} held-out prompts: {right}."
-    )
+def _training(card: Mapping[str, Any]) -> str:
+    """The card of a toy in words: how it was trained and, where that was measured, how well it draws."""
+    said = f"Trained from seed {card['training']['seed']} for {_iterations(card)} iterations."
+    if "quality" not in card:
+        return f"{said} How well it draws was not measured."
+    quality = card["quality"]
+    right = ", ".join(f"{name} {share:.2f}" for name, (share, *_) in quality["generated"].items())
+    return f"{said} Shares right in pictures of {quality['prompts']} held-out prompts: {right}."
 
 
 def _of_toy(
-    folder: Path, toy: str, lens: DiTLens, concentration: pd.DataFrame, results: Sequence[Result], size: Size
+    folder: Path,
+    card: Mapping[str, Any],
+    lens: DiTLens,
+    concentration: pd.DataFrame,
+    results: Sequence[Result],
+    size: Size,
 ) -> list[str]:
-    """The page of one toy; its figures and tables are written beside it."""
+    """The page of one toy below its title; its figures and tables are written beside it."""
     share = f"k = {size.k} of {lens.anatomy.width} channels ({size.k / lens.anatomy.width:.1%})"
     means = concentration.groupby("model", sort=False)[["energy share", "top/median", "Gini of energy"]].mean()
     lines = [
-        f"# Findings on {toy}",
         (
             f"{type(lens.pipe).__name__}, {lens.anatomy.depth} blocks, {share}; {size.prompts} held-out prompts x "
             f"{size.seeds} seeds, {size.draws} draws of random controls. [What the words mean](../index.md)."
         ),
         "",
-        _training(toy),
+        _training(card),
         "",
         "Are there massive channels, and did training make them? Means over blocks:",
         "",

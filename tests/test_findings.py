@@ -6,7 +6,7 @@ import pytest
 
 from dit_lens import words
 from dit_lens.errors import StoreError
-from dit_lens.findings import Size, findings
+from dit_lens.findings import Size, _training, findings
 from dit_lens.studies import Result
 
 
@@ -102,6 +102,11 @@ def test_a_misspelt_toy_is_found_before_anything_is_drawn(tmp_path, monkeypatch)
     with pytest.raises(StoreError, match="no toy called 'fluks'"):
         findings(tmp_path / "page", toys=["flux", "fluks"])
     assert not (tmp_path / "page").exists()
+
+
+def test_a_toy_that_was_never_measured_is_said_to_be_so():
+    card = {"training": {"seed": 3, "stages": {"transformer": {"iterations": 1234}}}}
+    assert _training(card) == "Trained from seed 3 for 1,234 iterations. How well it draws was not measured."
 
 
 def test_a_toy_has_its_page_and_all_toys_have_one(tmp_path):
