@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
 
 def demo(rest: list[str]) -> int:
     """The demo of the command line tool."""
-    return run("-m", "dit_lens.cli", "demo", *rest)
+    return run("-m", "dit_lens.commands.cli", "demo", *rest)
 
 
 def lint(rest: list[str]) -> int:

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from dit_lens.commands.page import find_browser
 from dit_lens.explorer import Explorer, Views
 from dit_lens.explorer.views import Pane
-from dit_lens.page import find_browser
 
 BLOCKS, STEPS, CHANNELS, SIDE = 57, 28, 8, 64
 MOVES = """async () => {

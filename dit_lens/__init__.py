@@ -16,6 +16,10 @@ Letters used throughout: b row (picture) of a batch, s denoising step, n image t
 from __future__ import annotations
 
 import importlib
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -23,26 +27,26 @@ __version__ = "0.1.0"
 # name -> the module that has it; nothing heavy is imported before a name is used (PEP 562)
 _WHERE = {
     "DiTLens": "lens",
-    "Run": "run",
-    "Receipt": "receipt",
-    "ChannelSet": "channels",
-    "compare": "comparison",
+    "Run": "core.runs.run",
+    "Receipt": "core.runs.receipt",
+    "compare": "core.runs.comparison",
+    "ChannelSet": "analysis.channels",
     "atlas": "explorer",
     "explore": "explorer",
     "steer": "explorer",
     "views": "explorer",
-    "encode_prompts": "encode",
-    "recommend": "recommendation",
-    "Read": "ops",
-    "Zero": "ops",
-    "Scale": "ops",
-    "Add": "ops",
-    "Swap": "ops",
-    "Resample": "ops",
-    "TokenMean": "ops",
-    "MeanAblate": "ops",
-    "Apply": "ops",
-    "sigma": "ops",
+    "encode_prompts": "instruments.text_embeddings",
+    "recommend": "instruments.recommend",
+    "Read": "core.request.ops",
+    "Zero": "core.request.ops",
+    "Scale": "core.request.ops",
+    "Add": "core.request.ops",
+    "Swap": "core.request.ops",
+    "Resample": "core.request.ops",
+    "TokenMean": "core.request.ops",
+    "MeanAblate": "core.request.ops",
+    "Apply": "core.request.ops",
+    "sigma": "core.request.ops",
     "Family": "families",
     "Grid": "families",
     "Guidance": "families",
@@ -52,21 +56,22 @@ _WHERE = {
     "Stack": "families",
     "register_family": "families",
 }
-_MODULES = (
-    "channels",
-    "clusters",
-    "errors",
-    "explorer",
-    "families",
-    "inversion",
-    "metrics",
-    "ops",
-    "plots",
-    "prompts",
-    "protocols",
-    "studies",
-    "toys",
-)
+# public module -> where it is
+_MODULES = {
+    "channels": "analysis.channels",
+    "clusters": "analysis.clusters",
+    "metrics": "analysis.metrics",
+    "errors": "errors",
+    "explorer": "explorer",
+    "families": "families",
+    "inversion": "instruments.inversion",
+    "ops": "core.request.ops",
+    "plots": "plots",
+    "prompts": "studies.shared.prompts",
+    "protocols": "studies.shared.protocols",
+    "studies": "studies",
+    "toys": "toys",
+}
 
 __all__ = [
     "Add",
@@ -114,31 +119,21 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from dit_lens import (
-        channels,
-        clusters,
-        errors,
-        explorer,
-        families,
-        inversion,
-        metrics,
-        ops,
-        plots,
-        prompts,
-        protocols,
-        studies,
-        toys,
-    )
-    from dit_lens.channels import ChannelSet
-    from dit_lens.comparison import compare
-    from dit_lens.encode import encode_prompts
+    from dit_lens import errors, explorer, families, plots, studies, toys
+    from dit_lens.analysis import channels, clusters, metrics
+    from dit_lens.analysis.channels import ChannelSet
+    from dit_lens.core.request import ops
+    from dit_lens.core.request.ops import Add, Apply, MeanAblate, Read, Resample, Scale, Swap, TokenMean, Zero, sigma
+    from dit_lens.core.runs.comparison import compare
+    from dit_lens.core.runs.receipt import Receipt
+    from dit_lens.core.runs.run import Run
     from dit_lens.explorer import atlas, explore, steer, views
     from dit_lens.families import Family, Grid, Guidance, Readout, Stack, Tap, Time, register_family
+    from dit_lens.instruments import inversion
+    from dit_lens.instruments.recommend import recommend
+    from dit_lens.instruments.text_embeddings import encode_prompts
     from dit_lens.lens import DiTLens
-    from dit_lens.ops import Add, Apply, MeanAblate, Read, Resample, Scale, Swap, TokenMean, Zero, sigma
-    from dit_lens.receipt import Receipt
-    from dit_lens.recommendation import recommend
-    from dit_lens.run import Run
+    from dit_lens.studies.shared import prompts, protocols
 
 
 def __getattr__(name: str) -> Any:
@@ -147,9 +142,29 @@ def __getattr__(name: str) -> Any:
         globals()[name] = value
         return value
     if name in _MODULES:
-        return importlib.import_module(f"dit_lens.{name}")
+        return importlib.import_module(f"dit_lens.{_MODULES[name]}")
     raise AttributeError(f"module 'dit_lens' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+class _ShortNames(MetaPathFinder, Loader):
+    """Makes ``import dit_lens.ops`` mean ``dit_lens.core.request.ops``, and so for every public module."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:  # noqa: ARG002
+        name = fullname.removeprefix("dit_lens.")
+        return ModuleSpec(fullname, self) if _MODULES.get(name, name) != name else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(f"dit_lens.{_MODULES[spec.name.removeprefix('dit_lens.')]}")
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """The module has run under its own name; importlib has replaced its spec, which is put back."""
+        module.__spec__ = None if module.__spec__ is None else module.__spec__.loader_state
+
+
+sys.meta_path.append(_ShortNames())

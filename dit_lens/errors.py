@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dit_lens.studies.result import Result
+    from dit_lens.studies.shared.result import Result
 
 
 class DitLensError(Exception):

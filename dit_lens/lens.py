@@ -9,24 +9,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_lens import families
-from dit_lens.assemble import assemble
-from dit_lens.batches import drawn_in_batches
-from dit_lens.call import Call, prepare
-from dit_lens.cost import Cost, cost_of
-from dit_lens.engine import Engine
+from dit_lens.core.execution.assemble import assemble
+from dit_lens.core.execution.engine import Engine
+from dit_lens.core.plan.batches import drawn_in_batches
+from dit_lens.core.plan.compile import Plan, compile_plan
+from dit_lens.core.plan.cost import Cost, cost_of, place_for
+from dit_lens.core.plan.replay import recording, replaying
+from dit_lens.core.plan.selection import Batch
+from dit_lens.core.request.call import Call, needs_weights, prepare
+from dit_lens.core.request.ops import Apply, Op, Read, from_json, to_json
+from dit_lens.core.request.text_tokens import TextTokens
+from dit_lens.core.request.timeline import Timeline, timeline
+from dit_lens.core.runs.files import check_pipeline, read_json
+from dit_lens.core.runs.html import _table
+from dit_lens.core.runs.provenance import describe, plain, unsaved
+from dit_lens.core.runs.run import Tape
+from dit_lens.core.trace import Trace
 from dit_lens.errors import PromptError, SiteError, StoreError
 from dit_lens.families.checks import Check, check
-from dit_lens.ops import Apply, Op, Read, from_json, to_json
-from dit_lens.plan import Batch, Plan, compile_plan
-from dit_lens.prefix import Tape, recording, replaying
-from dit_lens.provenance import describe, plain, unsaved
-from dit_lens.remote import needs_weights
-from dit_lens.sites import Site, match
-from dit_lens.spill import place_for
-from dit_lens.steps import Timeline, timeline
-from dit_lens.store import check_pipeline, read_json
-from dit_lens.text_tokens import TextTokens
-from dit_lens.trace import Trace
+from dit_lens.families.sites import Site, match
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,15 +35,16 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor
 
-    from dit_lens.accessors import Blocks
-    from dit_lens.attention import Attention
-    from dit_lens.channels import ChannelSet
-    from dit_lens.encode import Released
-    from dit_lens.gradients import Gradients, Through
-    from dit_lens.ops import Branch, Pattern, Steps
-    from dit_lens.remote import RemoteEngine
-    from dit_lens.run import Run
-    from dit_lens.x0 import X0
+    from dit_lens.analysis.channels import ChannelSet
+    from dit_lens.core.execution.blocks import Blocks
+    from dit_lens.core.execution.remote import RemoteEngine
+    from dit_lens.core.request.ops import Branch, Pattern, Steps
+    from dit_lens.core.runs.run import Run
+    from dit_lens.families import Guidance
+    from dit_lens.instruments.attention_patterns import Attention
+    from dit_lens.instruments.gradients import Gradients, Through
+    from dit_lens.instruments.text_embeddings import Released
+    from dit_lens.instruments.x0_lens import X0
 
 DEFAULTS_FILE = "dit_lens.json"
 
@@ -135,7 +137,7 @@ class DiTLens:
         "http://localhost:8001"; ``nnsight.CONFIG.API.HOST`` by default, whose key is used as well. Raises StoreError
         where there is no such pipeline, ExecutionError where an address is none.
         """
-        from dit_lens.remote import RemoteEngine, hollow
+        from dit_lens.core.execution.remote import RemoteEngine, hollow
 
         hollowed = hollow(model, revision)
         lens = cls(hollowed.pipeline)
@@ -306,7 +308,7 @@ class DiTLens:
         such as "cuda" while the pipeline is still on the CPU. call: the arguments of the run; those that concern text
         count. Words of a prompt (``tokens="circle"``) cannot be found in a run of embeddings.
         """
-        from dit_lens.encode import encode_prompts
+        from dit_lens.instruments.text_embeddings import encode_prompts
 
         texts = encode_prompts(
             self.pipe, prompts, device=device, defaults=self.defaults, vocabulary=self.vocabulary, **call
@@ -321,7 +323,7 @@ class DiTLens:
         >>> DiTLens.toy().release_encoders()
         released text_encoder, text_encoder_2: ... on cpu
         """
-        from dit_lens.encode import release
+        from dit_lens.instruments.text_embeddings import release
 
         released = release(self.pipe)
         self.engine = Engine(self.pipe)  # the old one holds on to the encoders
@@ -354,7 +356,7 @@ class DiTLens:
         score: any reduction that gives one number per channel: "|mean|" (the paper's), "mean|x|", "rms", "max",
         "p99.9". steps: which denoising steps count; all by default. Conditional branch only.
         """
-        from dit_lens.channels import rule_of
+        from dit_lens.analysis.channels import rule_of
 
         ops = [Read(site, reduce=score, steps=steps, name="score"), Read(site, reduce="rms", steps=steps, name="rms")]
         widths = {name: self.anatomy.channels(self.anatomy.site(name)) for name in self.sites(site)}
@@ -378,7 +380,7 @@ class DiTLens:
 
         block: by default the one after two thirds of the depth. steps: the step whose activations are clustered.
         """
-        from dit_lens.clusters import segment
+        from dit_lens.analysis.clusters import segment
 
         channels = self.massive_channels(prompt, k, **call) if channels is None else channels
         name = self.mask_site(block)
@@ -408,7 +410,7 @@ class DiTLens:
         site: blocks, with or without ``.x0``; some evenly spaced ones by default. steps: four evenly spaced by default.
         Raises SiteError or OpError, before any denoising, where a family or scheduler has no x0.
         """
-        from dit_lens.x0 import read_x0
+        from dit_lens.instruments.x0_lens import read_x0
 
         return read_x0(self, prompt, site, steps=steps, **call)
 
@@ -436,7 +438,7 @@ class DiTLens:
         under which the pattern is read. steps: the last by default. Raises SiteError before any denoising where a block
         forms no pattern (linear attention).
         """
-        from dit_lens.attention import read_pattern
+        from dit_lens.instruments.attention_patterns import read_pattern
 
         return read_pattern(self, prompt, block, heads=heads, ops=ops, steps=steps, branch=branch, **call)
 
@@ -474,7 +476,7 @@ class DiTLens:
         ``pipe.transformer.enable_gradient_checkpointing()`` keeps only what enters each block, and computes it twice.
         Other arguments are those of :meth:`run`.
         """
-        from dit_lens.gradients import gradients
+        from dit_lens.instruments.gradients import gradients
 
         return gradients(
             self, prompt, site, metric=metric, through=through, steps=steps, branch=branch, reduce=reduce, **call
@@ -500,7 +502,7 @@ class DiTLens:
     @property
     def blocks(self) -> Blocks:
         """The blocks in execution order, for use inside nnsight's own traces: ``lens.blocks[3].img[..., 5] = 0``."""
-        from dit_lens.accessors import Blocks
+        from dit_lens.core.execution.blocks import Blocks
 
         model = self._follow().model
         return Blocks(self.anatomy, model)
@@ -555,12 +557,10 @@ class DiTLens:
         return TextTokens(self.pipe, self.family, self.defaults)
 
     def __repr__(self) -> str:
-        from dit_lens.reprs import lens_text
 
         return lens_text(self)
 
     def _repr_html_(self) -> str:
-        from dit_lens.reprs import lens_html
 
         return lens_html(self)
 
@@ -580,3 +580,53 @@ def _unkept(spec: Mapping[str, Any]) -> list[str]:
 
 def _from_unsaved_run(op: Op) -> bool:
     return any(getattr(getattr(op, name, None), "folder", "") is None for name in ("source", "mean"))
+
+
+STREAM_WORDS = {"img": "img (the picture's tokens)", "txt": "txt (the prompt's)"}
+
+
+def lens_lines(lens: DiTLens) -> list[tuple[str, str]]:
+    """What a person wants to know of a lens, as (heading, text)."""
+    anatomy, family = lens.anatomy, lens.family
+    stacks = [f"{name} {blocks.start}-{blocks.stop - 1}" for name, blocks in anatomy.stacks.items() if len(blocks)]
+    grid = anatomy.planned_grid(lens.pipe, lens.defaults)
+    embedded = family.embedded is not None and bool(lens.pipe.transformer.config[family.embedded])
+    guidance = guidance_text(family.guidance_of(lens.pipe))
+    streams = [stream for stream in STREAM_WORDS if any(site.stream == stream for site in anatomy.sites)]
+    inside = list(dict.fromkeys(site.point.split(".")[0] for site in anatomy.sites if site.block is not None))
+    size = sum(parameter.numel() for parameter in lens.pipe.transformer.parameters())
+    return [
+        ("family", f"{family.name} ({type(lens.pipe.transformer).__name__}, {size / 1e6:.4g} M parameters)"),
+        ("blocks", f"{anatomy.depth}: {', '.join(stacks)}"),
+        ("width", f"{anatomy.width} channels; a predicted token has {anatomy.out_width}"),
+        ("streams", ", ".join(STREAM_WORDS[stream] for stream in streams)),
+        (
+            "sites",
+            f"blocks.0-{anatomy.depth - 1}.{{{','.join(streams)}}}[.{'|'.join(inside)}], final.img, velocity, x0",
+        ),
+        ("grid", f"{grid[0]} x {grid[1]} image tokens by default" if grid else "known when it runs"),
+        ("guidance", ("a guidance scale is embedded; " if embedded else "") + guidance),
+        ("checks", f"{', '.join(check.name for check in lens.checks)} passed"),
+        ("on", lens.engine.place),
+    ]
+
+
+def guidance_text(guidance: Guidance | None) -> str:
+    """How the branches run, in words."""
+    if guidance is None:
+        return "one conditional call per step"
+    calls = ", then ".join(" and ".join(call) + (" rows" if len(call) > 1 else "") for call in guidance.calls)
+    when = "always" if guidance.scale is None else f"{guidance.scale} > {guidance.above:g}"
+    return f"{when}{' with a negative prompt' if guidance.negative else ''} runs {calls}"
+
+
+def lens_text(lens: DiTLens) -> str:
+    """A lens as a terminal shows it."""
+    return "\n".join(
+        [f"DiTLens on {type(lens.pipe).__name__}", *(f"  {head:<9}{text}" for head, text in lens_lines(lens))]
+    )
+
+
+def lens_html(lens: DiTLens) -> str:
+    """A lens as a notebook shows it."""
+    return f"<b>DiTLens</b> on {type(lens.pipe).__name__}{_table(lens_lines(lens))}"

@@ -9,7 +9,7 @@ import diffusers
 from dit_lens.families import Anatomy, Family, Stack
 from dit_lens.families.checks import check
 from dit_lens.families.table import TABLE
-from dit_lens.reprs import guidance_text
+from dit_lens.lens import guidance_text
 
 PAGE = Path(__file__).with_name("models.md")
 

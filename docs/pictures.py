@@ -6,7 +6,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 import dit_lens as dl
-from dit_lens.page import find_browser
+from dit_lens.commands.page import find_browser
 
 HERE = Path(__file__).parent
 SOURCE, TARGET = (

@@ -84,7 +84,7 @@ for name, picture in pictures.items():
 # Each has controls of equal size, and the rules are written down *before* the run:
 
 # %%
-from dit_lens.studies.evidence import Thresholds
+from dit_lens.studies.parts.evidence import Thresholds
 
 Thresholds()
 

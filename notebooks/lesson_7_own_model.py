@@ -82,7 +82,7 @@ lens.defaults
 # and looks for massive channels. On the command line it is `dit-lens doctor my-flux`.
 
 # %%
-from dit_lens.doctor import examine
+from dit_lens.commands.doctor import examine
 
 examine(lens)
 

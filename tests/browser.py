@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_lens.page import find_browser
+from dit_lens.commands.page import find_browser
 
 ARGUMENTS = [
     "--no-sandbox",

@@ -8,8 +8,7 @@ import pytest
 
 from dit_lens import DiTLens, studies
 from dit_lens.errors import OpError, PromptError
-from dit_lens.studies.common import scene_judge
-from dit_lens.studies.evidence import (
+from dit_lens.studies.parts.evidence import (
     Thresholds,
     decoding_evidence,
     edit_evidence,
@@ -17,6 +16,7 @@ from dit_lens.studies.evidence import (
     variance_evidence,
     verdict,
 )
+from dit_lens.studies.shared.judges import scene_judge
 from tests import planted
 
 PROMPTS = [scene.caption for scene in planted.SCENES]

@@ -14,8 +14,10 @@ from PIL import Image
 from dit_lens import DiTLens
 from dit_lens.errors import PromptError, StoreError, StudyInterrupted
 from dit_lens.studies import Result, disruption
-from dit_lens.studies import cells as module
-from dit_lens.studies.cells import Cell, Cells, batches
+from dit_lens.studies.shared import cells as module
+from dit_lens.studies.shared.cells import Cell
+from dit_lens.studies.shared.checkpoints import Cells
+from dit_lens.studies.shared.drawing import batches
 from tests import pipelines
 
 PROMPTS = ["a cat", "two dogs", "red"]

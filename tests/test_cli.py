@@ -5,7 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dit_lens import Run, cli
+from dit_lens import Run
+from dit_lens.commands import cli
 from dit_lens.lens import DiTLens
 
 
@@ -83,7 +84,7 @@ def test_the_demo(tmp_path, capsys, monkeypatch):
         return lens
 
     monkeypatch.setattr(DiTLens, "toy", quick)
-    monkeypatch.setattr("dit_lens.page.find_browser", lambda: None)
+    monkeypatch.setattr("dit_lens.commands.page.find_browser", lambda: None)
     assert cli.main(["demo", "--out", str(tmp_path / "demo"), "--seed", "1"]) == 0
     said = capsys.readouterr().out
     assert "energy-matched" in said

@@ -15,7 +15,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, jaccard_score
 from sklearn.preprocessing import MinMaxScaler
 
-from dit_lens.clusters import (
+from dit_lens.analysis.clusters import (
     chance_iou,
     cluster,
     foreground,

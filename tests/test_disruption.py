@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_lens import Apply, DiTLens, Zero
+from dit_lens.analysis.metrics import paired_difference_ci, rmse
 from dit_lens.errors import OpError, PromptError
-from dit_lens.metrics import paired_difference_ci, rmse
-from dit_lens.studies import Result, confounds, disruption
-from dit_lens.studies.cells import Cell
-from dit_lens.studies.common import kept_scores, scene_judge, score_ops, sets_of
-from dit_lens.studies.result import paired
+from dit_lens.studies import Result, disruption
+from dit_lens.studies.parts import confounds
+from dit_lens.studies.shared.arms import kept_scores, score_ops, sets_of
+from dit_lens.studies.shared.cells import Cell
+from dit_lens.studies.shared.judges import scene_judge
+from dit_lens.studies.shared.result import paired
 from tests import oracle, pipelines, planted
 
 module = importlib.import_module("dit_lens.studies.disruption")  # the function of this name hides it

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-from dit_lens import DiTLens, cli, doctor
-from dit_lens.doctor import examine
+from dit_lens import DiTLens
+from dit_lens.commands import cli, doctor
+from dit_lens.commands.doctor import examine
 from tests import pipelines
 
 

@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from dit_lens import DiTLens, Read
-from dit_lens.encode import encode_prompts, encoders, release, returned_names
 from dit_lens.errors import PromptError
+from dit_lens.instruments.text_embeddings import encode_prompts, encoders, release, returned_names
 from tests import pipelines, zoo
 
 PROMPTS = ["a red one", "blue"]
@@ -160,7 +160,7 @@ def test_guidance_by_rows_of_one_encoding():
 @pytest.mark.parametrize("name", ["sd3", "pixart-sigma", "sana", "qwen", "klein", "zimage"])
 def test_names_of_other_families(name, monkeypatch):
     """What the zoo's pipelines take for embeddings is what encode_prompt is found to return."""
-    from dit_lens import encode
+    from dit_lens.instruments import text_embeddings as encode
 
     entry = next(entry for entry in zoo.entries() if entry.name == name)
     pipe, call = entry.build(), entry.call(2)

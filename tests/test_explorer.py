@@ -12,8 +12,8 @@ from PIL import Image
 from plotly.colors import sequential
 
 import dit_lens as dl
-from dit_lens.cli import main
-from dit_lens.clusters import cluster
+from dit_lens.analysis.clusters import cluster
+from dit_lens.commands.cli import main
 from dit_lens.errors import OpError, SiteError
 from dit_lens.explorer import explorer as module
 from dit_lens.explorer.atlas import Extent, fitted

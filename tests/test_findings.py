@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dit_lens import words
+from dit_lens.commands import sentences as words
+from dit_lens.commands.findings import Size, _training, findings
 from dit_lens.errors import StoreError
-from dit_lens.findings import Size, _training, findings
 from dit_lens.studies import Result
 
 
@@ -98,7 +98,7 @@ def test_claim_2_in_words():
 
 
 def test_a_misspelt_toy_is_found_before_anything_is_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr("dit_lens.findings._results", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr("dit_lens.commands.findings._results", lambda *_: pytest.fail("drawn"))
     with pytest.raises(StoreError, match="no toy called 'fluks'"):
         findings(tmp_path / "page", toys=["flux", "fluks"])
     assert not (tmp_path / "page").exists()

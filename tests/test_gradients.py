@@ -5,7 +5,7 @@ import torch
 
 from dit_lens import Add, DiTLens
 from dit_lens.errors import ExecutionError, FamilyError, OpError, PromptError, SiteError
-from dit_lens.gradients import attribution, nearness
+from dit_lens.instruments.gradients import attribution, nearness
 from tests import pipelines
 from tests.oracle import blocks_of, generators
 from tests.zoo import truth

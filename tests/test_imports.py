@@ -10,7 +10,7 @@ HEAVY = ("torch", "diffusers", "transformers", "nnsight", "plotly", "sklearn", "
 
 
 def test_importing_imports_nothing_heavy():
-    code = f"import sys, dit_lens, dit_lens.cli; print([name for name in {HEAVY!r} if name in sys.modules])"
+    code = f"import sys, dit_lens, dit_lens.commands.cli; print([name for name in {HEAVY!r} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert found.stdout.strip() == "[]"
 
@@ -26,7 +26,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_no_module_takes_the_place_of_a_public_name():
-    code = "import dit_lens, dit_lens.comparison, dit_lens.run; assert callable(dit_lens.compare), dit_lens.compare"
+    code = "import dit_lens, dit_lens.core.runs.comparison; assert callable(dit_lens.compare), dit_lens.compare"
     subprocess.run([sys.executable, "-c", code], check=True)
     modules = {path.stem for path in Path(dit_lens.__file__).parent.glob("*.py")}
     assert not modules & set(dit_lens._WHERE)

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from dit_lens import DiTLens, Read, Swap, studies
-from dit_lens.decode import decode, tokens_of
+from dit_lens.analysis.metrics import rmse
 from dit_lens.errors import FamilyError, OpError
-from dit_lens.inversion import invert, latents_of, noised_reference
-from dit_lens.metrics import rmse
-from dit_lens.studies.common import scene_judge
+from dit_lens.instruments.inversion import invert, latents_of, noised_reference
+from dit_lens.instruments.latents import decode, tokens_of
+from dit_lens.studies.shared.judges import scene_judge
 from dit_lens.toys import flux, flux2, qwen_image, sana
 from dit_lens.toys.scenes import Scene, draw
 from tests import pipelines, planted

@@ -13,8 +13,8 @@ from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import mean_absolute_error, mean_squared_error
 
+from dit_lens.analysis.metrics import bootstrap_ci, mean_abs, paired_difference_ci, psnr, rmse, wilson
 from dit_lens.errors import OpError
-from dit_lens.metrics import bootstrap_ci, mean_abs, paired_difference_ci, psnr, rmse, wilson
 
 seeds = st.integers(0, 10**6)
 

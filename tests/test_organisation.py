@@ -11,9 +11,9 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from dit_lens import DiTLens, Read, plots, studies
-from dit_lens.clusters import chance_iou, iou, segment, upsample
+from dit_lens.analysis.clusters import chance_iou, iou, segment, upsample
 from dit_lens.errors import OpError, PromptError, StudyInterrupted
-from dit_lens.studies.saliency import (
+from dit_lens.studies.parts.saliency import (
     centred_disc,
     first_component,
     heads_of,
@@ -278,7 +278,7 @@ def test_attention_to_a_word_is_its_share_of_attention_to_text(toy, monkeypatch)
         share = (text / text.sum(-1, keepdim=True)).mean(2)
         np.testing.assert_allclose(maps[block][:, 1], share[:, 1, :, 1:3].mean(-1), rtol=1e-6)
         assert maps[block].shape == (2, 2, 256)
-    monkeypatch.setattr("dit_lens.studies.saliency.PATTERN_BYTES", 1)  # a run for each block
+    monkeypatch.setattr("dit_lens.studies.parts.saliency.PATTERN_BYTES", 1)  # a run for each block
     apart = word_attention(toy, [SCENE, OTHER], words, heads, [0, 1], (16, 16), **call)
     assert all(np.array_equal(apart[block], maps[block]) for block in maps)
 

@@ -11,9 +11,9 @@ import plotly.graph_objects as go
 import pytest
 from PIL import Image
 
-from dit_lens import page as module
+from dit_lens.commands import page as module
+from dit_lens.commands.page import Section, find_browser, write_page, write_pngs
 from dit_lens.errors import OpError
-from dit_lens.page import Section, find_browser, write_page, write_pngs
 from dit_lens.plots import channel_spectrum, strip
 from tests.browser import browser_or_skip
 

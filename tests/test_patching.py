@@ -9,13 +9,13 @@ import torch
 from scipy import stats
 
 from dit_lens import DiTLens, Swap, studies
-from dit_lens.channels import top_channels
+from dit_lens.analysis.channels import top_channels
 from dit_lens.errors import FamilyError, OpError, PromptError, SiteError
-from dit_lens.gradients import nearness
+from dit_lens.instruments.gradients import nearness
 from dit_lens.plots import patching_figure
-from dit_lens.studies.common import scene_judge
-from dit_lens.studies.patches import by_group, by_region, by_step, chunks
+from dit_lens.studies.parts.patches import by_group, by_region, by_step, chunks
 from dit_lens.studies.patching import OVER, agreement
+from dit_lens.studies.shared.judges import scene_judge
 from tests import pipelines, planted
 from tests.zoo import truth
 

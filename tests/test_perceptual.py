@@ -21,7 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dit_lens import DiTLens, metrics
+from dit_lens import DiTLens
+from dit_lens.analysis import metrics
 from dit_lens.errors import OpError, StoreError
 from dit_lens.studies import disruption
 from tests import pipelines

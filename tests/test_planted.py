@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dit_lens import DiTLens, studies
-from dit_lens.studies.common import scene_judge
+from dit_lens.studies.shared.judges import scene_judge
 from tests import planted
 
 PROMPTS = [scene.caption for scene in planted.SCENES]

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dit_lens import plots
-from dit_lens.clusters import upsample
+from dit_lens.analysis.clusters import upsample
 from dit_lens.errors import OpError
 from dit_lens.plots.overlays import outline
 from dit_lens.plots.theme import ARMS, INK, MASSIVE, label_width, placed
@@ -165,7 +165,7 @@ def test_map_names_the_channels_that_recur():
 
 
 def test_map_takes_a_channel_set():
-    from dit_lens.channels import top_channels
+    from dit_lens.analysis.channels import top_channels
 
     scores = {"blocks.0.img": torch.tensor([1.0, 5.0, 2.0])}
     figure = plots.block_channel_map(scores, top_channels(scores, scores, k=1))

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dit_lens as dl
-from dit_lens import prompts
 from dit_lens.errors import PromptError, StoreError
+from dit_lens.studies.shared import prompts
 from dit_lens.toys.scenes import Scene
 
 texts = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1, max_size=20).filter(

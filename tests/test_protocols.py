@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 
 import dit_lens as dl
-from dit_lens import protocols, studies
+from dit_lens import studies
 from dit_lens.errors import OpError
 from dit_lens.studies import Result
+from dit_lens.studies.shared import protocols
 
 # What a study is run on, and how; not how it measures.
 DATA = {"lens", "prompts", "pairs", "captions", "seeds", "judge", "masks", "words", "batch_size", "out"}

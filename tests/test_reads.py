@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dit_lens import Read, reduce
+from dit_lens import Read
+from dit_lens.core.request import reduce
 from dit_lens.errors import NotYetError, OpError
 from tests import oracle, pipelines
 

@@ -10,7 +10,7 @@ import transformers
 
 import dit_lens as dl
 from dit_lens.errors import FamilyError, OpError, StoreError
-from dit_lens.recommendation import CONTEXT, DECODING, DENOISING, GB, recommend
+from dit_lens.instruments.recommend import CONTEXT, DECODING, DENOISING, GB, recommend
 from dit_lens.toys import path
 from tests import pipelines
 

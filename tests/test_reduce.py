@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_lens import reduce
-from dit_lens.reduce import REDUCTIONS, parse, reduce_tokens
+from dit_lens.core.request import reduce
+from dit_lens.core.request.reduce import REDUCTIONS, parse, reduce_tokens
 
 SPECS = [
     "mean",

@@ -16,9 +16,9 @@ from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 
 import dit_lens as dl
 from dit_lens import Apply, DiTLens, Read, Swap, Zero, toys
+from dit_lens.core.execution.execute import answer
+from dit_lens.core.execution.remote import RemoteEngine, hollow
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, StoreError
-from dit_lens.execute import answer
-from dit_lens.remote import RemoteEngine, hollow
 from tests import pipelines
 
 HOST = "http://server.test"

@@ -9,9 +9,9 @@ import torch
 
 import dit_lens as dl
 from dit_lens import Read, Swap, Zero
+from dit_lens.core.request.ops import from_json, to_json
+from dit_lens.core.runs.provenance import fingerprint
 from dit_lens.errors import PromptError, SiteError
-from dit_lens.ops import from_json, to_json
-from dit_lens.provenance import fingerprint
 
 OPS = [
     Read("blocks.*.img", reduce="|mean|", name="spectrum"),

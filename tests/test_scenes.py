@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_lens.clusters import iou
+from dit_lens.analysis.clusters import iou
 from dit_lens.errors import PromptError
 from dit_lens.toys.scenes import ATTRIBUTES, PIXELS, VALUES, Scene, describe, draw, every_scene, sample_scenes
 

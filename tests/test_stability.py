@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dit_lens import DiTLens, Read, studies
-from dit_lens.channels import RunningStats, jaccard, top_channels
+from dit_lens.analysis.channels import RunningStats, jaccard, top_channels
 from dit_lens.errors import OpError, PromptError, StudyInterrupted
 from dit_lens.studies.stability import stable_after
 from tests import pipelines, planted

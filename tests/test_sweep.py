@@ -6,7 +6,8 @@ import pytest
 
 from dit_lens import DiTLens, plots, sigma
 from dit_lens.errors import OpError, SiteError, StoreError, StudyInterrupted
-from dit_lens.studies import Result, cells, disruption, sweep
+from dit_lens.studies import Result, disruption, sweep
+from dit_lens.studies.shared import cells
 from tests import pipelines
 
 PROMPTS = ["a cat", "two dogs"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dit_lens import DiTLens
-from dit_lens.channels import top_median_ratio
-from dit_lens.store import read_json
+from dit_lens.analysis.channels import top_median_ratio
+from dit_lens.commands.evaluate_toy import BAR
+from dit_lens.core.runs.files import read_json
 from dit_lens.toys import WEIGHTS, path
-from dit_lens.toys.evaluate import BAR
 from dit_lens.toys.scenes import describe, sample_scenes
 
 SCENES = sample_scenes(8, seed=7, held_out=True)

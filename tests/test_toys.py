@@ -9,9 +9,9 @@ import torch
 from diffusers import Flux2KleinPipeline, FluxPipeline, QwenImagePipeline, SanaPipeline
 
 from dit_lens import toys
+from dit_lens.core.runs.files import write_json
 from dit_lens.errors import StoreError
 from dit_lens.lens import DiTLens
-from dit_lens.store import write_json
 from dit_lens.toys.kinds import KINDS, kind
 from dit_lens.toys.scenes import VALUES, VOCABULARY, Scene, sample_scenes
 from dit_lens.toys.train import (

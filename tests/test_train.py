@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dit_lens.commands import evaluate_toy as evaluate
+from dit_lens.core.runs.files import read_json
 from dit_lens.errors import StoreError
 from dit_lens.lens import DiTLens
-from dit_lens.store import read_json
-from dit_lens.toys import evaluate, train
+from dit_lens.toys import train
 from dit_lens.toys.kinds import KINDS, kind
 from dit_lens.toys.train import Settings
 

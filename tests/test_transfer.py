@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dit_lens import DiTLens, Read, Swap, plots, studies
-from dit_lens.channels import top_channels
+from dit_lens.analysis.channels import top_channels
+from dit_lens.analysis.metrics import rmse
 from dit_lens.errors import OpError, PromptError
-from dit_lens.metrics import rmse
 from dit_lens.studies import Result
-from dit_lens.studies.blends import blend_pictures, blend_texts
-from dit_lens.studies.common import scene_judge
-from dit_lens.studies.nearness import at_nearness, change_within, explained, with_matched
-from dit_lens.studies.transport import chosen, read_out
+from dit_lens.studies.parts.blends import blend_pictures, blend_texts
+from dit_lens.studies.parts.nearness import at_nearness, change_within, explained, with_matched
+from dit_lens.studies.parts.transport import chosen, read_out
+from dit_lens.studies.shared.judges import scene_judge
 from tests import pipelines, planted
 
 PROMPTS = [scene.caption for scene in planted.SCENES]
@@ -243,7 +243,7 @@ def test_late_swaps_start_from_a_recorded_run_and_change_no_number(tiny, monkeyp
     try:
         quick = studies.transfer(tiny, LETTERS, **choices)
         few = len(passes)
-        monkeypatch.setattr("dit_lens.studies.transport.begins_late", lambda *_: False)
+        monkeypatch.setattr("dit_lens.studies.parts.transport.begins_late", lambda *_: False)
         slow = studies.transfer(tiny, LETTERS, **choices)
     finally:
         handle.remove()

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from dit_lens.analysis.metrics.decoding import decode
+from dit_lens.analysis.metrics.variance import variance_shares
 from dit_lens.errors import OpError
-from dit_lens.probes import decode
-from dit_lens.variance import variance_shares
 
 FLOATS = st.floats(-100, 100, width=32)
 

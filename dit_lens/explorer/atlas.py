@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import OpError
+from dit_lens.explorer.code import lens_code
 from dit_lens.explorer.explorer import Explorer
 from dit_lens.explorer.views import THUMB, of_runs, views
-from dit_lens.source_code import lens_code
 
 if TYPE_CHECKING:
+    from dit_lens.core.runs.run import Run
     from dit_lens.lens import DiTLens
-    from dit_lens.run import Run
 
 # Bytes of a page per byte of maps: base64 adds a third, and gzip saves little of maps with grain.
 PACKED = 1.3

@@ -11,14 +11,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dit_lens.errors import OpError, SiteError, nearest
+from dit_lens.explorer.code import STATE, code_of_runs
 from dit_lens.explorer.results import of_result
 from dit_lens.explorer.views import Views, of_runs
 from dit_lens.explorer.widget import Widget, bytes_trait, module_of, webp
-from dit_lens.source_code import STATE, code_of_runs
 
 if TYPE_CHECKING:
-    from dit_lens.channels import ChannelSet
-    from dit_lens.run import Run
+    from dit_lens.analysis.channels import ChannelSet
+    from dit_lens.core.runs.run import Run
     from dit_lens.studies import Result
 
 BUDGET = 64 * 2**20  # bytes of maps that go to the browser at once; beyond, blocks are sent when they are looked at
@@ -59,7 +59,7 @@ def explore(
     same. channels: a set to show instead of the top k. clusters: of K-means over a group's channels. state: what is
     looked at first. Raises OpError where a run kept no image tokens.
     """
-    from dit_lens.run import Run
+    from dit_lens.core.runs.run import Run
     from dit_lens.studies import Result
 
     for given in (shown,) if beside is None else (shown, beside):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dit_lens.clusters import to_grid
+from dit_lens.analysis.clusters import to_grid
 from dit_lens.errors import OpError
 from dit_lens.explorer.views import NONE, Pane, Views
 

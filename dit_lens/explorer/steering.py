@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import traitlets
 
+from dit_lens.core.request.ops import Swap
 from dit_lens.errors import DitLensError, OpError, nearest
+from dit_lens.explorer.code import lens_code
 from dit_lens.explorer.widget import Widget, bytes_trait, module_of, webp
-from dit_lens.ops import Swap
-from dit_lens.source_code import lens_code
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-    from dit_lens.channels import ChannelSet
+    from dit_lens.analysis.channels import ChannelSet
     from dit_lens.lens import DiTLens
 
 ARMS = ("top", "bottom", "random", "energy-matched", "all")

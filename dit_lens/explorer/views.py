@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from dit_lens.clusters import cluster
+from dit_lens.analysis.clusters import cluster
+from dit_lens.core.request.ops import Read
 from dit_lens.errors import OpError
-from dit_lens.ops import Read
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from dit_lens.channels import ChannelSet
-    from dit_lens.run import Reading, Run
+    from dit_lens.analysis.channels import ChannelSet
+    from dit_lens.core.runs.run import Reading, Run
 
 THUMB = 8  # tokens of the longer side of a thumbnail
 NONE = 255  # the label of a token without a cluster
@@ -204,7 +204,7 @@ class _Shown:
         return {site: values.float().mean(2).abs().mean((0, 1)) for site, values in self._whole.items()}
 
     def _top(self) -> ChannelSet:
-        from dit_lens.channels import top_channels
+        from dit_lens.analysis.channels import top_channels
 
         narrow = min(map(len, self._means.values()))
         if not 1 <= self.k <= narrow:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import anywidget
 import traitlets
 
-from dit_lens.reprs import data_url
-from dit_lens.store import write_text
+from dit_lens.core.runs.files import write_text
+from dit_lens.core.runs.html import data_url
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import FamilyError, SiteError
 from dit_lens.families.row import Family, Stack, Tap, Time
-from dit_lens.sites import MODEL_POINTS, POINTS, STREAMS, Site
+from dit_lens.families.sites import MODEL_POINTS, POINTS, STREAMS, Site
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin

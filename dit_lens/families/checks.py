@@ -10,10 +10,10 @@ import torch
 
 from dit_lens.errors import FamilyError
 from dit_lens.families.anatomy import Anatomy
-from dit_lens.families.calls import build_call
+from dit_lens.families.example_call import build_call
+from dit_lens.families.hooked_clone import MISFITS, Trial
+from dit_lens.families.layout import closed, fetch, opened, packed, replaced, stream_of, unpacked
 from dit_lens.families.row import Family
-from dit_lens.families.trial import MISFITS, Trial
-from dit_lens.layout import closed, fetch, opened, packed, replaced, stream_of, unpacked
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 
 from dit_lens.errors import OpError
+from dit_lens.plots.code import carries_code
 from dit_lens.plots.tables import checked, errors
 from dit_lens.plots.theme import CI, INK, MASSIVE, Look, faded, titled
-from dit_lens.source_code import carries_code
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,10 +10,10 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 
-from dit_lens.channels import top_median_ratio
+from dit_lens.analysis.channels import top_median_ratio
 from dit_lens.errors import OpError
+from dit_lens.plots.code import carries_code
 from dit_lens.plots.theme import INK, LINE, MASSIVE, WIDTH, faded, label_width, placed, short, titled
-from dit_lens.source_code import carries_code
 
 # More labels than this are a thicket; the hover text names the rest.
 _LABELS = 24

@@ -9,9 +9,9 @@ import numpy as np
 from plotly.subplots import make_subplots
 
 from dit_lens.errors import OpError
+from dit_lens.plots.code import carries_code
 from dit_lens.plots.tables import checked, errors, floats, n_of
 from dit_lens.plots.theme import ARMS, CI, INK, Look, faded, looks, titled
-from dit_lens.source_code import carries_code
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,11 +12,11 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dit_lens.clusters import iou, upsample
+from dit_lens.analysis.clusters import iou, upsample
+from dit_lens.core.runs.html import data_url
 from dit_lens.errors import OpError
+from dit_lens.plots.code import carries_code
 from dit_lens.plots.theme import INK, WIDTH, short, titled
-from dit_lens.reprs import data_url
-from dit_lens.source_code import carries_code
 
 if TYPE_CHECKING:
     from PIL.Image import Image

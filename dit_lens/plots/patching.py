@@ -9,9 +9,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from dit_lens.errors import OpError
+from dit_lens.plots.code import carries_code
 from dit_lens.plots.tables import checked, floats, n_of
 from dit_lens.plots.theme import CI, INK, short, titled
-from dit_lens.source_code import carries_code
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from plotly.subplots import make_subplots
 
 from dit_lens.errors import OpError
+from dit_lens.plots.code import carries_code
 from dit_lens.plots.tables import checked, errors
 from dit_lens.plots.theme import CI, INK, MASSIVE, Look, short, titled
-from dit_lens.source_code import carries_code
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,16 +9,16 @@ import numpy as np
 from plotly.subplots import make_subplots
 
 from dit_lens.errors import OpError
+from dit_lens.plots.code import carries_code
 from dit_lens.plots.overlays import sheet
 from dit_lens.plots.tables import checked, errors, floats, n_of
 from dit_lens.plots.theme import CI, INK, MASSIVE, Look, looks, titled
-from dit_lens.source_code import carries_code
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-    from dit_lens.studies.result import Result
+    from dit_lens.studies.shared.result import Result
 
 
 @carries_code

@@ -12,16 +12,19 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
+from dit_lens.core.request.ops import Read
 from dit_lens.errors import SiteError
-from dit_lens.ops import Read
-from dit_lens.studies.cells import Batch, Cell, Cells, batches
-from dit_lens.studies.common import check_k, kept_scores, listed, score_ops, seeded, sets_of, share_of_width
-from dit_lens.studies.result import Result, summarise
+from dit_lens.studies.shared.arguments import check_k, listed, seeded, share_of_width
+from dit_lens.studies.shared.arms import kept_scores, score_ops, sets_of
+from dit_lens.studies.shared.cells import Cell
+from dit_lens.studies.shared.checkpoints import Cells
+from dit_lens.studies.shared.drawing import Batch, batches
+from dit_lens.studies.shared.result import Result, summarise
 
 if TYPE_CHECKING:
+    from dit_lens.core.request.ops import Pattern, Steps
+    from dit_lens.core.runs.run import Run
     from dit_lens.lens import DiTLens
-    from dit_lens.ops import Pattern, Steps
-    from dit_lens.run import Run
 
 # What is neither written by a block that was read nor there before the first one.
 INPUT, REST = "input", "rest"

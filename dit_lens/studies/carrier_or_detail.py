@@ -13,26 +13,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dit_lens.channels import ChannelSet, top_channels
+from dit_lens.analysis.channels import ChannelSet, top_channels
+from dit_lens.analysis.metrics import rmse
+from dit_lens.core.request.ops import Apply, Op, Read, Swap, TokenMean, Zero
 from dit_lens.errors import OpError, PromptError
-from dit_lens.metrics import rmse
-from dit_lens.ops import Apply, Op, Read, Swap, TokenMean, Zero
-from dit_lens.studies.cells import Batch, Cell, Cells, batches
-from dit_lens.studies.common import (
-    Arm,
-    Judge,
-    check_k,
-    control_arms,
-    judge_for,
-    judged,
-    kept_scores,
-    listed,
-    scene_judge,
-    score_ops,
-    seeded,
-    share_of_width,
-)
-from dit_lens.studies.evidence import (
+from dit_lens.studies.parts.evidence import (
     PARTS,
     Thresholds,
     decoding_evidence,
@@ -40,13 +25,19 @@ from dit_lens.studies.evidence import (
     variance_evidence,
     verdict,
 )
-from dit_lens.studies.result import Result
+from dit_lens.studies.shared.arguments import check_k, listed, seeded, share_of_width
+from dit_lens.studies.shared.arms import Arm, control_arms, kept_scores, score_ops
+from dit_lens.studies.shared.cells import Cell
+from dit_lens.studies.shared.checkpoints import Cells
+from dit_lens.studies.shared.drawing import Batch, batches
+from dit_lens.studies.shared.judges import Judge, judge_for, judged, scene_judge
+from dit_lens.studies.shared.result import Result
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from dit_lens.core.request.ops import Pattern
     from dit_lens.lens import DiTLens
-    from dit_lens.ops import Pattern
 
 Attributes = Callable[[str], Mapping[str, str]]
 
@@ -93,7 +84,7 @@ def carrier_or_detail(
 
     Controls are equally many channels: bottom, random (``draws`` maps) and energy-matched. ``summary`` is the table of
     evidence, the rows "verdict" last: carrier, detail, both or undecided, by rules fixed beforehand (``thresholds``;
-    dit_lens.studies.evidence). Decoding needs prompts that share attributes; without them its lines are missing.
+    dit_lens.studies.parts.evidence). Decoding needs prompts that share attributes; without them its lines are missing.
 
     judge: ``fn(picture, prompt)`` with a "fidelity" in [0, 1]; attributes: ``fn(prompt) -> {attribute: value}``; toys
     know both. Two prompts at least in every batch. Sources: arXiv 2605.13974, 2510.11538, 2607.02968.

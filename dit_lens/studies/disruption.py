@@ -10,39 +10,26 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from dit_lens.channels import ChannelSet
+from dit_lens.analysis.channels import ChannelSet
+from dit_lens.analysis.metrics import Distance
+from dit_lens.analysis.metrics.distances import distances as distances_of
+from dit_lens.core.request.ops import MeanAblate, Op, Read, Scale, Swap, Zero
 from dit_lens.errors import OpError, PromptError, nearest
-from dit_lens.metrics import Distance
-from dit_lens.metrics import distances as distances_of
-from dit_lens.ops import MeanAblate, Op, Read, Scale, Swap, Zero
-from dit_lens.protocols import with_protocols
-from dit_lens.studies.cells import Batch, Cell, Cells, batches
-from dit_lens.studies.common import (
-    DRAWS,
-    Arm,
-    Drawing,
-    Judge,
-    begins_late,
-    check_k,
-    control_arms,
-    judge_for,
-    judged,
-    kept_scores,
-    listed,
-    score_ops,
-    seeded,
-    sets_of,
-    several,
-    share_of_width,
-)
-from dit_lens.studies.confounds import fill_ops, push_ops, rescale_ops
-from dit_lens.studies.result import Result, paired, readable, summarise
+from dit_lens.studies.parts.confounds import fill_ops, push_ops, rescale_ops
+from dit_lens.studies.shared.arguments import check_k, listed, seeded, several, share_of_width
+from dit_lens.studies.shared.arms import DRAWS, Arm, control_arms, kept_scores, score_ops, sets_of
+from dit_lens.studies.shared.cells import Cell
+from dit_lens.studies.shared.checkpoints import Cells
+from dit_lens.studies.shared.drawing import Batch, Drawing, batches, begins_late
+from dit_lens.studies.shared.judges import Judge, judge_for, judged
+from dit_lens.studies.shared.protocols import with_protocols
+from dit_lens.studies.shared.result import Result, paired, readable, summarise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from dit_lens.core.request.ops import Pattern, Steps
     from dit_lens.lens import DiTLens
-    from dit_lens.ops import Pattern, Steps
 
 Ablation = Literal["zero", "mean", "resample"]
 Distances = Sequence["str | Distance"]

@@ -13,26 +13,12 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from dit_lens import clusters
-from dit_lens.channels import ChannelSet, top_channels
-from dit_lens.clusters import DEGENERATE_SHARE, chance_iou, ious, permutation_p, segment, upsample
+from dit_lens.analysis import clusters
+from dit_lens.analysis.channels import ChannelSet, top_channels
+from dit_lens.analysis.clusters import DEGENERATE_SHARE, chance_iou, ious, permutation_p, segment, upsample
+from dit_lens.core.request.ops import Read
 from dit_lens.errors import ExecutionError, FamilyError, OpError, PromptError, SiteError, nearest
-from dit_lens.ops import Read
-from dit_lens.protocols import with_protocols
-from dit_lens.studies.cells import Batch, Cell, Cells, batches
-from dit_lens.studies.common import (
-    DRAWS,
-    Arm,
-    check_k,
-    control_arms,
-    judge_for,
-    listed,
-    score_ops,
-    seeded,
-    share_of_width,
-)
-from dit_lens.studies.result import Result, summarise
-from dit_lens.studies.saliency import (
+from dit_lens.studies.parts.saliency import (
     centred_disc,
     first_component,
     heads_of,
@@ -42,11 +28,19 @@ from dit_lens.studies.saliency import (
     token_norm,
     word_attention,
 )
+from dit_lens.studies.shared.arguments import check_k, listed, seeded, share_of_width
+from dit_lens.studies.shared.arms import DRAWS, Arm, control_arms, score_ops
+from dit_lens.studies.shared.cells import Cell
+from dit_lens.studies.shared.checkpoints import Cells
+from dit_lens.studies.shared.drawing import Batch, batches
+from dit_lens.studies.shared.judges import judge_for
+from dit_lens.studies.shared.protocols import with_protocols
+from dit_lens.studies.shared.result import Result, summarise
 
 if TYPE_CHECKING:
+    from dit_lens.core.request.ops import Pattern, Steps
+    from dit_lens.core.runs.run import Run
     from dit_lens.lens import DiTLens
-    from dit_lens.ops import Pattern, Steps
-    from dit_lens.run import Run
 
 Mask = np.ndarray | Image.Image
 Masks = Sequence[Mask] | Callable[[Image.Image, str], Mask]

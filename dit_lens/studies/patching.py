@@ -14,34 +14,32 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from dit_lens.clusters import segment
-from dit_lens.decode import autoencoder, decode, tokens_of
+from dit_lens.analysis.clusters import segment
+from dit_lens.core.request.ops import Branch, Op, Read
 from dit_lens.errors import OpError, PromptError, nearest
-from dit_lens.gradients import THROUGH, PairMetric, attribution, check_differentiable, check_latents, nearness
-from dit_lens.ops import Branch, Op, Read
-from dit_lens.studies.cells import Cell, Cells
-from dit_lens.studies.common import (
-    DRAWS,
-    Judge,
-    check_k,
-    in_pairs,
-    judge_for,
-    judged,
-    kept_scores,
-    score_ops,
-    seeded,
-    sets_of,
-    share_of_width,
+from dit_lens.instruments.gradients import (
+    THROUGH,
+    PairMetric,
+    attribution,
+    check_differentiable,
+    check_latents,
+    nearness,
 )
-from dit_lens.studies.patches import Patch, by_group, by_head, by_region, by_step, chunks
-from dit_lens.studies.result import Result, readable, summarise
+from dit_lens.instruments.latents import autoencoder, decode, tokens_of
+from dit_lens.studies.parts.patches import Patch, by_group, by_head, by_region, by_step, chunks
+from dit_lens.studies.shared.arguments import check_k, in_pairs, seeded, share_of_width
+from dit_lens.studies.shared.arms import DRAWS, kept_scores, score_ops, sets_of
+from dit_lens.studies.shared.cells import Cell
+from dit_lens.studies.shared.checkpoints import Cells
+from dit_lens.studies.shared.judges import Judge, judge_for, judged
+from dit_lens.studies.shared.result import Result, readable, summarise
 
 if TYPE_CHECKING:
-    from dit_lens.channels import ChannelSet
-    from dit_lens.gradients import Through
+    from dit_lens.analysis.channels import ChannelSet
+    from dit_lens.core.request.ops import Pattern, Steps
+    from dit_lens.core.runs.run import Run
+    from dit_lens.instruments.gradients import Through
     from dit_lens.lens import DiTLens
-    from dit_lens.ops import Pattern, Steps
-    from dit_lens.run import Run
 
 Over = Literal["block x step", "block x channel group", "block x head", "token region"]
 OVER = ("block x step", "block x channel group", "block x head", "token region")
@@ -92,10 +90,10 @@ def patching(
     site: by default the image stream of every block. steps: the columns of "block x step"; elsewhere the steps at which
     a cell swaps; all by default. ``effect`` is the metric's way from the untouched target (0) to the source (1).
     metric: fn(latents [m, ...], source [...], target [...]) -> [m], of final latents in the pipeline's own form;
-    :func:`dit_lens.gradients.nearness` by default. judge: ``fn(picture, prompt) -> {"fidelity": number}``, of either
+    :func:`~gradients.nearness` by default. judge: ``fn(picture, prompt) -> {"fidelity": number}``, of either
     prompt as ``says_source`` and ``says_target``; toys read scenes back by themselves.
 
-    attribute: attribution patching beside it (see :func:`dit_lens.gradients.attribution`): through "run" of the same
+    attribute: attribution patching beside it (see :func:`~gradients.attribution`): through "run" of the same
     metric, through "step" of the nearness of what each step predicts; () for none. The notes say how well it agrees
     with the swaps; :func:`agreement` as a table.
 

@@ -12,17 +12,19 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dit_lens.channel_stats import RunningStats, chance_jaccard, overlaps
+from dit_lens.analysis.channels.statistics import RunningStats, chance_jaccard, overlaps
+from dit_lens.core.request.ops import Read
 from dit_lens.errors import OpError
-from dit_lens.ops import Read
-from dit_lens.protocols import with_protocols
-from dit_lens.studies.cells import Batch, Cell, Cells, batches
-from dit_lens.studies.common import listed, seeded, share_of_width
-from dit_lens.studies.result import Result, summarise
+from dit_lens.studies.shared.arguments import listed, seeded, share_of_width
+from dit_lens.studies.shared.cells import Cell
+from dit_lens.studies.shared.checkpoints import Cells
+from dit_lens.studies.shared.drawing import Batch, batches
+from dit_lens.studies.shared.protocols import with_protocols
+from dit_lens.studies.shared.result import Result, summarise
 
 if TYPE_CHECKING:
+    from dit_lens.core.request.ops import Pattern, Steps
     from dit_lens.lens import DiTLens
-    from dit_lens.ops import Pattern, Steps
 
 # From this overlap of successive aggregates on, SPARK calls a set stable.
 STABLE = 0.9

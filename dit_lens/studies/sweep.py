@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from dit_lens.core.request.ops import SigmaInterval
 from dit_lens.errors import OpError, StudyInterrupted, nearest
-from dit_lens.ops import SigmaInterval
-from dit_lens.studies import cells
-from dit_lens.studies.result import Result
+from dit_lens.studies.shared import cells, checkpoints
+from dit_lens.studies.shared.result import Result
 
 if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
@@ -64,13 +64,13 @@ def sweep(
         }
     )
     for point in points:
-        with cells.rehearsal():
+        with checkpoints.rehearsal():
             run(lens, prompts, **fixed, **point)
     folder = None if out is None else Path(out)
     if folder is not None:
         cells.claim(folder, "sweep", settings, lens)
     parts: list[Result] = []
-    with cells.one_bar("sweep", len(points)):
+    with checkpoints.one_bar("sweep", len(points)):
         for i, point in enumerate(points):
             try:
                 parts.append(run(lens, prompts, **fixed, **point, out=folder and folder / "parts" / f"{i:06d}"))

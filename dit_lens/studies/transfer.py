@@ -9,19 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from dit_lens.ops import Branch
-from dit_lens.protocols import with_protocols
-from dit_lens.studies.blends import why_no_prompt_blend
-from dit_lens.studies.cells import Cell, Cells, batches
-from dit_lens.studies.common import DRAWS, Judge, in_pairs, judge_for, seeded, several, share_of_width
-from dit_lens.studies.nearness import MATCHED, with_matched
-from dit_lens.studies.result import Result, summarise
-from dit_lens.studies.transport import ChannelsFrom, Lockstep, Transport, carry_out
+from dit_lens.core.request.ops import Branch
+from dit_lens.studies.parts.blends import why_no_prompt_blend
+from dit_lens.studies.parts.nearness import MATCHED, with_matched
+from dit_lens.studies.parts.transport import ChannelsFrom, Lockstep, Transport, carry_out
+from dit_lens.studies.shared.arguments import in_pairs, seeded, several, share_of_width
+from dit_lens.studies.shared.arms import DRAWS
+from dit_lens.studies.shared.cells import Cell
+from dit_lens.studies.shared.checkpoints import Cells
+from dit_lens.studies.shared.drawing import batches
+from dit_lens.studies.shared.judges import Judge, judge_for
+from dit_lens.studies.shared.protocols import with_protocols
+from dit_lens.studies.shared.result import Result, summarise
 
 if TYPE_CHECKING:
+    from dit_lens.core.request.ops import Mask, Pattern, Steps
     from dit_lens.lens import DiTLens
-    from dit_lens.ops import Mask, Pattern, Steps
-    from dit_lens.studies.transport import MaskFrom
+    from dit_lens.studies.parts.transport import MaskFrom
 
 _KEY = ["prompt", "seed", "k", "arm", "draw", "masked", "strength"]
 _MEASURES = (

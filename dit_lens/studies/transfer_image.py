@@ -11,24 +11,28 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from dit_lens.decode import decode
+from dit_lens.analysis.metrics import rmse
+from dit_lens.core.request.ops import Branch, Swap
 from dit_lens.errors import OpError, nearest
-from dit_lens.inversion import check_flow, check_invertible, invert, latents_of, noised_reference
-from dit_lens.metrics import rmse
-from dit_lens.ops import Branch, Swap
-from dit_lens.protocols import with_protocols
-from dit_lens.studies.cells import Batch, Cell, Cells, batches
-from dit_lens.studies.common import DRAWS, Judge, in_pairs, judge_for, seeded, several
+from dit_lens.instruments.inversion import check_flow, check_invertible, invert, latents_of, noised_reference
+from dit_lens.instruments.latents import decode
+from dit_lens.studies.parts.transport import ChannelsFrom, Lockstep, Transport, carry_out
+from dit_lens.studies.shared.arguments import in_pairs, seeded, several
+from dit_lens.studies.shared.arms import DRAWS
+from dit_lens.studies.shared.cells import Cell
+from dit_lens.studies.shared.checkpoints import Cells
+from dit_lens.studies.shared.drawing import Batch, batches
+from dit_lens.studies.shared.judges import Judge, judge_for
+from dit_lens.studies.shared.protocols import with_protocols
 from dit_lens.studies.transfer import assemble as assemble_transfer
-from dit_lens.studies.transport import ChannelsFrom, Lockstep, Transport, carry_out
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from dit_lens.core.request.ops import Mask, Pattern, Steps
     from dit_lens.lens import DiTLens
-    from dit_lens.ops import Mask, Pattern, Steps
-    from dit_lens.studies.result import Result
-    from dit_lens.studies.transport import MaskFrom
+    from dit_lens.studies.parts.transport import MaskFrom
+    from dit_lens.studies.shared.result import Result
 
 How = Literal["noised", "inverted"]
 _ERRORS = ("autoencoder_error", "latent_error", "picture_error")

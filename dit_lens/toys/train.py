@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from dit_lens.call import prepare
+from dit_lens.core.request.call import prepare
+from dit_lens.core.runs.files import read_json, settled, whole_folder, write_json
 from dit_lens.errors import DitLensError, StoreError
-from dit_lens.store import read_json, settled, whole_folder, write_json
 from dit_lens.toys.kinds import SHARES, Kind, kind
 from dit_lens.toys.scenes import ATTRIBUTES, VALUES, VOCABULARY, Scene, draw, sample_scenes
 

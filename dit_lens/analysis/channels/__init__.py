@@ -1,0 +1,40 @@
+"""Which channels stand out, and the controls they call for; import everything from here."""
+
+from dit_lens.analysis.channels.channel_set import ARMS, ChannelSet
+from dit_lens.analysis.channels.rules import (
+    MEDIAN,
+    SCORES,
+    absolute_channels,
+    definitions,
+    mad_channels,
+    rule_of,
+    share_channels,
+    top_channels,
+)
+from dit_lens.analysis.channels.statistics import (
+    RunningStats,
+    energy_share,
+    gini,
+    jaccard,
+    mad_outliers,
+    top_median_ratio,
+)
+
+__all__ = [
+    "ARMS",
+    "MEDIAN",
+    "SCORES",
+    "ChannelSet",
+    "RunningStats",
+    "absolute_channels",
+    "definitions",
+    "energy_share",
+    "gini",
+    "jaccard",
+    "mad_channels",
+    "mad_outliers",
+    "rule_of",
+    "share_channels",
+    "top_channels",
+    "top_median_ratio",
+]

@@ -1,0 +1,130 @@
+"""How sure a mean, a difference or a proportion is. Intervals are (mean, low, high)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import norm
+
+from dit_lens.analysis.metrics.pixels import array
+from dit_lens.errors import OpError
+
+
+class Interval(NamedTuple):
+    """An estimate with the bounds of its confidence interval; bounds are NaN where the data cannot give any."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_ci(values: Any, groups: Any = None, seed: int = 0, n: int = 2000, level: float = 0.95) -> Interval:
+    """The mean over prompts with its hierarchical bootstrap interval.
+
+    >>> [round(x, 2) for x in bootstrap_ci([[0.125, 0.25], [0.5, 0.625]])]
+    [0.38, 0.16, 0.59]
+    >>> bootstrap_ci([[0.1]])  # one value: no interval, and none is made up
+    Interval(mean=0.1, low=nan, high=nan)
+
+    values: [prompts, seeds]; or, where prompts have unequal numbers of seeds, [m] with groups. Finite. Give paired
+        differences where arms share prompts and seeds (``paired_difference_ci``).
+    groups: [m], the prompt of each value. Every prompt weighs the same, however many seeds it has.
+    seed: of the resampling. n: resamples. level: coverage, between 0 and 1.
+    With one prompt the interval speaks of its seeds only; with one seed per prompt, of prompts only.
+    Raises OpError for NaN or infinite values and shapes that do not fit.
+    Source: percentile interval of the hierarchical bootstrap (Saravanan, Berman & Sober 2020): prompts are drawn with
+    replacement, then seeds within each drawn prompt.
+    """
+    _check_level(level)
+    if n < 1:
+        raise OpError(f"n={n} resamples were asked. Take 1,000 or more.")
+    rows, counts = _by_prompt(np.asarray(array(values), dtype=np.float64), groups)
+    mean = float((rows.sum(1) / counts).mean())
+    if rows.size == 1:
+        return Interval(mean, math.nan, math.nan)
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(len(rows), size=(n, len(rows), 1))
+    drawn = (rng.random((n, *rows.shape)) * counts[prompts]).astype(np.int64)  # [n, prompts, seeds]
+    # Rows are padded to the longest; as many seeds are drawn as the drawn prompt has.
+    kept = np.arange(rows.shape[1]) < counts[prompts]
+    means = (np.where(kept, rows[prompts, drawn], 0).sum(2) / counts[prompts[..., 0]]).mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high))
+
+
+def paired_difference_ci(a: Any, b: Any, seed: int = 0, n: int = 2000, level: float = 0.95) -> Interval:
+    """The mean of a - b with its interval, over pairs that share prompt and seed.
+
+    >>> paired_difference_ci([[0.5, 0.75], [1.0, 1.25]], [[0.25, 0.5], [0.75, 1.0]])
+    Interval(mean=0.25, low=0.25, high=0.25)
+
+    a, b: [prompts, seeds], the same prompts and seeds in the same order. The rest as in ``bootstrap_ci``.
+    """
+    first, second = (np.asarray(array(x), dtype=np.float64) for x in (a, b))
+    if first.shape != second.shape:
+        raise OpError(
+            f"Pairs need equal shapes, and got {first.shape} and {second.shape}. Run both arms on the same seeds."
+        )
+    with np.errstate(invalid="ignore"):  # two infinite PSNRs differ by NaN, which bootstrap_ci refuses
+        difference = first - second
+    return bootstrap_ci(difference, seed=seed, n=n, level=level)
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
+    """A proportion with its Wilson score interval, which stays inside [0, 1] and works for 0 and n successes.
+
+    >>> [round(x, 3) for x in wilson(9, 10)]
+    [0.9, 0.596, 0.982]
+
+    successes: 0 to n. n: trials, at least 1. Source: Wilson (1927), without continuity correction.
+    """
+    _check_level(level)
+    if n < 1 or not 0 <= successes <= n:
+        raise OpError(f"{successes} successes of {n} trials were given. Give n >= 1 and successes from 0 to n.")
+    z = float(norm.ppf((1 + level) / 2))
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    # At 0 and n successes the bounds are 0 and 1 exactly; rounding would leave them a hair off.
+    return Interval(p, 0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half)
+
+
+def _by_prompt(values: np.ndarray, groups: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Values as [prompts, seeds], padded with 0, and the number of seeds of each prompt."""
+    _check_finite(values)
+    if groups is None:
+        if values.ndim != 2:
+            raise OpError(
+                f"Values are [prompts, seeds], and got {list(values.shape)}. With one seed per prompt write "
+                "values[:, None]; with unequal numbers of seeds give groups."
+            )
+        return values, np.full(len(values), values.shape[1])
+    labels = array(groups)
+    if values.ndim != 1 or labels.shape != values.shape:
+        raise OpError(
+            f"With groups, values and groups are [m] alike, and got {list(values.shape)} and {list(labels.shape)}. "
+            "Name the prompt of every value."
+        )
+    _, prompt, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    rows = np.zeros((len(counts), counts.max()))
+    for i in range(len(counts)):
+        rows[i, : counts[i]] = values[prompt == i]
+    return rows, counts
+
+
+def _check_finite(values: np.ndarray) -> None:
+    if not values.size:
+        raise OpError("There are no values to average. Give [prompts, seeds] with at least one of each.")
+    if not np.isfinite(values).all():
+        where = np.argwhere(~np.isfinite(values))[0].tolist()
+        raise OpError(
+            f"{int((~np.isfinite(values)).sum())} of {values.size} values are NaN or infinite, the first at {where}. "
+            "Leave them out by name, or use rmse instead of psnr, which is infinite for equal pictures."
+        )
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise OpError(f"level={level} is no coverage. Choose between 0 and 1, as in 0.95.")

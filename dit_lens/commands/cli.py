@@ -1,0 +1,230 @@
+"""The command line: dit-lens demo | findings | atlas | info | doctor | run | train-toy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_lens import __version__
+from dit_lens.errors import DitLensError
+from dit_lens.toys.kinds import KINDS
+
+if TYPE_CHECKING:
+    from dit_lens.lens import DiTLens
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; mistakes of the user are one line on standard error and exit code 2."""
+    # Threads that wait must not spin: beside another busy program torch would take ten times as long, or more.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.command(options)
+    except DitLensError as problem:
+        print(f"dit-lens: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dit-lens: interrupted.", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dit-lens", description="Look inside Diffusion Transformers.")
+    parser.add_argument("--version", action="version", version=f"dit-lens {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_pages(commands)
+    _add_work(commands)
+    return parser
+
+
+def _add_pages(commands: Any) -> None:
+    """The commands that write a page."""
+    demo = commands.add_parser("demo", help="find the massive channels of the toy, run the three studies, write a page")
+    demo.add_argument(
+        "--out", type=Path, default=Path("dit-lens-demo"), help="folder for index.html, pictures and data"
+    )
+    demo.add_argument("--prompt", help="the scene to draw and to edit")
+    demo.add_argument("--source", help="the scene whose channels are moved into it")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("-k", type=int, default=None, help="how many channels count as massive")
+    demo.set_defaults(command=_demo)
+
+    found = commands.add_parser("findings", help="run every study on toys, and write pages of what they found")
+    found.add_argument(
+        "--out", type=Path, default=Path("dit-lens-findings"), help="folder for index.md and a folder for each toy"
+    )
+    found.add_argument("--cells", type=Path, help="folder for finished cells, from which the command goes on")
+    found.add_argument("--toys", nargs="+", metavar="TOY", default=["flux"], help="such as flux, flux-seed1, sana")
+    found.add_argument("--prompts", type=int, default=None, help="held-out prompts")
+    found.add_argument("--seeds", type=int, default=None, help="seeds of each prompt")
+    found.add_argument("--draws", type=int, default=None, help="draws of the random controls")
+    found.set_defaults(command=_findings)
+
+    atlas = commands.add_parser("atlas", help="write an explorer of some prompts as one file to share")
+    atlas.add_argument("pipeline", help="a folder written by save_pretrained, a repository, or toy:flux")
+    atlas.add_argument("--out", type=Path, default=Path("atlas.html"), help="the file")
+    atlas.add_argument("--prompts", type=Path, help="a .csv or .jsonl of prompts; a few by default")
+    atlas.add_argument("-k", type=int, default=8, help="how many channels of a block count as massive")
+    atlas.add_argument("--seed", type=int, default=0)
+    atlas.add_argument("--steps", type=int, default=None, help="denoising steps")
+    atlas.add_argument("--megabytes", type=float, default=10.0, help="how large the file may become")
+    atlas.add_argument("--device", help="cuda, cuda:1, cpu ...; the GPU where there is one")
+    atlas.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16 on a GPU, else float32")
+    atlas.set_defaults(command=_atlas)
+
+
+def _add_work(commands: Any) -> None:
+    """The commands that look at a pipeline, run it or train one."""
+    info = commands.add_parser("info", help="say what a pipeline folder holds: family, sites, checks")
+    info.add_argument("pipeline", help="a folder written by save_pretrained, or toy:flux")
+    info.set_defaults(command=_info)
+
+    doctor = commands.add_parser("doctor", help="say what works on this machine with this pipeline, within a minute")
+    doctor.add_argument("pipeline", help="a folder written by save_pretrained, a repository, or toy:flux")
+    doctor.add_argument("--device", help="cuda, cuda:1, cpu ...; the GPU where there is one")
+    doctor.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16 on a GPU, else float32")
+    doctor.add_argument("--json", action="store_true", help="the findings as JSON")
+    doctor.set_defaults(command=_doctor)
+
+    run = commands.add_parser("run", help="draw one prompt under ops from a JSON file, and save the run")
+    run.add_argument("pipeline", help="a folder written by save_pretrained, or toy:flux")
+    run.add_argument("prompt")
+    run.add_argument("--ops", type=Path, help="a JSON list of ops, as in a run's spec")
+    run.add_argument("--out", type=Path, required=True, help="a new folder for the run")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--steps", type=int, default=None)
+    run.set_defaults(command=_run)
+
+    train = commands.add_parser("train-toy", help="train a toy from nothing, or evaluate one")
+    train.add_argument("name", choices=KINDS)
+    train.add_argument("--out", type=Path, help="folder for checkpoints, samples and the finished pipeline")
+    train.add_argument("--device", default="cpu")
+    train.add_argument("--minutes", type=float, default=120.0, help="training time, all stages together")
+    train.add_argument("--batch", type=int, default=16)
+    train.add_argument("--rate", type=float, default=1e-3, help="learning rate")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
+    train.add_argument(
+        "--evaluate", action="store_true", help="only measure: the pipeline in --out, or the toy that is installed"
+    )
+    train.set_defaults(command=_train_toy)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from dit_lens.commands.demo import demo
+
+    outcome = demo(options.out, prompt=options.prompt, source=options.source, seed=options.seed, k=options.k)
+    print(outcome.headline.to_string(index=False, float_format="{:.3g}".format))
+    print(f"\n{outcome.page}")
+    return 0
+
+
+def _findings(options: argparse.Namespace) -> int:
+    from dit_lens.commands.findings import Size, findings
+
+    given = {name: getattr(options, name) for name in ("prompts", "seeds", "draws")}
+    size = Size(**{name: value for name, value in given.items() if value is not None})
+    print(findings(options.out, toys=options.toys, size=size, cells=options.cells))
+    return 0
+
+
+def _atlas(options: argparse.Namespace) -> int:
+    from dit_lens.explorer import atlas
+    from dit_lens.studies.shared import prompts
+
+    device, dtype = _placement(options)
+    lens = _load(options.pipeline, dtype=dtype).to(device)
+    if options.prompts is not None:
+        texts = prompts.load(options.prompts).texts
+    else:
+        texts = (prompts.bundled()[:4] if lens.vocabulary is None else prompts.scenes(6, 0, held_out=True)).texts
+    call = {} if options.steps is None else {"num_inference_steps": options.steps}
+    print(atlas(lens, options.out, texts, k=options.k, seed=options.seed, megabytes=options.megabytes, **call))
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    lens = _load(options.pipeline)
+    print(lens)
+    print("\n".join(f"  {check.name:<10}{check.says}" for check in lens.checks))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    """Exit code 1 where something does not work."""
+    from dit_lens.commands.doctor import examine
+
+    device, dtype = _placement(options)
+    diagnosis = examine(_load(options.pipeline, dtype=dtype), device=device)
+    print(json.dumps(diagnosis.to_json(), indent=1) if options.json else diagnosis)
+    return 0 if diagnosis.well else 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    from dit_lens.core.request.ops import from_json
+    from dit_lens.core.runs.files import read_json
+    from dit_lens.errors import OpError
+
+    listed = read_json(options.ops, "a list of ops") if options.ops else []
+    if not isinstance(listed, list):
+        raise OpError(f"{options.ops} must hold a JSON list of ops, not a {type(listed).__name__}.")
+    ops = [from_json(op) for op in listed]
+    run = _load(options.pipeline).run(options.prompt, ops, seed=options.seed, num_inference_steps=options.steps)
+    print(run.receipt)
+    print(run.save(options.out))
+    return 0
+
+
+def _train_toy(options: argparse.Namespace) -> int:
+    from dit_lens.commands.evaluate_toy import evaluate, report, write_card
+    from dit_lens.errors import StoreError
+    from dit_lens.toys import path
+
+    if not options.evaluate:
+        from dit_lens.toys.train import Settings, train
+
+        if options.out is None:
+            raise StoreError("training needs a folder for its checkpoints. Pass --out DIR.")
+        settings = Settings(
+            seed=options.seed,
+            minutes=options.minutes,
+            device=options.device,
+            batch=options.batch,
+            rate=options.rate,
+            toy=options.name,
+        )
+        train(options.out, settings, resume=options.resume)
+    folder = path(options.name) if options.out is None else options.out / "pipeline"
+    quality = evaluate(folder)
+    if options.out is not None:
+        write_card(folder, quality)
+    print(report(quality))
+    return 0
+
+
+def _placement(options: argparse.Namespace) -> tuple[str, Any]:
+    """The device and precision that were asked for, or the usual ones of this machine."""
+    import torch
+
+    from dit_lens.commands.doctor import usual_device
+
+    device = options.device or usual_device()
+    return device, getattr(torch, options.dtype or ("float32" if device == "cpu" else "bfloat16"))
+
+
+def _load(pipeline: str, **options: Any) -> DiTLens:
+    from dit_lens.lens import DiTLens
+
+    if pipeline.startswith("toy:"):
+        return DiTLens.toy(pipeline.removeprefix("toy:"), **options)
+    return DiTLens.from_pretrained(pipeline, **options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,288 @@
+"""What works on this machine with this model: two steps are drawn, with and without a lens."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections import Counter
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dit_lens.core.execution.assemble import pictures_of
+from dit_lens.core.plan.cost import human, stored
+from dit_lens.core.request.call import prepare
+from dit_lens.core.request.ops import Read, Zero
+from dit_lens.core.runs.provenance import describe
+from dit_lens.instruments.recommend import recommend
+
+if TYPE_CHECKING:
+    from dit_lens.core.runs.run import Run
+    from dit_lens.lens import DiTLens
+
+PROMPT = "a big red circle left on a plain blue background"  # words that every toy knows
+STEPS = 2
+LARGE = 1_000_000_000  # parameters from which a CPU gets a smaller picture
+SMALL_SIDE = 256
+TOP = 4  # channels of a block that count as its massive ones
+# (family, width) -> channels, and where they were published
+PUBLISHED = {
+    ("FLUX.1", 3072): ((154, 1446), "arXiv 2505.18584, FLUX.1-dev"),
+    ("Stable Diffusion 3", 1536): ((810,), "arXiv 2510.11538, SD3"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. state: "ok", "failed", "skipped" or "info". data: its numbers."""
+
+    name: str
+    state: str
+    says: str
+    data: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What :func:`examine` found, in the order in which it looked."""
+
+    model: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def well(self) -> bool:
+        """Whether nothing failed and the lens was tried."""
+        return not any(finding.state in ("failed", "skipped") for finding in self.findings)
+
+    def __getitem__(self, name: str) -> Finding:
+        return next(finding for finding in self.findings if finding.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "well": self.well,
+            "findings": [{"name": one.name, "state": one.state, "says": one.says, **one.data} for one in self.findings],
+        }
+
+    def __repr__(self) -> str:
+        width = max(len(one.name) for one in self.findings)
+        lines = [f"  {one.state:<8}{one.name:<{width}}  {one.says}" for one in self.findings]
+        return "\n".join([f"{self.model}: {'all is well' if self.well else 'not all is well'}", *lines])
+
+
+def examine(lens: DiTLens, *, device: str | None = None) -> Diagnosis:
+    """Looks at a lens, draws two steps plainly and under an empty edit, and says what it found; prints nothing.
+
+    >>> from dit_lens import DiTLens
+    >>> diagnosis = examine(DiTLens.toy())
+    >>> diagnosis.well, diagnosis["identity"].says
+    (True, 'an empty edit and reads of every block give the same picture, bit for bit')
+
+    device: where to try it; the pipeline is moved there, if it fits. On a CPU large models draw a small picture.
+    """
+    model = str(getattr(lens.pipe, "name_or_path", "") or "") or type(lens.pipe).__name__
+    findings = [_family(lens), _weights(lens)]
+    memory = _memory(lens, device)
+    findings.append(memory)
+    if memory.state == "failed":
+        return Diagnosis(model, (*findings, Finding("drawing", "skipped", "the pipeline does not fit")))
+    if device is not None and torch.device(device) != lens.pipe.device:
+        lens.to(device)
+    findings.insert(1, _machine(lens))
+    try:
+        findings += _drawn(lens)
+    except Exception as problem:  # noqa: BLE001 whatever goes wrong is what was asked about
+        findings.append(Finding("drawing", "failed", f"{type(problem).__name__}: {problem}"))
+    return Diagnosis(model, tuple(findings))
+
+
+def usual_device() -> str:
+    """The GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _family(lens: DiTLens) -> Finding:
+    checks = [check.name for check in lens.checks]
+    kind = type(lens.pipe.transformer).__name__
+    says = f"{lens.family.name} ({kind}), {lens.anatomy.depth} blocks; checks passed: {', '.join(checks)}"
+    return Finding("family", "ok", says, {"family": lens.family.name, "transformer": kind, "checks": checks})
+
+
+def _machine(lens: DiTLens) -> Finding:
+    made = describe(lens.pipe, lens.family)
+    says = f"{made['device']}, {made['dtype']}, torch {made['versions']['torch']}, {made['threads']} threads"
+    return Finding("machine", "ok", says, {name: made[name] for name in ("device", "dtype", "threads", "versions")})
+
+
+def _weights(lens: DiTLens) -> Finding:
+    """Parameters and memory of every part, as loaded."""
+    parts = recommend(lens.pipe).parts
+    says = ", ".join(f"{part.name} {_count(part.parameters)} ({human(part.bytes)})" for part in parts)
+    data = {part.name: {"parameters": part.parameters, "bytes": part.bytes} for part in parts}
+    return Finding("weights", "info", f"{says}; {human(sum(part.bytes for part in parts))} in all", {"parts": data})
+
+
+def _memory(lens: DiTLens, device: str | None) -> Finding:
+    """Whether what is not yet on the device fits into what is free there."""
+    import psutil
+
+    place = torch.device(device or lens.pipe.device)
+    free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else psutil.virtual_memory().available
+    moving = sum(
+        stored(tensor)
+        for part in lens.pipe.components.values()
+        if isinstance(part, torch.nn.Module)
+        for tensor in part.parameters()
+        if tensor.device.type != place.type
+    )
+    data = {"free": free, "needed": moving}
+    if moving > free:
+        advice = recommend(lens.pipe, gb=free / 1e9).best
+        hint = "" if advice is None else f" What fits: {advice.name}."
+        says = f"{human(moving)} are to go to {place}, where {human(free)} are free.{hint} See dit_lens.recommend."
+        return Finding("memory", "failed", says, data)
+    return Finding("memory", "info", f"{human(free)} free on {place}", data)
+
+
+def _drawn(lens: DiTLens) -> list[Finding]:
+    """Two steps of the pipeline alone, and the same under a lens."""
+    prompt, call = _call(lens)
+    prepared = prepare(
+        lens.pipe,
+        prompt,
+        seed=0,
+        num_inference_steps=STEPS,
+        defaults=lens.defaults,
+        vocabulary=lens.vocabulary,
+        call=call,
+    )
+    with lens.quiet():
+        with _timed(lens.pipe.transformer) as times:
+            plain = list(pictures_of(lens.pipe(**prepared.keywords())))
+        ops = [Zero("blocks.*.img", channels=[]), Read("blocks.*.img", reduce="|mean|", name="spectrum")]
+        run = lens.run(prompt, ops, seed=0, num_inference_steps=STEPS, **call)
+        difference = _difference(plain, run.images)
+        noise = _difference(plain, list(pictures_of(lens.pipe(**prepared.keywords())))) if difference else 0.0
+    calls = len(times) // len(run.clock) or 1
+    seconds = sum(times[-calls:])
+    grid = " x ".join(map(str, run.grid))
+    speed = (
+        f"{seconds:.3g} s per step of {grid} image tokens ({calls} call{'s' if calls > 1 else ''}), the second of two"
+    )
+    found = [
+        Finding("drawing", "ok", speed, {"seconds_per_step": seconds, "grid": list(run.grid), "calls_per_step": calls})
+    ]
+    if lens.pipe.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(lens.pipe.device)
+        found.append(Finding("peak", "info", f"{human(peak)} of GPU memory at most", {"bytes": peak}))
+    return [*found, _identity(difference, noise), _massive(lens, run)]
+
+
+def _call(lens: DiTLens) -> tuple[str | None, dict[str, Any]]:
+    """A prompt and arguments that the pipeline can draw with."""
+    from PIL import Image
+
+    kind = type(lens.pipe)
+    known = inspect.signature(kind.__call__).parameters
+    call: dict[str, Any] = {}
+    size = sum(parameter.numel() for parameter in lens.pipe.transformer.parameters())
+    if size > LARGE and lens.pipe.device.type == "cpu" and {"height", "width"} <= set(known):
+        call |= {"height": SMALL_SIDE, "width": SMALL_SIDE}
+    if "image" in known and any(word in kind.__name__ for word in ("Img2Img", "Inpaint", "Edit", "Kontext")):
+        side = call.get("height") or lens.defaults.get("height") or 512
+        call["image"] = Image.linear_gradient("L").convert("RGB").resize((side, side))
+        if "mask_image" in known:
+            call["mask_image"] = Image.new("L", (side, side), 255)
+    if "prompt" in known:
+        return PROMPT, call
+    return None, {**call, "class_labels": [0]}
+
+
+@contextmanager
+def _timed(transformer: torch.nn.Module) -> Generator[list[float]]:
+    """The seconds of every call of the transformer."""
+    times: list[float] = []
+    began = 0.0
+
+    def now() -> float:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def before(*_: Any) -> None:
+        nonlocal began
+        began = now()
+
+    handles = [
+        transformer.register_forward_pre_hook(before),
+        transformer.register_forward_hook(lambda *_: times.append(now() - began)),
+    ]
+    try:
+        yield times
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _identity(difference: float, noise: float) -> Finding:
+    """Whether the picture under a lens is the pipeline's own, and if not, whether two plain runs are the same."""
+    data = {"identical": not difference, "difference": difference, "difference_of_plain_runs": noise}
+    if not difference:
+        says = "an empty edit and reads of every block give the same picture, bit for bit"
+        return Finding("identity", "ok", says, data)
+    cause = (
+        f"two runs without a lens differ by up to {noise:g}: this machine does not repeat itself. Compare pictures "
+        "with that in mind, or try torch.use_deterministic_algorithms(True)."
+        if noise
+        else "two runs without a lens are the same. Please report this pipeline."
+    )
+    return Finding(
+        "identity", "failed", f"under an empty edit pixels differ by up to {difference:g} of 255; {cause}", data
+    )
+
+
+def _difference(one: list[Any], other: list[Any]) -> float:
+    """The largest difference of a pixel, of 255."""
+    import numpy as np
+
+    return max(float(np.abs(_pixels(a) - _pixels(b)).max()) for a, b in zip(one, other, strict=True))
+
+
+def _pixels(picture: Any) -> Any:
+    """A picture, or the frames of a video, as numbers."""
+    import numpy as np
+
+    frames = picture if isinstance(picture, list | tuple) else [picture]
+    return np.stack([np.asarray(frame, dtype=np.float32) for frame in frames])
+
+
+def _massive(lens: DiTLens, run: Run) -> Finding:
+    """The channels that lead most blocks, and those that are published for this width."""
+    leads: Counter[int] = Counter()
+    ratios: dict[int, float] = {}
+    for value in run["spectrum"].values():
+        score = value.float().mean((0, 1))  # [d]
+        for channel in score.topk(min(TOP, len(score))).indices.tolist():
+            leads[channel] += 1
+            ratio = float(score[channel] / score.median().clamp_min(1e-12))
+            ratios[channel] = max(ratios.get(channel, 0.0), ratio)
+    first = leads.most_common(TOP)
+    blocks = len(run["spectrum"])
+    says = "; ".join(f"channel {c} in {n} of {blocks} blocks, up to {ratios[c]:.3g} x the median" for c, n in first)
+    data: dict[str, Any] = {
+        "channels": [{"channel": c, "blocks": n, "largest_over_median": ratios[c]} for c, n in first]
+    }
+    known = PUBLISHED.get((lens.family.name, lens.anatomy.width))
+    if known is not None:
+        channels, where = known
+        places = ", ".join(f"{c} ({leads[c]} of {blocks} blocks)" for c in channels)
+        says += f". Published: {places} ({where})"
+        data["published"] = [{"channel": c, "blocks": leads[c]} for c in channels]
+    return Finding("massive", "info", says, data)
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= LARGE else f"{parameters / 1e6:.3g} M"

@@ -1,0 +1,193 @@
+"""All studies on the toys, and pages that say in plain words what they found, with the numbers beside the words.
+
+Every sentence with a number is made from a result; whether a claim holds is decided by intervals, not by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from dit_lens import studies
+from dit_lens.analysis.channels import gini, top_median_ratio
+from dit_lens.commands.page import write_pngs
+from dit_lens.commands.sentences import CLAIMS, QUESTIONS
+from dit_lens.core.runs.files import read_json, whole_folder, write_text
+from dit_lens.lens import DEFAULTS_FILE, DiTLens
+from dit_lens.studies.shared.result import readable
+from dit_lens.toys import path
+from dit_lens.toys.scenes import sample_scenes
+
+if TYPE_CHECKING:
+    from dit_lens.studies import Result
+
+# The least pictures from which an interval says something, in about half an hour for a toy on two cores.
+PROMPTS, SEEDS, DRAWS, K = 16, 2, 10, 8
+
+INTRO = """# Findings
+
+What the studies of dit_lens find on the toys: small Diffusion Transformers trained on drawn scenes. They are not the
+models of the paper (Turri et al., arXiv 2605.13974), and a training run is one sample: nothing here is evidence about
+an architecture. Compare toys that differ by the seed and the length of their training before you believe one. The pages
+show what the instruments measure where the truth can be checked, and they say so where a claim does not hold. They are
+written by `dit-lens findings`; every number in them comes from the tables beside it.
+
+Intervals are 95 % hierarchical bootstrap over prompts, then seeds and draws. Arms are compared picture by picture: the
+same prompt, the same seed. A claim *holds* where the interval of the mean difference between the massive channels and
+each control of equal size lies wholly beyond 0, *fails* where it lies wholly on the other side for one of them, and is
+*undecided* between. Distances between pictures are RMSE over grey levels, 0 to 255.
+
+## At a glance
+A claim's verdict: what it rests on, for the massive channels; the same for the strongest control; the mean difference
+of the two. Iterations are those in which the transformer was trained.
+"""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is drawn: held-out prompts, seeds of each, draws of random controls, and k."""
+
+    prompts: int = PROMPTS
+    seeds: int = SEEDS
+    draws: int = DRAWS
+    k: int = K
+    call: dict[str, Any] = field(default_factory=dict)
+
+
+def findings(out: Path, *, toys: Sequence[str] = ("flux",), size: Size = Size(), cells: Path | None = None) -> Path:
+    """Runs every study on every toy; returns ``out/index.md``, about all toys whose pages lie in ``out``.
+
+    A toy's page, figures and tables lie in ``out/TOY``, which is replaced when its studies are done; other toys' stay.
+    cells: a folder for finished cells, from which an interrupted call goes on.
+    """
+    # First of all: a name that does not exist costs no hour of the toys before it.
+    cards = {toy: read_json(path(toy) / DEFAULTS_FILE, "the card of a toy") for toy in toys}
+    for toy, card in tqdm(cards.items(), desc="toys", disable=len(cards) == 1):
+        lens = DiTLens.toy(toy)
+        concentration = _concentration(lens, DiTLens.toy(toy, untrained=True), size)
+        results = _results(lens, size, None if cells is None else cells / toy)
+        with whole_folder(out / toy) as fresh:
+            lines = [f"# Findings on {toy}", *_of_toy(fresh, card, lens, concentration, results, size)]
+            (fresh / "index.md").write_text("\n".join(lines), encoding="utf-8")
+            _glance(toy, card, concentration, results).to_csv(fresh / "glance.csv", index=False)
+        _write_overview(out)
+    return out / "index.md"
+
+
+def _write_overview(out: Path) -> None:
+    """The page about all toys of a folder, from the line that each keeps beside its own page."""
+    lines = [pd.read_csv(file, dtype=str) for file in sorted(out.glob("[!.]*/glance.csv"))]
+    table = pd.concat(lines, ignore_index=True)
+    table["toy"] = [f"[{toy}]({toy}/index.md)" for toy in table["toy"]]
+    write_text(out / "index.md", "\n".join([INTRO, *_table(table), ""]))
+
+
+def _results(lens: DiTLens, size: Size, folder: Path | None) -> list[Result]:
+    prompts = [scene.caption for scene in sample_scenes(size.prompts, seed=100, held_out=True)]
+    pairs = list(zip(prompts[::2], prompts[1::2], strict=False))
+    shared = {"k": size.k, "seeds": list(range(size.seeds)), "batch_size": 8, **size.call}
+    controlled = {**shared, "draws": size.draws}
+    of_patching = {name: value for name, value in shared.items() if name != "batch_size"}
+    few = {**shared, "draws": min(size.draws, 3)}  # a picture more for every draw, part and strength
+    plan = {
+        "stability": (prompts, shared),
+        "births": (prompts, shared),
+        "disruption": (prompts, controlled),
+        "organisation": (prompts, controlled),
+        "transfer": (pairs, {**few, "strengths": (0.5, 1.0), "mask_from": None}),
+        "patching": (pairs[:2], {**of_patching, "over": "block x channel group", "seeds": [0], "draws": 1}),
+        "carrier_or_detail": (prompts, few),
+    }
+    results = []
+    for name, (subjects, choices) in plan.items():
+        where = None if folder is None else folder / name
+        results.append(getattr(studies, name)(lens, subjects, out=where, **choices))
+    return results
+
+
+def _concentration(lens: DiTLens, twin: DiTLens, size: Size) -> pd.DataFrame:
+    """How much the top channels of every block hold, in a toy and in its twin before training."""
+    prompts = [scene.caption for scene in sample_scenes(size.prompts, seed=100, held_out=True)]
+    lines = []
+    for name, one in (("trained", lens), ("untrained twin", twin)):
+        with one.quiet():
+            found = one.massive_channels(prompts, size.k, seed=0, **size.call)
+        shares = found.energy_share()
+        for site, scores in found.scores.items():
+            measures = {"top/median": top_median_ratio(scores), "Gini of energy": gini(found.energy[site])}
+            lines.append({"model": name, "site": site, "energy share": shares[site], **measures})
+    return pd.DataFrame(lines)
+
+
+def _glance(toy: str, card: Mapping[str, Any], concentration: pd.DataFrame, results: Sequence[Result]) -> pd.DataFrame:
+    """A toy in one line: how long it was trained, are there massive channels, and what became of the claims."""
+    found = {result.study: result for result in results}
+    shares = concentration.groupby("model")["energy share"].mean()
+    line = {"toy": toy, "iterations": _iterations(card)}
+    line["energy share (untrained)"] = f"{shares['trained']:.2f} ({shares['untrained twin']:.2f})"
+    line |= {column: contest(found[study]).brief for study, (column, contest) in CLAIMS.items()}
+    rows = found["carrier_or_detail"].summary.set_index(["measure", "part"])
+    return pd.DataFrame([{**line, "carrier or detail": rows.loc[("verdict", "overall"), "says"]}])
+
+
+def _iterations(card: Mapping[str, Any]) -> str:
+    """In how many of them the transformer of a toy was trained."""
+    return f"{card['training']['stages']['transformer']['iterations']:,}"
+
+
+def _training(card: Mapping[str, Any]) -> str:
+    """The card of a toy in words: how it was trained and, where that was measured, how well it draws."""
+    said = f"Trained from seed {card['training']['seed']} for {_iterations(card)} iterations."
+    if "quality" not in card:
+        return f"{said} How well it draws was not measured."
+    quality = card["quality"]
+    right = ", ".join(f"{name} {share:.2f}" for name, (share, *_) in quality["generated"].items())
+    return f"{said} Shares right in pictures of {quality['prompts']} held-out prompts: {right}."
+
+
+def _of_toy(
+    folder: Path,
+    card: Mapping[str, Any],
+    lens: DiTLens,
+    concentration: pd.DataFrame,
+    results: Sequence[Result],
+    size: Size,
+) -> list[str]:
+    """The page of one toy below its title; its figures and tables are written beside it."""
+    share = f"k = {size.k} of {lens.anatomy.width} channels ({size.k / lens.anatomy.width:.1%})"
+    means = concentration.groupby("model", sort=False)[["energy share", "top/median", "Gini of energy"]].mean()
+    lines = [
+        (
+            f"{type(lens.pipe).__name__}, {lens.anatomy.depth} blocks, {share}; {size.prompts} held-out prompts x "
+            f"{size.seeds} seeds, {size.draws} draws of random controls. [What the words mean](../index.md)."
+        ),
+        "",
+        _training(card),
+        "",
+        "Are there massive channels, and did training make them? Means over blocks:",
+        "",
+        *_table(means.reset_index()),
+        "",
+    ]
+    drawn = write_pngs({folder / f"{result.study}.png": result.figure() for result in results})
+    for result in results:
+        name, question = result.study, QUESTIONS[result.study]
+        result.summary.to_csv(folder / f"{name}.csv", index=False)
+        lines += [f"## {question.title}", question.say(result), "", f"*Published:* {question.published}", ""]
+        lines += [f"![{question.title}]({name}.png)", ""] if folder / f"{name}.png" in drawn else []
+        lines += [f"All numbers: [{name}.csv]({name}.csv)", ""]
+        lines += [*(f"- {note}" for note in result.notes), ""]
+    concentration.to_csv(folder / "concentration.csv", index=False)
+    return lines
+
+
+def _table(frame: pd.DataFrame) -> list[str]:
+    """A small table in Markdown."""
+    text = readable(frame).astype(str)
+    rows = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
+    return [f"| {' | '.join(row)} |" for row in rows]

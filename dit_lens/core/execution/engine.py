@@ -1,0 +1,171 @@
+"""The nnsight model around a pipeline, and the one function that opens a trace; nnsight's private names stay here."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+import warnings
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import nnsight
+import torch
+from nnsight.intervention.source import STATE, Controller, module_body
+from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule
+
+from dit_lens.core.execution.execute import execute
+from dit_lens.errors import ExecutionError
+from dit_lens.families.layout import PlanMismatchError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import nn
+
+
+class _Pipeline(_PipelineModule):
+    """A pipeline that hides its weights: nnsight would move arguments to wherever the first of them is offloaded."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:  # noqa: ARG002 as in torch
+        return iter(())
+
+    def forward(self, *args: Any, gradients: bool = False, **kwargs: Any) -> Any:
+        """The pipeline's call; for gradients the function under its ``no_grad``."""
+        if not gradients:
+            return super().forward(*args, **kwargs)
+        with torch.enable_grad():
+            return inspect.unwrap(type(self.pipeline).__call__)(self.pipeline, *args, **kwargs)
+
+
+class Engine:
+    """Stock nnsight models over a pipeline, used by one thread at a time.
+
+    nnsight accepts only modules, and a pipeline is none: its own wrapper module goes in between. nnsight's model of
+    pipelines counts prompts to lay out a batch; calls without any (embeddings, classes) go through the general one.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline):
+        self.pipe = pipe
+        self.lock = threading.Lock()
+        self._gradients = False
+        self._modules = self._parts()
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            _listen(self._modules)
+            self.model = DiffusionModel(_Pipeline(pipe))
+            self.model.pipeline = pipe
+            self.promptless = nnsight.NNsight(_Pipeline(pipe))
+
+    @property
+    def stale(self) -> bool:
+        """Whether modules came or went since the trees were laid over them (LoRA, another transformer), or are deaf."""
+        parts = self._parts()
+        return parts != self._modules or any(map(_deaf, parts))
+
+    def follow(self) -> None:
+        """Lays nnsight's trees over the modules there are now."""
+        with self.lock, warnings.catch_warnings(action="ignore", category=UserWarning):
+            self._modules = self._parts()
+            _listen(self._modules)
+            for model in (self.model, self.promptless):
+                model._update(_Pipeline(self.pipe))
+
+    @property
+    def place(self) -> str:
+        """Where the model is, and its precision."""
+        return f"{self.pipe.device}, {str(self.pipe.transformer.dtype).removeprefix('torch.')}"
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a run's provenance says of the machine beyond what the pipeline tells: nothing, where both are here."""
+        return {}
+
+    @contextmanager
+    def differentiable(self) -> Generator[None]:
+        """Runs inside keep the graph of whatever comes to require gradients.
+
+        Meanwhile weights require none, and a copy stands for the scheduler, which would remember tensors of the graph.
+        """
+        scheduler = self.pipe.scheduler
+        weights = [p for part in self._parts() for p in part.parameters(recurse=False) if p.requires_grad]
+        for weight in weights:
+            weight.requires_grad_(False)
+        self._gradients = True
+        self.pipe.scheduler = copy.deepcopy(scheduler)
+        try:
+            yield
+        finally:
+            self._gradients = False
+            self.pipe.scheduler = scheduler
+            for weight in weights:
+                weight.requires_grad_(True)
+
+    def _parts(self) -> list[nn.Module]:
+        return list(_Pipeline(self.pipe).modules())[1:]
+
+    def generate(
+        self, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any], reads: dict
+    ) -> tuple[dict[str, Any], Any]:
+        """Runs the pipeline under a program; returns what was stored and the pipeline's own output.
+
+        reads: an empty dictionary, or something like one, for what is read.
+        """
+        if self.stale:
+            self.follow()
+        with self.lock:
+            try:
+                model = self.model if call.get("prompt") is not None else self.promptless
+                arguments = call | {"gradients": True} if self._gradients else call
+                store, results = traced(model.trace, model, program, given, arguments, reads)
+            except torch.OutOfMemoryError as full:
+                if not self._gradients:
+                    raise
+                raise ExecutionError(
+                    f"memory ran out ({full}): gradients keep the graph of every block and step. Give fewer prompts, "
+                    "smaller pictures, through='step', or pipe.transformer.enable_gradient_checkpointing()."
+                ) from full
+            except PlanMismatchError as mismatch:
+                raise ExecutionError(f"{mismatch}. Nothing was kept of this run.") from mismatch
+        if not results:
+            raise ExecutionError(
+                f"the plan expects {len(program['calls'])} calls of the transformer, but the pipeline made "
+                f"{len(store['clock'])}. Was the run interrupted, or are steps skipped by a cache or a callback?"
+            )
+        return store, results[0]
+
+
+def _deaf(module: nn.Module) -> bool:
+    """Whether something took nnsight's place as a module's forward; accelerate does, after every run that offloads.
+
+    A wrapper around nnsight's own forward leaves it in place: its values pass through as they do through torch's hooks.
+    """
+    forward = vars(module).get("forward") if STATE in vars(module) else None
+    while forward is not None and not isinstance(forward, Controller):
+        forward = getattr(forward, "__wrapped__", None)
+    return STATE in vars(module) and forward is None
+
+
+def _listen(modules: list[nn.Module]) -> None:
+    """Gives nnsight its place back in deaf modules."""
+    for module in filter(_deaf, modules):
+        state = vars(module)[STATE]
+        state.body = state.original = module_body(module)
+        state.sourced = False
+        vars(module)["forward"] = Controller(module, state)
+
+
+def traced(
+    opened: Any, model: Any, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any], reads: dict
+) -> tuple[dict[str, Any], list[Any]]:
+    """One trace, one invoke, containers saved empty and filled inside: what holds for local and for remote runs.
+
+    opened: the model's method that opens the trace.
+    """
+    with opened(**call) as tracer:
+        store = {"reads": reads, "touched": [], "clock": [], "grid": [], "tape": []}
+        nnsight.save(store)
+        results = []
+        nnsight.save(results)
+        execute(model, tracer, program, given, store)
+        results.append(tracer.result)
+    return store, results

@@ -1,0 +1,187 @@
+"""A model that lives on an nnsight server: the same plans, sent there instead of carried out here.
+
+The pipeline of such a lens is built from its configuration alone, without weights. What travels is the program, plain
+data, and the source of the executor, so that the server needs nnsight and diffusers but not this library.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import threading
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+from dit_lens.core.request.call import for_prompts, needs_weights
+from dit_lens.core.runs.files import check_pipeline
+from dit_lens.errors import ExecutionError, OpError, PromptError, StoreError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from nnsight.intervention.backends.remote import RemoteBackend
+    from nnsight.modeling.diffusion import DiffusionModel
+
+
+def hollow(path: str | Path, revision: str | None = None) -> DiffusionModel:
+    """Nnsight's model of a pipeline whose weights are not loaded. StoreError where there is no such pipeline."""
+    from diffusers import DiffusionPipeline
+    from nnsight.modeling.diffusion import DiffusionModel
+
+    check_pipeline(Path(path))
+    try:
+        config = DiffusionPipeline.load_config(str(path), revision=revision)
+        model = DiffusionModel(str(path), revision=revision)
+    except (OSError, ValueError) as problem:
+        raise StoreError(f"{path} could not be read as a diffusers pipeline: {problem}") from problem
+    flags = {name: value for name, value in config.items() if not name.startswith("_") and not isinstance(value, list)}
+    # nnsight builds a pipeline from its parts and leaves out the rest, such as whether guidance is distilled.
+    cast("DiffusionPipeline", model.pipeline).register_to_config(_name_or_path=str(path), **flags)
+    return model
+
+
+_LOST = "Nothing was kept of this run."
+
+_MISSING = "What a function imports has to be there, or to be named here first: nnsight.register('my_module')."
+
+
+class RemoteEngine:
+    """Sends programs to an nnsight server, one at a time; stands where a lens has an Engine.
+
+    model: from :func:`hollow`. host: the server's address; nnsight's own setting by default.
+    """
+
+    stale = False
+
+    def __init__(self, model: DiffusionModel, host: str | None = None):
+        self.model, self.lock = model, threading.Lock()
+        self.key = _key(model)
+        self.host = self._backend(host).host
+
+    @property
+    def place(self) -> str:
+        """Where the model is."""
+        return f"nnsight server {self.host}"
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What is known of the machine that a run was made on."""
+        return {"device": self.place, "dtype": "the server's", "threads": None}
+
+    def follow(self) -> None:
+        """Modules do not come or go here."""
+
+    def generate(
+        self, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any], reads: dict
+    ) -> tuple[dict[str, Any], Any]:
+        """As :meth:`Engine.generate`; every failure on the way or there is an ExecutionError."""
+        from dit_lens.core.execution.engine import traced
+
+        _check_prompts(call)
+        with self.lock, self._told():
+            _register()
+            _check_functions([*call.values(), *given.values()])
+            call = {**call, "backend": self._backend(self.host)}
+            store, results = traced(self.model.generate, self.model, program, given, call, {})
+        for key in list(store["reads"]):
+            reads[key] = store["reads"].pop(key)
+        return {**store, "reads": reads}, results[0]
+
+    @contextmanager
+    def differentiable(self) -> Generator[None]:
+        """Gradients are computed here only."""
+        needs_weights(self.model.pipeline, "gradients need")
+        yield
+
+    def _backend(self, host: str | None) -> RemoteBackend:
+        from nnsight.intervention.backends.remote import RemoteBackend
+
+        try:
+            backend = RemoteBackend(self.key, host=host)
+        except ValueError as problem:
+            raise ExecutionError(f"{problem}. Pass host=, such as 'http://localhost:8001'.") from problem
+        bar = getattr(self.model.pipeline, "_progress_bar_config", {})
+        backend.display.enabled &= not bar.get("disable", False)  # the job's state shows where a bar would
+        return backend
+
+    @contextmanager
+    def _told(self) -> Generator[None]:
+        """What a person can do about a server that cannot be reached, refuses, or fails."""
+        from httpx import HTTPError
+        from nnsight.intervention.backends.remote import RemoteError
+        from websocket import WebSocketBadStatusException, WebSocketException
+
+        try:
+            yield
+        except RemoteError as failure:
+            gist = _gist(str(failure))
+            advice = f"{_MISSING} {_LOST}" if "ModuleNotFoundError" in gist else _LOST
+            self._failed(f"answered: {gist}", advice, failure)
+        except WebSocketBadStatusException as refusal:
+            advice = "Is the key right (nnsight.CONFIG.set_default_api_key), and is it an nnsight server?"
+            self._failed(f"refused the connection (HTTP status {refusal.status_code})", advice, refusal)
+        except (OSError, HTTPError, WebSocketException) as silence:
+            self._failed(f"could not be reached: {silence}", "Is the address right, and does it run?", silence)
+
+    def _failed(self, how: str, advice: str, cause: Exception) -> NoReturn:
+        raise ExecutionError(f"the nnsight server {self.host} {how}. {advice}") from cause
+
+
+def _gist(answer: str) -> str:
+    r"""What a server says before a traceback, or what the traceback is of; the error's cause shows all of it.
+
+    >>> _gist("Could not deploy this model.\nTraceback (most recent call last):\n  File ...")
+    'Could not deploy this model'
+    >>> _gist("Traceback (most recent call last):\n  File ...\nValueError: no such thing")
+    'ValueError: no such thing'
+    """
+    answer = answer.strip()
+    line = answer.rpartition("\n")[2] if answer.startswith("Traceback") else answer.partition("\n")[0]
+    return line.removesuffix(".")
+
+
+def _key(model: DiffusionModel) -> str:
+    """How a server knows a model; the folder of a server of one's own is named as it is."""
+    from httpx import HTTPError
+
+    if Path(str(model.repo_id)).is_dir():
+        name = f"{type(model).__module__}.{type(model).__qualname__}"
+        return f"{name}:{json.dumps({'repo_id': model.repo_id, 'revision': model.revision})}"
+    try:
+        return model.to_model_key()
+    except (OSError, HTTPError) as problem:
+        raise StoreError(
+            f"the Hugging Face hub did not tell the name of {model.repo_id}, by which a server knows it: {problem}"
+        ) from problem
+
+
+def _register() -> None:
+    """Has this library's functions travel by source: those of the executor, and those that studies apply."""
+    import nnsight
+
+    nnsight.register("dit_lens")
+
+
+def _check_prompts(call: Mapping[str, Any]) -> None:
+    """PromptError for a call without prompts, or with tensors that stand for some: where they belong is not known."""
+    others = [f"{name}=" for name, value in call.items() if for_prompts(name) and value is not None]
+    if others or call.get("prompt") is None:
+        raise PromptError(
+            "a model on a server is given prompts: embeddings and classes cannot be sent as nnsight lays out a "
+            f"batch by its prompts. Pass prompts{' instead of ' * bool(others)}{', '.join(others)}."
+        )
+
+
+def _check_functions(values: Iterable[Any]) -> None:
+    """OpError for a function that cannot be sent."""
+    from nnsight.intervention.serialization import dumps
+
+    for function in filter(callable, values):
+        try:
+            dumps(function)
+        except (TypeError, ValueError, AttributeError, OSError, pickle.PicklingError) as problem:
+            raise OpError(
+                f"{function!r} cannot be sent to a server: {problem}. A function travels by its source, with what it "
+                "refers to; let it refer to modules, functions, tensors and plain data only."
+            ) from problem

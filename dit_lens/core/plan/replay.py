@@ -1,0 +1,61 @@
+"""What a run need not compute again: everything before its first edit, where a run without edits has recorded it.
+
+The transformer's answers are put in the place of its calls, so the pipeline and its scheduler go through the same steps
+with the same numbers, whatever the scheduler remembers of them. A tape is as large as the latents times the calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dit_lens.core.request.ops import Op, Read
+from dit_lens.core.runs.run import Tape
+from dit_lens.errors import OpError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dit_lens.core.plan.compile import Plan
+    from dit_lens.core.request.call import Call
+    from dit_lens.families import Family
+
+
+def recording(plan: Plan, ops: Sequence[Op]) -> Plan:
+    """The plan of a run that keeps a tape; OpError where it edits."""
+    edits = [op for op in ops if not isinstance(op, Read)]
+    if edits:
+        raise OpError(f"record=True keeps a run without edits; this one has {edits[0]!r}. Record the run before it.")
+    return replace(plan, program={**plan.program, "record": True})
+
+
+def replaying(plan: Plan, tape: Tape | None, call: Call, pipe: DiffusionPipeline, family: Family) -> Plan:
+    """The plan of a run that takes what precedes its first op from a tape; OpError where the tape is of another run."""
+    if tape is None:
+        raise OpError("prefix= needs a run that was recorded in this session. Make it with lens.run(..., record=True).")
+    if tape.transformer is not pipe.transformer:
+        raise OpError("the run of prefix= was made with another transformer. Record it again with this lens.")
+    before, now = ({"prompts": c.prompts, "seeds": c.seeds, **c.arguments} for c in (tape.call, call))
+    if odd := [name for name in {**before, **now} if not _same(before.get(name), now.get(name))]:
+        raise OpError(
+            f"the run of prefix= was called with other {', '.join(odd)}. Its prompts, seeds and arguments must be this "
+            "run's own."
+        )
+    calls = plan.program["calls"]
+    first = next((number for number, one in enumerate(calls) if one["visits"]), len(calls))
+    filling = sum(one["step"] == 0 for one in calls) if type(pipe).__name__ in family.caching else 0
+    program = {**plan.program, "replayed": range(filling, first)}
+    return replace(plan, program=program, given={**plan.given, "tape": tape.outputs})
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a is b or (a.shape == b.shape and a.device == b.device and torch.equal(a, b))
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return bool(a is b or a == b)

@@ -1,0 +1,229 @@
+"""Time: the steps of a run, the branches of each, their noise levels, and what ``steps=`` and ``branch=`` select."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dit_lens.core.request.call import default_of
+from dit_lens.core.request.ops import Op, SigmaInterval, Steps
+from dit_lens.errors import OpError, PromptError, nearest
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dit_lens.families import Family, Guidance
+    from dit_lens.families.row import Time
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The steps of one run.
+
+    steps: how many denoising steps run (evaluations of the model, for a scheduler of second order).
+    calls: the transformer calls of one step, each the branches of its rows in order.
+    sigmas: the noise level of each step, where the scheduler tells it beforehand.
+    repeats: steps at the same timestep as the one before. levels: the noise of every timestep, where it is a table.
+    kind: what is predicted: "flow", "epsilon", "v_prediction", or None where it is none of these.
+    time: what the transformer is told of time; None: what its family says.
+    """
+
+    steps: int
+    calls: tuple[tuple[str, ...], ...]
+    sigmas: tuple[float, ...] | None = None
+    repeats: tuple[int, ...] = ()
+    levels: list[float] | None = None
+    kind: str | None = None
+    time: Time | None = None
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The branches of one step, in the order in which they are computed."""
+        return tuple(branch for call in self.calls for branch in call)
+
+    def place(self, branch: str) -> tuple[int, int]:
+        """Which call of a step computes a branch, and which block of its rows."""
+        return next((i, call.index(branch)) for i, call in enumerate(self.calls) if branch in call)
+
+    def select(self, steps: Steps) -> list[int]:
+        """The step indices that ``steps=`` means, ascending.
+
+        >>> timeline = Timeline(4, (("cond",),), (1.0, 0.75, 0.5, 0.25))
+        >>> timeline.select((0.0, 0.5)), timeline.select(-1), timeline.select(SigmaInterval(0.8, 0.3))
+        ([0, 1], [3], [1, 2])
+        """
+        chosen = self._select(steps)
+        if not chosen:
+            levels = (
+                ""
+                if self.sigmas is None
+                else f" with noise levels {', '.join(f'{level:.3f}' for level in self.sigmas)}"
+            )
+            raise OpError(
+                f"steps={steps!r} selects none of the {self.steps} steps of this run (0 to {self.steps - 1}{levels})."
+            )
+        return sorted(set(chosen))
+
+    def _select(self, steps: Steps) -> list[int]:
+        whole = range(self.steps)
+        if steps is None:
+            return list(whole)
+        if isinstance(steps, SigmaInterval):
+            if self.sigmas is None:
+                raise OpError(
+                    "this pipeline's noise levels are not known before it runs. "
+                    "Give steps= as indices or fractions instead."
+                )
+            return [step for step in whole if steps.low < self.sigmas[step] <= steps.high]
+        if isinstance(steps, slice):
+            return list(whole[steps])
+        if isinstance(steps, tuple) and any(isinstance(end, float) for end in steps):
+            if len(steps) != 2 or not 0 <= steps[0] < steps[1] <= 1:
+                raise OpError(
+                    f"steps={steps!r} is not a span of the run. "
+                    "Write two fractions such as (0.0, 0.5), the end excluded."
+                )
+            return [step for step in whole if steps[0] <= step / self.steps < steps[1]]
+        return [self._index(step) for step in (steps if isinstance(steps, Sequence | range) else [steps])]
+
+    def _index(self, step: Any) -> int:
+        try:
+            index = step.__index__()
+        except AttributeError:
+            raise OpError(
+                f"steps={step!r} is no step. Use an index, a list or slice of them, fractions (0.0, 0.5) or "
+                "dit_lens.sigma(1.0, 0.3)."
+            ) from None
+        if not -self.steps <= index < self.steps:
+            raise OpError(
+                f"step {index} does not exist: this run has {self.steps} steps, 0 to {self.steps - 1}. "
+                "Raise num_inference_steps or change steps=."
+            )
+        return index % self.steps
+
+    def branches_of(self, op: Op, default: str | None = None) -> list[str]:
+        """The branches an op touches, in call order."""
+        asked = op.branch or default or op.default_branch
+        if asked == "both":
+            return list(self.branches)
+        if asked not in ("cond", "uncond"):
+            raise OpError(f"branch={asked!r} is no branch.{nearest(str(asked), ('cond', 'uncond', 'both'))}")
+        if asked not in self.branches:
+            raise OpError(
+                f"this call has no {asked!r} branch, only {', '.join(self.branches)}: guidance is off. "
+                "Turn it on (lens shows how), for instance by a guidance scale above 1 and a negative prompt."
+            )
+        return [asked]
+
+
+def timeline(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any], tokens: int | None) -> Timeline:
+    """How a pipeline will denoise under ``call`` (its own keyword arguments, ``num_inference_steps`` included).
+
+    tokens: the number of image tokens, on which some schedules depend; None when unknown.
+    """
+    _refuse(pipe, family, call)
+    given = call.get("sigmas") if call.get("sigmas") is not None else call.get("timesteps")
+    total = len(given) if given is not None else call["num_inference_steps"]
+    skipped = 0
+    strength = call.get("strength", default_of(pipe, "strength"))
+    if strength is not None:
+        skipped = int(max(total - min(total * strength, total), 0))
+        if skipped == total:
+            raise PromptError(f"strength={strength} with {total} steps leaves none to run. Raise one of them.")
+    calls, levels = calls_of(pipe, family, call), _levels(pipe.scheduler)
+    kind, time = _kind(pipe.scheduler, levels), family.time_of(pipe)
+    order = getattr(pipe.scheduler, "order", 1)
+    if order > 1 or (levels is not None and given is None):  # the scheduler alone decides how often it calls the model
+        times = _times(pipe.scheduler, total)[skipped * order :]
+        repeats = tuple(i for i in range(1, len(times)) if times[i] == times[i - 1])
+        sigmas = None if levels is None else tuple(levels[round(time)] for time in times)
+        return Timeline(len(times), calls, sigmas, repeats, levels, kind, time)
+    sigmas = _sigmas(pipe, call, total, tokens)
+    return Timeline(total - skipped, calls, None if sigmas is None else sigmas[skipped:], (), levels, kind, time)
+
+
+def calls_of(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """The transformer calls of one step: the family's when guidance is on, else one conditional call."""
+    guidance = family.guidance_of(pipe)
+    if guidance is None or (guidance.distilled is not None and pipe.config.get(guidance.distilled)):
+        return (("cond",),)
+    negative = not guidance.negative or any(call.get(name) is not None for name in guidance.negative)
+    return guidance.calls if negative and _scale(pipe, guidance, call) > guidance.above else (("cond",),)
+
+
+def _scale(pipe: DiffusionPipeline, guidance: Guidance, call: Mapping[str, Any]) -> float:
+    if guidance.scale is None:
+        return float("inf")
+    value = call.get(guidance.scale)
+    value = default_of(pipe, guidance.scale) if value is None else value
+    return value if isinstance(value, int | float) else guidance.above
+
+
+def _refuse(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any]) -> None:
+    """What would change the calls inside a run is refused before it starts."""
+    for name, reason in family.refuses.items():
+        if call.get(name) is not None:
+            raise PromptError(f"{name}= cannot be followed with {family.name}: {reason}. Leave it out.")
+    perturbed = call.get("pag_scale", default_of(pipe, "pag_scale"))
+    if perturbed:
+        raise PromptError(
+            f"pag_scale={perturbed} adds rows of perturbed attention to the transformer's calls, which are neither "
+            "branch. Pass pag_scale=0, or use the pipeline without PAG."
+        )
+    guidance = family.guidance_of(pipe)
+    cut = None if guidance is None or guidance.cut is None else call.get(guidance.cut)
+    if guidance is not None and cut is not None and cut < 1:
+        raise PromptError(
+            f"{guidance.cut}={cut} ends guidance in the middle of a run, so that the number of branches changes. "
+            "Leave it at 1, and choose steps= in the ops instead."
+        )
+
+
+def _times(scheduler: Any, steps: int) -> list[float]:
+    """The timesteps a copy of the scheduler sets; which of them are equal does not depend on a shift."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(steps, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
+    return [float(time) for time in scheduler.timesteps]
+
+
+def _kind(scheduler: Any, levels: list[float] | None) -> str | None:
+    """What the transformer predicts: a flow unless the scheduler says otherwise."""
+    kind = "flow" if levels is None else scheduler.config.get("prediction_type", "epsilon")
+    return kind if kind in ("flow", "epsilon", "v_prediction") else None
+
+
+def _levels(scheduler: Any) -> list[float] | None:
+    """sqrt(1 - alpha bar) of every training timestep, for schedulers that keep such a table and are no flow."""
+    table = getattr(scheduler, "alphas_cumprod", None)
+    flow = scheduler.config.get("use_flow_sigmas") or scheduler.config.get("prediction_type") == "flow_prediction"
+    return None if table is None or flow else [max(1 - float(kept), 0.0) ** 0.5 for kept in table]
+
+
+def _sigmas(
+    pipe: DiffusionPipeline, call: Mapping[str, Any], steps: int, tokens: int | None
+) -> tuple[float, ...] | None:
+    """The noise levels a copy of the scheduler sets, with the helpers of the pipeline's own module."""
+    import numpy as np
+
+    module = inspect.getmodule(type(pipe))
+    shift, retrieve = getattr(module, "calculate_shift", None), getattr(module, "retrieve_timesteps", None)
+    scheduler = copy.deepcopy(pipe.scheduler)
+    config = scheduler.config
+    if shift is None or retrieve is None or tokens is None or "shift" not in config:
+        return None
+    if len(inspect.signature(shift).parameters) != 5:
+        return None
+    mu = shift(
+        tokens,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
+    levels = call.get("sigmas")
+    levels = np.linspace(1.0, 1 / steps, steps) if levels is None else levels
+    retrieve(scheduler, steps, "cpu", sigmas=None if config.get("use_flow_sigmas") else levels, mu=mu)
+    return tuple(float(level) for level in scheduler.sigmas[:steps])

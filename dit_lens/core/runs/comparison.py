@@ -1,0 +1,116 @@
+"""Two runs side by side: how far apart their pictures and reads are, and what differed in how they were made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dit_lens.errors import OpError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from PIL.Image import Image
+
+    from dit_lens.core.runs.run import Run
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two runs compare.
+
+    differences: (where, value in a, value in b) for everything in spec and provenance that is not equal.
+    table: per picture rmse (0 to 255) and psnr (dB; infinite when equal). reads: site -> relative L2 distance.
+    """
+
+    a: Run
+    b: Run
+    differences: tuple[tuple[str, Any, Any], ...]
+    table: pd.DataFrame
+    reads: dict[str, float]
+
+    @property
+    def identical(self) -> bool:
+        """Whether every picture is equal, pixel by pixel."""
+        return bool((self.table["rmse"] == 0).all())
+
+    @property
+    def pictures(self) -> Image:
+        """Rows of a above rows of b."""
+        from PIL import Image
+
+        rows = [run.images for run in (self.a, self.b)]
+        width, height = (
+            max(image.width for row in rows for image in row),
+            max(image.height for row in rows for image in row),
+        )
+        sheet = Image.new("RGB", (width * max(map(len, rows)), height * 2))
+        for y, row in enumerate(rows):
+            for x, image in enumerate(row):
+                sheet.paste(image, (x * width, y * height))
+        return sheet
+
+    def __repr__(self) -> str:
+        lines = [f"  {where}: {_short(one)} | {_short(other)}" for where, one, other in self.differences]
+        head = (
+            "identical pictures"
+            if self.identical
+            else f"mean rmse {self.table['rmse'].mean():.3g} of 255 over {len(self.table)} pictures"
+        )
+        return "\n".join([f"Comparison: {head}, {len(lines)} differences in how they were made", *lines])
+
+
+def compare(a: Run, b: Run) -> Comparison:
+    """Compares two runs, picture by picture.
+
+    Raises OpError when they do not have the same number of pictures of the same size.
+    """
+    import pandas as pd
+
+    from dit_lens.analysis.metrics import psnr, rmse
+
+    if len(a.images) != len(b.images) or any(
+        one.size != other.size for one, other in zip(a.images, b.images, strict=False)
+    ):
+        sizes = [f"{len(run.images)} of {run.images[0].size if run.images else 'none'}" for run in (a, b)]
+        raise OpError(
+            f"only runs with equally many pictures of equal size can be compared: {sizes[0]} against {sizes[1]}."
+        )
+    lines = [
+        {"picture": i, "rmse": float(rmse(one, other)), "psnr": float(psnr(one, other))}
+        for i, (one, other) in enumerate(zip(a.images, b.images, strict=True))
+    ]
+    found = [*_differences("spec", a.spec, b.spec), *_differences("provenance", a.provenance, b.provenance)]
+    return Comparison(
+        a, b, tuple(found), pd.DataFrame(lines, columns=["picture", "rmse", "psnr"]), _read_distances(a, b)
+    )
+
+
+def _read_distances(a: Run, b: Run) -> dict[str, float]:
+    distances = {}
+    for reading in a.readings:
+        for other in b.readings:
+            for site in reading.tensors.keys() & other.tensors.keys():
+                one, two = reading.tensors[site].float(), other.tensors[site].float()
+                if reading.name == other.name and one.shape == two.shape:
+                    distances[f"{reading.name}/{site}".lstrip("/")] = float(
+                        (one - two).norm() / one.norm().clamp_min(1e-30)
+                    )
+    return distances
+
+
+def _differences(where: str, a: Any, b: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = dict.fromkeys([*a, *b])
+        return [line for key in keys for line in _differences(f"{where}.{key}", a.get(key), b.get(key))]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [
+            line
+            for i, (one, other) in enumerate(zip(a, b, strict=True))
+            for line in _differences(f"{where}[{i}]", one, other)
+        ]
+    return [] if a == b else [(where, a, b)]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

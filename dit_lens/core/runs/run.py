@@ -1,0 +1,341 @@
+"""What a run leaves behind: pictures, reads, a receipt, and all it takes to run it again. Loads without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dit_lens.core.runs.files import read_versioned, settled, whole_folder, write_json
+from dit_lens.core.runs.receipt import Receipt
+from dit_lens.errors import OpError, SiteError, StoreError, nearest
+from dit_lens.families.sites import holds_image_tokens
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from PIL.Image import Image
+    from torch import nn
+
+    from dit_lens.core.request.call import Call
+    from dit_lens.core.runs.comparison import Comparison
+    from dit_lens.lens import DiTLens
+
+FORMAT = 1
+
+
+class SiteTensor(Tensor):
+    """A read that knows its token grid; every operation on it gives a plain tensor."""
+
+    shape_of_grid: tuple[int, ...] | None
+    token_axis: int | None
+
+    __torch_function__ = torch.nn.Parameter.__torch_function__
+
+    def grid(self) -> Tensor:
+        """The same values with tokens as [h, w]: [s, b, n, d] becomes [s, b, h, w, d]."""
+        plain = self.as_subclass(Tensor)
+        if self.shape_of_grid is None or self.token_axis is None:
+            raise OpError(
+                "this read has no token grid: it was reduced over tokens, narrowed to some of them, or is of the text "
+                "stream."
+            )
+        return plain.unflatten(self.token_axis, self.shape_of_grid)
+
+
+@dataclass(frozen=True)
+class Reading(Mapping[str, Tensor]):
+    """One read of a run: site -> [s, b, n, d], or [s, 2, b, n, d] (cond first) when both branches were read.
+
+    After a reduction the token axis is gone: [s, b, d, ...]. steps: the indices read, of total_steps. rows, tokens
+    (None: all) and channels (by site; None: all) say which part of the tensor it is.
+    """
+
+    name: str
+    tensors: dict[str, Tensor] = field(repr=False)
+    steps: tuple[int, ...]
+    total_steps: int
+    branches: tuple[str, ...]
+    both: bool
+    rows: tuple[int, ...]
+    tokens: tuple[int, ...] | None
+    channels: dict[str, tuple[int, ...] | None]
+    reduce: str | None
+    shape_of_grid: tuple[int, ...] | None
+
+    @property
+    def on_grid(self) -> tuple[str, ...]:
+        """The sites that were read at every token of the picture."""
+        if self.reduce is not None or self.tokens is not None or self.shape_of_grid is None:
+            return ()
+        return tuple(filter(holds_image_tokens, self.tensors))
+
+    def __getitem__(self, site: str) -> SiteTensor:
+        if site not in self.tensors:
+            raise SiteError(f"this read has no {site!r}.{nearest(site, self.tensors)}")
+        value = self.tensors[site].as_subclass(SiteTensor)
+        gridded = site in self.on_grid
+        value.shape_of_grid = self.shape_of_grid if gridded else None
+        value.token_axis = (3 if self.both else 2) if gridded else None
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def tensor(self) -> SiteTensor:
+        """The only tensor of a read of one site."""
+        if len(self.tensors) != 1:
+            raise SiteError(f"this read has {len(self.tensors)} sites; name one: {', '.join(list(self.tensors)[:8])}.")
+        return self[next(iter(self.tensors))]
+
+    def by_branch(self, site: str) -> dict[str | None, Tensor]:
+        """[s, b, ...] for every branch that was read."""
+        value = self.tensors[site]
+        return (
+            {branch: value[:, i] for i, branch in enumerate(("cond", "uncond"))}
+            if self.both
+            else {self.branches[0]: value}
+        )
+
+
+@dataclass
+class Run:
+    """Pictures and numbers of one run.
+
+    images: PIL pictures in row order (empty when latents were asked for). latents: what the pipeline returned for
+    ``output_type="latent"``. readings: what was read. receipt: what every op touched. clock: (step, timestep, sigma)
+    of every step. grid: (h, w) image tokens, (f, h, w) of a video. spec: prompt, seed, call and ops. provenance: model,
+    machine and versions. tape: what ``prefix=`` needs, where it was recorded; it is not saved.
+    """
+
+    images: list[Image]
+    latents: Tensor | None
+    readings: list[Reading]
+    receipt: Receipt
+    clock: list[tuple[int, float, float]]
+    grid: tuple[int, ...]
+    spec: dict[str, Any]
+    provenance: dict[str, Any]
+    folder: Path | None = None
+    tape: Tape | None = field(default=None, repr=False)
+
+    def __getitem__(self, key: str) -> Any:
+        """A read by its name (a mapping site -> tensor), or the tensor of a site that was read without a name."""
+        for reading in self.readings:
+            if reading.name == key:
+                return reading
+        for reading in self.readings:
+            if not reading.name and key in reading.tensors:
+                return reading[key]
+        raise SiteError(f"this run has no read {key!r}.{nearest(key, self.keys())}")
+
+    def keys(self) -> list[str]:
+        """The names under which reads are kept."""
+        return [key for reading in self.readings for key in ([reading.name] if reading.name else reading.tensors)]
+
+    def reading(self, site: str) -> Reading:
+        """The first read that holds a site, whole tokens before reduced ones."""
+        for reading in sorted(self.readings, key=lambda reading: reading.reduce is not None):
+            if site in reading.tensors:
+                return reading
+        known = [name for reading in self.readings for name in reading.tensors]
+        raise OpError(
+            f"the source run never read {site}.{nearest(site, known) if known else ' It holds no reads.'} Run it again "
+            f"with Read({site!r})."
+        )
+
+    @property
+    def timesteps(self) -> list[float]:
+        """What the scheduler's clock showed at every step, as the transformer received it."""
+        return [timestep for _, timestep, _ in self.clock]
+
+    @property
+    def sigmas(self) -> list[float]:
+        """The noise level of every step: 1 is noise, 0 a clean picture."""
+        return [sigma for _, _, sigma in self.clock]
+
+    def numpy(self) -> dict[str, Any]:
+        """Every read as numpy arrays (bfloat16 becomes float32): key -> array, or key -> site -> array if named."""
+        return {
+            key: {site: _array(value) for site, value in found.items()} if isinstance(found, Reading) else _array(found)
+            for key in self.keys()
+            for found in [self[key]]
+        }
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Every read that was reduced over tokens, one line per number.
+
+        Columns: read, site, step, sigma, branch, row, channel, value (and bin, for reductions with several values).
+        """
+        import pandas as pd
+
+        frames = [
+            _long_form(reading, site, self.sigmas)
+            for reading in self.readings
+            if reading.reduce
+            for site in reading.tensors
+        ]
+        if not frames:
+            raise OpError(
+                "this run has no read that was reduced over tokens. "
+                "Read with reduce='mean' (or another), or use .numpy()."
+            )
+        return pd.concat(frames, ignore_index=True)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes the run into a new folder: run.json, reads.safetensors, latents.safetensors, images/000.png ..."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        with whole_folder(folder, overwrite=overwrite) as fresh:
+            tensors = {
+                f"{i}/{site}": value.contiguous()
+                for i, r in enumerate(self.readings)
+                for site, value in r.tensors.items()
+            }
+            save_file(tensors, fresh / "reads.safetensors")
+            if self.latents is not None:
+                save_file({"latents": self.latents.contiguous()}, fresh / "latents.safetensors")
+            (fresh / "images").mkdir()
+            for i, image in enumerate(self.images):
+                image.save(fresh / "images" / f"{i:03d}.png")
+            write_json(fresh / "run.json", self._to_json())
+        self.folder = folder
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Run:
+        """Reads what :meth:`save` wrote; needs no model."""
+        from PIL import Image, UnidentifiedImageError
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = settled(folder)
+        data = read_versioned(folder / "run.json", "run", FORMAT)
+        try:
+            tensors = load_file(folder / "reads.safetensors")
+            latents = load_file(folder / "latents.safetensors")["latents"] if data["latents"] else None
+            images = [Image.open(folder / "images" / f"{i:03d}.png").copy() for i in range(data["images"])]
+            readings = [_reading_from(i, record, tensors) for i, record in enumerate(data["readings"])]
+        except (OSError, KeyError, SafetensorError, UnidentifiedImageError) as damage:
+            raise StoreError(
+                f"{folder} is incomplete or damaged: {damage}. Restore it from a copy, or run it again."
+            ) from damage
+        return cls(
+            images=images,
+            latents=latents,
+            readings=readings,
+            receipt=Receipt.from_json(data["receipt"]),
+            clock=[(int(step), timestep, level) for step, timestep, level in data["clock"]],
+            grid=tuple(data["grid"]),
+            spec=data["spec"],
+            provenance=data["provenance"],
+            folder=folder,
+        )
+
+    def rerun(self, lens: DiTLens) -> Comparison:
+        """Runs the same prompt, seed, call and ops on a lens; ``.differences`` and ``.table`` say what differs."""
+        from dit_lens.core.runs.comparison import compare
+
+        return compare(self, lens.run_spec(self.spec))
+
+    def reference(self) -> dict[str, str]:
+        """How an op's JSON refers to this run: by the folder it was saved in."""
+        if self.folder is None:
+            raise OpError(
+                "an op takes its values from a run that was not saved, so the op has no JSON form. "
+                "Call run.save(folder) first."
+            )
+        return {"run": str(self.folder)}
+
+    def _to_json(self) -> dict[str, Any]:
+        readings = [
+            {name: value for name, value in vars(reading).items() if name != "tensors"} for reading in self.readings
+        ]
+        for record, reading in zip(readings, self.readings, strict=True):
+            record["sites"] = list(reading.tensors)
+        return {
+            "format": FORMAT,
+            "spec": self.spec,
+            "provenance": self.provenance,
+            "grid": self.grid,
+            "clock": self.clock,
+            "images": len(self.images),
+            "latents": self.latents is not None,
+            "readings": readings,
+            "receipt": self.receipt.to_json(),
+        }
+
+    def __repr__(self) -> str:
+        prompts = self.spec.get("prompt") or ["(embeddings)"] * len(self.spec.get("seed") or [None])
+        made = f"{len(self.images)} pictures" if self.images else "latents"
+        return (
+            f"Run: {made} of {len(prompts)} prompts, {len(self.clock)} steps, grid {' x '.join(map(str, self.grid))}, "
+            f"{self.provenance['family']}\n"
+            f"  prompt  {prompts[0]!r}{' ...' if len(prompts) > 1 else ''}\n"
+            f"  seed    {self.spec.get('seed')}\n"
+            f"  reads   {', '.join(self.keys()[:6]) or 'none'}{' ...' if len(self.keys()) > 6 else ''}\n"
+            f"  edits   {len({entry.site for entry in self.receipt.entries})} sites touched (see .receipt)"
+        )
+
+    def _repr_html_(self) -> str:
+        from dit_lens.core.runs.html import run_html
+
+        return run_html(self)
+
+
+def _array(value: Tensor) -> np.ndarray:
+    plain = value.as_subclass(Tensor)
+    return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+
+
+def _reading_from(number: int, record: dict[str, Any], tensors: dict[str, Tensor]) -> Reading:
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name != "sites"
+    }
+    fields["channels"] = {site: None if kept is None else tuple(kept) for site, kept in record["channels"].items()}
+    return Reading(tensors={site: tensors[f"{number}/{site}"] for site in record["sites"]}, **fields)
+
+
+def _long_form(reading: Reading, site: str, sigmas: list[float]) -> pd.DataFrame:
+    import numpy as np
+    import pandas as pd
+
+    frames = []
+    for branch, value in reading.by_branch(site).items():
+        array = _array(value)
+        axes = np.indices(array.shape).reshape(array.ndim, -1)
+        kept = reading.channels[site]
+        columns = {
+            "read": reading.name or site,
+            "site": site,
+            "step": np.asarray(reading.steps)[axes[0]],
+            "sigma": np.asarray([sigmas[step] for step in reading.steps])[axes[0]],
+            "branch": branch,
+            "row": np.asarray(reading.rows)[axes[1]],
+            "channel": axes[2] if kept is None else np.asarray(kept)[axes[2]],
+            **({"bin": axes[3]} if array.ndim > 3 else {}),
+            "value": array.ravel(),
+        }
+        frames.append(pd.DataFrame(columns))
+    return pd.concat(frames, ignore_index=True)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Tape:
+    """What the transformer answered to every call of a run without edits.
+
+    outputs: one for each call, as the pipeline received them, on the model's device.
+    """
+
+    call: Call
+    transformer: nn.Module
+    outputs: list[Any]

@@ -1,0 +1,163 @@
+"""One transformer under plain torch hooks, tried on one small call: what the checks of a family look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dit_lens.errors import FamilyError
+from dit_lens.families.anatomy import Address, Anatomy
+from dit_lens.families.example_call import ROWS
+from dit_lens.families.layout import fetch, image_tokens, opened, stream_of
+from dit_lens.families.tensors import gate_of, half_of, read_out
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
+
+    from dit_lens.families.sites import Site
+
+# What a hook meets when a block's inputs or outputs are others than the row says.
+MISFITS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+class Trial:
+    """A transformer, the anatomy a family gives it, and a call."""
+
+    def __init__(self, anatomy: Anatomy, call: dict[str, Any]):
+        self.anatomy, self.call, self.name = anatomy, call, anatomy.family.name
+        self.rule = anatomy.grid_rule
+        self.image = image_tokens(((), call), self.rule)
+        self.points = [site for site in anatomy.sites if site.point != "x0"]
+
+    @cached_property
+    def seen(self) -> dict[str, Tensor]:
+        """The tokens of every site."""
+        return self.watch(self.call)
+
+    @cached_property
+    def last(self) -> str:
+        """The output of the last block that holds image tokens."""
+        streams = [site for site in self.points if site.block is not None and site.stream == "img"]
+        if not streams:
+            raise FamilyError(f"{self.name}: none of its stacks holds image tokens.")
+        return streams[-1].name
+
+    def watch(self, call: dict[str, Any], *hooks: RemovableHandle) -> dict[str, Tensor]:
+        """The tokens of every site in one forward pass."""
+        found: dict[str, Tensor] = {}
+        gates: dict[Address, Tensor] = {}
+        handles = list(hooks)
+        for site in self.points:
+            address = self.anatomy.address(site)
+            if address.gate is not None:
+                handles.append(self._keep_gate(address.gate, gates))
+            handles.append(self._keep(site, address, gates, found))
+        self.run(call, handles)
+        return found
+
+    def order(self) -> dict[tuple[str, str, str], int]:
+        """When the modules of a block are entered and left: (stack, path, side) -> place."""
+        lines: dict[tuple[str, int], dict[tuple[str, str], None]] = {}
+        handles = []
+        for stack in self.anatomy.family.stacks:
+            for number, block in enumerate(self.anatomy.blocks(stack)):
+                line = lines.setdefault((stack.name, number), {})
+                for name, module in block.named_modules():
+                    path = f".{name}" if name else ""
+                    handles.append(module.register_forward_pre_hook(_note(line, (path, "input"))))
+                    handles.append(module.register_forward_hook(_note(line, (path, "output"))))
+        self.run(self.call, handles)
+        order: dict[tuple[str, str, str], int] = {}
+        for (stack, _), line in sorted(lines.items(), key=lambda item: -len(item[1])):
+            for place, (path, side) in enumerate(line):
+                order.setdefault((stack, path, side), place)
+        return order
+
+    def read_out(self, tokens: Tensor) -> Tensor:
+        """The prediction that the final norm and what follows make of image tokens."""
+        final, shift = self.anatomy.final, self.anatomy.shift
+        caught: dict[str, Any] = {}
+        held = {"tokens": tokens}
+
+        def keep_inputs(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            caught["inputs"] = (args, kwargs)
+
+        handles = [self._module(final).register_forward_pre_hook(keep_inputs, with_kwargs=True)]
+        if shift is not None:
+            part = vars(shift)
+
+            def keep_shift(_module: nn.Module, _args: tuple, output: Any) -> None:
+                held["shift"] = opened(fetch(output, "output", part), part)
+
+            handles.append(self._module(shift).register_forward_hook(keep_shift))
+        self.run(self.call, handles)
+        model = SimpleNamespace(get=self._submodule)
+        entering, rule = {**vars(final), "readout": "tokens"}, self.anatomy.readout_rule or {}
+        with torch.no_grad():
+            return read_out(model, self._module(final), caught["inputs"], entering, held, self.image, rule)
+
+    def changing(self, address: Address, fn: Callable[[Any], Any]) -> RemovableHandle:
+        """A hook that replaces a module's whole output."""
+        return self._module(address).register_forward_hook(lambda _module, _args, output: fn(output))
+
+    def run(self, call: dict[str, Any], handles: list[RemovableHandle]) -> None:
+        """One forward pass under hooks, which are removed; FamilyError where a block is not as the family says."""
+        try:
+            with torch.no_grad():
+                self.anatomy.transformer(**call)
+        except MISFITS as problem:
+            raise FamilyError(
+                f"{self.name}: a block of {self.anatomy.family.transformer} has another output or other arguments than "
+                f"the family says ({problem})."
+            ) from problem
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keep(
+        self, site: Site, address: Address, gates: dict[Address, Tensor], found: dict[str, Tensor]
+    ) -> RemovableHandle:
+        part = vars(address)
+
+        def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            if site.name in found:  # a module that is called again for the other stream
+                return
+            value = fetch(output if address.side == "output" else (args, kwargs), address.side, part)
+            if address.half is not None:
+                value = half_of(module.forward, value, part)
+            tensor = opened(value, part) if address.table is None else gate_of(value, part, module)
+            if tensor.shape[0] != ROWS:
+                raise ValueError(f"{site} has {tensor.shape[0]} rows in a call of {ROWS}")
+            if address.gate is not None:
+                tensor = tensor * gates[address.gate]
+            found[site.name] = stream_of(tensor, part, self.image, range(ROWS))[0].clone()
+
+        return self._module(address).register_forward_hook(keep, with_kwargs=True)
+
+    def _keep_gate(self, gate: Address, gates: dict[Address, Tensor]) -> RemovableHandle:
+        part = vars(gate)
+
+        def keep(module: nn.Module, value: Any) -> None:
+            gates[gate] = gate_of(fetch(value, gate.side, part), part, module)
+
+        if gate.side == "output":
+            return self._module(gate).register_forward_hook(lambda module, _args, output: keep(module, output))
+        # An argument of the block is known before its parts are called.
+        return self._module(gate).register_forward_pre_hook(
+            lambda module, args, kwargs: keep(module, (args, kwargs)), with_kwargs=True
+        )
+
+    def _module(self, address: Address) -> nn.Module:
+        return self._submodule(address.module)
+
+    def _submodule(self, path: str) -> nn.Module:
+        return self.anatomy.transformer.get_submodule(path.removeprefix("transformer").removeprefix("."))
+
+
+def _note(line: dict[tuple[str, str], None], event: tuple[str, str]) -> Callable[..., None]:
+    return lambda *_: line.setdefault(event)

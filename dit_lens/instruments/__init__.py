@@ -1,0 +1,1 @@
+"""Single measurements on a lens, one in each file; the methods of DiTLens call them."""

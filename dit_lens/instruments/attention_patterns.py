@@ -1,0 +1,213 @@
+"""Patterns of attention, computed from q and k of chosen heads while the model draws; nothing else is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from dit_lens.core.request.call import needs_weights
+from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError
+from dit_lens.families.layout import PlanMismatchError, image_tokens, stream_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit_lens.core.plan.compile import Plan
+    from dit_lens.core.request.ops import Op, Steps
+    from dit_lens.core.request.timeline import Timeline
+    from dit_lens.core.runs.run import Run
+    from dit_lens.lens import DiTLens
+
+ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How much every query token attends to every key token: rows sum to 1.
+
+    tensors: block -> [step, row, head, query, key], float32, in main memory. order: block -> "text_first",
+    "image_first", "ragged" or "own": where text and image tokens lie among them. steps, heads: which were kept.
+    image, rows: where the call had its image tokens, and which of its rows these are. run: the run.
+    """
+
+    tensors: dict[int, Tensor]
+    order: dict[int, str]
+    steps: tuple[int, ...]
+    heads: tuple[int, ...]
+    image: SimpleNamespace
+    rows: range
+    run: Run
+
+    def __getitem__(self, block: int) -> Tensor:
+        if block not in self.tensors:
+            raise SiteError(f"block {block} was not read; there are {', '.join(map(str, self.tensors))}.")
+        return self.tensors[block]
+
+    def between(self, block: int, queries: str = "img", keys: str = "txt") -> Tensor:
+        """The part from one stream to another: [step, row, head, query, key] with image tokens row by row.
+
+        queries, keys: "img" or "txt": the tokens that a read of that stream has, so references belong to neither.
+        """
+        tensor = self[block]
+        across = self._places(block, queries, tensor.shape[-2])[None, :, None, :, None]
+        down = self._places(block, keys, tensor.shape[-1])[None, :, None, None, :]
+        return tensor.take_along_dim(across, -2).take_along_dim(down, -1)
+
+    def _places(self, block: int, stream: str, length: int) -> Tensor:
+        """Which of ``length`` tokens belong to a stream: [row, token]."""
+        if stream not in ("img", "txt"):
+            raise OpError(f"{stream!r} is no stream. Say 'img' or 'txt'.")
+        if stream == "txt" and self.order[block] == "own":
+            raise OpError(f"block {block} attends from and to image tokens only, so there is no text.")
+        if length < self.image.total:
+            raise OpError(
+                f"block {block} attends in parts; this one has {length} tokens, fewer than the picture and its "
+                f"references, {self.image.total}. Take self[block] whole, or a step that has no references."
+            )
+        numbers = torch.arange(length)[None, :, None].expand(self.rows.stop, -1, 1)
+        part = {"stream": stream, "layout": self.order[block], "site": f"blocks.{block}.{stream}"}
+        try:
+            return stream_of(numbers, part, self.image, self.rows)[0][..., 0]
+        except PlanMismatchError as mismatch:
+            raise OpError(f"{mismatch}, or take self[block] whole.") from mismatch
+
+
+def read_pattern(
+    lens: DiTLens,
+    prompt: Any,
+    block: int | Sequence[int],
+    *,
+    heads: int | Sequence[int],
+    ops: Sequence[Op] | Op = (),
+    steps: Steps = -1,
+    branch: str = "cond",
+    **call: Any,
+) -> Attention:
+    """See :meth:`dit_lens.DiTLens.read_pattern`."""
+    needs_weights(lens.pipe, "patterns of attention need")
+    if "batch_size" in call:
+        raise PromptError("patterns are read from one batch: leave batch_size= out, and pass fewer prompts at once.")
+    blocks = [lens.anatomy.block(one) for one in _indices("block", block)]
+    wanted = tuple(_indices("head", heads))
+    order = {one: lens.anatomy.attention(one)[1] for one in blocks}
+    timeline, plan = lens.planned(prompt, **call)
+    if branch not in timeline.branches:
+        raise OpError(f"a pattern is of one branch, and {branch!r} is none of {', '.join(timeline.branches)}.")
+    chosen = timeline.select(steps)
+    watch = Watch(wanted, {(step, one) for step in chosen for one in blocks}, timeline, plan, branch)
+    with watch.on(lens, blocks):
+        run = lens.run(prompt, ops, **call)
+    tensors = watch.stacked(chosen, blocks)
+    return Attention(tensors, order, tuple(chosen), wanted, watch.image, watch.block_rows, run)
+
+
+def _indices(what: str, value: Any) -> list[int]:
+    """One number or several, of whatever integer type."""
+    values = [value] if hasattr(value, "__index__") else list(value)
+    if not values or any(isinstance(one, bool) or not hasattr(one, "__index__") for one in values):
+        raise OpError(f"{what} {value!r} is no number or list of numbers.")
+    return [one.__index__() for one in values]
+
+
+class Watch(TorchFunctionMode):
+    """Sees every call of scaled dot-product attention, and keeps the pattern of those that are wanted."""
+
+    def __init__(
+        self, heads: tuple[int, ...], wanted: set[tuple[int, int]], timeline: Timeline, plan: Plan, branch: str
+    ):
+        super().__init__()
+        self.heads, self.wanted, self.timeline = heads, wanted, timeline
+        self.call, number = timeline.place(branch)
+        rows = plan.program["rows"]
+        self.block_rows = range(number * rows, (number + 1) * rows)
+        self.rule = plan.program["grid"]
+        self.image = SimpleNamespace()
+        self.made = -1  # calls of the transformer so far
+        self.block: int | None = None
+        self.kept: dict[tuple[int, int], Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is scaled_dot_product_attention and self.block is not None:
+            given = {**dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})}
+            self._check_heads(given["query"])
+            step, call = divmod(self.made, len(self.timeline.calls))
+            key = (step, self.block)
+            if call == self.call and key in self.wanted and key not in self.kept:
+                self.kept[key] = self._pattern(given)
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def on(self, lens: DiTLens, blocks: list[int]) -> Generator[None]:
+        """Follows the pipeline's transformer; whatever happens, its hooks are removed."""
+
+        def begin(_: Any, args: tuple, kwargs: dict) -> None:
+            self.made += 1
+            step, call = divmod(self.made, len(self.timeline.calls))
+            if call == self.call and any(step == wanted for wanted, _ in self.wanted):
+                self.image = image_tokens((args, kwargs), self.rule)
+
+        def leave(*_: Any) -> None:
+            self.block = None
+
+        handles = [lens.pipe.transformer.register_forward_pre_hook(begin, with_kwargs=True)]
+        for number in blocks:
+            module, _ = lens.anatomy.attention(number)
+            handles.append(module.register_forward_pre_hook(lambda *_, number=number: setattr(self, "block", number)))
+            handles.append(module.register_forward_hook(leave))
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def stacked(self, steps: list[int], blocks: list[int]) -> dict[int, Tensor]:
+        """Block -> [step, row, head, query, key]."""
+        planned = self.timeline.steps * len(self.timeline.calls)
+        if self.made + 1 != planned:
+            raise ExecutionError(
+                f"the transformer was called {self.made + 1} times instead of {planned}: the batch was split, as "
+                "memory ran out. Pass fewer prompts at once."
+            )
+        missing = sorted(self.wanted - set(self.kept))
+        if missing:
+            step, block = missing[0]
+            raise ExecutionError(
+                f"block {block} called no scaled dot-product attention at step {step}. Is another attention backend "
+                "set? pipe.transformer.set_attention_backend('native') has patterns."
+            )
+        for block in blocks:
+            if len({self.kept[step, block].shape for step in steps}) > 1:
+                raise ExecutionError(f"block {block} has other tokens at other steps. Read its steps one by one.")
+        return {block: torch.stack([self.kept[step, block] for step in steps]) for block in blocks}
+
+    def _check_heads(self, query: Tensor) -> None:
+        """At the first attention, long before the steps that are kept."""
+        count = query.shape[1]
+        for head in self.heads:
+            if not 0 <= head < count:
+                raise OpError(f"head {head} does not exist: block {self.block} has {count}, 0 to {count - 1}.")
+
+    def _pattern(self, given: dict[str, Any]) -> Tensor:
+        """softmax(q k / sqrt(d) + mask) of the chosen rows and heads: [row, head, query, key]."""
+        query, key, mask, scale = given["query"], given["key"], given.get("attn_mask"), given.get("scale")
+        count = query.shape[1]
+        rows = slice(self.block_rows.start, self.block_rows.stop)
+        shared = count // key.shape[1]  # heads that share a key
+        q = query[rows, list(self.heads)].float()
+        k = key[rows, [head // shared for head in self.heads]].float()
+        scores = q @ k.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if given.get("is_causal"):
+            allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        if mask is not None:
+            mask = mask.expand(*query.shape[:2], *scores.shape[-2:])[rows, list(self.heads)]
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return scores.softmax(-1).cpu()

@@ -1,0 +1,244 @@
+"""Gradients of a number with respect to what passes through sites, and what they say of a swap before it is made."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from dit_lens.core.request.ops import Apply
+from dit_lens.errors import ExecutionError, FamilyError, OpError, PromptError, SiteError, nearest
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import nn
+
+    from dit_lens.core.request.ops import Branch, Pattern, Steps
+    from dit_lens.core.runs.run import Run
+    from dit_lens.lens import DiTLens
+
+Through = Literal["run", "step"]
+THROUGH = ("run", "step")
+# fn(x [m, ...], source [...], target [...]) -> [m], of latents or of predictions
+PairMetric = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Gradients(Mapping[str, Tensor]):
+    """What :meth:`dit_lens.DiTLens.gradients` found: a mapping site -> [s, b, n, d].
+
+    value: the metric, one number; through one step [s], one for each. steps: their indices. run: the run itself.
+    """
+
+    value: Tensor
+    tensors: dict[str, Tensor] = field(repr=False)
+    steps: tuple[int, ...]
+    run: Run = field(repr=False)
+
+    def __getitem__(self, site: str) -> Tensor:
+        if site not in self.tensors:
+            raise SiteError(f"no gradient was taken at {site!r}.{nearest(site, self.tensors)}")
+        return self.tensors[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What a swap of each channel, or each token, would do to the metric, to first order.
+
+    channels: site -> [s, d], summed over tokens. tokens: site -> [s, n], summed over channels. steps: their indices.
+    """
+
+    channels: dict[str, Tensor] = field(repr=False)
+    tokens: dict[str, Tensor] = field(repr=False)
+    steps: tuple[int, ...]
+
+
+def gradients(
+    lens: DiTLens,
+    prompt: str | Sequence[str] | None,
+    site: Pattern,
+    *,
+    metric: Callable[[Tensor], Tensor],
+    through: Through = "run",
+    steps: Steps = None,
+    branch: Branch = "cond",
+    reduce: Callable[[Tensor, Tensor], Tensor] | None = None,
+    **call: Any,
+) -> Gradients:
+    """See :meth:`dit_lens.DiTLens.gradients`."""
+    if through not in THROUGH:
+        raise OpError(f"through={through!r} does not exist.{nearest(str(through), THROUGH)}")
+    if branch not in ("cond", "uncond"):
+        raise OpError(f"branch={branch!r}: gradients are of one branch, 'cond' or 'uncond'.")
+    if odd := [name for name in ("batch_size", "record", "prefix") if name in call]:
+        raise PromptError(f"{odd[0]}= has no meaning here: the graph is that of one batch. Leave it out.")
+    if call.pop("output_type", "latent") != "latent":
+        raise PromptError("output_type= must be 'latent' here: pictures have no gradient. Leave it out.")
+    check_differentiable(lens.pipe)
+    if through == "run":
+        check_latents(lens.pipe)
+    graph = _Graph(metric, reduce)
+    ops = [Apply(site, fn=graph.keep, steps=steps, branch=branch)]
+    if through == "step":
+        ops.append(Apply("velocity", fn=graph.close, steps=steps, branch=branch))
+    with lens.engine.differentiable(), _ending_at(lens.pipe.transformer) if through == "step" else nullcontext():
+        run = lens.run(prompt, ops, output_type="latent", **call)
+        latents: Any = run.latents
+        if through == "run":
+            graph.close(latents)
+            run.latents = latents.detach()
+    value = torch.stack(graph.values) if through == "step" else graph.values[0]
+    sites = dict.fromkeys(site for site, _ in graph.found)
+    taken = tuple(sorted({step for _, step in graph.found}))
+    return Gradients(value, {s: torch.stack([graph.found[s, step] for step in taken]) for s in sites}, taken, run)
+
+
+def attribution(
+    lens: DiTLens,
+    source: str,
+    target: str,
+    site: Pattern = "blocks.*.img",
+    *,
+    metric: PairMetric | None = None,
+    through: Through = "run",
+    steps: Steps = None,
+    branch: Branch = "cond",
+    **call: Any,
+) -> Attribution:
+    """Attribution patching: (x_source - x_target) d metric / d x at the target, for every element at once.
+
+    >>> from dit_lens import DiTLens
+    >>> found = attribution(
+    ...     DiTLens.toy(),
+    ...     "a big red circle left on a plain blue background",
+    ...     "a small white cross right on a plain green background",
+    ...     seed=0,
+    ...     num_inference_steps=2,
+    ... )
+    >>> found.channels["blocks.3.img"].shape, found.tokens["blocks.3.img"].shape
+    (torch.Size([2, 128]), torch.Size([2, 256]))
+
+    The sum over chosen elements estimates what swapping them would add to the metric; one run and one backward pass
+    stand for a run for every swap. It is of first order, and sums over steps or over blocks in series count twice what
+    reaches the later ones through the earlier ones.
+
+    metric: fn(x [m, ...], source [...], target [...]) -> [m]; :func:`nearness` by default. Through the run x is the
+    final latents, through one step what the transformer predicts there. The rest is as in ``DiTLens.gradients``.
+    Source: Nanda 2023, "Attribution patching"; Syed, Rager & Conmy, arXiv 2310.10348.
+    """
+    measure = nearness if metric is None else metric
+    found = gradients(
+        lens,
+        [source, target],
+        site,
+        metric=lambda x: measure(x[1:2], x[0].detach(), x[1].detach()).sum(),
+        through=through,
+        steps=steps,
+        branch=branch,
+        reduce=_marginals,
+        **call,
+    )
+    width = {name: lens.anatomy.channels(lens.anatomy.site(name)) for name in found}
+    return Attribution(
+        {name: value[:, : width[name]] for name, value in found.items()},
+        {name: value[:, width[name] :] for name, value in found.items()},
+        found.steps,
+    )
+
+
+def nearness(x: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """How far x has come from the target to the source, 1 - |x - source| / |target - source|.
+
+    >>> source, target = torch.zeros(2), torch.tensor([0.0, 4.0])
+    >>> nearness(torch.tensor([[0.0, 4.0], [0.0, 1.0], [0.0, 0.0]]), source, target)
+    tensor([0.0000, 0.7500, 1.0000])
+
+    x: [m, ...]. source, target: [...]. Returns [m]: 0 is the target, 1 the source; what leads away from both is
+    negative.
+    """
+    apart = torch.linalg.vector_norm(target - source)
+    return 1 - torch.linalg.vector_norm((x - source).flatten(1), dim=1) / apart
+
+
+def _marginals(value: Tensor, gradient: Tensor) -> Tensor:
+    """Rows are source and target: their difference times the gradient, over tokens and over channels: [d + n]."""
+    product = (value[0].float() - value[1].float()) * gradient[1].float()
+    return torch.cat([product.sum(0), product.sum(1)])
+
+
+class _Graph:
+    """The tensors that passed through the sites, and their gradients once a metric has closed the graph."""
+
+    def __init__(self, metric: Callable[[Tensor], Tensor], reduce: Callable[[Tensor, Tensor], Tensor] | None):
+        self.metric, self.reduce = metric, reduce
+        self.open: dict[tuple[str, int], Tensor] = {}  # (site, step) -> [b, n, d]
+        self.found: dict[tuple[str, int], Tensor] = {}
+        self.values: list[Tensor] = []
+
+    def keep(self, tensor: Tensor, hook: Any) -> Tensor:
+        """What goes on in the run is this very tensor; the first one is where the graph begins."""
+        if not tensor.requires_grad:
+            tensor.requires_grad_()
+        self.open[hook.name, hook.step] = tensor
+        return tensor
+
+    def close(self, outcome: Tensor, hook: Any = None) -> None:  # noqa: ARG002 an Apply passes it
+        """Takes the gradients of the metric at all open tensors, and lets go of the graph."""
+        value = self.metric(outcome)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise OpError(f"metric= must return a tensor of one number, and returned {value!r}. Sum over pictures.")
+        if not value.requires_grad:
+            raise ExecutionError(
+                "the metric does not depend on the sites through torch: it was detached, or this pipeline or scheduler "
+                "leaves torch on the way. Try through='step'."
+            )
+        keys, tensors = zip(*self.open.items(), strict=True)
+        self.open = {}
+        taken = torch.autograd.grad(value.sum(), tensors, materialize_grads=True)
+        for key, tensor, gradient in zip(keys, tensors, taken, strict=True):
+            kept = gradient if self.reduce is None else self.reduce(tensor.detach(), gradient)
+            self.found[key] = kept.cpu()
+        self.values.append(value.detach().reshape(()).cpu())
+
+
+@contextmanager
+def _ending_at(transformer: nn.Module) -> Generator[None]:
+    """Every answer of the transformer leaves its graph behind, so that no graph outlives its step."""
+    handle = transformer.register_forward_hook(lambda *call: tree_map_only(Tensor, Tensor.detach, call[-1]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def check_differentiable(pipe: DiffusionPipeline) -> None:
+    """Raises FamilyError where the model itself runs code under ``no_grad``, which would leave the graph unseen."""
+    methods = {
+        f"{kind.__name__}.{name}"
+        for kind in {type(module) for module in pipe.transformer.modules()}
+        for name, method in inspect.getmembers(kind, inspect.isfunction)
+        if method.__code__.co_name == "decorate_context" and not name.endswith("fuse_projections")
+    }
+    if methods:
+        raise FamilyError(
+            f"gradients through {type(pipe.transformer).__name__} would be wrong: {', '.join(sorted(methods))} runs "
+            "under torch.no_grad inside the model. Patch instead: studies.patching(..., attribute=())."
+        )
+
+
+def check_latents(pipe: DiffusionPipeline) -> None:
+    """Raises FamilyError where a pipeline does not return its final latents."""
+    if '"latent"' not in inspect.getsource(inspect.unwrap(type(pipe).__call__)):
+        raise FamilyError(f"{type(pipe).__name__} does not return latents. Take gradients with through='step'.")

@@ -1,0 +1,78 @@
+"""The x0 lens: what each block, at each step, would draw if it were the last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dit_lens.core.request.ops import Read
+from dit_lens.instruments.latents import autoencoder, decode
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    import plotly.graph_objects as go
+    from PIL.Image import Image
+
+    from dit_lens.core.request.ops import Pattern, Steps
+    from dit_lens.core.runs.run import Run
+    from dit_lens.lens import DiTLens
+
+BLOCKS = 7
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class X0:
+    """Pictures of the clean latents that were predicted.
+
+    pictures: site -> [step][row]. steps: their indices. run: the run they were read from, tensors included.
+    """
+
+    pictures: dict[str, list[list[Image]]]
+    steps: tuple[int, ...]
+    run: Run
+
+    def figure(self, row: int = 0) -> go.Figure:
+        """One prompt's pictures: steps from top to bottom, blocks from left to right."""
+        from dit_lens.plots import sheet
+
+        sigmas = self.run.sigmas
+        names = [f"step {step}<br>noise {sigmas[step]:.2f}" for step in self.steps]
+        columns = [site.removesuffix(".img.x0").replace("blocks.", "block ") for site in self.pictures]
+        columns = ["the model" if name == "x0" else name for name in columns]
+        rows = [[pictures[i][row] for pictures in self.pictures.values()] for i in range(len(self.steps))]
+        return sheet(rows, names, columns, title="The picture each block predicts")
+
+
+def read_x0(lens: DiTLens, prompt: Any, site: Pattern | None = None, *, steps: Steps = None, **call: Any) -> X0:
+    """See :meth:`dit_lens.DiTLens.read_x0`."""
+    autoencoder(lens.pipe)
+    names = _spread(lens.sites("blocks.*.img.x0"), BLOCKS) if site is None else _sites(lens, site)
+    if steps is None:
+        when, _ = lens.planned(prompt, **call)
+        steps = _spread(list(range(when.steps)), STEPS)
+    run = lens.run(prompt, [Read([*names, "x0"], steps=steps)], **call)
+    reading = run.readings[0]
+    pictures = {}
+    for name, value in reading.tensors.items():
+        s, b = value.shape[:2]
+        drawn = decode(lens, value.flatten(0, 1), run.grid)
+        pictures[name] = [drawn[i * b : (i + 1) * b] for i in range(s)]
+    return X0(pictures, reading.steps, run)
+
+
+def _sites(lens: DiTLens, pattern: Pattern) -> list[str]:
+    """Blocks named with or without the point."""
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    full = [one if str(one).endswith("x0") else f"{one}.x0" for one in patterns]
+    return [name for name in lens.sites(full) if name != "x0"]
+
+
+def _spread(values: list, count: int) -> list:
+    """At most ``count`` of them, evenly spaced, first and last included."""
+    if len(values) <= count:
+        return values
+    return [values[i] for i in np.linspace(0, len(values) - 1, count).round().astype(int)]

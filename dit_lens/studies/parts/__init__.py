@@ -1,0 +1,1 @@
+"""Pieces that one or two studies are made of; only studies import them."""

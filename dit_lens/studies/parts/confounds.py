@@ -1,0 +1,148 @@
+"""Edits that answer the two plain objections to zeroing massive channels: the next norm, and the size of the change.
+
+Tensors are [row, token, channel]; ``top`` are the channels that would be zeroed. The functions are pure; the ops that
+carry them out remember, within one transformer call, what they did at the site before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dit_lens.core.request.ops import Apply
+
+if TYPE_CHECKING:
+    from dit_lens.core.request.ops import Steps
+
+
+def filled(x: Tensor, top: Sequence[int], seed: int = 0) -> Tensor:
+    """The top channels hold a fixed pattern with their own mean and variance, token by token.
+
+    >>> x = torch.tensor([[[9.0, -3.0, 6.0, 4.0, 1.0]]])
+    >>> new = filled(x, [0, 1, 2, 3])
+    >>> new[..., 4].item(), torch.allclose(new.mean(), x.mean()), torch.allclose(new.square().mean(), x.square().mean())
+    (1.0, True, True)
+
+    A norm after it (LayerNorm or RMSNorm) sees the statistics of before, so the other channels leave it unchanged. Two
+    numbers per token remain of what the top channels said; with two channels that is nearly all, so take more.
+    """
+    old = x[..., list(top)].float()
+    mean, spread = old.mean(-1, keepdim=True), old.std(-1, keepdim=True, correction=0)
+    pattern = torch.linspace(-1, 1, len(top), dtype=torch.float32)
+    pattern = pattern[torch.randperm(len(top), generator=torch.Generator().manual_seed(seed))]
+    pattern = pattern / pattern.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    new = x.clone()
+    new[..., list(top)] = (mean + spread * pattern.to(x.device)).to(x.dtype)
+    return new
+
+
+def rescaled(x: Tensor, top: Sequence[int]) -> Tensor:
+    """The top channels stay; all others are raised as much as the next norm raises them when the top are zeroed.
+
+    >>> rescaled(torch.tensor([[[4.0, 3.0, 0.0]]]), [0])[0, 0].tolist()
+    [4.0, 5.0, 0.0]
+
+    The factor of a token is its norm over the norm of what the zeroing leaves: that of RMSNorm, and of LayerNorm but
+    for the shift of its mean. The norm that reads the result takes part of it back, since the top are still there and
+    all it gives out has one length: with a share s of the energy in the top, the others come out 1 / sqrt(1 - s^2)
+    times as large as without an edit and the top 1 / sqrt(1 + s) times; zeroing makes it 1 / sqrt(1 - s) for the
+    others. No input of a norm does more while it keeps the top.
+    """
+    rest = x.float().clone()
+    rest[..., list(top)] = 0
+    whole, left = (torch.linalg.vector_norm(part.float(), dim=-1, keepdim=True) for part in (x, rest))
+    new = (x * torch.where(left > 0, whole / left, 1)).to(x.dtype)
+    new[..., list(top)] = x[..., list(top)]
+    return new
+
+
+def pushed(x: Tensor, top: Sequence[int], seed: int = 0) -> Tensor:
+    """What every token is pushed by: one random direction, as far as zeroing the top channels would move the token.
+
+    >>> shift = pushed(torch.tensor([[[3.0, 4.0, 1.0, 0.0]]]), [0, 1])
+    >>> round(shift.norm().item(), 4)
+    5.0
+    """
+    direction = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(seed)).to(x.device)
+    size = torch.linalg.vector_norm(x[..., list(top)].float(), dim=-1, keepdim=True)
+    return (size * direction / direction.norm()).to(x.dtype)
+
+
+def fill_ops(channels: Mapping[str, Sequence[int]], row: int, seed: int, steps: Steps) -> list[Apply]:
+    """Zeroing with the norm's statistics kept: see :func:`filled`."""
+    return [
+        Apply(site, rows=row, steps=steps, fn=lambda x, _, top=top: filled(x, top, seed))
+        for site, top in channels.items()
+    ]
+
+
+def push_ops(channels: Mapping[str, Sequence[int]], row: int, seed: int, steps: Steps) -> list[Apply]:
+    """Keeps every token as far from where it would be as zeroing would, in a random direction: see :func:`pushed`.
+
+    Blocks pass on what they receive, so each site takes back the push of the site before.
+    """
+    return [op for part in _streams(channels) for op in _push_ops(part, row, seed, steps)]
+
+
+def _push_ops(channels: Mapping[str, Sequence[int]], row: int, seed: int, steps: Steps) -> list[Apply]:
+    first = next(iter(channels))
+    pushes: dict[str, Tensor] = {}  # by branch, since branches take turns within a site
+
+    def push(x: Tensor, hook: Any) -> Tensor:
+        if hook.name != first:
+            x = x - pushes[hook.branch]
+        pushes[hook.branch] = pushed(x, channels[hook.name], seed)
+        return x + pushes[hook.branch]
+
+    return [Apply(site, rows=row, steps=steps, fn=push) for site in channels]
+
+
+def rescale_ops(channels: Mapping[str, Sequence[int]], row: int, steps: Steps, sites: Collection[str]) -> list[Apply]:
+    """What reads a site sees the others raised as zeroing would raise them, and the top left: see :func:`rescaled`.
+
+    The residual stream itself stays: a block's output is given without what its input was raised by, so that factors
+    do not pile up from block to block. sites: the model's, of which the next block's input and the final norm's count.
+    """
+    return [op for part in _streams(channels) for op in _rescale_ops(part, row, steps, sites)]
+
+
+def _rescale_ops(channels: Mapping[str, Sequence[int]], row: int, steps: Steps, sites: Collection[str]) -> list[Apply]:
+    raised: dict[str, Tensor] = {}  # by branch
+    ops = []
+    for site, top in channels.items():
+
+        def lift(x: Tensor, hook: Any, top: Sequence[int] = top) -> Tensor:
+            new = rescaled(x, top)
+            raised[hook.branch] = new - x
+            return new
+
+        def lower(x: Tensor, hook: Any) -> Tensor:
+            return x - raised[hook.branch]
+
+        reader, after = _reader(site, sites)
+        if reader:
+            ops.append(Apply(reader, rows=row, steps=steps, fn=lift))
+        if after:
+            ops.append(Apply(after, rows=row, steps=steps, fn=lower))
+    return ops
+
+
+def _streams(channels: Mapping[str, Sequence[int]]) -> list[dict[str, Sequence[int]]]:
+    """The channels of image and text sites apart: their tokens are others, and so is what is remembered of them."""
+    names = dict.fromkeys(site.split(".")[2] for site in channels)
+    return [{site: top for site, top in channels.items() if site.split(".")[2] == name} for name in names]
+
+
+def _reader(site: str, sites: Collection[str]) -> tuple[str | None, str | None]:
+    """What reads a block's output, and where that is passed on: the next block with the stream, or the final norm.
+
+    The last block's text is read by nothing.
+    """
+    _, block, stream = site.split(".")
+    later = (other.split(".") for other in sites if other.endswith(f".{stream}.resid_pre"))
+    if number := min((int(other[1]) for other in later if int(other[1]) > int(block)), default=None):
+        return f"blocks.{number}.{stream}.resid_pre", f"blocks.{number}.{stream}"
+    return (f"final.{stream}", None) if f"final.{stream}" in sites else (None, None)

@@ -1,0 +1,69 @@
+"""What the studies share: channel sets per picture, the arms, and how pictures are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral, Number
+from typing import TYPE_CHECKING, Any
+
+from dit_lens.core.request.call import seed_of
+from dit_lens.errors import OpError, PromptError
+from dit_lens.families.sites import match
+
+if TYPE_CHECKING:
+    from dit_lens.core.request.ops import Pattern
+    from dit_lens.lens import DiTLens
+
+
+def check_k(lens: DiTLens, site: Pattern, ks: Sequence[int]) -> None:
+    """Every k fits every site, with room for a control of the same size; raised before anything runs."""
+    if not ks:
+        raise OpError("k=[] asks for no set of channels. Give at least one k.")
+    for found in match(site, lens.anatomy.sites, lens.anatomy.stacks):
+        width = lens.anatomy.channels(found)
+        for k in ks:
+            if not isinstance(k, Integral):
+                raise OpError(f"k={k!r} is no number of channels. Give a whole number from 1 to {width // 2}.")
+            if not 1 <= k <= width // 2:
+                raise OpError(
+                    f"k={k} leaves no control of equal size: {found} has {width} channels. "
+                    f"Choose k from 1 to {width // 2}."
+                )
+
+
+def listed(prompts: str | Sequence[str]) -> list[str]:
+    """One or several prompts as a list; an empty list is an error."""
+    found = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not found:
+        raise PromptError("the list of prompts is empty. Pass at least one prompt.")
+    return found
+
+
+def seeded(seeds: int | Sequence[int]) -> list[int]:
+    """One or several seeds as a list. None, or one twice, which would count one picture as two, is an error."""
+    found = [seed_of(seed) for seed in several(seeds)]
+    if not found:
+        raise PromptError("the list of seeds is empty. Pass at least one seed.")
+    if len(set(found)) < len(found):
+        raise PromptError(f"seeds={found} names a seed twice, which draws the same picture again. Name each once.")
+    return found
+
+
+def several(values: Any) -> tuple[Any, ...]:
+    """One or several numbers."""
+    return (values,) if isinstance(values, Number) else tuple(values)
+
+
+def in_pairs(pairs: Sequence[tuple[Any, str]], source: str = "source prompt") -> list[tuple[Any, str]]:
+    """Pairs of a source and a target prompt; anything else is an error."""
+    if not pairs:
+        raise OpError(f"there are no pairs. Give at least one ({source}, target prompt).")
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[1], str):
+            raise OpError(f"pairs[{i}] is {pair!r}, which is no pair. Give a list of ({source}, target prompt).")
+    return [(pair[0], pair[1]) for pair in pairs]
+
+
+def share_of_width(k: int, width: int) -> str:
+    """The note that belongs beside every k: 12 of 3,072 and 12 of 128 are different things."""
+    return f"k={k} is {k / width:.1%} of {width} channels"
