@@ -1,4 +1,4 @@
-"""How long the explorer takes from a slider to the drawn picture, at the size of FLUX.1 with 28 steps and 1024 pixels.
+"""How long the explorer takes from a slider to the drawn image, at the size of FLUX.1 with 28 steps and 1024 pixels.
 
     python benchmarks/explorer.py
 

@@ -7,10 +7,10 @@
     massive = lens.massive_channels(prompt, k=12, seed=0)  # site -> the channels with outsized responses
     with lens.trace(prompt, seed=0) as t:
         h = t.read("blocks.*.img", reduce="|mean|")        # reduced where it is: [step, row, channel] per block
-        t.zero("blocks.*.img", channels=massive)           # ... and the picture collapses
+        t.zero("blocks.*.img", channels=massive)           # ... and the image collapses
     t.images[0], h["blocks.3.img"], t.receipt
 
-Letters used throughout: b row (picture) of a batch, s denoising step, n image token, d channel, h w token grid.
+Letters used throughout: b row (image) of a batch, s denoising step, n image token, d channel, h w token grid.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class DiTLens:
         49152
 
         Names, checks, plans, costs and errors are made here from the model's configuration; a run is sent to the
-        server, and comes back as it would have been made here: pictures, reads, receipt. What has to have the weights
+        server, and comes back as it would have been made here: images, reads, receipt. What has to have the weights
         at hand (gradients, ``read_x0``, ``read_pattern``, ``encode``) is refused.
 
         model: a repository, or a folder that the server knows by the same name. host: the server's address, such as
@@ -209,10 +209,10 @@ class DiTLens:
         (3, 17)
 
         prompt: one or several; or pass ``prompt_embeds=``. ops: in the order in which they act at one site.
-        seed: an integer gives every prompt the same noise (picture j of a prompt gets seed + j); a list is per picture.
+        seed: an integer gives every prompt the same noise (image j of a prompt gets seed + j); a list is per image.
         batch_size: prompts that go through the pipeline together; all by default. call: the pipeline's own arguments.
         record: keeps what the transformer answers, for prefix=: a recorded run of the same call without edits, from
-        which everything before the first op is taken instead of computed. The pictures are the same, bit for bit.
+        which everything before the first op is taken instead of computed. The images are the same, bit for bit.
 
         Every mistake in the arguments or ops raises before the first denoising step. A batch that runs out of GPU
         memory is started again with half the prompts; a warning says which batch_size worked.
@@ -271,7 +271,7 @@ class DiTLens:
     def run_with_cache(
         self, prompt: str | Sequence[str], names_filter: Pattern = "blocks.*.img", **call: Any
     ) -> tuple[list[Any], Run]:
-        """Pictures, and a run that holds the sites of ``names_filter``: the form TransformerLens users know."""
+        """Images, and a run that holds the sites of ``names_filter``: the form TransformerLens users know."""
         run = self.run(prompt, [Read(names_filter)], **call)
         return run.images, run
 
@@ -297,7 +297,7 @@ class DiTLens:
         device: str | torch.device | None = None,
         **call: Any,
     ) -> dict[str, Any]:
-        """The text embeddings of prompts, as arguments for :meth:`run`: the same pictures, without the text encoders.
+        """The text embeddings of prompts, as arguments for :meth:`run`: the same images, without the text encoders.
 
         >>> lens = DiTLens.toy()
         >>> texts = lens.encode("a big red circle left on a plain blue background", release=True)
@@ -395,12 +395,12 @@ class DiTLens:
     def read_x0(
         self, prompt: str | Sequence[str] | None, site: Pattern | None = None, *, steps: Steps = None, **call: Any
     ) -> X0:
-        """The picture each block would draw if it were the last: the logit lens, for diffusion.
+        """The image each block would draw if it were the last: the logit lens, for diffusion.
 
         >>> lens = DiTLens.toy()
         >>> prompt = "a big red circle left on a plain blue background"
         >>> found = lens.read_x0(prompt, "blocks[6:8].img", seed=0, num_inference_steps=2)
-        >>> list(found.pictures), found.pictures["x0"][-1][0].size
+        >>> list(found.images), found.images["x0"][-1][0].size
         (['blocks.6.img.x0', 'blocks.7.img.x0', 'x0'], (64, 64))
 
         Image tokens go through the model's own final norm and projection, with the call's own conditioning; from the
@@ -434,7 +434,7 @@ class DiTLens:
         torch.Size([1, 1, 2, 256, 16])
 
         Computed from the q and k that attention is called with, after norms and rotary embedding; every row sums to 1.
-        A head of n tokens keeps 4 n^2 bytes for each step and picture. block: numbers, as in ``blocks.{i}``. ops: edits
+        A head of n tokens keeps 4 n^2 bytes for each step and image. block: numbers, as in ``blocks.{i}``. ops: edits
         under which the pattern is read. steps: the last by default. Raises SiteError before any denoising where a block
         forms no pattern (linear attention).
         """
@@ -466,7 +466,7 @@ class DiTLens:
         >>> found["blocks.3.img"].shape, found.value.shape  # [step, row, token, channel]
         (torch.Size([2, 1, 256, 128]), torch.Size([]))
 
-        metric: what the pictures come to, as a torch tensor of one number. through: "run", a metric of the final
+        metric: what the images come to, as a torch tensor of one number. through: "run", a metric of the final
         latents, in the pipeline's own form, through all steps that follow; or "step", a metric of what the transformer
         predicts at a step ([b, n, d], before guidance), through that step alone; ``value`` is then one number a step.
         branch: the rows whose tensors count. reduce: fn(tensor [b, n, d], its gradient) -> what is kept of both.
@@ -582,7 +582,7 @@ def _from_unsaved_run(op: Op) -> bool:
     return any(getattr(getattr(op, name, None), "folder", "") is None for name in ("source", "mean"))
 
 
-STREAM_WORDS = {"img": "img (the picture's tokens)", "txt": "txt (the prompt's)"}
+STREAM_WORDS = {"img": "img (the image's tokens)", "txt": "txt (the prompt's)"}
 
 
 def lens_lines(lens: DiTLens) -> list[tuple[str, str]]:

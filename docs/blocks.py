@@ -1,6 +1,6 @@
 """The code in a page, run as a reader would: ``python`` blocks one after the other, ``pycon`` blocks as doctests.
 
-What needs a GPU or weights stands in ``{code-block}`` with a caption that says so, and is not run. Pictures that a page
+What needs a GPU or weights stands in ``{code-block}`` with a caption that says so, and is not run. Images that a page
 shows after a block are what the block's last line is worth; ``python docs/blocks.py PAGE ...`` draws them again.
 """
 
@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any
 
 _BLOCK = re.compile(
-    r"^```(?P<kind>python|pycon)\n(?P<code>.*?)^```\n(?:\n!\[[^\]]*\]\((?P<picture>[^)]+)\))?", re.MULTILINE | re.DOTALL
+    r"^```(?P<kind>python|pycon)\n(?P<code>.*?)^```\n(?:\n!\[[^\]]*\]\((?P<image>[^)]+)\))?", re.MULTILINE | re.DOTALL
 )
 _OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 def run(page: Path) -> Iterator[tuple[Path, Any]]:
-    """Runs the blocks of a page in one namespace; yields the pictures that follow blocks, with what they show."""
+    """Runs the blocks of a page in one namespace; yields the images that follow blocks, with what they show."""
     text = page.read_text("utf-8")
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in _BLOCK.finditer(text):
         line = text.count("\n", 0, block.start("code"))
         value = (_checked if block["kind"] == "pycon" else _executed)(block["code"], names, page, line)
-        if block["picture"]:
-            yield page.parent / block["picture"], value
+        if block["image"]:
+            yield page.parent / block["image"], value
 
 
 def _executed(code: str, names: dict[str, Any], page: Path, line: int) -> Any:

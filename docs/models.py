@@ -75,7 +75,7 @@ def _section(family: Family) -> str:
         lines.append(f"- {family.note}")
     for pipelines, what in (
         (family.resizing, "choose the size themselves"),
-        (family.following, "take the size of a picture they are given, unless told another"),
+        (family.following, "take the size of an image they are given, unless told another"),
     ):
         if pipelines:
             lines.append(f"- Pipelines that {what}: {', '.join(f'`{name}`' for name in pipelines)}.")

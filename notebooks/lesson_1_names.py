@@ -9,11 +9,11 @@
 # %% [markdown]
 # # 1. What a Diffusion Transformer is, and how the lens names it
 #
-# **A picture comes out of noise in twelve steps. What does the network hold in between, and how do you get at it?**
+# **An image comes out of noise in twelve steps. What does the network hold in between, and how do you get at it?**
 #
 # You will learn
 #
-# - what happens between noise and picture: steps, tokens, blocks, the residual stream;
+# - what happens between noise and image: steps, tokens, blocks, the residual stream;
 # - how a name such as `blocks.3.img` says which tensor is meant, in every model;
 # - how to read tensors while a model draws, and how to check that they are the right ones.
 #
@@ -37,18 +37,18 @@ run = lens.run(circle, seed=0)
 plots.strip(run.images, [circle])
 
 # %% [markdown]
-# ## From noise to a picture
+# ## From noise to an image
 #
-# A diffusion model never draws in one go. It is given noise and asked: *in which direction does a picture lie?* A small
+# A diffusion model never draws in one go. It is given noise and asked: *in which direction does an image lie?* A small
 # step is taken in that direction, and it is asked again. The answer at any step implies a guess of the finished
-# picture, called `x0`. Here it is at some of the steps; σ (sigma) is the share of noise that is still there, from 1
+# image, called `x0`. Here it is at some of the steps; σ (sigma) is the share of noise that is still there, from 1
 # down to 0.
 
 # %%
 steps = [0, 2, 4, 6, 8, 11]
-guesses = lens.read_x0(circle, "blocks.-1.img", steps=steps, seed=0).pictures["x0"]
+guesses = lens.read_x0(circle, "blocks.-1.img", steps=steps, seed=0).images["x0"]
 labels = [f"step {step}<br>σ {run.sigmas[step]:.2f}" for step in steps]
-plots.strip([rows[0] for rows in guesses], labels, title="What the model expects the picture to become")
+plots.strip([rows[0] for rows in guesses], labels, title="What the model expects the image to become")
 
 # %% [markdown]
 # The toy's scenes are so simple that its first guess is already close; later steps sharpen it. The first guesses of a
@@ -60,7 +60,7 @@ plots.strip([rows[0] for rows in guesses], labels, title="What the model expects
 # The network that answers is a transformer:
 #
 # ```
-# noisy picture ─ 16 × 16 patches ─> 256 image tokens ┐
+# noisy image ─ 16 × 16 patches ─> 256 image tokens ┐
 #                                                     ├─ block 0 ─ block 1 ─ ... ─ block 7 ─> direction
 # prompt ─────────── text encoder ─>  16 text tokens  ┘
 # ```
@@ -75,7 +75,7 @@ plots.strip([rows[0] for rows in guesses], labels, title="What the model expects
 # %% [markdown]
 # ## Names
 #
-# `blocks.{i}.{stream}.{point}`: the block, the stream (`img` for the picture's tokens, `txt` for the prompt's), and the
+# `blocks.{i}.{stream}.{point}`: the block, the stream (`img` for the image's tokens, `txt` for the prompt's), and the
 # point inside the block. Without a point it is the residual stream as the block leaves it. Patterns work, and you can
 # ask what one means before anything runs.
 
@@ -99,7 +99,7 @@ except dl.errors.SiteError as problem:
 # ## Reading
 #
 # What to read is said before the run, and found in it afterwards. A read is `[step, row, token, channel]`; a row is one
-# picture of the batch. `.grid()` lays the image tokens out as they lie in the picture.
+# image of the batch. `.grid()` lays the image tokens out as they lie in the image.
 
 # %%
 run = lens.run(circle, [dl.Read("blocks.*.img")], seed=0)
@@ -114,7 +114,7 @@ hidden.shape, hidden.grid().shape
 lens.cost(circle, dl.Read("blocks.*.img"), seed=0)
 
 # %% [markdown]
-# Now look around. Move through steps and blocks, click on a channel, and point at the picture. Colours show one
+# Now look around. Move through steps and blocks, click on a channel, and point at the image. Colours show one
 # channel's value at every token.
 
 # %%
@@ -144,7 +144,7 @@ handle.remove()
 with_prompt = torch.stack(seen[::2])
 print("calls of the block:", len(seen))
 print("same tensor, bit for bit:", torch.equal(with_prompt, run["blocks.1.img"]))
-print("same picture, bit for bit:", plain.tobytes() == run.images[0].tobytes())
+print("same image, bit for bit:", plain.tobytes() == run.images[0].tobytes())
 
 # %% [markdown]
 # ## The prompt's tokens
@@ -224,7 +224,7 @@ print(f"Exercise 3 is solved: the residual stream adds up to within {gap:.1g}.")
 # %% [markdown]
 # ## What we know, and what we do not
 #
-# We know that a read is the very tensor that PyTorch passes on, that reading leaves the picture as it was, and that a
+# We know that a read is the very tensor that PyTorch passes on, that reading leaves the image as it was, and that a
 # block's output is a sum. All three were checked here; `docs/guarantees.md` lists what else is.
 #
 # We do not know what any channel *means*. In the explorer, some channels seem to draw the subject. That is how a

@@ -29,7 +29,7 @@ circle = "a big red circle left on a checkered blue background"
 # %% [markdown]
 # ## One number per channel
 #
-# A block's output is `[token, channel]`: 256 × 128 numbers for each picture and step. How loud is a channel? One
+# A block's output is `[token, channel]`: 256 × 128 numbers for each image and step. How loud is a channel? One
 # answer, of the paper these lessons are about ([arXiv 2605.13974](https://arxiv.org/abs/2605.13974)): average over the
 # image tokens, then take the absolute value. `reduce="|mean|"` does that where the tensor is, so that 128 numbers come
 # back.
@@ -65,7 +65,7 @@ plots.block_channel_map(massive.scores, massive)
 massive.table.head(8)
 
 # %% [markdown]
-# Where are they in the picture? The explorer offers the strongest channels of every block, and, for comparison, the
+# Where are they in the image? The explorer offers the strongest channels of every block, and, for comparison, the
 # weakest and random ones: use the switch.
 
 # %%
@@ -101,7 +101,7 @@ pd.concat({"trained": concentration(massive), "untrained": concentration(unlearn
 # %% [markdown]
 # ## Control 2: other prompts, other noise
 #
-# Are they *the same* channels everywhere, or does every picture have its own? The Jaccard overlap of two sets is the
+# Are they *the same* channels everywhere, or does every image have its own? The Jaccard overlap of two sets is the
 # share of their union that both have: 1 for equal sets, and about 0.03 for two random sets of 8 among 128. The study
 # compares over prompts, seeds, steps and blocks, and writes the overlap of random sets beside each.
 
@@ -117,7 +117,7 @@ overlaps.groupby(level=0).mean().sort_values("jaccard").round(2)
 # %% [markdown]
 # So there are two answers. Between two drawings of one prompt the set hardly changes; between prompts it changes more
 # than one would think, though far less than random sets would. "The massive channels of this model" is an average: for
-# a single picture, use that picture's own set.
+# a single image, use that image's own set.
 
 # %% [markdown]
 # ## Control 3: other definitions
@@ -201,9 +201,9 @@ print(f"Exercise 3 is solved: the overlap is {overlap:.2f}.")
 #
 # *The controls' verdict.* The trained toy concentrates its energy in a few channels, its untrained twin does not:
 # training makes them. Which ones they are depends hardly on the seed, clearly on the prompt, and on the definition at
-# least as much. The lessons go on with the paper's definition and each picture's own set.
+# least as much. The lessons go on with the paper's definition and each image's own set.
 #
 # We do not know what they are *for*. Loud does not mean important: a loud channel could be a constant that the next
 # normalisation removes. And this is one toy, trained once. `docs/findings` has the same numbers over more prompts.
 #
-# Next: [lesson 3](lesson_3_breaking.ipynb) removes them and looks at the picture.
+# Next: [lesson 3](lesson_3_breaking.ipynb) removes them and looks at the image.

@@ -13,7 +13,7 @@
 #
 # You will learn
 #
-# - how clusters of a few channels become a mask of the picture;
+# - how clusters of a few channels become a mask of the image;
 # - how a mask is scored, and why every score needs its level of chance beside it;
 # - which traps a good-looking mask hides: centred subjects, the better of two clusters, the best of eight blocks.
 
@@ -29,7 +29,7 @@ lens.pipe.set_progress_bar_config(disable=True)
 circle = "a big red circle left on a checkered blue background"
 massive = lens.massive_channels(circle, k=8, seed=0)
 run = lens.run(circle, [dl.Read("blocks.*.img")], seed=0)
-picture = run.images[0]
+image = run.images[0]
 
 # %% [markdown]
 # ## One channel as a map
@@ -44,7 +44,7 @@ dl.explore(run, channels=massive, site="blocks.5.img", overlay="clusters")
 # ## Clusters
 #
 # Eight channels give each token eight numbers. K-means with two clusters splits the tokens into those that are alike,
-# with no picture and no prompt in sight. Each channel is first brought to 0 to 1 over the tokens; the *heat* of a token
+# with no image and no prompt in sight. Each channel is first brought to 0 to 1 over the tokens; the *heat* of a token
 # is the sum of its channels, and the hotter cluster is taken as the foreground.
 
 # %%
@@ -56,12 +56,12 @@ found
 # %% [markdown]
 # ## Compared with the truth
 #
-# In a toy the truth can be read back: `describe` fits the scene to the drawn picture and gives the subject's exact
+# In a toy the truth can be read back: `describe` fits the scene to the drawn image and gives the subject's exact
 # mask. The score is the IoU (intersection over union): 1 if the masks agree, 0 if they do not meet.
 
 # %%
-truth = describe(picture).mask
-plots.cluster_overlay(picture, found.mask, truth=truth, title="Clusters of eight massive channels, block 5")
+truth = describe(image).mask
+plots.cluster_overlay(image, found.mask, truth=truth, title="Clusters of eight massive channels, block 5")
 
 # %% [markdown]
 # ## What is a good IoU?
@@ -85,11 +85,11 @@ print(f"disc, same size    {clusters.iou(disc.reshape(truth.shape), truth):.2f}"
 sets = {"massive": massive[site], "bottom": massive.bottom()[site], "all 128": range(128)}
 sets |= {f"random {seed}": massive.random(seed=seed)[site] for seed in range(3)}
 masks = {name: clusters.segment(tokens[:, list(channels)], run.grid).mask for name, channels in sets.items()}
-plots.overlay_grid(picture, masks, truth=truth, title="The same recipe with other channels, block 5")
+plots.overlay_grid(image, masks, truth=truth, title="The same recipe with other channels, block 5")
 
 # %% [markdown]
-# Look twice. Random channels may find the subject as well; all channels together often do. A DiT works on the picture,
-# so the picture is all over its activations. The question is not *whether* massive channels show the subject, but
+# Look twice. Random channels may find the subject as well; all channels together often do. A DiT works on the image,
+# so the image is all over its activations. The question is not *whether* massive channels show the subject, but
 # whether they show it *better*.
 #
 # ## Trap: which of the two clusters?
@@ -108,7 +108,7 @@ for name, mask in masks.items():
 # %% [markdown]
 # ## The study
 #
-# One picture is an anecdote. `studies.organisation` repeats this for every block, with all controls: other sets of
+# One image is an anecdote. `studies.organisation` repeats this for every block, with all controls: other sets of
 # channels; maps that know nothing of massive channels (attention to the subject's word, the norm of each token, the
 # first principal component); and nulls that know nothing of the block (the disc, clusters of the noisy latent and of
 # `x0`).
@@ -168,7 +168,7 @@ assert abs(by_step[-1] - _last) < 1e-6, f"Not yet: the last step should give {_l
 print("Exercise 1 is solved:", ", ".join(f"{value:.2f}" for value in by_step))
 
 # %% [markdown]
-# **Exercise 2.** A trap. Here is a mask that covers the whole picture. What is its IoU with `truth`, and what is the
+# **Exercise 2.** A trap. Here is a mask that covers the whole image. What is its IoU with `truth`, and what is the
 # chance level of a mask of that size?
 
 # %%
@@ -182,7 +182,7 @@ score = (clusters.iou(everything, truth), clusters.chance_iou(truth, everything.
 assert score is not ..., (
     "Exercise 2 is blank: use clusters.iou and clusters.chance_iou, which takes a number of pixels."
 )
-assert abs(score[0] - truth.mean()) < 1e-6, "Not yet: the IoU with everything is the subject's share of the picture."
+assert abs(score[0] - truth.mean()) < 1e-6, "Not yet: the IoU with everything is the subject's share of the image."
 assert abs(score[1] - score[0]) < 1e-6, "Not yet: there is one mask of that size, so chance reaches the same."
 print(f"Exercise 2 is solved: an IoU of {score[0]:.2f} that says nothing at all.")
 
@@ -199,7 +199,7 @@ other_truth = describe(lens.run(cross, seed=0).images[0]).mask
 with_other = clusters.iou(clusters.upsample(found.mask, other_truth.shape), other_truth)
 
 # %% tags=["check"]
-assert with_other is not ..., "Exercise 3 is blank: draw `cross` with seed=0, and take describe(picture).mask."
+assert with_other is not ..., "Exercise 3 is blank: draw `cross` with seed=0, and take describe(image).mask."
 _mask = describe(lens.run(cross, seed=0).images[0]).mask
 _expected = clusters.iou(clusters.upsample(found.mask, _mask.shape), _mask)
 assert abs(with_other - _expected) < 1e-6, f"Not yet: {with_other:.3f}. Which mask did you score, and with seed=0?"
@@ -216,4 +216,4 @@ print(f"Exercise 3 is solved: {with_other:.2f} with another's subject, {_last:.2
 # We do not know whether the model *uses* these maps. That the subject can be read from some channels does not say that
 # anything downstream reads it there.
 #
-# Next: [lesson 5](lesson_5_moving.ipynb) moves the channels into another picture, which is a test of use.
+# Next: [lesson 5](lesson_5_moving.ipynb) moves the channels into another image, which is a test of use.

@@ -9,14 +9,14 @@
 # %% [markdown]
 # # 5. Moving meaning
 #
-# **If a few channels carry what is drawn, moving them into another picture should carry it along. Does it, and is that
+# **If a few channels carry what is drawn, moving them into another image should carry it along. Does it, and is that
 # more than a blend?**
 #
 # You will learn
 #
 # - how two generations run side by side, so that channels of one can be put into the other;
 # - how to weigh what arrives against what is kept, and why a plain blend is the control;
-# - how to move channels on a part of the picture only, and out of a picture that no prompt made.
+# - how to move channels on a part of the image only, and out of an image that no prompt made.
 
 # %%
 import numpy as np
@@ -29,7 +29,7 @@ from dit_lens.toys.scenes import Scene, describe, draw, sample_scenes
 
 lens = dl.DiTLens.toy()
 lens.pipe.set_progress_bar_config(disable=True)
-lens.defaults["num_inference_steps"] = 4  # a third of the usual: quick, and pictures are hardly worse
+lens.defaults["num_inference_steps"] = 4  # a third of the usual: quick, and images are hardly worse
 source = "a big red circle left on a checkered blue background"
 target = "a big yellow triangle right on a plain green background"
 massive = lens.massive_channels(source, k=8, seed=0)
@@ -63,28 +63,28 @@ plots.strip([before[1], *swept, before[0]], ["target", *(f"strength {s}" for s i
 # %% [markdown]
 # ## What arrives, and what is kept?
 #
-# Nearness alone proves nothing. *Any* mixture of two pictures is nearer to the source than the target is, even a
-# mixture of pixels. So measure two sides. What does the picture say of the source's prompt, and what of the target's?
-# `describe` reads a picture back into the grammar; below are the shares of attributes (size, colour, shape, place,
+# Nearness alone proves nothing. *Any* mixture of two images is nearer to the source than the target is, even a
+# mixture of pixels. So measure two sides. What does the image say of the source's prompt, and what of the target's?
+# `describe` reads an image back into the grammar; below are the shares of attributes (size, colour, shape, place,
 # texture, background) that agree with either prompt. The control is a pixel blend.
 
 # %%
 import pandas as pd
 
 
-def says(picture, prompt):
-    agreement = Scene.parse(prompt).agreement(describe(picture).scene)
+def says(image, prompt):
+    agreement = Scene.parse(prompt).agreement(describe(image).scene)
     return sum(agreement.values()) / len(agreement)
 
 
-def weighed(picture):
-    distances = {"rmse to source": float(rmse(picture, before[0])), "rmse to target": float(rmse(picture, before[1]))}
-    return {**distances, "says source": says(picture, source), "says target": says(picture, target)}
+def weighed(image):
+    distances = {"rmse to source": float(rmse(image, before[0])), "rmse to target": float(rmse(image, before[1]))}
+    return {**distances, "says source": says(image, source), "says target": says(image, target)}
 
 
 blends = {f"pixel blend {s}": Image.blend(before[1], before[0], s) for s in strengths}
 shown = {"target": before[1], **{f"swap {s}": p for s, p in zip(strengths, swept, strict=True)}, **blends}
-pd.DataFrame({name: weighed(picture) for name, picture in shown.items()}).T.round(2)
+pd.DataFrame({name: weighed(image) for name, image in shown.items()}).T.round(2)
 
 # %% [markdown]
 # The two prompts share one attribute of six, so 0.17 is said of either from the start; a mixture that fits no scene
@@ -92,8 +92,8 @@ pd.DataFrame({name: weighed(picture) for name, picture in shown.items()}).T.roun
 # which attributes are they?
 
 # %%
-for name, picture in shown.items():
-    print(f"{name:<16} {describe(picture)}")
+for name, image in shown.items():
+    print(f"{name:<16} {describe(image)}")
 
 # %% [markdown]
 # Pixels and content are two things: a triangle that has gone to the circle's place has taken over an attribute, and may
@@ -129,10 +129,10 @@ plots.strip(
 )
 
 # %% [markdown]
-# ## Out of a picture
+# ## Out of an image
 #
-# The source can be a picture that no prompt made: below, a drawing. A model sees pictures under noise only, so the
-# drawing is noised as it would be at each step, `(1 - σ) picture + σ noise`, and row 0 is made to travel along that
+# The source can be an image that no prompt made: below, a drawing. A model sees images under noise only, so the
+# drawing is noised as it would be at each step, `(1 - σ) image + σ noise`, and row 0 is made to travel along that
 # way. Its channels are read as before.
 
 # %%
@@ -170,22 +170,22 @@ result.summary[result.summary.strength > 0][columns].round(2)
 #
 # Fill in the cells with `...` and run them, then the check below each. It is folded, since it knows the answer.
 #
-# **Exercise 1.** A sanity check that every swap has to pass: swap a picture with *itself*. Draw `[target, target]` and
+# **Exercise 1.** A sanity check that every swap has to pass: swap an image with *itself*. Draw `[target, target]` and
 # swap the massive channels of row 0 into row 1.
 
 # %% tags=["solution"]
-# A picture (PIL): row 1 of the run, with seed=0.
+# An image (PIL): row 1 of the run, with seed=0.
 itself = lens.run([target, target], swap, seed=0).images[1]
 
 # %% tags=["check"]
-assert itself is not ..., "Exercise 1 is blank: lens.run([target, target], swap, seed=0), and take the second picture."
+assert itself is not ..., "Exercise 1 is blank: lens.run([target, target], swap, seed=0), and take the second image."
 _plain = lens.run([target, target], seed=0).images[1]
-assert np.array_equal(itself, _plain), "Not yet: the picture differs from the target's. Are both prompts the target's?"
+assert np.array_equal(itself, _plain), "Not yet: the image differs from the target's. Are both prompts the target's?"
 print("Exercise 1 is solved: nothing changed, bit for bit.")
 
 # %% [markdown]
 # **Exercise 2.** Is it these channels, or any eight? Move as many *random* channels (`massive.random(seed=0)`) at full
-# strength, and measure how far from the source the picture then is.
+# strength, and measure how far from the source the image then is.
 
 # %% tags=["solution"]
 # A number: the rmse to before[0].

@@ -27,7 +27,7 @@ from dit_lens.toys.scenes import Scene, describe, sample_scenes
 
 lens = dl.DiTLens.toy()
 lens.pipe.set_progress_bar_config(disable=True)
-lens.defaults["num_inference_steps"] = 4  # a third of the usual: quick, and pictures are hardly worse
+lens.defaults["num_inference_steps"] = 4  # a third of the usual: quick, and images are hardly worse
 circle = "a big red circle left on a checkered blue background"
 massive = lens.massive_channels(circle, k=8, seed=0)
 
@@ -39,9 +39,9 @@ massive = lens.massive_channels(circle, k=8, seed=0)
 # - **Detail** ([arXiv 2510.11538](https://arxiv.org/abs/2510.11538), [2607.02968](https://arxiv.org/abs/2607.02968)):
 #   they are nearly the same for every prompt. Then removing them spoils the finish, and what is drawn stays.
 #
-# Both may look at the same numbers and mean different parts of them. Over the tokens of a picture, a channel has
+# Both may look at the same numbers and mean different parts of them. Over the tokens of an image, a channel has
 #
-# - a **mean**: one number for the whole picture, which could be a mere constant;
+# - a **mean**: one number for the whole image, which could be a mere constant;
 # - a **residual**: the pattern around that mean, which could draw something.
 
 # %%
@@ -62,12 +62,12 @@ edits = {
     "residual kept": dl.TokenMean("blocks.*.img", channels=massive, keep="residual"),
     "zeroed": dl.Zero("blocks.*.img", channels=massive),
 }
-pictures = {name: lens.run(circle, edit, seed=0).images[0] for name, edit in edits.items()}
-plots.strip(list(pictures.values()), list(pictures), title="One part of the massive channels removed, or both")
+images = {name: lens.run(circle, edit, seed=0).images[0] for name, edit in edits.items()}
+plots.strip(list(images.values()), list(images), title="One part of the massive channels removed, or both")
 
 # %%
-for name, picture in pictures.items():
-    print(f"{name:<14} {describe(picture)}")
+for name, image in images.items():
+    print(f"{name:<14} {describe(image)}")
 
 # %% [markdown]
 # ## Four lines of evidence
@@ -91,7 +91,7 @@ Thresholds()
 # %% [markdown]
 # From `carrier` on an edit speaks for a carrier, if it also exceeds the strongest control by an interval above 0. Up to
 # `detail` (with the end of its interval) it speaks for detail. What lies between speaks for neither. An edit that
-# changes the picture by less than `change` grey levels is no evidence of anything.
+# changes the image by less than `change` grey levels is no evidence of anything.
 
 # %%
 prompts = [scene.caption for scene in sample_scenes(4, seed=0, held_out=True)]
@@ -139,7 +139,7 @@ print(f"Exercise 1 is solved: {in_mean:.0%} of the energy is in the means.")
 
 # %% [markdown]
 # **Exercise 2.** Measure ablation by hand. For the four `prompts`, keep the *residual* only (no means), and count which
-# share of all attributes is lost. `Scene.parse(prompt).agreement(describe(picture).scene)` compares; untouched pictures
+# share of all attributes is lost. `Scene.parse(prompt).agreement(describe(image).scene)` compares; untouched images
 # of the toy are right in nearly all. Use `massive` for all prompts.
 
 # %% tags=["solution"]
@@ -147,8 +147,8 @@ print(f"Exercise 1 is solved: {in_mean:.0%} of the energy is in the means.")
 edited = lens.run(prompts, dl.TokenMean("blocks.*.img", channels=massive, keep="residual"), seed=0)
 agreed = [
     right
-    for prompt, picture in zip(prompts, edited.images, strict=True)
-    for right in Scene.parse(prompt).agreement(describe(picture).scene).values()
+    for prompt, image in zip(prompts, edited.images, strict=True)
+    for right in Scene.parse(prompt).agreement(describe(image).scene).values()
 ]
 lost = 1 - sum(agreed) / len(agreed)
 
@@ -162,7 +162,7 @@ _right = [
     for _prompt, _image in zip(prompts, _images, strict=True)
     for value in Scene.parse(_prompt).agreement(describe(_image).scene).values()
 ]
-assert abs(lost - (1 - sum(_right) / len(_right))) < 1e-6, f"Not yet: {lost:.3f}. Four pictures of six attributes each?"
+assert abs(lost - (1 - sum(_right) / len(_right))) < 1e-6, f"Not yet: {lost:.3f}. Four images of six attributes each?"
 print(f"Exercise 2 is solved: {lost:.0%} of the attributes are lost without the means.")
 
 # %% [markdown]

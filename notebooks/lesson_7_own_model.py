@@ -70,7 +70,7 @@ lens
 
 # %% [markdown]
 # The folder holds weights, and not the habits of the toy: its size, steps and guidance were the lens's `defaults`.
-# Without them this FLUX would draw pictures of a size it never saw. Give your own, so that every call of an experiment
+# Without them this FLUX would draw images of a size it never saw. Give your own, so that every call of an experiment
 # agrees.
 
 # %%
@@ -96,7 +96,7 @@ examine(lens)
 before = lens.run(circle, seed=0)
 texts = lens.encode(circle, release=True)
 after = lens.run(**texts, seed=0)
-print("same picture, bit for bit:", before.images[0].tobytes() == after.images[0].tobytes())
+print("same image, bit for bit:", before.images[0].tobytes() == after.images[0].tobytes())
 print("text encoder:", lens.pipe.text_encoder)
 
 # %% [markdown]
@@ -169,7 +169,7 @@ loaded = dl.Run.load(home / "run")
 loaded
 
 # %% [markdown]
-# `rerun` repeats it on a lens and names everything that differs: pictures, versions, device, model. Pictures are equal
+# `rerun` repeats it on a lens and names everything that differs: images, versions, device, model. Images are equal
 # bit for bit on the same machine, not across machines; `docs/guarantees.md` says what to expect.
 
 # %%
@@ -205,8 +205,8 @@ again = toy.run(circle, [dl.ops.from_json(data) for data in json.loads(as_text)]
 
 # %% tags=["check"]
 assert again is not ..., "Exercise 2 is blank: json.loads gives a list; dl.ops.from_json makes an op of each item."
-assert rmse(again.images[0], run.images[0]) == 0, "Not yet: the picture differs from that of `run`."
-print("Exercise 2 is solved: the same picture, from a line of text.")
+assert rmse(again.images[0], run.images[0]) == 0, "Not yet: the image differs from that of `run`."
+print("Exercise 2 is solved: the same image, from a line of text.")
 
 # %% [markdown]
 # **Exercise 3.** A reader repeats your saved run with other weights: those of the untrained twin. Let `rerun` say what
@@ -222,14 +222,14 @@ comparison = loaded.rerun(twin)
 # %% tags=["check"]
 assert comparison is not ..., "Exercise 3 is blank: call loaded.rerun with the lens of the twin."
 assert hasattr(comparison, "table"), "Not yet: keep what rerun returns, a comparison."
-assert not comparison.identical, "Not yet: the pictures are the same, so that was the trained toy."
+assert not comparison.identical, "Not yet: the images are the same, so that was the trained toy."
 print(f"Exercise 3 is solved. {comparison}")
 print("A run writes down where its weights came from, not the weights: the twin is built on the same folder.")
 
 # %% [markdown]
 # ## What we know, and what we do not
 #
-# We know that the lens treats a stranger as it treats the toy, that embeddings give the same picture as prompts, and
+# We know that the lens treats a stranger as it treats the toy, that embeddings give the same image as prompts, and
 # that a run can be repeated from its folder. All of it was checked here, on a CPU.
 #
 # We do not know, from this notebook, anything about a large model. What holds in a toy need not hold there: begin with

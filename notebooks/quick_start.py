@@ -9,7 +9,7 @@
 # %% [markdown]
 # # A first look inside a Diffusion Transformer
 #
-# A Diffusion Transformer (DiT) draws by removing noise step by step. At every step the picture's tokens pass through a
+# A Diffusion Transformer (DiT) draws by removing noise step by step. At every step the image's tokens pass through a
 # stack of blocks; between two blocks they are vectors of a few dozen to a few thousand **channels**. `dit_lens` gives
 # those vectors names and lets you read, zero or swap them while the model draws.
 #
@@ -35,7 +35,7 @@ run = lens.run(prompt, [dl.Read("blocks.*.img", reduce="|mean|")], seed=0)
 run
 
 # %% [markdown]
-# `reduce="|mean|"` averaged over the picture's tokens where the tensor is; what came back is `[step, row, channel]`.
+# `reduce="|mean|"` averaged over the image's tokens where the tensor is; what came back is `[step, row, channel]`.
 # The channels with the largest values are the *massive* ones.
 
 # %%
@@ -43,7 +43,7 @@ massive = lens.massive_channels(prompt, k=8, seed=0)
 plots.block_channel_map(massive.scores, massive)
 
 # %% [markdown]
-# Does the picture need them? Zero them, and for fairness as many others.
+# Does the image need them? Zero them, and for fairness as many others.
 
 # %%
 with lens.trace(prompt, seed=0) as t:
@@ -68,14 +68,14 @@ with lens.trace([other, prompt], seed=0) as t:
 plots.strip(t.images, ["source", "target with the source's channels"])
 
 # %% [markdown]
-# Where in the network does the picture come about? Any block's tokens can be read out as if the block were the last:
+# Where in the network does the image come about? Any block's tokens can be read out as if the block were the last:
 # rows are steps, columns are blocks.
 
 # %%
 lens.read_x0(prompt, seed=0).figure()
 
 # %% [markdown]
-# One picture proves little. A study runs all arms on the same prompts and seeds and gives intervals:
+# One image proves little. A study runs all arms on the same prompts and seeds and gives intervals:
 # `studies.disruption`, `studies.organisation`, `studies.transfer`.
 
 # %%

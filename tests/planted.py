@@ -2,8 +2,8 @@
 
 Both are FLUX pipelines that draw the scene of their prompt exactly, and both have sixteen massive channels.
 
-carrier  the massive channels hold the picture, token by token; the rest scales faint detail.
-detail   the picture is spread over the ordinary channels; the massive ones hold a constant that adds faint detail.
+carrier  the massive channels hold the image, token by token; the rest scales faint detail.
+detail   the image is spread over the ordinary channels; the massive ones hold a constant that adds faint detail.
 """
 
 from dataclasses import replace
@@ -60,7 +60,7 @@ class Planted(FluxTransformer2DModel):
         spread = torch.linalg.qr(torch.randn(ordinary, self.massive, generator=torch.Generator().manual_seed(0)))[0]
         self.register_buffer("spread", spread)  # [ordinary, code], orthonormal columns
         self.register_buffer("prompts", None)
-        self.register_buffer("pictures", None)
+        self.register_buffer("images", None)
 
     def forward(
         self,
@@ -73,7 +73,7 @@ class Planted(FluxTransformer2DModel):
     ):
         ordinary = torch.zeros(*hidden_states.shape[:2], self.inner_dim - self.massive)
         x = torch.cat([FAINT * hidden_states, ordinary], -1)
-        text, planted = encoder_hidden_states, self.code(self.picture(hidden_states, pooled_projections))
+        text, planted = encoder_hidden_states, self.code(self.image(hidden_states, pooled_projections))
         for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
             text, x = block(
                 hidden_states=x,
@@ -85,27 +85,27 @@ class Planted(FluxTransformer2DModel):
         clean = self.read(self.norm_out(x, text))
         return ((hidden_states - clean) / timestep.reshape(-1, 1, 1),)
 
-    def picture(self, hidden_states, pooled):
+    def image(self, hidden_states, pooled):
         """The packed latents of the scene that a prompt names."""
         if self.prompts is None:
             return torch.zeros_like(hidden_states)
-        return self.pictures[torch.cdist(pooled.float(), self.prompts).argmin(1)]
+        return self.images[torch.cdist(pooled.float(), self.prompts).argmin(1)]
 
 
 class Carrier(Planted):
-    def code(self, picture):
-        faint = torch.zeros(*picture.shape[:2], self.inner_dim - self.massive)
-        return torch.cat([AMPLITUDE * (picture + 4), faint + 1], -1)
+    def code(self, image):
+        faint = torch.zeros(*image.shape[:2], self.inner_dim - self.massive)
+        return torch.cat([AMPLITUDE * (image + 4), faint + 1], -1)
 
     def read(self, x):
         return x[..., : self.massive] / AMPLITUDE - 4 + FAINT * (x[..., self.massive :] - 1) @ self.spread
 
 
 class DetailOnly(Planted):
-    def code(self, picture):
-        pattern = 0.1 * (torch.arange(picture.shape[1]) % 3 - 1.0)[None, :, None]  # the same for every prompt
-        massive = AMPLITUDE * (1 + pattern).expand(*picture.shape[:2], self.massive)
-        return torch.cat([massive, picture @ self.spread.T], -1)
+    def code(self, image):
+        pattern = 0.1 * (torch.arange(image.shape[1]) % 3 - 1.0)[None, :, None]  # the same for every prompt
+        massive = AMPLITUDE * (1 + pattern).expand(*image.shape[:2], self.massive)
+        return torch.cat([massive, image @ self.spread.T], -1)
 
     def read(self, x):
         return x[..., self.massive :] @ self.spread + FAINT * (x[..., : self.massive] / AMPLITUDE - 1)
@@ -126,7 +126,7 @@ def pipeline(toy, kind, scenes=SCENES):
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         transformer.prompts = flux.encode(pipe, [scene.caption for scene in scenes])["pooled_projections"]
-        transformer.pictures = flux.pack(pipe, flux.to_latents(pipe, pixels(scenes, 0, "cpu")))
+        transformer.images = flux.pack(pipe, flux.to_latents(pipe, pixels(scenes, 0, "cpu")))
     return pipe
 
 

@@ -60,7 +60,7 @@ def test_every_family_has_patterns(name):
     assert found.between(block, "img", "img").shape[-2:] == (zoo.count, zoo.count)
 
 
-def test_the_picture_is_the_same_and_no_hook_stays():
+def test_the_image_is_the_same_and_no_hook_stays():
     zoo = zoo_of("flux")
     found = zoo.lens.read_pattern(block=[0, -1], heads=[0], **call_of(zoo))
     assert torch.equal(zoo.drawn(found.run), zoo.plain().drawn)
@@ -85,7 +85,7 @@ def test_refusals():
 
 
 def test_reference_tokens_belong_to_neither_stream():
-    """Kontext holds them after the picture; klein with a cache lets them attend to themselves first."""
+    """Kontext holds them after the image; klein with a cache lets them attend to themselves first."""
     from diffusers import FluxKontextPipeline
     from PIL import Image
 
@@ -101,7 +101,7 @@ def test_reference_tokens_belong_to_neither_stream():
     assert torch.equal(found.between(1, "img", "txt"), whole[..., text : text + count, :text])
     zoo = zoo_of("klein-kv")
     found = zoo.lens.read_pattern(block=3, heads=0, steps=0, **call_of(zoo))
-    with pytest.raises(OpError, match=r"attends in parts.*fewer than the picture and its references, 40"):
+    with pytest.raises(OpError, match=r"attends in parts.*fewer than the image and its references, 40"):
         found.between(3, "img", "img")
 
 

@@ -32,7 +32,7 @@ def test_the_planted_truth_is_found(toy, kind, tmp_path):
     assert rows.loc[("verdict", "overall"), "says"] == expected
     assert rows.loc[("ablation", "whole"), "says"] == rows.loc[("transport", "whole"), "says"] == expected
     if kind == "Carrier":
-        # Neither half of a picture's code is the picture.
+        # Neither half of an image's code is the image.
         assert rows.loc["ablation", "value"].min() > 0.9
         assert rows.loc[("transport", "mean"), "value"] < 0.1
         assert rows.loc[("variance", "whole"), "value"] > 0.9
@@ -124,7 +124,7 @@ def test_both_is_said_of_parts_that_differ():
 
 
 @pytest.fixture
-def pictures():
+def images():
     """Values of 8 prompts x 2 seeds: "mean" codes the colour, the residual the side, by what is planted."""
     rng = np.random.default_rng(0)
     attributes = [{"colour": c, "side": s} for c, s in itertools.product(("red", "blue"), ("left", "right"))] * 2
@@ -143,8 +143,8 @@ def pictures():
     return attributes * 2, list(range(8)) * 2, values
 
 
-def test_information_is_found_in_the_part_that_holds_it(pictures):
-    attributes, groups, values = pictures
+def test_information_is_found_in_the_part_that_holds_it(images):
+    attributes, groups, values = images
     both = {"top": values(colour=2, side=0), "bottom": values(colour=0, side=0)}
     found = {f["part"]: f for f in decoding_evidence(both, attributes, groups, (4, 4), Thresholds())}
     assert found["mean"]["value"] > 0.3 > found["residual"]["value"]  # the colour alone: at most half of the skill

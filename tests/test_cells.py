@@ -25,8 +25,8 @@ STUDY = {"k": [2, 4], "seeds": [0, 1], "draws": 1, "batch_size": 2, "confounds":
 CELLS = 2 * 2 * (2 + 2 * 4)  # seeds, batches; untouched, no-op, and four arms for every k
 
 
-def brightness(picture, prompt):
-    return {"brightness": float(np.mean(picture)), "length": len(prompt)}
+def brightness(image, prompt):
+    return {"brightness": float(np.mean(image)), "length": len(prompt)}
 
 
 study = partial(disruption, prompts=PROMPTS, judge=brightness, **STUDY)
@@ -59,8 +59,8 @@ def runs(lens, monkeypatch):
 def assert_same(one, other):
     pd.testing.assert_frame_equal(one.table, other.table, check_exact=True)
     pd.testing.assert_frame_equal(one.summary, other.summary, check_exact=True)
-    assert {name: p.tobytes() for name, p in one.pictures.items()} == {
-        name: p.tobytes() for name, p in other.pictures.items()
+    assert {name: p.tobytes() for name, p in one.images.items()} == {
+        name: p.tobytes() for name, p in other.images.items()
     }
     assert (one.settings, one.notes) == (other.settings, other.notes)
 
@@ -146,7 +146,7 @@ def test_ctrl_c_before_the_first_cell(lens, tmp_path, monkeypatch):
 
 
 def test_an_error_is_not_swallowed_and_leaves_the_pipeline_as_it_was(lens):
-    def broken(picture, prompt):
+    def broken(image, prompt):
         raise ZeroDivisionError
 
     before = dict(vars(lens.pipe))
@@ -213,7 +213,7 @@ def test_a_kept_cell_is_the_cell_that_was_made(lens, tmp_path):
     with Cells("disruption", {}, lens=lens, total=1, out=tmp_path) as cells:
         found = cells.get("only", lambda: pytest.fail("it was there"))
     assert made.lines == found.lines == [{"prompt": "é", "rmse": 0.1 + 0.2, "psnr": None, "n": 3, "matched": True}]
-    assert found.pictures["a/b"].tobytes() == made.pictures["a/b"].tobytes()
+    assert found.images["a/b"].tobytes() == made.images["a/b"].tobytes()
     for part in ("masks", "arrays"):
         assert all(np.array_equal(value, getattr(found, part)[name]) for name, value in getattr(made, part).items())
         assert all(value.dtype == getattr(found, part)[name].dtype for name, value in getattr(made, part).items())
@@ -252,11 +252,11 @@ def test_a_study_of_another_version_is_named(lens, tmp_path):
 
 def test_settings_are_told_apart_by_their_content():
     one, other = torch.zeros(2), torch.ones(2)
-    picture = Image.new("RGB", (2, 2))
-    told = module.plain({"a": one, "b": other, "c": picture, "d": np.float32(0.5), "e": brightness, "f": (1, 2)})
+    image = Image.new("RGB", (2, 2))
+    told = module.plain({"a": one, "b": other, "c": image, "d": np.float32(0.5), "e": brightness, "f": (1, 2)})
     assert told["a"] != told["b"]
     assert told["a"] == module.plain({"a": one.clone()})["a"]
-    assert told["c"] == module.plain({"c": picture.copy()})["c"]
+    assert told["c"] == module.plain({"c": image.copy()})["c"]
     assert (told["d"], told["e"], told["f"]) == (0.5, "brightness", [1, 2])
 
 

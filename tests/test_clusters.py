@@ -230,7 +230,7 @@ def test_permutation_p_is_small_for_own_subjects_alone():
     assert np.mean([permutation_p(one, n=400) for one in apart]) == pytest.approx(0.5, abs=0.1)
 
 
-def test_chance_on_a_picture():
+def test_chance_on_a_image():
     truth = np.zeros((1024, 1024), dtype=bool)
     truth[:512] = True
     assert chance_iou(truth, 2**19) == pytest.approx(1 / 3, rel=1e-4)
@@ -268,7 +268,7 @@ def test_errors_teach(call, message):
         call()
 
 
-def test_a_picture_mask_on_the_grid():
+def test_a_image_mask_on_the_grid():
     mask = np.zeros((32, 48), bool)
     mask[8:20, 6:30] = True
     small = to_grid(mask, (8, 12))

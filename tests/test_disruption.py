@@ -186,7 +186,7 @@ def step_of(call, embedded):
 
 
 def by_hand(plain, lens, embedded, rows):
-    """Per picture and block the top and bottom channels, and per step their means over pictures, from bare hooks."""
+    """Per image and block the top and bottom channels, and per step their means over images, from bare hooks."""
     _, records = oracle.draw(plain, PROMPTS * (rows // len(PROMPTS)), [SEED] * rows, call_of(lens))
     cond = [record for call, record in enumerate(records) if is_cond(call, embedded)]
     means = torch.stack([torch.stack([record[i, "img", "post"].mean(1) for i in range(5)]) for record in cond])
@@ -222,31 +222,31 @@ def test_an_arm_is_what_hooks_do(lens, plain, embedded, name):
     edit = hooks(name, bottom if arm == "bottom" else top, means, embedded)
     images, _ = oracle.draw(plain, PROMPTS * (rows // 3), [SEED] * rows, call_of(lens), edit)
     for row in range(3):
-        found = result.pictures[f"{row}/{SEED}/{K}/{arm}"]
+        found = result.images[f"{row}/{SEED}/{K}/{arm}"]
         worst = np.abs(np.asarray(found, int) - np.asarray(images[row], int)).max()
         assert worst <= (1 if name == "mean" else 0)  # a mean is summed in another order
-        untouched = result.pictures[f"{row}/{SEED}/0/untouched"]
+        untouched = result.images[f"{row}/{SEED}/0/untouched"]
         line = result.table.query("prompt == @PROMPTS[@row] and arm == @arm").iloc[0]
         assert line["rmse"] == rmse(untouched, found) > 0
     assert result.table.loc[result.table["arm"] == "no-op", "rmse"].tolist() == [0.0] * 3
     for row in range(3):
-        untouched, same = (result.pictures[f"{row}/{SEED}/0/{arm}"] for arm in ("untouched", "no-op"))
+        untouched, same = (result.images[f"{row}/{SEED}/0/{arm}"] for arm in ("untouched", "no-op"))
         assert untouched.tobytes() == same.tobytes()
 
 
 def test_means_are_over_all_prompts_and_seeds():
-    values = np.random.default_rng(0).normal(size=(STEPS, 5, 8)).astype(np.float32)  # five pictures in two batches
+    values = np.random.default_rng(0).normal(size=(STEPS, 5, 8)).astype(np.float32)  # five images in two batches
     cells = [Cell(arrays={"all/mean/blocks.0.img": part}) for part in (values[:, :3], values[:, 3:])]
     np.testing.assert_allclose(module._means(cells)["blocks.0.img"].numpy(), values.mean(1), rtol=1e-5)
 
 
 def test_a_batch_size_changes_no_arm(lens):
-    """Pictures differ by rounding alone, since batches of other shapes are computed otherwise."""
+    """Images differ by rounding alone, since batches of other shapes are computed otherwise."""
     one, other = (
         disruption(lens, PROMPTS, k=K, seeds=[SEED], draws=2, batch_size=size, num_inference_steps=STEPS)
         for size in (None, 2)
     )
-    assert set(one.pictures) == set(other.pictures)
+    assert set(one.images) == set(other.images)
     keys = ["prompt", "seed", "k", "arm", "draw"]
     both = one.table.merge(other.table, on=keys, suffixes=("", "_other"), validate="one_to_one")
     assert len(both) == len(one.table) == len(other.table)
@@ -263,7 +263,7 @@ def test_one_k_and_one_seed_may_be_numbers_of_numpy(lens):
 
 
 def test_late_edits_start_from_a_recorded_run_and_change_no_number(lens, monkeypatch):
-    """Half of the steps, and the same table and pictures as when every run is computed whole."""
+    """Half of the steps, and the same table and images as when every run is computed whole."""
     call = {"k": K, "draws": 1, "steps": (0.5, 1.0), "num_inference_steps": 4}
     passes = []
     first = lens.pipe.transformer.transformer_blocks[0]
@@ -276,7 +276,7 @@ def test_late_edits_start_from_a_recorded_run_and_change_no_number(lens, monkeyp
     finally:
         handle.remove()
     pd.testing.assert_frame_equal(quick.table, slow.table)
-    assert all(quick.pictures[name].tobytes() == slow.pictures[name].tobytes() for name in slow.pictures)
+    assert all(quick.images[name].tobytes() == slow.images[name].tobytes() for name in slow.images)
     runs = 10  # of the study: clean, and nine arms; the quick one records another and halves the nine
     assert few / (len(passes) - few) == pytest.approx((2 + (runs - 1) / 2) / runs)
 
@@ -296,7 +296,7 @@ def test_distances_and_judges_get_columns(lens):
     def reddest(a, b):
         return float(np.asarray(b)[..., 0].max())
 
-    def judge(picture, prompt):
+    def judge(image, prompt):
         return {"clip": 0.25}
 
     result = disruption(
@@ -311,7 +311,7 @@ def test_distances_and_judges_get_columns(lens):
     )
     assert result.settings["distances"] == ["rmse", "mean_abs", "reddest"]
     row = result.table.query("arm == 'top'").iloc[0]
-    assert row["reddest"] == np.asarray(result.pictures[f"0/0/{K}/top"])[..., 0].max()
+    assert row["reddest"] == np.asarray(result.images[f"0/0/{K}/top"])[..., 0].max()
     assert row["clip"] == 0.25
     assert {"rmse", "mean_abs_low", "reddest", "clip", "rmse_top_minus"} <= set(result.summary)
     assert "psnr" not in result.table
@@ -331,7 +331,7 @@ def nothing(a, b):
         ({"k": 17}, OpError, "Choose k from 1 to 16"),
         ({"k": []}, OpError, "no set of channels"),
         ({"distances": ["rmsee"]}, OpError, r"no distance 'rmsee'\. Nearest: 'rmse'"),
-        ({"distances": [nothing]}, OpError, "'nothing' of two pictures is to be a number, and it returned None"),
+        ({"distances": [nothing]}, OpError, "'nothing' of two images is to be a number, and it returned None"),
         ({"seeds": []}, PromptError, "list of seeds is empty"),
         ({"seeds": [1, 2, 1]}, PromptError, "names a seed twice"),
         ({"seeds": [1.5]}, PromptError, "seed 1.5 is not a whole number"),
@@ -365,7 +365,7 @@ def test_paired_differences_equal_the_loops(prompts, seeds, draws, seed):
         assert found["rmse_top_minus_low"].item() <= expected.mean <= found["rmse_top_minus_high"].item()
 
 
-def test_unpaired_pictures_are_left_out_of_a_difference():
+def test_unpaired_images_are_left_out_of_a_difference():
     table = pd.DataFrame({"k": 4, "arm": ["top", "top", "random"], "prompt": ["a", "b", "a"], "seed": 0})
     assert paired(table.assign(rmse=[5.0, 100.0, 2.0]), ["k"], ["rmse"])["rmse_top_minus"].tolist() == [3.0]
 

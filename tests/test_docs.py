@@ -33,8 +33,8 @@ ERRORS = {
 @pytest.mark.parametrize("path", RUN, ids=lambda path: str(path.relative_to(DOCS)))
 def test_the_code_of_a_page_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for picture, shown in blocks.run(path):
-        assert picture.is_file(), f"python docs/blocks.py {path.relative_to(ROOT)} draws it"
+    for image, shown in blocks.run(path):
+        assert image.is_file(), f"python docs/blocks.py {path.relative_to(ROOT)} draws it"
         assert isinstance(shown, Image) or hasattr(shown, "to_plotly_json")
     assert not list(tmp_path.iterdir()), "what a page writes goes into a folder of its own"
 
@@ -147,8 +147,8 @@ class TestSite:
             assert bool(figures) == name.startswith("lessons/")
             assert page.evaluate("[...document.querySelectorAll('.js-plotly-plot')].every(p => p.clientWidth > 250)")
             assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-            pictures = "[...document.querySelectorAll('article img')].every(image => image.naturalWidth > 0)"
-            assert page.evaluate(pictures)
+            images = "[...document.querySelectorAll('article img')].every(image => image.naturalWidth > 0)"
+            assert page.evaluate(images)
 
     @pytest.mark.browser
     def test_the_figure_of_a_study_gives_its_code(self, site):

@@ -80,7 +80,7 @@ def test_a_machine_that_does_not_repeat_itself(lens):
     assert "not all is well" in repr(diagnosis)
 
 
-def test_a_lens_that_changes_the_picture(lens, monkeypatch):
+def test_a_lens_that_changes_the_image(lens, monkeypatch):
     run = lens.run
 
     def changed(*args, **kwargs):
@@ -109,7 +109,7 @@ def test_a_pipeline_that_does_not_fit_is_not_moved(lens, monkeypatch):
     assert lens.pipe.device.type == "cpu"
 
 
-def test_large_models_draw_small_pictures_on_a_cpu(lens, monkeypatch):
+def test_large_models_draw_small_images_on_a_cpu(lens, monkeypatch):
     monkeypatch.setattr(doctor, "LARGE", 1)
     monkeypatch.setattr(doctor, "SMALL_SIDE", 16)
     assert examine(lens)["drawing"].data["grid"] == [4, 4]

@@ -1,4 +1,4 @@
-"""Prompts encoded beforehand give the pictures of the prompts, without the text encoders."""
+"""Prompts encoded beforehand give the images of the prompts, without the text encoders."""
 
 import inspect
 
@@ -102,15 +102,15 @@ def test_an_offloaded_pipeline_keeps_its_encoders():
         lens.release_encoders()
 
 
-def test_several_pictures_of_a_prompt_are_refused():
-    with pytest.raises(PromptError, match="List a prompt once for every picture"):
+def test_several_images_of_a_prompt_are_refused():
+    with pytest.raises(PromptError, match="List a prompt once for every image"):
         fresh().encode("red", num_images_per_prompt=2)
 
 
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("QwenImageEditPipeline", "together with pictures"),
+        ("QwenImageEditPipeline", "together with images"),
         ("HunyuanDiTPipeline", "does not return prompt_embeds_2"),
         ("ErnieImagePipeline", "does not return prompt_embeds"),
         ("Kandinsky5T2IPipeline", "does not return prompt_cu_seqlens"),

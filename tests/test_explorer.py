@@ -104,7 +104,7 @@ def test_both_branches_show_the_conditional_one(toy):
     np.testing.assert_array_equal(dl.explore(both).views.maps(0), dl.explore(one).views.maps(0))
 
 
-def test_of_a_read_of_both_streams_the_picture_is_shown(toy, run):
+def test_of_a_read_of_both_streams_the_image_is_shown(toy, run):
     """Whole or of some channels; text has no place in it."""
     both = toy.run(CIRCLE, [dl.Read("blocks[3:5].{img,txt}")], **CALL)
     alone = toy.run(CIRCLE, [dl.Read("blocks[3:5].img")], **CALL)
@@ -130,7 +130,7 @@ def test_what_cannot_be_shown_is_said(toy, run):
     with pytest.raises(OpError, match=r"no palette 'Viridian' in this explorer. Nearest: 'Viridis'"):
         explorer.palette = "Viridian"
     result = Result("stability", table=None, summary=None, settings={})
-    with pytest.raises(OpError, match="keeps no pictures"):
+    with pytest.raises(OpError, match="keeps no images"):
         dl.explore(result)
 
 
@@ -144,13 +144,13 @@ def test_beyond_the_budget_blocks_are_sent_when_they_are_asked_for(run, monkeypa
         assert sent[-1] == ({"kind": kind, "block": 2}, getattr(explorer.views, kind)(2).tobytes())
 
 
-def test_where_no_widget_loads_there_is_a_picture(run):
+def test_where_no_widget_loads_there_is_a_image(run):
     explorer = dl.explore(run, k=4)
     data, _ = explorer._repr_mimebundle_()
     assert set(data) == {"text/plain", "text/html", "application/vnd.jupyter.widget-view+json"}
     assert "data:image/png;base64" in data["text/html"]
     assert len(data["text/html"]) < 60_000
-    assert data["text/plain"].startswith("Explorer: 2 pictures, 3 sites x 3 steps")
+    assert data["text/plain"].startswith("Explorer: 2 images, 3 sites x 3 steps")
 
 
 def test_a_documentation_page_gets_the_whole_view(run, monkeypatch):
@@ -199,7 +199,7 @@ def test_the_page_draws_the_map_that_its_sliders_name(run, tmp_path):
         page.goto(path.as_uri())
         view, canvas = page.locator(".dit-lens"), page.locator("canvas[data-side=left]")
         view.wait_for()
-        page.get_by_label("picture").first.select_option(label=f"{CROSS}, seed 0")
+        page.get_by_label("image").first.select_option(label=f"{CROSS}, seed 0")
         page.get_by_role("slider", name="step").press("Home")
         page.get_by_role("slider", name="step").press("End")
         page.get_by_role("slider", name="block").press("End")
@@ -275,7 +275,7 @@ def test_text_can_be_read_in_light_and_dark(run, tmp_path, dark):
 
 
 @pytest.mark.browser
-def test_masks_of_a_study_are_shown_over_its_pictures(toy, tmp_path):
+def test_masks_of_a_study_are_shown_over_its_images(toy, tmp_path):
     result = dl.studies.organisation(toy, [CIRCLE], k=4, site="blocks[4:6].img", draws=1, num_inference_steps=3)
     explorer = dl.explore(result)
     assert explorer.group == "top"
@@ -288,7 +288,7 @@ def test_masks_of_a_study_are_shown_over_its_pictures(toy, tmp_path):
 
 
 @pytest.mark.browser
-def test_pictures_of_other_studies_stand_side_by_side(toy, tmp_path):
+def test_images_of_other_studies_stand_side_by_side(toy, tmp_path):
     result = dl.studies.disruption(toy, [CIRCLE], k=4, draws=1, num_inference_steps=2)
     explorer = dl.explore(result)
     names = [pane.name for pane in explorer.views.panes]
@@ -325,6 +325,6 @@ def test_an_atlas_opens_without_model_or_kernel(tmp_path, capsys, monkeypatch):
     assert out.stat().st_size < 0.25 * 2**20
     with browser.page() as page:
         page.goto(out.as_uri())
-        page.get_by_label("picture").first.select_option(label=f"{CROSS}, seed 0")
+        page.get_by_label("image").first.select_option(label=f"{CROSS}, seed 0")
         assert page.get_by_text("To keep this file small").count() == 1
         assert "rank 1" in page.locator(".spectrum").get_attribute("aria-label")

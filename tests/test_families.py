@@ -75,7 +75,7 @@ def test_names_and_aliases(cfg_lens):
     assert cfg_lens.sites("blocks[1].*") == ["blocks.1.txt", "blocks.1.img"]
 
 
-def test_reference_tokens_are_not_part_of_the_picture():
+def test_reference_tokens_are_not_part_of_the_image():
     from diffusers import FluxKontextPipeline
     from PIL import Image
 
@@ -104,7 +104,7 @@ def test_reference_tokens_are_not_part_of_the_picture():
 
 
 @pytest.mark.parametrize("kind", ["FluxImg2ImgPipeline", "FluxInpaintPipeline"])
-def test_part_of_a_run_from_a_picture(kind):
+def test_part_of_a_run_from_a_image(kind):
     import diffusers
     from PIL import Image
 

@@ -126,7 +126,7 @@ def test_a_toy_has_its_page_and_all_toys_have_one(tmp_path):
         assert (out / "flux" / f"{study}.png").stat().st_size > 10_000
         assert len(pd.read_csv(out / "flux" / f"{study}.csv"))
     assert "untrained twin" in of_toy
-    assert "Trained from seed 0 for 8,716 iterations. Shares right in pictures of 200 held-out prompts: " in of_toy
+    assert "Trained from seed 0 for 8,716 iterations. Shares right in images of 200 held-out prompts: " in of_toy
     assert not (out / "flux" / "old.csv").exists()
     assert earlier.is_dir()
 

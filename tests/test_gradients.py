@@ -108,7 +108,7 @@ def test_the_graph_of_a_step_is_let_go(lens):
 
 
 EPSILON = {"kandinsky5": 1e-1}  # it rotates in bfloat16, where the step of the others drowns
-# Where the gradient could not be told: experts under no_grad, and pictures instead of latents.
+# Where the gradient could not be told: experts under no_grad, and images instead of latents.
 REFUSED = ("hidream", "dit")
 
 
@@ -181,7 +181,7 @@ def test_a_metric_of_several_numbers_or_of_none_is_refused(lens):
         (OpError, "no 'uncond' branch", {"branch": "uncond"}),
         (OpError, "step 9 does not exist", {"steps": 9}),
         (PromptError, "batch_size", {"batch_size": 1}),
-        (PromptError, "pictures have no gradient", {"output_type": "pil"}),
+        (PromptError, "images have no gradient", {"output_type": "pil"}),
         (SiteError, "block 9", {"site": "blocks.9.img"}),
         (OpError, "only be read", {"site": "blocks.0.img.resid_mid"}),
     ],

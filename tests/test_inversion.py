@@ -1,4 +1,4 @@
-"""A picture's way through a run: its latents, the noised reference, and the flow run backwards."""
+"""An image's way through a run: its latents, the noised reference, and the flow run backwards."""
 
 import shutil
 
@@ -25,7 +25,7 @@ CALLS = {flux: flux.CALL, flux2: flux2.CALL, qwen_image: qwen_image.CALL, sana: 
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     return draw(Scene.parse(CAPTION), 0).image
 
 
@@ -36,12 +36,12 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def noisy():
-    """A picture of noise, of the tiny pipeline's size."""
+    """An image of noise, of the tiny pipeline's size."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
 
 
 def with_autoencoder(name):
-    """A tiny pipeline that draws pictures, whose statistics are not those of a fresh autoencoder; and its call."""
+    """A tiny pipeline that draws images, whose statistics are not those of a fresh autoencoder; and its call."""
     pipe = ENTRIES[name].build()
     if pipe.vae is None:
         pipe.register_modules(vae=flux2_autoencoder() if name == "ideogram4" else autoencoder())
@@ -64,15 +64,15 @@ def packed_by_hand(kind, pipe, latents):
 
 
 @pytest.mark.parametrize("kind", CALLS, ids=lambda kind: kind.__name__.split(".")[-1])
-def test_latents_are_what_each_model_was_trained_on(kind, picture):
+def test_latents_are_what_each_model_was_trained_on(kind, image):
     lens = DiTLens(kind.build(), defaults=CALLS[kind])
-    pixels = torch.tensor(np.asarray(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 127.5 - 1
     if kind is flux2:
         lens.pipe.vae.bn.running_mean.normal_()
         lens.pipe.vae.bn.running_var.uniform_(1, 4)
     with torch.no_grad():
         expected = packed_by_hand(kind, lens.pipe, kind.to_latents(lens.pipe, pixels))
-    found, grid = latents_of(lens, [picture], [CAPTION], {})
+    found, grid = latents_of(lens, [image], [CAPTION], {})
     assert torch.allclose(found, expected, atol=1e-4)
     assert grid[0] * grid[1] == found.shape[1]
 
@@ -88,9 +88,9 @@ def test_final_latents_are_drawn_as_the_pipeline_draws_them(name):
     assert np.asarray(drawn).std() > 10
 
 
-def test_latents_are_drawn_as_the_picture(toy, picture):
-    latents, grid = latents_of(toy, [picture], [CAPTION], {})
-    assert rmse(decode(toy, latents, grid)[0], picture) < 10
+def test_latents_are_drawn_as_the_image(toy, image):
+    latents, grid = latents_of(toy, [image], [CAPTION], {})
+    assert rmse(decode(toy, latents, grid)[0], image) < 10
 
 
 def test_the_noised_reference_is_a_straight_line_from_the_noise_of_the_seed(tiny, noisy):
@@ -113,11 +113,11 @@ def test_inversion_says_how_well_it_goes_back(tiny, noisy):
     assert found.latent_error[0] == pytest.approx(error, rel=1e-3)
     assert error > 1e-4
     drawn = rmse(decode(tiny, again, grid)[0], decode(tiny, clean, grid)[0])
-    assert found.picture_error[1] == pytest.approx(drawn, abs=0.5)
+    assert found.image_error[1] == pytest.approx(drawn, abs=0.5)
 
 
 def test_inversion_is_euler_from_clean_to_noise(tiny, noisy):
-    """Each step, done by hand with the velocity it took; the way then leads back to the picture exactly."""
+    """Each step, done by hand with the velocity it took; the way then leads back to the image exactly."""
     found = invert(tiny, [noisy], "red")
     clean, grid = latents_of(tiny, [noisy], ["red"], {})
     run = tiny.run("red", Swap("velocity", source=found.velocity, branch="both"), seed=0, latents=found.noise)
@@ -129,8 +129,8 @@ def test_inversion_is_euler_from_clean_to_noise(tiny, noisy):
     assert rmse(run.images[0], decode(tiny, clean, grid)[0]) < 0.5
 
 
-def test_finer_steps_go_back_better(toy, picture):
-    coarse, fine = (invert(toy, [picture], CAPTION, num_inference_steps=n).latent_error[0] for n in (4, 16))
+def test_finer_steps_go_back_better(toy, image):
+    coarse, fine = (invert(toy, [image], CAPTION, num_inference_steps=n).latent_error[0] for n in (4, 16))
     assert fine < 0.8 * coarse
 
 
@@ -145,13 +145,13 @@ def test_the_scheduler_comes_back(tiny, noisy, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2", "klein", "sd3", "zimage", "bria", "chroma", "hidream"])
-def test_pictures_are_inverted_in_every_form_of_latents(name):
-    """Tokens, pictures of them, lists, and what comes out as the autoencoder takes it: finer steps err less."""
+def test_images_are_inverted_in_every_form_of_latents(name):
+    """Tokens, images of them, lists, and what comes out as the autoencoder takes it: finer steps err less."""
     lens, call = with_autoencoder(name)
-    picture = lens.run(**call, seed=0, num_inference_steps=4).images[0]
-    found = [invert(lens, [picture], None, **call, num_inference_steps=n) for n in (8, 32)]
+    image = lens.run(**call, seed=0, num_inference_steps=4).images[0]
+    found = [invert(lens, [image], None, **call, num_inference_steps=n) for n in (8, 32)]
     assert found[1].latent_error[0] < 0.5 * found[0].latent_error[0]
-    clean, grid = latents_of(lens, [picture], None, call)
+    clean, grid = latents_of(lens, [image], None, call)
     way = lens.run(
         ops=Swap("velocity", source=found[0].velocity, branch="both"),
         seed=0,
@@ -160,7 +160,7 @@ def test_pictures_are_inverted_in_every_form_of_latents(name):
     assert rmse(way.images[0], decode(lens, clean, grid)[0]) < 0.5
 
 
-def test_what_cannot_be_done_is_refused_before_anything_runs(tiny, noisy, picture, monkeypatch):
+def test_what_cannot_be_done_is_refused_before_anything_runs(tiny, noisy, image, monkeypatch):
     linear = DiTLens(sana.build(), defaults=CALLS[sana])
     others = {
         "kandinsky5": "does not pass latents= to its transformer as they are",
@@ -172,24 +172,24 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(tiny, noisy, pictur
     monkeypatch.setattr(DiTLens, "run", None)
     for lens, words in others.items():
         with pytest.raises(FamilyError, match=words):
-            invert(lens, [picture], CAPTION)
+            invert(lens, [image], CAPTION)
     with pytest.raises(FamilyError, match="samples with DPMSolverMultistepScheduler"):
-        invert(linear, [picture], CAPTION)
+        invert(linear, [image], CAPTION)
     with pytest.raises(OpError, match=r"64 x 64 pixels, and the run draws 48 x 32"):
-        noised_reference(tiny, [picture], seed=0)
-    with pytest.raises(OpError, match=r"'noisy.png' is no picture. Open it first"):
+        noised_reference(tiny, [image], seed=0)
+    with pytest.raises(OpError, match=r"'noisy.png' is no image. Open it first"):
         noised_reference(tiny, ["noisy.png"], seed=0)
     with pytest.raises(OpError, match="Give at least one, and all of one size"):
-        invert(tiny, [noisy, picture])
+        invert(tiny, [noisy, image])
     linear.pipe.scheduler.register_to_config(prediction_type="epsilon", use_flow_sigmas=False)
     with pytest.raises(OpError, match="known for flow matching only"):
-        noised_reference(linear, [picture], seed=0, prompts=CAPTION)
+        noised_reference(linear, [image], seed=0, prompts=CAPTION)
     pair = (noisy, "red")
     for choice, words in (
         ({"how": "invert"}, "'invert' does not exist. Nearest: 'inverted'"),
         ({"how": "inverted", "seeds": [0, 1]}, "seeds change nothing"),
         ({"k": 17}, "no control of equal size"),
-        ({"captions": ["red", "blue"]}, "lists 2 texts for 1 pictures"),
+        ({"captions": ["red", "blue"]}, "lists 2 texts for 1 images"),
     ):
         with pytest.raises(OpError, match=words):
             studies.transfer_image(tiny, [pair], **{"k": 3, **choice})
@@ -197,7 +197,7 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(tiny, noisy, pictur
         studies.transfer_image(tiny, [])
 
 
-def test_a_picture_is_a_source_of_a_carrier_and_not_of_a_detail(toy):
+def test_a_image_is_a_source_of_a_carrier_and_not_of_a_detail(toy):
     scenes = planted.SCENES[:2]
     source, target = (scene.caption for scene in scenes)
     pair = (draw(scenes[0], 0).image, target)
@@ -207,14 +207,14 @@ def test_a_picture_is_a_source_of_a_carrier_and_not_of_a_detail(toy):
         lens = DiTLens(planted.pipeline(toy, kind), defaults=planted.CALL)
         result = studies.transfer_image(lens, [pair], **choices)
         moved[kind] = result.summary.set_index("arm").loc["top"]
-        assert rmse(result.pictures["0/0/source"], pair[0]) < 10
+        assert rmse(result.images["0/0/source"], pair[0]) < 10
     assert moved[planted.Carrier]["says_source"] == 1
     assert moved[planted.Carrier]["to_source"] < 0.1 * moved[planted.Carrier]["to_target"]
     assert moved[planted.DetailOnly]["says_target"] == 1
     assert moved[planted.DetailOnly]["to_target"] < 0.1 * moved[planted.DetailOnly]["to_source"]
 
 
-def test_the_study_of_an_inverted_picture_goes_on_and_loads(tiny, noisy, tmp_path, monkeypatch):
+def test_the_study_of_an_inverted_image_goes_on_and_loads(tiny, noisy, tmp_path, monkeypatch):
     choices = {"how": "inverted", "k": 3, "strengths": [1.0], "draws": 1, "mask_from": None, "num_inference_steps": 2}
     pairs = [(noisy, "red"), (noisy, "blue")]
     first = studies.transfer_image(tiny, pairs, **choices, batch_size=1, out=tmp_path / "out")
@@ -229,4 +229,4 @@ def test_the_study_of_an_inverted_picture_goes_on_and_loads(tiny, noisy, tmp_pat
     again = studies.transfer_image(tiny, pairs, **choices, batch_size=1, out=tmp_path / "out")
     assert again.notes == first.notes
     assert studies.Result.load(tmp_path / "out").notes == first.notes
-    assert "a picture" in first.figure().layout.title.text
+    assert "an image" in first.figure().layout.title.text

@@ -80,7 +80,7 @@ def python_says(page, expression, value):
     assert browser.ask_kernel(page, expression) == value
 
 
-def test_sliders_and_channels_move_the_picture_and_python_hears_of_it(page, lab):
+def test_sliders_and_channels_move_the_image_and_python_hears_of_it(page, lab):
     view = opened(page, lab, "explorer")
     canvas = view.locator("canvas[data-side=left]")
     before = pixels(canvas)
@@ -127,7 +127,7 @@ def test_blocks_beyond_the_budget_and_clusters_are_fetched(page, lab):
         view.get_by_role("button", name=overlay, exact=True).click()
         view.get_by_role("slider", name="block").press("Home")
         view_is(page, "2/blocks.3.img/")
-        view.get_by_role("button", name="picture", exact=True).click()
+        view.get_by_role("button", name="image", exact=True).click()
         bare = pixels(canvas)
         view.get_by_role("button", name=overlay, exact=True).click()
         page.wait_for_function("() => !document.querySelector('.legend').textContent.includes('…')")

@@ -45,8 +45,8 @@ def test_a_notebook_that_was_changed_is_named_and_mended(tmp_path, monkeypatch, 
 
 
 def test_a_blank_keeps_the_first_comments_and_the_names():
-    solution = "# A picture.\n# With seed=0.\nrun = f()\n# no more\nearly, late = run[0], run[1]\nearly.x = 1"
-    assert build.blanked(solution) == "# A picture.\n# With seed=0.\nrun = ...\nearly = ...\nlate = ..."
+    solution = "# An image.\n# With seed=0.\nrun = f()\n# no more\nearly, late = run[0], run[1]\nearly.x = 1"
+    assert build.blanked(solution) == "# An image.\n# With seed=0.\nrun = ...\nearly = ...\nlate = ..."
 
 
 def test_a_lesson_is_executed_once_until_it_changes(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Pipelines in use: LoRA that comes and goes, quantised and offloaded weights, pictures to start from, samplers."""
+"""Pipelines in use: LoRA that comes and goes, quantised and offloaded weights, images to start from, samplers."""
 
 import inspect
 from dataclasses import replace
@@ -330,7 +330,7 @@ def qwen_autoencoder():
     ).eval()
 
 
-PICTURES = {
+IMAGES = {
     "StableDiffusion3Img2ImgPipeline": "sd3",
     "StableDiffusion3InpaintPipeline": "sd3",
     "QwenImageImg2ImgPipeline": "qwen",
@@ -342,10 +342,10 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("kind", PICTURES)
+@pytest.mark.parametrize("kind", IMAGES)
 @pytest.mark.parametrize(("strength", "steps"), [(0.5, 2), (0.6, 3), (1.0, 4)])
-def test_pictures_to_start_from(kind, strength, steps):
-    entry = ENTRIES[PICTURES[kind]]
+def test_images_to_start_from(kind, strength, steps):
+    entry = ENTRIES[IMAGES[kind]]
 
     def build():
         parts = entry.build().components
@@ -362,8 +362,8 @@ def test_pictures_to_start_from(kind, strength, steps):
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    picture = Image.linear_gradient("L").convert("RGB").resize((96, 64))
-    call = {"image": [picture, picture.rotate(180)], "strength": strength, "num_inference_steps": 4}
+    image = Image.linear_gradient("L").convert("RGB").resize((96, 64))
+    call = {"image": [image, image.rotate(180)], "strength": strength, "num_inference_steps": 4}
     if "Inpaint" in kind:
         call["mask_image"] = Image.new("L", (96, 64), 255)
     if kind == "ChromaInpaintPipeline":
@@ -395,13 +395,13 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("name", ["flux2", "klein", "klein-kv"])
-def test_pictures_that_set_the_size(name):
+def test_images_that_set_the_size(name):
     """Editing without height and width, as most do: the plan leaves the grid to the pipeline."""
-    lens, picture = dl.DiTLens(ENTRIES[name].build()), Image.linear_gradient("L").convert("RGB").resize((64, 96))
+    lens, image = dl.DiTLens(ENTRIES[name].build()), Image.linear_gradient("L").convert("RGB").resize((64, 96))
     for asked, size in {(None, None): (96, 64), (32, None): (32, 64), (None, 32): (96, 32)}.items():
-        found = of_size(lens, ENTRIES[name], *asked, image=picture)
+        found = of_size(lens, ENTRIES[name], *asked, image=image)
         assert found.grid == (size[0] // 16, size[1] // 16)
-        assert same(found, of_size(lens, ENTRIES[name], *size, image=picture))
+        assert same(found, of_size(lens, ENTRIES[name], *size, image=image))
 
 
 RESIZING = {
@@ -412,25 +412,25 @@ RESIZING = {
 
 
 @pytest.mark.parametrize("kind", RESIZING)
-def test_pictures_whose_size_overrules_what_is_asked(kind):
+def test_images_whose_size_overrules_what_is_asked(kind):
     name, options, grid = RESIZING[kind]
     lens = dl.DiTLens(of_parts(getattr(diffusers, kind), ENTRIES[name].build()))
-    picture = Image.linear_gradient("L").convert("RGB").resize((64, 96))
-    call = {"image": picture, "mask_image": Image.new("L", (64, 96), 255), "strength": 1.0, **options}
+    image = Image.linear_gradient("L").convert("RGB").resize((64, 96))
+    call = {"image": image, "mask_image": Image.new("L", (64, 96), 255), "strength": 1.0, **options}
     found = of_size(lens, ENTRIES[name], 64, 128, **call)
     assert found.grid == grid
     assert same(found, of_size(lens, ENTRIES[name], 96, 64, **call))
 
 
 @pytest.mark.parametrize("name", ["qwen", "sana", "pixart-sigma", "zimage"])
-def test_several_pictures_of_a_prompt(name):
-    """Rows of a call: both pictures of the first prompt, then both of the second."""
+def test_several_images_of_a_prompt(name):
+    """Rows of a call: both images of the first prompt, then both of the second."""
     seeds = [truth.SEED] * 4
     run = agrees(ENTRIES[name], 3, rows=4, seeds=seeds, num_images_per_prompt=2)
     assert len(run["velocity"][0]) == 4
 
 
-def test_seeds_of_several_pictures():
+def test_seeds_of_several_images():
     lens = dl.DiTLens(ENTRIES["sana"].build(), defaults={})
     call = {**ENTRIES["sana"].call(ROWS), "num_images_per_prompt": 2}
     run = lens.run(ops=[Read("blocks.1.img")], seed=5, **call)
@@ -511,7 +511,7 @@ def test_samplers(name):
     assert {entry.steps for entry in last.receipt.entries} == {(steps - 1,)}
 
 
-def test_a_picture_to_start_from_with_heun():
+def test_a_image_to_start_from_with_heun():
     entry = ENTRIES["sd3"]
 
     def build():
@@ -520,8 +520,8 @@ def test_a_picture_to_start_from_with_heun():
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    picture = Image.linear_gradient("L").convert("RGB").resize((96, 64))
-    agrees(replace(entry, build=build), 3, image=[picture] * ROWS, strength=0.5, num_inference_steps=4)
+    image = Image.linear_gradient("L").convert("RGB").resize((96, 64))
+    agrees(replace(entry, build=build), 3, image=[image] * ROWS, strength=0.5, num_inference_steps=4)
 
 
 def test_rows_of_perturbed_attention_are_refused():

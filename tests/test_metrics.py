@@ -1,4 +1,4 @@
-"""Distances between pictures, and intervals that are neither too narrow nor made up."""
+"""Distances between images, and intervals that are neither too narrow nor made up."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from dit_lens.errors import OpError
 seeds = st.integers(0, 10**6)
 
 
-def pictures(seed: int, count: int = 2) -> list[np.ndarray]:
+def images(seed: int, count: int = 2) -> list[np.ndarray]:
     return list(np.random.default_rng(seed).integers(0, 256, size=(count, 5, 4, 3), dtype=np.uint8))
 
 
 @settings(max_examples=20, deadline=None)
 @given(seeds)
 def test_distances_equal_sklearn(seed):
-    a, b = pictures(seed)
+    a, b = images(seed)
     x, y = a.ravel() / 255, b.ravel() / 255
     assert rmse(a, b) == pytest.approx(255 * math.sqrt(mean_squared_error(x, y)))
     assert mean_abs(a, b) == pytest.approx(255 * mean_absolute_error(x, y))
@@ -34,27 +34,27 @@ def test_distances_equal_sklearn(seed):
 
 
 @pytest.mark.parametrize("distance", [rmse, psnr, mean_abs])
-def test_every_form_of_a_picture_gives_the_same(distance):
-    a, b = pictures(1)
+def test_every_form_of_a_image_gives_the_same(distance):
+    a, b = images(1)
     expected = distance(a, b)
     assert isinstance(expected, float)
     assert distance(Image.fromarray(a), Image.fromarray(b)) == expected
     assert distance(torch.tensor(a), Image.fromarray(b)) == expected
     assert distance(a / 255, b) == pytest.approx(expected)
     assert distance(torch.tensor(a / 255, dtype=torch.bfloat16), b) == pytest.approx(expected, rel=0.01)
-    first, second = pictures(2, 3), pictures(3, 3)
+    first, second = images(2, 3), images(3, 3)
     each = [distance(x, y) for x, y in zip(first, second, strict=True)]
     assert distance(first, second).tolist() == distance(np.stack(first), np.stack(second)).tolist() == each
     assert distance([], []).shape == (0,)
 
 
-def test_equal_pictures():
-    a, _ = pictures(0)
+def test_equal_images():
+    a, _ = images(0)
     assert (rmse(a, a), mean_abs(a, a), psnr(a, a)) == (0.0, 0.0, math.inf)
 
 
 def test_a_palette_is_compared_by_colour():
-    a, _ = pictures(0)
+    a, _ = images(0)
     image = Image.fromarray(a)
     palette = image.convert("P", palette=Image.Palette.ADAPTIVE)
     assert rmse(palette, palette.convert("RGB")) == 0
@@ -65,7 +65,7 @@ def test_a_palette_is_compared_by_colour():
     [
         (np.zeros((2, 2)), np.zeros((2, 3)), r"shapes \[2, 2\] and \[2, 3\]\. Resize or convert one first"),
         (np.zeros((2, 2)), [np.zeros((2, 2))], r"compared with a list"),
-        ([np.zeros((2, 2))], [np.zeros((2, 2))] * 2, r"1 pictures were to be compared with 2"),
+        ([np.zeros((2, 2))], [np.zeros((2, 2))] * 2, r"1 images were to be compared with 2"),
         (np.full((2, 2), 255.0), np.zeros((2, 2)), r"lies in \[0, 1\], and this one in \[255, 255\]\. Divide by 255"),
         (np.full((2, 2), -0.1), np.zeros((2, 2)), r"\(x \+ 1\) / 2"),
         (np.full((2, 2), np.nan), np.zeros((2, 2)), r"a NaN says that the run overflowed"),
@@ -73,7 +73,7 @@ def test_a_palette_is_compared_by_colour():
         (np.zeros(4), np.zeros(4), r"two or three dimensions, and got \[4\]"),
     ],
 )
-def test_pictures_that_cannot_be_compared(a, b, message):
+def test_images_that_cannot_be_compared(a, b, message):
     with pytest.raises(OpError, match=message):
         rmse(a, b)
 

@@ -148,8 +148,8 @@ def test_more_clusters(carrier):
     assert result.figure().data
 
 
-def test_masks_come_as_arrays_pictures_and_functions(carrier):
-    def known(picture, prompt):
+def test_masks_come_as_arrays_images_and_functions(carrier):
+    def known(image, prompt):
         return MASKS[PROMPTS.index(prompt)]
 
     painted = [Image.fromarray(mask).resize((128, 128)) for mask in MASKS[:2]]
@@ -325,17 +325,17 @@ def test_a_study_goes_on_where_it_was_stopped(carrier, tmp_path, monkeypatch):
     assert set(whole.table["seed"]) == {0, 1}
 
 
-def test_pictures_that_cannot_be_read_are_left_out(toy, monkeypatch):
+def test_images_that_cannot_be_read_are_left_out(toy, monkeypatch):
     call = {"k": 4, "draws": 1, "num_inference_steps": 1, "site": "blocks.2.img", "words": []}
     answers = [Description(None, 0.1, np.zeros((64, 64), bool)), Description(Scene.parse(OTHER), 0.9, MASKS[0])]
-    monkeypatch.setattr("dit_lens.toys.scenes.describe", lambda picture: answers[0])
-    with pytest.raises(OpError, match="no picture could be read back"):
+    monkeypatch.setattr("dit_lens.toys.scenes.describe", lambda image: answers[0])
+    with pytest.raises(OpError, match="no image could be read back"):
         studies.organisation(toy, SCENE, **call)
-    monkeypatch.setattr("dit_lens.toys.scenes.describe", lambda picture: answers.pop(0))
+    monkeypatch.setattr("dit_lens.toys.scenes.describe", lambda image: answers.pop(0))
     result = studies.organisation(toy, [SCENE, OTHER], **call)
     assert set(result.table["prompt"]) == {OTHER}
-    assert "1 pictures were unreadable and are left out" in result.notes
-    assert len(result.pictures) == 2
+    assert "1 images were unreadable and are left out" in result.notes
+    assert len(result.images) == 2
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_pictures_that_cannot_be_read_are_left_out(toy, monkeypatch):
         ({"polarity": "oracel"}, OpError, r"no polarity 'oracel'\. Nearest: 'oracle'"),
         ({"n_clusters": 1}, OpError, "n_clusters=1 separates nothing"),
         ({"masks": MASKS}, OpError, "got 4 for 1 prompts"),
-        ({"masks": [np.ones((4, 4))]}, OpError, r"masks\[0\] must be a bool array \[H, W\] or a PIL picture"),
+        ({"masks": [np.ones((4, 4))]}, OpError, r"masks\[0\] must be a bool array \[H, W\] or a PIL image"),
         ({"words": ["circle", "cross"]}, OpError, "got 2 for 1 prompts"),
         ({"site": "velocity"}, OpError, "velocity is clustered by image tokens"),
         ({"site": "blocks.0.txt"}, OpError, "which it does not hold"),
@@ -361,8 +361,8 @@ def test_mistakes_are_told_before_anything_is_drawn(toy, monkeypatch, change, er
         studies.organisation(toy, SCENE, **{"k": 4, "draws": 1, **change})
 
 
-def test_the_masks_lie_over_the_picture(carried):
+def test_the_masks_lie_over_the_image(carried):
     key = "0/0"
     masks = {f"block {block}": carried.masks[f"{key}/2/{block}/top"] for block in range(4)}
-    figure = plots.overlay_grid(carried.pictures[key], masks, truth=carried.masks[f"{key}/truth"])
+    figure = plots.overlay_grid(carried.images[key], masks, truth=carried.masks[f"{key}/truth"])
     assert figure.layout.annotations[3].text.startswith("block 3<br>IoU")

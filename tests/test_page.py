@@ -37,10 +37,10 @@ class Tags(HTMLParser):
 def sections():
     table = pd.DataFrame({"arm": ["top", "<b>"], "rmse": [51.23456, np.nan], "n": [8, 12000], "matched": [True, False]})
     table.attrs["units"] = {"rmse": "0 to 255"}
-    picture = Image.new("RGB", (16, 8), "navy")
+    image = Image.new("RGB", (16, 8), "navy")
     return [
         Section("Spectrum", "Two stand out.", (channel_spectrum([0.1, 5.0, 4.0], [1, 2]),), code="x < 1 & y"),
-        Section("Pictures", "They move.", (strip([picture], ["one"]), picture, picture), captions=("", "a cross", "")),
+        Section("Images", "They move.", (strip([image], ["one"]), image, image), captions=("", "a cross", "")),
         Section("Spectrum", "Again.", table=table),
     ]
 
@@ -77,10 +77,10 @@ def test_contents_lead_to_every_section(tmp_path, sections):
     assert len(tags("h2")) == 3
 
 
-def test_pictures_are_sharp_and_told(tmp_path, sections):
+def test_images_are_sharp_and_told(tmp_path, sections):
     text = write_page(tmp_path / "p.html", title="t", lead="l", sections=sections).read_text("utf-8")
     first, second = Tags(text)("img")
-    assert (first["alt"], second["alt"]) == ("a cross", "Pictures, picture 3 of 3")
+    assert (first["alt"], second["alt"]) == ("a cross", "Images, image 3 of 3")
     assert (first["width"], first["height"]) == ("192", "96")
     assert first["src"].startswith("data:image/png;base64,")
     assert "image-rendering: pixelated" in text
@@ -120,8 +120,8 @@ def test_a_page_that_fails_leaves_the_old_one(tmp_path, monkeypatch, sections):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_sections_take_figures_and_pictures_only():
-    with pytest.raises(OpError, match="plotly figures and PIL pictures, and got ndarray"):
+def test_sections_take_figures_and_images_only():
+    with pytest.raises(OpError, match="plotly figures and PIL images, and got ndarray"):
         Section("h", "s", (np.zeros((2, 2)),))
 
 
@@ -164,10 +164,10 @@ def test_png_is_dark_on_white(tmp_path):
     figure = channel_spectrum([0.1, 5.0, 4.0], [1, 2])
     before = figure.to_json()
     (path,) = write_pngs({tmp_path / "new" / "figure.png": figure}, width=400, scale=1)
-    picture = Image.open(path).convert("RGB")
-    assert picture.size == (400, figure.layout.height)
-    assert picture.getpixel((1, 1)) == (255, 255, 255)
-    assert np.asarray(picture).min() < 80
+    image = Image.open(path).convert("RGB")
+    assert image.size == (400, figure.layout.height)
+    assert image.getpixel((1, 1)) == (255, 255, 255)
+    assert np.asarray(image).min() < 80
     assert figure.to_json() == before
 
 

@@ -123,18 +123,18 @@ def test_blocks_and_steps_of_a_carrier(model):
     untouched = result.table[result.table["row"] == "untouched"].set_index("column")
     assert untouched.loc["source", ["effect", "says_source"]].tolist() == [1, 1]
     assert untouched.loc["target", "effect"] == 0
-    assert len(result.pictures) == 4
+    assert len(result.images) == 4
 
 
-def test_the_extreme_pictures_are_those_of_the_table(groups):
+def test_the_extreme_images_are_those_of_the_table(groups):
     patched = cells(groups)
     for pair in (0, 1):
         one = patched[patched["pair"] == pair]
         best = one.loc[one["effect"].idxmax()]
         key = f"{pair}/0/{best['row']}/{best['column']}/{best['draw']}"
-        said = scene_judge(groups.pictures[key], best["prompt"].split(" -> ")[0])["fidelity"]
+        said = scene_judge(groups.images[key], best["prompt"].split(" -> ")[0])["fidelity"]
         assert said == best["says_source"]
-    assert len(groups.pictures) == 2 * 4
+    assert len(groups.images) == 2 * 4
 
 
 def test_it_goes_on_from_its_folder_and_is_loaded_without_the_model(tiny, tmp_path, monkeypatch):
@@ -159,8 +159,8 @@ def test_it_goes_on_from_its_folder_and_is_loaded_without_the_model(tiny, tmp_pa
     for found in (again, loaded):
         assert found.summary.astype(str).equals(whole.summary.astype(str))
         assert found.notes == whole.notes
-        assert {key: picture.tobytes() for key, picture in found.pictures.items()} == {
-            key: picture.tobytes() for key, picture in whole.pictures.items()
+        assert {key: image.tobytes() for key, image in found.images.items()} == {
+            key: image.tobytes() for key, image in whole.images.items()
         }
     assert loaded.figure().data
 
@@ -181,7 +181,7 @@ def test_a_metric_of_ones_own_is_scaled_to_the_pair(tiny):
 
 
 def test_another_family_with_guidance_in_one_call():
-    """OmniGen: joint attention alone, latents that are pictures, three branches' worth of guidance."""
+    """OmniGen: joint attention alone, latents that are images, three branches' worth of guidance."""
     zoo = truth.zoo_of("omnigen")
     call = {key: value for key, value in zoo.call.items() if key not in ("output_type", "prompt")}
     result = studies.patching(zoo.lens, [tuple(zoo.call["prompt"][:2])], **call)

@@ -54,7 +54,7 @@ def test_ssim_is_its_definition(seed, share, shape):
     assert metrics.ssim(a, a) == pytest.approx(1)
 
 
-def test_ssim_takes_pictures_and_lists():
+def test_ssim_takes_images_and_lists():
     a, b = noise(0), noise(1)
     expected = metrics.ssim(a, b)
     assert metrics.ssim(Image.fromarray(a), Image.fromarray(b)) == expected
@@ -131,15 +131,15 @@ def model(folder):
 @pytest.mark.parametrize("prompt", ["a cat", "a prompt that is longer than this model reads"])
 def test_the_score_is_the_cosine_of_the_models_own_embeddings(clip, model, prompt):
     own, processor = model
-    picture = Image.fromarray(noise(0))
-    inputs = processor(text=[prompt], images=[picture], return_tensors="pt", truncation=True)
+    image = Image.fromarray(noise(0))
+    inputs = processor(text=[prompt], images=[image], return_tensors="pt", truncation=True)
     with torch.no_grad():
         out = own(**inputs)
-    assert clip(picture, prompt) == {"clip": pytest.approx((out.image_embeds @ out.text_embeds.T).item(), abs=1e-6)}
-    assert clip(picture, "another") != clip(picture, prompt)
+    assert clip(image, prompt) == {"clip": pytest.approx((out.image_embeds @ out.text_embeds.T).item(), abs=1e-6)}
+    assert clip(image, "another") != clip(image, prompt)
 
 
-def test_the_distance_is_between_embeddings_of_pictures(clip, model):
+def test_the_distance_is_between_embeddings_of_images(clip, model):
     own, processor = model
     a, b = (Image.fromarray(noise(seed)) for seed in (0, 1))
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_a_study_is_judged_by_clip(clip, folder):
     choice = {"judge": clip, "distances": ["ssim", clip.distance], "draws": 1, "confounds": False}
     result = disruption(lens, ["a cat", "red"], k=4, num_inference_steps=1, **choice)
     row = result.table.query("arm == 'top' and prompt == 'red'").iloc[0]
-    before, after = result.pictures["1/0/0/untouched"], result.pictures["1/0/4/top"]
+    before, after = result.images["1/0/0/untouched"], result.images["1/0/4/top"]
     assert row["clip"] == clip(after, "red")["clip"]
     assert row["ssim"] == metrics.ssim(before, after)
     assert row["clip_distance"] == clip.distance(before, after)
@@ -169,5 +169,5 @@ def test_what_is_no_clip_is_refused(model, tmp_path):
         metrics.clip_judge(tmp_path)
     with pytest.raises(OpError, match="needs its processor"):
         metrics.clip_judge(model[0])
-    picture = Image.fromarray(noise(0))
-    assert metrics.clip_judge(*model)(picture, "red") == metrics.clip_judge(*model)(picture, "red")
+    image = Image.fromarray(noise(0))
+    assert metrics.clip_judge(*model)(image, "red") == metrics.clip_judge(*model)(image, "red")

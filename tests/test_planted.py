@@ -104,5 +104,5 @@ def test_results_are_saved_and_loaded(carrier, tmp_path):
     assert loaded.notes == result.notes
     assert loaded.settings["k"] == K
     assert all(np.array_equal(mask, loaded.masks[key]) for key, mask in result.masks.items())
-    assert all(image.tobytes() == loaded.pictures[key].tobytes() for key, image in result.pictures.items())
+    assert all(image.tobytes() == loaded.images[key].tobytes() for key, image in result.images.items())
     assert loaded.figure().to_plotly_json()["data"]

@@ -172,11 +172,11 @@ def test_map_takes_a_channel_set():
     assert figure.data[1].x.tolist() == [1]
 
 
-# Pictures.
+# Images.
 
 
 @pytest.fixture
-def picture():
+def image():
     return Image.new("RGB", (8, 6), "navy")
 
 
@@ -191,12 +191,12 @@ def test_outline_is_the_border_of_the_mask():
     assert outline(np.zeros((3, 3), bool)) == ([], [])
 
 
-def test_overlay_lies_on_the_picture_and_tells_the_iou(picture):
+def test_overlay_lies_on_the_image_and_tells_the_iou(image):
     mask = np.zeros((3, 4), bool)
     mask[1, 1:3] = True
     truth = upsample(mask, (6, 8))
     truth[2, 2] = False
-    figure = plots.cluster_overlay(picture, mask, truth=truth, title="block 3", opacity=0.3)
+    figure = plots.cluster_overlay(image, mask, truth=truth, title="block 3", opacity=0.3)
     shown, tokens, border, *_ = figure.data
     assert shown.source.startswith("data:image/png;base64,")
     assert (shown.dx, shown.dy) == (1, 1)
@@ -210,49 +210,49 @@ def test_overlay_lies_on_the_picture_and_tells_the_iou(picture):
     assert not figure.layout.xaxis.visible
 
 
-def test_overlay_without_truth_draws_none(picture):
-    figure = plots.cluster_overlay(picture, torch.ones(3, 4, dtype=torch.bool))
+def test_overlay_without_truth_draws_none(image):
+    figure = plots.cluster_overlay(image, torch.ones(3, 4, dtype=torch.bool))
     assert not named(figure, "true subject")
     assert "IoU" not in figure.layout.title.subtitle.text
 
 
-def test_overlay_refuses_what_is_no_mask(picture):
+def test_overlay_refuses_what_is_no_mask(image):
     with pytest.raises(OpError, match="mask must be bool"):
-        plots.cluster_overlay(picture, np.ones((3, 4)))
-    with pytest.raises(OpError, match=r"picture 6 x 8 pixels. Give the truth"):
-        plots.cluster_overlay(picture, np.ones((3, 4), bool), truth=np.ones((3, 4), bool))
+        plots.cluster_overlay(image, np.ones((3, 4)))
+    with pytest.raises(OpError, match=r"image 6 x 8 pixels. Give the truth"):
+        plots.cluster_overlay(image, np.ones((3, 4), bool), truth=np.ones((3, 4), bool))
 
 
-def test_overlay_grid_has_a_cell_per_mask(picture):
+def test_overlay_grid_has_a_cell_per_mask(image):
     masks = {f"blocks.{i}.img": np.eye(4, dtype=bool) for i in range(10)} | {"final.img": np.ones((4, 4), bool)}
-    figure = plots.overlay_grid(picture, masks, truth=np.ones((6, 8), bool))
+    figure = plots.overlay_grid(image, masks, truth=np.ones((6, 8), bool))
     labels = [label.text for label in figure.layout.annotations]
     assert labels[0].startswith("block 0<br>IoU 0.25")
     assert labels[-1] == "final.img<br>IoU 1.00"
     assert len([trace for trace in figure.data if isinstance(trace, go.Image)]) == 11
     assert not any(trace.showlegend for trace in figure.data if isinstance(trace, go.Scatter))
     with pytest.raises(OpError, match="no masks"):
-        plots.overlay_grid(picture, {})
+        plots.overlay_grid(image, {})
 
 
 @pytest.mark.parametrize(("n", "rows"), [(1, 1), (8, 1), (9, 2), (17, 3)])
-def test_strip_wraps_and_keeps_pixels_sharp(picture, n, rows):
-    figure = plots.strip([picture] * n, [f"strength {i}" for i in range(n)], title="Transport")
+def test_strip_wraps_and_keeps_pixels_sharp(image, n, rows):
+    figure = plots.strip([image] * n, [f"strength {i}" for i in range(n)], title="Transport")
     assert len({trace.yaxis for trace in figure.data}) == n
     assert len({figure.layout[trace.yaxis.replace("y", "yaxis")].domain for trace in figure.data}) == rows
     assert all(trace.zsmooth is False for trace in figure.data)
     assert len(figure.layout.annotations) == n
 
 
-def test_strip_makes_large_pictures_smaller_but_not_wider():
+def test_strip_makes_large_images_smaller_but_not_wider():
     figure = plots.strip([Image.new("RGB", (2048, 1024))], ["big"])
     assert figure.data[0].dx == figure.data[0].dy == 4
     assert figure.layout.xaxis.range == (0, 2048)
 
 
-def test_strip_wants_a_label_per_picture(picture):
-    with pytest.raises(OpError, match="2 pictures and 1 labels"):
-        plots.strip([picture] * 2, ["one"])
+def test_strip_wants_a_label_per_image(image):
+    with pytest.raises(OpError, match="2 images and 1 labels"):
+        plots.strip([image] * 2, ["one"])
 
 
 # Studies.

@@ -330,8 +330,8 @@ def test_x0_of_rescaled_latents_is_the_schedulers_own(name, off):
     scheduler.step = stepping
     zoo.plain_of(zoo.call)
     for found, wanted in zip(run["x0"].as_subclass(torch.Tensor), taken, strict=True):
-        picture = wanted.float().squeeze(2) if wanted.ndim == 5 else wanted.float()
-        patches = torch.nn.functional.pixel_unshuffle(picture, picture.shape[-1] // run.grid[-1])
+        image = wanted.float().squeeze(2) if wanted.ndim == 5 else wanted.float()
+        patches = torch.nn.functional.pixel_unshuffle(image, image.shape[-1] // run.grid[-1])
         torch.testing.assert_close(found, patches.flatten(2).transpose(1, 2), rtol=1e-3, atol=1e-3)
 
 
@@ -374,7 +374,7 @@ def test_videos_are_kept_as_latents():
 @pytest.mark.parametrize(
     ("op", "reason"),
     [
-        (lambda: Zero("blocks.1.img.mod.attn.gate", tokens=[0]), "one vector for each picture, not tokens"),
+        (lambda: Zero("blocks.1.img.mod.attn.gate", tokens=[0]), "one vector for each image, not tokens"),
         (lambda: Zero("blocks.1.img", mask=np.zeros((4, 6), bool)), "chooses no token"),
         (lambda: Zero("blocks.1.txt", tokens=[-1]), "only the run can tell. Count from 0"),
         (lambda: Zero("blocks.1.txt", tokens=slice(2, None)), "a slice that says where it ends"),

@@ -107,8 +107,8 @@ def test_what_is_recommended_for_flux_dev(dev, gb, best, exact):
     assert advice.lines in repr(advice)
 
 
-def test_more_pictures_take_more_and_tiny_cards_are_refused(dev):
-    assert recommend(dev, gb=40, pictures=4).best.name != "all in bf16"
+def test_more_images_take_more_and_tiny_cards_are_refused(dev):
+    assert recommend(dev, gb=40, images=4).best.name != "all in bf16"
     with pytest.raises(OpError, match=r"nothing fits into 2 GB: the least is .*enable_tiling"):
         recommend(dev, gb=2).lines  # noqa: B018
     assert "nothing fits" in repr(recommend(dev, gb=2))

@@ -78,7 +78,7 @@ def double(tensor, hook):
 
 
 def same(one, other):
-    """Two runs are equal bit for bit: pictures, reads, receipt, clock."""
+    """Two runs are equal bit for bit: images, reads, receipt, clock."""
     assert [image.tobytes() for image in one.images] == [image.tobytes() for image in other.images]
     for first, second in zip(one.readings, other.readings, strict=True):
         assert all(torch.equal(first[site], second[site]) for site in first)

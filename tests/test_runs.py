@@ -50,7 +50,7 @@ def test_it_loads_without_diffusers_and_nnsight(run, tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_rerun_gives_the_same_pictures_and_names_what_differs(run, cfg_lens):
+def test_rerun_gives_the_same_images_and_names_what_differs(run, cfg_lens):
     again = run.rerun(cfg_lens)
     assert again.identical
     assert again.differences == ()
@@ -64,13 +64,13 @@ def test_compare(run, cfg_lens):
     found = dl.compare(run, other)
     assert not found.identical
     assert ("spec.ops[2].channels[0]", 4, 5) in found.differences
-    assert list(found.table.columns) == ["picture", "rmse", "psnr"]
+    assert list(found.table.columns) == ["image", "rmse", "psnr"]
     a, b = (np.asarray(one.images[0], float) for one in (run, other))
     assert found.table["rmse"][0] == pytest.approx(np.sqrt(((a - b) ** 2).mean()), rel=1e-6)
     assert found.reads["spectrum/blocks.0.img"] < found.reads["spectrum/blocks.4.img"]
     assert "differences" in repr(found)
-    assert found.pictures.size == (96, 64)
-    with pytest.raises(dl.errors.OpError, match="equally many pictures"):
+    assert found.images.size == (96, 64)
+    with pytest.raises(dl.errors.OpError, match="equally many images"):
         dl.compare(run, cfg_lens.run("red", seed=1))
 
 

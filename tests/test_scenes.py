@@ -1,4 +1,4 @@
-"""Drawn pictures are read back as what was drawn; other pictures are unreadable."""
+"""Drawn images are read back as what was drawn; other images are unreadable."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_edges_are_anti_aliased():
 
 
 @pytest.mark.parametrize("kind", ["noise", "gray", "gradient", "checks"])
-def test_other_pictures_are_unreadable(kind):
+def test_other_images_are_unreadable(kind):
     rng = np.random.default_rng(0)
     ramp = np.linspace(0, 255, PIXELS).astype(np.uint8)
     pixels = {

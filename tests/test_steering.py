@@ -45,17 +45,17 @@ def test_controls_are_those_of_the_channels(panel):
 
 
 @pytest.mark.parametrize("changes", [{"arm": "random", "k": 6}, {"where": "subject"}, {"arm": "all", "steps": (2, 3)}])
-def test_the_code_draws_the_same_picture(panel, tmp_path, changes):
+def test_the_code_draws_the_same_image(panel, tmp_path, changes):
     drawn = panel.draw(**changes)
-    (tmp_path / "again.py").write_text(panel.code.replace("run.images[1]", "picture = run.images[1]"))
-    assert same(runpy.run_path(str(tmp_path / "again.py"))["picture"], drawn)
+    (tmp_path / "again.py").write_text(panel.code.replace("run.images[1]", "image = run.images[1]"))
+    assert same(runpy.run_path(str(tmp_path / "again.py"))["image"], drawn)
 
 
 def test_the_strip_keeps_everything(panel):
     for strength in (0.25, 0.75):
         panel.draw(strength=strength)
     assert [setting.strength for setting in panel.settings] == [0.25, 0.75]
-    assert panel.strength == 0.75, "the controls stand where the picture was drawn"
+    assert panel.strength == 0.75, "the controls stand where the image was drawn"
     state = panel.whole_state()
     assert [shot["strength"] for shot in state["_shots"]] == [0.25, 0.75]
     assert len(state["_album"]) == sum(shot["length"] for shot in state["_shots"])
@@ -73,7 +73,7 @@ def test_what_cannot_be_drawn_is_said_and_leaves_no_trace(toy, panel):
     panel._handle_custom_msg({"kind": "draw", "setting": {"arm": "botom"}}, [])
     assert sent[0]["kind"] == "problem"
     assert "Nearest: 'bottom'" in sent[0]["text"]
-    assert not panel.pictures
+    assert not panel.images
 
 
 @pytest.mark.browser

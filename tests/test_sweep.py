@@ -41,8 +41,8 @@ def runs(lens, monkeypatch):
 def assert_same(one, other):
     for table in ("table", "summary"):
         pd.testing.assert_frame_equal(getattr(one, table), getattr(other, table), check_exact=True)
-    assert {name: p.tobytes() for name, p in one.pictures.items()} == {
-        name: p.tobytes() for name, p in other.pictures.items()
+    assert {name: p.tobytes() for name, p in one.images.items()} == {
+        name: p.tobytes() for name, p in other.images.items()
     }
     assert (one.settings, one.notes) == (other.settings, other.notes)
 
@@ -56,7 +56,7 @@ def test_every_combination_is_the_study_alone(lens, whole):
             part = getattr(whole, kind).query("site == @site and steps == @said").drop(columns=["site", "steps"])
             pd.testing.assert_frame_equal(part.reset_index(drop=True), getattr(alone, kind), check_exact=True)
         key = "0/0/4/top"
-        assert whole.pictures[f"site={site}, steps={said}/{key}"].tobytes() == alone.pictures[key].tobytes()
+        assert whole.images[f"site={site}, steps={said}/{key}"].tobytes() == alone.images[key].tobytes()
     assert whole.table.groupby(["site", "steps"]).ngroups == 4
     assert whole.notes.count("k=4 is 12.5% of 32 channels") == 1
     assert f"site={LABELS[0][0]}, steps={LABELS[0][1]}: k=4: top changes" in "\n".join(whole.notes)
@@ -185,7 +185,7 @@ def test_other_measures_and_the_keys_of_a_study():
     assert plots.sweep_figure(summary, ["site"], "size").layout.yaxis.title.text == "size"
     with pytest.raises(OpError, match=r"no measure 'iuo'\. Nearest: 'iou'"):
         plots.sweep_figure(summary, ["site"], "iuo")
-    with pytest.raises(OpError, match="no edited pictures"):
+    with pytest.raises(OpError, match="no edited images"):
         plots.sweep_figure(summary[summary["arm"] == "no-op"], ["site"])
     many = pd.concat([summary.assign(k=k) for k in range(7)])[["site", "k", *summary.columns[1:]]]
     with pytest.raises(OpError, match=r"14 panels are too many: k \(7\), block \(2\)"):

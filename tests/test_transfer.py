@@ -13,7 +13,7 @@ from dit_lens.analysis.channels import top_channels
 from dit_lens.analysis.metrics import rmse
 from dit_lens.errors import OpError, PromptError
 from dit_lens.studies import Result
-from dit_lens.studies.parts.blends import blend_pictures, blend_texts
+from dit_lens.studies.parts.blends import blend_images, blend_texts
 from dit_lens.studies.parts.nearness import at_nearness, change_within, explained, with_matched
 from dit_lens.studies.parts.transport import chosen, read_out
 from dit_lens.studies.shared.judges import scene_judge
@@ -86,10 +86,10 @@ def test_arms_are_compared_where_they_are_as_near_as_top():
 
 
 @given(st.floats(0, 1))
-def test_no_picture_keeps_more_in_rmse_than_a_pixel_blend(strength):
+def test_no_image_keeps_more_in_rmse_than_a_pixel_blend(strength):
     rng = np.random.default_rng(0)
     source, target = (Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)) for _ in range(2))
-    blend = blend_pictures(source, target, strength)
+    blend = blend_images(source, target, strength)
     apart = rmse(source, target)
     assert rmse(blend, source) + rmse(blend, target) <= apart + 1.1  # rounding to whole grey levels
     assert rmse(blend, target) == pytest.approx(strength * apart, abs=0.6)
@@ -211,7 +211,7 @@ def test_strips_lead_from_target_to_source(found):
     assert len(strips.data) == 2 * 3
     inside = plots.transfer_strips(result, masked=True, arms=("top", "prompt-blend"))  # no prompts inside a mask
     assert len(inside.data) == 3
-    for choice, words in (({"pair": 9}, "no pictures of pair 9"), ({"arms": ["up"]}, "no pictures of up")):
+    for choice, words in (({"pair": 9}, "no images of pair 9"), ({"arms": ["up"]}, "no images of up")):
         with pytest.raises(OpError, match=words):
             plots.transfer_strips(result, **choice)
 
@@ -231,8 +231,8 @@ def test_a_study_goes_on_and_loads_without_its_model(found, tiny, monkeypatch):
     for other in (again, more):
         pd.testing.assert_frame_equal(other.table, result.table, check_dtype=False)
         assert other.notes == result.notes
-        assert {key: image.tobytes() for key, image in other.pictures.items()} == {
-            key: image.tobytes() for key, image in result.pictures.items()
+        assert {key: image.tobytes() for key, image in other.images.items()} == {
+            key: image.tobytes() for key, image in result.images.items()
         }
 
 
@@ -248,13 +248,13 @@ def test_late_swaps_start_from_a_recorded_run_and_change_no_number(tiny, monkeyp
     finally:
         handle.remove()
     pd.testing.assert_frame_equal(quick.table, slow.table)
-    assert all(quick.pictures[name].tobytes() == slow.pictures[name].tobytes() for name in slow.pictures)
+    assert all(quick.images[name].tobytes() == slow.images[name].tobytes() for name in slow.images)
     whole, moved, calls = 8, 7, 2  # runs that stay whole, of swaps, and the transformer's calls at a step
     assert len(passes) - few == (whole + moved) * 4 * calls
     assert few == (whole + 1 + moved / 2) * 4 * calls  # one more is recorded
 
 
-def test_stored_activations_give_the_same_picture(tiny):
+def test_stored_activations_give_the_same_image(tiny):
     """Lockstep, against a source that was run before and kept."""
     source, target = LETTERS[0]
     sites, choice = "blocks.*.img", {"channels": [1, 5, 9], "rows": 1, "branch": "cond", "strength": 0.7}

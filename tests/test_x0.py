@@ -1,4 +1,4 @@
-"""The x0 lens against the pictures the pipelines draw themselves."""
+"""The x0 lens against the images the pipelines draw themselves."""
 
 import numpy as np
 import pytest
@@ -15,14 +15,14 @@ def array(image):
     return np.asarray(image, dtype=int)
 
 
-def test_without_guidance_the_last_step_is_the_picture(toy):
+def test_without_guidance_the_last_step_is_the_image(toy):
     run = toy.run(PROMPT, seed=0, true_cfg_scale=1.0)
     found = toy.read_x0(PROMPT, "blocks.-1.img", seed=0, true_cfg_scale=1.0, steps=[0, -1])
-    assert list(found.pictures) == ["blocks.7.img.x0", "x0"]
+    assert list(found.images) == ["blocks.7.img.x0", "x0"]
     assert found.steps == (0, 11)
-    for pictures in found.pictures.values():
-        assert abs(array(pictures[-1][0]) - array(run.images[0])).max() <= 1
-        assert abs(array(pictures[0][0]) - array(run.images[0])).max() > 10
+    for images in found.images.values():
+        assert abs(array(images[-1][0]) - array(run.images[0])).max() <= 1
+        assert abs(array(images[0][0]) - array(run.images[0])).max() > 10
 
 
 @pytest.mark.parametrize("name", ["flux-embedded", "flux2", "klein-kv", "sd3", "sd35", "zimage"])
@@ -36,8 +36,8 @@ def test_every_kind_of_latents_is_decoded_as_its_pipeline_does(name):
     steps = call.pop("num_inference_steps")
     run = lens.run(None, seed=0, num_inference_steps=steps, **call)
     found = lens.read_x0(None, "blocks.-1.img", steps=-1, seed=0, num_inference_steps=steps, **call)
-    assert len(found.pictures["x0"][0]) == 2
-    for drawn, own, last in zip(run.images, *(pictures[0] for pictures in found.pictures.values()), strict=True):
+    assert len(found.images["x0"][0]) == 2
+    for drawn, own, last in zip(run.images, *(images[0] for images in found.images.values()), strict=True):
         assert abs(array(drawn) - array(own)).max() <= 1
         assert abs(array(drawn) - array(last)).max() <= 1
 
@@ -51,7 +51,7 @@ def test_an_edit_shows_in_the_blocks_after_it(cfg_lens):
 
 def test_the_sheet_and_the_defaults(cfg_lens):
     found = cfg_lens.read_x0(["red", "blue"], seed=0)
-    assert list(found.pictures) == [*(f"blocks.{i}.img.x0" for i in range(5)), "x0"]
+    assert list(found.images) == [*(f"blocks.{i}.img.x0" for i in range(5)), "x0"]
     assert found.steps == (0, 1, 2)
     figure = found.figure(row=1)
     assert len(figure.data) == 18
@@ -74,7 +74,7 @@ def test_refusals(cfg_lens):
 
 
 def test_steps_are_those_that_run():
-    """Not what num_inference_steps says: part of a run from a picture, and a sampler that calls the model twice."""
+    """Not what num_inference_steps says: part of a run from an image, and a sampler that calls the model twice."""
     from diffusers import FlowMatchHeunDiscreteScheduler, FluxImg2ImgPipeline
     from PIL import Image
 

@@ -1,7 +1,7 @@
 """Are the chosen channels organised in space? Tokens are clustered by their channel values; a cluster becomes a mask.
 
 Knows no model: numpy arrays or tensors in, numpy arrays out. Letters: n image token, k chosen channels, h w token grid,
-H W picture, m masks, t truths, p prompts. Method: Claim 2 of arXiv 2605.13974 with the choices of its public
+H W image, m masks, t truths, p prompts. Method: Claim 2 of arXiv 2605.13974 with the choices of its public
 reproduction (min-max per channel, K = 2, the hotter cluster in front), each of which is an argument here.
 """
 
@@ -25,7 +25,7 @@ from dit_lens.errors import OpError, nearest
 METHODS = ("minmax", "robust")
 POLARITIES = ("heat", "border")
 
-# A cluster of fewer tokens than this share is a few outliers that captured it, not a region of the picture.
+# A cluster of fewer tokens than this share is a few outliers that captured it, not a region of the image.
 DEGENERATE_SHARE = 0.01
 
 # Prompts up to which all orders of a permutation test are counted: 720.
@@ -34,7 +34,7 @@ _ENUMERATED = 6
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Segmentation:
-    """What the clusters of one site say about the picture.
+    """What the clusters of one site say about the image.
 
     mask: bool [h, w], the foreground. labels: int [h, w], the cluster of each token, 0 the coldest.
     sizes: tokens per cluster. degenerate: a cluster holds under 1 % of the tokens, so the mask means little.
@@ -63,13 +63,13 @@ def segment(
     method: str = "minmax",
     seed: int = 0,
 ) -> Segmentation:
-    """Clusters the tokens of one picture and picks the foreground.
+    """Clusters the tokens of one image and picks the foreground.
 
-    >>> picture = np.outer([0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 0, 0, 0])
-    >>> found = segment(picture.reshape(64, 1), (8, 8))
+    >>> image = np.outer([0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 0, 0, 0])
+    >>> found = segment(image.reshape(64, 1), (8, 8))
     >>> found
     Segmentation: grid 8 x 8, foreground 9 of 64 tokens, clusters (55, 9)
-    >>> iou(found.mask, picture > 0)
+    >>> iou(found.mask, image > 0)
     1.0
 
     x: [n, k], the chosen channels of the image tokens, row by row. grid: (h, w) with h * w == n.
@@ -161,12 +161,12 @@ def foreground(labels: Any, heat: Any, grid: tuple[int, ...], polarity: str = "h
 
 
 def upsample(mask: Any, size: tuple[int, int]) -> np.ndarray:
-    """The nearest-neighbour enlargement of a token grid to a picture, of any dtype.
+    """The nearest-neighbour enlargement of a token grid to an image, of any dtype.
 
     >>> upsample(np.array([[True, False]]), (2, 4)).tolist()
     [[True, True, False, False], [True, True, False, False]]
 
-    mask: [h, w]. size: (H, W) of the picture, in pixels; pixel centres decide, as in torch's "nearest-exact".
+    mask: [h, w]. size: (H, W) of the image, in pixels; pixel centres decide, as in torch's "nearest-exact".
     """
     grid = _array(mask)
     if grid.ndim != 2 or min(size) < 1:
@@ -176,7 +176,7 @@ def upsample(mask: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def to_grid(mask: Any, grid: tuple[int, int]) -> np.ndarray:
-    """A mask of a picture on the token grid: a token is in it when at least half of its pixels are.
+    """A mask of an image on the token grid: a token is in it when at least half of its pixels are.
 
     >>> to_grid(np.eye(4, dtype=bool), (2, 2)).tolist()
     [[True, False], [False, True]]
@@ -200,7 +200,7 @@ def iou(a: Any, b: Any) -> float:
     if first.shape != second.shape:
         raise OpError(
             f"The masks have shapes {first.shape} and {second.shape}. "
-            "Bring the token grid to the picture with upsample(mask, size)."
+            "Bring the token grid to the image with upsample(mask, size)."
         )
     union = int((first | second).sum())
     return int((first & second).sum()) / union if union else 1.0

@@ -46,9 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_pages(commands: Any) -> None:
     """The commands that write a page."""
     demo = commands.add_parser("demo", help="find the massive channels of the toy, run the three studies, write a page")
-    demo.add_argument(
-        "--out", type=Path, default=Path("dit-lens-demo"), help="folder for index.html, pictures and data"
-    )
+    demo.add_argument("--out", type=Path, default=Path("dit-lens-demo"), help="folder for index.html, images and data")
     demo.add_argument("--prompt", help="the scene to draw and to edit")
     demo.add_argument("--source", help="the scene whose channels are moved into it")
     demo.add_argument("--seed", type=int, default=0)

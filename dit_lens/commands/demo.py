@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 PROMPT = "a big red circle left on a checkered blue background"
 SOURCE = "a big yellow triangle right on a plain green background"
 K = 8
-OTHERS = 2  # further scenes, so that the studies speak of more than one picture
+OTHERS = 2  # further scenes, so that the studies speak of more than one image
 STRENGTHS = (0.5, 1.0)
 CONTROLS = ("bottom", "random", "energy-matched")
 
 TITLE = "dit_lens: massive activations in a toy FLUX"
 LEAD = (
     "A few channels of a Diffusion Transformer respond far more strongly than the rest. This page looks for them in a "
-    "small FLUX that was trained on drawn scenes, and asks three things of them: does the picture depend on them, do "
-    "they know where the subject is, can they be moved from one picture into another? One model, a few prompts and one "
+    "small FLUX that was trained on drawn scenes, and asks three things of them: does the image depend on them, do "
+    "they know where the subject is, can they be moved from one image into another? One model, a few prompts and one "
     "seed: an illustration of the tool, not evidence about large models."
 )
 
@@ -85,7 +85,7 @@ def demo(
         for result in (disruption, organisation, transfer):
             result.save(folder / result.study)
         for i, image in enumerate(run.images):
-            image.save(folder / f"picture-{i}.png")
+            image.save(folder / f"image-{i}.png")
         write_pngs(_named(sections, folder))
     return Outcome(out / "index.html", _headline(massive, disruption, organisation, transfer))
 
@@ -94,11 +94,11 @@ def _drawn(run: Run) -> Section:
     prompts = run.spec["prompt"]
     read = [describe(image) for image in run.images]
     exact = sum(found.scene == Scene.parse(prompt) for found, prompt in zip(read, prompts, strict=True))
-    sentence = f"Read back from their pixels, {exact} of {len(read)} pictures are exactly the scene that was asked for."
+    sentence = f"Read back from their pixels, {exact} of {len(read)} images are exactly the scene that was asked for."
     table = pd.DataFrame({"asked": prompts, "read back (share of variance explained)": list(map(str, read))})
     scenes = [Scene.parse(prompt) for prompt in prompts]
     figure = plots.strip(run.images, [f"{s.size} {s.colour} {s.shape} {s.position}" for s in scenes])
-    return Section("The pictures", sentence, (figure,), table, "run = lens.run(prompts, seed=0)\nrun.images")
+    return Section("The images", sentence, (figure,), table, "run = lens.run(prompts, seed=0)\nrun.images")
 
 
 def _massive(massive: ChannelSet, k: int) -> Section:
@@ -125,17 +125,17 @@ def _disruption(result: Result, k: int, seed: int) -> Section:
     against = ", ".join(f"{changed[arm]} for {arm}" for arm in CONTROLS)
     held = rows["energy_share"]
     sentence = (
-        f"Zeroing the top {k} channels in every block changes the pictures by {changed['top']} of 255 (RMSE, 95 % CI), "
+        f"Zeroing the top {k} channels in every block changes the images by {changed['top']} of 255 (RMSE, 95 % CI), "
         f"against {against}; {rows.loc['top', 'fidelity']:.0%} of the prompts' attributes are right afterwards, "
         f"against {rows.loc['random', 'fidelity']:.0%} with random channels zeroed. The top hold {held['top']:.0%} of "
         f"the energy, the energy-matched {held['energy-matched']:.0%}: turned down only until tokens move as far as "
-        f"with those, the top change the pictures by {changed['attenuated']}. Overwritten so that the next norm sees "
+        f"with those, the top change the images by {changed['attenuated']}. Overwritten so that the next norm sees "
         f"the mean and variance of before, they change them by {changed['norm-kept']}; left in place while the others "
         f"are raised as that norm would raise them, by {changed['rescaled']}."
     )
     arms = ["untouched", "top", *CONTROLS, "attenuated", "norm-kept", "rescaled"]
-    shown = [result.pictures[f"0/{seed}/{0 if arm == 'untouched' else k}/{arm}"] for arm in arms]
-    figures = (plots.strip(shown, arms, title="One picture, different channels changed"), result.figure())
+    shown = [result.images[f"0/{seed}/{0 if arm == 'untouched' else k}/{arm}"] for arm in arms]
+    figures = (plots.strip(shown, arms, title="One image, different channels changed"), result.figure())
     code = f"result = studies.disruption(lens, prompts, k={k})\nresult.figure()"
     measures = ["rmse", "rmse_top_minus", "fidelity", "energy_share"]
     columns = ["arm", "n", *(name for measure in measures for name in (measure, f"{measure}_low", f"{measure}_high"))]
@@ -153,16 +153,16 @@ def _organisation(result: Result, depth: int) -> Section:
         f"IoU {others['top']:.2f}, against {others['random']:.2f} for random channels, {others['bottom']:.2f} for "
         f"bottom channels and {others['all']:.2f} for all; {others['component']:.2f} for the first principal component "
         f"of all, {others['centre']:.2f} for a disc in the centre, {table.loc['top', 'others']:.2f} for the same "
-        f"masks on the other prompts' pictures and {table.loc['top', 'chance']:.2f} for equally large random masks. "
+        f"masks on the other prompts' images and {table.loc['top', 'chance']:.2f} for equally large random masks. "
         "The block is the best of several, so its IoU flatters."
     )
     first = next(key.removesuffix("/truth") for key in result.masks if key.endswith("/truth"))
-    picture, truth = result.pictures[first], result.masks[f"{first}/truth"]
+    image, truth = result.images[first], result.masks[f"{first}/truth"]
     blocks = {f"block {block}": result.masks[f"{first}/{step}/{block}/top"] for block in range(depth)}
     arms = {arm: result.masks[f"{first}/{step}/{best}/{arm}"] for arm in table.index}
     overlays = (
-        plots.overlay_grid(picture, blocks, truth=truth, title="Clusters of the top channels"),
-        plots.overlay_grid(picture, arms, truth=truth, title=f"Block {best}: other channels, baselines and nulls"),
+        plots.overlay_grid(image, blocks, truth=truth, title="Clusters of the top channels"),
+        plots.overlay_grid(image, arms, truth=truth, title=f"Block {best}: other channels, baselines and nulls"),
     )
     code = "result = studies.organisation(lens, prompts)\nresult.figure()"
     columns = ["arm", "n", "iou", "low", "high", "chance", "others", "p", "size", "degenerate"]
@@ -174,7 +174,7 @@ def _transfer(result: Result) -> Section:
     full = result.summary[(result.summary["strength"] == 1.0) & ~result.summary["masked"]].set_index("arm")
     moved = {arm: f"{full.loc[arm, 'to_source']:.0f} and {full.loc[arm, 'to_target']:.0f}" for arm in full.index}
     sentence = (
-        f"Moving the source's top channels into the target at full strength leaves a picture at RMSE {moved['top']} of "
+        f"Moving the source's top channels into the target at full strength leaves an image at RMSE {moved['top']} of "
         f"255 from source and target; with random channels it is {moved['random']}, with all channels {moved['all']}. "
         f"{full.loc['top', 'direct_share']:.0%} of the change in what the model predicts is read out directly, by the "
         f"final norm and projection alone, against {full.loc['random', 'direct_share']:.0%} with random channels."

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_lens.core.execution.assemble import pictures_of
+from dit_lens.core.execution.assemble import images_of
 from dit_lens.core.plan.cost import human, stored
 from dit_lens.core.request.call import prepare
 from dit_lens.core.request.ops import Read, Zero
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PROMPT = "a big red circle left on a plain blue background"  # words that every toy knows
 STEPS = 2
-LARGE = 1_000_000_000  # parameters from which a CPU gets a smaller picture
+LARGE = 1_000_000_000  # parameters from which a CPU gets a smaller image
 SMALL_SIDE = 256
 TOP = 4  # channels of a block that count as its massive ones
 # (family, width) -> channels, and where they were published
@@ -79,9 +79,9 @@ def examine(lens: DiTLens, *, device: str | None = None) -> Diagnosis:
     >>> from dit_lens import DiTLens
     >>> diagnosis = examine(DiTLens.toy())
     >>> diagnosis.well, diagnosis["identity"].says
-    (True, 'an empty edit and reads of every block give the same picture, bit for bit')
+    (True, 'an empty edit and reads of every block give the same image, bit for bit')
 
-    device: where to try it; the pipeline is moved there, if it fits. On a CPU large models draw a small picture.
+    device: where to try it; the pipeline is moved there, if it fits. On a CPU large models draw a small image.
     """
     model = str(getattr(lens.pipe, "name_or_path", "") or "") or type(lens.pipe).__name__
     findings = [_family(lens), _weights(lens)]
@@ -161,11 +161,11 @@ def _drawn(lens: DiTLens) -> list[Finding]:
     )
     with lens.quiet():
         with _timed(lens.pipe.transformer) as times:
-            plain = list(pictures_of(lens.pipe(**prepared.keywords())))
+            plain = list(images_of(lens.pipe(**prepared.keywords())))
         ops = [Zero("blocks.*.img", channels=[]), Read("blocks.*.img", reduce="|mean|", name="spectrum")]
         run = lens.run(prompt, ops, seed=0, num_inference_steps=STEPS, **call)
         difference = _difference(plain, run.images)
-        noise = _difference(plain, list(pictures_of(lens.pipe(**prepared.keywords())))) if difference else 0.0
+        noise = _difference(plain, list(images_of(lens.pipe(**prepared.keywords())))) if difference else 0.0
     calls = len(times) // len(run.clock) or 1
     seconds = sum(times[-calls:])
     grid = " x ".join(map(str, run.grid))
@@ -228,13 +228,13 @@ def _timed(transformer: torch.nn.Module) -> Generator[list[float]]:
 
 
 def _identity(difference: float, noise: float) -> Finding:
-    """Whether the picture under a lens is the pipeline's own, and if not, whether two plain runs are the same."""
+    """Whether the image under a lens is the pipeline's own, and if not, whether two plain runs are the same."""
     data = {"identical": not difference, "difference": difference, "difference_of_plain_runs": noise}
     if not difference:
-        says = "an empty edit and reads of every block give the same picture, bit for bit"
+        says = "an empty edit and reads of every block give the same image, bit for bit"
         return Finding("identity", "ok", says, data)
     cause = (
-        f"two runs without a lens differ by up to {noise:g}: this machine does not repeat itself. Compare pictures "
+        f"two runs without a lens differ by up to {noise:g}: this machine does not repeat itself. Compare images "
         "with that in mind, or try torch.use_deterministic_algorithms(True)."
         if noise
         else "two runs without a lens are the same. Please report this pipeline."
@@ -251,11 +251,11 @@ def _difference(one: list[Any], other: list[Any]) -> float:
     return max(float(np.abs(_pixels(a) - _pixels(b)).max()) for a, b in zip(one, other, strict=True))
 
 
-def _pixels(picture: Any) -> Any:
-    """A picture, or the frames of a video, as numbers."""
+def _pixels(image: Any) -> Any:
+    """An image, or the frames of a video, as numbers."""
     import numpy as np
 
-    frames = picture if isinstance(picture, list | tuple) else [picture]
+    frames = image if isinstance(image, list | tuple) else [image]
     return np.stack([np.asarray(frame, dtype=np.float32) for frame in frames])
 
 

@@ -1,4 +1,4 @@
-"""How well a toy draws what it is told: prompts it never saw, pictures read back, and the card that says so."""
+"""How well a toy draws what it is told: prompts it never saw, images read back, and the card that says so."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ CARD = "README.md"
 
 
 def evaluate(folder: Path, *, prompts: int = PROMPTS, seed: int = 0) -> dict[str, Any]:
-    """Shares of attributes right over held-out prompts, and how well pictures can be read back at all.
+    """Shares of attributes right over held-out prompts, and how well images can be read back at all.
 
-    folder: a toy's pipeline. Picture i is drawn from noise seed ``seed + i`` with the toy's own call defaults.
+    folder: a toy's pipeline. Image i is drawn from noise seed ``seed + i`` with the toy's own call defaults.
     """
     lens = DiTLens.from_pretrained(folder)
     toy = kind(_toy(read_json(folder / DEFAULTS_FILE, "the defaults of a toy")))
@@ -64,7 +64,7 @@ def report(quality: dict[str, Any]) -> str:
         lines.append(f"{name:<12}{share:>7.3f}{f'{low:.3f} to {high:.3f}':>16}{verdict}")
     for source in ("drawn", "round trip"):
         worst = min(share for share, *_ in quality[source].values())
-        lines.append(f"reading back {source} pictures: every attribute right in at least {worst:.3f}")
+        lines.append(f"reading back {source} images: every attribute right in at least {worst:.3f}")
     return "\n".join(lines)
 
 
@@ -99,7 +99,7 @@ def write_card(folder: Path, quality: dict[str, Any]) -> None:
 
 CARD_TEXT = """# A {title} toy
 
-A `{pipeline}` of diffusers, trained from nothing on pictures drawn by `dit_lens.toys.scenes`: 64 x 64 pixels, 16 x 16
+A `{pipeline}` of diffusers, trained from nothing on images drawn by `dit_lens.toys.scenes`: 64 x 64 pixels, 16 x 16
 image tokens, sentences such as "a big red circle left on a checkered blue background". About 9 % of the combinations of
 colour, shape, texture and position were held out of training. It is for teaching and testing; it can draw nothing else.
 {notes}
@@ -112,7 +112,7 @@ Trained with `dit-lens train-toy {name}` (seed {seed}, batch {batch}, rate {rate
 Text encoders learn the grammar's attributes; the autoencoder minimises L1 with a small KL term; the transformer is
 trained by rectified flow with 10 % caption dropout, and its weights are averaged (EMA) and stored in half precision.
 
-Measured over {n} held-out prompts at {steps} steps, pictures read back by `describe`:
+Measured over {n} held-out prompts at {steps} steps, images read back by `describe`:
 
 | attribute | share right | 95 % interval | bar |
 | --- | --- | --- | --- |
@@ -132,7 +132,7 @@ def _verdict(name: str, share: float) -> str:
 
 
 def _shares(scenes: Sequence[Scene], images: Sequence[Image.Image]) -> dict[str, tuple[float, float, float]]:
-    """For every attribute, and for readability, the share of pictures that are right, with its Wilson interval."""
+    """For every attribute, and for readability, the share of images that are right, with its Wilson interval."""
     found = [describe(image).scene for image in images]
     right = [scene.agreement(read) for scene, read in zip(scenes, found, strict=True)]
     counts = {name: sum(one[name] for one in right) for name in ATTRIBUTES} | {
@@ -148,11 +148,11 @@ def _share(count: int, n: int) -> tuple[float, float, float]:
 
 @torch.no_grad()
 def _round_trips(toy: Kind, lens: DiTLens, scenes: Sequence[Scene], seed: int) -> list[Image.Image]:
-    """Drawn pictures through the toy's autoencoder and back."""
+    """Drawn images through the toy's autoencoder and back."""
     images = []
     for start in range(0, len(scenes), BATCH):
-        pictures = pixels(list(scenes[start : start + BATCH]), seed + start, lens.pipe.vae.device)
-        decoded = toy.decode(lens.pipe, toy.posterior(lens.pipe, pictures).mode())
+        drawn = pixels(list(scenes[start : start + BATCH]), seed + start, lens.pipe.vae.device)
+        decoded = toy.decode(lens.pipe, toy.posterior(lens.pipe, drawn).mode())
         arrays = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         images += [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]
     return images

@@ -26,7 +26,7 @@ from dit_lens.toys.scenes import sample_scenes
 if TYPE_CHECKING:
     from dit_lens.studies import Result
 
-# The least pictures from which an interval says something, in about half an hour for a toy on two cores.
+# The least images from which an interval says something, in about half an hour for a toy on two cores.
 PROMPTS, SEEDS, DRAWS, K = 16, 2, 10, 8
 
 INTRO = """# Findings
@@ -37,10 +37,10 @@ an architecture. Compare toys that differ by the seed and the length of their tr
 show what the instruments measure where the truth can be checked, and they say so where a claim does not hold. They are
 written by `dit-lens findings`; every number in them comes from the tables beside it.
 
-Intervals are 95 % hierarchical bootstrap over prompts, then seeds and draws. Arms are compared picture by picture: the
+Intervals are 95 % hierarchical bootstrap over prompts, then seeds and draws. Arms are compared image by image: the
 same prompt, the same seed. A claim *holds* where the interval of the mean difference between the massive channels and
 each control of equal size lies wholly beyond 0, *fails* where it lies wholly on the other side for one of them, and is
-*undecided* between. Distances between pictures are RMSE over grey levels, 0 to 255.
+*undecided* between. Distances between images are RMSE over grey levels, 0 to 255.
 
 ## At a glance
 A claim's verdict: what it rests on, for the massive channels; the same for the strongest control; the mean difference
@@ -93,7 +93,7 @@ def _results(lens: DiTLens, size: Size, folder: Path | None) -> list[Result]:
     shared = {"k": size.k, "seeds": list(range(size.seeds)), "batch_size": 8, **size.call}
     controlled = {**shared, "draws": size.draws}
     of_patching = {name: value for name, value in shared.items() if name != "batch_size"}
-    few = {**shared, "draws": min(size.draws, 3)}  # a picture more for every draw, part and strength
+    few = {**shared, "draws": min(size.draws, 3)}  # an image more for every draw, part and strength
     plan = {
         "stability": (prompts, shared),
         "births": (prompts, shared),
@@ -147,7 +147,7 @@ def _training(card: Mapping[str, Any]) -> str:
         return f"{said} How well it draws was not measured."
     quality = card["quality"]
     right = ", ".join(f"{name} {share:.2f}" for name, (share, *_) in quality["generated"].items())
-    return f"{said} Shares right in pictures of {quality['prompts']} held-out prompts: {right}."
+    return f"{said} Shares right in images of {quality['prompts']} held-out prompts: {right}."
 
 
 def _of_toy(

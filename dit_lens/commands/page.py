@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs no network: figures to explore, pictures, tables, and the code behind them."""
+"""A report as one HTML file that needs no network: figures to explore, images, tables, and the code behind them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Section:
     >>> Section("Spectrum", "Three channels stand out.").figures
     ()
 
-    figures: plotly figures and PIL pictures, in reading order; neighbouring pictures share a row.
+    figures: plotly figures and PIL images, in reading order; neighbouring images share a row.
     table: numbers, with the units of columns in ``table.attrs["units"]``, a dict, where the names do not tell them.
-    code: what made this, shown to be copied. captions: one per figure, or none; a picture's is also its alternative
+    code: what made this, shown to be copied. captions: one per figure, or none; an image's is also its alternative
     text.
     """
 
@@ -49,7 +49,7 @@ class Section:
         for figure in self.figures:
             if not isinstance(figure, Image) and not hasattr(figure, "to_plotly_json"):
                 raise OpError(
-                    f"Section {self.heading!r} takes plotly figures and PIL pictures, and got {type(figure).__name__}."
+                    f"Section {self.heading!r} takes plotly figures and PIL images, and got {type(figure).__name__}."
                 )
         if self.captions and len(self.captions) != len(self.figures):
             raise OpError(
@@ -143,7 +143,7 @@ def _page(title: str, lead: str, sections: Sequence[Section]) -> str:
 <p class="lead">{_text(lead)}</p>
 </header>
 <nav aria-label="Contents"><ul>{contents}</ul></nav>
-<noscript><p>The figures are drawn by JavaScript inside this file; pictures and tables show without it.</p></noscript>
+<noscript><p>The figures are drawn by JavaScript inside this file; images and tables show without it.</p></noscript>
 {body}
 <footer>Made with dit_lens {__version__}. This file is complete: it loads nothing from elsewhere.</footer>
 </main>
@@ -159,8 +159,8 @@ def _section(name: str, section: Section) -> str:
     parts, row = [], []
     for i, (figure, caption) in enumerate(zip(section.figures, captions, strict=True)):
         if isinstance(figure, Image):
-            count = f"picture {i + 1} of {len(section.figures)}"
-            row.append(_picture(figure, caption, caption or f"{section.heading}, {count}"))
+            count = f"image {i + 1} of {len(section.figures)}"
+            row.append(_image(figure, caption, caption or f"{section.heading}, {count}"))
             continue
         parts += _row(row)
         row = []
@@ -178,17 +178,17 @@ def _section(name: str, section: Section) -> str:
     return "\n".join([f'<section id="{name}">', head, *parts, "</section>"])
 
 
-def _row(pictures: list[str]) -> list[str]:
-    return [f'<div class="pictures">{"".join(pictures)}</div>'] if pictures else []
+def _row(images: list[str]) -> list[str]:
+    return [f'<div class="images">{"".join(images)}</div>'] if images else []
 
 
-def _picture(picture: Image, caption: str, alternative: str) -> str:
-    # Small pictures are enlarged by a whole number, so that their pixels stay square.
-    width = picture.width * max(1, 192 // picture.width)
+def _image(image: Image, caption: str, alternative: str) -> str:
+    # Small images are enlarged by a whole number, so that their pixels stay square.
+    width = image.width * max(1, 192 // image.width)
     below = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
     return (
-        f'<figure><img src="{data_url(picture)}" alt="{_text(alternative)}" width="{width}" '
-        f'height="{picture.height * width // picture.width}">{below}</figure>'
+        f'<figure><img src="{data_url(image)}" alt="{_text(alternative)}" width="{width}" '
+        f'height="{image.height * width // image.width}">{below}</figure>'
     )
 
 
@@ -250,7 +250,7 @@ def _text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-# Nothing from anywhere: scripts and styles are those in the file, pictures are data. WebGL traces of plotly.js compile
+# Nothing from anywhere: scripts and styles are those in the file, images are data. WebGL traces of plotly.js compile
 # code at run time, hence unsafe-eval; blob: is its "download as PNG".
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
@@ -278,10 +278,10 @@ figure { margin: 0 0 1rem; min-width: 0; }
 figcaption { color: var(--soft); font-size: .85rem; max-width: 46rem; }
 .plot { overflow-x: auto; }
 .plot > div { width: 100%; min-width: 620px; }
-.pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
-.pictures img { display: block; max-width: 100%; height: auto; image-rendering: pixelated;
+.images { display: flex; flex-wrap: wrap; gap: 1rem; }
+.images img { display: block; max-width: 100%; height: auto; image-rendering: pixelated;
   border: 1px solid var(--line); }
-.pictures figcaption { max-width: 192px; margin-top: .3rem; }
+.images figcaption { max-width: 192px; margin-top: .3rem; }
 .table { overflow-x: auto; max-height: 28rem; margin: 0 0 1rem; border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: collapse; font-size: .83rem; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .32rem .6rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }

@@ -66,7 +66,7 @@ def beyond(
     >>> beyond(arms.assign(prompt=[*"aabbccdd"], seed=0), "x", over=["bottom"])
     'holds'
 
-    By the 95 % intervals of the differences between pictures of one prompt and seed: beyond 0 for every control, on
+    By the 95 % intervals of the differences between images of one prompt and seed: beyond 0 for every control, on
     the other side of it for one, or neither. table: prompt, seed, arm and the measure. larger: what the claim says.
     """
     found = differences(table, measure, arm, over)
@@ -92,7 +92,7 @@ def between(row: pd.Series, measure: str, form: str = ".1f") -> str:
 
 
 def damage(result: Result) -> Contest:
-    """How far ablation changes pictures, of a disruption."""
+    """How far ablation changes images, of a disruption."""
     rows = result.summary[result.summary["k"] > 0].set_index("arm")
     return Contest(rows, result.table, "rmse")
 
@@ -111,15 +111,15 @@ def critical(result: Result) -> str:
     norm = _norm(result.table, rows)
     return (
         f"**The claim {damage(result).verdict}.** Zeroing the top channels (energy share "
-        f"{top['energy_share']:.2f}) changes pictures by {changes['top']}; {listed}.\n\n"
-        f"{norm}: raising all other channels as the ablation would, with nothing removed, changes pictures by "
+        f"{top['energy_share']:.2f}) changes images by {changes['top']}; {listed}.\n\n"
+        f"{norm}: raising all other channels as the ablation would, with nothing removed, changes images by "
         f"{changes['rescaled']}; overwriting the top channels so that the norm's statistics stay, by "
         f"{changes['norm-kept']}.\n\n"
         f"Size may be: no other channels hold as much energy (energy-matched reaches a share of "
         f"{rows.loc['energy-matched', 'energy_share']:.2f}). The top channels, scaled down until tokens move as far as "
-        f"with those others zeroed (attenuated), change pictures by {changes['attenuated']}. That they matter more for "
+        f"with those others zeroed (attenuated), change images by {changes['attenuated']}. That they matter more for "
         f"their size {fair} by the change of pixels{f' and {judged} by the attributes' if judged else ''}. Pushing "
-        f"tokens in one random direction, as far as zeroing the top would, changes pictures by "
+        f"tokens in one random direction, as far as zeroing the top would, changes images by "
         f"{changes['random-direction']}."
     )
 
@@ -184,13 +184,13 @@ def organised(result: Result) -> str:
 
 
 def _at_full_strength(rows: pd.DataFrame) -> pd.DataFrame:
-    """The lines of a transfer everywhere in the picture."""
+    """The lines of a transfer everywhere in the image."""
     rows = rows[~rows["masked"].astype(bool)]
     return rows[rows["strength"] == rows["strength"].max()]
 
 
 def nearness(result: Result) -> Contest:
-    """How near the moved picture is to its source, of a transfer."""
+    """How near the moved image is to its source, of a transfer."""
     at = _at_full_strength(result.summary).set_index("arm")
     return Contest(at, _at_full_strength(result.table), "to_source", larger=False)
 
@@ -204,12 +204,12 @@ def transferable(result: Result) -> str:
     says = ", ".join(f"{arm} {at.loc[arm, 'matched_says_target']:.2f}" for arm in blends)
     return (
         f"**The claim {nearness(result).verdict}.** Source and target lie {untouched['to_source'].iloc[0]:.1f} apart. "
-        f"Moving the top channels leaves the picture {between(at.loc['top'], 'to_source')} from the source; {listed}; "
-        f"all channels {at.loc['all', 'to_source']:.1f}. The moved picture shows "
+        f"Moving the top channels leaves the image {between(at.loc['top'], 'to_source')} from the source; {listed}; "
+        f"all channels {at.loc['all', 'to_source']:.1f}. The moved image shows "
         f"{at.loc['top', 'says_source']:.0%} of the source's attributes and {at.loc['top', 'says_target']:.0%} of the "
         f"target's.\n\n"
         f"Of the change of the prediction, {at.loc['top', 'direct_share']:.0%} is read out directly by the final norm "
-        f"and projection; without the last quarter of the blocks the picture is "
+        f"and projection; without the last quarter of the blocks the image is "
         f"{between(at.loc['top-early'], 'to_source')} from the source. Where plain blends come equally near to the "
         f"source, they keep of the target's attributes: {says}."
     )
@@ -273,7 +273,7 @@ QUESTIONS = {
     "transfer": Question(
         "Claim 3: can they be moved?",
         transferable,
-        "The paper: moving the channels takes the picture towards the source and keeps much of the target. Strength, "
+        "The paper: moving the channels takes the image towards the source and keeps much of the target. Strength, "
         "layers and steps are not stated.",
     ),
     "patching": Question(

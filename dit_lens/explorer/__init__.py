@@ -1,4 +1,4 @@
-"""Views to explore: pictures under their channels (``explore``), a file to share (``atlas``), live edits (``steer``).
+"""Views to explore: images under their channels (``explore``), a file to share (``atlas``), live edits (``steer``).
 
     run = lens.run(prompt, [dl.Read("blocks.*.img")], seed=0)
     dl.explore(run)                                        # in a notebook

@@ -51,7 +51,7 @@ def atlas(
     >>> page.name
     'atlas.html'
 
-    It holds the pictures, the scores of every channel, maps of the k massive channels (and as many bottom and random
+    It holds the images, the scores of every channel, maps of the k massive channels (and as many bottom and random
     ones) at all blocks, and their clusters. Where that is too much, first steps are left out, then maps are averaged to
     32 tokens a side, then controls are left out, then maps shrink further; the page says so.
 
@@ -74,7 +74,7 @@ def atlas(
     return Explorer(replace(shown, note=_note(run, extent, shown.grid))).to_html(path, title=title)
 
 
-def fitted(pictures: int, k: int, grid: Sequence[int], steps: int, budget: float) -> Extent:
+def fitted(images: int, k: int, grid: Sequence[int], steps: int, budget: float) -> Extent:
     """The largest extent whose page stays within a budget of bytes.
 
     >>> fitted(8 * 8, 8, (16, 16), 12, 10 * 2**20)
@@ -82,20 +82,20 @@ def fitted(pictures: int, k: int, grid: Sequence[int], steps: int, budget: float
     >>> fitted(4 * 57, 8, (64, 64), 28, 10 * 2**20)
     Extent(steps=2, side=32, groups=1)
 
-    pictures: prompts times sites. A token takes a byte in every map, and one for its cluster.
+    images: prompts times sites. A token takes a byte in every map, and one for its cluster.
     """
     extent = Extent(steps, max(grid))
 
     def size(some: Extent) -> float:
         tokens = prod(grid) * (some.side / max(grid)) ** 2
         map_bytes = k * (tokens + min(tokens, THUMB**2) + 12)  # with its thumbnail, range and mean
-        return PACKED * pictures * some.steps * some.groups * (map_bytes + tokens)
+        return PACKED * images * some.steps * some.groups * (map_bytes + tokens)
 
     while size(extent) > budget:
         smaller = _smaller(extent)
         if smaller is None:
             raise OpError(
-                f"an atlas of {budget / 2**20:.3g} MB cannot hold one step of {pictures} maps. Give fewer prompts, a "
+                f"an atlas of {budget / 2**20:.3g} MB cannot hold one step of {images} maps. Give fewer prompts, a "
                 "smaller k, or more megabytes."
             )
         extent = smaller

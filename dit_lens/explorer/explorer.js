@@ -1,5 +1,5 @@
-// The explorer: pictures under maps of channels or clusters. All arrays are in the browser; a slider only slices them.
-// Letters as in views.py: l block, e picture with values, s step, g group, k channel of a group, n token.
+// The explorer: images under maps of channels or clusters. All arrays are in the browser; a slider only slices them.
+// Letters as in views.py: l block, e image with values, s step, g group, k channel of a group, n token.
 
 const ACCENT = '#D55E00', STATE = ['left', 'right', 'step', 'site', 'group', 'channel', 'overlay', 'palette', 'scale', 'opacity', 'token'];
 const NONE = 255, PIN = '#ffffff', EDGE = '#000000', NEIGHBOURS = 6;
@@ -65,7 +65,7 @@ class Arrays {
     return map ? low + (high - low) * map[n] / 255 : NaN;
   }
 
-  // The same channel over all steps and pictures of a block.
+  // The same channel over all steps and images of a block.
   span(l, g, k) {
     let low = Infinity, high = -Infinity;
     for (let e = 0; e < this.values; e++) for (let s = 0; s < this.steps.length; s++) {
@@ -103,7 +103,7 @@ function tableOf(anchors) {
 const shortName = site => site.replace(/^blocks\.(\d+)\.img$/, '$1');
 const figure3 = value => Number.isFinite(value) ? String(+value.toPrecision(3)) : '–';
 
-// One picture with its overlay.
+// One image with its overlay.
 class Pane {
   constructor(arrays, side, pin) {
     this.arrays = arrays;
@@ -137,25 +137,25 @@ class Pane {
     event.preventDefault();
   }
 
-  fit(picture) {
+  fit(image) {
     const { w, h } = this.arrays, width = 384 * Math.ceil(devicePixelRatio || 1);
-    const height = Math.round(picture ? width * picture.height / picture.width : width * h / w);
+    const height = Math.round(image ? width * image.height / image.width : width * h / w);
     if (this.canvas.width !== width || this.canvas.height !== height) Object.assign(this.canvas, { width, height });
   }
 
-  draw(picture, overlay, opacity, marks) {
+  draw(image, overlay, opacity, marks) {
     const { context, canvas } = this;
-    this.fit(picture);
+    this.fit(image);
     context.globalAlpha = 1;
     context.clearRect(0, 0, canvas.width, canvas.height);
-    if (picture) {
-      context.imageSmoothingEnabled = picture.width > 128;
-      context.drawImage(picture, 0, 0, canvas.width, canvas.height);
+    if (image) {
+      context.imageSmoothingEnabled = image.width > 128;
+      context.drawImage(image, 0, 0, canvas.width, canvas.height);
     }
     if (overlay) {
       overlay(this.pixels.data);
       this.small.getContext('2d').putImageData(this.pixels, 0, 0);
-      context.globalAlpha = picture ? opacity : 1;
+      context.globalAlpha = image ? opacity : 1;
       context.imageSmoothingEnabled = false;
       context.drawImage(this.small, 0, 0, canvas.width, canvas.height);
       context.globalAlpha = 1;
@@ -306,7 +306,7 @@ function groupChoice(arrays, onChoose) {
   return { row, show: name => { select.value = name; } };
 }
 
-// The picture files, decoded when first wanted.
+// The image files, decoded when first wanted.
 function album(panes, data, changed) {
   const found = new Map();
   return i => {
@@ -324,7 +324,7 @@ function album(panes, data, changed) {
 function render({ model, el }) {
   const arrays = new Arrays(model, () => draw()), get = name => model.get(name), change = stateful(model, STATE, () => draw());
   const hasMaps = arrays.K > 0 && arrays.values > 0, hasLabels = arrays.values > 0, several = arrays.panes.length > 1;
-  const pictures = album(arrays.panes, bytes(get('_pictures')), () => draw());
+  const images = album(arrays.panes, bytes(get('_images')), () => draw());
   const tables = Object.fromEntries(Object.entries(arrays.palettes).map(([name, anchors]) => [name, tableOf(anchors)]));
   const clusterTable = arrays.cluster_colours;
   let hovered = -1, draws = 0, spectrumKey = '', ink = null;
@@ -350,9 +350,9 @@ function render({ model, el }) {
 
   const left = new Pane(arrays, 'left', pin), right = new Pane(arrays, 'right', pin);
   const names = arrays.panes.map((pane, i) => [i, pane.name]);
-  const paneChoice = choice('picture', names, value => change({ left: +value }));
+  const paneChoice = choice('image', names, value => change({ left: +value }));
   const besideChoice = choice('beside it', [[-1, 'nothing'], ...names], value => change({ right: +value }));
-  const overlays = toggles('overlay', [...(hasMaps ? [['heat', 'channel']] : []), ...(hasLabels ? [['clusters', arrays.masks ? 'mask' : 'clusters']] : []), ['none', 'picture']], overlay => change({ overlay }));
+  const overlays = toggles('overlay', [...(hasMaps ? [['heat', 'channel']] : []), ...(hasLabels ? [['clusters', arrays.masks ? 'mask' : 'clusters']] : []), ['none', 'image']], overlay => change({ overlay }));
   const palette = choice('colours', Object.keys(arrays.palettes).map(name => [name, name]), value => change({ palette: value }));
   const scale = choice('scale', [['map', 'of this map'], ['steps', 'of all steps']], value => change({ scale: value }));
   const opacity = slider('opacity', { max: 1, step: 0.05, onInput: value => change({ opacity: value }) });
@@ -415,7 +415,7 @@ function render({ model, el }) {
     if (!shown) return;
     const e = shown.values, overlay = e === null ? null : { heat, clusters: regions, none: () => null }[get('overlay')](e, view);
     const near = token >= 0 && e !== null && hasMaps ? arrays.neighbours(view.l, e, view.s, view.g, token) : [];
-    pane.draw(pictures(i), overlay, get('opacity'), { token, near, pinned: get('token') });
+    pane.draw(images(i), overlay, get('opacity'), { token, near, pinned: get('token') });
     pane.caption.textContent = several ? shown.name : '';
     const where = hasLabels ? `, ${arrays.blocks[view.l]}, step ${arrays.steps[view.s][0]}` : '';
     const what = get('overlay') === 'heat' && hasMaps ? `, channel ${arrays.channel(view.l, view.g, view.k)}` : '';
@@ -484,7 +484,7 @@ function render({ model, el }) {
       ink ??= getComputedStyle(root).color;
       atlas.paint(e ?? 0, g, k, get('palette'), tables[get('palette')], ink);
       atlas.point(l, s);
-      // Thousands of points: in the next frame, so that the picture does not wait.
+      // Thousands of points: in the next frame, so that the image does not wait.
       if (spectrum && spectrumKey !== (spectrumKey = [l, g, k, ink].join())) requestAnimationFrame(() => spectrum.draw(l, g, arrays.channel(l, g, k), ink, ACCENT));
     }
     overlays.show(get('overlay'));

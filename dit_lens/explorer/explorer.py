@@ -1,4 +1,4 @@
-"""The explorer: pictures under maps of their channels, over all blocks and steps."""
+"""The explorer: images under maps of their channels, over all blocks and steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dit_lens.studies import Result
 
 BUDGET = 64 * 2**20  # bytes of maps that go to the browser at once; beyond, blocks are sent when they are looked at
-LARGEST = 768  # pixels of a picture's longer side
+LARGEST = 768  # pixels of an image's longer side
 DEFAULTS = {"k": 8, "clusters": 2}
 PALETTES = ("Cividis", "Viridis", "Magma", "Greys")
 OVERLAYS = ("heat", "clusters", "none")
@@ -39,14 +39,14 @@ def explore(
     clusters: int = DEFAULTS["clusters"],
     **state: Any,
 ) -> Explorer:
-    """An interactive view of a run: its pictures under the maps of their channels, at every block and step.
+    """An interactive view of a run: its images under the maps of their channels, at every block and step.
 
     >>> import dit_lens as dl
     >>> prompt = "a big red circle left on a plain blue background"
     >>> run = dl.DiTLens.toy().run(prompt, [dl.Read("blocks[4:6].img")], seed=0, num_inference_steps=2)
     >>> explorer = explore(run, k=4, site="blocks.5.img")
     >>> explorer
-    Explorer: 1 picture, 2 sites x 2 steps, top, bottom and random 4 channels
+    Explorer: 1 image, 2 sites x 2 steps, top, bottom and random 4 channels
     >>> explorer.step, explorer.group, explorer.overlay
     (1, 'top', 'heat')
 
@@ -55,7 +55,7 @@ def explore(
 
     shown: a run that read image tokens: whole (``Read("blocks.*.img")``), of which the top k channels by |mean| are
     shown with bottom and random ones, or chosen ones, a group for each named read (``dl.views(massive)``). Or the
-    result of a study: its pictures and masks. beside: an edited run, to be seen next to it; it has maps if it read the
+    result of a study: its images and masks. beside: an edited run, to be seen next to it; it has maps if it read the
     same. channels: a set to show instead of the top k. clusters: of K-means over a group's channels. state: what is
     looked at first. Raises OpError where a run kept no image tokens.
     """
@@ -70,7 +70,7 @@ def explore(
             )
     if isinstance(shown, Result):
         if beside is not None:
-            raise OpError("a result has its pictures side by side already. Leave beside= out.")
+            raise OpError("a result has its images side by side already. Leave beside= out.")
         return Explorer(of_result(shown), **state)
     runs = (shown,) if beside is None else (shown, beside)
     chosen = {"k": k, "clusters": clusters}
@@ -83,7 +83,7 @@ def explore(
 class Explorer(Widget):
     """What ``dl.explore`` returns. ``.views`` has all that is shown, as arrays.
 
-    left, right: the numbers of the pictures that are shown, -1 for none on the right. step: a step's index. site,
+    left, right: the numbers of the images that are shown, -1 for none on the right. step: a step's index. site,
     group, channel: what is mapped. overlay: "heat" (the channel), "clusters" (K-means of the group), "none". scale:
     colours span "map", this map, or "steps", all of the block's. palette, opacity. token: the one that is kept in view,
     -1 for none.
@@ -92,7 +92,7 @@ class Explorer(Widget):
     _esm = module_of("explorer")
 
     _meta = traitlets.Dict().tag(sync=True)
-    _pictures = bytes_trait()
+    _images = bytes_trait()
     _maps = bytes_trait()
     _labels = bytes_trait()
     _thumbs = bytes_trait()
@@ -121,7 +121,7 @@ class Explorer(Widget):
         album, places = _album(views)
         super().__init__(
             _meta=_meta(views, places, start),
-            _pictures=album,
+            _images=album,
             _maps=_joined(views, views.maps) if views.map_bytes <= BUDGET else b"",
             _thumbs=views.thumbs.tobytes(),
             _channels=views.channels.tobytes(),
@@ -148,11 +148,11 @@ class Explorer(Widget):
         return super().whole_state() | {"_maps": self._maps or _joined(self.views, self.views.maps), "_labels": labels}
 
     def preview(self) -> Image.Image | None:
-        """The first picture, under the map that is looked at."""
+        """The first image, under the map that is looked at."""
         pane, views = self.views.panes[self.left], self.views
-        picture = pane.picture or Image.new("RGB", (256, 256))
+        image = pane.image or Image.new("RGB", (256, 256))
         if pane.values is None or self.overlay != "heat":
-            return picture
+            return image
         block, group = views.blocks.index(self.site), views.groups.index(self.group)
         step = [index for index, _ in views.steps].index(self.step)
         rank = views.channels[block, group].tolist().index(self.channel)
@@ -160,8 +160,8 @@ class Explorer(Widget):
         anchors = np.array(_anchors(self.palette))
         place = map_ / 255 * (len(anchors) - 1)
         colours = np.stack([np.interp(place, range(len(anchors)), channel) for channel in anchors.T], -1)
-        heat = Image.fromarray(colours.astype(np.uint8)).resize(picture.size, Image.Resampling.NEAREST)
-        return Image.blend(picture.convert("RGB"), heat, self.opacity)
+        heat = Image.fromarray(colours.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
+        return Image.blend(image.convert("RGB"), heat, self.opacity)
 
     def _answer(self, _: Any, message: dict[str, Any], buffers: Sequence[Any]) -> None:  # noqa: ARG002
         """Sends the maps or labels of the block that the browser asks for."""
@@ -170,7 +170,7 @@ class Explorer(Widget):
 
     def __repr__(self) -> str:
         views = self.views
-        found = [_count(len(views.panes), "picture")]
+        found = [_count(len(views.panes), "image")]
         if views.blocks:
             found.append(f"{_count(len(views.blocks), 'site')} x {_count(len(views.steps), 'step')}")
             names = list(views.groups)
@@ -240,13 +240,13 @@ def _meta(views: Views, places: Sequence[tuple[int, int] | None], start: dict[st
 
 
 def _album(views: Views) -> tuple[bytes, list[tuple[int, int] | None]]:
-    """All pictures as WebP, one after the other, and where each begins and ends."""
+    """All images as WebP, one after the other, and where each begins and ends."""
     data, places = b"", []
     for pane in views.panes:
-        if pane.picture is None:
+        if pane.image is None:
             places.append(None)
             continue
-        file = webp(pane.picture, LARGEST)
+        file = webp(pane.image, LARGEST)
         places.append((len(data), len(data) + len(file)))
         data += file
     return data, places

@@ -1,4 +1,4 @@
-"""What an explorer shows of a study's result: its pictures, and its masks over blocks and steps."""
+"""What an explorer shows of a study's result: its images, and its masks over blocks and steps."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from dit_lens.studies import Result
 
 # prompt / seed / step / block / arm, as organisation keeps its masks
-_MASK = re.compile(r"(?P<picture>\d+/\d+)/(?P<step>\d+)/(?P<block>\d+)/(?P<arm>.+)")
+_MASK = re.compile(r"(?P<image>\d+/\d+)/(?P<step>\d+)/(?P<block>\d+)/(?P<arm>.+)")
 
-SIZED = ("disruption", "transfer", "transfer_image")  # studies that key a picture by k, 0 where it has none
+SIZED = ("disruption", "transfer", "transfer_image")  # studies that key an image by k, 0 where it has none
 FIRST = "top"  # the arm that is looked at first
 
 
 def of_result(result: Result) -> Views:
-    """The views of a result. Those of organisation have masks for every block, step and arm; others have pictures."""
-    if not result.pictures:
+    """The views of a result. Those of organisation have masks for every block, step and arm; others have images."""
+    if not result.images:
         raise OpError(
-            f"this result of {result.study} keeps no pictures, so there is nothing to explore. See result.figure()."
+            f"this result of {result.study} keeps no images, so there is nothing to explore. See result.figure()."
         )
     code = (
         "import dit_lens as dl\n\nresult = dl.studies.Result.load(folder)  # what result.save(folder) wrote\n"
@@ -34,31 +34,31 @@ def of_result(result: Result) -> Views:
     )
     found = {key: match for key in result.masks if (match := _MASK.fullmatch(key))}
     if not found:
-        panes = tuple(Pane(_name(key, result), picture) for key, picture in result.pictures.items())
+        panes = tuple(Pane(_name(key, result), image) for key, image in result.images.items())
         return Views(panes=panes, code=code, right=1 if len(panes) > 1 else -1)
     return _of_masks(result, list(found.values()), code)
 
 
 def _of_masks(result: Result, found: Sequence[re.Match[str]], code: str) -> Views:
-    pictures = list(dict.fromkeys(match["picture"] for match in found))
+    images = list(dict.fromkeys(match["image"] for match in found))
     steps, blocks = (sorted({int(match[name]) for match in found}) for name in ("step", "block"))
     arms = sorted({match["arm"] for match in found}, key=lambda arm: (arm != FIRST, arm))
     grid = result.masks[found[0].group()].shape
-    truths = {key: result.masks.get(f"{key}/truth") for key in pictures}
+    truths = {key: result.masks.get(f"{key}/truth") for key in images}
     groups = [*arms, *(["truth"] if any(truth is not None for truth in truths.values()) else [])]
     fit = {key: None if truth is None else _on_grid(truth, grid) for key, truth in truths.items()}
 
     def labels(block: int) -> np.ndarray:
-        made = np.full((len(pictures), len(steps), len(groups), *grid), NONE, np.uint8)
+        made = np.full((len(images), len(steps), len(groups), *grid), NONE, np.uint8)
         for e, s, g in np.ndindex(*made.shape[:3]):
-            key = f"{pictures[e]}/{steps[s]}/{blocks[block]}/{groups[g]}"
-            mask = fit[pictures[e]] if groups[g] == "truth" else result.masks.get(key)
+            key = f"{images[e]}/{steps[s]}/{blocks[block]}/{groups[g]}"
+            mask = fit[images[e]] if groups[g] == "truth" else result.masks.get(key)
             if mask is not None:
                 made[e, s, g] = mask
         return made
 
     return Views(
-        panes=tuple(Pane(_name(key, result), result.pictures.get(key), i) for i, key in enumerate(pictures)),
+        panes=tuple(Pane(_name(key, result), result.images.get(key), i) for i, key in enumerate(images)),
         groups=tuple(groups),
         blocks=tuple(f"blocks.{block}.img" for block in blocks),
         steps=tuple((step, None) for step in steps),

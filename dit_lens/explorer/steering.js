@@ -2,9 +2,9 @@
 
 const CONTROLS = ['strength', 'arm', 'k', 'blocks', 'steps', 'where'];
 
-function pictureUrl(data) { return URL.createObjectURL(new Blob([data], { type: 'image/webp' })); }
+function imageUrl(data) { return URL.createObjectURL(new Blob([data], { type: 'image/webp' })); }
 
-function picture(caption, url) {
+function image(caption, url) {
   const image = make('img', { alt: caption, ...(url ? { src: url } : {}) });
   return { node: make('figure', {}, image, make('figcaption', {}, caption)), image };
 }
@@ -37,9 +37,9 @@ function render({ model, el }) {
   redraw.addEventListener('click', ask);
   const status = make('div', { className: 'token', role: 'status', 'aria-live': 'polite' });
 
-  const source = picture(`source: ${meta.prompts[0]}`, pictureUrl(ends.slice(0, meta.split)));
-  const target = picture(`target: ${meta.prompts[1]}`, pictureUrl(ends.slice(meta.split)));
-  const result = picture('target with channels of the source');
+  const source = image(`source: ${meta.prompts[0]}`, imageUrl(ends.slice(0, meta.split)));
+  const target = image(`target: ${meta.prompts[1]}`, imageUrl(ends.slice(meta.split)));
+  const result = image('target with channels of the source');
   const strip = make('div', { className: 'strip', role: 'group', 'aria-label': 'what was drawn' });
   const code = codeBox(() => shots[current]?.code ?? '');
   const root = frame('dit_lens steering',
@@ -70,7 +70,7 @@ function render({ model, el }) {
 
   function add(shot, data) {
     shots[shot.number] = shot;
-    shot.url = pictureUrl(data);
+    shot.url = imageUrl(data);
     const button = make('button', { type: 'button', className: 'shot' }, make('img', { src: shot.url, alt: '' }), make('span', {}, say(shot)));
     button.addEventListener('click', () => { change(Object.fromEntries(CONTROLS.map(name => [name, shot[name]]))); show(shot.number); });
     strip.prepend(button);

@@ -50,12 +50,12 @@ def steer(
     >>> source = "a big red circle left on a plain blue background"
     >>> target = "a small white cross right on a plain green background"
     >>> panel = steer(DiTLens.toy(), source, target, k=4, num_inference_steps=2)
-    >>> picture = panel.draw(strength=0.5, blocks=(4, 8))
+    >>> image = panel.draw(strength=0.5, blocks=(4, 8))
     >>> panel.settings[-1]
     Setting(strength=0.5, arm='top', k=4, blocks=(4, 8), steps=(0, 2), where='everywhere')
 
     Source and target run as two rows of one batch from the same noise: X_target <- (1 - s) X_target + s X_source for
-    the chosen channels. ``panel.draw(...)`` does from Python what the controls do; ``panel.pictures`` and
+    the chosen channels. ``panel.draw(...)`` does from Python what the controls do; ``panel.images`` and
     ``panel.settings`` keep every result, ``panel.code`` is the code of the last. What precedes the first edited step
     is computed once.
 
@@ -95,7 +95,7 @@ class Steer(Widget):
         self.call: dict[str, Any] = {"seed": seed, **call}
         self.base = lens.run(self.prompts, record=True, **self.call)
         self.settings: list[Setting] = []
-        self.pictures: list[Image] = []
+        self.images: list[Image] = []
         self._seconds: list[float] = []
         self._chosen = cache(self._chosen_channels)
         self._subject = cache(self._subject_mask)
@@ -127,9 +127,9 @@ class Steer(Widget):
         run = self.lens.run(self.prompts, [swap], prefix=self.base, **self.call)
         self._seconds.append(perf_counter() - began)
         self.settings.append(setting)
-        self.pictures.append(run.images[1])
-        self.set_state(_plain(setting))  # the controls stand where the picture was drawn
-        self._deliver(len(self.pictures) - 1)
+        self.images.append(run.images[1])
+        self.set_state(_plain(setting))  # the controls stand where the image was drawn
+        self._deliver(len(self.images) - 1)
         return run.images[1]
 
     @property
@@ -156,7 +156,7 @@ class Steer(Widget):
 
     @property
     def code(self) -> str:
-        """The code that draws the last picture of the strip, or the untouched target."""
+        """The code that draws the last image of the strip, or the untouched target."""
         return self.code_of(self.settings[-1] if self.settings else self._first)
 
     def code_of(self, setting: Setting) -> str:
@@ -184,12 +184,12 @@ class Steer(Widget):
         )
 
     def whole_state(self) -> dict[str, Any]:
-        files = [webp(picture) for picture in self.pictures]
+        files = [webp(image) for image in self.images]
         shots = [self._shot(i) | {"length": len(file)} for i, file in enumerate(files)]
         return super().whole_state() | {"_shots": shots, "_album": b"".join(files)}
 
     def preview(self) -> Image | None:
-        return self.pictures[-1] if self.pictures else self.base.images[1]
+        return self.images[-1] if self.images else self.base.images[1]
 
     def _chosen_channels(self, arm: str, k: int) -> ChannelSet | None:
         if arm == "all":
@@ -210,12 +210,12 @@ class Steer(Widget):
         return {**_plain(self.settings[i]), "code": self.code_of(self.settings[i]), "seconds": self._seconds[i]}
 
     def _deliver(self, i: int) -> None:
-        self.send({"kind": "shot", "number": i, **self._shot(i)}, buffers=[webp(self.pictures[i])])
+        self.send({"kind": "shot", "number": i, **self._shot(i)}, buffers=[webp(self.images[i])])
 
     def _answer(self, _: Any, message: dict[str, Any], buffers: Sequence[Any]) -> None:  # noqa: ARG002
         """Draws what the browser asks for, or sends it what was drawn before it opened."""
         if message["kind"] == "open":
-            for i in range(len(self.pictures)):
+            for i in range(len(self.images)):
                 self._deliver(i)
             return
         setting = {name: tuple(v) if isinstance(v, list) else v for name, v in message["setting"].items()}
@@ -225,7 +225,7 @@ class Steer(Widget):
             self.send({"kind": "problem", "text": str(problem)})
 
     def __repr__(self) -> str:
-        return f"Steer: {self.prompts[0]!r} into {self.prompts[1]!r}, {len(self.pictures)} drawn"
+        return f"Steer: {self.prompts[0]!r} into {self.prompts[1]!r}, {len(self.images)} drawn"
 
 
 def _plain(setting: Setting) -> dict[str, Any]:

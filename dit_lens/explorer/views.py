@@ -1,6 +1,6 @@
-"""What an explorer shows, as arrays: pictures, maps of channels, clusters of tokens. Knows runs, but no widget.
+"""What an explorer shows, as arrays: images, maps of channels, clusters of tokens. Knows runs, but no widget.
 
-Letters: l block (any site of image tokens), e picture with values, s step, g group of channels, k channel of a group,
+Letters: l block (any site of image tokens), e image with values, s step, g group of channels, k channel of a group,
 h w token grid, d channel.
 """
 
@@ -54,10 +54,10 @@ def _nothing(_: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pane:
-    """A picture with its name; ``values``: its place among the pictures that have maps or clusters, if it has."""
+    """An image with its name; ``values``: its place among the images that have maps or clusters, if it has."""
 
     name: str
-    picture: Image | None = None
+    image: Image | None = None
     values: int | None = None
 
 
@@ -65,13 +65,13 @@ class Pane:
 class Views:
     """All that is shown.
 
-    panes: pictures to choose from. groups: names of the groups of channels. blocks: names of sites, in their order.
+    panes: images to choose from. groups: names of the groups of channels. blocks: names of sites, in their order.
     steps: (index, sigma where it is known). grid: (h, w). channels: int32 [l, g, k], -1 where a group has fewer.
     ranges: float32 [l, e, s, g, k, 2], the smallest and the largest value of a map, NaN where there is none. means:
     [l, e, s, g, k]. thumbs: uint8 [l, e, s, g, k, th, tw]. scores: [l, d], of every channel, or [0, 0]. maps: l ->
     uint8 [e * s * g * k, h, w], from the smallest value to the largest. labels: l -> uint8 [e, s, g, h, w], 0 the
     coldest cluster. code: what makes this explorer, with a place for its state. masks: whether labels are masks that a
-    study made, not clusters. right: the picture that is first seen next to the first. note: a sentence under all.
+    study made, not clusters. right: the image that is first seen next to the first. note: a sentence under all.
     """
 
     panes: tuple[Pane, ...]
@@ -100,7 +100,7 @@ class Views:
 def of_runs(
     runs: Sequence[Run], *, channels: ChannelSet | None, k: int, clusters: int, code: str, side: int | None = None
 ) -> Views:
-    """The views of some runs that read the same sites; those of later runs that did not have their picture only.
+    """The views of some runs that read the same sites; those of later runs that did not have their image only.
 
     channels: chosen of whole reads; of other reads only its scores are shown. side: the largest grid; finer ones are
     averaged down to it.
@@ -143,7 +143,7 @@ class _Shown:
         if not found:
             kept = ", ".join(self.runs[0].keys()) or "nothing"
             raise OpError(
-                f"an explorer shows maps of image tokens, and this run kept {kept}. Read whole tokens of the picture: "
+                f"an explorer shows maps of image tokens, and this run kept {kept}. Read whole tokens of the image: "
                 "lens.run(prompt, [dl.Read('blocks.*.img')], seed=0), or of a large model "
                 "lens.run(prompt, dl.views(massive), seed=0)."
             )
@@ -161,7 +161,7 @@ class _Shown:
         """The grid of the reads."""
         grid = self.readings[0].shape_of_grid
         if grid is None or len(grid) != 2:
-            raise OpError(f"an explorer shows pictures, and this run's grid is {grid}: a video's frames, h and w.")
+            raise OpError(f"an explorer shows images, and this run's grid is {grid}: a video's frames, h and w.")
         return grid[0], grid[1]
 
     @cached_property
@@ -200,7 +200,7 @@ class _Shown:
 
     @cached_property
     def _means(self) -> dict[str, Tensor]:
-        """Site -> [d], |mean over tokens| averaged over steps and pictures."""
+        """Site -> [d], |mean over tokens| averaged over steps and images."""
         return {site: values.float().mean(2).abs().mean((0, 1)) for site, values in self._whole.items()}
 
     def _top(self) -> ChannelSet:
@@ -220,7 +220,7 @@ class _Shown:
 
     @cached_property
     def rows(self) -> list[tuple[Run, int]]:
-        """Every picture, as (run, row)."""
+        """Every image, as (run, row)."""
         return [(run, row) for run in self.runs for row in range(len(run.images) or len(_gridded(run)[0].rows))]
 
     @cached_property
@@ -243,8 +243,8 @@ class _Shown:
     def values(self, block: int) -> np.ndarray:
         """float32 [e, s, g, k, n] of one site; NaN where a group has no channel."""
         site = self.blocks[block]
-        pictures = sum(len(_gridded(run)[0].rows) for run in self.held)
-        found = np.full((pictures, len(self.steps), len(self.groups), self.size, prod(self.grid)), np.nan, np.float32)
+        images = sum(len(_gridded(run)[0].rows) for run in self.held)
+        found = np.full((images, len(self.steps), len(self.groups), self.size, prod(self.grid)), np.nan, np.float32)
         for g, group in enumerate(self.groups.values()):
             chosen = group.get(site, ())
             if chosen:
@@ -272,7 +272,7 @@ class _Shown:
         return table
 
     def scores(self) -> np.ndarray:
-        """[l, d]: |mean over tokens| of every channel, averaged over steps and pictures, where all channels are known.
+        """[l, d]: |mean over tokens| of every channel, averaged over steps and images, where all channels are known.
 
         Empty where sites differ in width or a site's other channels were neither read nor scored.
         """
@@ -349,10 +349,10 @@ def _quantised(values: np.ndarray) -> np.ndarray:
 
 
 def _name(run: Run, row: int) -> str:
-    """A picture's prompt and seed, and the edits that touched it."""
+    """An image's prompt and seed, and the edits that touched it."""
     prompts, seeds = run.spec.get("prompt") or [], run.spec.get("seed") or []
     each = max(1, len(run.images) // max(1, len(prompts)))
-    text = prompts[row // each] if row // each < len(prompts) else f"picture {row}"
+    text = prompts[row // each] if row // each < len(prompts) else f"image {row}"
     seed = f", seed {seeds[row]}" if row < len(seeds) else ""
     edits = dict.fromkeys(entry.kind for entry in run.receipt.entries if entry.rows is None or row in entry.rows)
     done = f" [{', '.join(edits)}]" if edits else ""

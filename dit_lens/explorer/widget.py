@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 
-SMALL = 192  # pixels of a picture's longer side that is sent without loss
+SMALL = 192  # pixels of an image's longer side that is sent without loss
 
-# Nothing from anywhere: the module is made from text in the page, pictures are decoded from its data.
+# Nothing from anywhere: the module is made from text in the page, images are decoded from its data.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' blob:; style-src 'unsafe-inline'; img-src data: blob:; "
     "base-uri 'none'; form-action 'none'"
@@ -83,7 +83,7 @@ class Widget(anywidget.AnyWidget):
         return {name: getattr(self, name) for name in self.traits(sync=True) if name not in foreign}
 
     def preview(self) -> Image | None:
-        """The picture that is shown where no widget can be."""
+        """The image that is shown where no widget can be."""
         return None
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -96,8 +96,8 @@ class Widget(anywidget.AnyWidget):
         return {**data, "text/html": self._fallback(), "text/plain": repr(self)}, metadata
 
     def _fallback(self) -> str:
-        picture = self.preview()
-        shown = "" if picture is None else f'<img src="{data_url(picture)}" alt="preview" style="width:256px"><br>'
+        image = self.preview()
+        shown = "" if image is None else f'<img src="{data_url(image)}" alt="preview" style="width:256px"><br>'
         return f"{shown}<small>{html.escape(repr(self))}. Run the cell to use it here; .to_html(path) keeps it.</small>"
 
 
@@ -106,12 +106,12 @@ def bytes_trait() -> Any:
     return traitlets.Bytes(b"").tag(sync=True)
 
 
-def webp(picture: Image, largest: int | None = None) -> bytes:
-    """A picture as WebP, without loss where it is small. largest: pixels of the longer side, to which it is shrunk."""
-    picture, buffer = picture.convert("RGB"), io.BytesIO()
+def webp(image: Image, largest: int | None = None) -> bytes:
+    """An image as WebP, without loss where it is small. largest: pixels of the longer side, to which it is shrunk."""
+    image, buffer = image.convert("RGB"), io.BytesIO()
     if largest is not None:
-        picture.thumbnail((largest, largest))
-    picture.save(buffer, "WEBP", lossless=max(picture.size) <= SMALL, quality=90)
+        image.thumbnail((largest, largest))
+    image.save(buffer, "WEBP", lossless=max(image.size) <= SMALL, quality=90)
     return buffer.getvalue()
 
 

@@ -28,7 +28,7 @@ class Address:
     module: path from the pipeline ("transformer.transformer_blocks.3"). side: "input" or "output" of that module.
     slot: for an input the argument's name, for an output its position in the tuple (None: a bare tensor).
     position: for an input, its place among positional arguments. stream, layout: whose tokens, and where they lie.
-    axes, patch: those of a picture, or "tokens". turned: whether the tensor is [token, row, channel].
+    axes, patch: those of an image, or "tokens". turned: whether the tensor is [token, row, channel].
     span: its channels (start, stop, None for the end), or all. gate: what it is multiplied by, tanh: of which the
     tangent is taken.
     half: which channels of a module's input count, where the tensor is what the module makes of them alone.

@@ -101,7 +101,7 @@ class _Maker:
         return torch.nn.functional.pad(self._ids(), (0, 1))
 
     def _positions(self, *rows: str) -> Any:
-        """Those of the text, all zero, before those of the picture."""
+        """Those of the text, all zero, before those of the image."""
         ids = torch.nn.functional.pad(self._ids(), (0, 0, self.text, 0)).long()
         return ids.expand(*self._shape(rows), *ids.shape) if rows else ids.float()
 

@@ -1,4 +1,4 @@
-"""Where tokens are: in the arguments of a transformer call, in pictures, and in the tensors of blocks.
+"""Where tokens are: in the arguments of a transformer call, in images, and in the tensors of blocks.
 
 Torch and plain data only, as ``execute``, with which it travels.
 """
@@ -72,8 +72,8 @@ def image_tokens(arguments: tuple[tuple, dict], rule: dict[str, Any]) -> SimpleN
         grid = [named(arguments, name, None) for name in ("num_frames", "height", "width")]
         first, total = 0, prod(grid)
     else:
-        grid, pictures = grid_of(value, rule["rule"], rule["patch"])
-        first, total = 0, prod(grid) * pictures
+        grid, images = grid_of(value, rule["rule"], rule["patch"])
+        first, total = 0, prod(grid) * images
     if rule["pad"] == "square":
         total = max(total, rule["largest"]) if grid[0] != grid[1] else total
     else:
@@ -83,7 +83,7 @@ def image_tokens(arguments: tuple[tuple, dict], rule: dict[str, Any]) -> SimpleN
 
 
 def grid_of(latents: Any, axes: str, patch: list[int]) -> tuple[list[int], int]:
-    """The grid of a picture with these axes (see :func:`packed`), and how many pictures a row holds."""
+    """The grid of an image with these axes (see :func:`packed`), and how many images a row holds."""
     shape = (
         dict(zip("cfhw", latents[0].shape, strict=True))
         if axes == "list"
@@ -103,7 +103,7 @@ def check_grid(grid: tuple[int, ...], expected: list[int] | None) -> None:
 
 
 def packed(value: Any, axes: str, patch: list[int]) -> Tensor:
-    """A picture as tokens [row, token, channel]: its patches row by row, each (channel, y, x)."""
+    """An image as tokens [row, token, channel]: its patches row by row, each (channel, y, x)."""
     if axes == "tokens":
         return value
     x = torch.stack(list(value)) if axes == "list" else value
@@ -165,19 +165,19 @@ def tokens_of(value: Any, part: dict[str, Any], image: SimpleNamespace) -> Tenso
 def stream_of(tensor: Tensor, part: dict[str, Any], image: SimpleNamespace, rows: range) -> tuple[Tensor, tuple | None]:
     """The rows and tokens of one stream: a view, or (where rows differ) a copy and the place it was taken from."""
     some = tensor[rows.start : rows.stop]
-    length, layout, picture = tensor.shape[1], part["layout"], part["stream"] == "img"
+    length, layout, of_image = tensor.shape[1], part["layout"], part["stream"] == "img"
     if layout == "whole":
         start, count = 0, length
     elif layout == "own":
-        start, count = (min(image.first, length - image.count), image.count) if picture else (0, length)
+        start, count = (min(image.first, length - image.count), image.count) if of_image else (0, length)
     elif layout == "text_first":
-        start, count = (length - image.total + image.first, image.count) if picture else (0, length - image.total)
+        start, count = (length - image.total + image.first, image.count) if of_image else (0, length - image.total)
     elif layout == "image_first":
-        start, count = (image.first, image.count) if picture else (image.total, length - image.total)
+        start, count = (image.first, image.count) if of_image else (image.total, length - image.total)
     else:
         starts = [int(image.starts[row]) for row in rows]
         if len(set(starts)) > 1:
-            if not picture:
+            if not of_image:
                 raise PlanMismatchError(
                     f"the prompts have {', '.join(map(str, starts))} text tokens at {part['site']}, which fit no one "
                     "tensor; run prompts of other lengths one by one"
@@ -187,5 +187,5 @@ def stream_of(tensor: Tensor, part: dict[str, Any], image: SimpleNamespace, rows
             )
             place = (torch.arange(rows.start, rows.stop, device=tensor.device)[:, None], places)
             return tensor[place], place
-        start, count = (starts[0], image.count) if picture else (0, starts[0])
+        start, count = (starts[0], image.count) if of_image else (0, starts[0])
     return some.narrow(1, start, count), None

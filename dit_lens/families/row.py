@@ -13,7 +13,7 @@ class Tap:
     module: path within the block ("": the block itself). side, slot: "output" and its place in the tuple (None: a bare
     tensor), or "input" and the argument (by name, or by place).
     span: which channels, in units of the hidden size: (start, stop), stop None for the end.
-    layout: where the stream's tokens lie in it; None: as in the stack's tensors. axes: "tokens", or those of a picture.
+    layout: where the stream's tokens lie in it; None: as in the stack's tensors. axes: "tokens", or those of an image.
     upright: whether it is [row, token, channel] also where the stack's tensors are turned.
     half: of a module that projects attention and MLP at once, what its input has of one of them: (start, stop) in units
     of the hidden size, stop None for the end. The tensor is what the module makes of that alone; a bias counts with the
@@ -46,7 +46,7 @@ class Stack:
     turned: whether the blocks' tensors are [token, row, channel].
     rewritten: streams that the model changes between blocks. ends_without: streams the last block does not return.
     points: stream -> point -> where it is, or why these blocks have none.
-    attends: the order of the streams inside attention, "text_first" or "image_first"; "own" where the picture attends
+    attends: the order of the streams inside attention, "text_first" or "image_first"; "own" where the image attends
     to itself; or why there is no pattern of attention.
     """
 
@@ -77,11 +77,11 @@ class Grid:
 
     rule: "ids" (rows of an argument hold reference, y, x), "positions" (the same, after the text's rows), "marks" (the
     same, where another argument says so), "shapes" (a list of (f, h, w)), "counts" (arguments num_frames, height,
-    width), or the axes of the latents: "bchw", "bcfhw", "bfchw", "bfhwc", "bicfhw" (i: pictures), "list" (one cfhw
-    for each row). argument: what the rule looks at. latents: the argument that holds the noisy picture.
+    width), or the axes of the latents: "bchw", "bcfhw", "bfchw", "bfhwc", "bicfhw" (i: images), "list" (one cfhw
+    for each row). argument: what the rule looks at. latents: the argument that holds the noisy image.
     patch: latent pixels per side of a token, or the name of it in the transformer's config.
-    target: which picture is drawn, where there are references: "first" or "last".
-    pad: image tokens are padded to a multiple of this; "square": to the largest picture. mask: the argument that marks
+    target: which image is drawn, where there are references: "first" or "last".
+    pad: image tokens are padded to a multiple of this; "square": to the largest image. mask: the argument that marks
     the text tokens of every row, where text is ragged.
     """
 
@@ -96,7 +96,7 @@ class Grid:
 
     @property
     def axes(self) -> str:
-        """The axes of the latents: tokens already, or those of a picture."""
+        """The axes of the latents: tokens already, or those of an image."""
         return "tokens" if self.rule in ("ids", "positions", "marks", "shapes", "counts") else self.rule
 
 
@@ -158,14 +158,14 @@ class Family:
     final_layout: where image tokens lie in what enters ``final`` and (prediction_layout) in what is predicted.
     final_turned, final_axes: of what enters ``final``: whether it is [token, row, channel], and where it is no list of
     tokens.
-    prediction: "tokens", or the axes of a predicted picture, as in Grid.
+    prediction: "tokens", or the axes of a predicted image, as in Grid.
     readout: what follows the final norm, where the row says it.
     sign: -1 where the pipeline negates the prediction.
     caching: pipelines whose first step fills a cache that later steps read.
     patch: latent pixels per side of an image token.
     packing: the order of a token's channels in packed latents, "cyx" or "yxc". finished: pipelines that return latents
     as their autoencoder takes them.
-    resizing: pipelines that choose the size of the picture themselves. following: pipelines that take it from a picture
+    resizing: pipelines that choose the size of the image themselves. following: pipelines that take it from an image
     they are given, where none is asked for.
     tokenizer, text_length: the pipeline's tokenizer of the text stream, and the argument that sets its length.
     plain_text: whether the text stream is the prompt's own tokens, padded to that length: no template around it, no

@@ -71,7 +71,7 @@ class Site:
 
 
 def holds_image_tokens(name: str) -> bool:
-    """Whether a site is a tensor of image tokens: not of text, and no vector for the whole picture.
+    """Whether a site is a tensor of image tokens: not of text, and no vector for the whole image.
 
     >>> [holds_image_tokens(name) for name in ("blocks.3.img", "blocks.3.txt", "blocks.3.img.mod.gate")]
     [True, False, False]

@@ -74,7 +74,7 @@ def read_out(
     for module in modules:
         x = module(x)
     x = x if isinstance(x, Tensor) else x[0]
-    if x.ndim != 3:  # a module that puts the picture together itself
+    if x.ndim != 3:  # a module that puts the image together itself
         return packed(x, rule["axes"], rule["patch"])
     x = stream_of(x.transpose(0, 1) if part["turned"] else x, part, image, rows)[0]
     if rule["order"] == "yxc":

@@ -68,7 +68,7 @@ class Attention:
             raise OpError(f"block {block} attends from and to image tokens only, so there is no text.")
         if length < self.image.total:
             raise OpError(
-                f"block {block} attends in parts; this one has {length} tokens, fewer than the picture and its "
+                f"block {block} attends in parts; this one has {length} tokens, fewer than the image and its "
                 f"references, {self.image.total}. Take self[block] whole, or a step that has no references."
             )
         numbers = torch.arange(length)[None, :, None].expand(self.rows.stop, -1, 1)

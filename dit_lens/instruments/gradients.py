@@ -85,7 +85,7 @@ def gradients(
     if odd := [name for name in ("batch_size", "record", "prefix") if name in call]:
         raise PromptError(f"{odd[0]}= has no meaning here: the graph is that of one batch. Leave it out.")
     if call.pop("output_type", "latent") != "latent":
-        raise PromptError("output_type= must be 'latent' here: pictures have no gradient. Leave it out.")
+        raise PromptError("output_type= must be 'latent' here: images have no gradient. Leave it out.")
     check_differentiable(lens.pipe)
     if through == "run":
         check_latents(lens.pipe)
@@ -198,7 +198,7 @@ class _Graph:
         """Takes the gradients of the metric at all open tensors, and lets go of the graph."""
         value = self.metric(outcome)
         if not isinstance(value, Tensor) or value.numel() != 1:
-            raise OpError(f"metric= must return a tensor of one number, and returned {value!r}. Sum over pictures.")
+            raise OpError(f"metric= must return a tensor of one number, and returned {value!r}. Sum over images.")
         if not value.requires_grad:
             raise ExecutionError(
                 "the metric does not depend on the sites through torch: it was detached, or this pipeline or scheduler "

@@ -1,10 +1,10 @@
-"""A picture's way through a run: how its latents lie under noise at every step, so that its activations can be read.
+"""An image's way through a run: how its latents lie under noise at every step, so that its activations can be read.
 
-Two ways: the noised reference, a straight line from the noise of a seed to the picture; and inversion, the ODE of the
+Two ways: the noised reference, a straight line from the noise of a seed to the image; and inversion, the ODE of the
 flow run backwards. Both are kept as the velocities along them. A run whose velocity is swapped for these (all branches)
-goes through the picture's latents and ends at the picture, whatever the model would have drawn.
+goes through the image's latents and ends at the image, whatever the model would have drawn.
 
-Letters: s step, b picture, n image token, d channel of a token of latents.
+Letters: s step, b image, n image token, d channel of a token of latents.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
 
 # What the source of prepare_latents says where latents that were given go to the transformer as they are, and where
-# they are a picture whose pixels become the tokens.
+# they are an image whose pixels become the tokens.
 _TAKEN = (
     r"if latents is not None:\n(\s+latent_image_ids = .*\n)?\s+return latents\.to\("
     r"|else:\n(\s+if latents\.shape != shape:\n\s+raise .*\n)?\s+latents = latents\.to\(.*\n+\s+return latents\b"
@@ -47,42 +47,40 @@ _FLATTENED = (
 
 @dataclass(frozen=True)
 class Inversion:
-    """Where pictures come from, by the flow run backwards, and how well running it forward gives them back.
+    """Where images come from, by the flow run backwards, and how well running it forward gives them back.
 
-    noise: [b, ...], to be passed as ``latents=``. velocity: [s, b, n, d], the way from it to the picture.
-    latent_error: rmse of the latents after going forward again, over their own rms, per picture. picture_error: rmse
-    (0 to 255) of the picture drawn from them to the one drawn from the picture's own latents.
+    noise: [b, ...], to be passed as ``latents=``. velocity: [s, b, n, d], the way from it to the image.
+    latent_error: rmse of the latents after going forward again, over their own rms, per image. image_error: rmse
+    (0 to 255) of the image drawn from them to the one drawn from the image's own latents.
     """
 
     noise: Tensor
     velocity: Tensor
     latent_error: tuple[float, ...]
-    picture_error: tuple[float, ...]
+    image_error: tuple[float, ...]
 
 
-def invert(
-    lens: DiTLens, pictures: Sequence[Image], prompts: Sequence[str] | str | None = "", **call: Any
-) -> Inversion:
-    """Runs the ODE of the flow backwards from pictures to noise.
+def invert(lens: DiTLens, images: Sequence[Image], prompts: Sequence[str] | str | None = "", **call: Any) -> Inversion:
+    """Runs the ODE of the flow backwards from images to noise.
 
     >>> from dit_lens import DiTLens
     >>> lens = DiTLens.toy()
     >>> prompt = "a big red circle left on a plain blue background"
-    >>> picture = lens.run(prompt, seed=0).images[0]
-    >>> found = invert(lens, [picture], prompt)
-    >>> found.noise.shape, found.velocity.shape, found.picture_error[0] < 25
+    >>> image = lens.run(prompt, seed=0).images[0]
+    >>> found = invert(lens, [image], prompt)
+    >>> found.noise.shape, found.velocity.shape, found.image_error[0] < 25
     (torch.Size([1, 256, 16]), torch.Size([12, 1, 256, 16]), True)
 
     The scheduler's own steps in reverse order, by Euler, without guidance (which would not be undone): each takes the
-    velocity at the noise level it goes to, which is the one the forward step starts at. pictures: PIL, of the run's
+    velocity at the noise level it goes to, which is the one the forward step starts at. images: PIL, of the run's
     size. prompts: what the model is told of them, one for all or one each; None where ``call``, the pipeline's
     arguments, has embeddings.
     Raises FamilyError where the sampler is no Euler of a flow, or where latents cannot be given to the pipeline.
     """
     check_invertible(lens)
-    prompts = _each(prompts, pictures)
+    prompts = _each(prompts, images)
     call = {**call, **_unguided(lens)}
-    latents, grid = latents_of(lens, pictures, prompts, call)
+    latents, grid = latents_of(lens, images, prompts, call)
     call |= {"seed": 0, "output_type": "latent"}
     with lens.quiet(), _backwards(lens.pipe):
         back = lens.run(prompts, [Read("velocity")], latents=_given(lens, latents, grid), **call)
@@ -96,24 +94,24 @@ def invert(
 
 
 def noised_reference(
-    lens: DiTLens, pictures: Sequence[Image], *, seed: int, prompts: Sequence[str] | str | None = "", **call: Any
+    lens: DiTLens, images: Sequence[Image], *, seed: int, prompts: Sequence[str] | str | None = "", **call: Any
 ) -> Tensor:
-    """The velocity along which pictures lie under the noise of a seed: x_t = (1 - s) x_0 + s noise at every step.
+    """The velocity along which images lie under the noise of a seed: x_t = (1 - s) x_0 + s noise at every step.
 
     >>> from dit_lens import DiTLens, Swap
     >>> lens = DiTLens.toy()
-    >>> picture = lens.run("a big red circle left on a plain blue background", seed=1, num_inference_steps=4).images[0]
-    >>> way = noised_reference(lens, [picture], seed=0, num_inference_steps=4)
+    >>> image = lens.run("a big red circle left on a plain blue background", seed=1, num_inference_steps=4).images[0]
+    >>> way = noised_reference(lens, [image], seed=0, num_inference_steps=4)
     >>> drawn = lens.run("", [Swap("velocity", source=way, branch="both")], seed=0, num_inference_steps=4).images[0]
-    >>> bool(rmse(drawn, picture) < 10)  # as near as the autoencoder draws it
+    >>> bool(rmse(drawn, image) < 10)  # as near as the autoencoder draws it
     True
 
-    Returns float32 [1, b, n, d]: the same at every step. pictures: PIL, of the run's size. prompts and call: of the run
+    Returns float32 [1, b, n, d]: the same at every step. images: PIL, of the run's size. prompts and call: of the run
     the noise is for. Raises OpError, before any denoising, where the scheduler is none of a flow.
     """
-    prompts = _each(prompts, pictures)
+    prompts = _each(prompts, images)
     check_flow(lens, prompts, call)
-    latents, _ = latents_of(lens, pictures, prompts, call)
+    latents, _ = latents_of(lens, images, prompts, call)
     with lens.quiet():
         run = lens.run(prompts and prompts[:1], [Read(["x0", "velocity"], steps=0)], seed=seed, **call)
     first, sign = run.sigmas[0], lens.family.sign
@@ -122,12 +120,12 @@ def noised_reference(
 
 
 def check_flow(lens: DiTLens, prompts: Sequence[str] | None, call: Mapping[str, Any]) -> None:
-    """Refuses a run whose latents are no blend of picture and noise."""
+    """Refuses a run whose latents are no blend of image and noise."""
     when, _ = lens.planned(prompts, **{"seed": 0, **call})
     if when.kind != "flow":
         raise OpError(
             f"{type(lens.pipe).__name__} with {type(lens.pipe.scheduler).__name__} predicts {when.kind or 'no flow'}; "
-            "a picture's way through a run is known for flow matching only. Use a pipeline such as FLUX or SD3."
+            "an image's way through a run is known for flow matching only. Use a pipeline such as FLUX or SD3."
         )
 
 
@@ -159,20 +157,20 @@ def check_invertible(lens: DiTLens) -> None:
 
 @torch.no_grad()
 def latents_of(
-    lens: DiTLens, pictures: Sequence[Image], prompts: Sequence[str] | None, call: Mapping[str, Any]
+    lens: DiTLens, images: Sequence[Image], prompts: Sequence[str] | None, call: Mapping[str, Any]
 ) -> tuple[Tensor, tuple[int, int]]:
-    """The clean latents of pictures, float32 [b, n, d] with channels as (latent channel, y, x), and their grid (h, w).
+    """The clean latents of images, float32 [b, n, d] with channels as (latent channel, y, x), and their grid (h, w).
 
-    The mode of the autoencoder's posterior; the inverse of :func:`~latents.decode`. Raises OpError, before
-    anything runs, for pictures of another size than the run's.
+    The mode of the autoencoder's posterior; the inverse of :func:`decode`. Raises OpError, before
+    anything runs, for images of another size than the run's.
     """
     vae = autoencoder(lens.pipe)
-    if odd := [picture for picture in pictures if not hasattr(picture, "convert")]:
-        raise OpError(f"{odd[0]!r} is no picture. Open it first: PIL.Image.open(path).")
-    sizes = {picture.size for picture in pictures}
+    if odd := [image for image in images if not hasattr(image, "convert")]:
+        raise OpError(f"{odd[0]!r} is no image. Open it first: PIL.Image.open(path).")
+    sizes = {image.size for image in images}
     if len(sizes) != 1:
-        raise OpError(f"pictures have sizes {sorted(sizes)}. Give at least one, and all of one size.")
-    pixels = torch.from_numpy(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]))
+        raise OpError(f"images have sizes {sorted(sizes)}. Give at least one, and all of one size.")
+    pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
     pixels = (pixels.permute(0, 3, 1, 2) / 127.5 - 1).to(vae.device, vae.dtype)
     film = vae.config.get("latents_mean") is not None and vae.config.get("z_dim")
     found = vae.encode(pixels[:, :, None] if film else pixels)
@@ -184,29 +182,29 @@ def latents_of(
         latents = (latents - (vae.config.get("shift_factor") or 0.0)) * (vae.config.get("scaling_factor") or 1.0)
     side = isqrt(lens.anatomy.latent_width // latents.shape[1])
     grid = (latents.shape[2] // side, latents.shape[3] // side)
-    _check_size(lens, pictures[0], grid, prompts, call)
+    _check_size(lens, images[0], grid, prompts, call)
     return as_tokens(lens, latents).cpu(), grid
 
 
 def _check_size(
-    lens: DiTLens, picture: Image, grid: tuple[int, int], prompts: Sequence[str] | None, call: Mapping[str, Any]
+    lens: DiTLens, image: Image, grid: tuple[int, int], prompts: Sequence[str] | None, call: Mapping[str, Any]
 ) -> None:
     _, plan = lens.planned(prompts, **{"seed": 0, **call})
     expected = plan.program["expected"]
     if expected is not None and tuple(expected) != grid:
-        w, h = picture.size
+        w, h = image.size
         wanted = (w * expected[1] // grid[1], h * expected[0] // grid[0])
         raise OpError(
-            f"the picture is {w} x {h} pixels, and the run draws {wanted[0]} x {wanted[1]}. Resize it "
-            f"(picture.resize({wanted})), or pass height= and width=."
+            f"the image is {w} x {h} pixels, and the run draws {wanted[0]} x {wanted[1]}. Resize it "
+            f"(image.resize({wanted})), or pass height= and width=."
         )
 
 
-def _each(prompts: Sequence[str] | str | None, pictures: Sequence[Image]) -> list[str] | None:
-    """A prompt for every picture, where there are prompts."""
+def _each(prompts: Sequence[str] | str | None, images: Sequence[Image]) -> list[str] | None:
+    """A prompt for every image, where there are prompts."""
     if prompts is None:
         return None
-    return [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts)
+    return [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
 
 
 def _given(lens: DiTLens, latents: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Clean latents to pictures: what a pipeline does after its last step, for latents that were read inside."""
+"""Clean latents to images: what a pipeline does after its last step, for latents that were read inside."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
     from dit_lens.lens import DiTLens
 
-BATCH = 8  # pictures that go through the autoencoder together
+BATCH = 8  # images that go through the autoencoder together
 
 
 @torch.no_grad()
 def decode(lens: DiTLens, tokens: Tensor, grid: tuple[int, ...]) -> list[Image]:
-    """Pictures of clean latents, as the pipeline's own autoencoder draws them.
+    """Images of clean latents, as the pipeline's own autoencoder draws them.
 
-    tokens: [picture, token, channel] on ``grid`` (h, w), as the transformer has them.
+    tokens: [image, token, channel] on ``grid`` (h, w), as the transformer has them.
     """
     vae = autoencoder(lens.pipe)
     if len(grid) != 2:
@@ -54,7 +54,7 @@ def autoencoder(pipe: DiffusionPipeline) -> Any:
 
 
 def _latents(lens: DiTLens, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Tokens as [picture, channel, H, W]. The packing follows from the number of the autoencoder's channels."""
+    """Tokens as [image, channel, H, W]. The packing follows from the number of the autoencoder's channels."""
     vae: Any = lens.pipe.vae
     channels = vae.config.get("latent_channels") or vae.config.get("z_dim")
     side = isqrt(tokens.shape[-1] // channels)
@@ -90,7 +90,7 @@ def _processor(pipe: DiffusionPipeline) -> Any:
 
 
 def as_tokens(lens: DiTLens, latents: Tensor) -> Tensor:
-    """The autoencoder's latents [picture, channel, H, W] as the transformer's tokens: the inverse of ``_latents``."""
+    """The autoencoder's latents [image, channel, H, W] as the transformer's tokens: the inverse of ``_latents``."""
     vae: Any = lens.pipe.vae
     side = isqrt(lens.anatomy.latent_width // latents.shape[1])
     tokens = packed(latents, "bchw", [1, side, side])
@@ -117,5 +117,5 @@ def tokens_of(lens: DiTLens, latents: Tensor | None, grid: tuple[int, ...]) -> T
         latents = packed(latents, "bchw", [1, side, side])
     if latents is None or latents.ndim != 3:
         shape = None if latents is None else list(latents.shape)
-        raise FamilyError(f"final latents of shape {shape} are neither tokens nor pictures, so they cannot be drawn.")
+        raise FamilyError(f"final latents of shape {shape} are neither tokens nor images, so they cannot be drawn.")
     return latents.float().cpu()

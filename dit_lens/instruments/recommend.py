@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 GB = 1e9
 CONTEXT = 0.6 * GB  # CUDA itself
-# One picture of 1024 x 1024. FLUX.1-dev's transformer alone takes 22.63 GiB, of which 22.17 are weights (diffusers'
+# One image of 1024 x 1024. FLUX.1-dev's transformer alone takes 22.63 GiB, of which 22.17 are weights (diffusers'
 # own benchmarks); its autoencoder takes about 4.7 GiB at the end, unless it decodes in tiles.
 DENOISING = 0.6 * GB
 DECODING = 5.0 * GB
@@ -115,7 +115,7 @@ class Recommendation:
             least = min(self.choices, key=lambda choice: choice.peak)
             raise OpError(
                 f"nothing fits into {self.gb:g} GB: the least is {human(least.peak)} ({least.name}). Draw smaller "
-                "pictures (side=), decode in tiles (lens.pipe.vae.enable_tiling()), or use a larger GPU."
+                "images (side=), decode in tiles (lens.pipe.vae.enable_tiling()), or use a larger GPU."
             )
         return self.best.lines
 
@@ -169,7 +169,7 @@ class Recommendation:
 
 
 def recommend(
-    path_or_pipe: str | Path | DiffusionPipeline, gb: float = 24, *, pictures: int = 1, side: int = 1024
+    path_or_pipe: str | Path | DiffusionPipeline, gb: float = 24, *, images: int = 1, side: int = 1024
 ) -> Recommendation:
     """How to load a pipeline so that a run fits into ``gb`` gigabytes of GPU memory; loads no weights, prints nothing.
 
@@ -184,7 +184,7 @@ def recommend(
 
     path_or_pipe: a live pipeline, a folder that save_pretrained wrote (its weights' headers are read, or else its
     configs), or a repository of the hub (its configs are fetched). gb: gigabytes of 10**9 bytes, as cards are sold: the
-    few per cent more that a card has stay free. pictures, side: how many are drawn together, and of how many pixels.
+    few per cent more that a card has stay free. images, side: how many are drawn together, and of how many pixels.
     The text encoders work on the CPU where they alone would not fit.
     """
     if gb <= 0:
@@ -195,7 +195,7 @@ def recommend(
             f"{model} has no transformer (its parts are {', '.join(part.name for part in parts)}), so it is not a DiT "
             "pipeline."
         )
-    scale = pictures * (side / 1024) ** 2
+    scale = images * (side / 1024) ** 2
     return Recommendation(model, gb, tuple(parts), tuple(_choices(model, kind, parts, gb, scale)))
 
 

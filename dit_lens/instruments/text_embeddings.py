@@ -129,7 +129,7 @@ def returned_names(kind: type[DiffusionPipeline]) -> list[str]:
     if encode is None:
         raise _refusal(kind, "it has no encode_prompt")
     if "image" in inspect.signature(encode).parameters:
-        raise _refusal(kind, "it encodes prompts together with pictures")
+        raise _refusal(kind, "it encodes prompts together with images")
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(encode)))
         others = re.findall(r"self\.(encode_prompt\w+)", inspect.getsource(kind.__call__))
@@ -160,7 +160,7 @@ def _check(pipe: DiffusionPipeline, prepared: Call) -> None:
         )
     if any((prepared.arguments.get(name) or 1) > 1 for name in EACH):
         raise PromptError(
-            "encoded prompts stand for one picture each. List a prompt once for every picture, with seed= as a list."
+            "encoded prompts stand for one image each. List a prompt once for every image, with seed= as a list."
         )
 
 

@@ -26,25 +26,25 @@ STEPS = 4
 
 @dataclass(frozen=True)
 class X0:
-    """Pictures of the clean latents that were predicted.
+    """Images of the clean latents that were predicted.
 
-    pictures: site -> [step][row]. steps: their indices. run: the run they were read from, tensors included.
+    images: site -> [step][row]. steps: their indices. run: the run they were read from, tensors included.
     """
 
-    pictures: dict[str, list[list[Image]]]
+    images: dict[str, list[list[Image]]]
     steps: tuple[int, ...]
     run: Run
 
     def figure(self, row: int = 0) -> go.Figure:
-        """One prompt's pictures: steps from top to bottom, blocks from left to right."""
+        """One prompt's images: steps from top to bottom, blocks from left to right."""
         from dit_lens.plots import sheet
 
         sigmas = self.run.sigmas
         names = [f"step {step}<br>noise {sigmas[step]:.2f}" for step in self.steps]
-        columns = [site.removesuffix(".img.x0").replace("blocks.", "block ") for site in self.pictures]
+        columns = [site.removesuffix(".img.x0").replace("blocks.", "block ") for site in self.images]
         columns = ["the model" if name == "x0" else name for name in columns]
-        rows = [[pictures[i][row] for pictures in self.pictures.values()] for i in range(len(self.steps))]
-        return sheet(rows, names, columns, title="The picture each block predicts")
+        rows = [[images[i][row] for images in self.images.values()] for i in range(len(self.steps))]
+        return sheet(rows, names, columns, title="The image each block predicts")
 
 
 def read_x0(lens: DiTLens, prompt: Any, site: Pattern | None = None, *, steps: Steps = None, **call: Any) -> X0:
@@ -56,12 +56,12 @@ def read_x0(lens: DiTLens, prompt: Any, site: Pattern | None = None, *, steps: S
         steps = _spread(list(range(when.steps)), STEPS)
     run = lens.run(prompt, [Read([*names, "x0"], steps=steps)], **call)
     reading = run.readings[0]
-    pictures = {}
+    images = {}
     for name, value in reading.tensors.items():
         s, b = value.shape[:2]
         drawn = decode(lens, value.flatten(0, 1), run.grid)
-        pictures[name] = [drawn[i * b : (i + 1) * b] for i in range(s)]
-    return X0(pictures, reading.steps, run)
+        images[name] = [drawn[i * b : (i + 1) * b] for i in range(s)]
+    return X0(images, reading.steps, run)
 
 
 def _sites(lens: DiTLens, pattern: Pattern) -> list[str]:

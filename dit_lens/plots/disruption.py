@@ -1,4 +1,4 @@
-"""The figure of claim 1: how much pictures change, and how much of the prompt they keep."""
+"""The figure of claim 1: how much images change, and how much of the prompt they keep."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class _Panel(NamedTuple):
     form: str
 
 
-_RMSE = _Panel("rmse", "RMSE to untouched picture<br>(0 to 255)", ".1f")
+_RMSE = _Panel("rmse", "RMSE to untouched image<br>(0 to 255)", ".1f")
 _FIDELITY = _Panel("fidelity", "prompt fidelity<br>(share of attributes right)", ".2f")
-_CLIP = _Panel("clip", "CLIP score<br>(cosine of picture and prompt)", ".3f")
+_CLIP = _Panel("clip", "CLIP score<br>(cosine of image and prompt)", ".3f")
 
 
 @carries_code
 def disruption_figure(summary: pd.DataFrame) -> go.Figure:
-    """How much pictures change, and how much of the prompt they keep, when k channels are zeroed.
+    """How much images change, and how much of the prompt they keep, when k channels are zeroed.
 
     >>> import pandas as pd
     >>> figure = disruption_figure(
@@ -53,7 +53,7 @@ def disruption_figure(summary: pd.DataFrame) -> go.Figure:
     panels = [panel for panel in (_RMSE, _FIDELITY, _CLIP) if np.isfinite(floats(table, panel.column)).any()]
     ks = sorted(k for k in table["k"].unique() if k > 0)
     if not ks or not panels:
-        raise OpError("The summary has no edited pictures to draw: it needs rows with k > 0 and an rmse.")
+        raise OpError("The summary has no edited images to draw: it needs rows with k > 0 and an rmse.")
     if len(ks) == 1:
         share = "; %: energy in the arm's channels" if "energy_share" in table else ""
         figure, what = _bars(table, panels, ks[0]), f"Zeroing {ks[0]:g} channels"

@@ -1,6 +1,6 @@
-"""Figures with pictures in them: masks laid over a picture, and rows of pictures with labels.
+"""Figures with images in them: masks laid over an image, and rows of images with labels.
 
-Letters: h w token grid, H W picture.
+Letters: h w token grid, H W image.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dit_lens.plots.theme import INK, WIDTH, short, titled
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Magenta, because pictures seldom have it; truth is white on black, which shows on anything.
+# Magenta, because images seldom have it; truth is white on black, which shows on anything.
 MASK = "#FF00C8"
 
-# Pictures a row, and the pixels beyond which a picture is made smaller before it is put into a figure.
+# Images a row, and the pixels beyond which an image is made smaller before it is put into a figure.
 _ROW, _PIXELS = 8, 512
 
 
@@ -32,7 +32,7 @@ _ROW, _PIXELS = 8, 512
 def cluster_overlay(
     image: Image, mask: Any, *, truth: Any = None, title: str = "Clusters", opacity: float = 0.45
 ) -> go.Figure:
-    """A mask of the token grid in magenta over its picture, and the true subject as an outline.
+    """A mask of the token grid in magenta over its image, and the true subject as an outline.
 
     >>> from PIL import Image
     >>> mask = np.array([[True, False], [False, False]])
@@ -46,7 +46,7 @@ def cluster_overlay(
     found, true = _mask(mask, "mask"), None if truth is None else _mask(truth, "truth")
     facts = [f"magenta: mask, {int(found.sum())} of {found.shape[0]} x {found.shape[1]} tokens"]
     facts += [] if true is None else ["dashed: true subject", f"IoU {_iou(image, found, true):.2f}"]
-    figure = go.Figure([_picture(image), *_layers(image.size, found, true, opacity)])
+    figure = go.Figure([_image(image), *_layers(image.size, found, true, opacity)])
     # Keys of their own, in colours that show on any page; a click hides the layer.
     keys = {"mask": {"color": MASK, "width": 2}, "true subject": {"color": INK, "width": 2, "dash": "3px,3px"}}
     for name, line in list(keys.items())[: 1 if true is None else 2]:
@@ -59,7 +59,7 @@ def cluster_overlay(
 def overlay_grid(
     image: Image, masks: Mapping[str, Any], *, truth: Any = None, title: str = "Clusters", opacity: float = 0.45
 ) -> go.Figure:
-    """One picture under several masks, such as one per block.
+    """One image under several masks, such as one per block.
 
     >>> from PIL import Image
     >>> mask = np.array([[True, False], [False, False]])
@@ -70,14 +70,14 @@ def overlay_grid(
     masks: name -> bool [h, w]. The rest as in ``cluster_overlay``; labels tell the IoU where the truth is known.
     """
     if not masks:
-        raise OpError("There are no masks to lay over the picture. Give at least one: {name: bool [h, w]}.")
+        raise OpError("There are no masks to lay over the image. Give at least one: {name: bool [h, w]}.")
     found = {name: _mask(mask, f"the mask of {name}") for name, mask in masks.items()}
     true = None if truth is None else _mask(truth, "truth")
     labels = [f"block {short(name)}" if short(name).isdecimal() else name for name in found]
     if true is not None:
         labels = [f"{label}<br>IoU {_iou(image, m, true):.2f}" for label, m in zip(labels, found.values(), strict=True)]
     figure, cells = _cells([image.size] * len(found), labels)
-    small = _picture(image)
+    small = _image(image)
     for mask, (row, column) in zip(found.values(), cells, strict=True):
         for trace in (small, *_layers(image.size, mask, true, opacity)):
             figure.add_trace(trace, row=row, col=column)
@@ -87,20 +87,20 @@ def overlay_grid(
 
 @carries_code
 def strip(images: Sequence[Image], labels: Sequence[str], *, title: str = "", subtitle: str = "") -> go.Figure:
-    """Pictures in a row with labels underneath, eight to a row; pixels stay sharp squares.
+    """Images in a row with labels underneath, eight to a row; pixels stay sharp squares.
 
     >>> from PIL import Image
     >>> figure = strip([Image.new("RGB", (8, 8))] * 3, ["target", "strength 0.5", "source"])
     >>> len(figure.data), [label.text for label in figure.layout.annotations]
     (3, ['target', 'strength 0.5', 'source'])
 
-    images: PIL, of any sizes. labels: one per picture; may hold <br>.
+    images: PIL, of any sizes. labels: one per image; may hold <br>.
     """
     if not images or len(images) != len(labels):
-        raise OpError(f"A strip takes one label per picture, and got {len(images)} pictures and {len(labels)} labels.")
+        raise OpError(f"A strip takes one label per image, and got {len(images)} images and {len(labels)} labels.")
     figure, cells = _cells([image.size for image in images], labels)
     for image, (row, column) in zip(images, cells, strict=True):
-        figure.add_trace(_picture(image), row=row, col=column)
+        figure.add_trace(_image(image), row=row, col=column)
     headed = bool(title or subtitle)
     figure.update_layout(margin={"t": 60 if headed else 8})
     return titled(figure, title, subtitle, height=figure.layout.height - (0 if headed else 52))
@@ -115,7 +115,7 @@ def sheet(
     title: str = "",
     subtitle: str = "",
 ) -> go.Figure:
-    """Pictures in a table, such as steps by blocks.
+    """Images in a table, such as steps by blocks.
 
     >>> from PIL import Image
     >>> figure = sheet([[Image.new("RGB", (8, 8))] * 2], ["step 0"], ["block 0", "block 1"])
@@ -127,13 +127,13 @@ def sheet(
     if not images or any(len(line) != len(columns) for line in images) or len(images) != len(rows):
         raise OpError(
             f"A sheet takes one label per row and column, and got {len(rows)} and {len(columns)} labels for "
-            f"{len(images)} rows of {', '.join(str(len(line)) for line in images)} pictures."
+            f"{len(images)} rows of {', '.join(str(len(line)) for line in images)} images."
         )
     labels = [column for _ in rows for column in columns]
     flat = [image for line in images for image in line]
     figure, cells = _cells([image.size for image in flat], labels, len(columns))
     for image, (row, column) in zip(flat, cells, strict=True):
-        figure.add_trace(_picture(image), row=row, col=column)
+        figure.add_trace(_image(image), row=row, col=column)
     for number, label in enumerate(rows, start=1):
         domain = figure.get_subplot(number, 1).yaxis.domain
         figure.add_annotation(
@@ -163,7 +163,7 @@ def outline(mask: np.ndarray) -> tuple[list[float | None], list[float | None]]:
     """
     x: list[float | None] = []
     y: list[float | None] = []
-    # An edge lies wherever two neighbours differ; outside of the picture is outside of the mask.
+    # An edge lies wherever two neighbours differ; outside of the image is outside of the mask.
     across = np.diff(np.pad(mask.astype(np.int8), ((1, 1), (0, 0))), axis=0)  # [H + 1, W]
     down = np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1))), axis=1)  # [H, W + 1]
     for lines, along, beside in ((across, x, y), (down.T, y, x)):
@@ -177,8 +177,8 @@ def outline(mask: np.ndarray) -> tuple[list[float | None], list[float | None]]:
     return x, y
 
 
-def _picture(image: Image) -> go.Image:
-    """The picture as a trace whose coordinates are the pixels of the original."""
+def _image(image: Image) -> go.Image:
+    """The image as a trace whose coordinates are the pixels of the original."""
     small = image.convert("RGB")
     scale = max(1.0, max(image.size) / _PIXELS)
     if scale > 1:
@@ -190,7 +190,7 @@ def _picture(image: Image) -> go.Image:
 def _layers(
     size: tuple[int, int], mask: np.ndarray, truth: np.ndarray | None, opacity: float
 ) -> list[go.Heatmap | go.Scatter]:
-    """The mask, its border and the border of the truth, in pixels of a picture of ``size`` (W, H)."""
+    """The mask, its border and the border of the truth, in pixels of an image of ``size`` (W, H)."""
     dx, dy = size[0] / mask.shape[1], size[1] / mask.shape[0]
     tokens = go.Heatmap(
         z=np.where(mask, 1.0, np.nan),
@@ -233,7 +233,7 @@ def _border(size: tuple[int, int], mask: np.ndarray, name: str, line: dict[str, 
 def _cells(
     sizes: Sequence[tuple[int, int]], labels: Sequence[str], columns: int | None = None
 ) -> tuple[go.Figure, list[tuple[int, int]]]:
-    """Empty cells for pictures (W, H), wrapped into even rows, labels below; and the (row, column) of each."""
+    """Empty cells for images (W, H), wrapped into even rows, labels below; and the (row, column) of each."""
     rows = -(-len(sizes) // (columns or _ROW))
     columns = columns or -(-len(sizes) // rows)
     wide = (WIDTH - 16) / max(columns, 3)
@@ -283,8 +283,8 @@ def _bare(figure: go.Figure, size: tuple[int, int], **cell: int) -> None:
 def _iou(image: Image, mask: np.ndarray, truth: np.ndarray) -> float:
     if truth.shape != (image.height, image.width):
         raise OpError(
-            f"The truth has shape {truth.shape} and the picture {image.height} x {image.width} pixels. "
-            "Give the truth in the picture's pixels."
+            f"The truth has shape {truth.shape} and the image {image.height} x {image.width} pixels. "
+            "Give the truth in the image's pixels."
         )
     return iou(upsample(mask, truth.shape), truth)
 

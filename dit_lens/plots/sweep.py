@@ -109,7 +109,7 @@ def _table(summary: pd.DataFrame, asked: str | None) -> tuple[pd.DataFrame, str]
         raise OpError(f"The summary has no measure {measure!r}.{nearest(measure, known or columns)}")
     table = summary[~summary["arm"].isin(NOTHING) & summary[measure].notna()]
     if table.empty:
-        raise OpError(f"The summary has no edited pictures with a {measure} to draw.")
+        raise OpError(f"The summary has no edited images with a {measure} to draw.")
     return table.assign(**{measure: table[measure].astype(float)}), measure
 
 

@@ -17,7 +17,7 @@ FAINT = "rgba(128, 128, 128, 0.25)"
 MASSIVE = "#D55E00"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
-# Pixels for which labels and picture rows are laid out: the output cell of a notebook.
+# Pixels for which labels and image rows are laid out: the output cell of a notebook.
 WIDTH = 700
 
 # The height of a line of labels, in pixels.

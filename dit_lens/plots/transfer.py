@@ -39,7 +39,7 @@ def transfer_figure(summary: pd.DataFrame, k: int | None = None) -> go.Figure:
     summary: columns arm, masked (bool), strength (0 to 1), n, to_source, to_target (RMSE, 0 to 255), each with _low and
     _high; says_source and says_target (shares) go into the hover text. Left: both distances against strength. Right:
     one against the other, a curve per arm; low and left is near both. Rows with strength 0 are the untouched target:
-    every curve then starts there, and a dotted line shows what blending the two pictures would give. Blends of latents
+    every curve then starts there, and a dotted line shows what blending the two images would give. Blends of latents
     and prompts, and top without the last blocks or read out alone, are on the right only.
     k: which size, where the summary has several; None then draws both distances against k, at the largest strength.
     """
@@ -57,9 +57,9 @@ def transfer_figure(summary: pd.DataFrame, k: int | None = None) -> go.Figure:
 
 @carries_code
 def transfer_image_figure(summary: pd.DataFrame, k: int | None = None) -> go.Figure:
-    """What moving channels out of a picture does: see :func:`transfer_figure`."""
+    """What moving channels out of an image does: see :func:`transfer_figure`."""
     figure = transfer_figure(summary, k)
-    return figure.update_layout(title={"text": figure.layout.title.text.replace("a source", "a picture")})
+    return figure.update_layout(title={"text": figure.layout.title.text.replace("a source", "an image")})
 
 
 @carries_code
@@ -72,7 +72,7 @@ def transfer_strips(
     masked: bool = False,
     arms: Sequence[str] = ("top", "random", "all", "prompt-blend", "latent-blend", "pixel-blend"),
 ) -> go.Figure:
-    """The way from target to source in pictures: a line of strengths for every arm.
+    """The way from target to source in images: a line of strengths for every arm.
 
     >>> from PIL import Image
     >>> from dit_lens.studies import Result
@@ -84,23 +84,23 @@ def transfer_strips(
     (4, ['target', 'strength 0.5', 'strength 1', 'source', 'top (massive)'])
 
     result: of ``studies.transfer`` or ``studies.transfer_image``. pair: its number. seed, k: the first by default. Arms
-    that the result has no pictures of, as it has none of blended prompts inside a mask, are left out.
+    that the result has no images of, as it has none of blended prompts inside a mask, are left out.
     """
     seed = result.settings["seeds"][0] if seed is None else seed
     k = result.settings["k"][0] if k is None else k
     strengths, name = sorted(result.settings["strengths"]), f"{pair}/{seed}"
-    if f"{name}/target" not in result.pictures:
-        raise OpError(f"The result has no pictures of pair {pair} under seed {seed}.")
-    ends = result.pictures[f"{name}/target"], result.pictures[f"{name}/source"]
+    if f"{name}/target" not in result.images:
+        raise OpError(f"The result has no images of pair {pair} under seed {seed}.")
+    ends = result.images[f"{name}/target"], result.images[f"{name}/source"]
     where = "masked" if masked else "whole"
     lines = {}
     for arm in arms:
         size = _size(result, arm, k)
         keys = [f"{name}/{size}/{arm}/{where}/{strength:g}" for strength in strengths]
-        if all(key in result.pictures for key in keys):
-            lines[arm] = [ends[0], *(result.pictures[key] for key in keys), ends[1]]
+        if all(key in result.images for key in keys):
+            lines[arm] = [ends[0], *(result.images[key] for key in keys), ends[1]]
     if not lines:
-        raise OpError(f"The result has no pictures of {', '.join(arms)} with k={k}, {where}.")
+        raise OpError(f"The result has no images of {', '.join(arms)} with k={k}, {where}.")
     columns = ["target", *(f"strength {strength:g}" for strength in strengths), "source"]
     title, words = "From the target to the source", f"k = {k}; channels moved at {_WHERE[masked]}"
     return sheet(list(lines.values()), [_look(arm).name for arm in lines], columns, title=title, subtitle=words)
@@ -144,7 +144,7 @@ def _of_k(curves: pd.DataFrame, k: int, ks: Sequence[int]) -> pd.DataFrame:
 
 
 def _size(result: Result, arm: str, k: int) -> int:
-    """Under which size the pictures of an arm are kept."""
+    """Under which size the images of an arm are kept."""
     if arm == "all":
         return result.settings["width"]
     return 0 if arm.endswith("-blend") else k

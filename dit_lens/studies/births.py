@@ -61,7 +61,7 @@ def births(
     the share of the other channels whose |gate| is smaller (0.5 by chance; ties count half). The arm "random" has the
     same for other channels, one random map of the set.
 
-    k: channels per picture, by |mean| at ``site``, averaged over steps. site: one site at a block's end. steps: which
+    k: channels per image, by |mean| at ``site``, averaged over steps. site: one site at a block's end. steps: which
     denoising steps count. batch_size, out: see :func:`disruption`. Notes say what a family lacks, and why.
     Sources: direct contributions as in TransformerLens; gate spikes, arXiv 2510.11538.
     """

@@ -76,7 +76,7 @@ def carrier_or_detail(
     channel has two parts, its mean over the image tokens and the spatial residual around it; "whole" is both.
 
     - ablation: the share of the prompt's attributes lost when a part is removed;
-    - transport: the share of missing attributes of a source prompt gained when a part is moved from its picture, under
+    - transport: the share of missing attributes of a source prompt gained when a part is moved from its image, under
       the same noise (conditional branch), into the next prompt's;
     - decoding: how well attributes of prompts never seen are read from a part by a linear decoder (0 is chance);
     - variance: the share of a part's variance, within a step, that depends on the prompt, alone or with the seed.
@@ -86,7 +86,7 @@ def carrier_or_detail(
     evidence, the rows "verdict" last: carrier, detail, both or undecided, by rules fixed beforehand (``thresholds``;
     dit_lens.studies.parts.evidence). Decoding needs prompts that share attributes; without them its lines are missing.
 
-    judge: ``fn(picture, prompt)`` with a "fidelity" in [0, 1]; attributes: ``fn(prompt) -> {attribute: value}``; toys
+    judge: ``fn(image, prompt)`` with a "fidelity" in [0, 1]; attributes: ``fn(prompt) -> {attribute: value}``; toys
     know both. Two prompts at least in every batch. Sources: arXiv 2605.13974, 2510.11538, 2607.02968.
     """
     prompts, seeds = listed(prompts), seeded(seeds)
@@ -130,7 +130,7 @@ def _checked(judge: Judge | None, parts: Sequence[Batch]) -> Judge:
     """The judge, where there is one, and another prompt to move channels from in every batch."""
     if judge is None:
         raise OpError(
-            "whether a picture still shows its prompt must be judged: pass judge=, a function of picture and prompt "
+            "whether an image still shows its prompt must be judged: pass judge=, a function of image and prompt "
             'that returns {"fidelity": number from 0 to 1}.'
         )
     if any(len(part.prompts) < 2 for part in parts):
@@ -159,7 +159,7 @@ def _clean(lens: DiTLens, part: Batch, *, site: Pattern, score: str, judge: Judg
     run = lens.run(part.prompts, score_ops(site, score), seed=part.seed, **call)
     cell = Cell(arrays={**kept_scores(run), "grid": np.array(run.grid)})
     for row, prompt, image in zip(part.rows, part.prompts, run.images, strict=True):
-        cell.pictures[f"{row}/{part.seed}/untouched"] = image
+        cell.images[f"{row}/{part.seed}/untouched"] = image
         cell.lines.append(
             _line("untouched", Arm("untouched", 0), "whole", prompt, part.seed, judged(judge, image, prompt))
         )
@@ -219,11 +219,11 @@ def _ablation(
     cell = Cell()
     for row, prompt, image, before in zip(part.rows, part.prompts, run.images, clean.lines, strict=True):
         says = judged(judge, image, prompt)
-        changed = float(rmse(clean.pictures[f"{row}/{part.seed}/untouched"], image))
+        changed = float(rmse(clean.images[f"{row}/{part.seed}/untouched"], image))
         effect = {"effect": before["fidelity"] - says["fidelity"], "rmse": changed}
         cell.lines.append(_line("ablation", arm, kept, prompt, part.seed, {**says, **effect}))
         if arm.draw == 0:
-            cell.pictures[f"{row}/{part.seed}/ablation/{arm.name}/{kept}"] = image
+            cell.images[f"{row}/{part.seed}/ablation/{arm.name}/{kept}"] = image
     return cell
 
 
@@ -242,7 +242,7 @@ def _transport(
     prompts = [*part.prompts, *(part.prompts[row] for row in sources)]
     ops = [_move(site, arm.sets[0], kept, row, n + row) for row in range(n)]
     images = lens.run(prompts, ops, seed=part.seed, **call).images
-    untouched: list[Image] = [clean.pictures[f"{row}/{part.seed}/untouched"] for row in part.rows]
+    untouched: list[Image] = [clean.images[f"{row}/{part.seed}/untouched"] for row in part.rows]
     cell = Cell()
     for i, (row, prompt) in enumerate(zip(part.rows, part.prompts, strict=True)):
         source = part.prompts[sources[i]]
@@ -257,7 +257,7 @@ def _transport(
         }
         cell.lines.append(_line("transport", arm, kept, prompt, part.seed, measures))
         if arm.draw == 0:
-            cell.pictures[f"{row}/{part.seed}/transport/{arm.name}/{kept}"] = images[i]
+            cell.images[f"{row}/{part.seed}/transport/{arm.name}/{kept}"] = images[i]
     return cell
 
 
@@ -299,20 +299,20 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
         f"verdict: {found['overall']} (mean: {found['mean']}, residual: {found['residual']})",
         (
             f"rules: carrier from {thresholds.carrier:g} and above every control, detail up to {thresholds.detail:g}, "
-            f"of edits that change the picture by rmse {thresholds.change:g} or more"
+            f"of edits that change the image by rmse {thresholds.change:g} or more"
         ),
         share_of_width(settings["k"], settings["width"]),
     ]
     if len(settings["seeds"]) == 1:
         notes.append("variance was not measured: of one seed all that varies depends on the prompt")
-    pictures = {name: picture for cell in cells for name, picture in cell.pictures.items()}
+    images = {name: image for cell in cells for name, image in cell.images.items()}
     return Result(
-        "carrier_or_detail", table, pd.concat([summary, rows], ignore_index=True), dict(settings), pictures, notes=notes
+        "carrier_or_detail", table, pd.concat([summary, rows], ignore_index=True), dict(settings), images, notes=notes
     )
 
 
 def _information(settings: Mapping[str, Any], cells: Sequence[Cell], thresholds: Thresholds) -> list[dict[str, Any]]:
-    """Decoding and variance, of the pictures whose values are all there: batches of a seed one after the other."""
+    """Decoding and variance, of the images whose values are all there: batches of a seed one after the other."""
     kept = [cell.arrays for cell in cells if any(key.startswith("top/") for key in cell.arrays)]
     prompts, seeds = len(settings["prompts"]), len(settings["seeds"])
     if not kept or sum(next(iter(one.values())).shape[1] for one in kept) != prompts * seeds:

@@ -1,4 +1,4 @@
-"""Claim 1: are massive channels critical? Ablate them, and as many others, and see what becomes of the picture."""
+"""Claim 1: are massive channels critical? Ablate them, and as many others, and see what becomes of the image."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def disruption(
     >>> sorted(result.summary["arm"])
     ['attenuated', 'bottom', 'energy-matched', 'no-op', 'norm-kept', 'random', 'random-direction', 'rescaled', 'top']
 
-    Every picture's own sets come from its clean run, averaged over all its steps, and stay fixed. All arms of a batch
+    Every image's own sets come from its clean run, averaged over all its steps, and stay fixed. All arms of a batch
     run at one batch shape. Arms: no-op (an edit of no channel, which must change nothing), top, bottom, random
     (``draws`` of them; each one map of channels for all blocks) and energy-matched (other channels, with energy as near
     as can be). Arms for what else could explain the damage, unless ``confounds=False``:
@@ -77,12 +77,12 @@ def disruption(
     k: one or several sizes. steps: when channels are ablated. ablation: "zero"; "mean", in every branch by the
     channel's mean over the study's own prompts and seeds at that step (conditional branch); "resample", by the values
     of another prompt of the batch under the same noise. Confounds are of zeroing, so they run with it alone, and where
-    ``site`` is the output of blocks. distances: to the untouched picture, names or functions of two pictures (see
-    ``metrics.distances``); rmse is always among them. judge: ``fn(picture, prompt) -> {name: number}``, such as
+    ``site`` is the output of blocks. distances: to the untouched image, names or functions of two images (see
+    ``metrics.distances``); rmse is always among them. judge: ``fn(image, prompt) -> {name: number}``, such as
     ``metrics.clip_judge``; toys read scenes back by themselves. batch_size: prompts that run together. out: a folder
     for finished cells, from which the same call goes on.
 
-    The table has the distances (rmse in grey levels, psnr in dB and missing for equal pictures), k over the width, the
+    The table has the distances (rmse in grey levels, psnr in dB and missing for equal images), k over the width, the
     share of energy the ablated channels held, and what the judge says. The summary has the means with their intervals,
     and ``..._top_minus``: by how much the top arm exceeds the arm of the line, over the same prompts and seeds. Raises
     OpError or PromptError before anything is drawn. Source: arXiv 2605.13974.
@@ -123,7 +123,7 @@ def disruption(
                 (size, a) for size in ks for a in _arms(sets_of(cell.arrays, size, score), draws, part.seed, extra)
             ]
             for size, arm in arms:
-                make = partial(_edited, draw, part, ablate(arm, part.seed), cell.pictures, measures, judge, size, arm)
+                make = partial(_edited, draw, part, ablate(arm, part.seed), cell.images, measures, judge, size, arm)
                 cells.get(f"{part.key}/{size}/{arm.name}/{arm.draw}", make)
         return cells.result()
 
@@ -148,7 +148,7 @@ def _clean(draw: Drawing, part: Batch, reads: Sequence[Read], judge: Judge | Non
     if "mean" in run.keys():  # noqa: SIM118 a Run is no mapping
         cell.arrays |= {f"all/mean/{name}": value.float().numpy() for name, value in run["mean"].items()}
     for row, prompt, image in zip(part.rows, part.prompts, run.images, strict=False):
-        cell.pictures[f"{row}/{part.seed}/0/untouched"] = image
+        cell.images[f"{row}/{part.seed}/0/untouched"] = image
         cell.lines.append(_line(prompt, part.seed, 0, Arm("untouched", 0), **judged(judge, image, prompt)))
     return cell
 
@@ -173,7 +173,7 @@ def _ablate(
     sites: set[str],
     means: Mapping[str, Any],
 ) -> list[Op]:
-    """The ops of an arm, for every picture of a batch."""
+    """The ops of an arm, for every image of a batch."""
     if not arm.sets:
         return [Zero(site, channels=[], steps=steps)]
     ops: list[Op] = []
@@ -225,7 +225,7 @@ def _edited(
             measures |= {"energy_share": held, "matched": arm.sets[i].matched}
         cell.lines.append(_line(prompt, part.seed, k, arm, **measures, **judged(judge, after, prompt)))
         if arm.draw == 0:
-            cell.pictures[f"{row}/{part.seed}/{k}/{arm.name}"] = after
+            cell.images[f"{row}/{part.seed}/{k}/{arm.name}"] = after
     return cell
 
 
@@ -234,7 +234,7 @@ def _line(prompt: str, seed: int, k: int, arm: Arm, **measures: Any) -> dict[str
 
 
 def _finite(distance: Any) -> float:
-    """A distance; missing where it is infinite, as the psnr of equal pictures."""
+    """A distance; missing where it is infinite, as the psnr of equal images."""
     return float(distance) if np.isfinite(distance) else np.nan
 
 
@@ -242,19 +242,19 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
     """The result of the cells so far."""
     table = pd.DataFrame([line for cell in cells for line in cell.lines])
     table.insert(3, "k_share", table["k"] / settings["width"])
-    pictures = {name: picture for cell in cells for name, picture in cell.pictures.items()}
+    images = {name: image for cell in cells for name, image in cell.images.items()}
     edited = table[table["arm"] != "untouched"]
-    # A psnr has no mean where some pictures are equal.
+    # A psnr has no mean where some images are equal.
     measured = [name for name in settings["distances"] if name != "psnr" and name in table]
     said = ["fidelity"] if "fidelity" in table else _said(table)
     summary = summarise(edited, ("k", "k_share", "arm"), [*measured, *said, *_kept(table, "energy_share")])
     if len(contrasts := paired(edited, ("k",), [*measured, *said])):
         summary = summary.merge(contrasts, on=["k", "arm"], how="left")
-    return Result("disruption", table, summary, dict(settings), pictures, notes=_notes(table, edited, settings))
+    return Result("disruption", table, summary, dict(settings), images, notes=_notes(table, edited, settings))
 
 
 def _said(table: pd.DataFrame) -> list[str]:
-    """What a judge measured: all numbers of the untouched pictures."""
+    """What a judge measured: all numbers of the untouched images."""
     ours = ("prompt", "seed", "k", "k_share", "arm", "draw")
     heard = table.loc[table["arm"] == "untouched"].dropna(axis="columns", how="all")
     return [name for name in heard if name not in ours]
@@ -267,9 +267,9 @@ def _kept(table: pd.DataFrame, *names: str) -> list[str]:
 def _notes(table: pd.DataFrame, edited: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     notes = [share_of_width(k, settings["width"]) for k in settings["k"]]
     if edited.empty:
-        return [*notes, "no picture was edited yet"]
+        return [*notes, "no image was edited yet"]
     floor = edited.loc[edited["arm"] == "no-op", "rmse"].max()
-    notes.append(f"noise floor: an edit of no channel changes pictures by rmse {floor:g}")
+    notes.append(f"noise floor: an edit of no channel changes images by rmse {floor:g}")
     notes += _differences(edited, "top", ("bottom", "random", "energy-matched"))
     matched = edited[edited["arm"] == "energy-matched"]
     if len(matched) and not matched["matched"].astype(bool).all():
@@ -283,18 +283,18 @@ def _notes(table: pd.DataFrame, edited: pd.DataFrame, settings: Mapping[str, Any
     if "norm-kept" in settings["confounds"] and min(settings["k"]) < 3:
         notes.append("norm-kept leaves two numbers per token, which is all that one or two channels held: take k >= 3")
     if "fidelity" in table:
-        notes.append(f"untouched pictures: fidelity {table.loc[table['arm'] == 'untouched', 'fidelity'].mean():.3f}")
+        notes.append(f"untouched images: fidelity {table.loc[table['arm'] == 'untouched', 'fidelity'].mean():.3f}")
     return notes
 
 
 def _differences(edited: pd.DataFrame, base: str, others: Sequence[str]) -> list[str]:
-    """By how much one arm changes pictures more than others, on the same prompts and seeds: a note for every k."""
+    """By how much one arm changes images more than others, on the same prompts and seeds: a note for every k."""
     found = paired(edited[edited["arm"].isin([base, *others])], ("k",), ["rmse"], base)
     if found.empty:
         return []
     shown = readable(found).rename(columns={f"rmse_{base}_minus": "more"})
     return [
-        f"k={k}: {base} changes pictures by rmse "
+        f"k={k}: {base} changes images by rmse "
         + ", ".join(f"{more} more than {arm}" for arm, more in zip(group["arm"], group["more"], strict=True))
         + " (paired)"
         for k, group in shown.groupby("k", sort=False)

@@ -73,10 +73,10 @@ def organisation(
     out: str | Path | None = None,
     **call: Any,
 ) -> Result:
-    """K-means of the image tokens on k channels, per block and step, against the subject in the generated picture.
+    """K-means of the image tokens on k channels, per block and step, against the subject in the generated image.
 
     >>> from dit_lens import DiTLens
-    >>> whole = lambda picture, prompt: np.ones((64, 64), bool)
+    >>> whole = lambda image, prompt: np.ones((64, 64), bool)
     >>> result = organisation(
     ...     DiTLens.toy(),
     ...     "a big red circle left on a plain blue background",
@@ -98,27 +98,27 @@ def organisation(
     method: "minmax" (as reproduced) or "robust" (quantile clip). polarity: what is in front: the "heat"-iest cluster,
     all but the one at the "border", or, as "oracle", the heat mask or its complement, whichever fits the truth better;
     then chance is that of the better of a random mask and its complement.
-    masks: where the subject truly is: one bool [H, W] or PIL picture (white is subject) per prompt, or
-    ``fn(picture, prompt)`` that returns one; toys read the picture back (unreadable ones are left out and counted).
+    masks: where the subject truly is: one bool [H, W] or PIL image (white is subject) per prompt, or
+    ``fn(image, prompt)`` that returns one; toys read the image back (unreadable ones are left out and counted).
     words: of the subject, one for all prompts or one each, for the attention baseline; toys take the shape's; [] leaves
     it out. batch_size: prompts that run together. out: a folder for finished cells, from which the same call goes on.
-    Memory: all channels of every token are read, tokens x channels per block, step and picture of a batch.
+    Memory: all channels of every token are read, tokens x channels per block, step and image of a batch.
 
     The table has one line per prompt, seed, step, block and arm: iou; chance, of an equally large random mask; others,
     the same mask's IoU with the subjects of all other prompts, which a smooth mask in the centre has as well; behind,
-    how far the IoU lies below that of top on the same picture; size, the share of tokens in front; clusters, the tokens
+    how far the IoU lies below that of top on the same image; size, the share of tokens in front; clusters, the tokens
     of each, from cold to hot; degenerate, a cluster under 1 %; energy_share, of the channels that were looked at.
     The summary adds p: the share of orders of the prompts in which masks and subjects fit as well (of one arm, block
     and step, not corrected for their number). Intervals are 95 %.
     Source: arXiv 2605.13974; the procedure is the public reproduction's.
 
-    A segmenter for real pictures, as ``masks=birefnet``; its weights come with code of their own, so look at it first::
+    A segmenter for real images, as ``masks=birefnet``; its weights come with code of their own, so look at it first::
 
         net = transformers.AutoModelForImageSegmentation.from_pretrained("ZhengPeng7/BiRefNet", trust_remote_code=True)
 
 
-        def birefnet(picture, prompt):
-            x = torchvision.transforms.functional.to_tensor(picture.resize((1024, 1024)))
+        def birefnet(image, prompt):
+            x = torchvision.transforms.functional.to_tensor(image.resize((1024, 1024)))
             x = torchvision.transforms.functional.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
             with torch.no_grad():
                 return (net(x[None])[-1].sigmoid()[0, 0] > 0.5).numpy()
@@ -132,7 +132,7 @@ def organisation(
     extra, left_out = _extra_reads(lens, prompts, words, list(blocks.values()), call)
     when, plan = lens.planned(prompts, **call)
     if len(plan.program["expected"] or (0, 0)) != 2:
-        raise OpError("the tokens of a video have no grid (h, w) to cluster; organisation is of pictures.")
+        raise OpError("the tokens of a video have no grid (h, w) to cluster; organisation is of images.")
     settings = {
         "prompts": prompts,
         "k": k,
@@ -162,7 +162,7 @@ def organisation(
     result = cells.result()
     if result.table.empty:
         raise OpError(
-            "no picture could be read back, so there is no subject to compare with. "
+            "no image could be read back, so there is no subject to compare with. "
             "Use other prompts or seeds, or pass masks=."
         )
     return result
@@ -185,11 +185,11 @@ def _blocks(lens: DiTLens, site: Pattern) -> dict[str, int]:
 
 
 def _checked(masks: Masks | None, lens: DiTLens, prompts: Sequence[str]) -> list[np.ndarray] | Callable | None:
-    """Masks as bool arrays, one per prompt; a function as it is; None where a toy reads its pictures back."""
+    """Masks as bool arrays, one per prompt; a function as it is; None where a toy reads its images back."""
     if masks is None:
         if judge_for(lens, prompts, None) is None:
             raise OpError(
-                "where the subject is must be told: pass masks=, a list of bool arrays or a function of picture and "
+                "where the subject is must be told: pass masks=, a list of bool arrays or a function of image and "
                 "prompt."
             )
         return None
@@ -206,7 +206,7 @@ def _plain_mask(mask: Any, name: str) -> np.ndarray:
     array = np.asarray(mask)
     if array.dtype != bool or array.ndim != 2:
         raise OpError(
-            f"{name} must be a bool array [H, W] or a PIL picture, and is {array.dtype} {list(array.shape)}. "
+            f"{name} must be a bool array [H, W] or a PIL image, and is {array.dtype} {list(array.shape)}. "
             "Compare it first: mask > 0."
         )
     return array
@@ -346,17 +346,17 @@ class _Study:
         truths = {i: self._truth(run.images[i], prompt, part.rows[i]) for i, prompt in enumerate(part.prompts)}
         for i, truth in truths.items():
             key = f"{part.rows[i]}/{part.seed}"
-            cell.pictures[key] = run.images[i]
+            cell.images[key] = run.images[i]
             if truth is not None:
                 cell.masks[f"{key}/truth"] = truth
         for s, step in enumerate(steps):
             arms = control_arms(_sets(run, s, self.k, self.score), self.draws, part.seed)
             for i, truth in truths.items():
                 if truth is not None:
-                    self._picture(cell, part, run, (s, step, i), arms, maps, truth)
+                    self._image(cell, part, run, (s, step, i), arms, maps, truth)
         return cell
 
-    def _picture(
+    def _image(
         self,
         cell: Cell,
         part: Batch,
@@ -366,7 +366,7 @@ class _Study:
         maps: Mapping[int, np.ndarray],
         truth: np.ndarray,
     ) -> None:
-        """All blocks of one picture at one step, into the cell."""
+        """All blocks of one image at one step, into the cell."""
         s, step, i = where
         latents = self._latents(run, s, step, i)
         for site, block in self.blocks.items():
@@ -397,22 +397,22 @@ class _Study:
         noisy = noisy_latent(clean, predicted, run.sigmas[step], self.kind or "flow")
         return {(name, 0): self.way.clustered(x, run.grid) for name, x in (("noisy latent", noisy), ("x0", clean))}
 
-    def _truth(self, picture: Image.Image, prompt: str, row: int) -> np.ndarray | None:
-        """The subject's mask in a picture, in its pixels; None when a toy's picture is unreadable."""
+    def _truth(self, image: Image.Image, prompt: str, row: int) -> np.ndarray | None:
+        """The subject's mask in an image, in its pixels; None when a toy's image is unreadable."""
         if self.masks is None:
             from dit_lens.toys.scenes import describe
 
-            found = describe(picture)
+            found = describe(image)
             return None if found.scene is None else found.mask
         if isinstance(self.masks, list):
             mask = self.masks[row]
         else:
-            mask = _plain_mask(self.masks(picture, prompt), "what masks= returned")
-        return upsample(mask, (picture.height, picture.width))
+            mask = _plain_mask(self.masks(image, prompt), "what masks= returned")
+        return upsample(mask, (image.height, image.width))
 
 
 def _sets(run: Run, s: int, k: int, score: str) -> list[ChannelSet]:
-    """Every picture's own top-k channels at one of the steps that were read."""
+    """Every image's own top-k channels at one of the steps that were read."""
     scores, rms = ({site: value[s].float() for site, value in run[name].items()} for name in ("score", "rms"))
     rows = len(next(iter(scores.values())))
     return [
@@ -431,19 +431,19 @@ def _sets(run: Run, s: int, k: int, score: str) -> list[ChannelSet]:
 
 def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
     """The result of the cells so far."""
-    pictures = {name: picture for cell in cells for name, picture in cell.pictures.items()}
+    images = {name: image for cell in cells for name, image in cell.images.items()}
     masks = {name: mask for cell in cells for name, mask in cell.masks.items()}
     table = pd.DataFrame([line for cell in cells for line in cell.lines])
     if table.empty:
-        return Result("organisation", table, pd.DataFrame(columns=list(SUMMARY)), dict(settings), pictures, masks)
+        return Result("organisation", table, pd.DataFrame(columns=list(SUMMARY)), dict(settings), images, masks)
     others, p = _other_prompts(table, masks, settings["polarity"])
     pair = ["row", "seed", "step", "block"]
     top = table.loc[table["arm"] == "top", [*pair, "iou"]].rename(columns={"iou": "behind"})
     table = table.assign(others=others).merge(top, on=pair)
     table["behind"] -= table["iou"]
-    notes = _notes(table, settings, len(pictures) - sum(name.endswith("/truth") for name in masks))
+    notes = _notes(table, settings, len(images) - sum(name.endswith("/truth") for name in masks))
     table = table.drop(columns="row")
-    return Result("organisation", table, _summary(table, p), dict(settings), pictures, masks, notes)
+    return Result("organisation", table, _summary(table, p), dict(settings), images, masks, notes)
 
 
 def _called(arm: str, draw: int) -> str:
@@ -502,5 +502,5 @@ def _notes(table: pd.DataFrame, settings: Mapping[str, Any], unreadable: int) ->
     notes.append("attention, norm, component and centre are masks of as many tokens as the top channels' mask")
     notes += [f"left out: {name}: {why}" for name, why in settings["left_out"].items()]
     if unreadable:
-        notes.append(f"{unreadable} pictures were unreadable and are left out")
+        notes.append(f"{unreadable} images were unreadable and are left out")
     return notes

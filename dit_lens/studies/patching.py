@@ -90,16 +90,16 @@ def patching(
     site: by default the image stream of every block. steps: the columns of "block x step"; elsewhere the steps at which
     a cell swaps; all by default. ``effect`` is the metric's way from the untouched target (0) to the source (1).
     metric: fn(latents [m, ...], source [...], target [...]) -> [m], of final latents in the pipeline's own form;
-    :func:`~gradients.nearness` by default. judge: ``fn(picture, prompt) -> {"fidelity": number}``, of either
+    :func:`nearness` by default. judge: ``fn(image, prompt) -> {"fidelity": number}``, of either
     prompt as ``says_source`` and ``says_target``; toys read scenes back by themselves.
 
-    attribute: attribution patching beside it (see :func:`~gradients.attribution`): through "run" of the same
+    attribute: attribution patching beside it (see :func:`attribution`): through "run" of the same
     metric, through "step" of the nearness of what each step predicts; () for none. The notes say how well it agrees
     with the swaps; :func:`agreement` as a table.
 
     batch_size: rows that run together at most, the source among them; cells of one step share a batch that starts from
     the untouched run's latents at that step. All batches have equally many rows. out: a folder for finished cells, from
-    which the same call goes on. Pictures are kept of the untouched pair and of the cells of highest and lowest effect.
+    which the same call goes on. Images are kept of the untouched pair and of the cells of highest and lowest effect.
     """
     pairs = in_pairs(pairs)
     _check(pairs, over, attribute, batch_size, tiles, call)
@@ -235,7 +235,7 @@ class Trial:
         return self.draw(self.sweep.reads, record=True)
 
     def clean(self) -> Cell:
-        """The untouched pair: its latents, its pictures, and what the patches are made of."""
+        """The untouched pair: its latents, its images, and what the patches are made of."""
         sweep, run = self.sweep, self.untouched
         latents = _latents(run)
         cell = Cell(arrays={"latents": latents[:2].numpy()})
@@ -248,9 +248,9 @@ class Trial:
             cell.arrays["subject"] = segment(tokens[:, list(sweep.top(cell)[name])], run.grid).mask
             cell.masks[f"{self.number}/{self.seed}"] = cell.arrays["subject"]
         floor = np.abs(self._effects(latents[1:], cell)).max()
-        for end, picture, effect in zip(("source", "target"), self._pictures(run, [0, 1]), (1.0, floor), strict=True):
-            cell.pictures[f"{self.number}/{self.seed}/{end}"] = picture
-            cell.lines.append(self._line(("untouched", end, 0), effect=effect, **self._says(picture)))
+        for end, image, effect in zip(("source", "target"), self._images(run, [0, 1]), (1.0, floor), strict=True):
+            cell.images[f"{self.number}/{self.seed}/{end}"] = image
+            cell.lines.append(self._line(("untouched", end, 0), effect=effect, **self._says(image)))
         return cell
 
     def attributed(self, through: Through, clean: Cell) -> Cell:
@@ -284,17 +284,17 @@ class Trial:
         effects = self._effects(_latents(run)[1 : 1 + len(some)], clean)
         extremes = {int(effects.argmin()), int(effects.argmax())}
         shown = sorted(extremes) if sweep.judge is None else list(range(len(some)))
-        pictures = dict(zip(shown, self._pictures(run, [1 + i for i in shown]), strict=True))
+        images = dict(zip(shown, self._images(run, [1 + i for i in shown]), strict=True))
         for i, (patch, effect) in enumerate(zip(some, effects, strict=True)):
             guessed = {
                 f"attribution_{through}": patch.attributed(share, sweep.steps) for through, share in shares.items()
             }
-            says = self._says(pictures[i]) if i in pictures else {}
+            says = self._says(images[i]) if i in images else {}
             cell.lines.append(
                 self._line((patch.row, patch.column, patch.draw), effect=float(effect), **guessed, **says)
             )
             if i in extremes:
-                cell.pictures[f"{self.number}/{self.seed}/{patch.row}/{patch.column}/{patch.draw}"] = pictures[i]
+                cell.images[f"{self.number}/{self.seed}/{patch.row}/{patch.column}/{patch.draw}"] = images[i]
         return cell
 
     def _ends(self, latents: Tensor) -> np.ndarray:
@@ -313,13 +313,13 @@ class Trial:
         found = self.sweep.metric(latents, source, target).detach().double().numpy()
         return (found - clean.arrays["ends"][1]) / _way(clean)
 
-    def _pictures(self, run: Run, rows: Sequence[int]) -> list[Any]:
+    def _images(self, run: Run, rows: Sequence[int]) -> list[Any]:
         lens = self.sweep.lens
         return decode(lens, tokens_of(lens, run.latents, run.grid)[list(rows)], run.grid)
 
-    def _says(self, picture: Any) -> dict[str, float]:
+    def _says(self, image: Any) -> dict[str, float]:
         judge = self.sweep.judge
-        found = {f"says_{end}": judged(judge, picture, prompt) for end, prompt in zip(_ENDS, self.pair, strict=True)}
+        found = {f"says_{end}": judged(judge, image, prompt) for end, prompt in zip(_ENDS, self.pair, strict=True)}
         return {name: numbers["fidelity"] for name, numbers in found.items() if "fidelity" in numbers}
 
     def _line(self, where: tuple[str | int, str | int, int], **measures: Any) -> dict[str, Any]:
@@ -399,13 +399,13 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
     table = pd.DataFrame([line for cell in cells for line in cell.lines])
     patched = table[table["row"] != "untouched"]
     measures = [name for name in ("effect", "says_source", "says_target", *_attributions(settings)) if name in table]
-    pictures = {name: picture for cell in cells for name, picture in cell.pictures.items()}
+    images = {name: image for cell in cells for name, image in cell.images.items()}
     return Result(
         "patching",
         table,
         summarise(patched, ("row", "column"), measures).assign(over=settings["over"]),
         dict(settings),
-        {name: picture for name, picture in pictures.items() if name in _shown(table)},
+        {name: image for name, image in images.items() if name in _shown(table)},
         {name: mask for cell in cells for name, mask in cell.masks.items()},
         _notes(table, settings),
     )
@@ -416,7 +416,7 @@ def _attributions(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(table: pd.DataFrame) -> set[str]:
-    """The names of the pictures that a result keeps: the untouched pairs, and their highest and lowest cells."""
+    """The names of the images that a result keeps: the untouched pairs, and their highest and lowest cells."""
     names = {f"{pair}/{seed}/{end}" for pair, seed in table[["pair", "seed"]].to_numpy().tolist() for end in _ENDS}
     for (pair, seed), one in table[table["row"] != "untouched"].groupby(["pair", "seed"]):
         for i in (one["effect"].idxmin(), one["effect"].idxmax()):
@@ -434,7 +434,7 @@ def _notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     if "says_source" in untouched:
         says = untouched.groupby("column")["says_source"].mean()
         notes.append(
-            f"untouched pictures say the source's prompt: sources {says['source']:.2f}, targets {says['target']:.2f}"
+            f"untouched images say the source's prompt: sources {says['source']:.2f}, targets {says['target']:.2f}"
         )
     notes += [
         f"attribution through the {line['attribution']} agrees with patching over {line['cells']} cells: Pearson "

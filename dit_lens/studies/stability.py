@@ -57,10 +57,10 @@ def stability(
     >>> sorted(result.summary["over"].unique())
     ['prompts', 'running', 'scores', 'site x site', 'sites', 'step x step', 'steps']
 
-    A picture's set at a site is the top k of its score averaged over steps; only "steps" compares the sets of single
-    steps. The table has per picture and site the mean overlap with the sets of other prompts (same seed), of other
-    seeds (same prompt), of other steps and of other sites (same picture), and between the sets of the first score and
-    of each other; ``step x step`` and ``site x site``, pair by pair, averaged over pictures; and ``running``: the set
+    An image's set at a site is the top k of its score averaged over steps; only "steps" compares the sets of single
+    steps. The table has per image and site the mean overlap with the sets of other prompts (same seed), of other
+    seeds (same prompt), of other steps and of other sites (same image), and between the sets of the first score and
+    of each other; ``step x step`` and ``site x site``, pair by pair, averaged over images; and ``running``: the set
     of the mean score over the first a prompts against that of the first a - 1, averaged over sites, for every seed.
     The set is stable from the number of prompts on after which this overlap stays at ``stable`` or above; the notes
     say which that is. A running mean moves less with every prompt, so this tells when the aggregate is known, and
@@ -68,7 +68,7 @@ def stability(
 
     k: 1 to the width. scores: reductions that give one number per channel, the first the one that is asked about.
     stable: in (0, 1]. batch_size, out: see :func:`disruption`. Scores are kept only as running statistics, so memory
-    does not grow with them; of every picture the sets stay. Source of the rule: SPARK; of the score: arXiv 2605.13974.
+    does not grow with them; of every image the sets stay. Source of the rule: SPARK; of the score: arXiv 2605.13974.
     """
     prompts, seeds = listed(prompts), seeded(seeds)
     sites = lens.sites(site)
@@ -171,16 +171,16 @@ def stable_after(running: Sequence[float], stable: float = STABLE) -> int | None
 
 def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
     """The result of the cells so far."""
-    pictures = pd.DataFrame([line for cell in cells for line in cell.lines])
+    images = pd.DataFrame([line for cell in cells for line in cell.lines])
     steps, whole, running = (
         np.concatenate([cell.arrays[name] for cell in cells]) for name in ("steps", "whole", "running")
     )
-    by_site, by_pair = _by_site(settings, pictures, steps, whole), _by_pair(settings, steps, whole)
-    settling = _settling(pictures, running)
+    by_site, by_pair = _by_site(settings, images, steps, whole), _by_pair(settings, steps, whole)
+    settling = _settling(images, running)
     summary = pd.concat(
         [
             summarise(by_site, ("over", "site", "a", "b"), ("jaccard",)),
-            by_pair.assign(n=len(pictures)),
+            by_pair.assign(n=len(images)),
             settling.groupby(["over", "a"], as_index=False).agg(jaccard=("jaccard", "mean"), n=("jaccard", "size")),
         ],
         ignore_index=True,
@@ -192,19 +192,19 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
     return Result("stability", table, summary, dict(settings), notes=_notes(settings, summary, settling, running))
 
 
-def _by_site(settings: Mapping[str, Any], pictures: pd.DataFrame, steps: np.ndarray, whole: np.ndarray) -> pd.DataFrame:
-    """For every picture and site, the mean overlap of its set with each kind of others."""
-    sets, found = whole[:, :, 0], []  # [pictures, sites, k]
+def _by_site(settings: Mapping[str, Any], images: pd.DataFrame, steps: np.ndarray, whole: np.ndarray) -> pd.DataFrame:
+    """For every image and site, the mean overlap of its set with each kind of others."""
+    sets, found = whole[:, :, 0], []  # [images, sites, k]
 
     def add(over: str, rows: Any, jaccard: np.ndarray, **names: str) -> None:
-        lines = pictures.iloc[list(rows)].loc[lambda p: p.index.repeat(len(settings["sites"]))].reset_index(drop=True)
+        lines = images.iloc[list(rows)].loc[lambda p: p.index.repeat(len(settings["sites"]))].reset_index(drop=True)
         found.append(lines.assign(over=over, site=settings["sites"] * len(rows), jaccard=jaccard.ravel(), **names))
 
     for over, same in (("prompts", "seed"), ("seeds", "row")):
-        for rows in pictures.groupby(same, sort=False).indices.values():
+        for rows in images.groupby(same, sort=False).indices.values():
             if len(rows) > 1:
                 add(over, rows, _with_others(sets[rows].swapaxes(0, 1)).T)
-    for row in range(len(pictures)):
+    for row in range(len(images)):
         if steps.shape[2] > 1:
             add("steps", [row], _with_others(steps[row]).mean(1))
         if len(settings["sites"]) > 1:
@@ -221,7 +221,7 @@ def _with_others(sets: np.ndarray) -> np.ndarray:
 
 
 def _by_pair(settings: Mapping[str, Any], steps: np.ndarray, whole: np.ndarray) -> pd.DataFrame:
-    """The overlap of every two steps, averaged over pictures and sites, and of every two sites, over pictures."""
+    """The overlap of every two steps, averaged over images and sites, and of every two sites, over images."""
     between_steps = np.mean([overlaps(one[:, :, None], one[:, None]).mean(0) for one in steps], 0)
     between_sites = np.mean([overlaps(one[:, None], one[None]) for one in whole[:, :, 0]], 0)
     return pd.concat(
@@ -241,11 +241,11 @@ def _pairs(over: str, names: Sequence[Any], matrix: np.ndarray) -> pd.DataFrame:
     )
 
 
-def _settling(pictures: pd.DataFrame, running: np.ndarray) -> pd.DataFrame:
+def _settling(images: pd.DataFrame, running: np.ndarray) -> pd.DataFrame:
     """For every seed the overlap of each aggregate with the one before, averaged over sites; a: prompts so far."""
     found = []
-    for rows in pictures.groupby("seed", sort=False).indices.values():
-        lines = pictures.iloc[rows[1:]].assign(over="running", a=range(2, len(rows) + 1))
+    for rows in images.groupby("seed", sort=False).indices.values():
+        lines = images.iloc[rows[1:]].assign(over="running", a=range(2, len(rows) + 1))
         found.append(lines.assign(jaccard=overlaps(running[rows[1:]], running[rows[:-1]]).mean(1)))
     return pd.concat(found, ignore_index=True)
 

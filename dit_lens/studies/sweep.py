@@ -92,7 +92,7 @@ def assemble(settings: Mapping[str, Any], parts: Sequence[Result]) -> Result:
         _joined([part.table for part in parts], points),
         _joined([part.summary for part in parts], points),
         dict(settings),
-        {f"{name}/{key}": picture for name, part in named for key, picture in part.pictures.items()},
+        {f"{name}/{key}": image for name, part in named for key, image in part.images.items()},
         {f"{name}/{key}": mask for name, part in named for key, mask in part.masks.items()},
         _notes(parts, names),
     )

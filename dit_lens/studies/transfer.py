@@ -82,7 +82,7 @@ def transfer(
     - top: the channels; bottom, random (``draws`` of them) and energy-matched: as many others; all: every channel;
     - top-early: top, without the last quarter of the blocks. top-readout: top, swapped only where the final norm
       reads, so that nothing but the final norm and projection sees it;
-    - pixel-blend and latent-blend: the two pictures, or their final latents, blended; prompt-blend: the target drawn
+    - pixel-blend and latent-blend: the two images, or their final latents, blended; prompt-blend: the target drawn
       from embeddings between the two prompts' (everywhere only; left out where a pipeline takes no embeddings).
 
     pairs: (source prompt, target prompt). k: one or several sizes, up to the width; those above half of it have no
@@ -93,11 +93,11 @@ def transfer(
     or a drawing, bool [H, W] of any size; None leaves masked arms out. branch: "cond" (default) or "both". batch_size:
     pairs that run together. out: a folder for finished cells, from which the same call goes on.
 
-    The table has, per picture, rmse (0 to 255) to the untouched source and target, the change inside and outside the
-    mask (the source's, where there is none), and what the judge says of it as a picture of either prompt.
+    The table has, per image, rmse (0 to 255) to the untouched source and target, the change inside and outside the
+    mask (the source's, where there is none), and what the judge says of it as an image of either prompt.
     ``matched_*`` are the same arm's measures where it comes as near to the source as top does at that strength;
-    ``reached`` says whether it ever does. In rmse no picture is kept better at equal nearness than a pixel blend (the
-    triangle inequality), so compare what the pictures say. ``direct_share``, of top and random at full strength: along
+    ``reached`` says whether it ever does. In rmse no image is kept better at equal nearness than a pixel blend (the
+    triangle inequality), so compare what the images say. ``direct_share``, of top and random at full strength: along
     the target's own trajectory, how much of the change of the predicted velocity remains when the channels are swapped
     for the final norm and projection alone (1 - squared error; 1: a transport that is read out and no more).
     ``distinct`` counts the channels an arm touches at any site. Source: arXiv 2605.13974; the controls are ours.
@@ -147,7 +147,7 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell], study: str = "t
         table,
         summarise(table, ("k", "arm", "masked", "strength"), measures),
         dict(settings),
-        {name: picture for cell in cells for name, picture in cell.pictures.items()},
+        {name: image for cell in cells for name, image in cell.images.items()},
         {name: mask for cell in cells for name, mask in cell.masks.items()},
         _notes(table, settings),
     )
@@ -170,7 +170,7 @@ def _notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
             f"no other k channels hold the energy of the top k: energy-matched has a share of "
             f"{held['energy-matched']:.3f}, top {held['top']:.3f}"
         )
-    notes.append(f"final latents drawn again differ from their pictures by rmse {table['redrawn'].max():.2g} at most")
+    notes.append(f"final latents drawn again differ from their images by rmse {table['redrawn'].max():.2g} at most")
     if settings.get("no_prompt_blend"):
         notes.append(f"no prompt-blend: {settings['no_prompt_blend']}")
     return notes

@@ -1,4 +1,4 @@
-"""Transport from a picture: subject-driven generation without training. The picture takes the place of a source."""
+"""Transport from an image: subject-driven generation without training. The image takes the place of a source."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dit_lens.studies.shared.result import Result
 
 How = Literal["noised", "inverted"]
-_ERRORS = ("autoencoder_error", "latent_error", "picture_error")
+_ERRORS = ("autoencoder_error", "latent_error", "image_error")
 
 
 @with_protocols
@@ -61,35 +61,35 @@ def transfer_image(
     out: str | Path | None = None,
     **call: Any,
 ) -> Result:
-    """Moves k channels of each picture, as the model sees it on its way out of noise, into a target prompt's drawing.
+    """Moves k channels of each image, as the model sees it on its way out of noise, into a target prompt's drawing.
 
     >>> from dit_lens import DiTLens
     >>> lens = DiTLens.toy()
-    >>> picture = lens.run("a big red circle left on a plain blue background", seed=1).images[0]
-    >>> pair = (picture, "a small white cross right on a plain green background")
+    >>> image = lens.run("a big red circle left on a plain blue background", seed=1).images[0]
+    >>> pair = (image, "a small white cross right on a plain green background")
     >>> result = transfer_image(lens, [pair], k=4, strengths=[1.0], mask_from=None, draws=1, num_inference_steps=2)
     >>> result.notes[-1]
-    'the autoencoder alone gives the pictures back with rmse ...'
+    'the autoencoder alone gives the images back with rmse ...'
 
-    pairs: (PIL picture of the run's size, target prompt). how: where the picture's latents lie at each step. "noised":
+    pairs: (PIL image of the run's size, target prompt). how: where the image's latents lie at each step. "noised":
     the noised reference, x_t = (1 - s) x_0 + s noise with the scheduler's own s and the target's own noise. "inverted":
-    the flow run backwards from the picture without guidance; source and target then start from the noise it ends at,
-    so there is one seed. captions: what the model, and a judge, is told of each picture; nothing by default.
+    the flow run backwards from the image without guidance; source and target then start from the noise it ends at,
+    so there is one seed. captions: what the model, and a judge, is told of each image; nothing by default.
     The rest, the arms and the table are those of :func:`dit_lens.studies.transfer`, without prompt-blend; ``to_source``
-    is the distance to the picture as the autoencoder gives it back. Lines of the arm "reconstruction" hold, per
-    picture, ``autoencoder_error`` (rmse to the picture given) and, for inversion, how far going forward again ends from
-    the picture: ``latent_error`` (over the rms of the latents) and ``picture_error`` (rmse, 0 to 255).
+    is the distance to the image as the autoencoder gives it back. Lines of the arm "reconstruction" hold, per
+    image, ``autoencoder_error`` (rmse to the image given) and, for inversion, how far going forward again ends from
+    the image: ``latent_error`` (over the rms of the latents) and ``image_error`` (rmse, 0 to 255).
     Raises OpError or FamilyError, before any denoising, where the model is no flow, or cannot be inverted.
-    Source: the image-conditioned application of arXiv 2605.13974, which does not say how the picture is noised.
+    Source: the image-conditioned application of arXiv 2605.13974, which does not say how the image is noised.
     """
-    pairs = in_pairs(pairs, "picture")
-    pictures, targets = [picture for picture, _ in pairs], [target for _, target in pairs]
+    pairs = in_pairs(pairs, "image")
+    images, targets = [image for image, _ in pairs], [target for _, target in pairs]
     captions = [""] * len(pairs) if captions is None else list(captions)
     if len(captions) != len(pairs):
-        raise OpError(f"captions= lists {len(captions)} texts for {len(pairs)} pictures. Give one each, or none.")
+        raise OpError(f"captions= lists {len(captions)} texts for {len(pairs)} images. Give one each, or none.")
     seeds = seeded(seeds)
     prompts = [prompt for pair in zip(captions, targets, strict=True) for prompt in pair]
-    _check(lens, how, pictures, captions, prompts, seeds, call)
+    _check(lens, how, images, captions, prompts, seeds, call)
     ks = tuple(sorted(several(k)))
     judge = judge_for(lens, [prompt for prompt in prompts if prompt], judge)
     transport = Transport(
@@ -109,7 +109,7 @@ def transfer_image(
     )
     transport.check(prompts, call)
     settings = {
-        "pictures": [hashlib.sha256(picture.tobytes()).hexdigest()[:16] for picture in pictures],
+        "images": [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in images],
         "targets": targets,
         "captions": captions,
         "how": how,
@@ -122,8 +122,8 @@ def transfer_image(
     with Cells("transfer_image", settings, lens=lens, total=len(parts) * (1 + transport.count), out=out) as cells:
         for part in parts:
             told = [captions[i] for i in part.rows]
-            labels = tuple(f"{captions[i] or f'picture {i}'} -> {targets[i]}" for i in part.rows)
-            make = partial(_way, lens, how, [pictures[i] for i in part.rows], told, part, labels, call)
+            labels = tuple(f"{captions[i] or f'image {i}'} -> {targets[i]}" for i in part.rows)
+            make = partial(_way, lens, how, [images[i] for i in part.rows], told, part, labels, call)
             way = cells.get(f"{part.key}/way", make)
             carry_out(cells, transport, _lockstep(part, way, told, labels, call))
         return cells.result()
@@ -140,16 +140,16 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
     if settings["how"] == "inverted":
         result.notes.append(
             f"inverted and run forward again, latents are off by {means['latent_error']:.1%} of their size and "
-            f"pictures by rmse {means['picture_error']:.1f}"
+            f"images by rmse {means['image_error']:.1f}"
         )
-    result.notes.append(f"the autoencoder alone gives the pictures back with rmse {means['autoencoder_error']:.1f}")
+    result.notes.append(f"the autoencoder alone gives the images back with rmse {means['autoencoder_error']:.1f}")
     return result
 
 
 def _check(
     lens: DiTLens,
     how: str,
-    pictures: Sequence[Image],
+    images: Sequence[Image],
     captions: Sequence[str],
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -161,29 +161,29 @@ def _check(
     if how == "inverted":
         check_invertible(lens)
         if len(seeds) > 1:
-            raise OpError("an inverted picture brings its own noise, so seeds change nothing. Pass one.")
-    latents_of(lens, pictures, captions, call)
+            raise OpError("an inverted image brings its own noise, so seeds change nothing. Pass one.")
+    latents_of(lens, images, captions, call)
 
 
 def _way(
     lens: DiTLens,
     how: How,
-    pictures: Sequence[Image],
+    images: Sequence[Image],
     captions: Sequence[str],
     part: Batch,
     labels: Sequence[str],
     call: Mapping[str, Any],
 ) -> Cell:
-    """The pictures' way through the steps, and how well it ends at the pictures."""
-    latents, grid = latents_of(lens, pictures, captions, call)
+    """The images' way through the steps, and how well it ends at the images."""
+    latents, grid = latents_of(lens, images, captions, call)
     drawn = decode(lens, latents, grid)
-    errors: dict[str, Any] = {"autoencoder_error": rmse(drawn, [one.convert("RGB") for one in pictures])}
+    errors: dict[str, Any] = {"autoencoder_error": rmse(drawn, [one.convert("RGB") for one in images])}
     if how == "inverted":
-        found = invert(lens, pictures, captions, **call)
+        found = invert(lens, images, captions, **call)
         arrays = {"velocity": found.velocity.float().numpy(), "noise": found.noise.float().cpu().numpy()}
-        errors |= {"latent_error": found.latent_error, "picture_error": found.picture_error}
+        errors |= {"latent_error": found.latent_error, "image_error": found.image_error}
     else:
-        velocity = noised_reference(lens, pictures, seed=part.seed, prompts=part.prompts, **call)
+        velocity = noised_reference(lens, images, seed=part.seed, prompts=part.prompts, **call)
         arrays = {"velocity": velocity.numpy()}
     lines = [
         {"prompt": label, "seed": part.seed, "arm": "reconstruction"}
@@ -196,7 +196,7 @@ def _way(
 def _lockstep(
     part: Batch, way: Cell, captions: Sequence[str], labels: tuple[str, ...], call: Mapping[str, Any]
 ) -> Lockstep:
-    """Source rows that go the pictures' way, whatever the model predicts for them, beside their targets."""
+    """Source rows that go the images' way, whatever the model predicts for them, beside their targets."""
     velocity = torch.from_numpy(way.arrays["velocity"])  # [s or 1, b, n, d]
     ops = [Swap("velocity", source=velocity[:, i : i + 1], rows=2 * i, branch="both") for i in range(velocity.shape[1])]
     start = {}

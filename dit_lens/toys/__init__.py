@@ -1,4 +1,4 @@
-"""Toys: small text-to-image DiTs that were really trained, on pictures whose content is known."""
+"""Toys: small text-to-image DiTs that were really trained, on images whose content is known."""
 
 from __future__ import annotations
 

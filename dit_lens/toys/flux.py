@@ -24,7 +24,7 @@ TEXT_WIDTH = 64
 TEXT_TOKENS = 16  # a caption has ten words; the rest is the end mark and padding
 MARKS = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>", "bos_token": "<s>"}
 FIRST_WORD = 0
-# Rectified flow spends most steps where a large flat picture is undecided (Esser et al., arXiv 2403.03206, eq. 23).
+# Rectified flow spends most steps where a large flat image is undecided (Esser et al., arXiv 2403.03206, eq. 23).
 SHIFT = 3.0
 SHARES = kinds.SHARES
 
@@ -119,13 +119,13 @@ def features(text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return text["encoder_hidden_states"], text["pooled_projections"]
 
 
-def posterior(pipe: FluxPipeline, pictures: Tensor) -> DiagonalGaussianDistribution:
-    """What the autoencoder makes of pictures."""
-    return pipe.vae.encode(pictures).latent_dist
+def posterior(pipe: FluxPipeline, images: Tensor) -> DiagonalGaussianDistribution:
+    """What the autoencoder makes of images."""
+    return pipe.vae.encode(images).latent_dist
 
 
 def decode(pipe: FluxPipeline, latents: Tensor) -> Tensor:
-    """Pictures of samples of the posterior."""
+    """Images of samples of the posterior."""
     return pipe.vae.decode(latents).sample
 
 
@@ -134,9 +134,9 @@ def normalise(pipe: FluxPipeline, modes: Tensor) -> None:
     pipe.vae.register_to_config(shift_factor=float(modes.mean()), scaling_factor=float(1 / modes.std()))
 
 
-def to_latents(pipe: FluxPipeline, pictures: Tensor) -> Tensor:
+def to_latents(pipe: FluxPipeline, images: Tensor) -> Tensor:
     """The mode of the posterior [b, c, 2h, 2w], in the units the transformer sees."""
-    return (posterior(pipe, pictures).mode() - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    return (posterior(pipe, images).mode() - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
 
 
 def pack(pipe: FluxPipeline, latents: Tensor) -> Tensor:

@@ -116,13 +116,13 @@ def features(text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return words, words[:, FIRST_WORD + 9]
 
 
-def posterior(pipe: Flux2KleinPipeline, pictures: Tensor) -> DiagonalGaussianDistribution:
-    """What the autoencoder makes of pictures."""
-    return pipe.vae.encode(pictures).latent_dist
+def posterior(pipe: Flux2KleinPipeline, images: Tensor) -> DiagonalGaussianDistribution:
+    """What the autoencoder makes of images."""
+    return pipe.vae.encode(images).latent_dist
 
 
 def decode(pipe: Flux2KleinPipeline, latents: Tensor) -> Tensor:
-    """Pictures of samples of the posterior."""
+    """Images of samples of the posterior."""
     return pipe.vae.decode(latents).sample
 
 
@@ -133,9 +133,9 @@ def normalise(pipe: Flux2KleinPipeline, modes: Tensor) -> None:
     pipe.vae.bn.running_var.copy_(variance - pipe.vae.config.batch_norm_eps)
 
 
-def to_latents(pipe: Flux2KleinPipeline, pictures: Tensor) -> Tensor:
+def to_latents(pipe: Flux2KleinPipeline, images: Tensor) -> Tensor:
     """The mode of the posterior as normalised 2 x 2 patches [b, 4c, h, w]."""
-    patches = pipe._patchify_latents(posterior(pipe, pictures).mode())
+    patches = pipe._patchify_latents(posterior(pipe, images).mode())
     mean, variance = (value[:, None, None] for value in (pipe.vae.bn.running_mean, pipe.vae.bn.running_var))
     return (patches - mean) / (variance + pipe.vae.config.batch_norm_eps).sqrt()
 

@@ -48,19 +48,19 @@ class Kind(Protocol):
         """Of an encoded batch: every word [b, word, c], and the caption as a whole [b, c]."""
         ...
 
-    def posterior(self, pipe: Any, pictures: Tensor, /) -> DiagonalGaussianDistribution:
-        """What the autoencoder makes of pictures [b, 3, y, x]."""
+    def posterior(self, pipe: Any, images: Tensor, /) -> DiagonalGaussianDistribution:
+        """What the autoencoder makes of images [b, 3, y, x]."""
         ...
 
     def decode(self, pipe: Any, latents: Tensor, /) -> Tensor:
-        """Pictures of samples of the posterior."""
+        """Images of samples of the posterior."""
         ...
 
     def normalise(self, pipe: Any, modes: Tensor, /) -> None:
         """Sets the autoencoder's own constants so that the transformer sees latents of mean 0 and variance 1."""
         ...
 
-    def to_latents(self, pipe: Any, pictures: Tensor, /) -> Tensor:
+    def to_latents(self, pipe: Any, images: Tensor, /) -> Tensor:
         """The mode of the posterior, in the units the transformer sees."""
         ...
 

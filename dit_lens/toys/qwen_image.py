@@ -1,4 +1,4 @@
-"""The Qwen-Image toy before training: a genuine ``QwenImagePipeline`` with a small Qwen2.5-VL that sees no pictures."""
+"""The Qwen-Image toy before training: a genuine ``QwenImagePipeline`` with a small Qwen2.5-VL that sees no images."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TEMPLATE = (
 WORDS = tuple(dict.fromkeys(["\n", *TEMPLATE.split(), *VOCABULARY]))
 FIRST_WORD = 0
 SHIFT = 3.0
-# Its autoencoder pads a picture to a film of three frames, and so takes three times as long.
+# Its autoencoder pads an image to a film of three frames, and so takes three times as long.
 SHARES = {"text": 0.02, "autoencoder": 0.14, "transformer": 0.84}
 
 CALL = {
@@ -123,13 +123,13 @@ def features(text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return words, words[:, FIRST_WORD + 9]
 
 
-def posterior(pipe: QwenImagePipeline, pictures: Tensor) -> DiagonalGaussianDistribution:
-    """What the autoencoder of films makes of pictures, films of one frame."""
-    return DiagonalGaussianDistribution(pipe.vae.encode(pictures[:, :, None]).latent_dist.parameters[:, :, 0])
+def posterior(pipe: QwenImagePipeline, images: Tensor) -> DiagonalGaussianDistribution:
+    """What the autoencoder of films makes of images, films of one frame."""
+    return DiagonalGaussianDistribution(pipe.vae.encode(images[:, :, None]).latent_dist.parameters[:, :, 0])
 
 
 def decode(pipe: QwenImagePipeline, latents: Tensor) -> Tensor:
-    """Pictures of samples of the posterior, not clipped as ``vae.decode`` does: what is clipped cannot be learned."""
+    """Images of samples of the posterior, not clipped as ``vae.decode`` does: what is clipped cannot be learned."""
     return pipe.vae.decoder(pipe.vae.post_quant_conv(latents[:, :, None]))[:, :, 0]
 
 
@@ -139,10 +139,10 @@ def normalise(pipe: QwenImagePipeline, modes: Tensor) -> None:
     pipe.vae.register_to_config(latents_mean=mean.tolist(), latents_std=spread.tolist())
 
 
-def to_latents(pipe: QwenImagePipeline, pictures: Tensor) -> Tensor:
+def to_latents(pipe: QwenImagePipeline, images: Tensor) -> Tensor:
     """The mode of the posterior [b, c, 2h, 2w], in the units the transformer sees."""
-    mean, spread = (pictures.new_tensor(pipe.vae.config[f"latents_{of}"])[:, None, None] for of in ("mean", "std"))
-    return (posterior(pipe, pictures).mode() - mean) / spread
+    mean, spread = (images.new_tensor(pipe.vae.config[f"latents_{of}"])[:, None, None] for of in ("mean", "std"))
+    return (posterior(pipe, images).mode() - mean) / spread
 
 
 def velocity(pipe: QwenImagePipeline, latents: Tensor, sigma: Tensor, text: dict[str, Tensor]) -> Tensor:

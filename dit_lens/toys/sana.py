@@ -119,14 +119,14 @@ def features(text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return words, words[:, FIRST_WORD + 9]
 
 
-def posterior(pipe: SanaPipeline, pictures: Tensor) -> DiagonalGaussianDistribution:
-    """What the autoencoder makes of pictures, with the noise it is trained with as spread."""
-    latents = pipe.vae.encode(pictures).latent
+def posterior(pipe: SanaPipeline, images: Tensor) -> DiagonalGaussianDistribution:
+    """What the autoencoder makes of images, with the noise it is trained with as spread."""
+    latents = pipe.vae.encode(images).latent
     return DiagonalGaussianDistribution(torch.cat([latents, torch.full_like(latents, 2 * math.log(NOISE))], 1))
 
 
 def decode(pipe: SanaPipeline, latents: Tensor) -> Tensor:
-    """Pictures of samples of the posterior."""
+    """Images of samples of the posterior."""
     return pipe.vae.decode(latents).sample
 
 
@@ -135,9 +135,9 @@ def normalise(pipe: SanaPipeline, modes: Tensor) -> None:
     pipe.vae.register_to_config(scaling_factor=float(modes.square().mean().rsqrt()))
 
 
-def to_latents(pipe: SanaPipeline, pictures: Tensor) -> Tensor:
+def to_latents(pipe: SanaPipeline, images: Tensor) -> Tensor:
     """The latents [b, c, h, w], in the units the transformer sees."""
-    return posterior(pipe, pictures).mode() * pipe.vae.config.scaling_factor
+    return posterior(pipe, images).mode() * pipe.vae.config.scaling_factor
 
 
 def velocity(pipe: SanaPipeline, latents: Tensor, sigma: Tensor, text: dict[str, Tensor]) -> Tensor:

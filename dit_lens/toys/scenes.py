@@ -1,12 +1,12 @@
-"""Pictures with known answers: a small grammar of scenes, drawn with exact subject masks, and read back from pixels.
+"""Images with known answers: a small grammar of scenes, drawn with exact subject masks, and read back from pixels.
 
 >>> scene = Scene("big", "red", "circle", "left", "checkered", "blue")
 >>> scene.caption
 'a big red circle left on a checkered blue background'
->>> picture = draw(scene, seed=0)
->>> picture.image.size, picture.mask.shape
+>>> image = draw(scene, seed=0)
+>>> image.image.size, image.mask.shape
 ((64, 64), (64, 64))
->>> describe(picture.image).scene == scene
+>>> describe(image.image).scene == scene
 True
 """
 
@@ -66,7 +66,7 @@ JITTER = 3.0  # pixels a subject may stray from its named position, on each axis
 STRETCH = 0.08  # relative spread of its radius
 SHADE = 0.55  # the second tone of a texture, as a multiple of the background colour
 PITCH = 8  # pixels of one stripe, cell or dot
-READABLE = 0.6  # least share of a picture's variance a scene must explain to count as an answer
+READABLE = 0.6  # least share of an image's variance a scene must explain to count as an answer
 HELD_OUT = 0.1  # share of the (colour, shape, texture, position) combinations kept out of training
 
 
@@ -111,7 +111,7 @@ class Scene:
         return cls(**named)
 
     def agreement(self, other: Scene | None) -> dict[str, bool]:
-        """Attribute by attribute, whether another scene (or an unreadable picture, None) says the same."""
+        """Attribute by attribute, whether another scene (or an unreadable image, None) says the same."""
         return {
             field.name: other is not None and getattr(self, field.name) == getattr(other, field.name)
             for field in fields(self)
@@ -120,7 +120,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A drawn scene: its picture (64 x 64 RGB) and the exact subject mask, bool [64, 64]."""
+    """A drawn scene: its image (64 x 64 RGB) and the exact subject mask, bool [64, 64]."""
 
     scene: Scene
     image: Image
@@ -129,11 +129,11 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Description:
-    """What :func:`describe` read from a picture.
+    """What :func:`describe` read from an image.
 
-    scene: the best matching scene, or None when the picture is unreadable.
-    confidence: share of the picture's variance that scene explains, in [0, 1].
-    mask: bool [h, w], the subject as fitted to this picture (empty when unreadable).
+    scene: the best matching scene, or None when the image is unreadable.
+    confidence: share of the image's variance that scene explains, in [0, 1].
+    mask: bool [h, w], the subject as fitted to this image (empty when unreadable).
     """
 
     scene: Scene | None
@@ -223,10 +223,10 @@ def coverage(shape: str, x: Any, y: Any, radius: Any) -> NDArray[np.float32]:
 
 
 def describe(image: Image) -> Description:
-    """Reads a picture back into the grammar by best match over all scenes.
+    """Reads an image back into the grammar by best match over all scenes.
 
-    The subject's centre and radius are searched as well, so the returned mask is that of this picture and not of a
-    drawing. Least squares over RGB in [0, 1]; a picture of which the best scene explains less than 60 % of the
+    The subject's centre and radius are searched as well, so the returned mask is that of this image and not of a
+    drawing. Least squares over RGB in [0, 1]; an image of which the best scene explains less than 60 % of the
     variance is unreadable.
 
     >>> from PIL import Image
@@ -236,7 +236,7 @@ def describe(image: Image) -> Description:
     return _described(image.convert("RGB").resize((PIXELS, PIXELS)).tobytes())
 
 
-@functools.lru_cache(1024)  # studies ask of one picture how near it is to several prompts
+@functools.lru_cache(1024)  # studies ask of one image how near it is to several prompts
 def _described(data: bytes) -> Description:
     pixels = np.true_divide(np.frombuffer(data, np.uint8).reshape(PIXELS, PIXELS, 3), 255, dtype=np.float32)
     to_subject, to_backdrop = _errors(pixels)

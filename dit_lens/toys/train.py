@@ -1,4 +1,4 @@
-"""Training a toy from nothing, on pictures drawn as it goes: text encoders, autoencoder, then the transformer.
+"""Training a toy from nothing, on images drawn as it goes: text encoders, autoencoder, then the transformer.
 
 Every random number follows from (seed, stage, iteration), so a run that was killed goes on from its last checkpoint as
 if nothing had happened.
@@ -98,7 +98,7 @@ class TextStage:
 
 
 class AutoencoderStage:
-    """The VAE learns to reproduce pictures from 4096 numbers that are nearly normal (beta-VAE, L1)."""
+    """The VAE learns to reproduce images from 4096 numbers that are nearly normal (beta-VAE, L1)."""
 
     name = "autoencoder"
 
@@ -107,14 +107,14 @@ class AutoencoderStage:
         self.net = pipe.vae
 
     def loss(self, scenes: list[Scene], first: int, noise: torch.Generator) -> Tensor:
-        pictures = pixels(scenes, first, self.net.device)
-        posterior = self.toy.posterior(self.pipe, pictures)
-        kept = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise).to(pictures)
-        return F.l1_loss(self.toy.decode(self.pipe, kept), pictures) + KL_WEIGHT * posterior.kl().mean()
+        images = pixels(scenes, first, self.net.device)
+        posterior = self.toy.posterior(self.pipe, images)
+        kept = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise).to(images)
+        return F.l1_loss(self.toy.decode(self.pipe, kept), images) + KL_WEIGHT * posterior.kl().mean()
 
 
 class TransformerStage:
-    """Rectified flow: the transformer learns the velocity noise - picture at sigma (Esser et al., arXiv 2403.03206)."""
+    """Rectified flow: the transformer learns the velocity noise - image at sigma (Esser et al., arXiv 2403.03206)."""
 
     name = "transformer"
 
@@ -194,14 +194,14 @@ def fit(stage: Stage, pipe: DiffusionPipeline, out: Path, settings: Settings, *,
 
 
 def pixels(scenes: list[Scene], first: int, device: torch.device | str) -> Tensor:
-    """Drawn pictures [b, 3, 64, 64] in [-1, 1]; ``first`` numbers the drawings, so that no two are alike."""
+    """Drawn images [b, 3, 64, 64] in [-1, 1]; ``first`` numbers the drawings, so that no two are alike."""
     drawn = np.stack([np.asarray(draw(scene, first + i).image) for i, scene in enumerate(scenes)])
     return torch.from_numpy(drawn).to(device).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 @torch.no_grad()
 def normalise_latents(toy: Kind, pipe: DiffusionPipeline) -> None:
-    """Sets the VAE's constants so that latents of drawn pictures have mean 0 and variance 1."""
+    """Sets the VAE's constants so that latents of drawn images have mean 0 and variance 1."""
     toy.normalise(pipe, toy.posterior(pipe, pixels(sample_scenes(256, seed=1), 0, pipe.device)).mode())
 
 

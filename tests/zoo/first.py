@@ -156,7 +156,7 @@ def qwen_call(rows):
 
 @tiny
 def qwen_edit():
-    """The pipeline enlarges its picture to a megapixel: a factor of 128 leaves 2 x 8 reference tokens of it."""
+    """The pipeline enlarges its image to a megapixel: a factor of 128 leaves 2 x 8 reference tokens of it."""
     vae = AutoencoderKLQwenImage(
         base_dim=2,
         z_dim=4,
@@ -170,8 +170,8 @@ def qwen_edit():
 
 
 def qwen_edit_call(rows):
-    picture = Image.linear_gradient("L").convert("RGB").resize((64, 16))
-    return {**qwen_call(rows), "height": 1024, "width": 1536, "image": picture}
+    image = Image.linear_gradient("L").convert("RGB").resize((64, 16))
+    return {**qwen_call(rows), "height": 1024, "width": 1536, "image": image}
 
 
 class Processor:

@@ -120,7 +120,7 @@ class Zoo:
         return run.latents if run.latents is not None else pixels(run.images)
 
     def plain(self, edit: Callable | None = None) -> SimpleNamespace:
-        """The pipeline's own run: outputs: (call, block) -> output. drawn: latents or pictures.
+        """The pipeline's own run: outputs: (call, block) -> output. drawn: latents or images.
 
         edit: fn(call, block, output) -> output.
         """
@@ -240,7 +240,7 @@ def with_another_prompt(call: dict) -> dict:
 
 
 def pixels(images: Any) -> torch.Tensor:
-    """PIL pictures as one tensor."""
+    """PIL images as one tensor."""
     import numpy as np
 
     return torch.from_numpy(np.stack([np.asarray(image) for image in images]))

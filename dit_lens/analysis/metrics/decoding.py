@@ -33,8 +33,8 @@ def decode(features: Any, labels: Any, groups: Any, *, seed: int = 0) -> Decodin
     1.0
 
     Returns None where too little is known: classes of a single group cannot be held out and are left aside, and fewer
-    than two are left. features: [m, d]. labels: [m]. groups: [m], such as the prompt of each picture: a decoder that
-    has seen another picture of the same prompt proves nothing. seed: of the folds (5, or as many as the rarest class
+    than two are left. features: [m, d]. labels: [m]. groups: [m], such as the prompt of each image: a decoder that
+    has seen another image of the same prompt proves nothing. seed: of the folds (5, or as many as the rarest class
     has groups).
     """
     from sklearn.exceptions import ConvergenceWarning

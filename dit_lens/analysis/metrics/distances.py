@@ -1,7 +1,7 @@
-"""How far pictures lie apart, and how sure a mean is.
+"""How far images lie apart, and how sure a mean is.
 
-Pictures are PIL images, or arrays and tensors of uint8 in [0, 255] or floats in [0, 1]. Distances are in grey
-levels, 0 to 255, whatever the pictures came as. Intervals are (mean, low, high).
+Images are PIL images, or arrays and tensors of uint8 in [0, 255] or floats in [0, 1]. Distances are in grey
+levels, 0 to 255, whatever the images came as. Intervals are (mean, low, high).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LEVELS = 255
 
 
 def rmse(a: Any, b: Any) -> float | np.ndarray:
-    """Root mean square difference in grey levels: 0 for equal pictures, 255 for black and white.
+    """Root mean square difference in grey levels: 0 for equal images, 255 for black and white.
 
     >>> black, white = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)
     >>> rmse(black, white)
@@ -31,14 +31,14 @@ def rmse(a: Any, b: Any) -> float | np.ndarray:
     >>> rmse([black, black], [black, white]).tolist()
     [0.0, 255.0]
 
-    Returns a float for a pair of pictures and float64 [b] for two lists or two batches of four dimensions.
-    a, b: pictures of one size and layout. Raises OpError when sizes, numbers or ranges differ.
+    Returns a float for a pair of images and float64 [b] for two lists or two batches of four dimensions.
+    a, b: images of one size and layout. Raises OpError when sizes, numbers or ranges differ.
     """
     return per_pair(a, b, lambda x, y: LEVELS * _rmse(x, y))
 
 
 def psnr(a: Any, b: Any) -> float | np.ndarray:
-    """Peak signal-to-noise ratio in dB, -20 log10(rmse / 255); infinite for equal pictures. Takes what ``rmse`` takes.
+    """Peak signal-to-noise ratio in dB, -20 log10(rmse / 255); infinite for equal images. Takes what ``rmse`` takes.
 
     >>> psnr(np.zeros((2, 2)), np.full((2, 2), 0.1))
     20.0
@@ -59,26 +59,26 @@ DISTANCES: dict[str, Distance] = {"rmse": rmse, "psnr": psnr, "mean_abs": mean_a
 
 
 def distances(chosen: str | Distance | Sequence[str | Distance]) -> dict[str, Distance]:
-    """Distances by the names of their columns; each is tried on two small pictures, so that a mistake shows here.
+    """Distances by the names of their columns; each is tried on two small images, so that a mistake shows here.
 
     >>> def darkest(a, b):
     ...     return float(min(np.min(a), np.min(b)))
     >>> list(distances(["rmse", darkest]))
     ['rmse', 'darkest']
 
-    chosen: names in ``DISTANCES``, or functions of two pictures (PIL) that return a number.
+    chosen: names in ``DISTANCES``, or functions of two images (PIL) that return a number.
     Raises OpError for unknown names, what needs a package that is not installed, and functions that return no number.
     """
     found: dict[str, Distance] = {}
     for one in [chosen] if isinstance(chosen, str) or callable(chosen) else chosen:
         if isinstance(one, str) and one not in DISTANCES:
-            raise OpError(f"There is no distance {one!r}.{nearest(one, DISTANCES)} A function of two pictures will do.")
+            raise OpError(f"There is no distance {one!r}.{nearest(one, DISTANCES)} A function of two images will do.")
         name = one if isinstance(one, str) else getattr(one, "__name__", type(one).__name__)
         found[name] = DISTANCES[one] if isinstance(one, str) else one
     black, grey = (Image.new("RGB", (64, 64), (level,) * 3) for level in (0, 128))
     for name, distance in found.items():
         if not np.isscalar(answer := distance(black, grey)) or isinstance(answer, str):
-            raise OpError(f"The distance {name!r} of two pictures is to be a number, and it returned {answer!r}.")
+            raise OpError(f"The distance {name!r} of two images is to be a number, and it returned {answer!r}.")
     return found
 
 

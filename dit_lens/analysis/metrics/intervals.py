@@ -121,7 +121,7 @@ def _check_finite(values: np.ndarray) -> None:
         where = np.argwhere(~np.isfinite(values))[0].tolist()
         raise OpError(
             f"{int((~np.isfinite(values)).sum())} of {values.size} values are NaN or infinite, the first at {where}. "
-            "Leave them out by name, or use rmse instead of psnr, which is infinite for equal pictures."
+            "Leave them out by name, or use rmse instead of psnr, which is infinite for equal images."
         )
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def ssim(a: Any, b: Any) -> float | np.ndarray:
-    """Structural similarity, 1 for equal pictures: Gaussian window (sigma 1.5, 11 pixels), mirrored borders.
+    """Structural similarity, 1 for equal images: Gaussian window (sigma 1.5, 11 pixels), mirrored borders.
 
     Takes and returns as ``metrics.rmse``; both sides longer than 5 pixels. Source: Wang et al. 2004. Raises OpError
     where torchmetrics is not installed.
@@ -34,7 +34,7 @@ def ssim(a: Any, b: Any) -> float | np.ndarray:
 
 
 def lpips(a: Any, b: Any) -> float | np.ndarray:
-    """LPIPS over AlexNet, 0 for equal pictures; its weights are downloaded once, by torchmetrics and torchvision.
+    """LPIPS over AlexNet, 0 for equal images; its weights are downloaded once, by torchmetrics and torchvision.
 
     Takes and returns as ``metrics.rmse``. Source: Zhang et al. 2018. Raises OpError where torchmetrics or torchvision
     is not installed.
@@ -44,22 +44,22 @@ def lpips(a: Any, b: Any) -> float | np.ndarray:
 
 
 class Clip:
-    """A CLIP as a judge of prompts (called with picture and prompt) and as a distance between pictures.
+    """A CLIP as a judge of prompts (called with image and prompt) and as a distance between images.
 
-    ``clip(picture, prompt)`` is {"clip": cosine of the two embeddings}; ``clip.distance(a, b)`` is 1 - cosine of two
-    pictures' embeddings, 0 for equal ones. Embeddings are made one by one, without gradients.
+    ``clip(image, prompt)`` is {"clip": cosine of the two embeddings}; ``clip.distance(a, b)`` is 1 - cosine of two
+    images' embeddings, 0 for equal ones. Embeddings are made one by one, without gradients.
     """
 
     def __init__(self, model: CLIPModel, processor: CLIPProcessor):
         self.model, self.processor = model.eval(), processor
         self.__qualname__ = f"Clip({model.name_or_path})"  # what a study's settings say of it
 
-    def __call__(self, picture: Image, prompt: str) -> dict[str, float]:
-        return {"clip": _cosine(self._seen(picture), self._said(prompt))}
+    def __call__(self, image: Image, prompt: str) -> dict[str, float]:
+        return {"clip": _cosine(self._seen(image), self._said(prompt))}
 
     @property
     def distance(self) -> Callable[[Image, Image], float]:
-        """How far two pictures lie apart, 0 to 2, as a function called ``clip_distance``."""
+        """How far two images lie apart, 0 to 2, as a function called ``clip_distance``."""
 
         def clip_distance(a: Image, b: Image) -> float:
             return 1 - _cosine(self._seen(a), self._seen(b))
@@ -67,8 +67,8 @@ class Clip:
         return clip_distance
 
     @torch.no_grad()
-    def _seen(self, picture: Image) -> Tensor:
-        inputs = self.processor(images=picture.convert("RGB"), return_tensors="pt").to(self.model.device)
+    def _seen(self, image: Image) -> Tensor:
+        inputs = self.processor(images=image.convert("RGB"), return_tensors="pt").to(self.model.device)
         return self.model.get_image_features(**inputs).pooler_output[0]
 
     @torch.no_grad()
@@ -105,13 +105,13 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 
 def _batch(pixels: np.ndarray) -> Tensor:
     """[h, w] or [h, w, c] as [1, c, h, w], which torchmetrics takes."""
-    picture = torch.from_numpy(pixels)
-    return (picture[None] if picture.ndim == 2 else picture.movedim(-1, 0))[None]
+    image = torch.from_numpy(pixels)
+    return (image[None] if image.ndim == 2 else image.movedim(-1, 0))[None]
 
 
-def _colour(pictures: Tensor) -> Tensor:
+def _colour(images: Tensor) -> Tensor:
     """Three channels in float32: grey repeated, alpha left out."""
-    return pictures.float().expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures.float()[:, :3]
+    return images.float().expand(-1, 3, -1, -1) if images.shape[1] == 1 else images.float()[:, :3]
 
 
 @cache

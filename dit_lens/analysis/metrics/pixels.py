@@ -1,4 +1,4 @@
-"""Pictures as arrays: PIL images, or arrays and tensors of uint8 in [0, 255] or floats in [0, 1], one or many."""
+"""Images as arrays: PIL images, or arrays and tensors of uint8 in [0, 255] or floats in [0, 1], one or many."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dit_lens.errors import OpError
 
 
 def per_pair(a: Any, b: Any, distance: Callable[[np.ndarray, np.ndarray], float]) -> float | np.ndarray:
-    """A distance between two pictures, or between the pairs of two lists or batches: a float, or float64 [b].
+    """A distance between two images, or between the pairs of two lists or batches: a float, or float64 [b].
 
     distance: takes two float64 arrays of one shape, [h, w] or [h, w, c], in [0, 1].
     Raises OpError when sizes, numbers or ranges differ.
@@ -21,46 +21,46 @@ def per_pair(a: Any, b: Any, distance: Callable[[np.ndarray, np.ndarray], float]
     first, second = _is_batch(a), _is_batch(b)
     if first != second:
         raise OpError(
-            "A picture was to be compared with a list of pictures. Give two pictures, or two lists of equal length."
+            "An image was to be compared with a list of images. Give two images, or two lists of equal length."
         )
     if not first:
         return distance(*_pair(a, b))
     if len(a) != len(b):
-        raise OpError(f"{len(a)} pictures were to be compared with {len(b)}. Give as many of one as of the other.")
+        raise OpError(f"{len(a)} images were to be compared with {len(b)}. Give as many of one as of the other.")
     return np.array([distance(*_pair(x, y)) for x, y in zip(a, b, strict=True)], dtype=np.float64)
 
 
-def _is_batch(pictures: Any) -> bool:
-    return isinstance(pictures, list | tuple) or getattr(pictures, "ndim", 0) == 4
+def _is_batch(images: Any) -> bool:
+    return isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
 
 
 def _pair(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
     first, second = _pixels(a), _pixels(b)
     if first.shape != second.shape:
         raise OpError(
-            f"The pictures have shapes {list(first.shape)} and {list(second.shape)}. Resize or convert one first; "
+            f"The images have shapes {list(first.shape)} and {list(second.shape)}. Resize or convert one first; "
             "a distance over differing sizes means nothing."
         )
     return first, second
 
 
-def _pixels(picture: Any) -> np.ndarray:
+def _pixels(image: Any) -> np.ndarray:
     """float64 in [0, 1]."""
-    if isinstance(picture, Image.Image):
+    if isinstance(image, Image.Image):
         # Palette indices and the like are no brightness.
-        picture = picture if picture.mode in ("L", "RGB", "RGBA") else picture.convert("RGB")
-    pixels = array(picture)
+        image = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")
+    pixels = array(image)
     if pixels.ndim not in (2, 3) or not pixels.size:
-        raise OpError(f"A picture has two or three dimensions, and got {list(pixels.shape)}.")
+        raise OpError(f"An image has two or three dimensions, and got {list(pixels.shape)}.")
     if pixels.dtype == np.uint8:
         return pixels / 255
     if not np.issubdtype(pixels.dtype, np.floating):
         raise OpError(
-            f"A picture is uint8 in [0, 255] or floating point in [0, 1], and got {pixels.dtype}. Convert it first."
+            f"An image is uint8 in [0, 255] or floating point in [0, 1], and got {pixels.dtype}. Convert it first."
         )
     if not (pixels.min() >= 0 and pixels.max() <= 1):
         raise OpError(
-            f"A floating-point picture lies in [0, 1], and this one in [{pixels.min():.3g}, {pixels.max():.3g}]. "
+            f"A floating-point image lies in [0, 1], and this one in [{pixels.min():.3g}, {pixels.max():.3g}]. "
             "Divide by 255, or map [-1, 1] with (x + 1) / 2; a NaN says that the run overflowed."
         )
     return pixels.astype(np.float64)

@@ -46,16 +46,16 @@ def assemble(
     _check_fired(ops, plan, pieces, touched)
     spilled = isinstance(stores[0]["reads"], Spill)
     readings = [_reading(read, pieces, when, grid, spilled) for read in plan.reads]
-    drawn = [pictures_of(output) for output in outputs]
+    drawn = [images_of(output) for output in outputs]
     if isinstance(drawn[0], torch.Tensor):
         latents, images = torch.cat(drawn).cpu(), []
     else:
-        latents, images = None, [image for pictures in drawn for image in pictures]
+        latents, images = None, [image for batch in drawn for image in batch]
     return Run(images, latents, readings, receipt, clock, grid, spec, provenance)
 
 
-def pictures_of(output: Any) -> Any:
-    """Pictures, frames or latents out of a pipeline's output, whatever its field is called."""
+def images_of(output: Any) -> Any:
+    """Images, frames or latents out of a pipeline's output, whatever its field is called."""
     return output[0] if isinstance(output, tuple) else next(iter(output.values()))
 
 

@@ -122,7 +122,7 @@ class Engine:
                     raise
                 raise ExecutionError(
                     f"memory ran out ({full}): gradients keep the graph of every block and step. Give fewer prompts, "
-                    "smaller pictures, through='step', or pipe.transformer.enable_gradient_checkpointing()."
+                    "smaller images, through='step', or pipe.transformer.enable_gradient_checkpointing()."
                 ) from full
             except PlanMismatchError as mismatch:
                 raise ExecutionError(f"{mismatch}. Nothing was kept of this run.") from mismatch

@@ -4,7 +4,7 @@ Torch and plain data only: this module, ``layout`` and ``reduce`` travel to a se
 
 A program is a dict of plain data::
 
-    denoiser   path of the transformer in the model      rows   pictures of one branch
+    denoiser   path of the transformer in the model      rows   images of one branch
     time       {argument, position, offset, scale, levels, kind, sign}: a call's time, its noise, what is predicted
     grid       {rule, argument, position, latents ...}: how image tokens are found in a call's arguments
     expected   [h, w] where the grid is known beforehand
@@ -197,7 +197,7 @@ def block_of(action: dict[str, Any], now: SimpleNamespace) -> range:
 
 
 def check_rows(tensor: Tensor, part: dict[str, Any], now: SimpleNamespace) -> None:
-    """Fails where a call has other rows than the plan's pictures times its branches."""
+    """Fails where a call has other rows than the plan's images times its branches."""
     rows = now.program["rows"] * len(now.moment.branches)
     if tensor.shape[0] != rows:
         raise PlanMismatchError(f"the plan expects {rows} rows at {part['site']}, but the call has {tensor.shape[0]}")

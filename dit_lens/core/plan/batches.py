@@ -69,7 +69,7 @@ def _smaller_pieces(
     except (OpError, PromptError) as problem:
         why = f"and the batch cannot be made smaller: {problem}"
     raise ExecutionError(
-        f"memory ran out {why} ({full}). Nothing was kept of this run. Draw smaller pictures (height=, width=), "
+        f"memory ran out {why} ({full}). Nothing was kept of this run. Draw smaller images (height=, width=), "
         "reduce reads where they are (reduce=), encode prompts first (lens.encode(prompts, release=True)), or offload: "
         "dit_lens.recommend(lens.pipe, gb=...) shows what fits."
     ) from full

@@ -352,9 +352,7 @@ class _Compiler:
                 for row in (range(self.batch.rows) if rows is None else rows)
             ]
         if (op.mask is not None or op.tokens is not None) and any(site.point.startswith("mod.") for site in sites):
-            raise OpError(
-                f"{op.site!r} is one vector for each picture, not tokens. Use channels=, not tokens= or mask=."
-            )
+            raise OpError(f"{op.site!r} is one vector for each image, not tokens. Use channels=, not tokens= or mask=.")
         if op.mask is not None:
             if streams != {"img"} or op.tokens is not None:
                 raise OpError("mask= chooses image tokens: use it on the img stream, and without tokens=.")
@@ -362,9 +360,7 @@ class _Compiler:
         return [(rows, self._tokens(op, streams))]
 
     def _rows(self, op: Op) -> list[int] | None:
-        return (
-            None if op.rows is None else sorted(_indices(op.rows, self.batch.rows, "row", "this run has", "pictures"))
-        )
+        return None if op.rows is None else sorted(_indices(op.rows, self.batch.rows, "row", "this run has", "images"))
 
     def _tokens(self, op: Op, streams: set[str]) -> list[int] | None:
         if op.tokens is None:
@@ -417,10 +413,10 @@ class _Compiler:
         named = re.fullmatch(r"row:(-?\d+)", str(op.source))
         if named is None:
             raise OpError(
-                f"source={op.source!r} is no source. Write 'row:0' for another picture of the batch, or give a Run, a "
+                f"source={op.source!r} is no source. Write 'row:0' for another image of the batch, or give a Run, a "
                 "tensor, or site -> tensor."
             )
-        return _indices(int(named[1]), self.batch.rows, "row", "this run has", "pictures")
+        return _indices(int(named[1]), self.batch.rows, "row", "this run has", "images")
 
     def _give(self, key: str, value: Any) -> str:
         self.given[key] = value

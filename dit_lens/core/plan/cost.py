@@ -139,7 +139,7 @@ def _bytes(
             continue
         stream = text_tokens if ".txt" in site else image_tokens
         tokens = stream if read.tokens is None else len(read.tokens)
-        tokens = 1 if ".mod." in site else tokens  # one vector for each picture
+        tokens = 1 if ".mod." in site else tokens  # one vector for each image
         known &= tokens is not None
         total += dtype.itemsize * calls * channels * (tokens or 1)
     return total, known

@@ -13,7 +13,7 @@ from dit_lens.errors import OpError
 class Batch:
     """What is known of a run's batch before it starts.
 
-    rows: pictures. grid: (h, w) image tokens, None when only the pipeline knows. text_tokens: length of the text
+    rows: images. grid: (h, w) image tokens, None when only the pipeline knows. text_tokens: length of the text
     stream, None when unknown. find_word: (row, word) -> its text token indices.
     """
 

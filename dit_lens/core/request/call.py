@@ -28,9 +28,9 @@ STARTS = ("image", "mask_image", "masked_image_latents")
 class Call:
     """One checked call of the pipeline.
 
-    prompts: one per prompt row, or None when embeddings are given. seeds: one per picture, or None with a generator of
-    the user's own. arguments: everything else the pipeline is called with. rows: pictures in the batch. starts: whether
-    image= holds what pictures are drawn from, one for each where it is a list, and not what all of them refer to.
+    prompts: one per prompt row, or None when embeddings are given. seeds: one per image, or None with a generator of
+    the user's own. arguments: everything else the pipeline is called with. rows: images in the batch. starts: whether
+    image= holds what images are drawn from, one for each where it is a list, and not what all of them refer to.
     """
 
     prompts: tuple[str, ...] | None
@@ -60,14 +60,14 @@ class Call:
             raise PromptError("batch_size= splits prompts with a seed. Leave it out when passing generator=.")
         n = self.images_per_prompt
         span = slice(prompts.start, prompts.stop)
-        pictures = slice(prompts.start * n, prompts.stop * n)
+        images = slice(prompts.start * n, prompts.stop * n)
         arguments = {name: _some(name, value, span) for name, value in self.arguments.items()}
         for name in arguments.keys() & {"latents", *(STARTS if self.starts else ())}:
-            arguments[name] = _picked(name, arguments[name], {self.rows // n: span, self.rows: pictures})
+            arguments[name] = _picked(name, arguments[name], {self.rows // n: span, self.rows: images})
         return replace(
             self,
             prompts=None if self.prompts is None else self.prompts[span],
-            seeds=self.seeds[pictures],
+            seeds=self.seeds[images],
             arguments=arguments,
             rows=len(prompts) * n,
         )
@@ -189,7 +189,7 @@ def _check_words(texts: Sequence[str], vocabulary: Sequence[str]) -> None:
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int, rows: int) -> tuple[int, ...]:
-    """One seed per picture: an integer for every prompt, counted up over the pictures of one prompt; or a list."""
+    """One seed per image: an integer for every prompt, counted up over the images of one prompt; or a list."""
     import torch
 
     if seed is None:
@@ -197,7 +197,7 @@ def _seeds(seed: int | Sequence[int] | None, count: int, rows: int) -> tuple[int
     if isinstance(seed, Sequence):
         if len(seed) != rows:
             raise PromptError(
-                f"seed= lists {len(seed)} seeds for {rows} pictures. Give one integer for all, or one seed per picture."
+                f"seed= lists {len(seed)} seeds for {rows} images. Give one integer for all, or one seed per image."
             )
         return tuple(seed_of(one) for one in seed)
     return tuple(seed_of(seed) + j for _ in range(count) for j in range(rows // count))
@@ -242,7 +242,7 @@ def _some(name: str, value: Any, span: slice) -> Any:
 
 
 def _picked(name: str, value: Any, spans: Mapping[int, slice]) -> Any:
-    """Some entries of a list or batch with one for every prompt or picture; anything else stands for all."""
+    """Some entries of a list or batch with one for every prompt or image; anything else stands for all."""
     batched = isinstance(value, list | tuple) or getattr(value, "ndim", 0) > (1 if name == "latents" else 3)
     return value[spans[len(value)]] if batched and len(value) in spans else value
 

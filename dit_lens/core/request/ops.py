@@ -39,7 +39,7 @@ class SigmaInterval:
 
 
 def sigma(high: float, low: float) -> SigmaInterval:
-    """A span of noise levels, from ``high`` (included) down to ``low`` (excluded): noise is 1.0, a clean picture 0.0.
+    """A span of noise levels, from ``high`` (included) down to ``low`` (excluded): noise is 1.0, a clean image 0.0.
 
     >>> sigma(1.0, 0.3)
     SigmaInterval(high=1.0, low=0.3)
@@ -59,7 +59,7 @@ class Op:
     site: a pattern of sites, or several. channels: indices, a mapping site -> indices (a ChannelSet), or None for all.
     tokens: image or text token indices; on the text stream a word of the prompt. mask: bool [h, w] over image tokens.
     steps: an index, a list or slice of indices, a pair of floats (fractions of the run), ``sigma(high, low)``, or all.
-    rows: indices into the batch of pictures, or all. branch: "cond", "uncond" or "both"; None is the op's own default.
+    rows: indices into the batch of images, or all. branch: "cond", "uncond" or "both"; None is the op's own default.
     """
 
     site: Pattern
@@ -115,7 +115,7 @@ class Add(Op):
 class Swap(Op):
     """Replaces the chosen elements by those of a source: x <- (1 - strength) x + strength source.
 
-    source: "row:0" (another picture of the same batch, at the same site, step and branch: lockstep transport), a Run
+    source: "row:0" (another image of the same batch, at the same site, step and branch: lockstep transport), a Run
         that read the site, a mapping site -> tensor, or one tensor [step, row, token, channel] (leading axes of size 1,
         or left out, apply to every step and row).
     strength: in [0, 1]; 1 assigns, 0 does nothing.

@@ -1,4 +1,4 @@
-"""Two runs side by side: how far apart their pictures and reads are, and what differed in how they were made."""
+"""Two runs side by side: how far apart their images and reads are, and what differed in how they were made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Comparison:
     """How two runs compare.
 
     differences: (where, value in a, value in b) for everything in spec and provenance that is not equal.
-    table: per picture rmse (0 to 255) and psnr (dB; infinite when equal). reads: site -> relative L2 distance.
+    table: per image rmse (0 to 255) and psnr (dB; infinite when equal). reads: site -> relative L2 distance.
     """
 
     a: Run
@@ -30,11 +30,11 @@ class Comparison:
 
     @property
     def identical(self) -> bool:
-        """Whether every picture is equal, pixel by pixel."""
+        """Whether every image is equal, pixel by pixel."""
         return bool((self.table["rmse"] == 0).all())
 
     @property
-    def pictures(self) -> Image:
+    def images(self) -> Image:
         """Rows of a above rows of b."""
         from PIL import Image
 
@@ -52,17 +52,17 @@ class Comparison:
     def __repr__(self) -> str:
         lines = [f"  {where}: {_short(one)} | {_short(other)}" for where, one, other in self.differences]
         head = (
-            "identical pictures"
+            "identical images"
             if self.identical
-            else f"mean rmse {self.table['rmse'].mean():.3g} of 255 over {len(self.table)} pictures"
+            else f"mean rmse {self.table['rmse'].mean():.3g} of 255 over {len(self.table)} images"
         )
         return "\n".join([f"Comparison: {head}, {len(lines)} differences in how they were made", *lines])
 
 
 def compare(a: Run, b: Run) -> Comparison:
-    """Compares two runs, picture by picture.
+    """Compares two runs, image by image.
 
-    Raises OpError when they do not have the same number of pictures of the same size.
+    Raises OpError when they do not have the same number of images of the same size.
     """
     import pandas as pd
 
@@ -73,16 +73,14 @@ def compare(a: Run, b: Run) -> Comparison:
     ):
         sizes = [f"{len(run.images)} of {run.images[0].size if run.images else 'none'}" for run in (a, b)]
         raise OpError(
-            f"only runs with equally many pictures of equal size can be compared: {sizes[0]} against {sizes[1]}."
+            f"only runs with equally many images of equal size can be compared: {sizes[0]} against {sizes[1]}."
         )
     lines = [
-        {"picture": i, "rmse": float(rmse(one, other)), "psnr": float(psnr(one, other))}
+        {"image": i, "rmse": float(rmse(one, other)), "psnr": float(psnr(one, other))}
         for i, (one, other) in enumerate(zip(a.images, b.images, strict=True))
     ]
     found = [*_differences("spec", a.spec, b.spec), *_differences("provenance", a.provenance, b.provenance)]
-    return Comparison(
-        a, b, tuple(found), pd.DataFrame(lines, columns=["picture", "rmse", "psnr"]), _read_distances(a, b)
-    )
+    return Comparison(a, b, tuple(found), pd.DataFrame(lines, columns=["image", "rmse", "psnr"]), _read_distances(a, b))
 
 
 def _read_distances(a: Run, b: Run) -> dict[str, float]:

@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 
 STYLE = "border-collapse:collapse;font-size:0.9em"
 
-PICTURE = "height:128px;margin-right:4px;image-rendering:pixelated"
+IMAGE = "height:128px;margin-right:4px;image-rendering:pixelated"
 
 CELL = "text-align:left;padding:0.15em 0.9em 0.15em 0;vertical-align:top"
 
 
 def run_html(run: Run) -> str:
-    """A run as a notebook shows it: its first pictures, and what is known of it."""
-    pictures = "".join(
-        f'<img src="{data_url(image)}" alt="picture {i}" style="{PICTURE}">' for i, image in enumerate(run.images[:8])
+    """A run as a notebook shows it: its first images, and what is known of it."""
+    images = "".join(
+        f'<img src="{data_url(image)}" alt="image {i}" style="{IMAGE}">' for i, image in enumerate(run.images[:8])
     )
     more = f" and {len(run.images) - 8} more" if len(run.images) > 8 else ""
     _, *lines = repr(run).splitlines()
-    return f"{pictures}{more}{_table([(line[2:10].strip(), line[10:]) for line in lines])}"
+    return f"{images}{more}{_table([(line[2:10].strip(), line[10:]) for line in lines])}"
 
 
 def data_url(image: Image) -> str:
-    """A picture as a data URL, for pages that must not ask the network."""
+    """An image as a data URL, for pages that must not ask the network."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

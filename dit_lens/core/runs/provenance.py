@@ -20,7 +20,7 @@ PACKAGES = ("dit-lens", "torch", "diffusers", "transformers", "nnsight")
 
 
 def describe(pipe: DiffusionPipeline, family: Family) -> dict[str, Any]:
-    """Everything about the model and the machine that can change a picture."""
+    """Everything about the model and the machine that can change an image."""
     transformer = pipe.transformer
     device = pipe.device
     return {
@@ -73,7 +73,7 @@ def _config(part: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON can hold it; tensors, pictures and other objects become a word that says what they were."""
+    """A value as JSON can hold it; tensors, images and other objects become a word that says what they were."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What a run leaves behind: pictures, reads, a receipt, and all it takes to run it again. Loads without the model."""
+"""What a run leaves behind: images, reads, a receipt, and all it takes to run it again. Loads without the model."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Reading(Mapping[str, Tensor]):
 
     @property
     def on_grid(self) -> tuple[str, ...]:
-        """The sites that were read at every token of the picture."""
+        """The sites that were read at every token of the image."""
         if self.reduce is not None or self.tokens is not None or self.shape_of_grid is None:
             return ()
         return tuple(filter(holds_image_tokens, self.tensors))
@@ -108,9 +108,9 @@ class Reading(Mapping[str, Tensor]):
 
 @dataclass
 class Run:
-    """Pictures and numbers of one run.
+    """Images and numbers of one run.
 
-    images: PIL pictures in row order (empty when latents were asked for). latents: what the pipeline returned for
+    images: PIL images in row order (empty when latents were asked for). latents: what the pipeline returned for
     ``output_type="latent"``. readings: what was read. receipt: what every op touched. clock: (step, timestep, sigma)
     of every step. grid: (h, w) image tokens, (f, h, w) of a video. spec: prompt, seed, call and ops. provenance: model,
     machine and versions. tape: what ``prefix=`` needs, where it was recorded; it is not saved.
@@ -159,7 +159,7 @@ class Run:
 
     @property
     def sigmas(self) -> list[float]:
-        """The noise level of every step: 1 is noise, 0 a clean picture."""
+        """The noise level of every step: 1 is noise, 0 a clean image."""
         return [sigma for _, _, sigma in self.clock]
 
     def numpy(self) -> dict[str, Any]:
@@ -276,7 +276,7 @@ class Run:
 
     def __repr__(self) -> str:
         prompts = self.spec.get("prompt") or ["(embeddings)"] * len(self.spec.get("seed") or [None])
-        made = f"{len(self.images)} pictures" if self.images else "latents"
+        made = f"{len(self.images)} images" if self.images else "latents"
         return (
             f"Run: {made} of {len(prompts)} prompts, {len(self.clock)} steps, grid {' x '.join(map(str, self.grid))}, "
             f"{self.provenance['family']}\n"

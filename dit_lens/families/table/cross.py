@@ -19,7 +19,7 @@ from dit_lens.families.table.shared import (
     text_stack,
 )
 
-_PICTURE = Grid("bchw", patch="patch_size")
+_IMAGE = Grid("bchw", patch="patch_size")
 _LATENTS = "randn b in_channels h w"
 
 DIT = Family(
@@ -31,7 +31,7 @@ DIT = Family(
     readout=Readout(("proj_out_2",), "yxc", shift=("transformer_blocks.0.norm1.emb", None), projection="proj_out_1"),
     width="inner_dim",
     out_width=PIXELS,
-    grid=_PICTURE,
+    grid=_IMAGE,
     guidance=Guidance(COND_UNCOND),
     prediction="bchw",
     tiny={**SMALL, "in_channels": 4, "out_channels": 8, "num_layers": 2, "sample_size": 4, "num_embeds_ada_norm": 4},
@@ -48,7 +48,7 @@ PIXART = Family(
     readout=Readout(order="yxc", shift=("adaln_single", 1), table="scale_shift_table"),
     width="inner_dim",
     out_width=PIXELS,
-    grid=_PICTURE,
+    grid=_IMAGE,
     guidance=ROWS,
     prediction="bchw",
     tiny={
@@ -78,7 +78,7 @@ SANA = Family(
     readout=PACKED,
     width=HEADS,
     out_width=PIXELS,
-    grid=_PICTURE,
+    grid=_IMAGE,
     guidance=ROWS,
     variants={"SanaSprintPipeline": None, "SanaSprintImg2ImgPipeline": None},
     times={"SanaSprintPipeline": Time(), "SanaSprintImg2ImgPipeline": Time()},
@@ -113,7 +113,7 @@ HUNYUAN_DIT = Family(
     readout=PATCHED,
     width="inner_dim",
     out_width=PIXELS,
-    grid=_PICTURE,
+    grid=_IMAGE,
     guidance=ROWS,
     prediction="bchw",
     tiny={
@@ -151,7 +151,7 @@ LUMINA = Family(
     readout=Readout((), "yxc"),
     width="hidden_size",
     out_width=PIXELS,
-    grid=_PICTURE,
+    grid=_IMAGE,
     guidance=Guidance(COND_UNCOND),
     time=Time(offset=1.0, scale=-1.0),
     prediction="bchw",
@@ -185,7 +185,7 @@ PRX = Family(
     readout=Readout(()),
     width="hidden_size",
     out_width="in_channels*patch_size*patch_size",
-    grid=_PICTURE,
+    grid=_IMAGE,
     guidance=ROWS,
     time=Time(),
     prediction="bchw",

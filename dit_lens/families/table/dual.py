@@ -1,4 +1,4 @@
-"""Models whose blocks keep a tensor for the picture and one for the text."""
+"""Models whose blocks keep a tensor for the image and one for the text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dit_lens.families.table.shared import (
     text_stack,
 )
 
-_PICTURE = Grid("bchw", patch="patch_size")
+_IMAGE = Grid("bchw", patch="patch_size")
 _LATENTS = "randn b in_channels h w"
 
 QWEN_IMAGE = Family(
@@ -64,7 +64,7 @@ SD3 = Family(
     readout=PATCHED,
     width="inner_dim",
     out_width=PIXELS,
-    grid=_PICTURE,
+    grid=_IMAGE,
     guidance=ROWS,
     prediction="bchw",
     tokenizer="tokenizer_3",
@@ -116,7 +116,7 @@ COGVIEW3 = Family(
     readout=PACKED,
     width="inner_dim",
     out_width=PIXELS,
-    grid=_PICTURE,
+    grid=_IMAGE,
     guidance=ROWS,
     prediction="bchw",
     tiny={**_COG_TINY, "pos_embed_max_size": 16, "sample_size": 16},
@@ -132,7 +132,7 @@ COGVIEW4 = Family(
     readout=PACKED,
     width=HEADS,
     out_width=PIXELS,
-    grid=_PICTURE,
+    grid=_IMAGE,
     guidance=CALLS,
     prediction="bchw",
     tiny={**_COG_TINY, "pos_embed_max_size": 16, "sample_size": 16, "rope_axes_dim": (8, 8)},
@@ -148,7 +148,7 @@ GLM_IMAGE = Family(
     readout=PACKED,
     width=HEADS,
     out_width=PIXELS,
-    grid=_PICTURE,
+    grid=_IMAGE,
     guidance=CALLS,
     time=Time(offset=1e-3, scale=1e-3),
     prediction="bchw",
@@ -229,7 +229,7 @@ HUNYUAN_IMAGE = Family(
     readout=PACKED,
     width=HEADS,
     out_width="out_channels",
-    grid=_PICTURE,
+    grid=_IMAGE,
     guidance=Guidance(TWO_CALLS, scale=None),
     prediction="bchw",
     patch=1,
@@ -266,7 +266,7 @@ AURA_FLOW = Family(
     readout=PATCHED,
     width="inner_dim",
     out_width=PIXELS,
-    grid=_PICTURE,
+    grid=_IMAGE,
     guidance=ROWS,
     time=Time(),
     prediction="bchw",

@@ -107,7 +107,7 @@ OMNIGEN = Family(
     out_width="in_channels*patch_size*patch_size",
     grid=Grid("bchw", patch="patch_size"),
     guidance=Guidance(COND_UNCOND, scale=None),
-    refuses={"input_images": "they add rows that see the pictures without the prompt"},
+    refuses={"input_images": "they add rows that see the images without the prompt"},
     time=Time(offset=1.0, scale=-1.0),
     prediction="bchw",
     tiny={
@@ -187,7 +187,7 @@ IDEOGRAM4 = Family(
     grid=Grid("marks", "position_ids", marked=2),
     guidance=None,
     note="Its unconditional branch is a second transformer, `unconditional_transformer`, which is not looked into: "
-    "`cond` is all there is, and the picture is guided by a model that no op touches.",
+    "`cond` is all there is, and the image is guided by a model that no op touches.",
     time=_FALLING,
     prediction_layout="text_first",
     packing="yxc",
@@ -313,7 +313,7 @@ FIBO2 = Family(
         "axes_lens": (32, 16, 16),
     },
     call={"hidden_states": _LATENTS, "timestep": "full 0.5 b", "encoder_hidden_states": "randn b 2 t cap_feat_dim"},
-    refuses={"image": "context pictures move the image tokens inside the joint sequence"},
+    refuses={"image": "context images move the image tokens inside the joint sequence"},
 )
 
 JOINT = (ZIMAGE, LUMINA2, OMNIGEN, KREA2, IDEOGRAM4, ERNIE, QWEN21, FIBO2)

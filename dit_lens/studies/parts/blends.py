@@ -1,4 +1,4 @@
-"""What a transport is compared with: blends of the two pictures, of their latents, and of their prompts' embeddings.
+"""What a transport is compared with: blends of the two images, of their latents, and of their prompts' embeddings.
 
 Rows lie as in a transport: every source (even) is followed by its target (odd).
 """
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
 
 
-def blend_pictures(source: Image, target: Image, strength: float, mask: np.ndarray | None = None) -> Image:
+def blend_images(source: Image, target: Image, strength: float, mask: np.ndarray | None = None) -> Image:
     """Target (1 - strength) + source strength, in pixels, everywhere or inside a mask [h, w] of the token grid.
 
     >>> from PIL import Image
     >>> black, white = Image.new("RGB", (2, 1)), Image.new("RGB", (2, 1), (200, 200, 200))
-    >>> np.asarray(blend_pictures(white, black, 0.5, np.array([[True, False]])))[0, :, 0].tolist()
+    >>> np.asarray(blend_images(white, black, 0.5, np.array([[True, False]])))[0, :, 0].tolist()
     [100, 0]
     """
     from PIL import Image
 
-    one, other = (np.asarray(picture, float) for picture in (source, target))
+    one, other = (np.asarray(image, float) for image in (source, target))
     weight = strength * (np.ones(one.shape[:2]) if mask is None else upsample(mask, one.shape[:2]))[..., None]
     return Image.fromarray(np.rint(other + weight * (one - other)).astype(np.uint8))
 
@@ -40,7 +40,7 @@ def blend_pictures(source: Image, target: Image, strength: float, mask: np.ndarr
 def blend_latents(
     lens: DiTLens, tokens: Tensor, grid: tuple[int, ...], strength: float, masks: Sequence[np.ndarray] | None = None
 ) -> list[Image]:
-    """The targets' pictures after their final latents were blended with the sources'.
+    """The targets' images after their final latents were blended with the sources'.
 
     tokens: of latents [b, n, d], on ``grid`` (h, w). masks: bool [h, w] for every pair, or everywhere.
     """

@@ -29,7 +29,7 @@ class Thresholds:
 
     carrier: from here on an edit speaks for a carrier (if its excess over the strongest control has an interval above
     0), and information is present. detail: up to here an edit speaks for a detail knob, and information is absent.
-    change: the least effect of an ablation on the picture (rmse, 0 to 255) that makes channels a knob of anything.
+    change: the least effect of an ablation on the image (rmse, 0 to 255) that makes channels a knob of anything.
     """
 
     carrier: float = 0.3
@@ -83,7 +83,7 @@ def decoding_evidence(
 ) -> list[dict[str, Any]]:
     """For every part how well the attributes of prompts never seen can be read from it: mean skill at the best place.
 
-    values: arm -> site -> [s, m, n, k] of m pictures. attributes: of every picture. groups: its prompt's number.
+    values: arm -> site -> [s, m, n, k] of m images. attributes: of every image. groups: its prompt's number.
     Every arm may choose its best site and step, so the choice favours none.
     """
     found = []
@@ -131,7 +131,7 @@ def verdict(evidence: pd.DataFrame, changes: Mapping[str, float], thresholds: Th
 
     evidence: measure, part, says. changes: part -> rmse of its ablation. A part is a carrier when both edits say so and
     the prompt's information is present in it by some measure; a detail knob when both edits say so and its ablation
-    changes the picture at all; else it is undecided. Information alone decides nothing: a channel may hold what no
+    changes the image at all; else it is undecided. Information alone decides nothing: a channel may hold what no
     later block reads. Overall it is "both" when one part is a carrier and another a detail knob.
     """
     parts = {}
@@ -182,8 +182,8 @@ def _skill(features: np.ndarray, attributes: Sequence[Mapping[str, str]], groups
 
 
 def _prompt_share(x: np.ndarray, part: str, prompts: int) -> float:
-    steps, pictures, _, k = x.shape
-    values = split(x, part).reshape(steps, pictures // prompts, prompts, -1, k)
+    steps, images, _, k = x.shape
+    values = split(x, part).reshape(steps, images // prompts, prompts, -1, k)
     return float(
         np.mean(
             [sum(s for name, s in variance_shares(v, ("seed", "prompt")).items() if "prompt" in name) for v in values]

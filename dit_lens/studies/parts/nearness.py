@@ -56,7 +56,7 @@ def explained(change: Any, part: Any) -> float:
 
 
 def change_within(result: Image, untouched: Image, mask: np.ndarray) -> tuple[float, float]:
-    """Rmse between two pictures inside and outside a mask [h, w] of the token grid; NaN where a part is empty.
+    """Rmse between two images inside and outside a mask [h, w] of the token grid; NaN where a part is empty.
 
     >>> from PIL import Image
     >>> black, grey = Image.new("RGB", (4, 2)), Image.new("RGB", (4, 2), (10, 10, 10))

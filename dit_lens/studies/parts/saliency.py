@@ -67,7 +67,7 @@ def largest(values: np.ndarray, size: int, grid: tuple[int, ...], polarity: str 
 
 
 def centred_disc(size: int, grid: tuple[int, ...]) -> np.ndarray:
-    """The mask of the ``size`` tokens nearest to the centre of the picture: what needs no look at it. bool [h, w].
+    """The mask of the ``size`` tokens nearest to the centre of the image: what needs no look at it. bool [h, w].
 
     >>> centred_disc(4, (4, 4)).astype(int).tolist()
     [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]

@@ -21,7 +21,7 @@ from dit_lens.analysis.metrics import rmse
 from dit_lens.core.request.ops import Branch, Op, Read, Swap
 from dit_lens.errors import OpError, nearest
 from dit_lens.instruments.latents import tokens_of
-from dit_lens.studies.parts.blends import blend_latents, blend_pictures, blend_texts
+from dit_lens.studies.parts.blends import blend_images, blend_latents, blend_texts
 from dit_lens.studies.parts.nearness import change_within, explained
 from dit_lens.studies.shared.arguments import check_k
 from dit_lens.studies.shared.arms import Arm, control_arms, kept_scores, score_ops, sets_of
@@ -250,7 +250,7 @@ def _choice(asked: Any, known: Sequence[str], name: str) -> None:
 
 
 def _clean(transport: Transport, batch: Lockstep) -> Cell:
-    """Sources and targets without any transport: scores, masks, pictures and final latents."""
+    """Sources and targets without any transport: scores, masks, images and final latents."""
     lens, site = transport.lens, transport.mask_site
     scored = list(dict.fromkeys([*transport.sites, site]))
     run = batch.run(lens, [*score_ops(scored, transport.score), Read(site, steps=-1, name="mask")])
@@ -262,7 +262,7 @@ def _clean(transport: Transport, batch: Lockstep) -> Cell:
     cell.arrays[LATENTS] = tokens_of(lens, final.latents, run.grid).numpy()
     for i, number in enumerate(batch.numbers):
         name = f"{number}/{batch.seed}"
-        cell.pictures |= {f"{name}/source": run.images[2 * i], f"{name}/target": run.images[2 * i + 1]}
+        cell.images |= {f"{name}/source": run.images[2 * i], f"{name}/target": run.images[2 * i + 1]}
         cell.masks[name] = _mask(transport.mask_from, found[2 * i], found[2 * i + 1])
     measured = _measured(transport, batch, cell, 0, Arm("untouched", 0), False, 0.0, run.images[1::2])
     redrawn = blend_latents(lens, torch.from_numpy(cell.arrays[LATENTS]), run.grid, 0.0)
@@ -292,11 +292,11 @@ def _measured(
     strength: float,
     images: Sequence[Image],
 ) -> Cell:
-    """One line per pair: how far the target's picture has come, and what it shows now."""
+    """One line per pair: how far the target's image has come, and what it shows now."""
     cell, judge, masks = Cell(), transport.judge, _masks(batch, clean)
     for i, number in enumerate(batch.numbers):
         name, result = f"{number}/{batch.seed}", images[i]
-        source, target = clean.pictures[f"{name}/source"], clean.pictures[f"{name}/target"]
+        source, target = clean.images[f"{name}/source"], clean.images[f"{name}/target"]
         inside, outside = change_within(result, target, masks[i])
         caption = batch.captions[i]
         line = {
@@ -316,7 +316,7 @@ def _measured(
             line |= {"energy_share": 1.0, "distinct": transport.width}
         cell.lines.append(line)
         if arm.draw == 0 and strength:
-            cell.pictures[f"{name}/{k}/{arm.name}/{'masked' if masked else 'whole'}/{strength:g}"] = result
+            cell.images[f"{name}/{k}/{arm.name}/{'masked' if masked else 'whole'}/{strength:g}"] = result
     return cell
 
 
@@ -337,21 +337,21 @@ def _moved(draw: Drawing, batch: Lockstep, swaps: Sequence[Swap], measure: Any) 
 
 
 def _blends(transport: Transport, batch: Lockstep, clean: Cell, measure: Any) -> Cell:
-    """The two pictures blended in pixels, and in latents."""
+    """The two images blended in pixels, and in latents."""
     masks = _masks(batch, clean)
     cell, latents = Cell(), torch.from_numpy(clean.arrays[LATENTS])
-    pictures = list(clean.pictures.values())
+    kept = list(clean.images.values())
     for masked, strength in transport.conditions:
         where = masks if masked else None
         pixels = [
-            blend_pictures(source, target, strength, None if where is None else where[i])
-            for i, (source, target) in enumerate(zip(pictures[0::2], pictures[1::2], strict=True))
+            blend_images(source, target, strength, None if where is None else where[i])
+            for i, (source, target) in enumerate(zip(kept[0::2], kept[1::2], strict=True))
         ]
         drawn = blend_latents(transport.lens, latents, masks[0].shape, strength, where)
         for name, images in (("pixel-blend", pixels), ("latent-blend", drawn)):
             found = measure(0, Arm(name, 0), masked, strength, images)
             cell.lines += found.lines
-            cell.pictures |= found.pictures
+            cell.images |= found.images
     return cell
 
 

@@ -1,4 +1,4 @@
-"""What the studies share: channel sets per picture, the arms, and how pictures are judged."""
+"""What the studies share: channel sets per image, the arms, and how images are judged."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def listed(prompts: str | Sequence[str]) -> list[str]:
 
 
 def seeded(seeds: int | Sequence[int]) -> list[int]:
-    """One or several seeds as a list. None, or one twice, which would count one picture as two, is an error."""
+    """One or several seeds as a list. None, or one twice, which would count one image as two, is an error."""
     found = [seed_of(seed) for seed in several(seeds)]
     if not found:
         raise PromptError("the list of seeds is empty. Pass at least one seed.")
     if len(set(found)) < len(found):
-        raise PromptError(f"seeds={found} names a seed twice, which draws the same picture again. Name each once.")
+        raise PromptError(f"seeds={found} names a seed twice, which draws the same image again. Name each once.")
     return found
 
 

@@ -22,7 +22,7 @@ DRAWS = 10  # of a random control, so that the variance between them is inside t
 
 @dataclass(frozen=True)
 class Arm:
-    """A set of channels per picture, under the name of the arm and its draw."""
+    """A set of channels per image, under the name of the arm and its draw."""
 
     name: str
     draw: int
@@ -35,9 +35,9 @@ def score_ops(site: Pattern, score: str, steps: Steps = None) -> list[Read]:
 
 
 def kept_scores(run: Run, rows: int | None = None) -> dict[str, np.ndarray]:
-    """What :func:`sets_of` needs of a run: per picture and site the score and the energy, averaged over steps.
+    """What :func:`sets_of` needs of a run: per image and site the score and the energy, averaged over steps.
 
-    rows: how many of the first pictures are wanted; all by default.
+    rows: how many of the first images are wanted; all by default.
     """
     found = {"score": run["score"], "energy": {site: rms.float().square() for site, rms in run["rms"].items()}}
     return {
@@ -49,7 +49,7 @@ def kept_scores(run: Run, rows: int | None = None) -> dict[str, np.ndarray]:
 
 
 def sets_of(kept: Mapping[str, np.ndarray], k: int, score: str) -> list[ChannelSet]:
-    """For every picture its own top-k channels per site, from what :func:`kept_scores` returned."""
+    """For every image its own top-k channels per site, from what :func:`kept_scores` returned."""
     rows: dict[int, dict[str, dict[str, torch.Tensor]]] = {}
     for key, value in kept.items():
         row, name, site = key.split("/", 2)

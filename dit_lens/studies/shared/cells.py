@@ -36,12 +36,12 @@ IDENTITY = ("family", "pipeline", "transformer", "scheduler", "lora", "dtype", "
 class Cell:
     """What one finished part of a study left.
 
-    lines: of the study's table. pictures and masks: for the result, under names of their own. arrays: what later cells
+    lines: of the study's table. images and masks: for the result, under names of their own. arrays: what later cells
     need, such as channel scores; they stay out of the result.
     """
 
     lines: list[dict[str, Any]] = field(default_factory=list)
-    pictures: dict[str, Image] = field(default_factory=dict)
+    images: dict[str, Image] = field(default_factory=dict)
     masks: dict[str, np.ndarray] = field(default_factory=dict)
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -94,14 +94,14 @@ def _write(folder: Path, key: str, cell: Cell) -> None:
     from safetensors.numpy import save_file
 
     with whole_folder(folder) as fresh:
-        names = {name: f"{i:04d}.png" for i, name in enumerate(cell.pictures)}
+        names = {name: f"{i:04d}.png" for i, name in enumerate(cell.images)}
         for name, file in names.items():
-            cell.pictures[name].save(fresh / file)
+            cell.images[name].save(fresh / file)
         parts = {part: values for part in ("masks", "arrays") if (values := getattr(cell, part))}
         for part, values in parts.items():
             whole = {name: np.ascontiguousarray(value) for name, value in values.items()}
             save_file(whole, fresh / f"{part}.safetensors")
-        there = {"key": key, "lines": cell.lines, "pictures": names, "parts": list(parts)}
+        there = {"key": key, "lines": cell.lines, "images": names, "parts": list(parts)}
         write_json(fresh / "cell.json", there)
 
 
@@ -115,11 +115,11 @@ def _read(folder: Path, key: str | None = None) -> Cell:
     try:
         if key not in (None, data["key"]):
             raise StoreError(f"{folder} is the cell {data['key']!r}, and {key!r} was to come here. Start a new folder.")
-        pictures = {name: Image.open(folder / file).copy() for name, file in data["pictures"].items()}
+        images = {name: Image.open(folder / file).copy() for name, file in data["images"].items()}
         parts = {part: load_file(folder / f"{part}.safetensors") for part in data["parts"]}
     except (OSError, KeyError, SafetensorError, UnidentifiedImageError) as damage:
         raise StoreError(f"{folder} is damaged: {damage}. Delete it, and the study makes it again.") from damage
-    return Cell(data["lines"], pictures, **parts)
+    return Cell(data["lines"], images, **parts)
 
 
 def _numbered(folder: Path) -> Iterator[Path]:
@@ -137,7 +137,7 @@ def _valid(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON reads them back: functions by name, tensors and pictures by a digest of what is in them."""
+    """Settings as JSON reads them back: functions by name, tensors and images by a digest of what is in them."""
     return json.loads(json.dumps(dict(settings), default=_named))
 
 

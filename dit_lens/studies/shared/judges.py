@@ -16,7 +16,7 @@ Judge = Callable[["Image", str], Mapping[str, float]]
 
 
 def judge_for(lens: DiTLens, prompts: Sequence[str], judge: Judge | None) -> Judge | None:
-    """The judge that was given; for a toy whose prompts are scenes, reading the picture back; else none."""
+    """The judge that was given; for a toy whose prompts are scenes, reading the image back; else none."""
     if judge is not None or lens.vocabulary is None:
         return judge
     from dit_lens.toys.scenes import Scene
@@ -30,7 +30,7 @@ def judge_for(lens: DiTLens, prompts: Sequence[str], judge: Judge | None) -> Jud
 
 
 def scene_judge(image: Image, prompt: str) -> dict[str, float]:
-    """Reads a toy's picture back: 1 or 0 for every attribute of the prompt; their mean is the ``fidelity``."""
+    """Reads a toy's image back: 1 or 0 for every attribute of the prompt; their mean is the ``fidelity``."""
     from dit_lens.toys.scenes import Scene, describe
 
     found = describe(image).scene

@@ -122,7 +122,7 @@ _PROCEDURE = (
     ("method", "minmax", "repro", "every channel by its minimum and maximum over tokens"),
     ("polarity", "heat", "repro", "the cluster with the larger mean of the summed channels is the subject"),
     ("", "top, bottom, random", "paper", "the low-statistic control; random in the reproduction"),
-    ("", "IoU after nearest upsampling of the token grid", "repro", "with a mask of the generated picture"),
+    ("", "IoU after nearest upsampling of the token grid", "repro", "with a mask of the generated image"),
     ("", "energy-matched arm, chance level, nulls", "ours", "what a smooth, centred subject demands"),
 )
 
@@ -145,7 +145,7 @@ _DISRUPTION = _of(
     _DRAWS,
     ("confounds", True, "ours", "arms for the norm, the energy and the size of the change"),
     ("", "bottom: an equally sized low-statistic set", "paper", "the control"),
-    ("", "sets of each picture's clean run, kept in the edited one", "ours", "not stated"),
+    ("", "sets of each image's clean run, kept in the edited one", "ours", "not stated"),
 )
 
 _TRANSPORT = (
@@ -167,7 +167,7 @@ _TRANSFER = _of("transfer", *_TRANSPORT)
 _TRANSFER_IMAGE = _of(
     "transfer_image",
     *_TRANSPORT,
-    ("how", "noised", "ours", "how a picture's trajectory is had is not stated; inversion is the other way"),
+    ("how", "noised", "ours", "how an image's trajectory is had is not stated; inversion is the other way"),
 )
 
 _PROTOCOLS = {

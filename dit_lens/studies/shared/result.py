@@ -1,4 +1,4 @@
-"""What a study returns: a table of every measurement, a summary with intervals, pictures, and the figure of both."""
+"""What a study returns: a table of every measurement, a summary with intervals, images, and the figure of both."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Result:
     """The data of one study; ``figure()`` draws it.
 
     study: its name. table: one line per measurement. summary: means and 95 % intervals per arm. settings: every choice
-    that was made. pictures: key -> picture. masks: key -> bool [h, w]. notes: what a reader must know.
+    that was made. images: key -> image. masks: key -> bool [h, w]. notes: what a reader must know.
     """
 
     study: str
     table: pd.DataFrame
     summary: pd.DataFrame
     settings: dict[str, Any]
-    pictures: dict[str, Image] = field(default_factory=dict)
+    images: dict[str, Image] = field(default_factory=dict)
     masks: dict[str, np.ndarray] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -58,14 +58,14 @@ class Result:
         return code_of_result(self)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Writes result.json, masks.safetensors and pictures/*.png into a new folder."""
+        """Writes result.json, masks.safetensors and images/*.png into a new folder."""
         from safetensors.numpy import save_file
 
         with whole_folder(folder, overwrite=overwrite) as fresh:
-            (fresh / "pictures").mkdir()
-            names = {key: f"{i:04d}.png" for i, key in enumerate(self.pictures)}
+            (fresh / "images").mkdir()
+            names = {key: f"{i:04d}.png" for i, key in enumerate(self.images)}
             for key, name in names.items():
-                self.pictures[key].save(fresh / "pictures" / name)
+                self.images[key].save(fresh / "images" / name)
             save_file(
                 {key: np.ascontiguousarray(mask) for key, mask in self.masks.items()}, fresh / "masks.safetensors"
             )
@@ -77,7 +77,7 @@ class Result:
                     "study": self.study,
                     **tables,
                     "settings": self.settings,
-                    "pictures": names,
+                    "images": names,
                     "notes": self.notes,
                 },
             )
@@ -95,16 +95,14 @@ class Result:
             return registry.load(folder)
         data = read_versioned(folder / "result.json", "result", FORMAT)
         try:
-            pictures = {key: Image.open(folder / "pictures" / name).copy() for key, name in data["pictures"].items()}
+            images = {key: Image.open(folder / "images" / name).copy() for key, name in data["images"].items()}
             masks = load_file(folder / "masks.safetensors")
             tables = {name: pd.DataFrame(**data[name]) for name in ("table", "summary")}
         except (OSError, KeyError, SafetensorError, UnidentifiedImageError) as damage:
             raise StoreError(
                 f"{folder} is incomplete or damaged: {damage}. Restore it from a copy, or run the study again."
             ) from damage
-        return cls(
-            data["study"], **tables, settings=data["settings"], pictures=pictures, masks=masks, notes=data["notes"]
-        )
+        return cls(data["study"], **tables, settings=data["settings"], images=images, masks=masks, notes=data["notes"])
 
     def __repr__(self) -> str:
         summary = readable(self.summary).to_string(index=False, max_rows=SHOWN, justify="left")
@@ -117,8 +115,8 @@ class Result:
         return f"<b>{html.escape(self._heading())}</b>{summary}{notes}{code}"
 
     def _heading(self) -> str:
-        pictures = f", {len(self.pictures)} pictures" if self.pictures else ""
-        return f"{self.study}: {len(self.table)} measurements{pictures}; intervals are 95 %"
+        images = f", {len(self.images)} images" if self.images else ""
+        return f"{self.study}: {len(self.table)} measurements{images}; intervals are 95 %"
 
 
 def summarise(table: pd.DataFrame, by: Sequence[str], measures: Sequence[str], seed: int = 0) -> pd.DataFrame:

@@ -16,7 +16,7 @@ SOURCE, TARGET = (
 
 
 def explorer() -> dl.explorer.Explorer:
-    """A picture beside the same with channels of another."""
+    """An image beside the same with channels of another."""
     lens = dl.DiTLens.toy()
     massive = lens.massive_channels(SOURCE, k=8, seed=0)
     reads = dl.views(massive)
