@@ -22,6 +22,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from dit_lens.old_names import PUBLIC, warn_of_old_name
+
 __version__ = "0.1.0"
 
 # name -> the module that has it; nothing heavy is imported before a name is used (PEP 562)
@@ -34,7 +36,7 @@ _WHERE = {
     "atlas": "explorer",
     "explore": "explorer",
     "steer": "explorer",
-    "views": "explorer",
+    "explorer_reads": "explorer",
     "encode_prompts": "instruments.text_embeddings",
     "recommend": "instruments.recommend",
     "Read": "core.request.ops",
@@ -51,7 +53,7 @@ _WHERE = {
     "Grid": "families",
     "Guidance": "families",
     "Readout": "families",
-    "Tap": "families",
+    "PointSpec": "families",
     "Time": "families",
     "Stack": "families",
     "register_family": "families",
@@ -82,6 +84,7 @@ __all__ = [
     "Grid",
     "Guidance",
     "MeanAblate",
+    "PointSpec",
     "Read",
     "Readout",
     "Receipt",
@@ -90,7 +93,6 @@ __all__ = [
     "Scale",
     "Stack",
     "Swap",
-    "Tap",
     "Time",
     "TokenMean",
     "Zero",
@@ -102,6 +104,7 @@ __all__ = [
     "errors",
     "explore",
     "explorer",
+    "explorer_reads",
     "families",
     "inversion",
     "metrics",
@@ -115,7 +118,6 @@ __all__ = [
     "steer",
     "studies",
     "toys",
-    "views",
 ]
 
 if TYPE_CHECKING:
@@ -127,8 +129,8 @@ if TYPE_CHECKING:
     from dit_lens.core.runs.comparison import compare
     from dit_lens.core.runs.receipt import Receipt
     from dit_lens.core.runs.run import Run
-    from dit_lens.explorer import atlas, explore, steer, views
-    from dit_lens.families import Family, Grid, Guidance, Readout, Stack, Tap, Time, register_family
+    from dit_lens.explorer import atlas, explore, explorer_reads, steer
+    from dit_lens.families import Family, Grid, Guidance, PointSpec, Readout, Stack, Time, register_family
     from dit_lens.instruments import inversion
     from dit_lens.instruments.recommend import recommend
     from dit_lens.instruments.text_embeddings import encode_prompts
@@ -143,6 +145,9 @@ def __getattr__(name: str) -> Any:
         return value
     if name in _MODULES:
         return importlib.import_module(f"dit_lens.{_MODULES[name]}")
+    if name in PUBLIC:
+        warn_of_old_name(f"dit_lens.{name}", f"dit_lens.{PUBLIC[name]}", stacklevel=3)
+        return getattr(sys.modules[__name__], PUBLIC[name])
     raise AttributeError(f"module 'dit_lens' has no attribute {name!r}")
 
 

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from dit_lens import families
 from dit_lens.core.execution.assemble import assemble
 from dit_lens.core.execution.engine import Engine
-from dit_lens.core.plan.batches import drawn_in_batches
+from dit_lens.core.plan.batches import run_in_batches
 from dit_lens.core.plan.compile import Plan, compile_plan
-from dit_lens.core.plan.cost import Cost, cost_of, place_for
-from dit_lens.core.plan.replay import recording, replaying
+from dit_lens.core.plan.cost import Cost, cost_of, reads_container
+from dit_lens.core.plan.replay import record_answers, replay_answers
 from dit_lens.core.plan.selection import Batch
-from dit_lens.core.request.call import Call, needs_weights, prepare
+from dit_lens.core.request.call import Call, needs_weights, prepare_call
 from dit_lens.core.request.ops import Apply, Op, Read, from_json, to_json
 from dit_lens.core.request.text_tokens import TextTokens
-from dit_lens.core.request.timeline import Timeline, timeline
+from dit_lens.core.request.timeline import Timeline, make_timeline
 from dit_lens.core.runs.files import check_pipeline, read_json
 from dit_lens.core.runs.html import _table
 from dit_lens.core.runs.provenance import describe, plain, unsaved
@@ -114,7 +114,7 @@ class DiTLens:
         """
         from dit_lens import toys
 
-        with toys.hushed():
+        with toys.quiet_loading():
             lens = cls.from_pretrained(toys.path(name), **options)
             if untrained:
                 lens.pipe.transformer = toys.untrained(name).to(lens.pipe.device, lens.pipe.transformer.dtype)
@@ -137,9 +137,9 @@ class DiTLens:
         "http://localhost:8001"; ``nnsight.CONFIG.API.HOST`` by default, whose key is used as well. Raises StoreError
         where there is no such pipeline, ExecutionError where an address is none.
         """
-        from dit_lens.core.execution.remote import RemoteEngine, hollow
+        from dit_lens.core.execution.remote import RemoteEngine, pipeline_without_weights
 
-        hollowed = hollow(model, revision)
+        hollowed = pipeline_without_weights(model, revision)
         lens = cls(hollowed.pipeline)
         lens.engine = RemoteEngine(hollowed, host)
         return lens
@@ -219,18 +219,18 @@ class DiTLens:
         """
         ops = [ops] if isinstance(ops, Op) else list(ops)
         prepared, when, plan = self._plan(prompt, ops, seed=seed, num_inference_steps=num_inference_steps, **call)
-        place = place_for(cost_of(plan, ops, self.anatomy, self.pipe.transformer.dtype))
+        place = reads_container(cost_of(plan, ops, self.anatomy, self.pipe.transformer.dtype))
         if record:
-            plan = recording(plan, ops)
+            plan = record_answers(plan, ops)
         if prefix is not None:
-            plan = replaying(plan, prefix.tape, prepared, self.pipe, self.family)
+            plan = replay_answers(plan, prefix.tape, prepared, self.pipe, self.family)
 
         def draw(part: Call, piece: Plan) -> tuple[dict[str, Any], Any]:
             """The bar of the pipeline shows for a run in one batch only."""
             with nullcontext() if part.rows == prepared.rows else self.quiet():
                 return self.engine.generate(piece.program, piece.given, part.keywords(), place())
 
-        stores, outputs = zip(*drawn_in_batches(prepared, plan, batch_size, draw), strict=True)
+        stores, outputs = zip(*run_in_batches(prepared, plan, batch_size, draw), strict=True)
         provenance = {**describe(self.pipe, self.family), **self.engine.provenance}
         run = assemble(ops, plan, when, stores, outputs, self._spec(prepared, ops), provenance)
         if record:
@@ -530,7 +530,7 @@ class DiTLens:
     ) -> tuple[Call, Timeline, Plan]:
         families.refuse_unsafe(self.pipe)
         self._follow()
-        prepared = prepare(
+        prepared = prepare_call(
             self.pipe,
             prompt,
             seed=seed,
@@ -540,7 +540,7 @@ class DiTLens:
             call=call,
         )
         grid = self.anatomy.planned_grid(self.pipe, prepared.arguments)
-        when = timeline(self.pipe, self.family, prepared.arguments, None if grid is None else grid[0] * grid[1])
+        when = make_timeline(self.pipe, self.family, prepared.arguments, None if grid is None else grid[0] * grid[1])
         batch = Batch(prepared.rows, grid, self._text.count(prepared), partial(self._text.find, prepared))
         return prepared, when, compile_plan(ops, self.anatomy, when, batch)
 

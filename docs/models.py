@@ -74,8 +74,8 @@ def _section(family: Family) -> str:
     if family.note:
         lines.append(f"- {family.note}")
     for pipelines, what in (
-        (family.resizing, "choose the size themselves"),
-        (family.following, "take the size of an image they are given, unless told another"),
+        (family.chooses_size, "choose the size themselves"),
+        (family.size_from_image, "take the size of an image they are given, unless told another"),
     ):
         if pipelines:
             lines.append(f"- Pipelines that {what}: {', '.join(f'`{name}`' for name in pipelines)}.")

@@ -76,7 +76,7 @@ def test_labels_are_the_clusters_of_the_group(run):
 
 def test_named_reads_are_groups_and_a_set_of_channels_can_be_given(toy, run):
     massive = toy.massive_channels(CIRCLE, 3, site="blocks[3:6].img", **CALL)
-    few = toy.run(CIRCLE, dl.views(massive), **CALL)
+    few = toy.run(CIRCLE, dl.explorer_reads(massive), **CALL)
     explorer = dl.explore(few)
     assert explorer.views.groups == ("top", "bottom", "random")
     assert explorer.views.scores.size == 0, "of channels that were not read no score is known"

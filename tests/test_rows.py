@@ -10,7 +10,7 @@ import diffusers
 import pytest
 
 from dit_lens.errors import FamilyError
-from dit_lens.families import Anatomy, Family, Readout, Stack, Tap, template
+from dit_lens.families import Anatomy, Family, PointSpec, Readout, Stack, template
 from dit_lens.families.checks import check
 from dit_lens.families.table import TABLE
 
@@ -19,7 +19,7 @@ FLIPPED = {"text_first": "image_first", "image_first": "text_first", "ragged": "
 
 
 def checked(family: Family) -> list[str]:
-    transformer = getattr(diffusers, family.transformer)(**family.tiny)
+    transformer = getattr(diffusers, family.transformer)(**family.check_config)
     return [one.name for one in check(Anatomy(family, transformer))]
 
 
@@ -53,14 +53,14 @@ def another_patch(family: Family) -> list[Family]:
     return [] if family.patch == 1 else [replace(family, grid=replace(family.grid, patch=side))]
 
 
-def taps(change: Callable[[Tap], Tap | None]) -> Callable[[Family], list[Family]]:
+def taps(change: Callable[[PointSpec], PointSpec | None]) -> Callable[[Family], list[Family]]:
     """The family with one gated point changed, for the first that the change applies to in each stack."""
 
     def in_stack(stack: Stack) -> Stack | None:
         for stream, inside in stack.points.items():
             for point in ("attn_out", "mlp_out"):
                 tap = inside.get(point)
-                other = change(tap) if isinstance(tap, Tap) else None
+                other = change(tap) if isinstance(tap, PointSpec) else None
                 if other is not None:
                     return replace(stack, points={**stack.points, stream: {**inside, point: other}})
         return None
@@ -68,7 +68,7 @@ def taps(change: Callable[[Tap], Tap | None]) -> Callable[[Family], list[Family]
     return in_turn(in_stack)
 
 
-def other_gate(tap: Tap) -> Tap | None:
+def other_gate(tap: PointSpec) -> PointSpec | None:
     """Another slot or slice of what the gate is taken from."""
     gate = tap.gate
     if gate is None:
@@ -97,7 +97,7 @@ MUTATIONS: dict[str, Callable[[Family], list[Family]]] = {
     "slot too high": in_turn(lambda s: replace(s, outputs=dict.fromkeys(s.outputs, 7))),
     "unknown argument": in_turn(lambda s: replace(s, inputs=dict.fromkeys(s.inputs, "nothing"))),
     "unknown path": in_turn(lambda s: replace(s, path=f"{s.path}_of_old")),
-    "axes turned": in_turn(lambda s: replace(s, turned=not s.turned)),
+    "axes turned": in_turn(lambda s: replace(s, sequence_first=not s.sequence_first)),
     "a stack missing": without_last_stack,
     "patch": another_patch,
     "no such norm": lambda family: [replace(family, final="norm_of_old")],
@@ -115,7 +115,7 @@ MUTATIONS: dict[str, Callable[[Family], list[Family]]] = {
     ),
     "another projection": readouts(lambda r: replace(r, modules=r.modules[:-1]) if r.modules else None),
     "no shift": readouts(lambda r: replace(r, shift=None) if r.shift else None),
-    "shift told, or not": readouts(lambda r: replace(r, told=not r.told)),
+    "shift told, or not": readouts(lambda r: replace(r, passes_temb=not r.passes_temb)),
     "time": lambda family: [replace(family, time=replace(family.time, argument="moment"))],
     "grid": lambda family: [replace(family, grid=replace(family.grid, argument="nothing"))],
 }
@@ -129,7 +129,7 @@ def test_the_row_passes(name):
         for stack in family.stacks
         for inside in stack.points.values()
         for point, tap in inside.items()
-        if isinstance(tap, Tap)
+        if isinstance(tap, PointSpec)
     }
     expected = ["structure", "chain", "residual", "final", "grid", "write", "readout"]
     if "mlp_out" not in points:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_lens.core.execution.assemble import images_of
-from dit_lens.core.plan.cost import human, stored
-from dit_lens.core.request.call import prepare
+from dit_lens.core.execution.assemble import output_images
+from dit_lens.core.plan.cost import format_bytes, nbytes
+from dit_lens.core.request.call import prepare_call
 from dit_lens.core.request.ops import Read, Zero
 from dit_lens.core.runs.provenance import describe
 from dit_lens.instruments.recommend import recommend
@@ -120,9 +120,11 @@ def _machine(lens: DiTLens) -> Finding:
 def _weights(lens: DiTLens) -> Finding:
     """Parameters and memory of every part, as loaded."""
     parts = recommend(lens.pipe).parts
-    says = ", ".join(f"{part.name} {_count(part.parameters)} ({human(part.bytes)})" for part in parts)
+    says = ", ".join(f"{part.name} {_count(part.parameters)} ({format_bytes(part.bytes)})" for part in parts)
     data = {part.name: {"parameters": part.parameters, "bytes": part.bytes} for part in parts}
-    return Finding("weights", "info", f"{says}; {human(sum(part.bytes for part in parts))} in all", {"parts": data})
+    return Finding(
+        "weights", "info", f"{says}; {format_bytes(sum(part.bytes for part in parts))} in all", {"parts": data}
+    )
 
 
 def _memory(lens: DiTLens, device: str | None) -> Finding:
@@ -132,7 +134,7 @@ def _memory(lens: DiTLens, device: str | None) -> Finding:
     place = torch.device(device or lens.pipe.device)
     free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else psutil.virtual_memory().available
     moving = sum(
-        stored(tensor)
+        nbytes(tensor)
         for part in lens.pipe.components.values()
         if isinstance(part, torch.nn.Module)
         for tensor in part.parameters()
@@ -142,15 +144,18 @@ def _memory(lens: DiTLens, device: str | None) -> Finding:
     if moving > free:
         advice = recommend(lens.pipe, gb=free / 1e9).best
         hint = "" if advice is None else f" What fits: {advice.name}."
-        says = f"{human(moving)} are to go to {place}, where {human(free)} are free.{hint} See dit_lens.recommend."
+        says = (
+            f"{format_bytes(moving)} are to go to {place}, where {format_bytes(free)} are free.{hint} "
+            "See dit_lens.recommend."
+        )
         return Finding("memory", "failed", says, data)
-    return Finding("memory", "info", f"{human(free)} free on {place}", data)
+    return Finding("memory", "info", f"{format_bytes(free)} free on {place}", data)
 
 
 def _drawn(lens: DiTLens) -> list[Finding]:
     """Two steps of the pipeline alone, and the same under a lens."""
     prompt, call = _call(lens)
-    prepared = prepare(
+    prepared = prepare_call(
         lens.pipe,
         prompt,
         seed=0,
@@ -161,11 +166,11 @@ def _drawn(lens: DiTLens) -> list[Finding]:
     )
     with lens.quiet():
         with _timed(lens.pipe.transformer) as times:
-            plain = list(images_of(lens.pipe(**prepared.keywords())))
+            plain = list(output_images(lens.pipe(**prepared.keywords())))
         ops = [Zero("blocks.*.img", channels=[]), Read("blocks.*.img", reduce="|mean|", name="spectrum")]
         run = lens.run(prompt, ops, seed=0, num_inference_steps=STEPS, **call)
         difference = _difference(plain, run.images)
-        noise = _difference(plain, list(images_of(lens.pipe(**prepared.keywords())))) if difference else 0.0
+        noise = _difference(plain, list(output_images(lens.pipe(**prepared.keywords())))) if difference else 0.0
     calls = len(times) // len(run.clock) or 1
     seconds = sum(times[-calls:])
     grid = " x ".join(map(str, run.grid))
@@ -177,7 +182,7 @@ def _drawn(lens: DiTLens) -> list[Finding]:
     ]
     if lens.pipe.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(lens.pipe.device)
-        found.append(Finding("peak", "info", f"{human(peak)} of GPU memory at most", {"bytes": peak}))
+        found.append(Finding("peak", "info", f"{format_bytes(peak)} of GPU memory at most", {"bytes": peak}))
     return [*found, _identity(difference, noise), _massive(lens, run)]
 
 

@@ -11,6 +11,6 @@ asks nothing of Python.
 from dit_lens.explorer.atlas import atlas
 from dit_lens.explorer.explorer import Explorer, explore
 from dit_lens.explorer.steering import Setting, Steer, steer
-from dit_lens.explorer.views import Views, views
+from dit_lens.explorer.views import Views, explorer_reads
 
-__all__ = ["Explorer", "Setting", "Steer", "Views", "atlas", "explore", "steer", "views"]
+__all__ = ["Explorer", "Setting", "Steer", "Views", "atlas", "explore", "explorer_reads", "steer"]

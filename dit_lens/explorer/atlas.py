@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dit_lens.errors import OpError
 from dit_lens.explorer.code import lens_code
 from dit_lens.explorer.explorer import Explorer
-from dit_lens.explorer.views import THUMB, of_runs, views
+from dit_lens.explorer.views import THUMB, explorer_reads, of_runs
 
 if TYPE_CHECKING:
     from dit_lens.core.runs.run import Run
@@ -66,7 +66,7 @@ def atlas(
     grid, steps = plan.program["expected"], when.steps
     extent = fitted(len(prompts) * len(massive), k, grid or (SIDE, SIDE), steps, megabytes * 2**20)
     kept = _spread(steps, extent.steps)
-    reads = [replace(read, steps=kept) for read in views(massive)[: extent.groups]]
+    reads = [replace(read, steps=kept) for read in explorer_reads(massive)[: extent.groups]]
     run = lens.run(prompts, reads, seed=seed, batch_size=batch_size, **call)
     code = _code(run, prompts, k, seed, megabytes, call)
     shown = of_runs([run], channels=massive, k=k, clusters=2, code=code, side=extent.side)

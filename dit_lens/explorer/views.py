@@ -32,7 +32,7 @@ NONE = 255  # the label of a token without a cluster
 Groups = dict[str, dict[str, tuple[int, ...]]]
 
 
-def views(massive: ChannelSet, *, seed: int = 0) -> list[Read]:
+def explorer_reads(massive: ChannelSet, *, seed: int = 0) -> list[Read]:
     """The reads that the explorer shows of a large model: a few channels of every site, and their controls.
 
     >>> import dit_lens as dl

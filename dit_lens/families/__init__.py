@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dit_lens.errors import FamilyError
 from dit_lens.families.anatomy import Anatomy
-from dit_lens.families.row import Family, Grid, Guidance, Readout, Stack, Tap, Time
+from dit_lens.families.row import Family, Grid, Guidance, PointSpec, Readout, Stack, Time
 from dit_lens.families.table import TABLE
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ __all__ = [
     "Family",
     "Grid",
     "Guidance",
+    "PointSpec",
     "Readout",
     "Stack",
-    "Tap",
     "Time",
     "families",
     "find",

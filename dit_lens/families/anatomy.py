@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import FamilyError, SiteError
-from dit_lens.families.row import Family, Stack, Tap, Time
+from dit_lens.families.row import Family, PointSpec, Stack, Time
 from dit_lens.families.sites import MODEL_POINTS, POINTS, STREAMS, Site
 
 if TYPE_CHECKING:
@@ -22,13 +22,13 @@ HEADED = ("attn.q", "attn.k", "attn.v", "attn.z")
 
 
 @dataclass(frozen=True)
-class Address:
+class TensorLocation:
     """Where a site's tensor is.
 
     module: path from the pipeline ("transformer.transformer_blocks.3"). side: "input" or "output" of that module.
     slot: for an input the argument's name, for an output its position in the tuple (None: a bare tensor).
     position: for an input, its place among positional arguments. stream, layout: whose tokens, and where they lie.
-    axes, patch: those of an image, or "tokens". turned: whether the tensor is [token, row, channel].
+    axes, patch: those of an image, or "tokens". sequence_first: whether the tensor is [token, row, channel].
     span: its channels (start, stop, None for the end), or all. gate: what it is multiplied by, tanh: of which the
     tangent is taken.
     half: which channels of a module's input count, where the tensor is what the module makes of them alone.
@@ -43,10 +43,10 @@ class Address:
     layout: str = "own"
     axes: str = "tokens"
     patch: tuple[int, int, int] = (1, 1, 1)
-    turned: bool = False
+    sequence_first: bool = False
     span: tuple[int, int | None] | None = None
     half: tuple[int, int | None] | None = None
-    gate: Address | None = None
+    gate: TensorLocation | None = None
     tanh: bool = False
     table: tuple[str, int] | None = None
     x0: bool = False
@@ -141,7 +141,7 @@ class Anatomy:
     def _called(stack: Stack) -> str:
         return "blocks" if stack.name == "block" else f"{stack.name} blocks"
 
-    def _lacks(self, block: int, tap: Tap) -> str | None:
+    def _lacks(self, block: int, tap: PointSpec) -> str | None:
         """What a tap needs that this very block does not have."""
         module = self._inner(block, tap.module)
         if module is None:
@@ -228,13 +228,13 @@ class Anatomy:
     def planned_grid(self, pipe: DiffusionPipeline, call: Mapping[str, Any]) -> tuple[int, int] | None:
         """(h, w) image tokens that a call will have, or None where the pipeline chooses its own size."""
         defaults = inspect.signature(type(pipe).__call__).parameters
-        if type(pipe).__name__ in self.family.resizing or "num_frames" in defaults or "height" not in defaults:
+        if type(pipe).__name__ in self.family.chooses_size or "num_frames" in defaults or "height" not in defaults:
             return None
         if "use_resolution_binning" in defaults and call.get("use_resolution_binning", True):
             return None
         factor = getattr(pipe, "vae_scale_factor", None)
         sizes = [call.get(side) or defaults[side].default for side in ("height", "width")]
-        if None in sizes and call.get("image") is not None and type(pipe).__name__ in self.family.following:
+        if None in sizes and call.get("image") is not None and type(pipe).__name__ in self.family.size_from_image:
             return None
         usual = getattr(pipe, "default_sample_size", None)
         if factor is None or (None in sizes and not isinstance(usual, int)):
@@ -277,7 +277,7 @@ class Anatomy:
             return self.out_width
         return min(self.out_width, channels * math.prod(self.patch))
 
-    def _tap(self, site: Site) -> Tap | None:
+    def _tap(self, site: Site) -> PointSpec | None:
         if site.block is None or site.point in ("resid_pre", "resid_post", "x0"):
             return None
         tap = self._places[site.block][0].points[site.stream][site.point]
@@ -290,10 +290,10 @@ class Anatomy:
         stack, place = self._places[block]
         return f"{stack.name}.{place}"
 
-    def address(self, site: Site) -> Address:
+    def address(self, site: Site) -> TensorLocation:
         family = self.family
         if site.block is None and site.point in ("velocity", "x0"):
-            return Address(
+            return TensorLocation(
                 "transformer",
                 "output",
                 0,
@@ -304,40 +304,40 @@ class Anatomy:
             )
         if site.block is None:
             name, position = self._parameter(family.final, 0)
-            return Address(
+            return TensorLocation(
                 f"transformer.{family.final}",
                 "input",
                 name,
                 position,
                 layout=family.final_layout,
                 axes=family.final_axes,
-                turned=family.final_turned,
+                sequence_first=family.final_sequence_first,
             )
         stack, place = self._places[site.block]
         path = f"{stack.path}.{place}"
-        tokens: dict[str, Any] = {"stream": site.stream, "layout": stack.layout, "turned": stack.turned}
+        tokens: dict[str, Any] = {"stream": site.stream, "layout": stack.layout, "sequence_first": stack.sequence_first}
         if site.point == "resid_pre":
             name, position = self._parameter(path, stack.inputs[site.stream])
-            return Address(f"transformer.{path}", "input", name, position, **tokens)
+            return TensorLocation(f"transformer.{path}", "input", name, position, **tokens)
         tap = self._tap(site)
         if tap is not None:
             return self._tapped(site.block, site.stream, tap)
-        return Address(f"transformer.{path}", "output", stack.outputs[site.stream], **tokens)
+        return TensorLocation(f"transformer.{path}", "output", stack.outputs[site.stream], **tokens)
 
     @cached_property
-    def final(self) -> Address:
+    def final(self) -> TensorLocation:
         """What enters the final norm."""
         return self.address(Site(None, "img", "final"))
 
     @cached_property
-    def shift(self) -> Address | None:
+    def shift(self) -> TensorLocation | None:
         """What shift and scale after the final norm are made from, where no module applies them."""
         readout = self.family.readout
         if readout is None or readout.shift is None:
             return None
         module, slot = readout.shift
         self._module(module)
-        return Address(f"transformer.{module}", "output", slot, layout="whole")
+        return TensorLocation(f"transformer.{module}", "output", slot, layout="whole")
 
     @cached_property
     def readout_rule(self) -> dict[str, Any] | None:
@@ -351,20 +351,20 @@ class Anatomy:
             "modules": [f"transformer.{module}" for module in readout.modules],
             "order": readout.order,
             "table": readout.table,
-            "told": readout.told,
+            "passes_temb": readout.passes_temb,
             "projection": readout.projection and f"transformer.{readout.projection}",
             "axes": self.family.prediction,
             "patch": list(self.patch),
         }
 
-    def _tapped(self, block: int, stream: str, tap: Tap) -> Address:
+    def _tapped(self, block: int, stream: str, tap: PointSpec) -> TensorLocation:
         stack, place = self._places[block]
         path = f"{stack.path}.{place}{'.' if tap.module else ''}{tap.module}"
         slot, position = (
             self._parameter(path, tap.slot) if tap.side == "input" and tap.slot is not None else (tap.slot, None)
         )
         table = None if tap.table is None else (tap.table, (tap.span or (0, None))[0])
-        return Address(
+        return TensorLocation(
             f"transformer.{path}",
             tap.side,
             slot,
@@ -372,7 +372,7 @@ class Anatomy:
             stream=stream,
             layout=tap.layout or stack.layout,
             axes=tap.axes,
-            turned=stack.turned and not tap.upright and tap.layout != "whole",
+            sequence_first=stack.sequence_first and not tap.batch_first and tap.layout != "whole",
             span=None if tap.table is not None else self._channels_of(tap.span),
             half=self._channels_of(tap.half),
             gate=None if tap.gate is None else self._tapped(block, stream, tap.gate),
@@ -387,7 +387,7 @@ class Anatomy:
         start, stop = units
         return start * self.width, None if stop is None else stop * self.width
 
-    def rank(self, address: Address) -> tuple[int, int]:
+    def rank(self, address: TensorLocation) -> tuple[int, int]:
         """Sorts addresses as the model computes them: blocks by their number, modules of a block as they were seen."""
         if self.family.readout and self.family.readout.shift and address == self.shift:
             return -1, 0

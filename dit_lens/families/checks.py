@@ -11,15 +11,15 @@ import torch
 from dit_lens.errors import FamilyError
 from dit_lens.families.anatomy import Anatomy
 from dit_lens.families.example_call import build_call
-from dit_lens.families.hooked_clone import MISFITS, Trial
-from dit_lens.families.layout import closed, fetch, opened, packed, replaced, stream_of, unpacked
+from dit_lens.families.hooked_clone import MISFITS, HookedClone
+from dit_lens.families.layout import from_tokens, pack, replace_tensor, select_stream, select_tensor, to_tokens, unpack
 from dit_lens.families.row import Family
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
     from torch import Tensor, nn
 
-    from dit_lens.families.anatomy import Address
+    from dit_lens.families.anatomy import TensorLocation
 
 TEXT = 5
 WRITES = ("attn_out", "attn2_out", "cross_out", "mlp_out")
@@ -52,18 +52,18 @@ def _check_clone(
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        clone = transformer(**family.tiny).eval()
-        _wake(clone)
+        clone = transformer(**family.check_config).eval()
+        _randomise_weights(clone)
         anatomy = Anatomy(family, clone)
         call = build_call(anatomy, TEXT)
-        anatomy.order = Trial(anatomy, call).order()
-        trial = Trial(Anatomy(family, clone), call)
+        anatomy.order = HookedClone(anatomy, call).order()
+        trial = HookedClone(Anatomy(family, clone), call)
         checks = [_chain(trial), _residual(trial), _final(trial), _grid(trial), _write(trial), _readout(trial)]
     return tuple(one for one in checks if one is not None), anatomy.order
 
 
 @torch.no_grad()
-def _wake(clone: nn.Module) -> None:
+def _randomise_weights(clone: nn.Module) -> None:
     """Parameters that start at zero would hide what passes through them, and some are not initialised at all."""
     for parameter in clone.parameters():
         if parameter.dim() > 1:
@@ -72,7 +72,7 @@ def _wake(clone: nn.Module) -> None:
             parameter.normal_(std=0.1)
 
 
-def _chain(trial: Trial) -> Check:
+def _chain(trial: HookedClone) -> Check:
     """What leaves block i enters block i + 1, stream by stream."""
     for stack, blocks in zip(trial.anatomy.family.stacks, trial.anatomy.stacks.values(), strict=True):
         for block in blocks[:-1]:
@@ -89,7 +89,7 @@ def _chain(trial: Trial) -> Check:
     return Check("chain", "what leaves a block enters the next one, in both streams")
 
 
-def _residual(trial: Trial) -> Check | None:
+def _residual(trial: HookedClone) -> Check | None:
     """resid_post = resid_pre + what attention and MLP write, and resid_mid lies between, where the row names them."""
     bases = [name.removesuffix(".mlp_out") for name in trial.seen if name.endswith(".mlp_out")]
     for base in bases:
@@ -107,7 +107,7 @@ def _residual(trial: Trial) -> Check | None:
     return Check("residual", "a block adds attn_out and mlp_out to its input and nothing else; resid_mid lies between")
 
 
-def _final(trial: Trial) -> Check:
+def _final(trial: HookedClone) -> Check:
     """The image tokens of the last block are those that are projected out."""
     width = trial.seen["velocity"].shape[-1]
     if not _same(trial.seen[trial.last], trial.seen["final.img"]) or width != trial.anatomy.out_width:
@@ -118,14 +118,14 @@ def _final(trial: Trial) -> Check:
     return Check("final", "the last block's image tokens enter the final norm")
 
 
-def _grid(trial: Trial) -> Check:
+def _grid(trial: HookedClone) -> Check:
     """Changing one latent token changes exactly the row-major place y w + x of the first image block's input."""
     family, rule = trial.anatomy.family, trial.rule
-    h, w = family.tried_on
+    h, w = family.check_grid
     place, latents, axes = w + 1, trial.call[rule["latents"]], family.grid.axes
-    tokens = packed(latents, axes, rule["patch"]).clone()
+    tokens = pack(latents, axes, rule["patch"]).clone()
     tokens[:, tokens.shape[1] - trial.image.count + place if axes == "tokens" else place] += 1
-    moved = trial.watch({**trial.call, rule["latents"]: unpacked(tokens, latents, axes, rule["patch"])})
+    moved = trial.watch({**trial.call, rule["latents"]: unpack(tokens, latents, axes, rule["patch"])})
     first = next(site.name for site in trial.points if site.point == "resid_pre" and site.stream == "img")
     changed = (moved[first] != trial.seen[first]).any(-1)[0]
     if changed.nonzero().flatten().tolist() != [place] or trial.image.grid[-2:] != (h, w):
@@ -136,30 +136,30 @@ def _grid(trial: Trial) -> Check:
     return Check("grid", "image tokens lie row by row, y w + x")
 
 
-def _write(trial: Trial) -> Check:
+def _write(trial: HookedClone) -> Check:
     """Changing a block's image tokens changes what the transformer predicts."""
     blocks = [site for site in trial.points if site.stream == "img" and site.point == "resid_post"]
     for site in (blocks[0], blocks[-1]):
         address = trial.anatomy.address(site)
-        hook = trial.changing(address, _raising(address, trial))
+        hook = trial.changing(address, _add_one(address, trial))
         if _same(trial.watch(trial.call, hook)["velocity"], trial.seen["velocity"]):
             raise FamilyError(f"{trial.name}: writing {site} does not reach the model's output.")
     return Check("write", "a write to a block's image tokens reaches the output")
 
 
-def _raising(address: Address, trial: Trial) -> Any:
+def _add_one(address: TensorLocation, trial: HookedClone) -> Any:
     """Adds 1 to a block's image tokens."""
     part = vars(address)
 
     def change(value: Any) -> Any:
-        tensor = opened(fetch(value, "output", part), part).clone()
-        stream_of(tensor, part, trial.image, range(len(tensor)))[0].add_(1)
-        return replaced(value, "output", part, closed(tensor, fetch(value, "output", part), part))
+        tensor = to_tokens(select_tensor(value, "output", part), part).clone()
+        select_stream(tensor, part, trial.image, range(len(tensor)))[0].add_(1)
+        return replace_tensor(value, "output", part, from_tokens(tensor, select_tensor(value, "output", part), part))
 
     return change
 
 
-def _readout(trial: Trial) -> Check | None:
+def _readout(trial: HookedClone) -> Check | None:
     """The last block's tokens, read out, are the model's own prediction."""
     family = trial.anatomy.family
     if family.readout is None:

@@ -14,7 +14,7 @@ ROWS = 2
 
 
 def build_call(anatomy: Anatomy, text: int) -> dict[str, Any]:
-    """Random arguments for a call on the family's ``tried_on`` image tokens and ``text`` text tokens.
+    """Random arguments for a call on the family's ``check_grid`` image tokens and ``text`` text tokens.
 
     A word of the row is a kind and its sizes: numbers, entries of the config, b (rows), n (image tokens), t (text
     tokens), h and w (latent pixels), joined by + or *. What is no word is passed as it is.
@@ -28,7 +28,7 @@ def build_call(anatomy: Anatomy, text: int) -> dict[str, Any]:
 
 class _Maker:
     def __init__(self, anatomy: Anatomy, text: int):
-        self.config, self.grid, self.text = anatomy.transformer.config, anatomy.family.tried_on, text
+        self.config, self.grid, self.text = anatomy.transformer.config, anatomy.family.check_grid, text
         h, w = self.grid
         _, tall, wide = anatomy.patch
         self.sizes = {"b": ROWS, "n": h * w, "t": text, "h": h * tall, "w": w * wide}

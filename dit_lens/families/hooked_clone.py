@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens.errors import FamilyError
-from dit_lens.families.anatomy import Address, Anatomy
+from dit_lens.families.anatomy import Anatomy, TensorLocation
 from dit_lens.families.example_call import ROWS
-from dit_lens.families.layout import fetch, image_tokens, opened, stream_of
-from dit_lens.families.tensors import gate_of, half_of, read_out
+from dit_lens.families.layout import find_image_tokens, select_stream, select_tensor, to_tokens
+from dit_lens.families.tensors import apply_to_part, compute_gate, read_out
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 MISFITS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
-class Trial:
+class HookedClone:
     """A transformer, the anatomy a family gives it, and a call."""
 
     def __init__(self, anatomy: Anatomy, call: dict[str, Any]):
         self.anatomy, self.call, self.name = anatomy, call, anatomy.family.name
         self.rule = anatomy.grid_rule
-        self.image = image_tokens(((), call), self.rule)
+        self.image = find_image_tokens(((), call), self.rule)
         self.points = [site for site in anatomy.sites if site.point != "x0"]
 
     @cached_property
@@ -50,7 +50,7 @@ class Trial:
     def watch(self, call: dict[str, Any], *hooks: RemovableHandle) -> dict[str, Tensor]:
         """The tokens of every site in one forward pass."""
         found: dict[str, Tensor] = {}
-        gates: dict[Address, Tensor] = {}
+        gates: dict[TensorLocation, Tensor] = {}
         handles = list(hooks)
         for site in self.points:
             address = self.anatomy.address(site)
@@ -92,7 +92,7 @@ class Trial:
             part = vars(shift)
 
             def keep_shift(_module: nn.Module, _args: tuple, output: Any) -> None:
-                held["shift"] = opened(fetch(output, "output", part), part)
+                held["shift"] = to_tokens(select_tensor(output, "output", part), part)
 
             handles.append(self._module(shift).register_forward_hook(keep_shift))
         self.run(self.call, handles)
@@ -101,7 +101,7 @@ class Trial:
         with torch.no_grad():
             return read_out(model, self._module(final), caught["inputs"], entering, held, self.image, rule)
 
-    def changing(self, address: Address, fn: Callable[[Any], Any]) -> RemovableHandle:
+    def changing(self, address: TensorLocation, fn: Callable[[Any], Any]) -> RemovableHandle:
         """A hook that replaces a module's whole output."""
         return self._module(address).register_forward_hook(lambda _module, _args, output: fn(output))
 
@@ -120,30 +120,30 @@ class Trial:
                 handle.remove()
 
     def _keep(
-        self, site: Site, address: Address, gates: dict[Address, Tensor], found: dict[str, Tensor]
+        self, site: Site, address: TensorLocation, gates: dict[TensorLocation, Tensor], found: dict[str, Tensor]
     ) -> RemovableHandle:
         part = vars(address)
 
         def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             if site.name in found:  # a module that is called again for the other stream
                 return
-            value = fetch(output if address.side == "output" else (args, kwargs), address.side, part)
+            value = select_tensor(output if address.side == "output" else (args, kwargs), address.side, part)
             if address.half is not None:
-                value = half_of(module.forward, value, part)
-            tensor = opened(value, part) if address.table is None else gate_of(value, part, module)
+                value = apply_to_part(module.forward, value, part)
+            tensor = to_tokens(value, part) if address.table is None else compute_gate(value, part, module)
             if tensor.shape[0] != ROWS:
                 raise ValueError(f"{site} has {tensor.shape[0]} rows in a call of {ROWS}")
             if address.gate is not None:
                 tensor = tensor * gates[address.gate]
-            found[site.name] = stream_of(tensor, part, self.image, range(ROWS))[0].clone()
+            found[site.name] = select_stream(tensor, part, self.image, range(ROWS))[0].clone()
 
         return self._module(address).register_forward_hook(keep, with_kwargs=True)
 
-    def _keep_gate(self, gate: Address, gates: dict[Address, Tensor]) -> RemovableHandle:
+    def _keep_gate(self, gate: TensorLocation, gates: dict[TensorLocation, Tensor]) -> RemovableHandle:
         part = vars(gate)
 
         def keep(module: nn.Module, value: Any) -> None:
-            gates[gate] = gate_of(fetch(value, gate.side, part), part, module)
+            gates[gate] = compute_gate(select_tensor(value, gate.side, part), part, module)
 
         if gate.side == "output":
             return self._module(gate).register_forward_hook(lambda module, _args, output: keep(module, output))
@@ -152,7 +152,7 @@ class Trial:
             lambda module, args, kwargs: keep(module, (args, kwargs)), with_kwargs=True
         )
 
-    def _module(self, address: Address) -> nn.Module:
+    def _module(self, address: TensorLocation) -> nn.Module:
         return self._submodule(address.module)
 
     def _submodule(self, path: str) -> nn.Module:

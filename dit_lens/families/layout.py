@@ -17,20 +17,20 @@ class PlanMismatchError(RuntimeError):
     """The pipeline did something else than the plan expects."""
 
 
-def named(arguments: tuple[tuple, dict], name: str, position: Any) -> Any:
+def argument(arguments: tuple[tuple, dict], name: str, position: Any) -> Any:
     """An argument of a call by name, or by position where it was passed so."""
     args, kwargs = arguments
     return kwargs[name] if name in kwargs else args[position]
 
 
-def fetch(value: Any, side: str, part: dict[str, Any]) -> Any:
+def select_tensor(value: Any, side: str, part: dict[str, Any]) -> Any:
     """The tensor of one part, out of a module's input or output."""
     if side == "input":
-        return named(value, part["slot"], part["position"])
+        return argument(value, part["slot"], part["position"])
     return value if part["slot"] is None else value[part["slot"]]
 
 
-def replaced(value: Any, side: str, part: dict[str, Any], tensor: Any) -> Any:
+def replace_tensor(value: Any, side: str, part: dict[str, Any], tensor: Any) -> Any:
     """A copy of a module's input or output with one tensor exchanged."""
     if side == "input":
         args, kwargs = value
@@ -44,20 +44,20 @@ def replaced(value: Any, side: str, part: dict[str, Any], tensor: Any) -> Any:
     return type(value)((*value[: part["slot"]], tensor, *value[part["slot"] + 1 :]))
 
 
-def image_tokens(arguments: tuple[tuple, dict], rule: dict[str, Any]) -> SimpleNamespace:
+def find_image_tokens(arguments: tuple[tuple, dict], rule: dict[str, Any]) -> SimpleNamespace:
     """Where the image tokens of a transformer call are.
 
     grid: (h, w), or (f, h, w) of a video. count: tokens of the target. first: its place among ``total`` image tokens,
     references and padding included. starts: of every row, where text is ragged.
     """
-    value = named(arguments, rule["argument"], rule["position"])
-    latents = named(arguments, rule["latents"], rule["latents_position"])
+    value = argument(arguments, rule["argument"], rule["position"])
+    latents = argument(arguments, rule["latents"], rule["latents_position"])
     if rule["rule"] in ("ids", "positions", "marks"):
         ids = value[0] if value.ndim == 3 else value
         if rule["rule"] == "positions":
             ids = ids[-latents.shape[1] :]
         if rule["rule"] == "marks":
-            marks = named(arguments, "indicator", None)[0]
+            marks = argument(arguments, "indicator", None)[0]
             ids = ids[marks == rule["marked"]]
         target = ids[:, 0] == ids[:, 0].amin()
         places = ids[target][:, 1:3]
@@ -69,7 +69,7 @@ def image_tokens(arguments: tuple[tuple, dict], rule: dict[str, Any]) -> SimpleN
         grid = [f, *grid] if f > 1 else grid
         first, total = 0, prod(grid) if rule["target"] == "last" else sum(map(prod, shapes))
     elif rule["rule"] == "counts":
-        grid = [named(arguments, name, None) for name in ("num_frames", "height", "width")]
+        grid = [argument(arguments, name, None) for name in ("num_frames", "height", "width")]
         first, total = 0, prod(grid)
     else:
         grid, images = grid_of(value, rule["rule"], rule["patch"])
@@ -78,12 +78,12 @@ def image_tokens(arguments: tuple[tuple, dict], rule: dict[str, Any]) -> SimpleN
         total = max(total, rule["largest"]) if grid[0] != grid[1] else total
     else:
         total = -(-total // rule["pad"]) * rule["pad"]
-    starts = None if rule["mask"] is None else named(arguments, rule["mask"], None).sum(1).tolist()
+    starts = None if rule["mask"] is None else argument(arguments, rule["mask"], None).sum(1).tolist()
     return SimpleNamespace(grid=tuple(grid), count=prod(grid), first=first, total=total, starts=starts)
 
 
 def grid_of(latents: Any, axes: str, patch: list[int]) -> tuple[list[int], int]:
-    """The grid of an image with these axes (see :func:`packed`), and how many images a row holds."""
+    """The grid of an image with these axes (see :func:`pack`), and how many images a row holds."""
     shape = (
         dict(zip("cfhw", latents[0].shape, strict=True))
         if axes == "list"
@@ -102,30 +102,30 @@ def check_grid(grid: tuple[int, ...], expected: list[int] | None) -> None:
         )
 
 
-def packed(value: Any, axes: str, patch: list[int]) -> Tensor:
+def pack(value: Any, axes: str, patch: list[int]) -> Tensor:
     """An image as tokens [row, token, channel]: its patches row by row, each (channel, y, x)."""
     if axes == "tokens":
         return value
     x = torch.stack(list(value)) if axes == "list" else value
-    x = arranged(x, "bcfhw" if axes == "list" else axes)
+    x = arrange_axes(x, "bcfhw" if axes == "list" else axes)
     b, i, c, f, h, w = x.shape
     pf, ph, pw = patch
     x = x.reshape(b, i, c, f // pf, pf, h // ph, ph, w // pw, pw).permute(0, 1, 3, 5, 7, 2, 4, 6, 8)
     return x.reshape(b, -1, c * pf * ph * pw)
 
 
-def regrouped(tokens: Tensor, groups: int) -> Tensor:
+def regroup(tokens: Tensor, groups: int) -> Tensor:
     """Tokens whose channels were ``groups`` groups of equal size, with the members of all groups side by side."""
     return tokens.unflatten(-1, (groups, -1)).transpose(-1, -2).flatten(-2)
 
 
-def unpacked(tokens: Tensor, like: Any, axes: str, patch: list[int]) -> Any:
-    """The inverse of :func:`packed`, in the form of ``like``."""
+def unpack(tokens: Tensor, like: Any, axes: str, patch: list[int]) -> Any:
+    """The inverse of :func:`pack`, in the form of ``like``."""
     if axes == "tokens":
         return tokens
     form = torch.stack(list(like)) if axes == "list" else like
     letters = "bcfhw" if axes == "list" else axes
-    b, i, c, f, h, w = arranged(form, letters).shape
+    b, i, c, f, h, w = arrange_axes(form, letters).shape
     pf, ph, pw = patch
     x = tokens.reshape(b, i, f // pf, h // ph, w // pw, c, pf, ph, pw).permute(0, 1, 5, 2, 6, 3, 7, 4, 8)
     x = x.reshape(b, i, c, f, h, w)
@@ -134,7 +134,7 @@ def unpacked(tokens: Tensor, like: Any, axes: str, patch: list[int]) -> Any:
     return list(x) if axes == "list" else x
 
 
-def arranged(x: Tensor, axes: str) -> Tensor:
+def arrange_axes(x: Tensor, axes: str) -> Tensor:
     """Axes in the order bicfhw, missing ones of size 1."""
     for letter in "bicfhw":
         if letter not in axes:
@@ -142,27 +142,29 @@ def arranged(x: Tensor, axes: str) -> Tensor:
     return x.permute(*(axes.index(letter) for letter in "bicfhw"))
 
 
-def opened(value: Any, part: dict[str, Any]) -> Tensor:
+def to_tokens(value: Any, part: dict[str, Any]) -> Tensor:
     """A part's value as [row, token, channel]."""
-    tensor = packed(value, part["axes"], part["patch"])
+    tensor = pack(value, part["axes"], part["patch"])
     tensor = tensor.unsqueeze(1) if tensor.ndim == 2 else tensor
-    return tensor.transpose(0, 1) if part["turned"] else tensor
+    return tensor.transpose(0, 1) if part["sequence_first"] else tensor
 
 
-def closed(tensor: Tensor, value: Any, part: dict[str, Any]) -> Any:
-    """The inverse of :func:`opened`."""
-    tensor = tensor.transpose(0, 1) if part["turned"] else tensor
+def from_tokens(tensor: Tensor, value: Any, part: dict[str, Any]) -> Any:
+    """The inverse of :func:`to_tokens`."""
+    tensor = tensor.transpose(0, 1) if part["sequence_first"] else tensor
     tensor = tensor.squeeze(1) if getattr(value, "ndim", 0) == 2 else tensor
-    return unpacked(tensor, value, part["axes"], part["patch"])
+    return unpack(tensor, value, part["axes"], part["patch"])
 
 
-def tokens_of(value: Any, part: dict[str, Any], image: SimpleNamespace) -> Tensor:
+def stream_tokens(value: Any, part: dict[str, Any], image: SimpleNamespace) -> Tensor:
     """The tokens of a part's stream in every row of a call."""
-    tensor = opened(value, part)
-    return stream_of(tensor, part, image, range(len(tensor)))[0]
+    tensor = to_tokens(value, part)
+    return select_stream(tensor, part, image, range(len(tensor)))[0]
 
 
-def stream_of(tensor: Tensor, part: dict[str, Any], image: SimpleNamespace, rows: range) -> tuple[Tensor, tuple | None]:
+def select_stream(
+    tensor: Tensor, part: dict[str, Any], image: SimpleNamespace, rows: range
+) -> tuple[Tensor, tuple | None]:
     """The rows and tokens of one stream: a view, or (where rows differ) a copy and the place it was taken from."""
     some = tensor[rows.start : rows.stop]
     length, layout, of_image = tensor.shape[1], part["layout"], part["stream"] == "img"

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Tap:
+class PointSpec:
     """Where a tensor inside a block is.
 
     module: path within the block ("": the block itself). side, slot: "output" and its place in the tuple (None: a bare
     tensor), or "input" and the argument (by name, or by place).
     span: which channels, in units of the hidden size: (start, stop), stop None for the end.
     layout: where the stream's tokens lie in it; None: as in the stack's tensors. axes: "tokens", or those of an image.
-    upright: whether it is [row, token, channel] also where the stack's tensors are turned.
+    batch_first: whether it is [row, token, channel] also where the stack's tensors are sequence_first.
     half: of a module that projects attention and MLP at once, what its input has of one of them: (start, stop) in units
     of the hidden size, stop None for the end. The tensor is what the module makes of that alone; a bias counts with the
     last part.
@@ -28,9 +28,9 @@ class Tap:
     span: tuple[int, int | None] | None = None
     layout: str | None = None
     axes: str = "tokens"
-    upright: bool = False
+    batch_first: bool = False
     half: tuple[int, int | None] | None = None
-    gate: Tap | None = None
+    gate: PointSpec | None = None
     tanh: bool = False
     table: str | None = None
 
@@ -43,7 +43,7 @@ class Stack:
     inputs, outputs: stream -> argument name, and stream -> position in the output tuple (None: a bare tensor).
     layout: where a stream's tokens lie in that tensor: "own" (the streams are two tensors), or joint: "text_first",
     "image_first" or "ragged" (text first, of another length in every row).
-    turned: whether the blocks' tensors are [token, row, channel].
+    sequence_first: whether the blocks' tensors are [token, row, channel].
     rewritten: streams that the model changes between blocks. ends_without: streams the last block does not return.
     points: stream -> point -> where it is, or why these blocks have none.
     attends: the order of the streams inside attention, "text_first" or "image_first"; "own" where the image attends
@@ -55,10 +55,10 @@ class Stack:
     inputs: Mapping[str, str]
     outputs: Mapping[str, int | None]
     layout: str = "own"
-    turned: bool = False
+    sequence_first: bool = False
     rewritten: tuple[str, ...] = ()
     ends_without: tuple[str, ...] = ()
-    points: Mapping[str, Mapping[str, Tap | str]] = field(default_factory=dict)
+    points: Mapping[str, Mapping[str, PointSpec | str]] = field(default_factory=dict)
     attends: str = ""
 
     @property
@@ -134,7 +134,7 @@ class Readout:
     modules: after ``Family.final``, in order. order: of a predicted token's channels, "cyx" or "yxc".
     shift: where shift and scale between the norm and the first module come from, when no module applies them: a module
     (and the place in its output tuple) to whose output the transformer's ``table`` is added, or which goes through
-    SiLU and ``projection``; ``told``: or which the first module is given as its ``temb``.
+    SiLU and ``projection``; ``passes_temb``: or which the first module is given as its ``temb``.
     """
 
     modules: tuple[str, ...] = ("proj_out",)
@@ -142,7 +142,7 @@ class Readout:
     shift: tuple[str, int | None] | None = None
     table: str | None = None
     projection: str | None = None
-    told: bool = False
+    passes_temb: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,23 +156,23 @@ class Family:
     grid, time, guidance: see there; guidance None means that a pipeline makes one conditional call per step.
     variants, times: pipeline class -> its own guidance, and its own time, where they differ.
     final_layout: where image tokens lie in what enters ``final`` and (prediction_layout) in what is predicted.
-    final_turned, final_axes: of what enters ``final``: whether it is [token, row, channel], and where it is no list of
-    tokens.
+    final_sequence_first, final_axes: of what enters ``final``: whether it is [token, row, channel], and where
+    it is no list of tokens.
     prediction: "tokens", or the axes of a predicted image, as in Grid.
     readout: what follows the final norm, where the row says it.
     sign: -1 where the pipeline negates the prediction.
     caching: pipelines whose first step fills a cache that later steps read.
     patch: latent pixels per side of an image token.
-    packing: the order of a token's channels in packed latents, "cyx" or "yxc". finished: pipelines that return latents
-    as their autoencoder takes them.
-    resizing: pipelines that choose the size of the image themselves. following: pipelines that take it from an image
-    they are given, where none is asked for.
+    packing: the order of a token's channels in packed latents, "cyx" or "yxc". returns_vae_latents: pipelines
+    that return latents as their autoencoder takes them.
+    chooses_size: pipelines that choose the size of the image themselves. size_from_image:
+    pipelines that take it from an image they are given, where none is asked for.
     tokenizer, text_length: the pipeline's tokenizer of the text stream, and the argument that sets its length.
     plain_text: whether the text stream is the prompt's own tokens, padded to that length: no template around it, no
     second text encoder beside it.
     embedded: the config flag for a guidance scale that the transformer is told.
-    tiny, call: overrides that shrink the config, and the arguments of a call of that, for the check at load,
-    which uses a grid of ``tried_on`` tokens (not square where the model allows it, so that a transposed grid shows).
+    check_config, call: overrides that shrink the config, and the arguments of a call of that, for the check at load,
+    which uses a grid of ``check_grid`` tokens (not square where the model allows it, so that a transposed grid shows).
     refuses: pipeline argument -> why a run with it cannot be followed. note: what else its users must know.
     """
 
@@ -189,7 +189,7 @@ class Family:
     time: Time = Time(scale=1e-3)
     times: Mapping[str, Time] = field(default_factory=dict)
     final_layout: str = "own"
-    final_turned: bool = False
+    final_sequence_first: bool = False
     final_axes: str = "tokens"
     prediction: str = "tokens"
     prediction_layout: str = "own"
@@ -198,16 +198,16 @@ class Family:
     caching: tuple[str, ...] = ()
     patch: int = 2
     packing: str = "cyx"
-    finished: tuple[str, ...] = ()
-    resizing: tuple[str, ...] = ()
-    following: tuple[str, ...] = ()
+    returns_vae_latents: tuple[str, ...] = ()
+    chooses_size: tuple[str, ...] = ()
+    size_from_image: tuple[str, ...] = ()
     tokenizer: str = "tokenizer"
     text_length: str = "max_sequence_length"
     plain_text: bool = False
     embedded: str | None = None
-    tiny: Mapping[str, object] = field(default_factory=dict)
+    check_config: Mapping[str, object] = field(default_factory=dict)
     call: Mapping[str, object] = field(default_factory=dict)
-    tried_on: tuple[int, int] = (2, 3)
+    check_grid: tuple[int, int] = (2, 3)
     refuses: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from dit_lens.families.layout import (
-    closed,
-    fetch,
-    opened,
-    packed,
-    regrouped,
-    replaced,
-    stream_of,
+    from_tokens,
+    pack,
+    regroup,
+    replace_tensor,
+    select_stream,
+    select_tensor,
+    to_tokens,
 )
 
 
-def gate_of(value: Tensor, part: dict[str, Any], module: Any) -> Tensor:
+def compute_gate(value: Tensor, part: dict[str, Any], module: Any) -> Tensor:
     """What a tensor is multiplied by before it is added to the residual: [row, 1 or token, channel]."""
     if part["table"] is not None:
         name, number = part["table"]
@@ -33,7 +33,7 @@ def gate_of(value: Tensor, part: dict[str, Any], module: Any) -> Tensor:
     return value.tanh() if part["tanh"] else value
 
 
-def half_of(module: Any, tensor: Tensor, part: dict[str, Any]) -> Tensor:
+def apply_to_part(module: Any, tensor: Tensor, part: dict[str, Any]) -> Tensor:
     """What a linear module makes of some channels of its input alone; its bias counts with the last of them."""
     start, stop = part["half"]
     alone = torch.zeros_like(tensor)
@@ -55,34 +55,34 @@ def read_out(
 
     Calling nnsight's envoys runs their modules outside the order of the trace.
     """
-    entering = fetch(inputs, "input", part)
-    tokens = opened(entering, part).clone()
+    entering = select_tensor(inputs, "input", part)
+    tokens = to_tokens(entering, part).clone()
     rows = range(len(tokens))
-    target, place = stream_of(tokens, part, image, rows)
+    target, place = select_stream(tokens, part, image, rows)
     if place is None:
         target.copy_(held[part["readout"]])
     else:
         tokens[place] = held[part["readout"]]
-    args, kwargs = replaced(inputs, "input", part, closed(tokens, entering, part))
+    args, kwargs = replace_tensor(inputs, "input", part, from_tokens(tokens, entering, part))
     x = envoy(*args, **kwargs)
     modules = [model.get(module) for module in rule["modules"]]
-    if rule["told"]:
+    if rule["passes_temb"]:
         x = modules.pop(0)(x, temb=held["shift"].squeeze(1))
     elif "shift" in held:
-        shift, scale = shift_of(model, held["shift"], rule)
+        shift, scale = final_shift_and_scale(model, held["shift"], rule)
         x = (x * (1 + scale) + shift).to(held[part["readout"]].dtype)
     for module in modules:
         x = module(x)
     x = x if isinstance(x, Tensor) else x[0]
     if x.ndim != 3:  # a module that puts the image together itself
-        return packed(x, rule["axes"], rule["patch"])
-    x = stream_of(x.transpose(0, 1) if part["turned"] else x, part, image, rows)[0]
+        return pack(x, rule["axes"], rule["patch"])
+    x = select_stream(x.transpose(0, 1) if part["sequence_first"] else x, part, image, rows)[0]
     if rule["order"] == "yxc":
-        x = regrouped(x, prod(rule["patch"]))
+        x = regroup(x, prod(rule["patch"]))
     return x
 
 
-def shift_of(model: Any, value: Tensor, rule: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def final_shift_and_scale(model: Any, value: Tensor, rule: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Shift and scale that the transformer applies itself, [row, 1 or token, channel] each."""
     if rule["table"] is not None:
         table = getattr(model.get("transformer"), rule["table"])

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from dit_lens.core.request.call import needs_weights
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError
-from dit_lens.families.layout import PlanMismatchError, image_tokens, stream_of
+from dit_lens.families.layout import PlanMismatchError, find_image_tokens, select_stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,7 @@ class Attention:
         numbers = torch.arange(length)[None, :, None].expand(self.rows.stop, -1, 1)
         part = {"stream": stream, "layout": self.order[block], "site": f"blocks.{block}.{stream}"}
         try:
-            return stream_of(numbers, part, self.image, self.rows)[0][..., 0]
+            return select_stream(numbers, part, self.image, self.rows)[0][..., 0]
         except PlanMismatchError as mismatch:
             raise OpError(f"{mismatch}, or take self[block] whole.") from mismatch
 
@@ -151,7 +151,7 @@ class Watch(TorchFunctionMode):
             self.made += 1
             step, call = divmod(self.made, len(self.timeline.calls))
             if call == self.call and any(step == wanted for wanted, _ in self.wanted):
-                self.image = image_tokens((args, kwargs), self.rule)
+                self.image = find_image_tokens((args, kwargs), self.rule)
 
         def leave(*_: Any) -> None:
             self.block = None

@@ -24,7 +24,7 @@ import torch
 from dit_lens.analysis.metrics import rmse
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import FamilyError, OpError
-from dit_lens.families.layout import unpacked
+from dit_lens.families.layout import unpack
 from dit_lens.instruments.latents import as_tokens, autoencoder, decode, tokens_of
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _given(lens: DiTLens, latents: Tensor, grid: tuple[int, int]) -> Tensor:
     _, *patch = rule["patch"]
     channels = latents.shape[-1] // (patch[0] * patch[1])
     like = torch.empty(len(latents), channels, grid[0] * patch[0], grid[1] * patch[1], device="meta")
-    return unpacked(latents, like, axes, rule["patch"])
+    return unpack(latents, like, axes, rule["patch"])
 
 
 def _taken(lens: DiTLens, form: str) -> bool:

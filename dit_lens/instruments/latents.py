@@ -9,7 +9,7 @@ import torch
 
 from dit_lens.core.request.call import needs_weights
 from dit_lens.errors import FamilyError
-from dit_lens.families.layout import packed, regrouped, unpacked
+from dit_lens.families.layout import pack, regroup, unpack
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -64,10 +64,10 @@ def _latents(lens: DiTLens, tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
         mean, deviation = _statistics(vae, tokens)
         tokens = tokens * deviation + mean
     if lens.family.packing == "yxc":
-        tokens = regrouped(tokens, side * side)
+        tokens = regroup(tokens, side * side)
     h, w = grid
     like = torch.empty(len(tokens), channels, h * side, w * side, device="meta")
-    return unpacked(tokens, like, "bchw", [1, side, side])
+    return unpack(tokens, like, "bchw", [1, side, side])
 
 
 def _scaled(vae: Any, latents: Tensor) -> Tensor:
@@ -93,9 +93,9 @@ def as_tokens(lens: DiTLens, latents: Tensor) -> Tensor:
     """The autoencoder's latents [image, channel, H, W] as the transformer's tokens: the inverse of ``_latents``."""
     vae: Any = lens.pipe.vae
     side = isqrt(lens.anatomy.latent_width // latents.shape[1])
-    tokens = packed(latents, "bchw", [1, side, side])
+    tokens = pack(latents, "bchw", [1, side, side])
     if lens.family.packing == "yxc":
-        tokens = regrouped(tokens, latents.shape[1])
+        tokens = regroup(tokens, latents.shape[1])
     if hasattr(vae, "bn"):
         mean, deviation = _statistics(vae, tokens)
         tokens = (tokens - mean) / deviation
@@ -110,11 +110,11 @@ def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
 
 def tokens_of(lens: DiTLens, latents: Tensor | None, grid: tuple[int, ...]) -> Tensor:
     """What a run returned for latents, on its grid (h, w), as float32 tokens [b, n, d]."""
-    if latents is not None and type(lens.pipe).__name__ in lens.family.finished:
+    if latents is not None and type(lens.pipe).__name__ in lens.family.returns_vae_latents:
         latents = as_tokens(lens, latents.float())
     elif latents is not None and latents.ndim == 4:
         side = latents.shape[-1] // grid[-1]
-        latents = packed(latents, "bchw", [1, side, side])
+        latents = pack(latents, "bchw", [1, side, side])
     if latents is None or latents.ndim != 3:
         shape = None if latents is None else list(latents.shape)
         raise FamilyError(f"final latents of shape {shape} are neither tokens nor images, so they cannot be drawn.")

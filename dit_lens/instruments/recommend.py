@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.core.plan.cost import human, stored
+from dit_lens.core.plan.cost import format_bytes, nbytes
 from dit_lens.core.runs.files import check_pipeline, read_json
 from dit_lens.errors import FamilyError, OpError, PromptError, StoreError
 from dit_lens.instruments.text_embeddings import ENCODER, returned_names
@@ -114,8 +114,8 @@ class Recommendation:
         if self.best is None:
             least = min(self.choices, key=lambda choice: choice.peak)
             raise OpError(
-                f"nothing fits into {self.gb:g} GB: the least is {human(least.peak)} ({least.name}). Draw smaller "
-                "images (side=), decode in tiles (lens.pipe.vae.enable_tiling()), or use a larger GPU."
+                f"nothing fits into {self.gb:g} GB: the least is {format_bytes(least.peak)} ({least.name}). Draw "
+                "smaller images (side=), decode in tiles (lens.pipe.vae.enable_tiling()), or use a larger GPU."
             )
         return self.best.lines
 
@@ -377,7 +377,7 @@ def _folder(source: str | Path) -> Path:
 
 
 def _shapes_of(module: Any) -> Shapes:
-    return [(name, tuple(p.shape), stored(p)) for name, p in module.named_parameters()]
+    return [(name, tuple(p.shape), nbytes(p)) for name, p in module.named_parameters()]
 
 
 def _headers(folder: Path) -> Shapes:

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.core.plan.cost import human, stored
-from dit_lens.core.request.call import EMBEDDING, TEXT, Call, needs_weights, prepare
+from dit_lens.core.plan.cost import format_bytes, nbytes
+from dit_lens.core.request.call import EMBEDDING, TEXT, Call, needs_weights, prepare_call
 from dit_lens.errors import PromptError
 from dit_lens.families import families
 
@@ -37,7 +37,7 @@ class Released:
     def __repr__(self) -> str:
         if not self.parts:
             return "nothing released: the pipeline holds no text encoder"
-        sizes = ", ".join(f"{human(size)} on {device}" for device, size in self.bytes.items())
+        sizes = ", ".join(f"{format_bytes(size)} on {device}" for device, size in self.bytes.items())
         return f"released {', '.join(self.parts)}: {sizes}"
 
 
@@ -68,7 +68,7 @@ def encode_prompts(
     defaults, vocabulary: those of a lens. Raises PromptError where embeddings cannot stand for this pipeline's prompts.
     """
     needs_weights(pipe, "encoding prompts needs")
-    prepared = prepare(
+    prepared = prepare_call(
         pipe,
         prompts,
         seed=None if "generator" in call else 0,
@@ -110,7 +110,7 @@ def release(pipe: DiffusionPipeline) -> Released:
     sizes: dict[str, int] = {}
     for name, part in found.items():
         for tensor in (*part.parameters(), *part.buffers()):
-            sizes[str(tensor.device)] = sizes.get(str(tensor.device), 0) + stored(tensor)
+            sizes[str(tensor.device)] = sizes.get(str(tensor.device), 0) + nbytes(tensor)
         setattr(pipe, name, None)
     names = tuple(found)
     found.clear()

@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import SiteError
-from dit_lens.studies.shared.arguments import check_k, listed, seeded, share_of_width
+from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_k, share_of_width
 from dit_lens.studies.shared.arms import kept_scores, score_ops, sets_of
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import Cells
@@ -65,7 +65,7 @@ def births(
     denoising steps count. batch_size, out: see :func:`disruption`. Notes say what a family lacks, and why.
     Sources: direct contributions as in TransformerLens; gate spikes, arXiv 2510.11538.
     """
-    prompts, seeds = listed(prompts), seeded(seeds)
+    prompts, seeds = as_prompts(prompts), as_seeds(seeds)
     check_k(lens, site, [k])
     end = _end(lens, site)
     tree = _writes(lens, end)

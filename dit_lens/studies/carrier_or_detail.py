@@ -25,7 +25,7 @@ from dit_lens.studies.parts.evidence import (
     variance_evidence,
     verdict,
 )
-from dit_lens.studies.shared.arguments import check_k, listed, seeded, share_of_width
+from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_k, share_of_width
 from dit_lens.studies.shared.arms import Arm, control_arms, kept_scores, score_ops
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import Cells
@@ -89,7 +89,7 @@ def carrier_or_detail(
     judge: ``fn(image, prompt)`` with a "fidelity" in [0, 1]; attributes: ``fn(prompt) -> {attribute: value}``; toys
     know both. Two prompts at least in every batch. Sources: arXiv 2605.13974, 2510.11538, 2607.02968.
     """
-    prompts, seeds = listed(prompts), seeded(seeds)
+    prompts, seeds = as_prompts(prompts), as_seeds(seeds)
     check_k(lens, site, [k])
     parts = batches(prompts, seeds, batch_size)
     judge = _checked(judge_for(lens, prompts, judge), parts)

@@ -16,7 +16,7 @@ from dit_lens.analysis.metrics.distances import distances as distances_of
 from dit_lens.core.request.ops import MeanAblate, Op, Read, Scale, Swap, Zero
 from dit_lens.errors import OpError, PromptError, nearest
 from dit_lens.studies.parts.confounds import fill_ops, push_ops, rescale_ops
-from dit_lens.studies.shared.arguments import check_k, listed, seeded, several, share_of_width
+from dit_lens.studies.shared.arguments import as_prompts, as_seeds, as_tuple, check_k, share_of_width
 from dit_lens.studies.shared.arms import DRAWS, Arm, control_arms, kept_scores, score_ops, sets_of
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import Cells
@@ -87,7 +87,7 @@ def disruption(
     and ``..._top_minus``: by how much the top arm exceeds the arm of the line, over the same prompts and seeds. Raises
     OpError or PromptError before anything is drawn. Source: arXiv 2605.13974.
     """
-    prompts, seeds, ks = listed(prompts), seeded(seeds), sorted(several(k))
+    prompts, seeds, ks = as_prompts(prompts), as_seeds(seeds), sorted(as_tuple(k))
     check_k(lens, site, ks)
     _check_ablation(ablation, prompts, batch_size)
     judge, measures = judge_for(lens, prompts, judge), distances_of(["rmse", *distances])

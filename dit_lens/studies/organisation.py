@@ -28,7 +28,7 @@ from dit_lens.studies.parts.saliency import (
     token_norm,
     word_attention,
 )
-from dit_lens.studies.shared.arguments import check_k, listed, seeded, share_of_width
+from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_k, share_of_width
 from dit_lens.studies.shared.arms import DRAWS, Arm, control_arms, score_ops
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import Cells
@@ -123,7 +123,7 @@ def organisation(
             with torch.no_grad():
                 return (net(x[None])[-1].sigmoid()[0, 0] > 0.5).numpy()
     """
-    prompts, seeds = listed(prompts), seeded(seeds)
+    prompts, seeds = as_prompts(prompts), as_seeds(seeds)
     check_k(lens, site, [k])
     blocks = _blocks(lens, site)
     way = Way(n_clusters, method, polarity)

@@ -27,7 +27,7 @@ from dit_lens.instruments.gradients import (
 )
 from dit_lens.instruments.latents import autoencoder, decode, tokens_of
 from dit_lens.studies.parts.patches import Patch, by_group, by_head, by_region, by_step, chunks
-from dit_lens.studies.shared.arguments import check_k, in_pairs, seeded, share_of_width
+from dit_lens.studies.shared.arguments import as_pairs, as_seeds, check_k, share_of_width
 from dit_lens.studies.shared.arms import DRAWS, kept_scores, score_ops, sets_of
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import Cells
@@ -101,9 +101,9 @@ def patching(
     the untouched run's latents at that step. All batches have equally many rows. out: a folder for finished cells, from
     which the same call goes on. Images are kept of the untouched pair and of the cells of highest and lowest effect.
     """
-    pairs = in_pairs(pairs)
+    pairs = as_pairs(pairs)
     _check(pairs, over, attribute, batch_size, tiles, call)
-    seeds = seeded(seeds)
+    seeds = as_seeds(seeds)
     sites = lens.sites(("blocks.*.img.attn.z" if over == "block x head" else "blocks.*.img") if site is None else site)
     judge = judge_for(lens, [prompt for pair in pairs for prompt in pair], judge)
     when, plan = lens.planned(list(pairs[0]), **call)

@@ -15,7 +15,7 @@ import torch
 from dit_lens.analysis.channels.statistics import RunningStats, chance_jaccard, overlaps
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import OpError
-from dit_lens.studies.shared.arguments import listed, seeded, share_of_width
+from dit_lens.studies.shared.arguments import as_prompts, as_seeds, share_of_width
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import Cells
 from dit_lens.studies.shared.drawing import Batch, batches
@@ -70,7 +70,7 @@ def stability(
     stable: in (0, 1]. batch_size, out: see :func:`disruption`. Scores are kept only as running statistics, so memory
     does not grow with them; of every image the sets stay. Source of the rule: SPARK; of the score: arXiv 2605.13974.
     """
-    prompts, seeds = listed(prompts), seeded(seeds)
+    prompts, seeds = as_prompts(prompts), as_seeds(seeds)
     sites = lens.sites(site)
     width = _check(lens, sites, k, scores, stable)
     settings = {

@@ -13,7 +13,7 @@ from dit_lens.core.request.ops import Branch
 from dit_lens.studies.parts.blends import why_no_prompt_blend
 from dit_lens.studies.parts.nearness import MATCHED, with_matched
 from dit_lens.studies.parts.transport import ChannelsFrom, Lockstep, Transport, carry_out
-from dit_lens.studies.shared.arguments import in_pairs, seeded, several, share_of_width
+from dit_lens.studies.shared.arguments import as_pairs, as_seeds, as_tuple, share_of_width
 from dit_lens.studies.shared.arms import DRAWS
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import Cells
@@ -102,13 +102,13 @@ def transfer(
     for the final norm and projection alone (1 - squared error; 1: a transport that is read out and no more).
     ``distinct`` counts the channels an arm touches at any site. Source: arXiv 2605.13974; the controls are ours.
     """
-    pairs = in_pairs(pairs)
-    seeds = seeded(seeds)
+    pairs = as_pairs(pairs)
+    seeds = as_seeds(seeds)
     prompts = [prompt for pair in pairs for prompt in pair]
-    ks = tuple(sorted(several(k)))
+    ks = tuple(sorted(as_tuple(k)))
     judge = judge_for(lens, prompts, judge)
     transport = Transport(
-        lens, ks, several(strengths), draws, score, site, steps, branch, channels_from, mask_from, mask_block, judge
+        lens, ks, as_tuple(strengths), draws, score, site, steps, branch, channels_from, mask_from, mask_block, judge
     )
     transport.check(prompts, call)
     why = why_no_prompt_blend(lens, pairs[0], call)

@@ -17,7 +17,7 @@ from dit_lens.errors import OpError, nearest
 from dit_lens.instruments.inversion import check_flow, check_invertible, invert, latents_of, noised_reference
 from dit_lens.instruments.latents import decode
 from dit_lens.studies.parts.transport import ChannelsFrom, Lockstep, Transport, carry_out
-from dit_lens.studies.shared.arguments import in_pairs, seeded, several
+from dit_lens.studies.shared.arguments import as_pairs, as_seeds, as_tuple
 from dit_lens.studies.shared.arms import DRAWS
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import Cells
@@ -82,20 +82,20 @@ def transfer_image(
     Raises OpError or FamilyError, before any denoising, where the model is no flow, or cannot be inverted.
     Source: the image-conditioned application of arXiv 2605.13974, which does not say how the image is noised.
     """
-    pairs = in_pairs(pairs, "image")
+    pairs = as_pairs(pairs, "image")
     images, targets = [image for image, _ in pairs], [target for _, target in pairs]
     captions = [""] * len(pairs) if captions is None else list(captions)
     if len(captions) != len(pairs):
         raise OpError(f"captions= lists {len(captions)} texts for {len(pairs)} images. Give one each, or none.")
-    seeds = seeded(seeds)
+    seeds = as_seeds(seeds)
     prompts = [prompt for pair in zip(captions, targets, strict=True) for prompt in pair]
     _check(lens, how, images, captions, prompts, seeds, call)
-    ks = tuple(sorted(several(k)))
+    ks = tuple(sorted(as_tuple(k)))
     judge = judge_for(lens, [prompt for prompt in prompts if prompt], judge)
     transport = Transport(
         lens,
         ks,
-        several(strengths),
+        as_tuple(strengths),
         draws,
         score,
         site,

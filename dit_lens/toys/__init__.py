@@ -24,7 +24,7 @@ def untrained(name: str) -> nn.Module:
 
 
 @contextmanager
-def hushed() -> Generator[None]:
+def quiet_loading() -> Generator[None]:
     """Without the bars and advice of diffusers and transformers: a toy is there in a moment and lacks nothing."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from dit_lens.core.request.call import prepare
-from dit_lens.core.runs.files import read_json, settled, whole_folder, write_json
+from dit_lens.core.request.call import prepare_call
+from dit_lens.core.runs.files import read_json, recovered, whole_folder, write_json
 from dit_lens.errors import DitLensError, StoreError
 from dit_lens.toys.kinds import SHARES, Kind, kind
 from dit_lens.toys.scenes import ATTRIBUTES, VALUES, VOCABULARY, Scene, draw, sample_scenes
@@ -138,7 +138,7 @@ class TransformerStage:
 
 def train(out: Path, settings: Settings, *, resume: bool = False) -> DiffusionPipeline:
     """Trains a toy into ``out``: ``checkpoint-*`` folders, ``samples``, and at the end ``pipeline``."""
-    if not resume and any(settled(out / f"checkpoint-{name}").exists() for name in SHARES):
+    if not resume and any(recovered(out / f"checkpoint-{name}").exists() for name in SHARES):
         raise StoreError(
             f"{out} holds the checkpoints of a training run. Pass --resume to go on with it, or choose another folder."
         )
@@ -161,7 +161,7 @@ def fit(stage: Stage, pipe: DiffusionPipeline, out: Path, settings: Settings, *,
     folder = out / f"checkpoint-{stage.name}"
     optimizer = torch.optim.AdamW(stage.net.parameters(), settings.rate, betas=(0.9, 0.99), weight_decay=0.01)
     ema = {name: value.clone() for name, value in stage.net.state_dict().items()}
-    progress = _restore(settled(folder), stage.net, ema, optimizer, settings)
+    progress = _restore(recovered(folder), stage.net, ema, optimizer, settings)
     budget = 60 * settings.minutes * toy.SHARES[stage.name]
     saved, number = progress.seconds, list(SHARES).index(stage.name)
     stage.net.train()
@@ -317,7 +317,7 @@ def _sample(pipe: DiffusionPipeline, ema: dict[str, Tensor], path: Path, default
     pipe.transformer.load_state_dict(ema)
     pipe.set_progress_bar_config(disable=True)
     captions = [scene.caption for scene in sample_scenes(8, seed=0, held_out=True)]
-    call = prepare(
+    call = prepare_call(
         pipe, captions, seed=[0] * 8, num_inference_steps=None, defaults=defaults, vocabulary=VOCABULARY, call={}
     )
     images = pipe(**call.keywords()).images

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_lens.core.plan.cost import Spill, mapped
+from dit_lens.core.plan.cost import Spill, map_to_file
 from dit_lens.core.request.ops import Op
 from dit_lens.core.runs.receipt import Entry, Receipt
 from dit_lens.core.runs.run import Reading, Run
@@ -46,7 +46,7 @@ def assemble(
     _check_fired(ops, plan, pieces, touched)
     spilled = isinstance(stores[0]["reads"], Spill)
     readings = [_reading(read, pieces, when, grid, spilled) for read in plan.reads]
-    drawn = [images_of(output) for output in outputs]
+    drawn = [output_images(output) for output in outputs]
     if isinstance(drawn[0], torch.Tensor):
         latents, images = torch.cat(drawn).cpu(), []
     else:
@@ -54,7 +54,7 @@ def assemble(
     return Run(images, latents, readings, receipt, clock, grid, spec, provenance)
 
 
-def images_of(output: Any) -> Any:
+def output_images(output: Any) -> Any:
     """Images, frames or latents out of a pipeline's output, whatever its field is called."""
     return output[0] if isinstance(output, tuple) else next(iter(output.values()))
 
@@ -71,7 +71,7 @@ def _reading(
         stacked = [[torch.cat(batches) for batches in of_step] for of_step in found]
         both = torch.stack([torch.stack(of_step) for of_step in stacked])  # [s, branch, b, ...]
         value = both if read.both else both[:, 0]
-        values[site] = mapped(value) if spilled else value
+        values[site] = map_to_file(value) if spilled else value
     return Reading(
         name=read.name,
         tensors=values,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import nearest
-from dit_lens.families.layout import fetch, replaced
+from dit_lens.families.layout import replace_tensor, select_tensor
 from dit_lens.families.sites import DEFAULT_POINT
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ class Block:
 
     def __getattr__(self, stream: str) -> Tensor:
         part, envoy = self._locate(stream)
-        return fetch(envoy.output, "output", part).clone()
+        return select_tensor(envoy.output, "output", part).clone()
 
     def __setattr__(self, stream: str, value: Tensor) -> None:
         part, envoy = self._locate(stream)
-        envoy.output = replaced(envoy.output, "output", part, value)
+        envoy.output = replace_tensor(envoy.output, "output", part, value)
 
     def __repr__(self) -> str:
         return f"Block({self._index}, {self._anatomy.block_name(self._index)})"

@@ -51,7 +51,7 @@ class Engine:
         self._gradients = False
         self._modules = self._parts()
         with warnings.catch_warnings(action="ignore", category=UserWarning):
-            _listen(self._modules)
+            _restore_hooks(self._modules)
             self.model = DiffusionModel(_Pipeline(pipe))
             self.model.pipeline = pipe
             self.promptless = nnsight.NNsight(_Pipeline(pipe))
@@ -60,13 +60,13 @@ class Engine:
     def stale(self) -> bool:
         """Whether modules came or went since the trees were laid over them (LoRA, another transformer), or are deaf."""
         parts = self._parts()
-        return parts != self._modules or any(map(_deaf, parts))
+        return parts != self._modules or any(map(_lost_hooks, parts))
 
     def follow(self) -> None:
         """Lays nnsight's trees over the modules there are now."""
         with self.lock, warnings.catch_warnings(action="ignore", category=UserWarning):
             self._modules = self._parts()
-            _listen(self._modules)
+            _restore_hooks(self._modules)
             for model in (self.model, self.promptless):
                 model._update(_Pipeline(self.pipe))
 
@@ -134,7 +134,7 @@ class Engine:
         return store, results[0]
 
 
-def _deaf(module: nn.Module) -> bool:
+def _lost_hooks(module: nn.Module) -> bool:
     """Whether something took nnsight's place as a module's forward; accelerate does, after every run that offloads.
 
     A wrapper around nnsight's own forward leaves it in place: its values pass through as they do through torch's hooks.
@@ -145,9 +145,9 @@ def _deaf(module: nn.Module) -> bool:
     return STATE in vars(module) and forward is None
 
 
-def _listen(modules: list[nn.Module]) -> None:
+def _restore_hooks(modules: list[nn.Module]) -> None:
     """Gives nnsight its place back in deaf modules."""
-    for module in filter(_deaf, modules):
+    for module in filter(_lost_hooks, modules):
         state = vars(module)[STATE]
         state.body = state.original = module_body(module)
         state.sourced = False

@@ -31,18 +31,18 @@ from dit_lens.core.execution.edits import index, new_values
 from dit_lens.core.request.reduce import reduce_tokens
 from dit_lens.families.layout import (
     PlanMismatchError,
+    argument,
     check_grid,
-    closed,
-    fetch,
-    image_tokens,
-    named,
-    opened,
-    packed,
-    replaced,
-    stream_of,
-    tokens_of,
+    find_image_tokens,
+    from_tokens,
+    pack,
+    replace_tensor,
+    select_stream,
+    select_tensor,
+    stream_tokens,
+    to_tokens,
 )
-from dit_lens.families.tensors import gate_of, half_of, read_out
+from dit_lens.families.tensors import apply_to_part, compute_gate, read_out
 
 
 def execute(model: Any, tracer: Any, program: dict[str, Any], given: dict[str, Any], store: dict[str, Any]) -> None:
@@ -51,11 +51,11 @@ def execute(model: Any, tracer: Any, program: dict[str, Any], given: dict[str, A
     for number in tracer.iter[: len(program["calls"])]:
         call = program["calls"][number]
         arguments = model.get(program["denoiser"]).inputs
-        moment = observe(arguments, program, store["clock"], call)
-        image = image_tokens(arguments, program["grid"])
+        moment = read_clock(arguments, program, store["clock"], call)
+        image = find_image_tokens(arguments, program["grid"])
         check_grid(image.grid, program["expected"])
         if number in program["replayed"]:
-            model.get(program["denoiser"]).skip(answer(given["tape"][number], arguments))
+            model.get(program["denoiser"]).skip(replayed_answer(given["tape"][number], arguments))
         store["grid"][:] = image.grid
         now = SimpleNamespace(
             model=model,
@@ -70,36 +70,38 @@ def execute(model: Any, tracer: Any, program: dict[str, Any], given: dict[str, A
             held={},
         )
         for module, side, parts in call["visits"]:
-            visit(model.get(module), side, parts, now)
+            at_module(model.get(module), side, parts, now)
         if program["record"]:
             store["tape"].append(model.get(program["denoiser"]).output)
 
 
-def answer(recorded: Any, arguments: tuple[tuple, dict]) -> Any:
+def replayed_answer(recorded: Any, arguments: tuple[tuple, dict]) -> Any:
     """A recorded answer where the call is made: a tape that came from a server lies in main memory."""
     device = next(value.device for value in tree_leaves(arguments) if isinstance(value, Tensor) and value.ndim > 1)
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), recorded)
 
 
-def visit(envoy: Any, side: str, parts: list[dict[str, Any]], now: SimpleNamespace) -> None:
+def at_module(envoy: Any, side: str, parts: list[dict[str, Any]], now: SimpleNamespace) -> None:
     """Does everything that is to be done at one input or output of one module."""
     value = envoy.output if side == "output" else envoy.inputs
     changed = value
     for part in parts:
-        tensor = fetch(changed, side, part)
+        tensor = select_tensor(changed, side, part)
         if "keep" in part:
-            now.gates[part["keep"]] = gate_of(tensor, part, envoy)
+            now.gates[part["keep"]] = compute_gate(tensor, part, envoy)
         elif "hold" in part:
-            now.held[part["hold"]] = tokens_of(tensor, part, now.image)
+            now.held[part["hold"]] = stream_tokens(tensor, part, now.image)
         elif part["table"] is not None:
-            derive(gate_of(tensor, part, envoy), part, now)
+            keep_computed(compute_gate(tensor, part, envoy), part, now)
         elif "readout" in part:
-            derive(read_out(now.model, envoy, changed, part, now.held, now.image, now.program["readout"]), part, now)
+            keep_computed(
+                read_out(now.model, envoy, changed, part, now.held, now.image, now.program["readout"]), part, now
+            )
         elif part["half"] is not None:
-            work(half_of(envoy, tensor, part), part, now)
+            apply_actions(apply_to_part(envoy, tensor, part), part, now)
         else:
-            edited = work(tensor, part, now)
-            changed = changed if edited is None else replaced(changed, side, part, edited)
+            edited = apply_actions(tensor, part, now)
+            changed = changed if edited is None else replace_tensor(changed, side, part, edited)
     if changed is not value:
         if side == "output":
             envoy.output = changed
@@ -107,12 +109,12 @@ def visit(envoy: Any, side: str, parts: list[dict[str, Any]], now: SimpleNamespa
             envoy.inputs = changed
 
 
-def observe(
+def read_clock(
     arguments: tuple[tuple, dict], program: dict[str, Any], clock: list[tuple], call: dict[str, Any]
 ) -> SimpleNamespace:
     """Notes the time of a call, and fails when it is not the call the plan expects."""
     time = program["time"]
-    value = named(arguments, time["argument"], time["position"])
+    value = argument(arguments, time["argument"], time["position"])
     timestep = float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
     step, branches = call["step"], call["branches"]
     if clock:
@@ -133,20 +135,20 @@ def observe(
     return SimpleNamespace(step=step, branches=branches, timestep=timestep, sigma=sigma)
 
 
-def work(value: Any, part: dict[str, Any], now: SimpleNamespace) -> Any | None:
+def apply_actions(value: Any, part: dict[str, Any], now: SimpleNamespace) -> Any | None:
     """Runs a part's actions in order; returns the edited value, or None when it was only read."""
-    tensor = opened(value, part)
+    tensor = to_tokens(value, part)
     check_rows(tensor, part, now)
     edited, gate = None, now.gates.get(part["gate"])
     for action in part["actions"]:
         if edited is None and action["kind"] != "Read":
             edited = tensor.clone()
         current = tensor if edited is None else edited
-        block = block_of(action, now)
-        whole, place = stream_of(current, part, now.image, block)
+        block = branch_rows(action, now)
+        whole, place = select_stream(current, part, now.image, block)
         check_tokens(whole, action, part)
         stream = whole if part["span"] is None else whole[..., part["span"][0] : part["span"][1]]
-        factor = None if gate is None else stream_of(gate.expand_as(current), part, now.image, block)[0]
+        factor = None if gate is None else select_stream(gate.expand_as(current), part, now.image, block)[0]
         if action["kind"] != "Read":
             hook = SimpleNamespace(
                 name=part["site"],
@@ -159,19 +161,19 @@ def work(value: Any, part: dict[str, Any], now: SimpleNamespace) -> Any | None:
             if place is not None:
                 current[place] = whole
         elif part["x0"]:
-            keep(clean(stream, now, block), action, part, now)
+            store_read(predict_x0(stream, now, block), action, part, now)
         else:
-            keep(stream if factor is None else stream * factor, action, part, now)
-    return None if edited is None else closed(edited, value, part)
+            store_read(stream if factor is None else stream * factor, action, part, now)
+    return None if edited is None else from_tokens(edited, value, part)
 
 
-def derive(computed: Tensor, part: dict[str, Any], now: SimpleNamespace) -> None:
+def keep_computed(computed: Tensor, part: dict[str, Any], now: SimpleNamespace) -> None:
     """Keeps what is computed on the way and cannot be written: modulations from tables, and the x0 of a block."""
     check_rows(computed, part, now)
     for action in part["actions"]:
-        block = block_of(action, now)
+        block = branch_rows(action, now)
         stream = computed[block.start : block.stop]
-        keep(clean(stream, now, block) if "readout" in part else stream, action, part, now)
+        store_read(predict_x0(stream, now, block) if "readout" in part else stream, action, part, now)
 
 
 def check_tokens(stream: Tensor, action: dict[str, Any], part: dict[str, Any]) -> None:
@@ -183,14 +185,14 @@ def check_tokens(stream: Tensor, action: dict[str, Any], part: dict[str, Any]) -
         )
 
 
-def keep(stream: Tensor, action: dict[str, Any], part: dict[str, Any], now: SimpleNamespace) -> None:
+def store_read(stream: Tensor, action: dict[str, Any], part: dict[str, Any], now: SimpleNamespace) -> None:
     """Stores what a read has chosen."""
     branch = now.moment.branches[action["block"]]
     key = (action["op"], part["site"], now.moment.step, branch, action["group"])
     now.store["reads"][key] = read(stream, action, now.indices)
 
 
-def block_of(action: dict[str, Any], now: SimpleNamespace) -> range:
+def branch_rows(action: dict[str, Any], now: SimpleNamespace) -> range:
     """The rows of a call that belong to an action's branch."""
     rows = now.program["rows"]
     return range(action["block"] * rows, (action["block"] + 1) * rows)
@@ -203,12 +205,12 @@ def check_rows(tensor: Tensor, part: dict[str, Any], now: SimpleNamespace) -> No
         raise PlanMismatchError(f"the plan expects {rows} rows at {part['site']}, but the call has {tensor.shape[0]}")
 
 
-def clean(predicted: Tensor, now: SimpleNamespace, rows: range) -> Tensor:
+def predict_x0(predicted: Tensor, now: SimpleNamespace, rows: range) -> Tensor:
     """The clean latents that a prediction means: x - sigma v of a flow, (x - sigma e) / sqrt(1 - sigma^2) of noise."""
     rule, time, sigma = now.program["grid"], now.program["time"], now.moment.sigma
-    latents = packed(named(now.arguments, rule["latents"], rule["latents_position"]), rule["axes"], rule["patch"])
+    latents = pack(argument(now.arguments, rule["latents"], rule["latents_position"]), rule["axes"], rule["patch"])
     layout = {"layout": "text_first" if rule["rule"] == "marks" else "own", "stream": "img"}
-    noisy = stream_of(latents, layout, now.image, rows)[0]
+    noisy = select_stream(latents, layout, now.image, rows)[0]
     width = min(noisy.shape[-1], predicted.shape[-1])
     noisy, predicted = noisy[..., :width].float(), predicted[..., :width].float() * time["sign"]
     if time["kind"] == "flow":

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from dit_lens.core.request.call import for_prompts, needs_weights
+from dit_lens.core.request.call import belongs_to_prompts, needs_weights
 from dit_lens.core.runs.files import check_pipeline
 from dit_lens.errors import ExecutionError, OpError, PromptError, StoreError
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nnsight.modeling.diffusion import DiffusionModel
 
 
-def hollow(path: str | Path, revision: str | None = None) -> DiffusionModel:
+def pipeline_without_weights(path: str | Path, revision: str | None = None) -> DiffusionModel:
     """Nnsight's model of a pipeline whose weights are not loaded. StoreError where there is no such pipeline."""
     from diffusers import DiffusionPipeline
     from nnsight.modeling.diffusion import DiffusionModel
@@ -49,7 +49,7 @@ _MISSING = "What a function imports has to be there, or to be named here first: 
 class RemoteEngine:
     """Sends programs to an nnsight server, one at a time; stands where a lens has an Engine.
 
-    model: from :func:`hollow`. host: the server's address; nnsight's own setting by default.
+    model: from :func:`pipeline_without_weights`. host: the server's address; nnsight's own setting by default.
     """
 
     stale = False
@@ -165,7 +165,7 @@ def _register() -> None:
 
 def _check_prompts(call: Mapping[str, Any]) -> None:
     """PromptError for a call without prompts, or with tensors that stand for some: where they belong is not known."""
-    others = [f"{name}=" for name, value in call.items() if for_prompts(name) and value is not None]
+    others = [f"{name}=" for name, value in call.items() if belongs_to_prompts(name) and value is not None]
     if others or call.get("prompt") is None:
         raise PromptError(
             "a model on a server is given prompts: embeddings and classes cannot be sent as nnsight lays out a "

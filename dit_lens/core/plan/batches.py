@@ -17,7 +17,7 @@ from dit_lens.errors import ExecutionError, OpError, PromptError
 Drawn = TypeVar("Drawn")
 
 
-def drawn_in_batches(
+def run_in_batches(
     call: Call, plan: Plan, batch_size: int | None, draw: Callable[[Call, Plan], Drawn]
 ) -> Iterator[Drawn]:
     """What ``draw`` makes of every batch; several share one progress bar. Where memory runs out, half do.
@@ -55,7 +55,7 @@ def _pieces(call: Call, plan: Plan, prompts: range, size: int) -> list[tuple[Cal
     if len(prompts) * n == call.rows and size >= len(prompts):
         return [(call, plan)]
     spans = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    return [(call.part(span), narrowed(plan, range(span.start * n, span.stop * n))) for span in spans]
+    return [(call.part(span), narrow(plan, range(span.start * n, span.stop * n))) for span in spans]
 
 
 def _smaller_pieces(
@@ -75,7 +75,7 @@ def _smaller_pieces(
     ) from full
 
 
-def narrowed(plan: Plan, rows: range) -> Plan:
+def narrow(plan: Plan, rows: range) -> Plan:
     """The part of a plan that concerns some rows of the batch, with those rows numbered from 0."""
     if plan.program["record"] or plan.program["replayed"]:
         raise OpError("a recorded run is one batch: leave batch_size= out, and give fewer prompts where memory ends.")

@@ -22,7 +22,7 @@ from dit_lens.families.sites import Site, holds_image_tokens, match
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_lens.families.anatomy import Address
+    from dit_lens.families.anatomy import TensorLocation
 
 
 @dataclass(frozen=True)
@@ -177,10 +177,10 @@ class _Compiler:
         }
         return Plan(program, self.given, self.reads, self.visits, self.selections, self.batch.text_tokens)
 
-    def _parts(self) -> Iterator[tuple[int, list[tuple[Address, dict[str, Any]]]]]:
+    def _parts(self) -> Iterator[tuple[int, list[tuple[TensorLocation, dict[str, Any]]]]]:
         """For every call its parts in the order in which the model computes them, gates included."""
         placed = {site: self._placed(site) for site in dict.fromkeys(site for _, site in self.actions)}
-        calls: dict[int, dict[tuple, tuple[Address, dict[str, Any]]]] = {}
+        calls: dict[int, dict[tuple, tuple[TensorLocation, dict[str, Any]]]] = {}
         for (call, site), actions in self.actions.items():
             for place, address, part in placed[site]:
                 # The part that bears the site's name does the work; those beside it keep what it needs.
@@ -189,7 +189,7 @@ class _Compiler:
         for call, parts in sorted(calls.items()):
             yield call, [parts[place] for place in sorted(parts)]
 
-    def _placed(self, site: Site) -> list[tuple[tuple, Address, dict[str, Any]]]:
+    def _placed(self, site: Site) -> list[tuple[tuple, TensorLocation, dict[str, Any]]]:
         """What is to be done for a site in one call: the place in the model's order, the address, the part."""
         anatomy, address = self.anatomy, self.anatomy.address(site)
         place = (*anatomy.rank(address), *site.order[1:], site.name)
@@ -201,7 +201,9 @@ class _Compiler:
         gate = ((*anatomy.rank(address.gate), -1, key), address.gate, {**_fields(address.gate), "keep": key})
         return [gate, (place, address, {**_fields(address), "gate": key, "site": site.name})]
 
-    def _read_out(self, site: Site, place: tuple, address: Address) -> list[tuple[tuple, Address, dict[str, Any]]]:
+    def _read_out(
+        self, site: Site, place: tuple, address: TensorLocation
+    ) -> list[tuple[tuple, TensorLocation, dict[str, Any]]]:
         """A block's tokens are held until the final norm is called, and then go through it and what follows."""
         final, shift = self.anatomy.final, self.anatomy.shift
         read = {**_fields(final), "gate": None, "site": site.name, "readout": site.name}
@@ -423,7 +425,7 @@ class _Compiler:
         return key
 
 
-def _fields(address: Address) -> dict[str, Any]:
+def _fields(address: TensorLocation) -> dict[str, Any]:
     """An address as the plain data of a part."""
     return {name: value for name, value in vars(address).items() if name not in ("module", "side", "gate")}
 

@@ -28,10 +28,10 @@ class Spill(dict):
     """A dictionary whose tensors lie in files instead of memory."""
 
     def __setitem__(self, key: Any, tensor: Tensor) -> None:
-        super().__setitem__(key, mapped(tensor))
+        super().__setitem__(key, map_to_file(tensor))
 
 
-def mapped(tensor: Tensor) -> Tensor:
+def map_to_file(tensor: Tensor) -> Tensor:
     """The same values, read from a temporary file as they are used.
 
     The file has lost its name already, so that its room on the disk is given back with the tensor.
@@ -43,7 +43,7 @@ def mapped(tensor: Tensor) -> Tensor:
         return load_file(file.name)["tensor"]
 
 
-def place_for(cost: Cost) -> type[dict]:
+def reads_container(cost: Cost) -> type[dict]:
     """The kind of dictionary for the reads of a run: in memory, or where they do not fit there, in files.
 
     Warns of the latter. Raises OpError, before anything is drawn, where the disk is too small as well.
@@ -57,14 +57,14 @@ def place_for(cost: Cost) -> type[dict]:
     room = shutil.disk_usage(folder).free
     if cost.bytes > HEADROOM * room:
         raise OpError(
-            f"the reads of this run would keep {human(cost.bytes)}, but only {human(free)} of memory and {human(room)} "
-            f"of disk in {folder} are free. Reduce tokens at the source (reduce='|mean|'), choose channels= or "
+            f"the reads of this run would keep {format_bytes(cost.bytes)}, but only {format_bytes(free)} of memory and "
+            f"{format_bytes(room)} of disk in {folder} are free. Reduce tokens at the source (reduce='|mean|'), choose channels= or "
             "tokens=, fewer steps= or sites, run fewer prompts at once, or name a larger disk in the environment "
             "variable TMPDIR."
         )
     warnings.warn(
-        f"the reads of this run keep {human(cost.bytes)}, more than fits into the {human(free)} of memory that are "
-        f"free: they go to files in {folder} (TMPDIR), which are removed with the run.",
+        f"the reads of this run keep {format_bytes(cost.bytes)}, more than fits into the {format_bytes(free)} of memory "
+        f"that are free: they go to files in {folder} (TMPDIR), which are removed with the run.",
         stacklevel=3,
     )
     return Spill
@@ -89,8 +89,8 @@ class Cost:
         return pd.DataFrame(self.reads, columns=["read", "sites", "bytes"])
 
     def __repr__(self) -> str:
-        lines = [f"  {text}: {sites} sites, {human(size)}" for text, sites, size in self.reads]
-        return "\n".join([f"Cost: {human(self.bytes)} of reads{'' if self.complete else ' at least'}", *lines])
+        lines = [f"  {text}: {sites} sites, {format_bytes(size)}" for text, sites, size in self.reads]
+        return "\n".join([f"Cost: {format_bytes(self.bytes)} of reads{'' if self.complete else ' at least'}", *lines])
 
 
 def cost_of(plan: Plan, ops: Sequence[Op], anatomy: Anatomy, dtype: torch.dtype) -> Cost:
@@ -104,10 +104,10 @@ def cost_of(plan: Plan, ops: Sequence[Op], anatomy: Anatomy, dtype: torch.dtype)
     return Cost(sum(size for *_, size in lines), tuple(lines), complete)
 
 
-def human(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes in the unit a person would use.
 
-    >>> human(1_500_000)
+    >>> format_bytes(1_500_000)
     '1.5 MB'
     """
     units = ["B", "kB", "MB", "GB"]
@@ -116,12 +116,12 @@ def human(size: float) -> str:
     return f"{size:.4g} {units[0]}"
 
 
-def stored(tensor: torch.Tensor) -> int:
+def nbytes(tensor: torch.Tensor) -> int:
     """Bytes that a tensor takes, also where a quantised one says it is of another type."""
     inner = getattr(tensor, "__tensor_flatten__", None)
     if inner is None:
         return tensor.numel() * tensor.element_size()
-    return sum(stored(getattr(tensor, name)) for name in inner()[0])
+    return sum(nbytes(getattr(tensor, name)) for name in inner()[0])
 
 
 def _bytes(

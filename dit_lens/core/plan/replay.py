@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dit_lens.families import Family
 
 
-def recording(plan: Plan, ops: Sequence[Op]) -> Plan:
+def record_answers(plan: Plan, ops: Sequence[Op]) -> Plan:
     """The plan of a run that keeps a tape; OpError where it edits."""
     edits = [op for op in ops if not isinstance(op, Read)]
     if edits:
@@ -32,7 +32,7 @@ def recording(plan: Plan, ops: Sequence[Op]) -> Plan:
     return replace(plan, program={**plan.program, "record": True})
 
 
-def replaying(plan: Plan, tape: Tape | None, call: Call, pipe: DiffusionPipeline, family: Family) -> Plan:
+def replay_answers(plan: Plan, tape: Tape | None, call: Call, pipe: DiffusionPipeline, family: Family) -> Plan:
     """The plan of a run that takes what precedes its first op from a tape; OpError where the tape is of another run."""
     if tape is None:
         raise OpError("prefix= needs a run that was recorded in this session. Make it with lens.run(..., record=True).")

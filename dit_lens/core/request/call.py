@@ -73,7 +73,7 @@ class Call:
         )
 
 
-def prepare(
+def prepare_call(
     pipe: DiffusionPipeline,
     prompt: str | Sequence[str] | None,
     *,
@@ -92,7 +92,7 @@ def prepare(
             f"{type(pipe).__name__} draws videos, of which a Run keeps latents only. Pass output_type='latent'."
         )
     device = pipe._execution_device  # noqa: SLF001 diffusers offers no public way
-    arguments |= {name: _moved(value, device) for name, value in arguments.items() if for_prompts(name)}
+    arguments |= {name: _moved(value, device) for name, value in arguments.items() if belongs_to_prompts(name)}
     if prompt is not None and "prompt" not in signature:
         raise PromptError(f"{type(pipe).__name__} takes no prompt. Pass what it draws, such as class_labels=[207].")
     _check_classes(pipe, arguments.get("class_labels"))
@@ -199,11 +199,11 @@ def _seeds(seed: int | Sequence[int] | None, count: int, rows: int) -> tuple[int
             raise PromptError(
                 f"seed= lists {len(seed)} seeds for {rows} images. Give one integer for all, or one seed per image."
             )
-        return tuple(seed_of(one) for one in seed)
-    return tuple(seed_of(seed) + j for _ in range(count) for j in range(rows // count))
+        return tuple(as_seed(one) for one in seed)
+    return tuple(as_seed(seed) + j for _ in range(count) for j in range(rows // count))
 
 
-def seed_of(seed: Any) -> int:
+def as_seed(seed: Any) -> int:
     """A seed as an int; PromptError where it is none."""
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed.__index__() < 2**63:
         raise PromptError(f"seed {seed!r} is not a whole number from 0 up.")
@@ -221,20 +221,20 @@ def _per_prompt(name: str) -> bool:
     return name != "prompt" and re.fullmatch(TEXT, name) is not None
 
 
-def default_of(pipe: DiffusionPipeline, name: str) -> Any:
+def default_argument(pipe: DiffusionPipeline, name: str) -> Any:
     """What a pipeline's own call takes for an argument that is not given; None where it has none."""
     parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
     return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
-def for_prompts(name: str) -> bool:
+def belongs_to_prompts(name: str) -> bool:
     """Whether a pipeline argument stands for prompts, one entry for each: embeddings, their masks, classes."""
     return re.fullmatch(rf"(negative_)?({EMBEDDING})|class_labels", name) is not None
 
 
 def _some(name: str, value: Any, span: slice) -> Any:
     """What a pipeline argument is for some of the prompts."""
-    if value is None or isinstance(value, str) or not (_per_prompt(name) or for_prompts(name)):
+    if value is None or isinstance(value, str) or not (_per_prompt(name) or belongs_to_prompts(name)):
         return value
     if name.endswith("cu_seqlens"):  # where each prompt's tokens begin, and where the last one's end
         return value[span.start : span.stop + 1] - value[span.start]

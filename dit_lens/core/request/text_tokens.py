@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.core.request.call import Call, default_of
+from dit_lens.core.request.call import Call, default_argument
 from dit_lens.errors import OpError, PromptError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class TextTokens:
         embeds = call.arguments.get("prompt_embeds")
         if embeds is not None:
             return int(embeds.shape[1])
-        return call.arguments.get(self.family.text_length) or default_of(self.pipe, self.family.text_length)
+        return call.arguments.get(self.family.text_length) or default_argument(self.pipe, self.family.text_length)
 
     def find(self, call: Call, row: int, word: str) -> list[int]:
         """The tokens of every occurrence of a word in the prompt of a row."""
@@ -72,7 +72,9 @@ class TextTokens:
         return tokenizer
 
     def _tokenized(self, prompt: str, length: int | None = None) -> Any:
-        length = length or self.defaults.get(self.family.text_length) or default_of(self.pipe, self.family.text_length)
+        length = (
+            length or self.defaults.get(self.family.text_length) or default_argument(self.pipe, self.family.text_length)
+        )
         return self.tokenizer(
             prompt, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True
         )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.core.request.call import default_of
+from dit_lens.core.request.call import default_argument
 from dit_lens.core.request.ops import Op, SigmaInterval, Steps
 from dit_lens.errors import OpError, PromptError, nearest
 
@@ -119,7 +119,7 @@ class Timeline:
         return [asked]
 
 
-def timeline(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any], tokens: int | None) -> Timeline:
+def make_timeline(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any], tokens: int | None) -> Timeline:
     """How a pipeline will denoise under ``call`` (its own keyword arguments, ``num_inference_steps`` included).
 
     tokens: the number of image tokens, on which some schedules depend; None when unknown.
@@ -128,12 +128,12 @@ def timeline(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any], t
     given = call.get("sigmas") if call.get("sigmas") is not None else call.get("timesteps")
     total = len(given) if given is not None else call["num_inference_steps"]
     skipped = 0
-    strength = call.get("strength", default_of(pipe, "strength"))
+    strength = call.get("strength", default_argument(pipe, "strength"))
     if strength is not None:
         skipped = int(max(total - min(total * strength, total), 0))
         if skipped == total:
             raise PromptError(f"strength={strength} with {total} steps leaves none to run. Raise one of them.")
-    calls, levels = calls_of(pipe, family, call), _levels(pipe.scheduler)
+    calls, levels = calls_per_step(pipe, family, call), _levels(pipe.scheduler)
     kind, time = _kind(pipe.scheduler, levels), family.time_of(pipe)
     order = getattr(pipe.scheduler, "order", 1)
     if order > 1 or (levels is not None and given is None):  # the scheduler alone decides how often it calls the model
@@ -145,7 +145,7 @@ def timeline(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any], t
     return Timeline(total - skipped, calls, None if sigmas is None else sigmas[skipped:], (), levels, kind, time)
 
 
-def calls_of(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+def calls_per_step(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
     """The transformer calls of one step: the family's when guidance is on, else one conditional call."""
     guidance = family.guidance_of(pipe)
     if guidance is None or (guidance.distilled is not None and pipe.config.get(guidance.distilled)):
@@ -158,7 +158,7 @@ def _scale(pipe: DiffusionPipeline, guidance: Guidance, call: Mapping[str, Any])
     if guidance.scale is None:
         return float("inf")
     value = call.get(guidance.scale)
-    value = default_of(pipe, guidance.scale) if value is None else value
+    value = default_argument(pipe, guidance.scale) if value is None else value
     return value if isinstance(value, int | float) else guidance.above
 
 
@@ -167,7 +167,7 @@ def _refuse(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any]) ->
     for name, reason in family.refuses.items():
         if call.get(name) is not None:
             raise PromptError(f"{name}= cannot be followed with {family.name}: {reason}. Leave it out.")
-    perturbed = call.get("pag_scale", default_of(pipe, "pag_scale"))
+    perturbed = call.get("pag_scale", default_argument(pipe, "pag_scale"))
     if perturbed:
         raise PromptError(
             f"pag_scale={perturbed} adds rows of perturbed attention to the transformer's calls, which are neither "

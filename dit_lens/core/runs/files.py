@@ -48,7 +48,7 @@ def check_pipeline(folder: Path) -> bool:
     return False
 
 
-def settled(path: str | Path) -> Path:
+def recovered(path: str | Path) -> Path:
     """The folder to read: ``path``, or what it replaced if the writer died between the two renames."""
     path = Path(path)
     return _beside(path, "old") if not path.exists() and _beside(path, "old").exists() else path

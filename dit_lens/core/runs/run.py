@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dit_lens.core.runs.files import read_versioned, settled, whole_folder, write_json
+from dit_lens.core.runs.files import read_versioned, recovered, whole_folder, write_json
 from dit_lens.core.runs.receipt import Receipt
 from dit_lens.errors import OpError, SiteError, StoreError, nearest
 from dit_lens.families.sites import holds_image_tokens
@@ -218,7 +218,7 @@ class Run:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        folder = settled(folder)
+        folder = recovered(folder)
         data = read_versioned(folder / "run.json", "run", FORMAT)
         try:
             tensors = load_file(folder / "reads.safetensors")

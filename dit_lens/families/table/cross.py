@@ -34,8 +34,15 @@ DIT = Family(
     grid=_IMAGE,
     guidance=Guidance(COND_UNCOND),
     prediction="bchw",
-    tiny={**SMALL, "in_channels": 4, "out_channels": 8, "num_layers": 2, "sample_size": 4, "num_embeds_ada_norm": 4},
-    tried_on=(2, 2),
+    check_config={
+        **SMALL,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 2,
+        "sample_size": 4,
+        "num_embeds_ada_norm": 4,
+    },
+    check_grid=(2, 2),
     call={"hidden_states": _LATENTS, "timestep": "long b", "class_labels": "long b"},
 )
 
@@ -51,7 +58,7 @@ PIXART = Family(
     grid=_IMAGE,
     guidance=ROWS,
     prediction="bchw",
-    tiny={
+    check_config={
         **SMALL,
         "in_channels": 4,
         "out_channels": 8,
@@ -85,7 +92,7 @@ SANA = Family(
     prediction="bchw",
     patch=1,
     embedded="guidance_embeds",
-    tiny={
+    check_config={
         **SMALL,
         "in_channels": 4,
         "out_channels": 4,
@@ -116,7 +123,7 @@ HUNYUAN_DIT = Family(
     grid=_IMAGE,
     guidance=ROWS,
     prediction="bchw",
-    tiny={
+    check_config={
         **SMALL,
         "in_channels": 4,
         "patch_size": 2,
@@ -156,7 +163,7 @@ LUMINA = Family(
     time=Time(offset=1.0, scale=-1.0),
     prediction="bchw",
     sign=-1,
-    tiny={
+    check_config={
         "sample_size": 8,
         "in_channels": 4,
         "hidden_size": 32,
@@ -189,7 +196,7 @@ PRX = Family(
     guidance=ROWS,
     time=Time(),
     prediction="bchw",
-    tiny={
+    check_config={
         "in_channels": 4,
         "context_in_dim": 8,
         "hidden_size": 32,
@@ -218,7 +225,7 @@ NUCLEUS = Family(
     guidance=Guidance(TWO_CALLS, negative=NEGATIVE),
     time=Time(),
     sign=-1,
-    tiny={
+    check_config={
         **SMALL,
         "in_channels": 8,
         "out_channels": 2,
@@ -252,7 +259,7 @@ COSMOS = Family(
     guidance=CALLS,
     time=Time(),
     prediction="bcfhw",
-    tiny={
+    check_config={
         **SMALL,
         "in_channels": 4,
         "out_channels": 4,
@@ -287,8 +294,8 @@ KANDINSKY5 = Family(
     grid=Grid("bfhwc", patch="patch_size"),
     guidance=CALLS,
     prediction="bfhwc",
-    resizing=("Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline"),
-    tiny={
+    chooses_size=("Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline"),
+    check_config={
         "in_visual_dim": 4,
         "in_text_dim": 8,
         "in_text_dim2": 8,

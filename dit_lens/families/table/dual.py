@@ -37,8 +37,8 @@ QWEN_IMAGE = Family(
     grid=Grid("shapes", "img_shapes"),
     guidance=TRUE_CFG,
     time=Time(),
-    resizing=("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageEditInpaintPipeline"),
-    tiny={
+    chooses_size=("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageEditInpaintPipeline"),
+    check_config={
         **SMALL,
         "num_layers": 2,
         "in_channels": 8,
@@ -68,7 +68,7 @@ SD3 = Family(
     guidance=ROWS,
     prediction="bchw",
     tokenizer="tokenizer_3",
-    tiny={
+    check_config={
         **SMALL,
         "num_layers": 2,
         "sample_size": 16,
@@ -119,7 +119,7 @@ COGVIEW3 = Family(
     grid=_IMAGE,
     guidance=ROWS,
     prediction="bchw",
-    tiny={**_COG_TINY, "pos_embed_max_size": 16, "sample_size": 16},
+    check_config={**_COG_TINY, "pos_embed_max_size": 16, "sample_size": 16},
     call=_COG_CALL,
 )
 
@@ -135,7 +135,7 @@ COGVIEW4 = Family(
     grid=_IMAGE,
     guidance=CALLS,
     prediction="bchw",
-    tiny={**_COG_TINY, "pos_embed_max_size": 16, "sample_size": 16, "rope_axes_dim": (8, 8)},
+    check_config={**_COG_TINY, "pos_embed_max_size": 16, "sample_size": 16, "rope_axes_dim": (8, 8)},
     call=_COG_CALL,
 )
 
@@ -152,7 +152,7 @@ GLM_IMAGE = Family(
     guidance=CALLS,
     time=Time(offset=1e-3, scale=1e-3),
     prediction="bchw",
-    tiny={**_COG_TINY, "prior_vq_quantizer_codebook_size": 16},
+    check_config={**_COG_TINY, "prior_vq_quantizer_codebook_size": 16},
     call={
         **{name: value for name, value in _COG_CALL.items() if name != "original_size"},
         "prior_token_id": "long b n",
@@ -185,8 +185,8 @@ HIDREAM = Family(
     time=Time("timesteps", scale=1e-3),
     prediction="bchw",
     sign=-1,
-    resizing=("HiDreamImagePipeline",),
-    tiny={
+    chooses_size=("HiDreamImagePipeline",),
+    check_config={
         **SMALL,
         "patch_size": 2,
         "in_channels": 4,
@@ -233,7 +233,7 @@ HUNYUAN_IMAGE = Family(
     guidance=Guidance(TWO_CALLS, scale=None),
     prediction="bchw",
     patch=1,
-    tiny={
+    check_config={
         **SMALL,
         "in_channels": 4,
         "out_channels": 4,
@@ -270,7 +270,7 @@ AURA_FLOW = Family(
     guidance=ROWS,
     time=Time(),
     prediction="bchw",
-    tiny={
+    check_config={
         **SMALL,
         "sample_size": 16,
         "in_channels": 4,
@@ -300,8 +300,8 @@ JOY_IMAGE = Family(
     grid=Grid("bicfhw", patch="patch_size"),
     guidance=CALLS,
     prediction="bicfhw",
-    resizing=("JoyImageEditPipeline",),
-    tiny={
+    chooses_size=("JoyImageEditPipeline",),
+    check_config={
         "num_attention_heads": 2,
         "in_channels": 4,
         "hidden_size": 32,

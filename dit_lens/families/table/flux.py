@@ -43,11 +43,11 @@ FLUX1 = Family(
     grid=IDS,
     guidance=TRUE_CFG,
     time=Time(),
-    resizing=("FluxKontextPipeline", "FluxKontextInpaintPipeline"),
+    chooses_size=("FluxKontextPipeline", "FluxKontextInpaintPipeline"),
     tokenizer="tokenizer_2",
     plain_text=True,
     embedded="guidance_embeds",
-    tiny={**_TINY, "pooled_projection_dim": 8, "in_channels": 8, "out_channels": None},
+    check_config={**_TINY, "pooled_projection_dim": 8, "in_channels": 8, "out_channels": None},
     call={**_CALL, "pooled_projections": "randn b pooled_projection_dim", "guidance": "full 1 b"},
 )
 
@@ -68,11 +68,11 @@ FLUX2 = Family(
     },
     time=Time(),
     caching=("Flux2KleinKVPipeline",),
-    finished=("Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline"),
-    resizing=("Flux2KleinInpaintPipeline",),
-    following=("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline"),
+    returns_vae_latents=("Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline"),
+    chooses_size=("Flux2KleinInpaintPipeline",),
+    size_from_image=("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline"),
     embedded="guidance_embeds",
-    tiny={**_TINY, "in_channels": 8, "out_channels": None, "axes_dims_rope": (4, 4, 4, 4), "mlp_ratio": 2.0},
+    check_config={**_TINY, "in_channels": 8, "out_channels": None, "axes_dims_rope": (4, 4, 4, 4), "mlp_ratio": 2.0},
     call={**_CALL, "img_ids": "ids4", "txt_ids": "zeros t 4", "guidance": "full 1 b"},
 )
 
@@ -88,7 +88,7 @@ CHROMA = Family(
     grid=IDS,
     guidance=CALLS,
     time=Time(),
-    tiny={
+    check_config={
         **_TINY,
         "in_channels": 8,
         "out_channels": None,
@@ -111,7 +111,7 @@ BRIA = Family(
     grid=IDS,
     guidance=ROWS,
     patch=1,
-    tiny={**_TINY, "in_channels": 8, "axes_dims_rope": [4, 6, 6]},
+    check_config={**_TINY, "in_channels": 8, "axes_dims_rope": [4, 6, 6]},
     call={**_CALL, "timestep": "full 500 b"},
 )
 
@@ -127,8 +127,14 @@ BRIA_FIBO = Family(
     grid=IDS,
     guidance=ROWS,
     patch=1,
-    following=("BriaFiboEditPipeline",),
-    tiny={**_TINY, "in_channels": 8, "axes_dims_rope": [4, 6, 6], "text_encoder_dim": 8, "joint_attention_dim": 16},
+    size_from_image=("BriaFiboEditPipeline",),
+    check_config={
+        **_TINY,
+        "in_channels": 8,
+        "axes_dims_rope": [4, 6, 6],
+        "text_encoder_dim": 8,
+        "joint_attention_dim": 16,
+    },
     call={**_CALL, "timestep": "full 500 b", "text_encoder_layers": "layers 4 b t text_encoder_dim"},
 )
 
@@ -144,7 +150,7 @@ OVIS = Family(
     grid=IDS,
     guidance=CALLS,
     time=Time(),
-    tiny={**_TINY, "in_channels": 8, "out_channels": 8},
+    check_config={**_TINY, "in_channels": 8, "out_channels": 8},
     call=_CALL,
 )
 
@@ -160,7 +166,7 @@ LONGCAT = Family(
     grid=IDS,
     guidance=CALLS,
     time=Time(),
-    tiny={**_TINY, "in_channels": 8, "axes_dims_rope": [4, 6, 6], "pooled_projection_dim": 8},
+    check_config={**_TINY, "in_channels": 8, "axes_dims_rope": [4, 6, 6], "pooled_projection_dim": 8},
     call=_CALL,
 )
 

@@ -40,8 +40,8 @@ ZIMAGE = Family(
     time=Time("t", 1.0, -1.0),
     prediction="list",
     sign=-1,
-    following=("ZImageOmniPipeline",),
-    tiny={
+    size_from_image=("ZImageOmniPipeline",),
+    check_config={
         "in_channels": 4,
         "dim": 32,
         "n_layers": 2,
@@ -74,7 +74,7 @@ LUMINA2 = Family(
     time=_FALLING,
     prediction="bchw",
     sign=-1,
-    tiny={
+    check_config={
         "sample_size": 16,
         "in_channels": 4,
         "hidden_size": 32,
@@ -101,7 +101,7 @@ OMNIGEN = Family(
     pipelines=("OmniGenPipeline",),
     stacks=(joint_stack("layers", "layer", "text_first", points=more_points.OMNIGEN),),
     final="norm",
-    readout=Readout(("norm_out", "proj_out"), "yxc", shift=("t_embedder", None), told=True),
+    readout=Readout(("norm_out", "proj_out"), "yxc", shift=("t_embedder", None), passes_temb=True),
     final_layout="text_first",
     width="hidden_size",
     out_width="in_channels*patch_size*patch_size",
@@ -110,7 +110,7 @@ OMNIGEN = Family(
     refuses={"input_images": "they add rows that see the images without the prompt"},
     time=Time(offset=1.0, scale=-1.0),
     prediction="bchw",
-    tiny={
+    check_config={
         "in_channels": 4,
         "hidden_size": 40,
         "num_attention_heads": 2,
@@ -149,7 +149,7 @@ KREA2 = Family(
     grid=Grid("positions", "position_ids"),
     guidance=Guidance(TWO_CALLS, above=0),
     time=Time(),
-    tiny={
+    check_config={
         **SMALL,
         "in_channels": 8,
         "num_layers": 2,
@@ -192,7 +192,7 @@ IDEOGRAM4 = Family(
     prediction_layout="text_first",
     packing="yxc",
     sign=-1,
-    tiny={
+    check_config={
         **SMALL,
         "in_channels": 8,
         "num_layers": 2,
@@ -215,18 +215,18 @@ ERNIE = Family(
     name="ERNIE-Image",
     transformer="ErnieImageTransformer2DModel",
     pipelines=("ErnieImagePipeline",),
-    stacks=(joint_stack("layers", "layer", "image_first", "x", more_points.ERNIE, turned=True),),
+    stacks=(joint_stack("layers", "layer", "image_first", "x", more_points.ERNIE, sequence_first=True),),
     final="final_norm",
     readout=Readout(("final_linear",)),
     final_layout="image_first",
-    final_turned=True,
+    final_sequence_first=True,
     width="hidden_size",
     out_width="out_channels",
     grid=Grid("bchw", patch="patch_size"),
     guidance=ROWS,
     prediction="bchw",
     patch=1,
-    tiny={
+    check_config={
         "hidden_size": 32,
         "num_attention_heads": 2,
         "num_layers": 2,
@@ -260,8 +260,8 @@ QWEN21 = Family(
     caching=("QwenImage21Pipeline",),
     prediction_layout="text_first",
     patch=1,
-    tried_on=(2, 4),
-    tiny={
+    check_grid=(2, 4),
+    check_config={
         **SMALL,
         "in_channels": 8,
         "out_channels": 8,
@@ -295,7 +295,7 @@ FIBO2 = Family(
     guidance=CALLS,
     time=Time(),
     prediction="bchw",
-    tiny={
+    check_config={
         "in_channels": 4,
         "dim": 32,
         "n_layers": 2,

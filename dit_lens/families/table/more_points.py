@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from dit_lens.families.row import Tap
+from dit_lens.families.row import PointSpec
 from dit_lens.families.table.points import (
     LUMINA_GATES,
     NO_SHIFTS,
@@ -27,9 +27,9 @@ _EXPERTS = "its neurons are those of experts, which differ from token to token"
 
 COGVIEW3 = {
     stream: {
-        "attn_out": gated("attn1", Tap("norm1", slot=first), slot=slot),
+        "attn_out": gated("attn1", PointSpec("norm1", slot=first), slot=slot),
         "resid_mid": entering(norm),
-        "mlp_out": replace(gated("ff", Tap("norm1", slot=second)), layout="text_first"),
+        "mlp_out": replace(gated("ff", PointSpec("norm1", slot=second)), layout="text_first"),
         **neurons("ff", layout="text_first"),
         **attention("attn1", layout="text_first"),
     }
@@ -38,7 +38,7 @@ COGVIEW3 = {
 
 
 def _hidream(stream: str, suffix: str, slot: int | None, at: int) -> Points:
-    mod = Tap("block.adaLN_modulation.1")
+    mod = PointSpec("block.adaLN_modulation.1")
     ends = "_t" if stream == "txt" and slot is not None else ""
     mlp = "block.ff_t" if ends else "block.ff_i"
     return {
@@ -57,13 +57,13 @@ HIDREAM_SINGLE = {stream: _hidream(stream, "_i", None, 0) for stream in ("img", 
 _NO_WRITE = "attention is not added to the residual, only the MLP that follows it is"
 
 
-def _aura_flow(suffix: str, projections: dict[str, Tap]) -> Points:
+def _aura_flow(suffix: str, projections: dict[str, PointSpec]) -> Points:
     mlp = f"ff{suffix}"
     return {
-        **modulation(Tap(f"norm1{suffix}.linear")),
+        **modulation(PointSpec(f"norm1{suffix}.linear")),
         "attn_out": _NO_WRITE,
         "resid_mid": _NO_WRITE,
-        "mlp_out": gated(mlp, Tap(f"norm1{suffix}", slot=4)),
+        "mlp_out": gated(mlp, PointSpec(f"norm1{suffix}", slot=4)),
         **neurons(mlp, "linear_1", "out_projection"),
         **projections,
     }
@@ -77,20 +77,20 @@ AURA_FLOW_SINGLE = {stream: _aura_flow("", attention("attn")) for stream in ("im
 
 JOY_IMAGE = {
     stream: {
-        "attn_out": gated("attn", Tap(f"{stream}_mod", slot=2), slot=slot),
+        "attn_out": gated("attn", PointSpec(f"{stream}_mod", slot=2), slot=slot),
         "resid_mid": entering(f"{stream}_norm2"),
-        "mlp_out": gated(f"{stream}_mlp", Tap(f"{stream}_mod", slot=5)),
+        "mlp_out": gated(f"{stream}_mlp", PointSpec(f"{stream}_mod", slot=5)),
         **neurons(f"{stream}_mlp"),
-        **{f"attn.{part}": Tap(f"attn.{stream}_attn_qkv", span=(i, i + 1)) for i, part in enumerate("qkv")},
+        **{f"attn.{part}": PointSpec(f"attn.{stream}_attn_qkv", span=(i, i + 1)) for i, part in enumerate("qkv")},
         "attn.z": entering(f"attn.{stream}_attn_proj"),
     }
     for stream, slot in (("img", 0), ("txt", 1))
 }
 
 _OMNIGEN = {
-    "attn_out": Tap("self_attn"),
+    "attn_out": PointSpec("self_attn"),
     "resid_mid": entering("post_attention_layernorm"),
-    "mlp_out": Tap("mlp"),
+    "mlp_out": PointSpec("mlp"),
     **neurons("mlp", "gate_up_proj", "down_proj"),
     **attention("self_attn"),
 }
@@ -102,7 +102,7 @@ KREA2 = both(tabled("temb", "attn", "ff", "norm2", neurons("ff", "gate", "down")
 WAN = {"img": tabled("temb", "attn1", "ffn", "norm3", neurons("ffn"), cross="attn2")}
 LTX = {"img": tabled("temb", "attn1", "ff", "norm2", neurons("ff"), cross="attn2")}
 
-_IDEOGRAM_MOD = Tap("adaln_modulation")
+_IDEOGRAM_MOD = PointSpec("adaln_modulation")
 _IDEOGRAM_GATES = (replace(_IDEOGRAM_MOD, span=(1, 2)), replace(_IDEOGRAM_MOD, span=(3, 4)))
 _IDEOGRAM4 = {
     **sandwich("attention", "attention_norm2", "feed_forward", _IDEOGRAM_GATES, ("w1", "w2")),
@@ -126,7 +126,7 @@ _ERNIE = {
     "attn_out": _IN_A_LIST,
     "mlp_out": _IN_A_LIST,
     "resid_mid": entering("adaLN_mlp_ln"),
-    **{name: replace(tap, upright=True) for name, tap in attention("self_attention").items()},
+    **{name: replace(tap, batch_first=True) for name, tap in attention("self_attention").items()},
     **neurons("mlp", "gate_proj", "linear_fc2"),
 }
 ERNIE = both(_ERNIE)
@@ -138,16 +138,16 @@ LUMINA = {
     }
 }
 
-_PRX_MOD = Tap("modulation.lin")
+_PRX_MOD = PointSpec("modulation.lin")
 PRX = {
     "img": {
         **modulation(_PRX_MOD),
         "attn_out": gated("attention", replace(_PRX_MOD, span=(2, 3))),
         "resid_mid": entering("post_attention_layernorm"),
         "mlp_out": gated("down_proj", replace(_PRX_MOD, span=(5, 6))),
-        "mlp.pre": Tap("gate_proj"),
+        "mlp.pre": PointSpec("gate_proj"),
         "mlp.post": entering("down_proj"),
-        **{f"attn.{part}": Tap("attention.img_qkv_proj", span=(i, i + 1)) for i, part in enumerate("qkv")},
+        **{f"attn.{part}": PointSpec("attention.img_qkv_proj", span=(i, i + 1)) for i, part in enumerate("qkv")},
         "attn.z": entering("attention.to_out.0"),
     }
 }
@@ -158,25 +158,25 @@ NUCLEUS = {
         "attn_out": _CLAMPED,
         "mlp_out": _CLAMPED,
         "resid_mid": entering("pre_mlp_norm"),
-        **modulation(Tap("img_mod.1"), NO_SHIFTS),
+        **modulation(PointSpec("img_mod.1"), NO_SHIFTS),
         **attention("attn"),
     }
 }
 
 COSMOS = {
     "img": {
-        "attn_out": gated("attn1", Tap("norm1", slot=1)),
-        "cross_out": gated("attn2", Tap("norm2", slot=1)),
+        "attn_out": gated("attn1", PointSpec("norm1", slot=1)),
+        "cross_out": gated("attn2", PointSpec("norm2", slot=1)),
         "resid_mid": entering("norm3"),
-        "mlp_out": gated("ff", Tap("norm3", slot=1)),
+        "mlp_out": gated("ff", PointSpec("norm3", slot=1)),
         **neurons("ff"),
         **attention("attn1"),
     }
 }
 
 _KANDINSKY = attention("self_attention", "to_query", "to_key", "to_value", "out_layer")
-_VISUAL_MOD = Tap("visual_modulation.out_layer")
-_TEXT_MOD = Tap("text_modulation.out_layer")
+_VISUAL_MOD = PointSpec("visual_modulation.out_layer")
+_TEXT_MOD = PointSpec("text_modulation.out_layer")
 KANDINSKY5 = {
     "img": {
         "attn_out": gated("self_attention", replace(_VISUAL_MOD, span=(2, 3))),
@@ -200,9 +200,9 @@ KANDINSKY5_TEXT = {
 
 COGVIDEOX = {
     stream: {
-        "attn_out": gated("attn1", Tap("norm1", slot=gate), slot=slot),
-        "resid_mid": Tap("norm2", "input", slot),
-        "mlp_out": replace(gated("ff", Tap("norm2", slot=gate)), layout="text_first"),
+        "attn_out": gated("attn1", PointSpec("norm1", slot=gate), slot=slot),
+        "resid_mid": PointSpec("norm2", "input", slot),
+        "mlp_out": replace(gated("ff", PointSpec("norm2", slot=gate)), layout="text_first"),
         **neurons("ff", layout="text_first"),
         **attention("attn1", layout="text_first"),
     }
@@ -214,7 +214,7 @@ HUNYUAN_DIT: Mapping[str, Points] = {
     "img": {
         "attn_out": _SKIPS,
         "mlp_out": _SKIPS,
-        "cross_out": Tap("attn2"),
+        "cross_out": PointSpec("attn2"),
         "resid_mid": entering("norm3"),
         **neurons("ff"),
         **attention("attn1"),
@@ -229,4 +229,6 @@ _FIBO2 = {
 }
 FIBO2 = both(_FIBO2)
 
-HUNYUAN_SINGLE = {stream: single("image_first", Tap("attn", slot=slot)) for stream, slot in (("img", 0), ("txt", 1))}
+HUNYUAN_SINGLE = {
+    stream: single("image_first", PointSpec("attn", slot=slot)) for stream, slot in (("img", 0), ("txt", 1))
+}

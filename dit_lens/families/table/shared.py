@@ -48,10 +48,10 @@ def joint_stack(
     argument: str = "hidden_states",
     points: Inside = NOTHING,
     *,
-    turned: bool = False,
+    sequence_first: bool = False,
 ) -> Stack:
     """Blocks whose one tensor holds text and image tokens."""
-    return Stack(name, path, {"img": argument, "txt": argument}, ONE, layout, turned, points=points)
+    return Stack(name, path, {"img": argument, "txt": argument}, ONE, layout, sequence_first, points=points)
 
 
 def text_stack(path: str, name: str, argument: str = "hidden_states", points: Inside = NOTHING) -> Stack:

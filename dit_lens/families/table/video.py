@@ -28,7 +28,7 @@ WAN = Family(
     grid=Grid("bcfhw", patch="patch_size"),
     guidance=CALLS,
     prediction="bcfhw",
-    tiny={
+    check_config={
         **SMALL,
         "in_channels": 4,
         "out_channels": 4,
@@ -57,7 +57,7 @@ LTX = Family(
     grid=Grid("counts", "num_frames"),
     guidance=ROWS,
     patch=1,
-    tiny={
+    check_config={
         **SMALL,
         "in_channels": 4,
         "out_channels": 4,
@@ -82,13 +82,13 @@ COGVIDEOX = Family(
     pipelines=("CogVideoXPipeline",),
     stacks=(double_stack(name="block", outputs=IMAGE_FIRST, points=more_points.COGVIDEOX),),
     final="norm_final",
-    readout=Readout(("norm_out", "proj_out"), shift=("time_embedding", None), told=True),
+    readout=Readout(("norm_out", "proj_out"), shift=("time_embedding", None), passes_temb=True),
     width=HEADS,
     out_width="config.out_channels*patch_size*patch_size",
     grid=Grid("bfchw", patch="patch_size"),
     guidance=ROWS,
     prediction="bfchw",
-    tiny={
+    check_config={
         **SMALL,
         "in_channels": 4,
         "out_channels": 4,
@@ -130,7 +130,7 @@ HUNYUAN_VIDEO = Family(
     guidance=None,
     prediction="bcfhw",
     embedded="guidance_embeds",
-    tiny={
+    check_config={
         **SMALL,
         "in_channels": 4,
         "out_channels": 4,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from numbers import Integral, Number
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.core.request.call import seed_of
+from dit_lens.core.request.call import as_seed
 from dit_lens.errors import OpError, PromptError
 from dit_lens.families.sites import match
 
@@ -31,7 +31,7 @@ def check_k(lens: DiTLens, site: Pattern, ks: Sequence[int]) -> None:
                 )
 
 
-def listed(prompts: str | Sequence[str]) -> list[str]:
+def as_prompts(prompts: str | Sequence[str]) -> list[str]:
     """One or several prompts as a list; an empty list is an error."""
     found = [prompts] if isinstance(prompts, str) else list(prompts)
     if not found:
@@ -39,9 +39,9 @@ def listed(prompts: str | Sequence[str]) -> list[str]:
     return found
 
 
-def seeded(seeds: int | Sequence[int]) -> list[int]:
+def as_seeds(seeds: int | Sequence[int]) -> list[int]:
     """One or several seeds as a list. None, or one twice, which would count one image as two, is an error."""
-    found = [seed_of(seed) for seed in several(seeds)]
+    found = [as_seed(seed) for seed in as_tuple(seeds)]
     if not found:
         raise PromptError("the list of seeds is empty. Pass at least one seed.")
     if len(set(found)) < len(found):
@@ -49,12 +49,12 @@ def seeded(seeds: int | Sequence[int]) -> list[int]:
     return found
 
 
-def several(values: Any) -> tuple[Any, ...]:
+def as_tuple(values: Any) -> tuple[Any, ...]:
     """One or several numbers."""
     return (values,) if isinstance(values, Number) else tuple(values)
 
 
-def in_pairs(pairs: Sequence[tuple[Any, str]], source: str = "source prompt") -> list[tuple[Any, str]]:
+def as_pairs(pairs: Sequence[tuple[Any, str]], source: str = "source prompt") -> list[tuple[Any, str]]:
     """Pairs of a source and a target prompt; anything else is an error."""
     if not pairs:
         raise OpError(f"there are no pairs. Give at least one ({source}, target prompt).")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dit_lens.core.runs.files import read_json, read_versioned, settled, whole_folder, write_json
+from dit_lens.core.runs.files import read_json, read_versioned, recovered, whole_folder, write_json
 from dit_lens.core.runs.provenance import describe
 from dit_lens.errors import StoreError
 
@@ -110,7 +110,7 @@ def _read(folder: Path, key: str | None = None) -> Cell:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    folder = settled(folder)
+    folder = recovered(folder)
     data = read_json(folder / "cell.json", "a cell of a study")
     try:
         if key not in (None, data["key"]):
@@ -125,7 +125,7 @@ def _read(folder: Path, key: str | None = None) -> Cell:
 def _numbered(folder: Path) -> Iterator[Path]:
     """The folders 000000, 000001 ... as far as they go without a gap."""
     number = 0
-    while settled(place := folder / f"{number:06d}").exists():
+    while recovered(place := folder / f"{number:06d}").exists():
         yield place
         number += 1
 

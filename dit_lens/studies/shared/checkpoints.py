@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tqdm.auto import tqdm
 
-from dit_lens.core.runs.files import settled
+from dit_lens.core.runs.files import recovered
 from dit_lens.errors import StudyInterrupted
 from dit_lens.studies.shared.cells import Cell, _read, _valid, _write, claim, plain
 from dit_lens.studies.shared.registry import assembled
@@ -66,7 +66,7 @@ class Cells:
     def get(self, key: str, make: Callable[[], Cell]) -> Cell:
         """The cell under a key: the one that is kept, else what ``make`` returns, which is kept before this returns."""
         folder = None if self.folder is None else self.folder / "cells" / f"{len(self.finished):06d}"
-        if folder is not None and settled(folder).exists():
+        if folder is not None and recovered(folder).exists():
             cell = _read(folder, key)
         else:
             cell = make()

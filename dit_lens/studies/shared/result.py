@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from dit_lens.analysis.metrics import bootstrap_ci
-from dit_lens.core.runs.files import read_versioned, settled, whole_folder, write_json
+from dit_lens.core.runs.files import read_versioned, recovered, whole_folder, write_json
 from dit_lens.errors import StoreError
 from dit_lens.studies.shared import registry
 
@@ -90,7 +90,7 @@ class Result:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        folder = settled(folder)
+        folder = recovered(folder)
         if (folder / "study.json").exists():
             return registry.load(folder)
         data = read_versioned(folder / "result.json", "result", FORMAT)
