@@ -2,7 +2,7 @@
 """Sets up .venv once, then runs a task in it; needs nothing but Python's standard library.
 
     python3 dev.py demo [arguments]    the demo: dit-lens demo [arguments]
-    python3 dev.py test [arguments]    lint, then pytest [arguments], such as tests/test_sites.py -k pattern
+    python3 dev.py test [arguments]    lint, then pytest [arguments], such as tests/families -k pattern
     python3 dev.py lint [--fix]        ruff check, ruff format, ty; --fix corrects what ruff can correct
     python3 dev.py docs [arguments]    the documentation, into build/docs: sphinx-build [arguments]
 

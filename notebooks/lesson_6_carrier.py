@@ -116,7 +116,7 @@ result
 #
 # A test that always says "carrier" is worth nothing. The library's own tests plant both answers: a model whose massive
 # channels are made to hold the prompt, and one where they hold detail alone. The study has to tell them apart, and does
-# (`tests/test_planted.py`).
+# (`tests/studies/test_planted.py`).
 #
 # ## Exercises
 #

@@ -54,7 +54,7 @@ def explore(
     looked at is in its attributes (``step``, ``site``, ``group``, ``channel``, ``token`` ...), both ways.
 
     shown: a run that read image tokens: whole (``Read("blocks.*.img")``), of which the top k channels by |mean| are
-    shown with bottom and random ones, or chosen ones, a group for each named read (``dl.views(massive)``). Or the
+    shown with bottom and random ones, or chosen ones, a group for each named read (``dl.explorer_reads(massive)``). Or the
     result of a study: its images and masks. beside: an edited run, to be seen next to it; it has maps if it read the
     same. channels: a set to show instead of the top k. clusters: of K-means over a group's channels. state: what is
     looked at first. Raises OpError where a run kept no image tokens.

@@ -38,7 +38,7 @@ def explorer_reads(massive: ChannelSet, *, seed: int = 0) -> list[Read]:
     >>> import dit_lens as dl
     >>> lens, prompt = dl.DiTLens.toy(), "a big red circle left on a plain blue background"
     >>> massive = lens.massive_channels(prompt, k=4, seed=0, num_inference_steps=2)
-    >>> run = lens.run(prompt, dl.views(massive), seed=0, num_inference_steps=2)
+    >>> run = lens.run(prompt, dl.explorer_reads(massive), seed=0, num_inference_steps=2)
     >>> run.keys(), run["top"]["blocks.3.img"].shape
     (['top', 'bottom', 'random'], torch.Size([2, 1, 256, 4]))
 
@@ -145,7 +145,7 @@ class _Shown:
             raise OpError(
                 f"an explorer shows maps of image tokens, and this run kept {kept}. Read whole tokens of the image: "
                 "lens.run(prompt, [dl.Read('blocks.*.img')], seed=0), or of a large model "
-                "lens.run(prompt, dl.views(massive), seed=0)."
+                "lens.run(prompt, dl.explorer_reads(massive), seed=0)."
             )
         return found
 

@@ -39,6 +39,7 @@ ENERGY_TOLERANCE = 0.8
 class ChannelSet(Mapping[str, tuple[int, ...]]):
     """Channels per site, with the scores that chose them and the controls they call for.
 
+    >>> from dit_lens.channels import top_channels
     >>> scores = {
     ...     "blocks.0.img": torch.tensor([9.0, 1.0, 7.0, 2.0]),
     ...     "blocks.1.img": torch.tensor([8.0, 3.0, 1.0, 2.0]),
@@ -129,6 +130,7 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
     def take(self, k: int) -> ChannelSet:
         """The first ``k`` channels of every site: a sweep over k without a new run.
 
+        >>> from dit_lens.channels import top_channels
         >>> top_channels({"a": torch.tensor([1.0, 3.0, 2.0])}, {"a": torch.ones(3)}, k=3).take(2)["a"]
         (1, 2)
 
@@ -165,6 +167,7 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
     def random(self, seed: int) -> ChannelSet:
         """One random map of the channels, applied at every site.
 
+        >>> from dit_lens.channels import top_channels
         >>> top = top_channels(
         ...     {"a": torch.arange(9.0), "b": torch.arange(9.0)}, {"a": torch.ones(9), "b": torch.ones(9)}, k=2
         ... )
@@ -186,6 +189,7 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
     def energy_matched(self, seed: int) -> ChannelSet:
         """One map of the channels for all sites, whose images hold as nearly as can be the energy of the set at each.
 
+        >>> from dit_lens.channels import top_channels
         >>> energy = {"a": torch.tensor([8.0, 7.0, 2.0, 1.0, 1.0])}
         >>> control = top_channels(energy, energy, k=1).energy_matched(seed=0)
         >>> control["a"], control.matched

@@ -35,6 +35,7 @@ def rule_of(
 ) -> Callable[..., ChannelSet]:
     """The one rule that is meant, to be called with scores and energy; the top 12 where none is given.
 
+    >>> import torch
     >>> values = {"a": torch.tensor([3.0, 1.0, 1.0, 2.0])}
     >>> rule_of({"a": 4}, share=0.8)(values, {"a": values["a"] ** 2})["a"]
     (0, 3)
@@ -63,6 +64,7 @@ def top_channels(
 ) -> ChannelSet:
     """The k channels with the highest scores at every site; equal scores go to the lower channel.
 
+    >>> import torch
     >>> top_channels(
     ...     {"blocks.3.img": torch.tensor([1.0, 9.0, 5.0])}, {"blocks.3.img": torch.tensor([1.0, 81.0, 25.0])}, k=2
     ... )["blocks.3.img"]
@@ -83,6 +85,7 @@ def share_channels(
 ) -> ChannelSet:
     """As few of the highest scores as hold a share of the squared energy, at every site.
 
+    >>> import torch
     >>> values = {"a": torch.tensor([3.0, 1.0, 1.0, 2.0])}
     >>> share_channels(values, {"a": values["a"] ** 2}, share=0.8)["a"]
     (0, 3)
@@ -101,6 +104,7 @@ def mad_channels(
 ) -> ChannelSet:
     """The channels whose score is an outlier: over ``threshold`` median absolute deviations above the median.
 
+    >>> import torch
     >>> values = {"a": torch.tensor([1.0, 2.0, 3.0, 9000.0])}
     >>> mad_channels(values, values)["a"]
     (3,)
@@ -121,6 +125,7 @@ def absolute_channels(
 ) -> ChannelSet:
     """The channels that reach ``least`` and ``times`` the median magnitude somewhere, at every site.
 
+    >>> import torch
     >>> peaks, medians = {"a": torch.tensor([2.0, 700.0, 90.0])}, {"a": torch.tensor([0.1, 0.5, 0.1])}
     >>> absolute_channels(peaks, medians, peaks)["a"]
     (1,)
@@ -152,6 +157,7 @@ def definitions(
 ) -> pd.DataFrame:
     """Every definition of massive channels beside each other, for one site.
 
+    >>> import torch
     >>> mean, rms = torch.tensor([9.0, 0.1, 0.2, 0.1]), torch.tensor([9.0, 0.5, 4.0, 0.2])
     >>> table = definitions({"|mean|": mean, "rms": rms}, k=2)
     >>> table[["score", "rule", "k", "jaccard"]].to_dict("split")["data"][:2]

@@ -58,13 +58,13 @@ def reads_container(cost: Cost) -> type[dict]:
     if cost.bytes > HEADROOM * room:
         raise OpError(
             f"the reads of this run would keep {format_bytes(cost.bytes)}, but only {format_bytes(free)} of memory and "
-            f"{format_bytes(room)} of disk in {folder} are free. Reduce tokens at the source (reduce='|mean|'), choose channels= or "
-            "tokens=, fewer steps= or sites, run fewer prompts at once, or name a larger disk in the environment "
-            "variable TMPDIR."
+            f"{format_bytes(room)} of disk in {folder} are free. Reduce tokens at the source (reduce='|mean|'), choose "
+            "channels= or tokens=, fewer steps= or sites, run fewer prompts at once, or name a larger disk in the "
+            "environment variable TMPDIR."
         )
     warnings.warn(
-        f"the reads of this run keep {format_bytes(cost.bytes)}, more than fits into the {format_bytes(free)} of memory "
-        f"that are free: they go to files in {folder} (TMPDIR), which are removed with the run.",
+        f"the reads of this run keep {format_bytes(cost.bytes)}, more than fits into the {format_bytes(free)} of "
+        f"memory that are free: they go to files in {folder} (TMPDIR), which are removed with the run.",
         stacklevel=3,
     )
     return Spill

@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def process(folder):
     """A server of the model, and of what else lies beside it."""
-    command = [sys.executable, Path(__file__).with_name("server.py")]
+    command = [sys.executable, Path(__file__).parents[2] / "server.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=folder.parent, env=environment, text=True, **pipes) as running:

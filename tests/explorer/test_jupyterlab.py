@@ -30,7 +30,7 @@ CELLS = {
 }
 
 
-LESSON = Path(__file__).parent.parent / "notebooks" / "solutions" / "lesson_1_names.ipynb"
+LESSON = Path(__file__).parents[2] / "notebooks" / "solutions" / "lesson_1_names.ipynb"
 
 
 @pytest.fixture(scope="module")

@@ -151,7 +151,7 @@ def test_a_mutated_row_is_caught(name, mutation):
 
 
 def test_the_page_of_models_is_up_to_date(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "docs"))
     import models
 
     assert models.PAGE.read_text() == models.page(), "run `python docs/models.py`"

@@ -17,7 +17,7 @@ import dit_lens as dl
 from docs import blocks
 from tests.browser import page as opened
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 WRITTEN = sorted(DOCS.rglob("*.md"))
 RUN = [path for path in WRITTEN if re.search(r"^```py", path.read_text("utf-8"), re.MULTILINE)]

@@ -13,25 +13,23 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import median_abs_deviation
 
-from dit_lens.analysis.channels.channel_set import (
+from dit_lens.analysis.channels import (
+    MEDIAN,
+    SCORES,
     ChannelSet,
     RunningStats,
+    absolute_channels,
+    definitions,
     energy_share,
     gini,
     jaccard,
+    mad_channels,
     mad_outliers,
+    share_channels,
+    top_channels,
     top_median_ratio,
 )
 from dit_lens.analysis.channels.controls import hits_of, matched_map, random_map
-from dit_lens.analysis.channels.rules import (
-    MEDIAN,
-    SCORES,
-    absolute_channels,
-    definitions,
-    mad_channels,
-    share_channels,
-    top_channels,
-)
 from dit_lens.analysis.channels.statistics import chance_jaccard, overlaps
 from dit_lens.core.request.reduce import reduce_tokens
 from dit_lens.errors import OpError, SiteError
