@@ -1,22 +1,26 @@
-"""What users are told. Every message says what was asked, what exists, the nearest match and the next step."""
+"""Exceptions, and the wording of their messages: what was asked for, what exists, the closest match, the next step."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from dit_lens.studies.shared.result import Result
+from typing import Any
 
 
 class DitLensError(Exception):
-    """The base of every error this library raises on purpose."""
+    """The base class of every error that this library raises on purpose."""
 
 
-class SiteError(DitLensError, LookupError):
-    """A site, stream, point or block that the model does not have."""
+class SiteError(DitLensError, KeyError):
+    """A site, stream, point or block that the model does not have.
+
+    A KeyError, so that mappings from sites to values behave as Python's mappings do: ``in`` and ``.get`` do not raise.
+    """
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument, in which a message would stand in quotation marks.
+        return Exception.__str__(self)
 
 
 class OpError(DitLensError, ValueError):
@@ -28,7 +32,7 @@ class PromptError(DitLensError, ValueError):
 
 
 class FamilyError(DitLensError, TypeError):
-    """A pipeline that no family describes, or whose live structure differs from what its family says."""
+    """A pipeline that no family describes, or whose loaded modules differ from what its family says."""
 
 
 class ExecutionError(DitLensError, RuntimeError):
@@ -36,7 +40,7 @@ class ExecutionError(DitLensError, RuntimeError):
 
 
 class StoreError(DitLensError, OSError):
-    """A folder that is missing, incomplete, damaged or of another format."""
+    """A folder that is missing, incomplete, damaged or in another format."""
 
 
 class NotYetError(DitLensError, RuntimeError):
@@ -44,20 +48,33 @@ class NotYetError(DitLensError, RuntimeError):
 
 
 class StudyInterrupted(KeyboardInterrupt):
-    """Ctrl-C in a study. What was finished is in ``result`` (None before the first cell), and in ``folder`` if any."""
+    """Ctrl-C in a study.
 
-    def __init__(self, study: str, done: int, total: int, folder: Path | None, result: Result | None):
+    study: name of the study.
+    done: number of finished cells.
+    total: number of cells in the whole study.
+    folder: folder that keeps the finished cells, or None if the study was called without ``out=``.
+    result: ``Result`` of the finished cells, or None before the first one.
+    """
+
+    def __init__(self, study: str, done: int, total: int, folder: Path | None, result: Any):
         kept = (
-            f"it goes on from {folder} when it is called again with the same arguments"
+            f"it continues from {folder} when it is called again with the same arguments"
             if folder
-            else "their result is sys.last_value.result in a notebook; pass out=FOLDER for a study that can go on"
+            else "their result is sys.last_value.result in a notebook; pass out=FOLDER to make a study continuable"
         )
         super().__init__(f"{study} was interrupted after {done} of {total} cells; {kept}.")
         self.folder, self.result = folder, result
 
 
+def check_choice(value: object, known: Collection[str], name: str) -> None:
+    """Raises OpError if a value is not one of the known ones. name: what the value is called, such as "arm"."""
+    if value not in known:
+        raise OpError(f"There is no {name} {value!r}.{nearest(str(value), known)}")
+
+
 def nearest(asked: str, known: Iterable[str], what: str = "There are") -> str:
-    """The closing words of an error: the closest known name, then all of them.
+    """Returns the end of an error message: the closest known name, then all of them.
 
     >>> nearest("blu", ["red", "blue"])
     " Nearest: 'blue'. There are: red, blue."

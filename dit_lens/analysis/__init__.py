@@ -1,1 +1,1 @@
-"""Arrays in, numbers out, and no model: ``channels``, ``metrics`` and ``clusters`` are imported from here."""
+"""Computation on arrays, independent of any model; import ``channels``, ``clusters`` and ``metrics`` from here."""

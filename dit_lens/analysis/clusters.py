@@ -1,8 +1,10 @@
-"""Are the chosen channels organised in space? Tokens are clustered by their channel values; a cluster becomes a mask.
+"""Clusters image tokens by the values of chosen channels, turns a cluster into a mask, and compares masks.
 
-Knows no model: numpy arrays or tensors in, numpy arrays out. Letters: n image token, k chosen channels, h w token grid,
-H W image, m masks, t truths, p prompts. Method: Claim 2 of arXiv 2605.13974 with the choices of its public
-reproduction (min-max per channel, K = 2, the hotter cluster in front), each of which is an argument here.
+Independent of any model: numpy arrays or tensors in, numpy arrays out. Letters: n image token, k chosen channels, h w
+token grid, H W image in pixels, m masks, t true masks, p prompts.
+
+Method: Claim 2 of arXiv 2605.13974 with the settings of its public reproduction (min-max normalisation per channel,
+K-means with K = 2, the cluster with the larger mean heat is the foreground); each of them is an argument here.
 """
 
 from __future__ import annotations
@@ -16,29 +18,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from scipy.stats import hypergeom
 
-from dit_lens.errors import OpError, nearest
+from dit_lens.analysis.arrays import to_numpy
+from dit_lens.errors import OpError, check_choice
 
 METHODS = ("minmax", "robust")
 POLARITIES = ("heat", "border")
 
-# A cluster of fewer tokens than this share is a few outliers that captured it, not a region of the image.
+# A cluster with a smaller share of the tokens consists of a few outliers and is not a region of the image.
 DEGENERATE_SHARE = 0.01
 
-# Prompts up to which all orders of a permutation test are counted: 720.
-_ENUMERATED = 6
+# Up to this many prompts a permutation test goes through all orders (6! = 720).
+_EXHAUSTIVE = 6
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Segmentation:
-    """What the clusters of one site say about the image.
+    """The clusters of one site's tokens, and the mask that they give.
 
-    mask: bool [h, w], the foreground. labels: int [h, w], the cluster of each token, 0 the coldest.
-    sizes: tokens per cluster. degenerate: a cluster holds under 1 % of the tokens, so the mask means little.
-    heat: [h, w], the sum of the normalised channels, from 0 to k.
+    mask: bool [h, w], the foreground.
+    labels: int [h, w], the cluster of each token, numbered from the lowest mean heat.
+    sizes: number of tokens in each cluster.
+    degenerate: whether a cluster has less than 1 % of the tokens, so that the mask is not meaningful.
+    heat: float64 [h, w], the sum of the normalised channels, from 0 to k.
     """
 
     mask: np.ndarray
@@ -63,7 +67,7 @@ def segment(
     method: str = "minmax",
     seed: int = 0,
 ) -> Segmentation:
-    """Clusters the tokens of one image and picks the foreground.
+    """Clusters the tokens of one image and chooses the foreground.
 
     >>> image = np.outer([0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 0, 0, 0])
     >>> found = segment(image.reshape(64, 1), (8, 8))
@@ -72,14 +76,18 @@ def segment(
     >>> iou(found.mask, image > 0)
     1.0
 
-    x: [n, k], the chosen channels of the image tokens, row by row. grid: (h, w) with h * w == n.
-    n_clusters, method, seed: as in ``cluster``. polarity: as in ``foreground``; a massive channel that is negative on
-    the subject turns heat around, and "border" does not mind.
-    Raises OpError for values, grids or choices that do not fit.
+    x: [n, k], the chosen channels of the image tokens, row by row.
+    grid: (h, w) with h * w == n.
+    n_clusters: number of clusters, as in :func:`cluster`.
+    polarity: "heat" or "border", as in :func:`foreground`. A massive channel that is negative on the subject inverts
+      the heat; "border" is unaffected.
+    method: "minmax" or "robust", as in :func:`normalise`.
+    seed: seed of K-means.
+    Raises OpError for values, grids or settings that do not fit.
     """
-    tokens = _tokens(x)
+    tokens = _to_tokens(x)
     _check_grid(grid, len(tokens))
-    _choice(polarity, POLARITIES, "polarity")
+    check_choice(polarity, POLARITIES, "polarity")
     heat = normalise(tokens, method).sum(1)
     labels = cluster(tokens, n_clusters, seed, method)
     sizes = tuple(np.bincount(labels, minlength=n_clusters).tolist())
@@ -93,17 +101,18 @@ def segment(
 
 
 def normalise(x: Any, method: str = "minmax") -> np.ndarray:
-    """Brings every channel to [0, 1] over the tokens; a constant channel becomes 0.
+    """Scales every channel to [0, 1] over the tokens; a constant channel becomes 0.
 
     >>> normalise([[1.0, 7.0], [3.0, 7.0], [2.0, 7.0]]).tolist()
     [[0.0, 0.0], [1.0, 0.0], [0.5, 0.0]]
 
-    Returns float64 [n, k]. x: [n, k], finite.
-    method: "minmax", or "robust", which first clips each channel at its 1st and 99th percentile over tokens, so that a
-    few outlier tokens do not flatten the others.
+    Returns float64 [n, k].
+    x: [n, k], finite.
+    method: "minmax" as in ``sklearn.preprocessing.MinMaxScaler``, or "robust", which first clips each channel to its
+      1st and 99th percentile over tokens, so that a few outlier tokens do not compress the range of the others.
     """
-    _choice(method, METHODS, "method")
-    tokens = _tokens(x)
+    check_choice(method, METHODS, "method")
+    tokens = _to_tokens(x)
     if method == "robust":
         tokens = np.clip(tokens, *np.percentile(tokens, [1, 99], axis=0))
     low, high = tokens.min(0), tokens.max(0)
@@ -111,23 +120,29 @@ def normalise(x: Any, method: str = "minmax") -> np.ndarray:
 
 
 def cluster(x: Any, n_clusters: int = 2, seed: int = 0, method: str = "minmax") -> np.ndarray:
-    """K-means of the tokens in the space of their normalised channels.
+    """Clusters tokens by K-means in the space of their normalised channels.
 
     >>> cluster([[0.0], [10.0], [0.2], [9.0]]).tolist()
     [0, 1, 0, 1]
 
-    Returns int [n], clusters numbered by mean heat (the sum of the normalised channels), 0 the coldest.
-    x: [n, k]. n_clusters: 2 to n. seed: of K-means, whose best of 10 starts is kept. method: as in ``normalise``.
-    Where fewer distinct tokens than clusters exist, clusters stay empty.
+    Returns int [n], the cluster of each token; clusters are numbered by mean heat (the sum of the normalised channels),
+    from the lowest. If there are fewer distinct tokens than clusters, some clusters are empty.
+
+    x: [n, k], the channels of the tokens.
+    n_clusters: number of clusters, 2 to n.
+    seed: seed of K-means (``sklearn.cluster.KMeans``), which keeps the best of 10 starts.
+    method: "minmax" or "robust", as in :func:`normalise`.
     """
-    from sklearn.cluster import KMeans  # a second that everything else in dit_lens need not pay
+    from sklearn.cluster import KMeans  # takes a second to import, which the rest of dit_lens does not need
     from sklearn.exceptions import ConvergenceWarning
 
     values = normalise(x, method)
     if not 2 <= n_clusters <= len(values):
-        raise OpError(f"n_clusters={n_clusters} was asked of {len(values)} tokens. Choose from 2 to {len(values)}.")
+        raise OpError(
+            f"n_clusters={n_clusters} was asked for, but there are {len(values)} tokens. Choose 2 to {len(values)}."
+        )
     with warnings.catch_warnings():
-        # Fewer distinct tokens than clusters; the sizes say so, and Segmentation.degenerate.
+        # sklearn warns of fewer distinct tokens than clusters; here Segmentation.sizes and .degenerate show it.
         warnings.simplefilter("ignore", ConvergenceWarning)
         labels = KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(values)
     order = np.argsort(_mean_heat(labels, values.sum(1), n_clusters), kind="stable")
@@ -135,22 +150,26 @@ def cluster(x: Any, n_clusters: int = 2, seed: int = 0, method: str = "minmax") 
 
 
 def foreground(labels: Any, heat: Any, grid: tuple[int, ...], polarity: str = "heat") -> np.ndarray:
-    """The mask that some clusters make.
+    """Chooses the foreground among clusters.
 
     >>> foreground([0, 1, 1, 0], [0.1, 0.9, 0.7, 0.2], (2, 2)).tolist()
     [[False, True], [True, False]]
 
-    Returns bool [h, w]. labels: int [n]. heat: [n]. grid: (h, w) with h * w == n.
-    polarity: "heat": the cluster with the largest mean heat is foreground. "border": the cluster with the most tokens
-    on the border of the grid is background (of equals, the colder), and all others are foreground.
+    Returns the mask, bool [h, w].
+    labels: int [n], the cluster of each token.
+    heat: [n], the heat of each token.
+    grid: (h, w) with h * w == n.
+    polarity: "heat": the cluster with the highest mean heat is the foreground. "border": the cluster with the most
+      tokens on the border of the grid is the background (if equal, the one with the lower mean heat), and all others
+      are the foreground.
     """
-    _choice(polarity, POLARITIES, "polarity")
-    names, numbers = np.unique(_array(labels), return_inverse=True)
-    warmth = _array(heat)
+    check_choice(polarity, POLARITIES, "polarity")
+    names, numbers = np.unique(to_numpy(labels), return_inverse=True)
+    heats = to_numpy(heat)
     _check_grid(grid, numbers.size)
-    if warmth.size != numbers.size:
-        raise OpError(f"There are {numbers.size} labels and {warmth.size} heats. Give one of each per token.")
-    means = _mean_heat(numbers, warmth, len(names))
+    if heats.size != numbers.size:
+        raise OpError(f"There are {numbers.size} labels and {heats.size} values of heat. Give one of each per token.")
+    means = _mean_heat(numbers, heats, len(names))
     if polarity == "heat":
         return (numbers == means.argmax()).reshape(grid)
     edge = np.ones(grid, dtype=bool)
@@ -161,42 +180,46 @@ def foreground(labels: Any, heat: Any, grid: tuple[int, ...], polarity: str = "h
 
 
 def upsample(mask: Any, size: tuple[int, int]) -> np.ndarray:
-    """The nearest-neighbour enlargement of a token grid to an image, of any dtype.
+    """Enlarges a token grid to the size of an image by nearest-neighbour interpolation, for any dtype.
 
     >>> upsample(np.array([[True, False]]), (2, 4)).tolist()
     [[True, True, False, False], [True, True, False, False]]
 
-    mask: [h, w]. size: (H, W) of the image, in pixels; pixel centres decide, as in torch's "nearest-exact".
+    mask: [h, w]. size: (H, W) of the image, in pixels. Pixel centres are aligned, as in the mode "nearest-exact" of
+    ``torch.nn.functional.interpolate``.
     """
-    grid = _array(mask)
+    grid = to_numpy(mask)
     if grid.ndim != 2 or min(size) < 1:
-        raise OpError(f"upsample takes a grid [h, w] and a size of at least 1 x 1, and got {grid.shape} and {size}.")
+        raise OpError(f"upsample takes a grid [h, w] and a size of at least 1 x 1; got {grid.shape} and {size}.")
+    # The centre of pixel i of N lies in cell floor((i + 1/2) n / N).
     rows, columns = ((2 * np.arange(to) + 1) * n // (2 * to) for n, to in zip(grid.shape, size, strict=True))
     return grid[rows[:, None], columns]
 
 
 def to_grid(mask: Any, grid: tuple[int, int]) -> np.ndarray:
-    """A mask of an image on the token grid: a token is in it when at least half of its pixels are.
+    """Reduces a mask in pixels to the token grid: a token is inside if at least half of its pixels are.
 
     >>> to_grid(np.eye(4, dtype=bool), (2, 2)).tolist()
     [[True, False], [False, True]]
 
-    mask: bool [H, W], a drawing or a segmentation at any size. grid: (h, w), such as ``run.grid``. Returns bool [h, w].
+    Returns bool [h, w]. mask: bool [H, W], such as a drawing or a segmentation, of any size. grid: (h, w), such as
+    ``run.grid``.
     """
     h, w = grid
-    covered = Image.fromarray(_mask(mask, "mask").astype(np.float32)).resize((w, h), Image.Resampling.BOX)
+    covered = Image.fromarray(_to_mask(mask, "mask").astype(np.float32)).resize((w, h), Image.Resampling.BOX)
     return np.asarray(covered) >= 0.5
 
 
 def iou(a: Any, b: Any) -> float:
-    """Intersection over union of two masks; 1 for two empty ones.
+    """Returns the intersection over union of two masks; 1 if both are empty.
 
     >>> iou(np.array([True, True, False]), np.array([True, False, False]))
     0.5
 
-    a, b: bool arrays of one shape. Raises OpError for other dtypes (a label map is no mask) and unequal shapes.
+    a, b: bool arrays of the same shape. Raises OpError for other dtypes (a map of labels is not a mask) and for
+    different shapes.
     """
-    first, second = _mask(a, "a"), _mask(b, "b")
+    first, second = _to_mask(a, "a"), _to_mask(b, "b")
     if first.shape != second.shape:
         raise OpError(
             f"The masks have shapes {first.shape} and {second.shape}. "
@@ -207,21 +230,22 @@ def iou(a: Any, b: Any) -> float:
 
 
 def ious(masks: Any, truths: Any) -> np.ndarray:
-    """The IoU of every mask of a token grid, enlarged as by ``upsample``, with every truth in pixels: float64 [m, t].
+    """Returns the IoU of every mask on a token grid with every true mask in pixels, as float64 [m, t].
 
     >>> mask = np.array([[True, False]])
     >>> ious([mask, ~mask], [upsample(mask, (4, 4))]).tolist()
     [[1.0], [0.0]]
 
-    masks: bool [m, h, w]. truths: bool [t, H, W]. One product of matrices over tokens, for as many pairs as there are.
+    masks: bool [m, h, w], compared as :func:`upsample` enlarges them. truths: bool [t, H, W].
     """
-    found, true = _mask(masks, "masks"), _mask(truths, "truths")
+    found, true = _to_mask(masks, "masks"), _to_mask(truths, "truths")
     if found.ndim != 3 or true.ndim != 3:
-        raise OpError(f"Masks [m, h, w] and truths [t, H, W] are compared, not {found.shape} and {true.shape}.")
+        raise OpError(f"ious takes masks [m, h, w] and truths [t, H, W]; got shapes {found.shape} and {true.shape}.")
+    # Counting true pixels per token first turns all intersections into one matrix product, without enlarging any mask.
     n = found[0].size
     token = upsample(np.arange(n).reshape(found.shape[1:]), true.shape[1:]).ravel()
     area = np.bincount(token, minlength=n)
-    covered = np.stack([np.bincount(token[one.ravel()], minlength=n) for one in true]).astype(float)  # [t, n]
+    covered = np.stack([np.bincount(token[mask.ravel()], minlength=n) for mask in true]).astype(float)  # [t, n]
     flat = found.reshape(len(found), n).astype(float)
     both = flat @ covered.T
     union = (flat @ area)[:, None] + covered.sum(1) - both
@@ -229,77 +253,82 @@ def ious(masks: Any, truths: Any) -> np.ndarray:
 
 
 def chance_iou(truth: Any, size: int, *, oracle: bool = False) -> float:
-    """The IoU to expect of a mask with ``size`` pixels strewn at random, each set of pixels as likely as any other.
+    """Returns the expected IoU of a random mask of ``size`` pixels: the chance level of a mask of that size.
 
     >>> chance_iou(np.array([True, False]), 1), chance_iou(np.array([True, False]), 1, oracle=True)
     (0.5, 1.0)
 
-    truth: bool array of T true among N pixels. size: 0 to N. oracle: of the better of the mask and its complement.
-    Exact: the overlap I is hypergeometric (N, T, size), and I / (T + size - I) is summed over it. Masks strewn over
-    the tokens of a grid and then upsampled have nearly the same level where the grid resolves the truth.
+    The value is exact for a mask drawn uniformly among all masks with ``size`` of the N pixels: its intersection I with
+    the truth (T pixels) has a hypergeometric distribution (N, T, size), over which I / (T + size - I) is averaged.
+    Random masks of tokens, enlarged to pixels, have nearly the same level if the grid is fine enough for the truth.
+
+    truth: bool array, the true mask. size: number of pixels, 0 to N. oracle: expects the higher IoU of the random mask
+    and its complement, the chance level of a method that may choose either.
     """
-    mask = _mask(truth, "truth")
+    mask = _to_mask(truth, "truth")
     total, true = mask.size, int(mask.sum())
     if not 0 <= size <= total:
-        raise OpError(f"A random mask of {size} pixels was asked, and the truth has {total}. Choose from 0 to {total}.")
+        raise OpError(
+            f"A random mask of {size} pixels was asked for, but the truth has {total}. Choose from 0 to {total}."
+        )
     return _expected_iou(total, true, size, oracle)
 
 
 def permutation_p(scores: Any, *, seed: int = 0, n: int = 5000) -> float:
-    """How often masks fit as well as they do when they are dealt out to the prompts anew.
+    """Returns the p-value of a permutation test: do masks fit the truth of their own prompt better than of others?
 
-    >>> permutation_p(np.eye(3))  # one of the 6 orders fits as well: the true one
+    >>> permutation_p(np.eye(3))  # of the 6 permutations, only the identity has such a high mean
     0.16666666666666666
 
-    scores: [p, p], the IoU of the mask of prompt i with the truth of prompt j. The statistic is the mean of the
-    diagonal. Up to 6 prompts all orders are counted; beyond, ``n`` drawn ones and the true one.
+    The statistic is the mean of the diagonal; p is the share of permutations of the prompts with at least that mean, as
+    in ``scipy.stats.permutation_test`` with ``permutation_type="pairings"``. All permutations are counted for up to 6
+    prompts, otherwise ``n`` random ones and the identity.
+
+    scores: [p, p], the IoU of the mask of prompt i with the truth of prompt j.
+    seed: seed of the random permutations.
+    n: number of random permutations.
     """
-    table = _array(scores).astype(np.float64)
+    table = to_numpy(scores).astype(np.float64)
     if table.ndim != 2 or table.shape[0] != table.shape[1]:
-        raise OpError(f"Scores are [p, p], every mask with every truth, and got {list(table.shape)}.")
+        raise OpError(f"Scores must be [p, p], every mask with every truth; got shape {list(table.shape)}.")
     p = len(table)
-    if p <= _ENUMERATED:
+    if p <= _EXHAUSTIVE:
         orders = np.array(list(itertools.permutations(range(p))))
     else:
         drawn = np.random.default_rng(seed).permuted(np.tile(np.arange(p), (n, 1)), axis=1)
         orders = np.concatenate([np.arange(p)[None], drawn])
     means = table[np.arange(p), orders].mean(1)
-    return float((means >= means[0] - 1e-12).mean())
+    return float((means >= means[0] - 1e-12).mean())  # 1e-12: equal means may differ by rounding
 
 
-@functools.lru_cache(maxsize=4096)  # masks of one size are many: baselines are as large as the mask they stand beside
+@functools.lru_cache(maxsize=4096)  # many masks have the same size, such as a mask and its random baselines
 def _expected_iou(total: int, true: int, size: int, oracle: bool) -> float:
-    overlap = _likely(total, true, size)
-    score = _overlap_iou(overlap, true, size)
+    overlap = _likely_overlaps(total, true, size)
+    score = _iou_of_sizes(overlap, true, size)
     if oracle:
-        score = np.maximum(score, _overlap_iou(true - overlap, true, total - size))
+        score = np.maximum(score, _iou_of_sizes(true - overlap, true, total - size))
     return float(hypergeom.pmf(overlap, total, true, size) @ score)
 
 
-def _likely(total: int, true: int, size: int) -> np.ndarray:
-    """The overlaps of two random sets that have any weight: what lies beyond adds less than rounding does."""
+def _likely_overlaps(total: int, true: int, size: int) -> np.ndarray:
+    """Returns the overlaps of two random sets within 12 standard deviations: all others add less than rounding does."""
     mean, share = size * true / total, true / total
+    # The variance of a hypergeometric distribution.
     reach = 12 * math.sqrt(mean * (1 - share) * (total - size) / max(total - 1, 1)) + 50
     low, high = max(0, size + true - total), min(true, size)
     return np.arange(max(low, math.floor(mean - reach)), min(high, math.ceil(mean + reach)) + 1)
 
 
-def _overlap_iou(overlap: np.ndarray, true: int, size: int) -> np.ndarray:
+def _iou_of_sizes(overlap: np.ndarray, true: int, size: int) -> np.ndarray:
     union = true + size - overlap
     return np.divide(overlap, union, out=np.ones(len(overlap)), where=union > 0)
 
 
-def _array(x: Any) -> np.ndarray:
-    if isinstance(x, torch.Tensor):
-        # numpy has no bfloat16.
-        x = (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy()
-    return np.asarray(x)
-
-
-def _tokens(x: Any) -> np.ndarray:
-    tokens = _array(x).astype(np.float64)
+def _to_tokens(x: Any) -> np.ndarray:
+    """Converts to float64 [n, k] and checks that all values are finite."""
+    tokens = to_numpy(x).astype(np.float64)
     if tokens.ndim != 2 or 0 in tokens.shape:
-        raise OpError(f"Tokens are [n, k] with at least one token and one channel, and got {list(tokens.shape)}.")
+        raise OpError(f"Tokens must be [n, k] with at least one token and channel; got shape {list(tokens.shape)}.")
     if not np.isfinite(tokens).all():
         bad = np.flatnonzero(~np.isfinite(tokens).all(0))[:8].tolist()
         raise OpError(
@@ -308,25 +337,20 @@ def _tokens(x: Any) -> np.ndarray:
     return tokens
 
 
-def _mask(x: Any, name: str) -> np.ndarray:
-    mask = _array(x)
+def _to_mask(x: Any, name: str) -> np.ndarray:
+    mask = to_numpy(x)
     if mask.dtype != bool:
-        raise OpError(f"{name} must be a bool mask, and has dtype {mask.dtype}. Compare it first: {name} > 0.")
+        raise OpError(f"{name} must be a bool mask, but has dtype {mask.dtype}. Compare it first: {name} > 0.")
     return mask
 
 
 def _mean_heat(labels: np.ndarray, heat: np.ndarray, n_clusters: int) -> np.ndarray:
+    """Returns the mean heat of each cluster, [n_clusters]; -inf for an empty one, so that it is numbered first."""
     sizes = np.bincount(labels, minlength=n_clusters)
     sums = np.bincount(labels, weights=heat, minlength=n_clusters)
-    # An empty cluster is the coldest.
     return np.divide(sums, sizes, out=np.full(n_clusters, -np.inf), where=sizes > 0)
 
 
 def _check_grid(grid: Sequence[int], n: int) -> None:
     if len(grid) != 2 or grid[0] * grid[1] != n:
-        raise OpError(f"A grid (h, w) with h * w = {n} tokens is needed, and got {tuple(grid)}.")
-
-
-def _choice(asked: str, known: tuple[str, ...], what: str) -> None:
-    if asked not in known:
-        raise OpError(f"There is no {what} {asked!r}.{nearest(str(asked), known)}")
+        raise OpError(f"The grid must be (h, w) with h * w = {n} tokens; got {tuple(grid)}.")

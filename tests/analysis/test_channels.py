@@ -29,7 +29,7 @@ from dit_lens.analysis.channels import (
     top_channels,
     top_median_ratio,
 )
-from dit_lens.analysis.channels.controls import hits_of, matched_map, random_map
+from dit_lens.analysis.channels.controls import count_hits, matched_map, random_map
 from dit_lens.analysis.channels.statistics import chance_jaccard, overlaps
 from dit_lens.core.request.reduce import reduce_tokens
 from dit_lens.errors import OpError, SiteError
@@ -44,7 +44,7 @@ def family(seed: int, sites: int = 3, width: int = 40, k: int = 4) -> ChannelSet
 
 
 def of(*sets: tuple[int, ...], width: int) -> ChannelSet:
-    """A set that is given outright; scores and energy do not matter."""
+    """A set of given channels, whose scores and energy do not matter."""
     channels = {f"s{i}": chosen for i, chosen in enumerate(sets)}
     ones = {site: torch.ones(width) for site in channels}
     return ChannelSet(channels, ones, ones, arm="given")
@@ -67,32 +67,32 @@ def test_top_and_bottom_are_the_ends_of_the_order(seed, width, k):
 
 
 @pytest.mark.parametrize("k", [0, -1, 6, 2.0, True])
-def test_k_that_does_not_fit_is_refused(k):
+def test_k_that_does_not_fit_raises(k):
     with pytest.raises(OpError, match=r"channels were asked for, but blocks\.1\.img has 5\. Choose .* from 1 to 5"):
         top_channels({"blocks.1.img": torch.ones(5)}, {}, k)
 
 
-def test_what_does_not_fit_together_is_refused():
+def test_arguments_that_do_not_fit_together_raise():
     one = torch.ones(3)
-    with pytest.raises(OpError, match=r"energy must name the same sites; these are in one only: b\."):
+    with pytest.raises(OpError, match=r"energy must name the same sites; these are only in one of them: b\."):
         top_channels({"a": one}, {"a": one, "b": one}, 1)
     with pytest.raises(OpError, match=r"a has 3 scores and 4 energies"):
         top_channels({"a": one}, {"a": torch.ones(4)}, 1)
-    with pytest.raises(OpError, match=r"a has channels 0 to 2, each named once at most; got \[0, 3\]"):
+    with pytest.raises(OpError, match=r"a has channels 0 to 2, each allowed once; got \[0, 3\]"):
         ChannelSet({"a": (0, 3)}, {"a": one}, {"a": one})
     with pytest.raises(OpError, match=r"got \[1, 1\]"):
         ChannelSet({"a": (1, 1)}, {"a": one}, {"a": one})
     with pytest.raises(OpError, match=r"There is no arm 'topp'\. Nearest: 'top'"):
         ChannelSet({"a": (1,)}, {"a": one}, {"a": one}, arm="topp")
-    with pytest.raises(OpError, match=r"energy of a is negative"):
+    with pytest.raises(OpError, match=r"energy of a has negative values"):
         ChannelSet({"a": (1,)}, {"a": one}, {"a": -one})
-    with pytest.raises(OpError, match=r"scores of a must be one number per channel, \[d\], and have shape \[1, 3\]"):
+    with pytest.raises(OpError, match=r"scores of a must be one number per channel, \[d\], but have shape \[1, 3\]"):
         top_channels({"a": one[None]}, {"a": one}, 1)
     with pytest.raises(OpError, match=r"scores of a are not finite, first in channels \[1\]"):
         top_channels({"a": torch.tensor([1.0, float("nan")])}, {"a": torch.ones(2)}, 1)
 
 
-def test_is_a_mapping_that_names_its_sites():
+def test_a_set_is_a_mapping_of_its_sites():
     chosen = family(0)
     assert list(chosen) == ["blocks.0.img", "blocks.1.img", "blocks.2.img"]
     assert dict(chosen) == chosen.channels
@@ -105,14 +105,14 @@ def test_is_a_mapping_that_names_its_sites():
     assert (chosen.k, chosen.width) == (4, 40)
 
 
-def test_keeps_its_own_copy():
+def test_a_set_keeps_its_own_copy_of_the_scores():
     scores = torch.tensor([3.0, 1.0])
     chosen = top_channels({"a": scores}, {"a": scores}, 1)
     scores.zero_()
     assert chosen.scores["a"].tolist() == [3.0, 1.0]
 
 
-def test_the_empty_choice_is_legal():
+def test_a_set_without_channels_is_valid():
     empty = of((), (), width=4)
     assert empty.k == 0
     assert empty.energy_share() == {"s0": 0.0, "s1": 0.0}
@@ -157,7 +157,7 @@ def test_random_draws_evenly_from_outside():
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.sets(st.integers(0, 4), min_size=1, max_size=4), min_size=1, max_size=3), seeds)
-def test_random_hits_as_little_as_it_can_where_the_union_is_too_wide(sets, draw):
+def test_random_has_the_fewest_hits_if_the_union_is_too_large(sets, draw):
     top = of(*(tuple(sorted(chosen)) for chosen in sets), width=5)
     if 2 * len(top.union()) <= 5:
         return
@@ -171,20 +171,20 @@ def test_random_hits_as_little_as_it_can_where_the_union_is_too_wide(sets, draw)
     assert len(control.union()) == len(top.union())
 
 
-def test_random_prefers_the_outside_and_varies_with_the_seed_where_the_union_is_too_wide():
+def test_random_prefers_other_channels_and_varies_with_the_seed_if_the_union_is_too_large():
     top = of((0, 1, 2), (3, 4, 5), width=8)
     draws = [top.random(seed) for seed in range(12)]
     assert all({6, 7} <= set(draw.union()) for draw in draws)
     assert len({draw["s0"] for draw in draws}) > 4
 
 
-def test_random_fills_exactly_half_the_width():
+def test_random_works_up_to_half_the_width():
     control = of((0, 1), (1, 2), width=6).random(0)
     assert set(control.union()) == {3, 4, 5}
     assert control.matched
 
 
-def test_random_maps_each_width_by_itself():
+def test_random_uses_one_map_for_each_width():
     scores = {"a": torch.arange(8.0), "b": torch.arange(20.0), "c": torch.arange(8.0)}
     top = top_channels(scores, scores, 2)
     control = top.random(3)
@@ -202,7 +202,7 @@ def test_random_maps_each_width_by_itself():
 @settings(max_examples=15, deadline=None)
 @example(9440, 0)  # the set holds more than the six strongest channels outside
 @given(seeds, seeds)
-def test_energy_matched_is_outside_and_as_near_as_it_can_be(seed, draw):
+def test_energy_matched_is_outside_the_set_and_as_close_as_possible(seed, draw):
     rng = np.random.default_rng(seed)
     energy = torch.tensor(rng.lognormal(size=128), dtype=torch.float32)
     wanted = ChannelSet({"a": tuple(rng.permutation(128)[:6].tolist())}, {"a": energy}, {"a": energy}, arm="given")
@@ -217,12 +217,12 @@ def test_energy_matched_is_outside_and_as_near_as_it_can_be(seed, draw):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_energy_matched_is_near_where_few_strong_channels_decide(share):
+def test_energy_matched_is_close_when_few_strong_channels_decide(share):
     rng, errors = np.random.default_rng(1), []
     for draw in range(40):
         outside = rng.lognormal(0, 1.5, size=120)
         outside[0] *= 100
-        # What is wanted can be had: the energy of 12 channels drawn by strength, or of the dominant one and 11 others.
+        # A match exists: the energy of 12 channels drawn by strength, or of the dominant one and 11 others.
         wanted = outside[rng.choice(120, 12, replace=False, p=outside**share / (outside**share).sum())].sum()
         energy = torch.tensor([wanted] + [0.0] * 11 + outside.tolist())
         control = ChannelSet({"a": tuple(range(12))}, {"a": energy}, {"a": energy}, arm="given").energy_matched(draw)
@@ -236,7 +236,7 @@ def test_energy_matched_varies_with_the_seed():
     given_set = ChannelSet({"a": (1, 2, 3, 4)}, {"a": energy}, {"a": energy}, arm="given")
     draws = [given_set.energy_matched(seed) for seed in range(60)]
     assert len({draw["a"] for draw in draws}) >= 8
-    # What a small pool makes of it: the draws differ by about the 1 % that counts as equally good.
+    # In a small pool the draws differ by about the 1 % within which maps count as equally good.
     shares = [draw.energy_share()["a"] for draw in draws]
     assert max(shares) - min(shares) < 0.03 * given_set.energy_share()["a"]
 
@@ -249,7 +249,7 @@ def test_energy_matched_finds_what_enumeration_finds(energy):
     assert abs(sum(energy[c] for c in top.energy_matched(0)["a"]) - values[5:].sum().item()) == pytest.approx(best)
 
 
-def test_energy_matched_says_where_it_falls_short():
+def test_energy_matched_notes_where_its_energy_is_too_low():
     values = torch.tensor([100.0, 90.0, 20.0, 10.0, 1.0, 1.0])
     top = top_channels({"a": values, "b": torch.arange(6.0)}, {"a": values, "b": torch.ones(6)}, 2)
     control = top.energy_matched(0)
@@ -260,14 +260,14 @@ def test_energy_matched_says_where_it_falls_short():
     assert top.restrict("b").energy_matched(0).matched
 
 
-def test_energy_matched_says_where_it_overshoots():
+def test_energy_matched_notes_where_its_energy_is_too_high():
     values = torch.tensor([1.0, 50.0, 60.0, 70.0])
     control = ChannelSet({"a": (0,)}, {"a": values}, {"a": values}, arm="given").energy_matched(0)
     assert control["a"] == (1,)
     assert not control.matched
 
 
-def test_energy_matched_needs_room():
+def test_energy_matched_needs_enough_other_channels():
     top = of((0, 1, 2), width=4)
     with pytest.raises(OpError, match=r"s0 has 1 channels outside its set of 3.*Take k of at most 2"):
         top.energy_matched(0)
@@ -292,11 +292,11 @@ def error_of(sets, energy, images):
     return sum(abs(one / energy[s][list(sets[s])].sum() - 1) for s, one in enumerate(found))
 
 
-# The last family asks of one map what hardly goes together, and six channels to choose from are few.
+# The sets of the last case hardly fit one map together, and there are only six channels to choose from.
 @pytest.mark.parametrize(
     ("sets", "gap"), [([(0, 1), (1, 2)], 0.005), ([(0, 1, 2), (2,)], 0.005), ([(0,), (1,), (2,), (0, 1, 2)], 0.02)]
 )
-def test_energy_matched_maps_come_near_the_best_of_all_maps(sets, gap):
+def test_energy_matched_maps_are_close_to_the_best_of_all_maps(sets, gap):
     gaps = []
     for seed in range(25):
         energy = np.random.default_rng(seed).lognormal(size=(len(sets), 9))
@@ -307,23 +307,23 @@ def test_energy_matched_maps_come_near_the_best_of_all_maps(sets, gap):
     assert np.mean(gaps) < gap
 
 
-def test_energy_matched_takes_the_map_with_the_most_energy_where_all_fall_short():
+def test_energy_matched_takes_the_map_with_the_most_energy_if_all_have_too_little():
     sets, rng = [(0, 1), (1, 2)], np.random.default_rng(0)
     energy = np.concatenate([rng.uniform(50, 60, (2, 3)), rng.uniform(0, 9, (2, 6))], 1)
     best = min(error_of(sets, energy, dict(enumerate(images))) for images in itertools.permutations(range(3, 9), 3))
     assert error_of(sets, energy, matched_map(sets, energy, rng)) == pytest.approx(best)
 
 
-def test_energy_matched_hits_as_little_as_random_where_the_union_is_too_wide():
+def test_energy_matched_has_as_few_hits_as_random_if_the_union_is_too_large():
     top = of((0, 1), (2, 3), (4, 0), width=8)
     control = top.energy_matched(0)
-    fewest = hits_of(list(top.values()), random_map(list(top.values()), 8, np.random.default_rng(0)))
+    fewest = count_hits(list(top.values()), random_map(list(top.values()), 8, np.random.default_rng(0)))
     assert not control.matched
     assert f"5 of 8 channels, does not fit outside itself: {fewest} of 6 control channels" in control.note
     assert len(control.union()) == 5
 
 
-def test_energy_matched_is_quick_at_the_size_of_flux():
+def test_energy_matched_is_fast_at_the_size_of_flux():
     rng = np.random.default_rng(0)
     energy = rng.lognormal(0, 2, 3072) * rng.lognormal(0, 0.3, (57, 3072))
     sets = [tuple(np.argsort(-site)[:12].tolist()) for site in energy]
@@ -337,7 +337,7 @@ def test_energy_matched_is_quick_at_the_size_of_flux():
 
 @settings(max_examples=40, deadline=None)
 @given(seeds, st.floats(0.01, 1.0))
-def test_a_share_of_energy_takes_as_few_channels_as_reach_it(seed, share):
+def test_a_share_of_energy_takes_the_fewest_channels_that_reach_it(seed, share):
     scores = torch.tensor(np.random.default_rng(seed).lognormal(size=20), dtype=torch.float32)
     energy = scores.square()
     chosen = share_channels({"a": scores}, {"a": energy}, share)["a"]
@@ -346,7 +346,7 @@ def test_a_share_of_energy_takes_as_few_channels_as_reach_it(seed, share):
     assert energy_share(energy, chosen[:-1]) < share
 
 
-def test_a_share_of_no_energy_is_no_channel():
+def test_without_energy_a_share_selects_no_channel():
     zeros = {"a": torch.zeros(3)}
     assert share_channels(zeros, zeros)["a"] == ()
     with pytest.raises(OpError, match=r"share=1\.5 must be in \(0, 1\]"):
@@ -357,15 +357,15 @@ def test_a_share_of_no_energy_is_no_channel():
 
 def test_the_absolute_rule_needs_both_thresholds():
     peaks = {"a": torch.tensor([150.0, 99.0, 400.0, 1.0, 101.0])}
-    quiet, loud = {"a": torch.full((5,), 0.1)}, {"a": torch.full((5,), 0.2)}
-    assert absolute_channels(peaks, quiet, peaks)["a"] == (2, 0, 4)
-    assert absolute_channels(peaks, loud, peaks)["a"] == (2,)
-    assert absolute_channels(peaks, quiet, peaks, least=200)["a"] == (2,)
+    low, high = {"a": torch.full((5,), 0.1)}, {"a": torch.full((5,), 0.2)}
+    assert absolute_channels(peaks, low, peaks)["a"] == (2, 0, 4)
+    assert absolute_channels(peaks, high, peaks)["a"] == (2,)
+    assert absolute_channels(peaks, low, peaks, least=200)["a"] == (2,)
 
 
 def test_sets_of_a_rule_may_differ_in_size_and_have_controls():
-    calm, spiky = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), torch.tensor([1.0, 2.0, 3.0, 4.0, 1e6])
-    scores = {"a": calm, "b": spiky}
+    even, spiky = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), torch.tensor([1.0, 2.0, 3.0, 4.0, 1e6])
+    scores = {"a": even, "b": spiky}
     found = mad_channels(scores, scores)
     assert dict(found) == {"a": (), "b": (4,)}
     assert found.k == {"a": 0, "b": 1}
@@ -410,12 +410,12 @@ def test_chance_jaccard_is_that_of_random_sets():
 # Smaller sets, comparison, display
 
 
-def test_take_is_the_smaller_top():
+def test_take_equals_the_top_of_a_smaller_k():
     large = family(1, k=7)
     for k in range(1, 8):
         assert large.take(k) == family(1, k=k)
         assert large.bottom().take(k) == family(1, k=k).bottom()
-    with pytest.raises(OpError, match=r"take\(8\) was asked, and blocks\.0\.img has 7 channels\. Take 1 to 7"):
+    with pytest.raises(OpError, match=r"take\(8\) was asked for, but blocks\.0\.img has 7 channels\. Take 1 to 7"):
         large.take(8)
 
 
@@ -478,7 +478,7 @@ def test_json_round_trip_is_exact(seed):
             assert torch.equal(back.energy[site], chosen.energy[site])
 
 
-def test_json_of_something_else_is_refused():
+def test_json_of_another_format_raises():
     data = family(0).to_json()
     del data["scores"]
     with pytest.raises(OpError, match=r"made of arm, channels, .*; missing or unknown here: colour, scores\."):
@@ -521,12 +521,12 @@ def test_statistics_at_the_edges():
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=5), seeds, st.sampled_from([1, 2**20]), st.integers(0, 4))
 def test_running_statistics_equal_those_of_the_whole(sizes, seed, chunk, split):
     rng = np.random.default_rng(seed)
-    # Far from zero with little spread: where E[x^2] - E[x]^2 loses everything.
+    # Far from zero with a small variance, for which E[x^2] - E[x]^2 loses all digits.
     batches = [rng.normal(1e6, 1e-2, size=(2, size, 3)) for size in sizes]
     whole = np.concatenate([batch.reshape(-1, 3) for batch in batches])
     stats, later = RunningStats(), RunningStats()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunningStats, "_CHUNK", chunk)
+        patch.setattr(RunningStats, "CHUNK", chunk)
         for i, batch in enumerate(batches):
             (stats if i < split else later).update(torch.tensor(batch))
         stats.merge(later)
@@ -542,7 +542,7 @@ def test_running_statistics_equal_those_of_the_whole(sizes, seed, chunk, split):
     np.testing.assert_array_equal(stats.max, whole.max(0))
 
 
-def test_running_statistics_take_any_precision_and_one_width():
+def test_running_statistics_accept_any_precision_and_one_width():
     stats = RunningStats()
     stats.update(torch.tensor([[1.5, 2.0]], dtype=torch.bfloat16))
     assert stats.mean.dtype == torch.float64
@@ -555,12 +555,12 @@ def test_running_statistics_take_any_precision_and_one_width():
 
 
 def test_a_lens_chooses_by_other_rules_too(cfg_lens):
-    """By a share of the energy, and by deviations: as the functions do from the same scores and energy."""
+    """By share of the energy and by deviations: equal to the functions for the same scores and energy."""
     top = cfg_lens.massive_channels("red", k=4, seed=0)
     half = cfg_lens.massive_channels("red", share=0.5, seed=0)
     assert half == share_channels(top.scores, top.energy, 0.5)
     assert min(half.energy_share().values()) >= 0.5
-    assert "as few as hold 50 % of the energy" in repr(half)
+    assert "the fewest that hold 50 % of the energy" in repr(half)
     far = cfg_lens.massive_channels("red", mad=3.0, seed=0)
     assert far == mad_channels(top.scores, top.energy, 3.0)
     assert ChannelSet.from_json(far.to_json()) == far

@@ -1,4 +1,4 @@
-"""Clusters, masks, and the level that chance reaches."""
+"""Clusters, masks, and chance levels equal scikit-learn's, scipy's and their definitions."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_minmax_equals_sklearn(seed, n, k):
     assert (normalise(x)[:, 0] == 0).all()
 
 
-def test_robust_forgets_outliers():
+def test_robust_clips_outliers():
     x = np.linspace(0, 1, 1000)[:, None].repeat(2, 1)
     x[0, 0] = 1e6
     low, high = np.percentile(x, [1, 99], axis=0)
@@ -84,7 +84,7 @@ def test_segment_finds_a_subject():
     assert repr(found) == "Segmentation: grid 10 x 10, foreground 16 of 100 tokens, clusters (84, 16)"
 
 
-def test_a_negative_channel_turns_heat_around_and_not_the_border():
+def test_a_negative_channel_inverts_heat_and_not_the_border():
     x, truth = subject(sign=-1)
     np.testing.assert_array_equal(segment(x, (10, 10)).mask, ~truth)
     np.testing.assert_array_equal(segment(x, (10, 10), polarity="border").mask, truth)
@@ -108,7 +108,7 @@ def test_equal_tokens_are_degenerate_without_a_warning():
     assert found.sizes == (0, 9)
 
 
-def test_bfloat16_tensors_are_taken():
+def test_bfloat16_tensors_are_accepted():
     x, truth = subject()
     np.testing.assert_array_equal(segment(torch.tensor(x, dtype=torch.bfloat16), (10, 10)).mask, truth)
 
@@ -120,7 +120,7 @@ def test_foreground_of_three_clusters():
     np.testing.assert_array_equal(foreground(labels.ravel(), heat.ravel(), (3, 4), "border"), labels != 5)
 
 
-def test_border_counts_every_border_token_once_and_ties_go_to_the_colder():
+def test_border_counts_every_token_once_and_of_equal_clusters_the_colder_is_background():
     labels = np.array([[0, 1, 1], [0, 1, 1], [0, 0, 1]])  # four of each on the border
     warm = np.where(labels == 0, 2.0, 1.0)
     np.testing.assert_array_equal(foreground(labels.ravel(), warm.ravel(), (3, 3), "border"), labels == 0)
@@ -188,7 +188,7 @@ def test_chance_of_an_oracle_is_that_of_the_better_half(mask, data):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 20_000), st.data())
-def test_chance_leaves_out_no_overlap_that_counts(total, data):
+def test_chance_omits_only_overlaps_of_negligible_probability(total, data):
     true, size = data.draw(st.integers(0, total)), data.draw(st.integers(0, total))
     if true + size == 0:
         return
@@ -223,14 +223,14 @@ def test_permutation_p_equals_scipy(p, seed):
     assert permutation_p(scores) == pytest.approx(found.pvalue)
 
 
-def test_permutation_p_is_small_for_own_subjects_alone():
+def test_permutation_p_is_small_only_if_masks_fit_their_own_prompt():
     assert permutation_p(np.eye(9), n=999) == pytest.approx(1 / 1000, abs=1e-3)
     assert permutation_p(np.ones((9, 9))) == 1
     apart = np.random.default_rng(0).random((50, 9, 9))
     assert np.mean([permutation_p(one, n=400) for one in apart]) == pytest.approx(0.5, abs=0.1)
 
 
-def test_chance_on_a_image():
+def test_chance_on_an_image():
     truth = np.zeros((1024, 1024), dtype=bool)
     truth[:512] = True
     assert chance_iou(truth, 2**19) == pytest.approx(1 / 3, rel=1e-4)
@@ -243,24 +243,27 @@ def test_chance_on_a_image():
             lambda: normalise(np.ones((2, 2)), "min-max"),
             r"no method 'min-max'\. Nearest: 'minmax'\. There are: minmax, robust",
         ),
-        (lambda: normalise(np.ones(4)), r"Tokens are \[n, k\] .* got \[4\]"),
-        (lambda: normalise(np.ones((4, 0))), r"one token and one channel, and got \[4, 0\]"),
+        (lambda: normalise(np.ones(4)), r"Tokens must be \[n, k\] .* got shape \[4\]"),
+        (lambda: normalise(np.ones((4, 0))), r"one token and channel; got shape \[4, 0\]"),
         (lambda: normalise([[1.0, np.inf]]), r"not finite, first in channels \[1\] of the 2"),
-        (lambda: cluster(np.ones((3, 1)), 4), r"n_clusters=4 was asked of 3 tokens\. Choose from 2 to 3"),
+        (lambda: cluster(np.ones((3, 1)), 4), r"n_clusters=4 was asked for, but there are 3 tokens\. Choose 2 to 3"),
         (lambda: cluster(np.ones((3, 1)), 1), r"n_clusters=1"),
-        (lambda: segment(np.ones((4, 1)), (2, 3)), r"\(h, w\) with h \* w = 4 tokens is needed, and got \(2, 3\)"),
+        (lambda: segment(np.ones((4, 1)), (2, 3)), r"must be \(h, w\) with h \* w = 4 tokens; got \(2, 3\)"),
         (lambda: segment(np.ones((4, 1)), (2, 2), polarity="heart"), r"no polarity 'heart'\. Nearest: 'heat'"),
-        (lambda: foreground([0, 1], [1.0], (1, 2)), r"2 labels and 1 heats"),
+        (lambda: foreground([0, 1], [1.0], (1, 2)), r"2 labels and 1 values of heat"),
         (lambda: upsample(np.ones(3), (2, 2)), r"a grid \[h, w\]"),
         (lambda: upsample(np.ones((3, 3)), (0, 2)), r"at least 1 x 1"),
         (
             lambda: iou(np.ones(2), np.ones(2, bool)),
-            r"a must be a bool mask, and has dtype float64\. Compare it first: a > 0",
+            r"a must be a bool mask, but has dtype float64\. Compare it first: a > 0",
         ),
         (lambda: iou(np.ones(2, bool), np.ones(3, bool)), r"shapes \(2,\) and \(3,\)\. .*upsample\(mask, size\)"),
-        (lambda: ious(np.ones((2, 2), bool), np.ones((1, 4, 4), bool)), r"Masks \[m, h, w\] and truths \[t, H, W\]"),
-        (lambda: permutation_p(np.ones((2, 3))), r"Scores are \[p, p\].* got \[2, 3\]"),
-        (lambda: chance_iou(np.ones(3, bool), 4), r"of 4 pixels was asked, and the truth has 3"),
+        (
+            lambda: ious(np.ones((2, 2), bool), np.ones((1, 4, 4), bool)),
+            r"takes masks \[m, h, w\] and truths \[t, H, W\]",
+        ),
+        (lambda: permutation_p(np.ones((2, 3))), r"Scores must be \[p, p\].* got shape \[2, 3\]"),
+        (lambda: chance_iou(np.ones(3, bool), 4), r"of 4 pixels was asked for, but the truth has 3"),
     ],
 )
 def test_errors_teach(call, message):
@@ -268,7 +271,7 @@ def test_errors_teach(call, message):
         call()
 
 
-def test_a_image_mask_on_the_grid():
+def test_a_mask_in_pixels_on_the_grid():
     mask = np.zeros((32, 48), bool)
     mask[8:20, 6:30] = True
     small = to_grid(mask, (8, 12))

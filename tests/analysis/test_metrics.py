@@ -1,4 +1,4 @@
-"""Distances between images, and intervals that are neither too narrow nor made up."""
+"""Distances equal their definitions, and intervals have the coverage that they state."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_distances_equal_sklearn(seed):
 
 
 @pytest.mark.parametrize("distance", [rmse, psnr, mean_abs])
-def test_every_form_of_a_image_gives_the_same(distance):
+def test_every_form_of_an_image_gives_the_same_distance(distance):
     a, b = images(1)
     expected = distance(a, b)
     assert isinstance(expected, float)
@@ -64,13 +64,13 @@ def test_a_palette_is_compared_by_colour():
     ("a", "b", "message"),
     [
         (np.zeros((2, 2)), np.zeros((2, 3)), r"shapes \[2, 2\] and \[2, 3\]\. Resize or convert one first"),
-        (np.zeros((2, 2)), [np.zeros((2, 2))], r"compared with a list"),
-        ([np.zeros((2, 2))], [np.zeros((2, 2))] * 2, r"1 images were to be compared with 2"),
-        (np.full((2, 2), 255.0), np.zeros((2, 2)), r"lies in \[0, 1\], and this one in \[255, 255\]\. Divide by 255"),
+        (np.zeros((2, 2)), [np.zeros((2, 2))], r"cannot be compared with a list"),
+        ([np.zeros((2, 2))], [np.zeros((2, 2))] * 2, r"1 images cannot be compared with 2"),
+        (np.full((2, 2), 255.0), np.zeros((2, 2)), r"must be in \[0, 1\]; this one is in \[255, 255\]\. Divide by 255"),
         (np.full((2, 2), -0.1), np.zeros((2, 2)), r"\(x \+ 1\) / 2"),
-        (np.full((2, 2), np.nan), np.zeros((2, 2)), r"a NaN says that the run overflowed"),
-        (np.zeros((2, 2), int), np.zeros((2, 2)), r"uint8 in \[0, 255\] or floating point in \[0, 1\], and got int64"),
-        (np.zeros(4), np.zeros(4), r"two or three dimensions, and got \[4\]"),
+        (np.full((2, 2), np.nan), np.zeros((2, 2)), r"a NaN means that the run overflowed"),
+        (np.zeros((2, 2), int), np.zeros((2, 2)), r"uint8 in \[0, 255\] or floating point in \[0, 1\]; got int64"),
+        (np.zeros(4), np.zeros(4), r"two or three dimensions; got shape \[4\]"),
     ],
 )
 def test_images_that_cannot_be_compared(a, b, message):
@@ -105,7 +105,7 @@ def test_bootstrap_equals_the_loops(lengths):
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=6), seeds)
-def test_padding_is_never_drawn(lengths, seed):
+def test_padding_is_never_sampled(lengths, seed):
     groups = np.repeat(np.arange(len(lengths)), lengths)
     assert bootstrap_ci(np.full(len(groups), 5.0), groups, seed, n=50) == (5.0, 5.0, 5.0)
     values = np.random.default_rng(seed).uniform(2, 3, len(groups))
@@ -173,19 +173,19 @@ def test_wilson_equals_scipy(n, data, level):
             r"1 of 2 values are NaN or infinite, the first at \[0, 1\]\. Leave them",
         ),
         (lambda: paired_difference_ci([[np.inf]], [[np.inf]]), r"use rmse instead of psnr"),
-        (lambda: bootstrap_ci([1.0, 2.0]), r"\[prompts, seeds\], and got \[2\]\. .* values\[:, None\].* groups"),
+        (lambda: bootstrap_ci([1.0, 2.0]), r"\[prompts, seeds\]; got shape \[2\]\. .* values\[:, None\].* groups"),
         (
             lambda: bootstrap_ci([[1.0, 2.0]], [0, 1]),
-            r"With groups, values and groups are \[m\] alike, and got \[1, 2\] and \[2\]",
+            r"With groups, values and groups must both be \[m\]; got shapes \[1, 2\] and \[2\]",
         ),
         (lambda: bootstrap_ci([1.0, 2.0], [0]), r"\[2\] and \[1\]"),
         (lambda: bootstrap_ci(np.ones((0, 3))), r"no values to average"),
-        (lambda: bootstrap_ci([[1.0, 2.0]], level=95), r"level=95 is no coverage"),
+        (lambda: bootstrap_ci([[1.0, 2.0]], level=95), r"level=95 is not a valid coverage"),
         (lambda: bootstrap_ci([[1.0, 2.0]], n=0), r"n=0 resamples"),
-        (lambda: paired_difference_ci([[1.0]], [[1.0, 2.0]]), r"equal shapes, and got \(1, 1\) and \(1, 2\)"),
-        (lambda: wilson(3, 2), r"3 successes of 2 trials"),
-        (lambda: wilson(0, 0), r"0 successes of 0 trials"),
-        (lambda: wilson(1, 2, level=1), r"level=1 is no coverage"),
+        (lambda: paired_difference_ci([[1.0]], [[1.0, 2.0]]), r"equal shapes; got \(1, 1\) and \(1, 2\)"),
+        (lambda: wilson(3, 2), r"3 successes in 2 trials"),
+        (lambda: wilson(0, 0), r"0 successes in 0 trials"),
+        (lambda: wilson(1, 2, level=1), r"level=1 is not a valid coverage"),
     ],
 )
 def test_errors_teach(call, message):

@@ -1,4 +1,4 @@
-"""SSIM against its definition, CLIP against its own model, and what is said where a package is missing."""
+"""SSIM equals its definition, CLIP scores equal those of the model, and a missing package raises with instructions."""
 
 import string
 import sys
@@ -86,7 +86,7 @@ def test_distances_are_chosen_by_name_or_function():
     assert list(metrics.distances(mine)) == ["mine"]
     with pytest.raises(OpError, match=r"no distance 'sim'\. Nearest: 'ssim'"):
         metrics.distances(["sim"])
-    with pytest.raises(OpError, match="is to be a number, and it returned 'far'"):
+    with pytest.raises(OpError, match="must be a number, but it returned 'far'"):
         metrics.distances([lambda a, b: "far"])
 
 
@@ -164,8 +164,8 @@ def test_a_study_is_judged_by_clip(clip, folder):
     assert "CLIP score" in result.figure().to_json()
 
 
-def test_what_is_no_clip_is_refused(model, tmp_path):
-    with pytest.raises(StoreError, match="could not be loaded as a CLIP and its processor"):
+def test_what_is_not_a_clip_model_raises(model, tmp_path):
+    with pytest.raises(StoreError, match="could not be loaded as a CLIP model with its processor"):
         metrics.clip_judge(tmp_path)
     with pytest.raises(OpError, match="needs its processor"):
         metrics.clip_judge(model[0])

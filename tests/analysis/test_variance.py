@@ -1,4 +1,4 @@
-"""Shares of variance against their definition, and decoding against what was put in."""
+"""Shares of variance equal their definition, and decoding finds the labels that features were made from."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dit_lens.analysis.metrics.decoding import decode
+from dit_lens.analysis.metrics.decoding import decode_labels
 from dit_lens.analysis.metrics.variance import variance_shares
 from dit_lens.errors import OpError
 
@@ -52,19 +52,19 @@ def test_bad_input():
     with pytest.raises(OpError, match="finite"):
         variance_shares(np.array([1.0, np.nan]), ["a"])
     with pytest.raises(OpError, match=r"features \[m, d\]"):
-        decode(np.zeros((3, 2)), ["a"] * 3, [0, 1])
+        decode_labels(np.zeros((3, 2)), ["a"] * 3, [0, 1])
 
 
-def test_a_prompt_is_never_its_own_help():
-    """Features that name the group, and nothing else, must not tell the label of a group left out."""
+def test_no_prompt_is_in_both_training_and_test():
+    """Features that identify the group, and nothing else, must not predict the label of a held-out group."""
     groups = np.repeat(np.arange(12), 4)
     labels = np.where(groups % 2, "red", "blue")
     features = np.eye(12)[groups] + 0.01 * np.random.default_rng(0).normal(size=(48, 12))
-    assert decode(features, labels, groups).skill < 0.4
-    assert decode(np.column_stack([features[:, -1:] * 0, groups % 2]), labels, groups).skill > 0.9
+    assert decode_labels(features, labels, groups).skill < 0.4
+    assert decode_labels(np.column_stack([features[:, -1:] * 0, groups % 2]), labels, groups).skill > 0.9
 
 
-def test_classes_that_cannot_be_held_out_are_left_aside():
-    assert decode(np.eye(4), ["a", "b", "c", "d"], [0, 1, 2, 3]) is None
-    found = decode(np.repeat([[0.0], [1.0], [5.0]], [4, 4, 1], 0), ["a"] * 4 + ["b"] * 4 + ["c"], range(9))
+def test_classes_that_cannot_be_held_out_are_left_out():
+    assert decode_labels(np.eye(4), ["a", "b", "c", "d"], [0, 1, 2, 3]) is None
+    found = decode_labels(np.repeat([[0.0], [1.0], [5.0]], [4, 4, 1], 0), ["a"] * 4 + ["b"] * 4 + ["c"], range(9))
     assert (found.n, found.chance, found.skill) == (8, 0.5, 1.0)

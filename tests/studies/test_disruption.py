@@ -331,7 +331,7 @@ def nothing(a, b):
         ({"k": 17}, OpError, "Choose k from 1 to 16"),
         ({"k": []}, OpError, "no set of channels"),
         ({"distances": ["rmsee"]}, OpError, r"no distance 'rmsee'\. Nearest: 'rmse'"),
-        ({"distances": [nothing]}, OpError, "'nothing' of two images is to be a number, and it returned None"),
+        ({"distances": [nothing]}, OpError, "'nothing' of two images must be a number, but it returned None"),
         ({"seeds": []}, PromptError, "list of seeds is empty"),
         ({"seeds": [1, 2, 1]}, PromptError, "names a seed twice"),
         ({"seeds": [1.5]}, PromptError, "seed 1.5 is not a whole number"),

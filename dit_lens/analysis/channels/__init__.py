@@ -1,4 +1,4 @@
-"""Which channels stand out, and the controls they call for; import everything from here."""
+"""Massive channels: scores, rules that choose channels, sets of channels and their controls; import all from here."""
 
 from dit_lens.analysis.channels.channel_set import ARMS, ChannelSet
 from dit_lens.analysis.channels.rules import (

@@ -1,6 +1,6 @@
-"""Which channels, and which to compare them with: scores over channels, the sets they single out, and matched controls.
+"""``ChannelSet``: the chosen channels of every site, the scores that chose them, and matched control sets.
 
-Knows no model: tensors in, sets and numbers out. Letters: d channel, k chosen channels.
+Independent of any model: tensors in, sets and numbers out. Letters: d channel, k chosen channels.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_lens.analysis.channels.controls import hits_of, matched_map, random_map
+from dit_lens.analysis.channels.controls import count_hits, matched_map, random_map
 from dit_lens.analysis.channels.statistics import (
     energy_share,
     jaccard,
     median_of,
-    ranked,
+    rank_channels,
     ratio,
-    vector,
+    to_vector,
 )
-from dit_lens.errors import OpError, SiteError, nearest
+from dit_lens.errors import OpError, SiteError, check_choice, nearest
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ARMS = ("top", "bottom", "random", "energy-matched", "given")
 
-# An energy-matched control counts as matched while its energy stays within this factor of the set it stands for.
+# An energy-matched control counts as matched if its energy is between 0.8 and 1 / 0.8 times the energy of the set.
 ENERGY_TOLERANCE = 0.8
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ChannelSet(Mapping[str, tuple[int, ...]]):
-    """Channels per site, with the scores that chose them and the controls they call for.
+    """Chosen channels per site, with the scores that chose them; makes its own control sets.
 
     >>> from dit_lens.channels import top_channels
     >>> scores = {
@@ -53,15 +53,18 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
       most frequent: 0 (2 of 2 sites)
       next: .table  .bottom()  .random(seed)  .energy_matched(seed)  .take(k)
 
-    A mapping: site name -> channels in the order in which ``take`` takes them (highest score first; in the bottom arm
-    lowest first; in a random arm, the images of the original's channels in its order). Equal when the channels are.
+    A mapping from site names to channels. The order of the channels is the order in which ``take`` takes them: highest
+    score first; lowest first in the bottom arm; in a random or energy-matched arm, the order of the channels that they
+    replace. Two sets are equal if their channels are equal.
 
-    channels: site -> channel indices, without repeats. ``()`` is legal and names nothing.
-    scores, energy: site -> [d], finite: the score that ranks, and the mean square of each channel over tokens.
-        Kept as float32 copies on the CPU.
-    score: what the score is. arm: one of ``ARMS``; "given" is a choice of your own.
-    matched: False when a control falls short of what it controls for; ``note`` then says by how much.
-    Raises OpError for sites, shapes or channels that do not fit together.
+    channels: site -> channel indices, each at most once; an empty tuple is allowed.
+    scores: site -> [d], finite, the score by which channels are ranked. Kept as a float32 copy on the CPU.
+    energy: site -> [d], finite, mean square of each channel over tokens. Kept as a float32 copy on the CPU.
+    score: name of the score.
+    arm: one of ``ARMS``; "given" means channels that were not chosen by a rule.
+    matched: False if a control set misses what it should match.
+    note: what is missed and by how much, if anything.
+    Raises OpError if sites, shapes or channels do not fit together.
     """
 
     channels: dict[str, tuple[int, ...]]
@@ -73,14 +76,13 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
     note: str = ""
 
     def __post_init__(self) -> None:
-        if self.arm not in ARMS:
-            raise OpError(f"There is no arm {self.arm!r}.{nearest(self.arm, ARMS)}")
+        check_choice(self.arm, ARMS, "arm")
         for what, values in (("scores", self.scores), ("energy", self.energy)):
             if set(values) != set(self.channels):
                 odd = ", ".join(sorted(set(values) ^ set(self.channels)))
-                raise OpError(f"channels and {what} must name the same sites; these are in one only: {odd}.")
-        scores = {site: vector(self.scores[site], f"The scores of {site}") for site in self.channels}
-        energy = {site: vector(self.energy[site], f"The energy of {site}") for site in self.channels}
+                raise OpError(f"channels and {what} must name the same sites; these are only in one of them: {odd}.")
+        scores = {site: to_vector(self.scores[site], f"The scores of {site}") for site in self.channels}
+        energy = {site: to_vector(self.energy[site], f"The energy of {site}") for site in self.channels}
         channels = {site: tuple(int(c) for c in chosen) for site, chosen in self.channels.items()}
         for site, chosen in channels.items():
             width = len(scores[site])
@@ -89,13 +91,11 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
                     f"{site} has {width} scores and {len(energy[site])} energies. Give one of each per channel."
                 )
             if bool((energy[site] < 0).any()):
-                raise OpError(f"The energy of {site} is negative somewhere. Give the mean square of each channel.")
+                raise OpError(f"The energy of {site} has negative values. Give the mean square of each channel.")
             if len(set(chosen)) < len(chosen) or any(not 0 <= c < width for c in chosen):
-                raise OpError(f"{site} has channels 0 to {width - 1}, each named once at most; got {list(chosen)}.")
+                raise OpError(f"{site} has channels 0 to {width - 1}, each allowed once; got {list(chosen)}.")
         for name, value in (("channels", channels), ("scores", scores), ("energy", energy)):
             object.__setattr__(self, name, value)
-
-    # The mapping. A SiteError is no KeyError, so the two methods of Mapping that catch KeyError are written out.
 
     def __getitem__(self, site: str) -> tuple[int, ...]:
         if site not in self.channels:
@@ -108,45 +108,40 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
     def __len__(self) -> int:
         return len(self.channels)
 
-    def __contains__(self, site: object) -> bool:
-        return site in self.channels
-
-    def get(self, site: object, default: Any = None, /) -> Any:
-        """The channels of a site, or ``default`` when the set has no such site."""
-        return self.channels[site] if isinstance(site, str) and site in self.channels else default
-
     @property
     def k(self) -> int | dict[str, int]:
-        """How many channels are chosen: one number where all sites agree, else one per site."""
-        return _one({site: len(chosen) for site, chosen in self.channels.items()})
+        """Number of chosen channels: an int if it is the same at all sites, otherwise site -> int."""
+        return _common_value({site: len(chosen) for site, chosen in self.channels.items()})
 
     @property
     def width(self) -> int | dict[str, int]:
-        """How many channels there are: one number where all sites agree, else one per site."""
-        return _one({site: len(scores) for site, scores in self.scores.items()})
+        """Number of channels d: an int if it is the same at all sites, otherwise site -> int."""
+        return _common_value({site: len(scores) for site, scores in self.scores.items()})
 
     # Smaller sets.
 
     def take(self, k: int) -> ChannelSet:
-        """The first ``k`` channels of every site: a sweep over k without a new run.
+        """Returns the first ``k`` channels of every site: a sweep over k that needs no new run.
 
         >>> from dit_lens.channels import top_channels
         >>> top_channels({"a": torch.tensor([1.0, 3.0, 2.0])}, {"a": torch.ones(3)}, k=3).take(2)["a"]
         (1, 2)
 
-        Raises OpError when a site has fewer, or for an energy-matched set, whose parts match nothing.
+        Raises OpError if a site has fewer channels, and for an energy-matched set, a part of which is not matched.
         """
         if self.arm == "energy-matched":
             raise OpError(
-                "Part of an energy-matched set matches no energy. Take first: top.take(k).energy_matched(seed)."
+                "Part of an energy-matched set is not energy-matched. Take first: top.take(k).energy_matched(seed)."
             )
         for site, chosen in self.channels.items():
             if not 1 <= k <= len(chosen):
-                raise OpError(f"take({k}) was asked, and {site} has {len(chosen)} channels. Take 1 to {len(chosen)}.")
+                raise OpError(
+                    f"take({k}) was asked for, but {site} has {len(chosen)} channels. Take 1 to {len(chosen)}."
+                )
         return replace(self, channels={site: chosen[:k] for site, chosen in self.channels.items()})
 
     def restrict(self, sites: str | Iterable[str]) -> ChannelSet:
-        """The same set at fewer sites, in the order given. Raises SiteError for a site that it does not have."""
+        """Returns the set at some of its sites, in the given order. Raises SiteError for a site it does not have."""
         sites = [sites] if isinstance(sites, str) else list(sites)
         return replace(
             self,
@@ -155,17 +150,19 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
             energy={site: self.energy[site] for site in sites},
         )
 
-    # Controls.
+    # Control sets.
 
     def bottom(self) -> ChannelSet:
-        """As many channels per site, with the lowest scores: the control of arXiv 2605.13974."""
-        chosen = {site: ranked(self.scores[site], descending=False)[: len(top)] for site, top in self.channels.items()}
+        """Returns the same number of channels per site with the lowest scores: the control of arXiv 2605.13974."""
+        chosen = {
+            site: rank_channels(self.scores[site], descending=False)[: len(top)] for site, top in self.channels.items()
+        }
         shared = sum(len(set(chosen[site]) & set(top)) for site, top in self.channels.items())
-        note = f"k is so near the width that {shared} channels are in both sets." if shared else ""
+        note = f"k is so close to the width that {shared} channels are in both sets." if shared else ""
         return replace(self, channels=chosen, arm="bottom", matched=not shared, note=note)
 
     def random(self, seed: int) -> ChannelSet:
-        """One random map of the channels, applied at every site.
+        """Replaces every channel by a random other one, the same at every site.
 
         >>> from dit_lens.channels import top_channels
         >>> top = top_channels(
@@ -175,19 +172,20 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
         >>> control["a"] == control["b"], set(control["a"]) & set(top["a"])
         (True, set())
 
-        Channels redrawn at every block would touch far more of the residual stream than a set that repeats from block
-        to block. One injective map keeps every overlap between sites: what two sites share, their controls share.
-        The map leads out of the union of the set over sites where the width allows. Where it does not, the map with
-        the fewest hits (channels of a site's control that are in that site's set) is taken, ``matched`` is False, and
-        ``note`` counts them. Sites of equal width share a map.
+        Random channels drawn independently for every block would touch far more distinct channels of the residual
+        stream than a set that repeats from block to block. One injective map for all sites of equal width keeps the
+        overlaps: two control sets share as many channels as the two original sets.
+        No channel is mapped to one that the set has at any site. If the width is too small for that, the map with
+        the fewest hits is taken (a hit: a channel of a site's control that is in that site's set), ``matched`` is
+        False, and ``note`` counts the hits.
 
-        seed: names the map; an interval over arms needs ten or more.
+        seed: seed of the map. An interval over random arms needs ten or more seeds.
         """
         rng = np.random.default_rng(seed)
-        return self._mapped("random", lambda family, width: random_map(list(family.values()), width, rng))
+        return self._map_channels("random", lambda sets, width: random_map(list(sets.values()), width, rng))
 
     def energy_matched(self, seed: int) -> ChannelSet:
-        """One map of the channels for all sites, whose images hold as nearly as can be the energy of the set at each.
+        """Replaces every channel by another, the same at every site, so that each site's energy is kept closely.
 
         >>> from dit_lens.channels import top_channels
         >>> energy = {"a": torch.tensor([8.0, 7.0, 2.0, 1.0, 1.0])}
@@ -195,11 +193,13 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
         >>> control["a"], control.matched
         ((1,), True)
 
-        The map leads where that of :meth:`random` does, so the control touches as many distinct channels as the set.
-        ``seed`` picks among maps whose relative error, averaged over sites, is within 1 % of the best found; where all
-        the strongest channels are needed there is nothing to pick. ``matched`` is False where a site's energy is not
-        within a factor of 0.8 of its set's, and ``note`` says how far off; ``table`` has the achieved shares.
-        Raises OpError where fewer than k channels are outside a site's set.
+        The map avoids the channels that :meth:`random` avoids, so the control has as many distinct channels as the set.
+        ``matched`` is False if the energy at a site is not within a factor of 0.8 of its set's energy; ``note`` then
+        gives the ratio, and ``table`` has the achieved shares. Raises OpError if a site has fewer than k channels
+        outside its set.
+
+        seed: chooses among the maps whose relative error, averaged over sites, is within 1 % of the best map found. If
+          all of the strongest channels are needed, every seed gives the same map.
         """
         for site, top in self.channels.items():
             width = len(self.scores[site])
@@ -210,13 +210,13 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
                 )
         rng = np.random.default_rng(seed)
 
-        def near(family: Mapping[str, tuple[int, ...]], _: int) -> dict[int, int]:
-            energy = np.stack([self.energy[site].double().numpy() for site in family])
-            return matched_map(list(family.values()), energy, rng)
+        def find_map(sets: Mapping[str, tuple[int, ...]], _: int) -> dict[int, int]:
+            energy = np.stack([self.energy[site].double().numpy() for site in sets])
+            return matched_map(list(sets.values()), energy, rng)
 
-        control = self._mapped("energy-matched", near)
+        control = self._map_channels("energy-matched", find_map)
         ratios = {
-            site: _of_wanted(float(energy[list(control[site])].sum()), float(energy[list(self[site])].sum()))
+            site: _energy_ratio(float(energy[list(control[site])].sum()), float(energy[list(self[site])].sum()))
             for site, energy in self.energy.items()
         }
         off = [site for site, found in ratios.items() if not ENERGY_TOLERANCE <= found <= 1 / ENERGY_TOLERANCE]
@@ -226,40 +226,46 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
         note = f"energy unmatched at {len(off)} of {len(self)} sites; {worst} reaches {ratios[worst]:.3g} of its set's"
         return replace(control, matched=False, note="; ".join(filter(None, [note, control.note])))
 
-    def _mapped(
-        self, arm: str, mapping: Callable[[Mapping[str, tuple[int, ...]], int], Mapping[int, int]]
+    def _map_channels(
+        self, arm: str, find_map: Callable[[Mapping[str, tuple[int, ...]], int], Mapping[int, int]]
     ) -> ChannelSet:
-        """The images of the set under one map for all sites of equal width; hits are noted."""
+        """Applies one map (channel -> control channel) to all sites of equal width, and notes hits.
+
+        arm: name of the new set's arm.
+        find_map: makes the map from the sets of the sites (site -> channels) and their width.
+        """
         chosen: dict[str, tuple[int, ...]] = {}
         notes = []
         for width in sorted({len(scores) for scores in self.scores.values()}):
-            family = {site: top for site, top in self.channels.items() if len(self.scores[site]) == width}
-            images = mapping(family, width)
-            chosen |= {site: tuple(images[c] for c in top) for site, top in family.items()}
+            sets = {site: top for site, top in self.channels.items() if len(self.scores[site]) == width}
+            images = find_map(sets, width)
+            chosen |= {site: tuple(images[c] for c in top) for site, top in sets.items()}
             if 2 * len(images) > width:
                 notes.append(
                     f"the union over sites, {len(images)} of {width} channels, does not fit outside itself: "
-                    f"{hits_of(list(family.values()), images)} of {sum(map(len, family.values()))} control channels "
+                    f"{count_hits(list(sets.values()), images)} of {sum(map(len, sets.values()))} control channels "
                     "are in the set they control for"
                 )
         ordered = {site: chosen[site] for site in self.channels}
         return replace(self, channels=ordered, arm=arm, matched=not notes, note="; ".join(notes))
 
-    # What the set is like.
+    # Properties of the set.
 
     def energy_share(self) -> dict[str, float]:
-        """Site -> share of the squared energy that the chosen channels hold, in [0, 1]."""
+        """Returns site -> share of the energy that the chosen channels hold, in [0, 1]."""
         return {site: energy_share(self.energy[site], chosen) for site, chosen in self.channels.items()}
 
     def jaccard(self, other: Mapping[str, Iterable[int]]) -> dict[str, float]:
-        """Site -> overlap with ``other``, for the sites both have. Raises OpError when they share none."""
+        """Returns site -> Jaccard overlap with ``other``, for the sites that both have. Raises OpError if none."""
         shared = [site for site in self.channels if site in other]
         if not shared:
-            raise OpError(f"The two sets share no site. {_some('This one has', self)} {_some('The other has', other)}")
+            raise OpError(
+                f"The two sets share no site. This one has {_list_sites(self)}. The other has {_list_sites(other)}."
+            )
         return {site: jaccard(self[site], other[site]) for site in shared}
 
     def union(self) -> tuple[int, ...]:
-        """Every channel that is chosen at some site, ascending. Raises OpError when the sites differ in width."""
+        """Returns every channel that is chosen at any site, ascending. Raises OpError if the sites differ in width."""
         if len({len(scores) for scores in self.scores.values()}) > 1:
             raise OpError(
                 "Channel numbers mean different things at sites of different width. Use .restrict(sites) first."
@@ -270,15 +276,16 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
     def table(self) -> pd.DataFrame:
         """One row per site and chosen channel.
 
-        rank: place of its score among all channels of the site, 1 = highest. score/median: its score over the site's
-        median score. energy share: its part of the site's squared energy.
+        - rank: rank of its score among all channels of the site, 1 = highest.
+        - score/median: its score divided by the site's median score.
+        - energy share: its share of the energy of the site.
         """
-        import pandas as pd  # half a second that a run without a table need not pay
+        import pandas as pd  # takes half a second, which a run without a table does not need
 
         rows = []
         for site, chosen in self.channels.items():
             scores, median = self.scores[site], median_of(self.scores[site])
-            rank = {c: i for i, c in enumerate(ranked(scores, descending=True), start=1)}
+            rank = {c: i for i, c in enumerate(rank_channels(scores, descending=True), start=1)}
             rows += [
                 (
                     site,
@@ -293,7 +300,7 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
         return pd.DataFrame(rows, columns=["site", "rank", "channel", "score", "score/median", "energy share"])
 
     def __repr__(self) -> str:
-        return "\n  ".join([self._heading(), *self._facts()])
+        return "\n  ".join([self._heading(), *self._summary_lines()])
 
     def _repr_html_(self) -> str:
         shares = self.energy_share()
@@ -301,9 +308,9 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
             f"<tr><td>{html.escape(site)}</td><td>{', '.join(map(str, chosen))}</td><td>{shares[site]:.3f}</td></tr>"
             for site, chosen in self.channels.items()
         )
-        facts = "".join(f"<div>{html.escape(fact)}</div>" for fact in self._facts())
+        lines = "".join(f"<div>{html.escape(line)}</div>" for line in self._summary_lines())
         head = "<tr><th>site</th><th>channels</th><th>energy share</th></tr>"
-        return f"<b>{html.escape(self._heading())}</b>{facts}<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
+        return f"<b>{html.escape(self._heading())}</b>{lines}<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
 
     def _heading(self) -> str:
         sites = f"{len(self)} site{'' if len(self) == 1 else 's'}"
@@ -311,7 +318,7 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
         unmatched = "" if self.matched else ", NOT matched"
         return f"ChannelSet: {self.arm} {k} of {width} channels by {self.score}, at {sites}{unmatched}"
 
-    def _facts(self) -> list[str]:
+    def _summary_lines(self) -> list[str]:
         if not self.channels:
             return []
         shares = self.energy_share().values()
@@ -329,7 +336,7 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
     # JSON.
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data that ``from_json`` turns back into this set, number for number."""
+        """Returns data for ``json.dumps``, from which ``from_json`` makes an exactly equal set."""
         return {
             "score": self.score,
             "arm": self.arm,
@@ -342,25 +349,26 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ChannelSet:
-        """The set that ``to_json`` described. Raises OpError when fields are missing or unknown."""
+        """Makes the set that ``to_json`` wrote. Raises OpError if fields are missing or unknown."""
         fields = set(cls.__dataclass_fields__)
         if set(data) != fields:
             odd = ", ".join(sorted(set(data) ^ fields))
             raise OpError(f"A ChannelSet is made of {', '.join(sorted(fields))}; missing or unknown here: {odd}.")
         tensors = {name: {site: torch.tensor(v) for site, v in data[name].items()} for name in ("scores", "energy")}
-        fresh: dict[str, Any] = {**data, **tensors}
-        return cls(**fresh)
+        arguments: dict[str, Any] = {**data, **tensors}
+        return cls(**arguments)
 
 
-def _one(values: dict[str, int]) -> int | dict[str, int]:
+def _common_value(values: dict[str, int]) -> int | dict[str, int]:
+    """Returns the value that all sites share, or the whole mapping if they differ."""
     distinct = set(values.values())
     return distinct.pop() if len(distinct) == 1 else values
 
 
-def _of_wanted(found: float, wanted: float) -> float:
+def _energy_ratio(found: float, wanted: float) -> float:
     return 1.0 if found == wanted else found / wanted if wanted else float("inf")
 
 
-def _some(words: str, sites: Iterable[str]) -> str:
+def _list_sites(sites: Iterable[str]) -> str:
     names = list(sites)
-    return f"{words} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}."
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")

@@ -1,7 +1,9 @@
-"""Maps of channels, from which controls are made: random ones, and ones that keep the energy.
+"""Control sets of channels: injective maps from the chosen channels to others, at random or with matched energy.
 
-One injective map for all sites keeps every overlap between sites, so a control touches as many distinct channels as the
-set it stands for. Pure: numpy in, maps out. Letters: s site, d channel, u channel of the union over sites, r start.
+A map sends every chosen channel to its *image*, the channel that replaces it in the control. One map for all sites
+keeps the overlaps between sites, so a control has as many distinct channels as the set it controls for. numpy in, dicts
+out. Letters: s site, d channel, u channel of the union over sites, p channel of the pool of possible images, r start
+(initial map) of the search.
 """
 
 from __future__ import annotations
@@ -12,89 +14,99 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-# Starts that the search for an energy match compares, and how often each goes over all channels at most.
+# Initial maps that the search for matched energy improves, and the greatest number of passes over all channels.
 STARTS, SWEEPS = 16, 12
 
-# Maps whose mean relative error is this near to the best count as equally good.
-NEAR = 0.01
+# Maps whose mean relative error is at most this much above the smallest count as equally good.
+TOLERANCE = 0.01
 
 
-def random_map(family: Sequence[tuple[int, ...]], width: int, rng: np.random.Generator) -> dict[int, int]:
-    """A random injective map of every channel of a family into channels 0 to width - 1.
+def random_map(sets: Sequence[tuple[int, ...]], width: int, rng: np.random.Generator) -> dict[int, int]:
+    """Makes a random injective map from every channel of some sets to channels 0 to width - 1.
 
     >>> found = random_map([(0, 1), (1, 2)], 6, np.random.default_rng(0))
     >>> sorted(found), sorted(found.values())
     ([0, 1, 2], [3, 4, 5])
 
-    Out of the union where that is possible, else with the fewest hits: images, counted per site, that are in the very
-    set they stand for.
+    Images are outside the union of the sets if the width allows it. Otherwise the map has the fewest possible hits: a
+    hit is an image that is in the set of its own site, counted once per site.
     """
-    union = union_of(family)
+    union = unite(sets)
     outside = np.setdiff1d(np.arange(width), union)
     if len(union) <= len(outside):
         return dict(zip(union, rng.permutation(outside)[: len(union)].tolist(), strict=True))
-    # A map's hits are a sum over pairs (channel, image) of how many sites hold both: an assignment problem, solved
-    # exactly. Between maps with equally few hits those that leave the union win, and then chance does.
-    member = _members(family, width)
+    # The hits of a map are a sum over pairs (channel, image) of the number of sites whose set holds both: a linear
+    # assignment problem, solved exactly. Among maps with equally few hits, those with more images outside the union are
+    # preferred, and among these one is chosen at random; the weights put the three criteria in this order.
+    member = _memberships(sets, width)
     hits = member[:, union].T @ member  # [u, d]
     inside = member.any(0).astype(float)
-    chance = rng.random(hits.shape) / (2 * len(union))
-    images = linear_sum_assignment(hits * (len(union) + 1) + inside + chance)[1]
+    tie_break = rng.random(hits.shape) / (2 * len(union))
+    images = linear_sum_assignment(hits * (len(union) + 1) + inside + tie_break)[1]
     return dict(zip(union, images.tolist(), strict=True))
 
 
 def matched_map(
-    family: Sequence[tuple[int, ...]], energy: np.ndarray, rng: np.random.Generator, starts: int = STARTS
+    sets: Sequence[tuple[int, ...]], energy: np.ndarray, rng: np.random.Generator, starts: int = STARTS
 ) -> dict[int, int]:
-    """An injective map under which the images of every set hold as nearly as can be the energy of the set.
+    """Makes an injective map under which the images of every set have nearly the energy of that set.
 
     >>> energy = np.array([[8.0, 3.0, 1.0, 7.5, 3.5, 0.5], [1.0, 4.0, 9.0, 0.5, 4.5, 8.5]])
     >>> found = matched_map([(0, 1), (1, 2)], energy, np.random.default_rng(0))
     >>> [found[c] for c in (0, 1, 2)]
     [3, 4, 5]
 
-    It leads out of the union, or has the fewest hits, as :func:`random_map` does. Among such maps the sum over sites of
-    |energy found / energy of the set - 1| is made small by exchanging one image after the other, from several starts;
-    chance picks among those within 1 % of the best found. A heuristic: among all maps of small pools, tried one by one,
-    there was mostly none better, and on average one better by under 0.02 a site where the sets hardly go together.
+    Images are outside the union, or hits are as few as possible, as in :func:`random_map`. Among such maps, coordinate
+    descent from several starts makes the sum over sites of |energy of the images / energy of the set - 1| small; one of
+    the maps within 1 % of the best is chosen at random. The search is a heuristic. Compared with all maps of small
+    pools, it mostly found the best one; for sets that hardly fit one map together, the best map was better by less than
+    0.02 per site on average.
 
-    family: the set of each site. energy: [s, d], mean square per channel. starts: of the search.
+    sets: set of channels of each site.
+    energy: [s, d], mean square per channel.
+    rng: source of the random starts and of the choice among good maps.
+    starts: number of initial maps.
     """
-    union = union_of(family)
+    union = unite(sets)
     if not union:
         return {}
-    search = _Search.of(family, energy, union)
-    found = np.concatenate([search.strongest(), search.spread(starts - 1, rng)])  # [r, u]
+    search = _Search.prepare(sets, energy, union)
+    found = np.concatenate([search.strongest(), search.sample_starts(starts - 1, rng)])  # [r, u]
     search.exchange(found)
     error = search.errors(found)
-    best = np.flatnonzero(error <= error.min() + NEAR * len(family))
+    best = np.flatnonzero(error <= error.min() + TOLERANCE * len(sets))
     return dict(zip(union, search.pool[found[rng.choice(best)]].tolist(), strict=True))
 
 
-def hits_of(family: Sequence[tuple[int, ...]], images: Mapping[int, int]) -> int:
-    """Images, counted per site, that are in the very set they stand for."""
-    return sum(len({images[c] for c in chosen} & set(chosen)) for chosen in family)
+def count_hits(sets: Sequence[tuple[int, ...]], images: Mapping[int, int]) -> int:
+    """Counts the images, once per site, that are in the set they replace channels of."""
+    return sum(len({images[c] for c in chosen} & set(chosen)) for chosen in sets)
 
 
-def union_of(family: Sequence[tuple[int, ...]]) -> list[int]:
-    """Every channel of a family, ascending."""
-    return sorted(set().union(*family))
+def unite(sets: Sequence[tuple[int, ...]]) -> list[int]:
+    """Returns every channel of some sets, ascending."""
+    return sorted(set().union(*sets))
 
 
-def _members(family: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
-    member = np.zeros((len(family), width))
-    for row, chosen in zip(member, family, strict=True):
+def _memberships(sets: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
+    """Returns float [s, d], 1 for the channels of each set."""
+    member = np.zeros((len(sets), width))
+    for row, chosen in zip(member, sets, strict=True):
         row[list(chosen)] = 1
     return member
 
 
 @dataclass(frozen=True)
 class _Search:
-    """Maps as arrays [r, u]: for every channel of the union the place of its image in the pool.
+    """Coordinate descent over maps. A map is an array [u] of the index in ``pool`` of every channel's image.
 
-    pool: [p] channels that may be images. member: [s, u] bool. energy: [s, p], in units of what the site's set holds.
-    wanted: [s], 1, or 0 for a set without energy. penalty: [u, p], what a hit costs: more than any error of energy.
-    order: channels of the union, those of most sites first, whose images decide most.
+    pool: [p], channels that are allowed as images.
+    member: bool [s, u], the channels of each site's set.
+    energy: [s, p], relative to the energy of the site's set.
+    wanted: [s], energy to be matched: 1, or 0 for a set without energy.
+    penalty: [u, p], cost of the hits of a pair: higher than any error of energy.
+    order: [u], the channels of the union in the order of the search: those in the sets of most sites first, because
+      their images matter most.
     """
 
     pool: np.ndarray
@@ -105,14 +117,14 @@ class _Search:
     order: np.ndarray
 
     @classmethod
-    def of(cls, family: Sequence[tuple[int, ...]], energy: np.ndarray, union: list[int]) -> _Search:
+    def prepare(cls, sets: Sequence[tuple[int, ...]], energy: np.ndarray, union: list[int]) -> _Search:
         width = energy.shape[1]
-        member = _members(family, width)
+        member = _memberships(sets, width)
         pool = np.setdiff1d(np.arange(width), union)
         if len(pool) < len(union):
             pool = np.arange(width)
-        held, every = (energy * member).sum(1), energy.sum(1)
-        unit = np.where(held > 0, held, np.where(every > 0, every, 1.0))
+        held, total = (energy * member).sum(1), energy.sum(1)
+        unit = np.where(held > 0, held, np.where(total > 0, total, 1.0))
         relative = energy[:, pool] / unit[:, None]
         hits = member[:, union].T @ member[:, pool]
         return cls(
@@ -120,62 +132,70 @@ class _Search:
             member=member[:, union].astype(bool),
             energy=relative,
             wanted=held / unit,
-            penalty=hits * (1 + len(family) + relative.sum()),
+            penalty=hits * (1 + len(sets) + relative.sum()),
             order=np.argsort(-member[:, union].sum(0), kind="stable"),
         )
 
     def strongest(self) -> np.ndarray:
-        """The map with the most energy, [1, u]: the answer where the pool has too little."""
+        """Returns the map with the most energy, [1, u]: the solution if the pool has too little energy."""
         gain = self.member.T.astype(float) @ self.energy
         return linear_sum_assignment(self.penalty - gain)[1][None]
 
-    def spread(self, starts: int, rng: np.random.Generator) -> np.ndarray:
-        """Maps [r, u] that split the wanted energy in ways of their own, from nearly all in one image to nearly even.
+    def sample_starts(self, starts: int, rng: np.random.Generator) -> np.ndarray:
+        """Returns initial maps [r, u] that distribute the wanted energy over the images, each in another way.
 
-        A single dominant channel may be what is needed. Every channel takes the free image nearest to its part, and
-        what is missing is carried over to the next.
+        Weights from gamma distributions (normalised, a Dirichlet distribution) of rising shape go from nearly all of
+        the energy in one image, since a match may need a single dominant channel, to nearly equal parts. Each channel
+        takes the free image with the energy closest to its part; the rest is carried over to the next channels.
         """
-        evenness = np.logspace(-2, 1, starts)[:, None]
-        parts = rng.gamma(evenness, size=(starts, len(self.order))) + 1e-9  # so that no rest of them sums to 0
+        shape = np.logspace(-2, 1, starts)[:, None]
+        parts = rng.gamma(shape, size=(starts, len(self.order))) + 1e-9  # so that no sum of parts is 0
         later = np.cumsum((parts[:, None, :] * self.member)[..., self.order[::-1]], -1)[..., ::-1]  # [r, s, u] in order
         images = np.zeros((starts, len(self.order)), int)
         free = np.ones((starts, len(self.pool)), bool)
         missing = np.repeat(self.wanted[None], starts, 0)
         for i, c in enumerate(self.order):
             sites = self.member[:, c]
-            aim = missing[:, sites] * parts[:, c, None] / later[:, sites, i]
-            self._take(images, free, missing, c, aim)
+            target = missing[:, sites] * parts[:, c, None] / later[:, sites, i]
+            self._assign(images, free, missing, c, target)
         return images
 
     def exchange(self, images: np.ndarray) -> None:
-        """Gives every channel in turn the free image that leaves the smallest error, until none changes."""
+        """Gives every channel in turn the free image with the smallest error, until no image changes; in place."""
         rows = np.arange(len(images))
         free = np.ones((len(images), len(self.pool)), bool)
         free[rows[:, None], images] = False
-        missing = self.wanted - self._found(images)
+        missing = self.wanted - self._energy_of(images)
         for _ in range(SWEEPS):
             before = images.copy()
             for c in self.order:
                 sites = self.member[:, c]
                 free[rows, images[:, c]] = True
                 missing[:, sites] += self.energy[sites][:, images[:, c]].T
-                self._take(images, free, missing, c, missing[:, sites])
+                self._assign(images, free, missing, c, missing[:, sites])
             if (images == before).all():
                 return
 
     def errors(self, images: np.ndarray) -> np.ndarray:
-        """Relative errors summed over sites, [r], and the penalty of hits."""
+        """Returns relative errors summed over sites plus the penalties of hits, [r]."""
         hits = self.penalty[np.arange(len(self.order)), images].sum(1)
-        return np.abs(self.wanted - self._found(images)).sum(1) + hits
+        return np.abs(self.wanted - self._energy_of(images)).sum(1) + hits
 
-    def _take(self, images: np.ndarray, free: np.ndarray, missing: np.ndarray, c: int, aim: np.ndarray) -> None:
-        """The free image nearest to the aim, [r, sites of c], for one channel in every map."""
+    def _assign(self, images: np.ndarray, free: np.ndarray, missing: np.ndarray, c: int, target: np.ndarray) -> None:
+        """Gives one channel, in every map, the free image with the energy closest to a target; in place.
+
+        images: [r, u], the maps.
+        free: bool [r, p], pool channels that are not yet images.
+        missing: [r, s], wanted energy that the images do not have yet.
+        c: index of the channel in the union.
+        target: [r, sites of c], the energy that its image should have.
+        """
         sites, rows = self.member[:, c], np.arange(len(images))
-        cost = np.abs(self.energy[sites] - aim[:, :, None]).sum(1) + self.penalty[c]
+        cost = np.abs(self.energy[sites] - target[:, :, None]).sum(1) + self.penalty[c]
         images[:, c] = np.where(free, cost, np.inf).argmin(1)
         free[rows, images[:, c]] = False
         missing[:, sites] -= self.energy[sites][:, images[:, c]].T
 
-    def _found(self, images: np.ndarray) -> np.ndarray:
-        """The energy that the images of every set hold, [r, s]."""
+    def _energy_of(self, images: np.ndarray) -> np.ndarray:
+        """Returns the energy of the images of every site's set, [r, s]."""
         return np.stack([(self.energy[:, image] * self.member).sum(1) for image in images])

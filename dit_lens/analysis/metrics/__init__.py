@@ -1,4 +1,4 @@
-"""How far images lie apart, and how sure a mean is; import everything from here."""
+"""Distances between images, confidence intervals, and judges of images; import everything from here."""
 
 from dit_lens.analysis.metrics.distances import DISTANCES, Distance, distances, mean_abs, psnr, rmse
 from dit_lens.analysis.metrics.intervals import Interval, bootstrap_ci, paired_difference_ci, wilson

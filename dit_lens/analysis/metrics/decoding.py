@@ -1,4 +1,4 @@
-"""What can be read from features: linear decoding of labels, on groups that the decoder never saw."""
+"""Linear decoding (a linear probe): how well labels can be predicted from features, in held-out groups."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ import numpy as np
 
 from dit_lens.errors import OpError
 
+# Folds of the cross-validation, at most.
 FOLDS = 5
 
 
 class Decoding(NamedTuple):
-    """How well labels are read. accuracy: balanced, of samples held out. chance: 1 / classes. n: samples."""
+    """Result of a linear decoder.
+
+    accuracy: balanced accuracy (mean recall of the classes) on held-out samples.
+    chance: balanced accuracy of a guess, 1 / number of classes.
+    n: number of samples.
+    """
 
     accuracy: float
     chance: float
@@ -21,21 +27,25 @@ class Decoding(NamedTuple):
 
     @property
     def skill(self) -> float:
-        """0 at chance, 1 when every held-out sample is right."""
+        """Accuracy rescaled to 0 at chance and 1 if every held-out sample is right, as sklearn's ``adjusted=True``."""
         return (self.accuracy - self.chance) / (1 - self.chance)
 
 
-def decode(features: Any, labels: Any, groups: Any, *, seed: int = 0) -> Decoding | None:
-    """Reads labels from features by logistic regression, always of groups left out of the fit.
+def decode_labels(features: Any, labels: Any, groups: Any, *, seed: int = 0) -> Decoding | None:
+    """Predicts labels from features by logistic regression, with cross-validation over groups.
 
     >>> x = np.repeat(np.eye(2), 6, axis=0) + 0.01 * np.arange(24).reshape(12, 2)
-    >>> decode(x, ["red"] * 6 + ["blue"] * 6, groups=np.arange(12)).skill
+    >>> decode_labels(x, ["red"] * 6 + ["blue"] * 6, groups=np.arange(12)).skill
     1.0
 
-    Returns None where too little is known: classes of a single group cannot be held out and are left aside, and fewer
-    than two are left. features: [m, d]. labels: [m]. groups: [m], such as the prompt of each image: a decoder that
-    has seen another image of the same prompt proves nothing. seed: of the folds (5, or as many as the rarest class
-    has groups).
+    A class that occurs in one group only cannot be held out and is left out. Returns None if fewer than two classes
+    remain.
+
+    features: [m, d], standardised before the fit.
+    labels: [m].
+    groups: [m], such as the prompt of each image. No group is in both the training and the test part of a fold,
+      because a decoder could recognise another image of the same prompt.
+    seed: seed of the folds, of which there are 5, or as many as the rarest class has groups.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -44,22 +54,26 @@ def decode(features: Any, labels: Any, groups: Any, *, seed: int = 0) -> Decodin
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    x, y, of = np.asarray(features, np.float64), np.asarray(labels), np.asarray(groups)
-    if x.ndim != 2 or len({len(x), len(y), len(of)}) != 1:
-        raise OpError(f"decode takes features [m, d], labels [m] and groups [m]; got {x.shape}, {y.shape}, {of.shape}.")
-    counts = {label: len(set(of[y == label])) for label in np.unique(y)}
+    x, y, group = np.asarray(features, np.float64), np.asarray(labels), np.asarray(groups)
+    if x.ndim != 2 or len({len(x), len(y), len(group)}) != 1:
+        raise OpError(
+            "decode_labels takes features [m, d], labels [m] and groups [m]; got shapes "
+            f"{x.shape}, {y.shape}, {group.shape}."
+        )
+    counts = {label: len(set(group[y == label])) for label in np.unique(y)}
     kept = np.isin(y, [label for label, count in counts.items() if count > 1])
-    x, y, of = x[kept], y[kept], of[kept]
+    x, y, group = x[kept], y[kept], group[kept]
     classes = len(np.unique(y))
     if classes < 2:
         return None
     folds = StratifiedGroupKFold(
         min(FOLDS, *(counts[label] for label in np.unique(y))), shuffle=True, random_state=seed
     )
+    # Strong regularisation (C = 0.1), because there are usually fewer samples than features.
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", message=".*y_pred contains classes not in y_true.*")
-        predicted = cross_val_predict(model, x, y, groups=of, cv=folds)
+        predicted = cross_val_predict(model, x, y, groups=group, cv=folds)
         accuracy = float(balanced_accuracy_score(y, predicted))
     return Decoding(accuracy, 1 / classes, len(y))

@@ -1,6 +1,6 @@
-"""Distances closer to the eye than grey levels, by well-kept libraries: SSIM, LPIPS, CLIP.
+"""Perceptual distances and judges, computed by established libraries: SSIM, LPIPS, CLIP.
 
-``ssim`` and ``lpips`` need ``pip install 'dit-lens[perceptual]'``; CLIP runs on transformers, which is there.
+``ssim`` and ``lpips`` need ``pip install 'dit-lens[perceptual]'``; CLIP uses transformers, which is always installed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_lens.analysis.metrics.pixels import per_pair
+from dit_lens.analysis.metrics.pixels import apply_pairwise
 from dit_lens.errors import OpError, StoreError
 
 if TYPE_CHECKING:
@@ -24,68 +24,71 @@ if TYPE_CHECKING:
 
 
 def ssim(a: Any, b: Any) -> float | np.ndarray:
-    """Structural similarity, 1 for equal images: Gaussian window (sigma 1.5, 11 pixels), mirrored borders.
+    """Returns the structural similarity, 1 for equal images: Gaussian window (sigma 1.5, 11 pixels), mirrored borders.
 
-    Takes and returns as ``metrics.rmse``; both sides longer than 5 pixels. Source: Wang et al. 2004. Raises OpError
-    where torchmetrics is not installed.
+    a, b: as in :func:`dit_lens.metrics.rmse`; height and width must be above 5 pixels.
+    Raises OpError if torchmetrics is not installed. Source: Wang et al. 2004.
     """
-    measure = _needed("ssim", "torchmetrics.functional.image").structural_similarity_index_measure
-    return per_pair(a, b, lambda x, y: float(measure(_batch(x), _batch(y), data_range=1.0)))
+    measure = _import("ssim", "torchmetrics.functional.image").structural_similarity_index_measure
+    return apply_pairwise(a, b, lambda x, y: float(measure(_to_batch(x), _to_batch(y), data_range=1.0)))
 
 
 def lpips(a: Any, b: Any) -> float | np.ndarray:
-    """LPIPS over AlexNet, 0 for equal images; its weights are downloaded once, by torchmetrics and torchvision.
+    """Returns LPIPS with AlexNet, 0 for equal images; torchmetrics and torchvision download its weights once.
 
-    Takes and returns as ``metrics.rmse``. Source: Zhang et al. 2018. Raises OpError where torchmetrics or torchvision
-    is not installed.
+    a, b: as in :func:`dit_lens.metrics.rmse`.
+    Raises OpError if torchmetrics or torchvision is not installed. Source: Zhang et al. 2018.
     """
-    measure = _alexnet()
-    return per_pair(a, b, lambda x, y: float(measure(_colour(_batch(x)), _colour(_batch(y)))))
+    measure = _load_lpips()
+    return apply_pairwise(a, b, lambda x, y: float(measure(_to_rgb(_to_batch(x)), _to_rgb(_to_batch(y)))))
 
 
 class Clip:
-    """A CLIP as a judge of prompts (called with image and prompt) and as a distance between images.
+    """A CLIP model as a judge (called with an image and a prompt) and as a distance between images.
 
-    ``clip(image, prompt)`` is {"clip": cosine of the two embeddings}; ``clip.distance(a, b)`` is 1 - cosine of two
-    images' embeddings, 0 for equal ones. Embeddings are made one by one, without gradients.
+    ``clip(image, prompt)`` returns {"clip": cosine similarity of the two embeddings}; ``clip.distance(a, b)`` returns
+    1 - cosine similarity of the embeddings of two images, 0 for equal images.
     """
 
     def __init__(self, model: CLIPModel, processor: CLIPProcessor):
         self.model, self.processor = model.eval(), processor
-        self.__qualname__ = f"Clip({model.name_or_path})"  # what a study's settings say of it
+        self.__qualname__ = f"Clip({model.name_or_path})"  # the judge's name in the settings of a study
 
     def __call__(self, image: Image, prompt: str) -> dict[str, float]:
-        return {"clip": _cosine(self._seen(image), self._said(prompt))}
+        return {"clip": _cosine(self._embed_image(image), self._embed_text(prompt))}
 
     @property
     def distance(self) -> Callable[[Image, Image], float]:
-        """How far two images lie apart, 0 to 2, as a function called ``clip_distance``."""
+        """The distance between two images, 0 to 2, as a function with the name ``clip_distance``."""
 
         def clip_distance(a: Image, b: Image) -> float:
-            return 1 - _cosine(self._seen(a), self._seen(b))
+            return 1 - _cosine(self._embed_image(a), self._embed_image(b))
 
         return clip_distance
 
     @torch.no_grad()
-    def _seen(self, image: Image) -> Tensor:
+    def _embed_image(self, image: Image) -> Tensor:
         inputs = self.processor(images=image.convert("RGB"), return_tensors="pt").to(self.model.device)
         return self.model.get_image_features(**inputs).pooler_output[0]
 
     @torch.no_grad()
-    def _said(self, prompt: str) -> Tensor:
+    def _embed_text(self, prompt: str) -> Tensor:
         inputs = self.processor(text=prompt, return_tensors="pt", truncation=True).to(self.model.device)
         return self.model.get_text_features(**inputs).pooler_output[0]
 
 
 def clip_judge(model: str | Path | CLIPModel, processor: CLIPProcessor | None = None) -> Clip:
-    """A CLIP for ``judge=`` of a study; its ``distance`` goes into ``distances=``.
+    """Loads a CLIP model for ``judge=`` of a study; its ``distance`` is an entry for ``distances=``.
 
         clip = dl.metrics.clip_judge("openai/clip-vit-large-patch14")
         dl.studies.disruption(lens, prompts, judge=clip, distances=["ssim", clip.distance])
 
-    model: a folder or repository with a CLIP and its processor, or a loaded CLIPModel with its processor. Prompts are
-    cut at the length CLIP was made for (77 tokens). Source: CLIPScore, Hessel et al. 2021, without its factor of 2.5.
-    Raises StoreError where nothing can be loaded, OpError for a model without a processor.
+    Prompts are truncated to the length that the model was trained with (77 tokens).
+
+    model: a folder or repository with a CLIP model and its processor, or a loaded CLIPModel.
+    processor: the processor of a loaded CLIPModel.
+    Raises StoreError if the model cannot be loaded, and OpError for a loaded model without a processor.
+    Source: CLIPScore, Hessel et al. 2021, without its factor of 2.5.
     """
     from transformers import CLIPModel, CLIPProcessor
 
@@ -93,7 +96,7 @@ def clip_judge(model: str | Path | CLIPModel, processor: CLIPProcessor | None = 
         try:
             return Clip(CLIPModel.from_pretrained(model), CLIPProcessor.from_pretrained(model))
         except (OSError, ValueError) as problem:
-            raise StoreError(f"{model} could not be loaded as a CLIP and its processor: {problem}") from problem
+            raise StoreError(f"{model} could not be loaded as a CLIP model with its processor: {problem}") from problem
     if processor is None:
         raise OpError("A loaded CLIPModel needs its processor: clip_judge(model, CLIPProcessor.from_pretrained(...)).")
     return Clip(model, processor)
@@ -103,30 +106,30 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return float(torch.cosine_similarity(a.float(), b.float(), dim=0))
 
 
-def _batch(pixels: np.ndarray) -> Tensor:
-    """[h, w] or [h, w, c] as [1, c, h, w], which torchmetrics takes."""
+def _to_batch(pixels: np.ndarray) -> Tensor:
+    """Converts [h, w] or [h, w, c] to [1, c, h, w], the layout of torchmetrics."""
     image = torch.from_numpy(pixels)
     return (image[None] if image.ndim == 2 else image.movedim(-1, 0))[None]
 
 
-def _colour(images: Tensor) -> Tensor:
-    """Three channels in float32: grey repeated, alpha left out."""
+def _to_rgb(images: Tensor) -> Tensor:
+    """Converts to three channels in float32: repeats grey, drops alpha."""
     return images.float().expand(-1, 3, -1, -1) if images.shape[1] == 1 else images.float()[:, :3]
 
 
 @cache
-def _alexnet() -> Any:
-    _needed("lpips", "torchvision")
-    package = _needed("lpips", "torchmetrics.image.lpip")
+def _load_lpips() -> Any:
+    _import("lpips", "torchvision")
+    package = _import("lpips", "torchmetrics.image.lpip")
     return package.LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).eval()
 
 
-def _needed(distance: str, module: str) -> Any:
-    """A module of a package that not everybody installs."""
+def _import(distance: str, module: str) -> Any:
+    """Imports a module of an optional package, for a distance that needs it."""
     try:
         return importlib.import_module(module)
     except ImportError as missing:
         raise OpError(
             f"{distance} is computed by {missing.name}, which is not installed: pip install "
-            "'dit-lens[perceptual]'. rmse, psnr and mean_abs need nothing further."
+            "'dit-lens[perceptual]'. rmse, psnr and mean_abs need no further package."
         ) from missing

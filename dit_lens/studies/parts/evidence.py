@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dit_lens.analysis.metrics import bootstrap_ci
-from dit_lens.analysis.metrics.decoding import decode
+from dit_lens.analysis.metrics.decoding import decode_labels
 from dit_lens.analysis.metrics.variance import variance_shares
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _features(x: np.ndarray, part: str, grid: tuple[int, ...]) -> np.ndarray:
 
 def _skill(features: np.ndarray, attributes: Sequence[Mapping[str, str]], groups: Sequence[int]) -> float:
     """Mean skill over the attributes that can be held out, below chance counted as none; NaN where none can."""
-    found = [decode(features, [one[name] for one in attributes], groups) for name in attributes[0]]
+    found = [decode_labels(features, [one[name] for one in attributes], groups) for name in attributes[0]]
     skills = [max(0.0, one.skill) for one in found if one is not None]
     return float(np.mean(skills)) if skills else np.nan
 
