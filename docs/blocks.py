@@ -49,7 +49,7 @@ def _checked(code: str, names: dict[str, Any], page: Path, line: int) -> None:
 
 
 if __name__ == "__main__":
-    from dit_lens.commands.page import write_pngs
+    from dit_lens.commands.page import write_figures
 
     for page in map(Path, sys.argv[1:]):
-        write_pngs(dict(run(page.resolve())), width=760)
+        write_figures(dict(run(page.resolve())), width=760)

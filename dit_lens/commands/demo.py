@@ -12,7 +12,7 @@ from PIL.Image import Image
 
 from dit_lens import plots, studies
 from dit_lens.analysis.channels import top_median_ratio
-from dit_lens.commands.page import Section, write_page, write_pngs
+from dit_lens.commands.page import Section, write_figures, write_page
 from dit_lens.core.runs.files import whole_folder
 from dit_lens.errors import StoreError
 from dit_lens.lens import DiTLens
@@ -86,7 +86,7 @@ def demo(
             result.save(folder / result.study)
         for i, image in enumerate(run.images):
             image.save(folder / f"image-{i}.png")
-        write_pngs(_named(sections, folder))
+        write_figures(_named(sections, folder))
     return Outcome(out / "index.html", _headline(massive, disruption, organisation, transfer))
 
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from dit_lens import studies
 from dit_lens.analysis.channels import gini, top_median_ratio
-from dit_lens.commands.page import write_pngs
+from dit_lens.commands.page import write_figures
 from dit_lens.commands.sentences import CLAIMS, QUESTIONS
 from dit_lens.core.runs.files import read_json, whole_folder, write_text
 from dit_lens.lens import DEFAULTS_FILE, DiTLens
@@ -174,12 +174,12 @@ def _of_toy(
         *_table(means.reset_index()),
         "",
     ]
-    drawn = write_pngs({folder / f"{result.study}.png": result.figure() for result in results})
+    drawn = write_figures({folder / f"{result.study}.webp": result.figure() for result in results})
     for result in results:
         name, question = result.study, QUESTIONS[result.study]
         result.summary.to_csv(folder / f"{name}.csv", index=False)
         lines += [f"## {question.title}", question.say(result), "", f"*Published:* {question.published}", ""]
-        lines += [f"![{question.title}]({name}.png)", ""] if folder / f"{name}.png" in drawn else []
+        lines += [f"![{question.title}]({name}.webp)", ""] if folder / f"{name}.webp" in drawn else []
         lines += [f"All numbers: [{name}.csv]({name}.csv)", ""]
         lines += [*(f"- {note}" for note in result.notes), ""]
     concentration.to_csv(folder / "concentration.csv", index=False)

@@ -10,13 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
+from PIL.Image import open as open_image
 
 from dit_lens.core.runs.files import write_text
 from dit_lens.core.runs.html import data_url
 from dit_lens.errors import OpError
+from dit_lens.old_names import warn_of_old_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,29 +84,47 @@ def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Se
     return write_text(path, page)
 
 
-def write_pngs(figures: Mapping[Path, go.Figure], *, width: int = 760, scale: float = 2) -> list[Path]:
-    """Writes plotly figures as PNG, dark on white, and returns their paths; an empty list where none can be drawn here.
+def write_figures(figures: Mapping[Path, go.Figure], *, width: int = 760, scale: float = 2) -> list[Path]:
+    """Writes plotly figures as image files, dark on white; returns their paths, or [] where none can be drawn here.
 
+    The suffix of a path chooses the format: .png, .svg, .pdf, or .webp, which is lossless and a third as large as PNG.
     It takes the package kaleido (``pip install 'dit-lens[png]'``) and a browser that ``find_browser`` finds, which is
     started once for all figures. Where both are there and drawing fails, that is an error.
 
-    width: in CSS pixels; a figure keeps its own height. scale: image pixels per CSS pixel.
+    figures: path -> figure. width: in CSS pixels; a figure keeps its own height. scale: image pixels per CSS pixel.
     """
     browser = find_browser()
     if browser is None or find_spec("kaleido") is None or not figures:
         return []
     import kaleido
+
+    with TemporaryDirectory() as folder:
+        # The WebP of a browser has losses, which show around letters; so it draws PNG, and PIL writes WebP.
+        files = {path: Path(folder) / f"{i}.png" if path.suffix == ".webp" else path for i, path in enumerate(figures)}
+        drawings = [_drawing(figure, files[path], width, scale) for path, figure in figures.items()]
+        # kaleido would fetch MathJax from the network.
+        kaleido.write_fig_from_object_sync(drawings, cancel_on_error=True, kopts={"path": browser, "mathjax": False})
+        for path, file in files.items():
+            if file != path:
+                open_image(file).convert("RGB").save(path, lossless=True, quality=100, method=6)
+    return list(figures)
+
+
+def _drawing(figure: go.Figure, path: Path, width: int, scale: float) -> dict[str, Any]:
+    """What kaleido is to draw: the figure, dark on white, and where it is to lie."""
     import plotly.graph_objects as go
 
-    drawings = []
-    for path, figure in figures.items():
-        drawn = go.Figure(figure).update_layout(paper_bgcolor="white", font_color="#222222")
-        size = {"format": "png", "width": width, "height": drawn.layout.height or 420, "scale": scale}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        drawings.append({"fig": drawn.to_plotly_json(), "path": path, "opts": size})
-    # kaleido would fetch MathJax from the network.
-    kaleido.write_fig_from_object_sync(drawings, cancel_on_error=True, kopts={"path": browser, "mathjax": False})
-    return list(figures)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = go.Figure(figure).update_layout(paper_bgcolor="white", font_color="#222222")
+    size = {"format": path.suffix[1:], "width": width, "height": drawn.layout.height or 420, "scale": scale}
+    return {"fig": drawn.to_plotly_json(), "path": path, "opts": size}
+
+
+def __getattr__(name: str) -> Any:
+    if name != "write_pngs":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warn_of_old_name(name, "write_figures", stacklevel=3)
+    return write_figures
 
 
 def find_browser() -> str | None:

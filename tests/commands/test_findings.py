@@ -122,8 +122,8 @@ def test_a_toy_has_its_page_and_all_toys_have_one(tmp_path):
     of_toy = (out / "flux" / "index.md").read_text(encoding="utf-8")
     for study, question in words.QUESTIONS.items():
         assert f"## {question.title}" in of_toy
-        assert f"({study}.png)" in of_toy
-        assert (out / "flux" / f"{study}.png").stat().st_size > 10_000
+        assert f"({study}.webp)" in of_toy
+        assert (out / "flux" / f"{study}.webp").stat().st_size > 10_000
         assert len(pd.read_csv(out / "flux" / f"{study}.csv"))
     assert "untrained twin" in of_toy
     assert "Trained from seed 0 for 8,716 iterations. Shares right in images of 200 held-out prompts: " in of_toy

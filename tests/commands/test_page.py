@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dit_lens.commands import page as module
-from dit_lens.commands.page import Section, find_browser, write_page, write_pngs
+from dit_lens.commands.page import Section, find_browser, write_figures, write_page
 from dit_lens.errors import OpError
 from dit_lens.plots import channel_spectrum, strip
 from tests.browser import browser_or_skip
@@ -159,23 +159,29 @@ def test_a_browser_draws_the_figures_and_complains_of_nothing(tmp_path, browser,
 
 @pytest.mark.browser
 @pytest.mark.usefixtures("browser")
-def test_png_is_dark_on_white(tmp_path):
+def test_figures_are_dark_on_white_and_webp_has_no_losses(tmp_path):
     pytest.importorskip("kaleido")
     figure = channel_spectrum([0.1, 5.0, 4.0], [1, 2])
     before = figure.to_json()
-    (path,) = write_pngs({tmp_path / "new" / "figure.png": figure}, width=400, scale=1)
-    image = Image.open(path).convert("RGB")
+    paths = [tmp_path / "new" / f"figure.{suffix}" for suffix in ("png", "webp", "svg")]
+    assert write_figures(dict.fromkeys(paths, figure), width=400, scale=1) == paths
+    png, webp = (Image.open(path) for path in paths[:2])
+    assert (png.format, webp.format) == ("PNG", "WEBP")
+    image = png.convert("RGB")
     assert image.size == (400, figure.layout.height)
     assert image.getpixel((1, 1)) == (255, 255, 255)
     assert np.asarray(image).min() < 80
+    assert np.array_equal(np.asarray(webp.convert("RGB")), np.asarray(image))
+    assert paths[1].stat().st_size < 0.6 * paths[0].stat().st_size
+    assert paths[2].read_text("utf-8").startswith("<svg")
     assert figure.to_json() == before
 
 
 @pytest.mark.parametrize("missing", ["find_browser", "find_spec"])
-def test_without_browser_or_kaleido_there_is_no_png(tmp_path, monkeypatch, missing):
+def test_without_browser_or_kaleido_there_is_no_file(tmp_path, monkeypatch, missing):
     monkeypatch.setattr(module, missing, lambda *_: None)
     monkeypatch.setattr(module, "find_browser" if missing == "find_spec" else "find_spec", lambda *_: "there")
-    assert write_pngs({tmp_path / "x.png": go.Figure()}) == []
+    assert write_figures({tmp_path / "x.png": go.Figure()}) == []
     assert not list(tmp_path.iterdir())
 
 
