@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from dit_lens.core.request.ops import Add, Apply, MeanAblate, Op, Read, Resample, Scale, Swap, TokenMean, Zero
+from dit_lens.core.request.ops import OPS, Op, Read
 from dit_lens.errors import NotYetError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from dit_lens.core.request.ops import Pattern, Source
     from dit_lens.core.runs.receipt import Receipt
     from dit_lens.core.runs.run import Reading, Run, SiteTensor
-    from dit_lens.lens import DiTLens
 
 
 class Handle(Mapping[str, "Tensor"]):
@@ -57,11 +57,15 @@ class Handle(Mapping[str, "Tensor"]):
 class Trace:
     """Collects ops inside a ``with`` block and runs them at its end; nothing runs when the block raises.
 
-    Every method takes the arguments of the op it is named after. ``run``, ``images`` and ``receipt`` exist afterwards.
+    Every op is a method, and takes the op's own arguments: ``t.zero("blocks.3.img", channels=[5])`` adds
+    ``Zero("blocks.3.img", channels=[5])``, ``t.mean_ablate(...)`` a ``MeanAblate``. ``t.read`` returns a
+    :class:`Handle`, the others nothing. ``run``, ``images`` and ``receipt`` exist afterwards.
+
+    run_ops: what carries out the ops.
     """
 
-    def __init__(self, lens: DiTLens, prompt: Any, call: dict[str, Any]):
-        self._lens, self._prompt, self._call = lens, prompt, call
+    def __init__(self, run_ops: Callable[[Sequence[Op]], Run]):
+        self._run_ops = run_ops
         self.ops: list[Op] = []
         self.finished: Run | None = None
 
@@ -70,44 +74,7 @@ class Trace:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            self.finished = self._lens.run(self._prompt, self.ops, **self._call)
-
-    def read(self, site: Pattern, **options: Any) -> Handle:
-        """Keeps the values at a site; see :class:`~dit_lens.ops.Read`."""
-        self.ops.append(Read(site, **options))
-        return Handle(self, len(self.ops) - 1)
-
-    def zero(self, site: Pattern, **options: Any) -> None:
-        """Sets elements to zero; see :class:`~dit_lens.ops.Zero`."""
-        self.ops.append(Zero(site, **options))
-
-    def scale(self, site: Pattern, factor: float, **options: Any) -> None:
-        """Multiplies elements; see :class:`~dit_lens.ops.Scale`."""
-        self.ops.append(Scale(site, factor=factor, **options))
-
-    def add(self, site: Pattern, value: float | Tensor, **options: Any) -> None:
-        """Adds a number or a vector over channels; see :class:`~dit_lens.ops.Add`."""
-        self.ops.append(Add(site, value=value, **options))
-
-    def swap(self, site: Pattern, source: Source, **options: Any) -> None:
-        """Replaces elements by those of another row, a Run or a tensor; see :class:`~dit_lens.ops.Swap`."""
-        self.ops.append(Swap(site, source=source, **options))
-
-    def resample(self, site: Pattern, source: Run | Mapping[str, Tensor], **options: Any) -> None:
-        """Replaces elements by those of a random row of another run; see :class:`~dit_lens.ops.Resample`."""
-        self.ops.append(Resample(site, source=source, **options))
-
-    def token_mean(self, site: Pattern, **options: Any) -> None:
-        """Keeps each channel's mean over tokens, or the residual; see :class:`~dit_lens.ops.TokenMean`."""
-        self.ops.append(TokenMean(site, **options))
-
-    def mean_ablate(self, site: Pattern, mean: Run | Mapping[str, Tensor], **options: Any) -> None:
-        """Replaces elements by a data set's mean; see :class:`~dit_lens.ops.MeanAblate`."""
-        self.ops.append(MeanAblate(site, mean=mean, **options))
-
-    def apply(self, site: Pattern, fn: Callable[[Tensor, Any], Tensor | None], **options: Any) -> None:
-        """Calls ``fn(tensor, hook)`` during the run; see :class:`~dit_lens.ops.Apply`."""
-        self.ops.append(Apply(site, fn=fn, **options))
+            self.finished = self._run_ops(self.ops)
 
     @property
     def run(self) -> Run:
@@ -123,3 +90,33 @@ class Trace:
     @property
     def receipt(self) -> Receipt:
         return self.run.receipt
+
+    if TYPE_CHECKING:  # the methods are made below, one for each op
+
+        def read(self, *args: Any, **options: Any) -> Handle: ...
+
+        def __getattr__(self, name: str) -> Callable[..., None]: ...
+
+
+def _method(name: str, op: type[Op]) -> Callable[..., Any]:
+    """A method that adds an op, with the op's signature. What the op cannot do without may be given by position."""
+    signature = inspect.signature(op)
+    own = [name for name in vars(op).get("__annotations__", {}) if name in signature.parameters]
+
+    def add(self: Trace, site: Any, *args: Any, **options: Any) -> Handle | None:
+        named = dict(zip(own, args, strict=False))
+        if len(args) > len(own) or named.keys() & options.keys():
+            raise TypeError(f"{name}() takes site, {', '.join(own)} once each, and keywords of {op.__name__}")
+        self.ops.append(op(site, **named, **options))
+        return Handle(self, len(self.ops) - 1) if op is Read else None
+
+    add.__name__, add.__qualname__ = name, f"Trace.{name}"
+    add.__doc__ = f"{(inspect.getdoc(op) or '').splitlines()[0]} See :class:`~dit_lens.{op.__name__}`."
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    vars(add)["__signature__"] = signature.replace(parameters=[first, *signature.parameters.values()])
+    return add
+
+
+for _op in OPS.values():
+    _name = re.sub(r"(?<!^)(?=[A-Z])", "_", _op.__name__).lower()  # MeanAblate -> mean_ablate
+    setattr(Trace, _name, _method(_name, _op))

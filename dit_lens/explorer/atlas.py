@@ -62,8 +62,8 @@ def atlas(
     if not prompts:
         raise OpError("there are no prompts. Give at least one.")
     massive = lens.massive_channels(prompts, k, seed=seed, batch_size=batch_size, **call)
-    when, plan = lens.planned(prompts[:1], **call)
-    grid, steps = plan.program["expected"], when.steps
+    outline = lens.outline(prompts[:1], **call)
+    grid, steps = outline.grid, outline.steps
     extent = fitted(len(prompts) * len(massive), k, grid or (SIDE, SIDE), steps, megabytes * 2**20)
     kept = _spread(steps, extent.steps)
     reads = [replace(read, steps=kept) for read in explorer_reads(massive)[: extent.groups]]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping, Sized
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import FamilyError, SiteError
+from dit_lens.families.locations import GridRule, ReadoutRule, TensorLocation, TimeRule
 from dit_lens.families.row import Family, PointSpec, Stack, Time
 from dit_lens.families.sites import MODEL_POINTS, POINTS, STREAMS, Site
 
@@ -21,39 +21,8 @@ if TYPE_CHECKING:
 HEADED = ("attn.q", "attn.k", "attn.v", "attn.z")
 
 
-@dataclass(frozen=True)
-class TensorLocation:
-    """Where a site's tensor is.
-
-    module: path from the pipeline ("transformer.transformer_blocks.3"). side: "input" or "output" of that module.
-    slot: for an input the argument's name, for an output its position in the tuple (None: a bare tensor).
-    position: for an input, its place among positional arguments. stream, layout: whose tokens, and where they lie.
-    axes, patch: those of an image, or "tokens". sequence_first: whether the tensor is [token, row, channel].
-    span: its channels (start, stop, None for the end), or all. gate: what it is multiplied by, tanh: of which the
-    tangent is taken.
-    half: which channels of a module's input count, where the tensor is what the module makes of them alone.
-    table: (parameter, part) of the module that is added to it. x0: whether the latents are estimated from it.
-    """
-
-    module: str
-    side: str
-    slot: str | int | None
-    position: int | None = None
-    stream: str = "img"
-    layout: str = "own"
-    axes: str = "tokens"
-    patch: tuple[int, int, int] = (1, 1, 1)
-    sequence_first: bool = False
-    span: tuple[int, int | None] | None = None
-    half: tuple[int, int | None] | None = None
-    gate: TensorLocation | None = None
-    tanh: bool = False
-    table: tuple[str, int] | None = None
-    x0: bool = False
-
-
 class Anatomy:
-    """Sites, addresses and sizes of a live transformer."""
+    """Sites, locations and sizes of a live transformer."""
 
     def __init__(self, family: Family, transformer: ModelMixin):
         self.family = family
@@ -189,7 +158,7 @@ class Anatomy:
 
     def time_rule(
         self, time: Time | None = None, levels: list[float] | None = None, kind: str | None = None
-    ) -> dict[str, Any]:
+    ) -> TimeRule:
         """What the executor needs to tell the time of a call, and what its prediction is.
 
         time: the family's own by default. levels: noise by timestep, where it is a table. kind: "flow", "epsilon" or
@@ -207,7 +176,7 @@ class Anatomy:
         }
 
     @cached_property
-    def grid_rule(self) -> dict[str, Any]:
+    def grid_rule(self) -> GridRule:
         """What the executor needs to find image tokens in a call."""
         grid = self.family.grid
         return {
@@ -290,7 +259,8 @@ class Anatomy:
         stack, place = self._places[block]
         return f"{stack.name}.{place}"
 
-    def address(self, site: Site) -> TensorLocation:
+    def locate(self, site: Site) -> TensorLocation:
+        """Where the tensor of a site is."""
         family = self.family
         if site.block is None and site.point in ("velocity", "x0"):
             return TensorLocation(
@@ -327,7 +297,7 @@ class Anatomy:
     @cached_property
     def final(self) -> TensorLocation:
         """What enters the final norm."""
-        return self.address(Site(None, "img", "final"))
+        return self.locate(Site(None, "img", "final"))
 
     @cached_property
     def shift(self) -> TensorLocation | None:
@@ -340,7 +310,7 @@ class Anatomy:
         return TensorLocation(f"transformer.{module}", "output", slot, layout="whole")
 
     @cached_property
-    def readout_rule(self) -> dict[str, Any] | None:
+    def readout_rule(self) -> ReadoutRule | None:
         """What the executor needs to read image tokens out."""
         readout = self.family.readout
         if readout is None:
@@ -387,15 +357,15 @@ class Anatomy:
         start, stop = units
         return start * self.width, None if stop is None else stop * self.width
 
-    def rank(self, address: TensorLocation) -> tuple[int, int]:
-        """Sorts addresses as the model computes them: blocks by their number, modules of a block as they were seen."""
-        if self.family.readout and self.family.readout.shift and address == self.shift:
+    def rank(self, location: TensorLocation) -> tuple[int, int]:
+        """Sorts locations as the model computes them: blocks by their number, modules of a block as they were seen."""
+        if self.family.readout and self.family.readout.shift and location == self.shift:
             return -1, 0
         for number, (stack, place) in enumerate(self._places):
             path = f"transformer.{stack.path}.{place}"
-            if address.module == path or address.module.startswith(f"{path}."):
-                return number, self.order[stack.name, address.module[len(path) :], address.side]
-        return self.depth, ["input", "output"].index(address.side)
+            if location.module == path or location.module.startswith(f"{path}."):
+                return number, self.order[stack.name, location.module[len(path) :], location.side]
+        return self.depth, ["input", "output"].index(location.side)
 
     def _module(self, path: str) -> nn.Module:
         try:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
     from torch import Tensor, nn
 
-    from dit_lens.families.anatomy import TensorLocation
+    from dit_lens.families.locations import TensorLocation
 
 TEXT = 5
 WRITES = ("attn_out", "attn2_out", "cross_out", "mlp_out")
@@ -37,8 +37,8 @@ def check(anatomy: Anatomy) -> list[Check]:
     """Checks a live transformer; FamilyError says exactly what differs from the family's row."""
     rules = (anatomy.time_rule(), anatomy.grid_rule)
     found, anatomy.order = _check_clone(anatomy.family, type(anatomy.transformer))
-    addresses = [anatomy.address(site) for site in anatomy.sites]
-    says = f"{anatomy.depth} blocks, {len(addresses)} sites, {len(rules)} rules: all their modules and arguments exist"
+    locations = [anatomy.locate(site) for site in anatomy.sites]
+    says = f"{anatomy.depth} blocks, {len(locations)} sites, {len(rules)} rules: all their modules and arguments exist"
     return [Check("structure", says), *found]
 
 
@@ -140,21 +140,21 @@ def _write(trial: HookedClone) -> Check:
     """Changing a block's image tokens changes what the transformer predicts."""
     blocks = [site for site in trial.points if site.stream == "img" and site.point == "resid_post"]
     for site in (blocks[0], blocks[-1]):
-        address = trial.anatomy.address(site)
-        hook = trial.changing(address, _add_one(address, trial))
+        location = trial.anatomy.locate(site)
+        hook = trial.changing(location, _add_one(location, trial))
         if _same(trial.watch(trial.call, hook)["velocity"], trial.seen["velocity"]):
             raise FamilyError(f"{trial.name}: writing {site} does not reach the model's output.")
     return Check("write", "a write to a block's image tokens reaches the output")
 
 
-def _add_one(address: TensorLocation, trial: HookedClone) -> Any:
+def _add_one(location: TensorLocation, trial: HookedClone) -> Any:
     """Adds 1 to a block's image tokens."""
-    part = vars(address)
+    plain = location.plain()
 
     def change(value: Any) -> Any:
-        tensor = to_tokens(select_tensor(value, "output", part), part).clone()
-        select_stream(tensor, part, trial.image, range(len(tensor)))[0].add_(1)
-        return replace_tensor(value, "output", part, from_tokens(tensor, select_tensor(value, "output", part), part))
+        tensor = to_tokens(select_tensor(value, "output", plain), plain).clone()
+        select_stream(tensor, plain, trial.image, range(len(tensor)))[0].add_(1)
+        return replace_tensor(value, "output", plain, from_tokens(tensor, select_tensor(value, "output", plain), plain))
 
     return change
 

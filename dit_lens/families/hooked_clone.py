@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dit_lens.errors import FamilyError
-from dit_lens.families.anatomy import Anatomy, TensorLocation
+from dit_lens.families.anatomy import Anatomy
 from dit_lens.families.example_call import ROWS
 from dit_lens.families.layout import find_image_tokens, select_stream, select_tensor, to_tokens
 from dit_lens.families.tensors import apply_to_part, compute_gate, read_out
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
 
+    from dit_lens.families.locations import TensorLocation
     from dit_lens.families.sites import Site
 
 # What a hook meets when a block's inputs or outputs are others than the row says.
@@ -53,10 +53,10 @@ class HookedClone:
         gates: dict[TensorLocation, Tensor] = {}
         handles = list(hooks)
         for site in self.points:
-            address = self.anatomy.address(site)
-            if address.gate is not None:
-                handles.append(self._keep_gate(address.gate, gates))
-            handles.append(self._keep(site, address, gates, found))
+            location = self.anatomy.locate(site)
+            if location.gate is not None:
+                handles.append(self._keep_gate(location.gate, gates))
+            handles.append(self._keep(site, location, gates, found))
         self.run(call, handles)
         return found
 
@@ -82,28 +82,29 @@ class HookedClone:
         """The prediction that the final norm and what follows make of image tokens."""
         final, shift = self.anatomy.final, self.anatomy.shift
         caught: dict[str, Any] = {}
-        held = {"tokens": tokens}
 
         def keep_inputs(_: nn.Module, args: tuple, kwargs: dict) -> None:
             caught["inputs"] = (args, kwargs)
 
         handles = [self._module(final).register_forward_pre_hook(keep_inputs, with_kwargs=True)]
         if shift is not None:
-            part = vars(shift)
+            plain = shift.plain()
 
             def keep_shift(_module: nn.Module, _args: tuple, output: Any) -> None:
-                held["shift"] = to_tokens(select_tensor(output, "output", part), part)
+                caught["conditioning"] = to_tokens(select_tensor(output, "output", plain), plain)
 
             handles.append(self._module(shift).register_forward_hook(keep_shift))
         self.run(self.call, handles)
-        model = SimpleNamespace(get=self._submodule)
-        entering, rule = {**vars(final), "readout": "tokens"}, self.anatomy.readout_rule or {}
+        rule = self.anatomy.readout_rule
+        if rule is None:
+            raise FamilyError(f"{self.name}: its row does not say how tokens are read out.")
+        norm, conditioning = self._module(final), caught.get("conditioning")
         with torch.no_grad():
-            return read_out(model, self._module(final), caught["inputs"], entering, held, self.image, rule)
+            return read_out(self, norm, caught["inputs"], final.plain(), tokens, conditioning, self.image, rule)
 
-    def changing(self, address: TensorLocation, fn: Callable[[Any], Any]) -> RemovableHandle:
+    def changing(self, location: TensorLocation, fn: Callable[[Any], Any]) -> RemovableHandle:
         """A hook that replaces a module's whole output."""
-        return self._module(address).register_forward_hook(lambda _module, _args, output: fn(output))
+        return self._module(location).register_forward_hook(lambda _module, _args, output: fn(output))
 
     def run(self, call: dict[str, Any], handles: list[RemovableHandle]) -> None:
         """One forward pass under hooks, which are removed; FamilyError where a block is not as the family says."""
@@ -120,30 +121,30 @@ class HookedClone:
                 handle.remove()
 
     def _keep(
-        self, site: Site, address: TensorLocation, gates: dict[TensorLocation, Tensor], found: dict[str, Tensor]
+        self, site: Site, location: TensorLocation, gates: dict[TensorLocation, Tensor], found: dict[str, Tensor]
     ) -> RemovableHandle:
-        part = vars(address)
+        plain = location.plain()
 
         def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             if site.name in found:  # a module that is called again for the other stream
                 return
-            value = select_tensor(output if address.side == "output" else (args, kwargs), address.side, part)
-            if address.half is not None:
-                value = apply_to_part(module.forward, value, part)
-            tensor = to_tokens(value, part) if address.table is None else compute_gate(value, part, module)
+            value = select_tensor(output if location.side == "output" else (args, kwargs), location.side, plain)
+            if location.half is not None:
+                value = apply_to_part(module.forward, value, plain)
+            tensor = to_tokens(value, plain) if location.table is None else compute_gate(value, plain, module)
             if tensor.shape[0] != ROWS:
                 raise ValueError(f"{site} has {tensor.shape[0]} rows in a call of {ROWS}")
-            if address.gate is not None:
-                tensor = tensor * gates[address.gate]
-            found[site.name] = select_stream(tensor, part, self.image, range(ROWS))[0].clone()
+            if location.gate is not None:
+                tensor = tensor * gates[location.gate]
+            found[site.name] = select_stream(tensor, plain, self.image, range(ROWS))[0].clone()
 
-        return self._module(address).register_forward_hook(keep, with_kwargs=True)
+        return self._module(location).register_forward_hook(keep, with_kwargs=True)
 
     def _keep_gate(self, gate: TensorLocation, gates: dict[TensorLocation, Tensor]) -> RemovableHandle:
-        part = vars(gate)
+        plain = gate.plain()
 
         def keep(module: nn.Module, value: Any) -> None:
-            gates[gate] = compute_gate(select_tensor(value, gate.side, part), part, module)
+            gates[gate] = compute_gate(select_tensor(value, gate.side, plain), plain, module)
 
         if gate.side == "output":
             return self._module(gate).register_forward_hook(lambda module, _args, output: keep(module, output))
@@ -152,10 +153,11 @@ class HookedClone:
             lambda module, args, kwargs: keep(module, (args, kwargs)), with_kwargs=True
         )
 
-    def _module(self, address: TensorLocation) -> nn.Module:
-        return self._submodule(address.module)
+    def _module(self, location: TensorLocation) -> nn.Module:
+        return self.get(location.module)
 
-    def _submodule(self, path: str) -> nn.Module:
+    def get(self, path: str) -> nn.Module:
+        """A module by its path from the pipeline."""
         return self.anatomy.transformer.get_submodule(path.removeprefix("transformer").removeprefix("."))
 
 

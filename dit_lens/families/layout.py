@@ -5,12 +5,17 @@ Torch and plain data only, as ``execute``, with which it travels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from dit_lens.families.locations import ImageTokens
+
+if TYPE_CHECKING:
+    from dit_lens.families.locations import GridRule, Location
 
 
 class PlanMismatchError(RuntimeError):
@@ -23,33 +28,29 @@ def argument(arguments: tuple[tuple, dict], name: str, position: Any) -> Any:
     return kwargs[name] if name in kwargs else args[position]
 
 
-def select_tensor(value: Any, side: str, part: dict[str, Any]) -> Any:
-    """The tensor of one part, out of a module's input or output."""
+def select_tensor(value: Any, side: str, location: Location) -> Any:
+    """The tensor at a location, out of a module's input or output."""
     if side == "input":
-        return argument(value, part["slot"], part["position"])
-    return value if part["slot"] is None else value[part["slot"]]
+        return argument(value, location["slot"], location["position"])
+    return value if location["slot"] is None else value[location["slot"]]
 
 
-def replace_tensor(value: Any, side: str, part: dict[str, Any], tensor: Any) -> Any:
+def replace_tensor(value: Any, side: str, location: Location, tensor: Any) -> Any:
     """A copy of a module's input or output with one tensor exchanged."""
     if side == "input":
         args, kwargs = value
-        if part["slot"] in kwargs:
-            return args, {**kwargs, part["slot"]: tensor}
-        return (*args[: part["position"]], tensor, *args[part["position"] + 1 :]), kwargs
-    if part["slot"] is None:
+        if location["slot"] in kwargs:
+            return args, {**kwargs, location["slot"]: tensor}
+        return (*args[: location["position"]], tensor, *args[location["position"] + 1 :]), kwargs
+    if location["slot"] is None:
         return tensor
     if isinstance(value, dict):  # the output class of a model, whose fields are counted
-        return type(value)(**{**value, list(value)[part["slot"]]: tensor})
-    return type(value)((*value[: part["slot"]], tensor, *value[part["slot"] + 1 :]))
+        return type(value)(**{**value, list(value)[location["slot"]]: tensor})
+    return type(value)((*value[: location["slot"]], tensor, *value[location["slot"] + 1 :]))
 
 
-def find_image_tokens(arguments: tuple[tuple, dict], rule: dict[str, Any]) -> SimpleNamespace:
-    """Where the image tokens of a transformer call are.
-
-    grid: (h, w), or (f, h, w) of a video. count: tokens of the target. first: its place among ``total`` image tokens,
-    references and padding included. starts: of every row, where text is ragged.
-    """
+def find_image_tokens(arguments: tuple[tuple, dict], rule: GridRule) -> ImageTokens:
+    """Where the image tokens of a transformer call are, by the rule of its family."""
     value = argument(arguments, rule["argument"], rule["position"])
     latents = argument(arguments, rule["latents"], rule["latents_position"])
     if rule["rule"] in ("ids", "positions", "marks"):
@@ -78,11 +79,11 @@ def find_image_tokens(arguments: tuple[tuple, dict], rule: dict[str, Any]) -> Si
         total = max(total, rule["largest"]) if grid[0] != grid[1] else total
     else:
         total = -(-total // rule["pad"]) * rule["pad"]
-    starts = None if rule["mask"] is None else argument(arguments, rule["mask"], None).sum(1).tolist()
-    return SimpleNamespace(grid=tuple(grid), count=prod(grid), first=first, total=total, starts=starts)
+    starts = [] if rule["mask"] is None else argument(arguments, rule["mask"], None).sum(1).tolist()
+    return ImageTokens(tuple(grid), prod(grid), first, total, starts)
 
 
-def grid_of(latents: Any, axes: str, patch: list[int]) -> tuple[list[int], int]:
+def grid_of(latents: Any, axes: str, patch: Sequence[int]) -> tuple[list[int], int]:
     """The grid of an image with these axes (see :func:`pack`), and how many images a row holds."""
     shape = (
         dict(zip("cfhw", latents[0].shape, strict=True))
@@ -102,7 +103,7 @@ def check_grid(grid: tuple[int, ...], expected: list[int] | None) -> None:
         )
 
 
-def pack(value: Any, axes: str, patch: list[int]) -> Tensor:
+def pack(value: Any, axes: str, patch: Sequence[int]) -> Tensor:
     """An image as tokens [row, token, channel]: its patches row by row, each (channel, y, x)."""
     if axes == "tokens":
         return value
@@ -119,7 +120,7 @@ def regroup(tokens: Tensor, groups: int) -> Tensor:
     return tokens.unflatten(-1, (groups, -1)).transpose(-1, -2).flatten(-2)
 
 
-def unpack(tokens: Tensor, like: Any, axes: str, patch: list[int]) -> Any:
+def unpack(tokens: Tensor, like: Any, axes: str, patch: Sequence[int]) -> Any:
     """The inverse of :func:`pack`, in the form of ``like``."""
     if axes == "tokens":
         return tokens
@@ -142,32 +143,33 @@ def arrange_axes(x: Tensor, axes: str) -> Tensor:
     return x.permute(*(axes.index(letter) for letter in "bicfhw"))
 
 
-def to_tokens(value: Any, part: dict[str, Any]) -> Tensor:
-    """A part's value as [row, token, channel]."""
-    tensor = pack(value, part["axes"], part["patch"])
+def to_tokens(value: Any, location: Location) -> Tensor:
+    """The value at a location as [row, token, channel]."""
+    tensor = pack(value, location["axes"], location["patch"])
     tensor = tensor.unsqueeze(1) if tensor.ndim == 2 else tensor
-    return tensor.transpose(0, 1) if part["sequence_first"] else tensor
+    return tensor.transpose(0, 1) if location["sequence_first"] else tensor
 
 
-def from_tokens(tensor: Tensor, value: Any, part: dict[str, Any]) -> Any:
+def from_tokens(tensor: Tensor, value: Any, location: Location) -> Any:
     """The inverse of :func:`to_tokens`."""
-    tensor = tensor.transpose(0, 1) if part["sequence_first"] else tensor
+    tensor = tensor.transpose(0, 1) if location["sequence_first"] else tensor
     tensor = tensor.squeeze(1) if getattr(value, "ndim", 0) == 2 else tensor
-    return unpack(tensor, value, part["axes"], part["patch"])
+    return unpack(tensor, value, location["axes"], location["patch"])
 
 
-def stream_tokens(value: Any, part: dict[str, Any], image: SimpleNamespace) -> Tensor:
-    """The tokens of a part's stream in every row of a call."""
-    tensor = to_tokens(value, part)
-    return select_stream(tensor, part, image, range(len(tensor)))[0]
+def stream_tokens(value: Any, location: Location, image: ImageTokens) -> Tensor:
+    """The tokens of a location's stream in every row of a call."""
+    tensor = to_tokens(value, location)
+    return select_stream(tensor, location, image, range(len(tensor)))[0]
 
 
-def select_stream(
-    tensor: Tensor, part: dict[str, Any], image: SimpleNamespace, rows: range
-) -> tuple[Tensor, tuple | None]:
-    """The rows and tokens of one stream: a view, or (where rows differ) a copy and the place it was taken from."""
+def select_stream(tensor: Tensor, location: Location, image: ImageTokens, rows: range) -> tuple[Tensor, tuple | None]:
+    """The rows and tokens of one stream, and None: a view of the tensor.
+
+    Where text is of another length in every row: a copy, and the index to write it back with.
+    """
     some = tensor[rows.start : rows.stop]
-    length, layout, of_image = tensor.shape[1], part["layout"], part["stream"] == "img"
+    length, layout, of_image = tensor.shape[1], location["layout"], location["stream"] == "img"
     if layout == "whole":
         start, count = 0, length
     elif layout == "own":
@@ -181,13 +183,13 @@ def select_stream(
         if len(set(starts)) > 1:
             if not of_image:
                 raise PlanMismatchError(
-                    f"the prompts have {', '.join(map(str, starts))} text tokens at {part['site']}, which fit no one "
-                    "tensor; run prompts of other lengths one by one"
+                    f"the prompts have {', '.join(map(str, starts))} text tokens at {location.get('name')}, which fit "
+                    "no one tensor; run prompts of other lengths one by one"
                 )
-            places = torch.tensor(starts, device=tensor.device)[:, None] + torch.arange(
+            tokens = torch.tensor(starts, device=tensor.device)[:, None] + torch.arange(
                 image.count, device=tensor.device
             )
-            place = (torch.arange(rows.start, rows.stop, device=tensor.device)[:, None], places)
-            return tensor[place], place
+            index = (torch.arange(rows.start, rows.stop, device=tensor.device)[:, None], tokens)
+            return tensor[index], index
         start, count = (starts[0], image.count) if of_image else (0, starts[0])
     return some.narrow(1, start, count), None

@@ -59,6 +59,32 @@ class Site:
         suffix = "" if self.point == DEFAULT_POINT else f".{self.point}"
         return f"blocks.{self.block}.{self.stream}{suffix}"
 
+    @classmethod
+    def parse(cls, name: str) -> Site:
+        """The site of a full name, without patterns or aliases.
+
+        >>> Site.parse("blocks.3.img"), Site.parse("velocity").block
+        (Site(block=3, stream='img', point='resid_post'), None)
+
+        Raises SiteError if the name is not one that :attr:`name` gives.
+        """
+        parts = name.split(".", 3)
+        if parts[0] == "blocks" and len(parts) > 2 and parts[1].isdecimal() and parts[2] in STREAMS:
+            return cls(int(parts[1]), parts[2], parts[3] if len(parts) > 3 else DEFAULT_POINT)
+        point = name.removesuffix(".img") if name == "final.img" else name
+        if point not in MODEL_POINTS:
+            raise SiteError(f"{name!r} is not the name of a site, such as 'blocks.3.img' or 'velocity'.")
+        return cls(None, "img", point)
+
+    @property
+    def is_image(self) -> bool:
+        """Whether its tensor holds image tokens: not text, and not one vector for the whole image.
+
+        >>> [Site.parse(name).is_image for name in ("blocks.3.img", "blocks.3.txt", "blocks.3.img.mod.gate")]
+        [True, False, False]
+        """
+        return self.stream == "img" and not self.point.startswith("mod.")
+
     @property
     def order(self) -> tuple[float, int, int]:
         """Sorts sites as the model computes them."""
@@ -68,15 +94,6 @@ class Site:
 
     def __str__(self) -> str:
         return self.name
-
-
-def holds_image_tokens(name: str) -> bool:
-    """Whether a site is a tensor of image tokens: not of text, and no vector for the whole image.
-
-    >>> [holds_image_tokens(name) for name in ("blocks.3.img", "blocks.3.txt", "blocks.3.img.mod.gate")]
-    [True, False, False]
-    """
-    return ".txt" not in name and ".mod." not in name
 
 
 _BLOCK_PATTERN = re.compile(
@@ -122,7 +139,7 @@ def _match_one(
         return named
     if pattern.endswith("attn.pattern"):
         raise SiteError(
-            f"{pattern!r} is no tensor that a block computes: patterns of attention are made from q and k, by "
+            f"{pattern!r} is not a tensor that a block computes: attention patterns are made from q and k, by "
             "lens.read_pattern(prompt, block, heads=...)."
         )
     parts = _BLOCK_PATTERN.fullmatch(pattern)

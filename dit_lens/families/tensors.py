@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from math import prod
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dit_lens.families.layout import (
+    PlanMismatchError,
     from_tokens,
     pack,
     regroup,
@@ -19,23 +19,33 @@ from dit_lens.families.layout import (
     to_tokens,
 )
 
+if TYPE_CHECKING:
+    from dit_lens.families.locations import ImageTokens, Location, ReadoutRule
 
-def compute_gate(value: Tensor, part: dict[str, Any], module: Any) -> Tensor:
-    """What a tensor is multiplied by before it is added to the residual: [row, 1 or token, channel]."""
-    if part["table"] is not None:
-        name, number = part["table"]
+
+def compute_gate(value: Tensor, location: Location, module: Any) -> Tensor:
+    """What a tensor is multiplied by before it is added to the residual: [row, 1 or token, channel].
+
+    Where the gate is a sum of a parameter and the time embedding (PixArt's ``scale_shift_table``), both are added up
+    here as the block does it.
+    """
+    if location["table"] is not None:
+        name, number = location["table"]
         table = getattr(module, name)
         table = table.reshape(-1, table.shape[-1])
         value = value.reshape(len(value), len(table), -1)[:, number : number + 1] + table[number]
     value = value.unsqueeze(1) if value.ndim == 2 else value
-    if part["span"] is not None:
-        value = value[..., part["span"][0] : part["span"][1]]
-    return value.tanh() if part["tanh"] else value
+    if location["span"] is not None:
+        value = value[..., location["span"][0] : location["span"][1]]
+    return value.tanh() if location["tanh"] else value
 
 
-def apply_to_part(module: Any, tensor: Tensor, part: dict[str, Any]) -> Tensor:
-    """What a linear module makes of some channels of its input alone; its bias counts with the last of them."""
-    start, stop = part["half"]
+def apply_to_part(module: Any, tensor: Tensor, location: Location) -> Tensor:
+    """What a linear module makes of some channels of its input alone; its bias counts with the last of them.
+
+    W [a, b] + bias = (W [a, 0]) + (W [0, b] + bias), so that the parts add up to what the module writes.
+    """
+    start, stop = location["half"] or (0, None)
     alone = torch.zeros_like(tensor)
     alone[..., start:stop] = tensor[..., start:stop]
     made = module(alone)
@@ -46,46 +56,81 @@ def read_out(
     model: Any,
     envoy: Any,
     inputs: tuple[tuple, dict],
-    part: dict[str, Any],
-    held: dict[str, Tensor],
-    image: SimpleNamespace,
-    rule: dict[str, Any],
+    location: Location,
+    tokens: Tensor,
+    conditioning: Tensor | None,
+    image: ImageTokens,
+    rule: ReadoutRule,
 ) -> Tensor:
     """What the model would predict if a block were its last: the final norm and projection of the block's tokens.
 
     Calling nnsight's envoys runs their modules outside the order of the trace.
+
+    model: ``get(path)`` gives a module of the pipeline.
+    envoy: the final norm.
+    inputs: the arguments it is called with in this forward pass.
+    location: where image tokens lie in them.
+    tokens: those to read out, [row, token, channel].
+    conditioning: what shift and scale after the norm are made from, where no module applies them.
+    image: where image tokens are in this forward pass.
+    rule: what follows the norm.
     """
-    entering = select_tensor(inputs, "input", part)
-    tokens = to_tokens(entering, part).clone()
-    rows = range(len(tokens))
-    target, place = select_stream(tokens, part, image, rows)
-    if place is None:
-        target.copy_(held[part["readout"]])
+    entering = select_tensor(inputs, "input", location)
+    replaced = to_tokens(entering, location).clone()
+    rows = range(len(replaced))
+    target, index = select_stream(replaced, location, image, rows)
+    if index is None:
+        target.copy_(tokens)
     else:
-        tokens[place] = held[part["readout"]]
-    args, kwargs = replace_tensor(inputs, "input", part, from_tokens(tokens, entering, part))
+        replaced[index] = tokens
+    args, kwargs = replace_tensor(inputs, "input", location, from_tokens(replaced, entering, location))
     x = envoy(*args, **kwargs)
     modules = [model.get(module) for module in rule["modules"]]
     if rule["passes_temb"]:
-        x = modules.pop(0)(x, temb=held["shift"].squeeze(1))
-    elif "shift" in held:
-        shift, scale = final_shift_and_scale(model, held["shift"], rule)
-        x = (x * (1 + scale) + shift).to(held[part["readout"]].dtype)
+        if conditioning is None:
+            raise PlanMismatchError("the first module after the final norm is to be given what nothing was kept of")
+        x = modules.pop(0)(x, temb=conditioning.squeeze(1))
+    elif conditioning is not None:
+        shift, scale = final_shift_and_scale(model, conditioning, rule)
+        x = (x * (1 + scale) + shift).to(tokens.dtype)
     for module in modules:
         x = module(x)
     x = x if isinstance(x, Tensor) else x[0]
     if x.ndim != 3:  # a module that puts the image together itself
         return pack(x, rule["axes"], rule["patch"])
-    x = select_stream(x.transpose(0, 1) if part["sequence_first"] else x, part, image, rows)[0]
+    x = select_stream(x.transpose(0, 1) if location["sequence_first"] else x, location, image, rows)[0]
     if rule["order"] == "yxc":
         x = regroup(x, prod(rule["patch"]))
     return x
 
 
-def final_shift_and_scale(model: Any, value: Tensor, rule: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def final_shift_and_scale(model: Any, value: Tensor, rule: ReadoutRule) -> tuple[Tensor, Tensor]:
     """Shift and scale that the transformer applies itself, [row, 1 or token, channel] each."""
     if rule["table"] is not None:
         table = getattr(model.get("transformer"), rule["table"])
         return (table.reshape(2, 1, 1, -1) + value).unbind(0)
     both = model.get(rule["projection"])(torch.nn.functional.silu(value))
     return both.chunk(2, dim=-1)
+
+
+def outer_index(
+    x: Tensor, rows: list[int] | None, tokens: list[int] | None, channels: list[int] | None, indices: dict
+) -> tuple:
+    """An outer index over [row, token, channel]; None means all of an axis.
+
+    indices: index tensors that were made before, by device; each is made once in a run.
+    """
+    lists = [rows, tokens, channels]
+    if sum(chosen is not None for chosen in lists) <= 1:
+        return tuple(slice(None) if chosen is None else index_tensor(chosen, x, indices) for chosen in lists)
+    whole = [range(size) if chosen is None else chosen for chosen, size in zip(lists, x.shape, strict=True)]
+    r, t, c = (index_tensor(chosen, x, indices) for chosen in whole)
+    return r[:, None, None], t[None, :, None], c[None, None, :]
+
+
+def index_tensor(chosen: list[int] | range, x: Tensor, indices: dict) -> Tensor:
+    """Chosen indices as a tensor on the device of ``x``."""
+    key = (chosen if isinstance(chosen, range) else id(chosen), x.device)
+    if key not in indices:
+        indices[key] = torch.as_tensor(list(chosen), dtype=torch.long, device=x.device)
+    return indices[key]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,15 +14,16 @@ from torch.overrides import TorchFunctionMode
 from dit_lens.core.request.call import needs_weights
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError
 from dit_lens.families.layout import PlanMismatchError, find_image_tokens, select_stream
+from dit_lens.families.locations import ImageTokens
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_lens.core.plan.compile import Plan
+    from dit_lens.core.plan.outline import Outline
     from dit_lens.core.request.ops import Op, Steps
-    from dit_lens.core.request.timeline import Timeline
     from dit_lens.core.runs.run import Run
-    from dit_lens.lens import DiTLens
+    from dit_lens.core.session import Session
+    from dit_lens.families.locations import GridRule
 
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
@@ -32,16 +32,19 @@ ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 class Attention:
     """How much every query token attends to every key token: rows sum to 1.
 
-    tensors: block -> [step, row, head, query, key], float32, in main memory. order: block -> "text_first",
-    "image_first", "ragged" or "own": where text and image tokens lie among them. steps, heads: which were kept.
-    image, rows: where the call had its image tokens, and which of its rows these are. run: the run.
+    tensors: block -> [step, row, head, query, key], float32, in main memory.
+    order: block -> "text_first", "image_first", "ragged" or "own": where text and image tokens lie among them.
+    steps, heads: which were kept.
+    image: where the forward pass had its image tokens.
+    rows: which of its rows these are.
+    run: the run.
     """
 
     tensors: dict[int, Tensor]
     order: dict[int, str]
     steps: tuple[int, ...]
     heads: tuple[int, ...]
-    image: SimpleNamespace
+    image: ImageTokens
     rows: range
     run: Run
 
@@ -56,14 +59,14 @@ class Attention:
         queries, keys: "img" or "txt": the tokens that a read of that stream has, so references belong to neither.
         """
         tensor = self[block]
-        across = self._places(block, queries, tensor.shape[-2])[None, :, None, :, None]
-        down = self._places(block, keys, tensor.shape[-1])[None, :, None, None, :]
+        across = self._token_indices(block, queries, tensor.shape[-2])[None, :, None, :, None]
+        down = self._token_indices(block, keys, tensor.shape[-1])[None, :, None, None, :]
         return tensor.take_along_dim(across, -2).take_along_dim(down, -1)
 
-    def _places(self, block: int, stream: str, length: int) -> Tensor:
+    def _token_indices(self, block: int, stream: str, length: int) -> Tensor:
         """Which of ``length`` tokens belong to a stream: [row, token]."""
         if stream not in ("img", "txt"):
-            raise OpError(f"{stream!r} is no stream. Say 'img' or 'txt'.")
+            raise OpError(f"{stream!r} is not a valid stream. Say 'img' or 'txt'.")
         if stream == "txt" and self.order[block] == "own":
             raise OpError(f"block {block} attends from and to image tokens only, so there is no text.")
         if length < self.image.total:
@@ -72,15 +75,15 @@ class Attention:
                 f"references, {self.image.total}. Take self[block] whole, or a step that has no references."
             )
         numbers = torch.arange(length)[None, :, None].expand(self.rows.stop, -1, 1)
-        part = {"stream": stream, "layout": self.order[block], "site": f"blocks.{block}.{stream}"}
+        location: Any = {"stream": stream, "layout": self.order[block], "name": f"blocks.{block}.{stream}"}
         try:
-            return select_stream(numbers, part, self.image, self.rows)[0][..., 0]
+            return select_stream(numbers, location, self.image, self.rows)[0][..., 0]
         except PlanMismatchError as mismatch:
             raise OpError(f"{mismatch}, or take self[block] whole.") from mismatch
 
 
 def read_pattern(
-    lens: DiTLens,
+    lens: Session,
     prompt: Any,
     block: int | Sequence[int],
     *,
@@ -97,22 +100,22 @@ def read_pattern(
     blocks = [lens.anatomy.block(one) for one in _indices("block", block)]
     wanted = tuple(_indices("head", heads))
     order = {one: lens.anatomy.attention(one)[1] for one in blocks}
-    timeline, plan = lens.planned(prompt, **call)
-    if branch not in timeline.branches:
-        raise OpError(f"a pattern is of one branch, and {branch!r} is none of {', '.join(timeline.branches)}.")
-    chosen = timeline.select(steps)
-    watch = Watch(wanted, {(step, one) for step in chosen for one in blocks}, timeline, plan, branch)
+    outline = lens.outline(prompt, **call)
+    if branch not in outline.branches:
+        raise OpError(f"a pattern is of one branch, and {branch!r} is not one of {', '.join(outline.branches)}.")
+    chosen = outline.select(steps)
+    watch = Watch(wanted, {(step, one) for step in chosen for one in blocks}, outline, lens.anatomy.grid_rule, branch)
     with watch.on(lens, blocks):
         run = lens.run(prompt, ops, **call)
-    tensors = watch.stacked(chosen, blocks)
-    return Attention(tensors, order, tuple(chosen), wanted, watch.image, watch.block_rows, run)
+    tensors = watch.stack_kept(chosen, blocks)
+    return Attention(tensors, order, tuple(chosen), wanted, watch.image, watch.rows, run)
 
 
 def _indices(what: str, value: Any) -> list[int]:
     """One number or several, of whatever integer type."""
     values = [value] if hasattr(value, "__index__") else list(value)
     if not values or any(isinstance(one, bool) or not hasattr(one, "__index__") for one in values):
-        raise OpError(f"{what} {value!r} is no number or list of numbers.")
+        raise OpError(f"{what} {value!r} is not a number or a list of numbers.")
     return [one.__index__() for one in values]
 
 
@@ -120,16 +123,14 @@ class Watch(TorchFunctionMode):
     """Sees every call of scaled dot-product attention, and keeps the pattern of those that are wanted."""
 
     def __init__(
-        self, heads: tuple[int, ...], wanted: set[tuple[int, int]], timeline: Timeline, plan: Plan, branch: str
+        self, heads: tuple[int, ...], wanted: set[tuple[int, int]], outline: Outline, rule: GridRule, branch: str
     ):
         super().__init__()
-        self.heads, self.wanted, self.timeline = heads, wanted, timeline
-        self.call, number = timeline.place(branch)
-        rows = plan.program["rows"]
-        self.block_rows = range(number * rows, (number + 1) * rows)
-        self.rule = plan.program["grid"]
-        self.image = SimpleNamespace()
-        self.made = -1  # calls of the transformer so far
+        self.heads, self.wanted, self.timeline, self.rule = heads, wanted, outline.timeline, rule
+        self.forward, number = self.timeline.locate(branch)
+        self.rows = range(number * outline.rows, (number + 1) * outline.rows)
+        self.image = ImageTokens((), 0, 0, 0, [])
+        self.made = -1  # forward passes of the transformer so far
         self.block: int | None = None
         self.kept: dict[tuple[int, int], Tensor] = {}
 
@@ -137,20 +138,20 @@ class Watch(TorchFunctionMode):
         if func is scaled_dot_product_attention and self.block is not None:
             given = {**dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})}
             self._check_heads(given["query"])
-            step, call = divmod(self.made, len(self.timeline.calls))
+            step, forward = divmod(self.made, len(self.timeline.forwards))
             key = (step, self.block)
-            if call == self.call and key in self.wanted and key not in self.kept:
+            if forward == self.forward and key in self.wanted and key not in self.kept:
                 self.kept[key] = self._pattern(given)
         return func(*args, **(kwargs or {}))
 
     @contextmanager
-    def on(self, lens: DiTLens, blocks: list[int]) -> Generator[None]:
+    def on(self, lens: Session, blocks: list[int]) -> Generator[None]:
         """Follows the pipeline's transformer; whatever happens, its hooks are removed."""
 
         def begin(_: Any, args: tuple, kwargs: dict) -> None:
             self.made += 1
-            step, call = divmod(self.made, len(self.timeline.calls))
-            if call == self.call and any(step == wanted for wanted, _ in self.wanted):
+            step, forward = divmod(self.made, len(self.timeline.forwards))
+            if forward == self.forward and any(step == wanted for wanted, _ in self.wanted):
                 self.image = find_image_tokens((args, kwargs), self.rule)
 
         def leave(*_: Any) -> None:
@@ -168,9 +169,9 @@ class Watch(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
-    def stacked(self, steps: list[int], blocks: list[int]) -> dict[int, Tensor]:
+    def stack_kept(self, steps: list[int], blocks: list[int]) -> dict[int, Tensor]:
         """Block -> [step, row, head, query, key]."""
-        planned = self.timeline.steps * len(self.timeline.calls)
+        planned = self.timeline.steps * len(self.timeline.forwards)
         if self.made + 1 != planned:
             raise ExecutionError(
                 f"the transformer was called {self.made + 1} times instead of {planned}: the batch was split, as "
@@ -199,7 +200,7 @@ class Watch(TorchFunctionMode):
         """softmax(q k / sqrt(d) + mask) of the chosen rows and heads: [row, head, query, key]."""
         query, key, mask, scale = given["query"], given["key"], given.get("attn_mask"), given.get("scale")
         count = query.shape[1]
-        rows = slice(self.block_rows.start, self.block_rows.stop)
+        rows = slice(self.rows.start, self.rows.stop)
         shared = count // key.shape[1]  # heads that share a key
         q = query[rows, list(self.heads)].float()
         k = key[rows, [head // shared for head in self.heads]].float()

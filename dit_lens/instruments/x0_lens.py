@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from dit_lens.core.request.ops import Pattern, Steps
     from dit_lens.core.runs.run import Run
-    from dit_lens.lens import DiTLens
+    from dit_lens.core.session import Session
 
 BLOCKS = 7
 STEPS = 4
@@ -47,13 +47,12 @@ class X0:
         return sheet(rows, names, columns, title="The image each block predicts")
 
 
-def read_x0(lens: DiTLens, prompt: Any, site: Pattern | None = None, *, steps: Steps = None, **call: Any) -> X0:
+def read_x0(lens: Session, prompt: Any, site: Pattern | None = None, *, steps: Steps = None, **call: Any) -> X0:
     """See :meth:`dit_lens.DiTLens.read_x0`."""
     autoencoder(lens.pipe)
     names = _spread(lens.sites("blocks.*.img.x0"), BLOCKS) if site is None else _sites(lens, site)
     if steps is None:
-        when, _ = lens.planned(prompt, **call)
-        steps = _spread(list(range(when.steps)), STEPS)
+        steps = _spread(list(range(lens.outline(prompt, **call).steps)), STEPS)
     run = lens.run(prompt, [Read([*names, "x0"], steps=steps)], **call)
     reading = run.readings[0]
     images = {}
@@ -64,7 +63,7 @@ def read_x0(lens: DiTLens, prompt: Any, site: Pattern | None = None, *, steps: S
     return X0(images, reading.steps, run)
 
 
-def _sites(lens: DiTLens, pattern: Pattern) -> list[str]:
+def _sites(lens: Session, pattern: Pattern) -> list[str]:
     """Blocks named with or without the point."""
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     full = [one if str(one).endswith("x0") else f"{one}.x0" for one in patterns]

@@ -109,7 +109,7 @@ OPS = {
     "source row": (lambda: Swap("blocks.0.img", source="row:4"), OpError, r"row 4 does not exist"),
     "source": (lambda: Swap("blocks.0.img", source="first"), OpError, r"Write 'row:0'"),
     "no source": (lambda: Swap("blocks.0.img"), OpError, r"Write 'row:0'"),
-    "source of numbers": (lambda: Swap("blocks.0.img", source=3), OpError, r"int is no source"),
+    "source of numbers": (lambda: Swap("blocks.0.img", source=3), OpError, r"int is not a valid source"),
     "source lacks the site": (
         lambda: Swap("blocks.0.img", source={"blocks.1.img": torch.zeros(32)}),
         OpError,

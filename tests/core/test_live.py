@@ -551,7 +551,7 @@ def test_a_scale_that_turns_guidance_off(name):
     call[guidance.scale or "guidance_scale"] = guidance.above
     run = lens.run(call.pop("prompt", None), [Read("velocity")], seed=0, **call)
     assert len(run["velocity"]) == len(run.timesteps)
-    assert lens.planned(**{**ENTRIES[name].call(1), **call})[0].branches == (
+    assert lens.outline(**{**ENTRIES[name].call(1), **call}).branches == (
         ("cond", "uncond") if name == "omnigen" else ("cond",)
     )
 

@@ -130,5 +130,5 @@ def test_patterns_under_an_edit_and_what_is_refused():
         zoo.lens.read_pattern(block=3, heads=0, batch_size=1, **call)
     with pytest.raises(OpError, match="a pattern is of one branch"):
         zoo.lens.read_pattern(block=3, heads=0, branch="both", **call)
-    with pytest.raises(OpError, match="no number or list of numbers"):
+    with pytest.raises(OpError, match="not a number or a list of numbers"):
         zoo.lens.read_pattern(block=3, heads=[], **call)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_lens.core.plan.cost import Spill, map_to_file
+from dit_lens.core.plan.spill import Spill, map_to_file
 from dit_lens.core.request.ops import Op
 from dit_lens.core.runs.receipt import Entry, Receipt
 from dit_lens.core.runs.run import Reading, Run
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_lens.core.plan.compile import Plan, PlannedRead
-    from dit_lens.core.request.timeline import Timeline
+    from dit_lens.core.plan.program import Store
 
 BRANCHES = ("cond", "uncond")  # the order of a read of both, whatever the order of the calls
 
@@ -26,14 +26,19 @@ BRANCHES = ("cond", "uncond")  # the order of a read of both, whatever the order
 def assemble(
     ops: Sequence[Op],
     plan: Plan,
-    when: Timeline,
-    stores: Sequence[dict[str, Any]],
+    stores: Sequence[Store],
     outputs: Sequence[Any],
     spec: dict[str, Any],
     provenance: dict[str, Any],
 ) -> Run:
-    """One Run out of the batches of a run."""
-    first = when.calls[0][0]
+    """One Run out of the batches of a run.
+
+    ops, plan: what was asked, and how it was laid out.
+    stores: what the executor left of every batch.
+    outputs: what the pipeline returned for every batch.
+    spec, provenance: of the run, as in :class:`Run`.
+    """
+    first = plan.outline.timeline.forwards[0][0]
     clock = [(step, timestep, sigma) for step, branch, timestep, sigma in stores[0]["clock"] if branch == first]
     grid = tuple(int(side) for side in stores[0]["grid"])
     pieces: dict[tuple, list[Tensor]] = defaultdict(list)  # (op, site, step, branch) -> tensors, rows in order
@@ -45,7 +50,7 @@ def assemble(
     receipt = Receipt(tuple(_entries(ops, plan, touched)))
     _check_fired(ops, plan, pieces, touched)
     spilled = isinstance(stores[0]["reads"], Spill)
-    readings = [_reading(read, pieces, when, grid, spilled) for read in plan.reads]
+    readings = [_reading(read, pieces, plan.outline.steps, grid, spilled) for read in plan.reads]
     drawn = [output_images(output) for output in outputs]
     if isinstance(drawn[0], torch.Tensor):
         latents, images = torch.cat(drawn).cpu(), []
@@ -60,7 +65,7 @@ def output_images(output: Any) -> Any:
 
 
 def _reading(
-    read: PlannedRead, pieces: dict[tuple, list[Tensor]], when: Timeline, grid: tuple[int, ...], spilled: bool
+    read: PlannedRead, pieces: dict[tuple, list[Tensor]], total_steps: int, grid: tuple[int, ...], spilled: bool
 ) -> Reading:
     """One read in its shape; its pieces are taken out, so that no site is kept twice."""
     branches = tuple(branch for branch in BRANCHES if branch in read.branches)
@@ -76,7 +81,7 @@ def _reading(
         name=read.name,
         tensors=values,
         steps=read.steps,
-        total_steps=when.steps,
+        total_steps=total_steps,
         branches=branches,
         both=read.both,
         rows=read.rows,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_lens.families import Anatomy
+    from dit_lens.families.locations import Location
 
 
 class Blocks:
@@ -50,26 +51,26 @@ class Block:
         object.__setattr__(self, "_index", index)
 
     def __getattr__(self, stream: str) -> Tensor:
-        part, envoy = self._locate(stream)
-        return select_tensor(envoy.output, "output", part).clone()
+        location, envoy = self._locate(stream)
+        return select_tensor(envoy.output, "output", location).clone()
 
     def __setattr__(self, stream: str, value: Tensor) -> None:
-        part, envoy = self._locate(stream)
-        envoy.output = replace_tensor(envoy.output, "output", part, value)
+        location, envoy = self._locate(stream)
+        envoy.output = replace_tensor(envoy.output, "output", location, value)
 
     def __repr__(self) -> str:
         return f"Block({self._index}, {self._anatomy.block_name(self._index)})"
 
-    def _locate(self, stream: str) -> tuple[dict[str, Any], Any]:
+    def _locate(self, stream: str) -> tuple[Location, Any]:
         sites = {
             site.stream: site
             for site in self._anatomy.sites
             if site.block == self._index and site.point == DEFAULT_POINT
         }
-        addresses = {name: self._anatomy.address(site) for name, site in sites.items()}
-        if any(address.layout != "own" for address in addresses.values()):
-            addresses = {"joint": addresses["img"]}
-        if stream not in addresses:
-            raise AttributeError(f"block {self._index} has no stream {stream!r}.{nearest(stream, addresses)}")
-        address = addresses[stream]
-        return vars(address), self._model.get(address.module)
+        locations = {name: self._anatomy.locate(site) for name, site in sites.items()}
+        if any(location.layout != "own" for location in locations.values()):
+            locations = {"joint": locations["img"]}
+        if stream not in locations:
+            raise AttributeError(f"block {self._index} has no stream {stream!r}.{nearest(stream, locations)}")
+        location = locations[stream]
+        return location.plain(), self._model.get(location.module)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import nn
 
+    from dit_lens.core.plan.program import Program, Store
+
 
 class _Pipeline(_PipelineModule):
     """A pipeline that hides its weights: nnsight would move arguments to wherever the first of them is offloaded."""
@@ -41,7 +43,7 @@ class _Pipeline(_PipelineModule):
 class Engine:
     """Stock nnsight models over a pipeline, used by one thread at a time.
 
-    nnsight accepts only modules, and a pipeline is none: its own wrapper module goes in between. nnsight's model of
+    nnsight accepts only modules, and a pipeline is not one: nnsight's own wrapper goes in between. nnsight's model of
     pipelines counts prompts to lay out a batch; calls without any (embeddings, classes) go through the general one.
     """
 
@@ -58,12 +60,12 @@ class Engine:
 
     @property
     def stale(self) -> bool:
-        """Whether modules came or went since the trees were laid over them (LoRA, another transformer), or are deaf."""
+        """Whether modules changed since wrapping (LoRA, another transformer), or lost nnsight's hook."""
         parts = self._parts()
         return parts != self._modules or any(map(_lost_hooks, parts))
 
     def follow(self) -> None:
-        """Lays nnsight's trees over the modules there are now."""
+        """Wraps the modules there are now."""
         with self.lock, warnings.catch_warnings(action="ignore", category=UserWarning):
             self._modules = self._parts()
             _restore_hooks(self._modules)
@@ -71,7 +73,7 @@ class Engine:
                 model._update(_Pipeline(self.pipe))
 
     @property
-    def place(self) -> str:
+    def device_name(self) -> str:
         """Where the model is, and its precision."""
         return f"{self.pipe.device}, {str(self.pipe.transformer.dtype).removeprefix('torch.')}"
 
@@ -104,10 +106,12 @@ class Engine:
         return list(_Pipeline(self.pipe).modules())[1:]
 
     def generate(
-        self, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any], reads: dict
-    ) -> tuple[dict[str, Any], Any]:
+        self, program: Program, payload: dict[str, Any], call: dict[str, Any], reads: dict
+    ) -> tuple[Store, Any]:
         """Runs the pipeline under a program; returns what was stored and the pipeline's own output.
 
+        program, payload: what to do, and the tensors and functions it refers to.
+        call: the keyword arguments of the pipeline.
         reads: an empty dictionary, or something like one, for what is read.
         """
         if self.stale:
@@ -116,7 +120,7 @@ class Engine:
             try:
                 model = self.model if call.get("prompt") is not None else self.promptless
                 arguments = call | {"gradients": True} if self._gradients else call
-                store, results = traced(model.trace, model, program, given, arguments, reads)
+                store, results = traced(model.trace, model, program, payload, arguments, reads)
             except torch.OutOfMemoryError as full:
                 if not self._gradients:
                     raise
@@ -128,7 +132,7 @@ class Engine:
                 raise ExecutionError(f"{mismatch}. Nothing was kept of this run.") from mismatch
         if not results:
             raise ExecutionError(
-                f"the plan expects {len(program['calls'])} calls of the transformer, but the pipeline made "
+                f"the plan expects {len(program['forwards'])} calls of the transformer, but the pipeline made "
                 f"{len(store['clock'])}. Was the run interrupted, or are steps skipped by a cache or a callback?"
             )
         return store, results[0]
@@ -146,7 +150,7 @@ def _lost_hooks(module: nn.Module) -> bool:
 
 
 def _restore_hooks(modules: list[nn.Module]) -> None:
-    """Gives nnsight its place back in deaf modules."""
+    """Puts nnsight's hook back where a module lost it."""
     for module in filter(_lost_hooks, modules):
         state = vars(module)[STATE]
         state.body = state.original = module_body(module)
@@ -155,17 +159,17 @@ def _restore_hooks(modules: list[nn.Module]) -> None:
 
 
 def traced(
-    opened: Any, model: Any, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any], reads: dict
-) -> tuple[dict[str, Any], list[Any]]:
+    opened: Any, model: Any, program: Program, payload: dict[str, Any], call: dict[str, Any], reads: dict
+) -> tuple[Store, list[Any]]:
     """One trace, one invoke, containers saved empty and filled inside: what holds for local and for remote runs.
 
     opened: the model's method that opens the trace.
     """
     with opened(**call) as tracer:
-        store = {"reads": reads, "touched": [], "clock": [], "grid": [], "tape": []}
+        store: Store = {"reads": reads, "touched": [], "clock": [], "grid": [], "answers": []}
         nnsight.save(store)
         results = []
         nnsight.save(results)
-        execute(model, tracer, program, given, store)
+        execute(model, tracer, program, payload, store)
         results.append(tracer.result)
     return store, results

@@ -1,33 +1,18 @@
-"""The plan, carried out inside one nnsight trace.
+"""The program, carried out inside one nnsight trace.
 
-Torch and plain data only: this module, ``layout`` and ``reduce`` travel to a server by source.
-
-A program is a dict of plain data::
-
-    denoiser   path of the transformer in the model      rows   images of one branch
-    time       {argument, position, offset, scale, levels, kind, sign}: a call's time, its noise, what is predicted
-    grid       {rule, argument, position, latents ...}: how image tokens are found in a call's arguments
-    expected   [h, w] where the grid is known beforehand
-    record     whether the transformer's outputs are kept      replayed   the range of calls that given["tape"] answers
-    calls      for every transformer call {step, branches, visits}; its rows are ``rows`` times its branches, in order
-    visit      [module, side, [part, ...]]               part   {slot, position, stream, layout, ..., site, actions},
-               or {slot, ..., keep}: a gate that a later part multiplies its tensor by
-               or {slot, ..., hold}: tokens that a later part reads out
-    action     {op, kind, block, rows, tokens, channels, ...}: block counts the branches of the call; None means all
-
+Torch and plain data only: this module travels to a server by source, with what it uses of ``families`` and ``request``.
 Edits replace a module's value by a changed copy and never write into the live tensor.
 """
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dit_lens.core.execution.edits import index, new_values
+from dit_lens.core.request.ops import EDITS, Edit
 from dit_lens.core.request.reduce import reduce_tokens
 from dit_lens.families.layout import (
     PlanMismatchError,
@@ -42,83 +27,100 @@ from dit_lens.families.layout import (
     stream_tokens,
     to_tokens,
 )
-from dit_lens.families.tensors import apply_to_part, compute_gate, read_out
+from dit_lens.families.tensors import apply_to_part, compute_gate, outer_index, read_out
+
+if TYPE_CHECKING:
+    from dit_lens.core.plan.program import Action, Forward, Part, Program, Store, Visit
+    from dit_lens.families.locations import ImageTokens
 
 
-def execute(model: Any, tracer: Any, program: dict[str, Any], given: dict[str, Any], store: dict[str, Any]) -> None:
-    """Carries out ``program``; ``store`` receives reads, what was touched, the clock and the grid."""
-    indices: dict = {}
-    for number in tracer.iter[: len(program["calls"])]:
-        call = program["calls"][number]
-        arguments = model.get(program["denoiser"]).inputs
-        moment = read_clock(arguments, program, store["clock"], call)
+class Moment:
+    """When a forward pass takes place. timestep: as the transformer is given it; sigma: the noise level it means."""
+
+    def __init__(self, step: int, branches: list[str], timestep: float, sigma: float):
+        self.step, self.branches, self.timestep, self.sigma = step, branches, timestep, sigma
+
+
+class Hook:
+    """What an applied function is told of where and when it is called."""
+
+    def __init__(self, name: str, moment: Moment, branch: str):
+        self.name, self.branch = name, branch
+        self.step, self.timestep, self.sigma = moment.step, moment.timestep, moment.sigma
+
+
+class Context:
+    """What is known during one forward pass.
+
+    model: nnsight's, whose ``get(path)`` gives a module.
+    program, payload, store: as in :func:`execute`.
+    indices: index tensors that were made before, in this run.
+    arguments: of the forward pass, (args, kwargs).
+    moment: its step, branches and time.
+    image: where its image tokens are.
+    gates: gates kept for later parts, by key.
+    held: tokens kept for the readout, by site, and what its shift and scale are made from, as "shift".
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        program: Program,
+        payload: dict[str, Any],
+        store: Store,
+        indices: dict[Any, Tensor],
+        arguments: tuple[tuple, dict],
+        moment: Moment,
+        image: ImageTokens,
+    ):
+        self.model, self.program, self.payload, self.store = model, program, payload, store
+        self.indices, self.arguments, self.moment, self.image = indices, arguments, moment, image
+        self.gates: dict[str | None, Tensor] = {}
+        self.held: dict[str, Tensor] = {}
+
+
+def execute(model: Any, tracer: Any, program: Program, payload: dict[str, Any], store: Store) -> None:
+    """Carries out a program.
+
+    model: nnsight's.
+    tracer: of the open trace.
+    program: what to do.
+    payload: the tensors and functions it refers to by key.
+    store: receives reads, what was touched, the clock and the grid.
+    """
+    indices: dict[Any, Tensor] = {}
+    denoiser = program["denoiser"]
+    for number in tracer.iter[: len(program["forwards"])]:
+        forward = program["forwards"][number]
+        arguments = model.get(denoiser).inputs
+        moment = read_clock(arguments, program, store["clock"], forward)
         image = find_image_tokens(arguments, program["grid"])
-        check_grid(image.grid, program["expected"])
+        check_grid(image.grid, program["expected_grid"])
         if number in program["replayed"]:
-            model.get(program["denoiser"]).skip(replayed_answer(given["tape"][number], arguments))
+            model.get(denoiser).skip(replayed_answer(payload["answers"][number], arguments))
         store["grid"][:] = image.grid
-        now = SimpleNamespace(
-            model=model,
-            program=program,
-            given=given,
-            store=store,
-            indices=indices,
-            arguments=arguments,
-            moment=moment,
-            image=image,
-            gates={},
-            held={},
-        )
-        for module, side, parts in call["visits"]:
-            at_module(model.get(module), side, parts, now)
+        context = Context(model, program, payload, store, indices, arguments, moment, image)
+        for visit in forward["visits"]:
+            at_module(model.get(visit["module"]), visit, context)
         if program["record"]:
-            store["tape"].append(model.get(program["denoiser"]).output)
+            store["answers"].append(model.get(denoiser).output)
 
 
 def replayed_answer(recorded: Any, arguments: tuple[tuple, dict]) -> Any:
-    """A recorded answer where the call is made: a tape that came from a server lies in main memory."""
+    """A recorded answer on the device of the forward pass: a recording from a server lies in main memory."""
     device = next(value.device for value in tree_leaves(arguments) if isinstance(value, Tensor) and value.ndim > 1)
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), recorded)
 
 
-def at_module(envoy: Any, side: str, parts: list[dict[str, Any]], now: SimpleNamespace) -> None:
-    """Does everything that is to be done at one input or output of one module."""
-    value = envoy.output if side == "output" else envoy.inputs
-    changed = value
-    for part in parts:
-        tensor = select_tensor(changed, side, part)
-        if "keep" in part:
-            now.gates[part["keep"]] = compute_gate(tensor, part, envoy)
-        elif "hold" in part:
-            now.held[part["hold"]] = stream_tokens(tensor, part, now.image)
-        elif part["table"] is not None:
-            keep_computed(compute_gate(tensor, part, envoy), part, now)
-        elif "readout" in part:
-            keep_computed(
-                read_out(now.model, envoy, changed, part, now.held, now.image, now.program["readout"]), part, now
-            )
-        elif part["half"] is not None:
-            apply_actions(apply_to_part(envoy, tensor, part), part, now)
-        else:
-            edited = apply_actions(tensor, part, now)
-            changed = changed if edited is None else replace_tensor(changed, side, part, edited)
-    if changed is not value:
-        if side == "output":
-            envoy.output = changed
-        else:
-            envoy.inputs = changed
-
-
-def read_clock(
-    arguments: tuple[tuple, dict], program: dict[str, Any], clock: list[tuple], call: dict[str, Any]
-) -> SimpleNamespace:
-    """Notes the time of a call, and fails when it is not the call the plan expects."""
+def read_clock(arguments: tuple[tuple, dict], program: Program, clock: list[tuple], forward: Forward) -> Moment:
+    """Notes the time of a forward pass, and fails when it is not the one the program expects."""
     time = program["time"]
     value = argument(arguments, time["argument"], time["position"])
     timestep = float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
-    step, branches = call["step"], call["branches"]
+    step, branches = forward["step"], forward["branches"]
     if clock:
         last_step, _, last, _ = clock[-1]
+        # Neighbouring timesteps may be equal once they are rounded to half precision.
         exact = not isinstance(value, Tensor) or value.dtype not in (torch.float16, torch.bfloat16)
         repeated = step in program["repeats"]
         if (last_step == step and last != timestep) or (
@@ -132,115 +134,141 @@ def read_clock(
     levels = time["levels"]
     sigma = time["offset"] + time["scale"] * timestep if levels is None else levels[round(timestep)]
     clock.append((step, branches[0], timestep, sigma))
-    return SimpleNamespace(step=step, branches=branches, timestep=timestep, sigma=sigma)
+    return Moment(step, branches, timestep, sigma)
 
 
-def apply_actions(value: Any, part: dict[str, Any], now: SimpleNamespace) -> Any | None:
-    """Runs a part's actions in order; returns the edited value, or None when it was only read."""
-    tensor = to_tokens(value, part)
-    check_rows(tensor, part, now)
-    edited, gate = None, now.gates.get(part["gate"])
+def at_module(envoy: Any, visit: Visit, context: Context) -> None:
+    """Does everything that is to be done at one input or output of one module."""
+    side = visit["side"]
+    value = envoy.output if side == "output" else envoy.inputs
+    changed = value
+    for part in visit["parts"]:
+        location = part["location"]
+        tensor = select_tensor(changed, side, location)
+        if part["role"] == "gate":
+            context.gates[part["name"]] = compute_gate(tensor, location, envoy)
+        elif part["role"] == "hold":
+            context.held[part["name"]] = stream_tokens(tensor, location, context.image)
+        elif part["role"] == "readout":
+            keep_computed(read_out_held(envoy, changed, part, context), part, context)
+        elif location["table"] is not None:
+            keep_computed(compute_gate(tensor, location, envoy), part, context)
+        elif location["half"] is not None:
+            apply_actions(apply_to_part(envoy, tensor, location), part, context)
+        else:
+            edited = apply_actions(tensor, part, context)
+            changed = changed if edited is None else replace_tensor(changed, side, location, edited)
+    if changed is not value:
+        if side == "output":
+            envoy.output = changed
+        else:
+            envoy.inputs = changed
+
+
+def read_out_held(envoy: Any, inputs: tuple[tuple, dict], part: Part, context: Context) -> Tensor:
+    """What the final norm and what follows make of tokens that were held."""
+    rule = context.program["readout"]
+    if rule is None:
+        raise PlanMismatchError(f"the program has no rule to read {part['name']} out")
+    tokens, conditioning = context.held[part["name"]], context.held.get("shift")
+    return read_out(context.model, envoy, inputs, part["location"], tokens, conditioning, context.image, rule)
+
+
+def apply_actions(value: Any, part: Part, context: Context) -> Any | None:
+    """Carries out a part's actions in order; returns the edited value, or None when it was only read."""
+    location = part["location"]
+    tensor = to_tokens(value, location)
+    check_rows(tensor, part, context)
+    edited, gate = None, context.gates.get(part["gate"])
     for action in part["actions"]:
         if edited is None and action["kind"] != "Read":
             edited = tensor.clone()
         current = tensor if edited is None else edited
-        block = branch_rows(action, now)
-        whole, place = select_stream(current, part, now.image, block)
+        rows = branch_rows(action, context)
+        whole, index = select_stream(current, location, context.image, rows)
         check_tokens(whole, action, part)
-        stream = whole if part["span"] is None else whole[..., part["span"][0] : part["span"][1]]
-        factor = None if gate is None else select_stream(gate.expand_as(current), part, now.image, block)[0]
+        span = location["span"]
+        stream = whole if span is None else whole[..., span[0] : span[1]]
+        factor = None if gate is None else select_stream(gate.expand_as(current), location, context.image, rows)[0]
         if action["kind"] != "Read":
-            hook = SimpleNamespace(
-                name=part["site"],
-                step=now.moment.step,
-                timestep=now.moment.timestep,
-                sigma=now.moment.sigma,
-                branch=now.moment.branches[action["block"]],
-            )
-            now.store["touched"].append(edit(stream, action, hook, now.given, now.indices, factor))
-            if place is not None:
-                current[place] = whole
-        elif part["x0"]:
-            store_read(predict_x0(stream, now, block), action, part, now)
+            hook = Hook(part["name"], context.moment, context.moment.branches[action["branch_index"]])
+            context.store["touched"].append(edit(stream, action, hook, factor, context))
+            if index is not None:
+                current[index] = whole
+        elif location["x0"]:
+            store_read(predict_x0(stream, rows, context), action, part, context)
         else:
-            store_read(stream if factor is None else stream * factor, action, part, now)
-    return None if edited is None else from_tokens(edited, value, part)
+            store_read(stream if factor is None else stream * factor, action, part, context)
+    return None if edited is None else from_tokens(edited, value, location)
 
 
-def keep_computed(computed: Tensor, part: dict[str, Any], now: SimpleNamespace) -> None:
-    """Keeps what is computed on the way and cannot be written: modulations from tables, and the x0 of a block."""
-    check_rows(computed, part, now)
+def keep_computed(computed: Tensor, part: Part, context: Context) -> None:
+    """Stores reads of what is computed on the way and cannot be written: modulations from tables, x0 of a block."""
+    check_rows(computed, part, context)
     for action in part["actions"]:
-        block = branch_rows(action, now)
-        stream = computed[block.start : block.stop]
-        store_read(predict_x0(stream, now, block) if "readout" in part else stream, action, part, now)
+        rows = branch_rows(action, context)
+        stream = computed[rows.start : rows.stop]
+        value = predict_x0(stream, rows, context) if part["role"] == "readout" else stream
+        store_read(value, action, part, context)
 
 
-def check_tokens(stream: Tensor, action: dict[str, Any], part: dict[str, Any]) -> None:
-    """Fails where a token is asked for that only the run could tell not to exist."""
-    highest = action["highest"]
+def check_tokens(stream: Tensor, action: Action, part: Part) -> None:
+    """Fails where a requested token does not exist in this run."""
+    highest = action["highest_token"]
     if highest is not None and highest >= stream.shape[1]:
         raise PlanMismatchError(
-            f"token {highest} does not exist at {part['site']}, which has {stream.shape[1]}, 0 to {stream.shape[1] - 1}"
+            f"token {highest} does not exist at {part['name']}, which has {stream.shape[1]}, 0 to {stream.shape[1] - 1}"
         )
 
 
-def store_read(stream: Tensor, action: dict[str, Any], part: dict[str, Any], now: SimpleNamespace) -> None:
-    """Stores what a read has chosen."""
-    branch = now.moment.branches[action["block"]]
-    key = (action["op"], part["site"], now.moment.step, branch, action["group"])
-    now.store["reads"][key] = read(stream, action, now.indices)
-
-
-def branch_rows(action: dict[str, Any], now: SimpleNamespace) -> range:
-    """The rows of a call that belong to an action's branch."""
-    rows = now.program["rows"]
-    return range(action["block"] * rows, (action["block"] + 1) * rows)
-
-
-def check_rows(tensor: Tensor, part: dict[str, Any], now: SimpleNamespace) -> None:
-    """Fails where a call has other rows than the plan's images times its branches."""
-    rows = now.program["rows"] * len(now.moment.branches)
+def check_rows(tensor: Tensor, part: Part, context: Context) -> None:
+    """Fails where a forward pass has other rows than the program's images times its branches."""
+    rows = context.program["rows"] * len(context.moment.branches)
     if tensor.shape[0] != rows:
-        raise PlanMismatchError(f"the plan expects {rows} rows at {part['site']}, but the call has {tensor.shape[0]}")
+        raise PlanMismatchError(f"the plan expects {rows} rows at {part['name']}, but the call has {tensor.shape[0]}")
 
 
-def predict_x0(predicted: Tensor, now: SimpleNamespace, rows: range) -> Tensor:
-    """The clean latents that a prediction means: x - sigma v of a flow, (x - sigma e) / sqrt(1 - sigma^2) of noise."""
-    rule, time, sigma = now.program["grid"], now.program["time"], now.moment.sigma
-    latents = pack(argument(now.arguments, rule["latents"], rule["latents_position"]), rule["axes"], rule["patch"])
-    layout = {"layout": "text_first" if rule["rule"] == "marks" else "own", "stream": "img"}
-    noisy = select_stream(latents, layout, now.image, rows)[0]
-    width = min(noisy.shape[-1], predicted.shape[-1])
+def branch_rows(action: Action, context: Context) -> range:
+    """The rows of a forward pass that belong to an action's branch."""
+    rows = context.program["rows"]
+    return range(action["branch_index"] * rows, (action["branch_index"] + 1) * rows)
+
+
+def store_read(stream: Tensor, action: Action, part: Part, context: Context) -> None:
+    """Stores what a read has chosen: reduced where it is, then in main memory."""
+    chosen = stream[outer_index(stream, action["rows"], action["tokens"], action["channels"], context.indices)].detach()
+    reduce = action.get("reduce")
+    kept = chosen.to("cpu", copy=True) if reduce is None else reduce_tokens(chosen, reduce).cpu()
+    branch = context.moment.branches[action["branch_index"]]
+    context.store["reads"][action["op"], part["name"], context.moment.step, branch, action["group"]] = kept
+
+
+def predict_x0(predicted: Tensor, rows: range, context: Context) -> Tensor:
+    """The clean latents that a prediction means.
+
+    Flow matching (arXiv 2210.02747): x_sigma = (1 - sigma) x0 + sigma noise and v = noise - x0, so x0 = x - sigma v.
+    Noise (DDPM, arXiv 2006.11239, eq. 15, with sigma = sqrt(1 - alpha bar)): x0 = (x - sigma e) / sqrt(1 - sigma^2).
+    v (arXiv 2202.00512, appendix D): x0 = sqrt(1 - sigma^2) x - sigma v.
+    """
+    grid, time, sigma = context.program["grid"], context.program["time"], context.moment.sigma
+    latents = pack(argument(context.arguments, grid["latents"], grid["latents_position"]), grid["axes"], grid["patch"])
+    layout: Any = {"layout": "text_first" if grid["rule"] == "marks" else "own", "stream": "img"}
+    noisy = select_stream(latents, layout, context.image, rows)[0]
+    width = min(noisy.shape[-1], predicted.shape[-1])  # a learned variance is left out
     noisy, predicted = noisy[..., :width].float(), predicted[..., :width].float() * time["sign"]
     if time["kind"] == "flow":
         return noisy - sigma * predicted
-    kept = (1 - sigma**2) ** 0.5
+    signal = (1 - sigma**2) ** 0.5
     if time["kind"] == "v_prediction":
-        return kept * noisy - sigma * predicted
-    return (noisy - sigma * predicted) / kept
+        return signal * noisy - sigma * predicted
+    return (noisy - sigma * predicted) / signal
 
 
-def read(stream: Tensor, action: dict[str, Any], indices: dict) -> Tensor:
-    """The chosen elements, reduced where they are, in main memory."""
-    chosen = stream[index(stream, action["rows"], action["tokens"], action["channels"], indices)].detach()
-    if action["reduce"] is not None:
-        return reduce_tokens(chosen, action["reduce"]).cpu()
-    return chosen.to("cpu", copy=True)
-
-
-def edit(
-    stream: Tensor,
-    action: dict[str, Any],
-    hook: SimpleNamespace,
-    given: dict[str, Any],
-    indices: dict,
-    gate: Tensor | None,
-) -> tuple:
-    """Changes the chosen elements of ``stream`` (a view of the copy) and says what was touched, as gated."""
-    where = index(stream, action["rows"], action["tokens"], action["channels"], indices)
+def edit(stream: Tensor, action: Action, hook: Hook, gate: Tensor | None, context: Context) -> tuple:
+    """Changes the chosen elements of ``stream`` (a view of the copy) and says what was touched, norms as gated."""
+    where = outer_index(stream, action["rows"], action["tokens"], action["channels"], context.indices)
     old = stream[where]
-    new = new_values(old, stream, action, hook, given, indices)
+    new = EDITS[action["kind"]](Edit(old, stream, action, hook, context.payload, context.indices))
     factor = 1.0 if gate is None else gate[where]
     before = torch.linalg.vector_norm(old.detach() * factor, dtype=torch.float32)
     if new is not None:

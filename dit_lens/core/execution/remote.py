@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from nnsight.intervention.backends.remote import RemoteBackend
     from nnsight.modeling.diffusion import DiffusionModel
 
+    from dit_lens.core.plan.program import Program, Store
+
 
 def pipeline_without_weights(path: str | Path, revision: str | None = None) -> DiffusionModel:
-    """Nnsight's model of a pipeline whose weights are not loaded. StoreError where there is no such pipeline."""
+    """Nnsight's model of a pipeline whose weights are not loaded. Raises StoreError if there is no such pipeline."""
     from diffusers import DiffusionPipeline
     from nnsight.modeling.diffusion import DiffusionModel
 
@@ -60,30 +62,30 @@ class RemoteEngine:
         self.host = self._backend(host).host
 
     @property
-    def place(self) -> str:
+    def device_name(self) -> str:
         """Where the model is."""
         return f"nnsight server {self.host}"
 
     @property
     def provenance(self) -> dict[str, Any]:
         """What is known of the machine that a run was made on."""
-        return {"device": self.place, "dtype": "the server's", "threads": None}
+        return {"device": self.device_name, "dtype": "the server's", "threads": None}
 
     def follow(self) -> None:
         """Modules do not come or go here."""
 
     def generate(
-        self, program: dict[str, Any], given: dict[str, Any], call: dict[str, Any], reads: dict
-    ) -> tuple[dict[str, Any], Any]:
+        self, program: Program, payload: dict[str, Any], call: dict[str, Any], reads: dict
+    ) -> tuple[Store, Any]:
         """As :meth:`Engine.generate`; every failure on the way or there is an ExecutionError."""
         from dit_lens.core.execution.engine import traced
 
         _check_prompts(call)
-        with self.lock, self._told():
+        with self.lock, self._translate_errors():
             _register()
-            _check_functions([*call.values(), *given.values()])
+            _check_functions([*call.values(), *payload.values()])
             call = {**call, "backend": self._backend(self.host)}
-            store, results = traced(self.model.generate, self.model, program, given, call, {})
+            store, results = traced(self.model.generate, self.model, program, payload, call, {})
         for key in list(store["reads"]):
             reads[key] = store["reads"].pop(key)
         return {**store, "reads": reads}, results[0]
@@ -106,7 +108,7 @@ class RemoteEngine:
         return backend
 
     @contextmanager
-    def _told(self) -> Generator[None]:
+    def _translate_errors(self) -> Generator[None]:
         """What a person can do about a server that cannot be reached, refuses, or fails."""
         from httpx import HTTPError
         from nnsight.intervention.backends.remote import RemoteError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from tqdm.auto import tqdm
@@ -13,6 +13,9 @@ from tqdm.auto import tqdm
 from dit_lens.core.plan.compile import Plan
 from dit_lens.core.request.call import Call
 from dit_lens.errors import ExecutionError, OpError, PromptError
+
+if TYPE_CHECKING:
+    from dit_lens.core.plan.program import Action, Forward, Part, Visit
 
 Drawn = TypeVar("Drawn")
 
@@ -22,7 +25,7 @@ def run_in_batches(
 ) -> Iterator[Drawn]:
     """What ``draw`` makes of every batch; several share one progress bar. Where memory runs out, half do.
 
-    Raises PromptError for a size that is none, ExecutionError where one prompt is too many.
+    Raises PromptError if the size is not valid, ExecutionError where one prompt is too many.
     """
     prompts = call.rows // call.images_per_prompt
     if batch_size is not None and batch_size < 1:
@@ -31,10 +34,10 @@ def run_in_batches(
     pieces, done = _pieces(call, plan, range(prompts), size), 0
     with tqdm(total=prompts, desc="prompts", disable=size == prompts) as bar:
         while pieces:
-            (part, piece), *rest = pieces
-            count = part.rows // call.images_per_prompt
+            (batch, piece), *rest = pieces
+            count = batch.rows // call.images_per_prompt
             try:
-                drawn = draw(part, piece)
+                drawn = draw(batch, piece)
             except torch.OutOfMemoryError as full:
                 size = count // 2
                 pieces = _smaller_pieces(call, plan, range(done, prompts), size, full)
@@ -55,7 +58,7 @@ def _pieces(call: Call, plan: Plan, prompts: range, size: int) -> list[tuple[Cal
     if len(prompts) * n == call.rows and size >= len(prompts):
         return [(call, plan)]
     spans = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    return [(call.part(span), narrow(plan, range(span.start * n, span.stop * n))) for span in spans]
+    return [(call.for_prompts(span), narrow(plan, range(span.start * n, span.stop * n))) for span in spans]
 
 
 def _smaller_pieces(
@@ -79,44 +82,40 @@ def narrow(plan: Plan, rows: range) -> Plan:
     """The part of a plan that concerns some rows of the batch, with those rows numbered from 0."""
     if plan.program["record"] or plan.program["replayed"]:
         raise OpError("a recorded run is one batch: leave batch_size= out, and give fewer prompts where memory ends.")
-    calls = [
-        {
-            **call,
-            "visits": [
-                [module, side, kept] for module, side, parts in call["visits"] if (kept := _narrowed_parts(parts, rows))
-            ],
-        }
-        for call in plan.program["calls"]
-    ]
-    return replace(plan, program={**plan.program, "rows": len(rows), "calls": calls})
+    forwards: list[Forward] = []
+    for forward in plan.program["forwards"]:
+        visits: list[Visit] = [{**visit, "parts": _narrow_parts(visit["parts"], rows)} for visit in forward["visits"]]
+        forwards.append({**forward, "visits": [visit for visit in visits if visit["parts"]]})
+    return replace(plan, program={**plan.program, "rows": len(rows), "forwards": forwards})
 
 
-def _narrowed_parts(parts: list[dict[str, Any]], rows: range) -> list[dict[str, Any]]:
-    kept = [
-        part
-        if "actions" not in part
-        else {**part, "actions": [a for action in part["actions"] if (a := _narrowed_action(action, rows)) is not None]}
-        for part in parts
-    ]
-    return [part for part in kept if part.get("actions", True)]
+def _narrow_parts(parts: list[Part], rows: range) -> list[Part]:
+    """The parts with the actions that concern some rows; a part that is left without any is left out."""
+    found: list[Part] = []
+    for part in parts:
+        actions = [kept for action in part["actions"] if (kept := _narrow_action(action, rows)) is not None]
+        if actions or part["role"] in ("gate", "hold"):
+            found.append({**part, "actions": actions})
+    return found
 
 
-def _narrowed_action(action: dict[str, Any], rows: range) -> dict[str, Any] | None:
-    if action["rows"] is None and action["kind"] != "Put" and action["kind"] != "CopyRow":
+def _narrow_action(action: Action, rows: range) -> Action | None:
+    """An action for some rows, numbered from 0; None where it concerns none of them."""
+    source = action.get("source_rows")
+    if action["rows"] is None and source is None:
         return action
-    source: list[int] = action.get("source_rows", [])
-    chosen = action["rows"] if action["rows"] is not None else range(rows.stop)
+    chosen = range(rows.stop) if action["rows"] is None else action["rows"]
     here = [i for i, row in enumerate(chosen) if row in rows]
     if not here:
         return None
-    changed = {**action, "rows": [chosen[i] - rows.start for i in here]}
-    if action["kind"] == "Put":
-        changed["source_rows"] = [source[i] for i in here]
-    if action["kind"] == "CopyRow":
+    changed: Action = {**action, "rows": [chosen[i] - rows.start for i in here]}
+    if action["kind"] == "CopyRow" and source is not None:
         if source[0] not in rows:
             raise OpError(
                 f"batch_size puts row {source[0]}, the source of a swap, and row {chosen[here[0]]} into different "
                 "batches. Rows that exchange values must run together: raise batch_size, or place them side by side."
             )
         changed["source_rows"] = [source[0] - rows.start]
+    elif source is not None:
+        changed["source_rows"] = [source[i] for i in here]
     return changed

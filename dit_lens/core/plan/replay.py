@@ -1,7 +1,7 @@
 """What a run need not compute again: everything before its first edit, where a run without edits has recorded it.
 
 The transformer's answers are put in the place of its calls, so the pipeline and its scheduler go through the same steps
-with the same numbers, whatever the scheduler remembers of them. A tape is as large as the latents times the calls.
+with the same numbers, whatever the scheduler remembers of them. A recording is as large as the latents times the calls.
 """
 
 from __future__ import annotations
@@ -13,42 +13,54 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens.core.request.ops import Op, Read
-from dit_lens.core.runs.run import Tape
+from dit_lens.core.runs.run import Recording
 from dit_lens.errors import OpError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from dit_lens.core.plan.compile import Plan
+    from dit_lens.core.plan.program import Program
     from dit_lens.core.request.call import Call
     from dit_lens.families import Family
 
 
 def record_answers(plan: Plan, ops: Sequence[Op]) -> Plan:
-    """The plan of a run that keeps a tape; OpError where it edits."""
+    """The plan of a run that keeps what the transformer answers; OpError if it edits."""
     edits = [op for op in ops if not isinstance(op, Read)]
     if edits:
         raise OpError(f"record=True keeps a run without edits; this one has {edits[0]!r}. Record the run before it.")
     return replace(plan, program={**plan.program, "record": True})
 
 
-def replay_answers(plan: Plan, tape: Tape | None, call: Call, pipe: DiffusionPipeline, family: Family) -> Plan:
-    """The plan of a run that takes what precedes its first op from a tape; OpError where the tape is of another run."""
-    if tape is None:
+def replay_answers(
+    plan: Plan, recording: Recording | None, call: Call, pipe: DiffusionPipeline, family: Family
+) -> Plan:
+    """The plan of a run that takes what precedes its first op from a recording.
+
+    Raises OpError if the recording is of another run.
+    """
+    if recording is None:
         raise OpError("prefix= needs a run that was recorded in this session. Make it with lens.run(..., record=True).")
-    if tape.transformer is not pipe.transformer:
+    if recording.transformer is not pipe.transformer:
         raise OpError("the run of prefix= was made with another transformer. Record it again with this lens.")
-    before, now = ({"prompts": c.prompts, "seeds": c.seeds, **c.arguments} for c in (tape.call, call))
+    before, now = recording.call, call_values(call)
     if odd := [name for name in {**before, **now} if not _same(before.get(name), now.get(name))]:
         raise OpError(
             f"the run of prefix= was called with other {', '.join(odd)}. Its prompts, seeds and arguments must be this "
             "run's own."
         )
-    calls = plan.program["calls"]
-    first = next((number for number, one in enumerate(calls) if one["visits"]), len(calls))
-    filling = sum(one["step"] == 0 for one in calls) if type(pipe).__name__ in family.caching else 0
-    program = {**plan.program, "replayed": range(filling, first)}
-    return replace(plan, program=program, given={**plan.given, "tape": tape.outputs})
+    forwards = plan.program["forwards"]
+    first = next((number for number, forward in enumerate(forwards) if forward["visits"]), len(forwards))
+    # A pipeline whose first step fills a cache has to compute it, or later steps would find the cache empty.
+    filling = sum(forward["step"] == 0 for forward in forwards) if type(pipe).__name__ in family.caching else 0
+    program: Program = {**plan.program, "replayed": range(filling, first)}
+    return replace(plan, program=program, payload={**plan.payload, "answers": recording.answers})
+
+
+def call_values(call: Call) -> dict[str, Any]:
+    """What decides the answers of the transformer: the prompts, seeds and arguments of a call."""
+    return {"prompts": call.prompts, "seeds": call.seeds, **call.arguments}
 
 
 def _same(a: Any, b: Any) -> bool:

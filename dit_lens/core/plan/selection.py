@@ -2,36 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import OpError
 
+if TYPE_CHECKING:
+    from dit_lens.core.plan.outline import Outline
+    from dit_lens.core.request.ops import Op
+    from dit_lens.families.sites import Site
+
 
 @dataclass(frozen=True)
-class Batch:
-    """What is known of a run's batch before it starts.
+class Group:
+    """Rows that share their tokens; None means all."""
 
-    rows: images. grid: (h, w) image tokens, None when only the pipeline knows. text_tokens: length of the text
-    stream, None when unknown. find_word: (row, word) -> its text token indices.
+    rows: list[int] | None
+    tokens: list[int] | None
+
+
+def select_groups(op: Op, sites: Sequence[Site], outline: Outline) -> list[Group]:
+    """The rows and tokens of an op: one group, except where a word stands elsewhere in each row's prompt."""
+    rows = None if op.rows is None else sorted(to_indices(op.rows, outline.rows, "row", "this run has", "images"))
+    streams = {site.stream for site in sites}
+    if isinstance(op.tokens, str):
+        if streams != {"txt"}:
+            raise OpError(
+                f"tokens={op.tokens!r} names a word, which only the txt stream has; {op.site!r} is not that. "
+                "Use mask= or token indices."
+            )
+        return [
+            Group([row], outline.find_word(row, op.tokens)) for row in (range(outline.rows) if rows is None else rows)
+        ]
+    if (op.mask is not None or op.tokens is not None) and any(site.point.startswith("mod.") for site in sites):
+        raise OpError(f"{op.site!r} is one vector for each image, not tokens. Use channels=, not tokens= or mask=.")
+    if op.mask is not None:
+        if streams != {"img"} or op.tokens is not None:
+            raise OpError("mask= chooses image tokens: use it on the img stream, and without tokens=.")
+        return [Group(rows, _masked_tokens(op.mask, outline))]
+    return [Group(rows, _tokens(op, streams, outline))]
+
+
+def select_channels(op: Op, site: Site, width: int) -> list[int] | None:
+    """The channels of an op at one site; None means all."""
+    chosen = op.channels
+    if chosen is None:
+        return None
+    if isinstance(chosen, Mapping):
+        if site.name not in chosen:
+            raise OpError(
+                f"channels= has no entry for {site}. It has "
+                f"{', '.join(list(chosen)[:8])}{' ...' if len(chosen) > 8 else ''}. "
+                "Narrow the op's site to those, for instance site=list(channels)."
+            )
+        chosen = chosen[site.name]
+    return to_indices(chosen, width, "channel", f"{site} has", "channels")
+
+
+def to_indices(asked: Any, size: int | None, what: str, owner: str, plural: str) -> list[int]:
+    """Explicit indices, negative ones counted from the end; OpError if one is out of range or not an integer.
+
+    asked: an index, several, a slice or a range.
+    size: how many there are; None where only the run can tell.
+    what, owner, plural: for messages, such as "row", "this run has", "images".
     """
-
-    rows: int
-    grid: tuple[int, int] | None
-    text_tokens: int | None
-    find_word: Callable[[int, str], list[int]]
-
-    def tokens(self, stream: str) -> int | None:
-        if stream == "txt":
-            return self.text_tokens
-        return None if self.grid is None else self.grid[0] * self.grid[1]
-
-
-def _indices(asked: Any, size: int | None, what: str, owner: str, plural: str) -> list[int]:
-    """Explicit indices, negative ones counted from the end; OpError when one is out of range or no integer."""
     if isinstance(asked, slice | range):
-        asked = _slice(asked, size, what) if isinstance(asked, slice) else asked
+        asked = _slice_to_range(asked, size, what) if isinstance(asked, slice) else asked
     values = asked if isinstance(asked, Sequence) or hasattr(asked, "__iter__") else [asked]
     found = []
     for value in values:
@@ -52,7 +89,41 @@ def _indices(asked: Any, size: int | None, what: str, owner: str, plural: str) -
     return found
 
 
-def _slice(asked: slice, size: int | None, what: str) -> range:
+def _tokens(op: Op, streams: set[str], outline: Outline) -> list[int] | None:
+    if op.tokens is None:
+        return None
+    sizes = [size for size in map(outline.tokens, streams) if size is not None]
+    return to_indices(
+        op.tokens, min(sizes, default=None), "token", f"the {' and '.join(sorted(streams))} stream has", "tokens"
+    )
+
+
+def _masked_tokens(given: Any, outline: Outline) -> list[int]:
+    import numpy as np
+
+    mask = np.asarray(given.cpu() if hasattr(given, "cpu") else given)
+    if mask.ndim != 2 or (mask.dtype != bool and not np.isin(mask, (0, 1)).all()):
+        raise OpError(
+            f"mask= must be a bool array [h, w]; it has shape {list(mask.shape)} and dtype {mask.dtype}. "
+            "Threshold it first."
+        )
+    if outline.grid is None:
+        raise OpError(
+            "mask= needs the token grid, which this pipeline decides while it runs. "
+            "Pass height= and width=, or tokens=."
+        )
+    if mask.shape != outline.grid:
+        raise OpError(
+            f"the mask is {mask.shape[0]} x {mask.shape[1]}, but this run has a grid of {outline.grid[0]} x "
+            f"{outline.grid[1]} image tokens. Resize it to the grid (dit_lens.clusters.to_grid), or change "
+            "height= and width=."
+        )
+    if not mask.any():
+        raise OpError("mask= chooses no token: every entry is False. Leave the op out, or choose another mask.")
+    return [int(token) for token in np.flatnonzero(mask)]
+
+
+def _slice_to_range(asked: slice, size: int | None, what: str) -> range:
     """A slice as numbers; where the size is known only during the run, it must say where it ends."""
     if size is not None:
         return range(size)[asked]

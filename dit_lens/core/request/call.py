@@ -54,7 +54,7 @@ class Call:
             call["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         return call
 
-    def part(self, prompts: range) -> Call:
+    def for_prompts(self, prompts: range) -> Call:
         """The same call for some of its prompts, or of what stands for them."""
         if self.seeds is None:
             raise PromptError("batch_size= splits prompts with a seed. Leave it out when passing generator=.")

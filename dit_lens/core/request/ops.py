@@ -3,20 +3,28 @@
 >>> op = Zero("blocks.*.img", channels=[3, 17], steps=(0.0, 0.5))
 >>> from_json(to_json(op))
 Zero(site='blocks.*.img', channels=[3, 17], steps=(0.0, 0.5))
+
+All there is to an op stands here: its fields, how it is laid out for one site (``lower``), and the edit that the
+executor makes of it (``EDITS``). The edits use torch only, as they travel to a server by source.
 """
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
+import torch
+from torch import Tensor
+
+from dit_lens.core.request.json_values import SigmaInterval, from_plain, to_plain
+from dit_lens.core.request.reduce import parse
 from dit_lens.errors import OpError, nearest
+from dit_lens.families.layout import PlanMismatchError
+from dit_lens.families.tensors import outer_index
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
     from dit_lens.core.runs.run import Run
 
@@ -28,14 +36,7 @@ Steps: TypeAlias = "int | Sequence[int] | slice | tuple[float, float] | SigmaInt
 Rows: TypeAlias = "int | Sequence[int] | None"
 Branch: TypeAlias = "Literal['cond', 'uncond', 'both'] | None"
 Source: TypeAlias = "str | Run | Tensor | Mapping[str, Tensor]"
-
-
-@dataclass(frozen=True)
-class SigmaInterval:
-    """Steps whose noise level lies in (low, high]: written ``dit_lens.sigma(1.0, 0.3)``, from noisy to clean."""
-
-    high: float
-    low: float
+Lowered: TypeAlias = "list[tuple[str, dict[str, Any]]]"  # for every branch what an action holds beside the selection
 
 
 def sigma(high: float, low: float) -> SigmaInterval:
@@ -52,14 +53,54 @@ def sigma(high: float, low: float) -> SigmaInterval:
     return SigmaInterval(high, low)
 
 
+class Lowering(Protocol):
+    """What an op may ask of the plan while it is laid out at one site."""
+
+    @property
+    def site(self) -> str:
+        """The name of the site."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """The number of channels chosen there."""
+        ...
+
+    def on_branches(self, **action: Any) -> Lowered:
+        """The same action on every branch the op touches."""
+        ...
+
+    def give(self, value: Any) -> str:
+        """The key under which the executor finds a tensor or a function."""
+        ...
+
+    def row(self, source: str) -> list[int]:
+        """The row that ``"row:0"`` names."""
+        ...
+
+    def put(
+        self,
+        source: Any,
+        *,
+        strength: float = 1.0,
+        means: bool = False,
+        pick_rows: Callable[[int, list[int]], list[int]] | None = None,
+    ) -> Lowered:
+        """Replacing by a source's values. means: which are means per channel. pick_rows: (rows there, targets)."""
+        ...
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Op:
     """What every operation shares.
 
-    site: a pattern of sites, or several. channels: indices, a mapping site -> indices (a ChannelSet), or None for all.
-    tokens: image or text token indices; on the text stream a word of the prompt. mask: bool [h, w] over image tokens.
+    site: a pattern of sites, or several.
+    channels: indices, a mapping site -> indices (a ChannelSet), or None for all.
+    tokens: image or text token indices; on the text stream a word of the prompt.
+    mask: bool [h, w] over image tokens.
     steps: an index, a list or slice of indices, a pair of floats (fractions of the run), ``sigma(high, low)``, or all.
-    rows: indices into the batch of images, or all. branch: "cond", "uncond" or "both"; None is the op's own default.
+    rows: indices into the batch of images, or all.
+    branch: "cond", "uncond" or "both"; None is the op's own default.
     """
 
     site: Pattern
@@ -71,10 +112,27 @@ class Op:
     branch: Branch = field(default=None, kw_only=True)
 
     default_branch: ClassVar[str] = "both"
+    edits: ClassVar[bool] = True  # whether it changes what it finds
+    exact_under_gate: ClassVar[bool] = False  # whether op(gate * x) = gate * op(x), so that x may be edited instead
+    has_json: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        OPS[cls.__name__] = cls
+
+    def does_nothing(self) -> bool:
+        """Whether there is nothing to carry out, whatever the site."""
+        return False
+
+    def lower(self, at: Lowering) -> Lowered:
+        """What its action holds at one site, beside the rows, tokens and channels that it selects."""
+        return at.on_branches(kind=type(self).__name__)
 
     def __repr__(self) -> str:
         set_ = [(f.name, getattr(self, f.name)) for f in _ordered(self) if getattr(self, f.name) is not f.default]
         return f"{type(self).__name__}({', '.join(f'{name}={_brief(value)}' for name, value in set_)})"
+
+
+OPS: dict[str, type[Op]] = {}  # every op by its name
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -82,7 +140,7 @@ class Read(Op):
     """Keeps the values at a site: [step, row, token, channel], or [step, row, channel, ...] after a reduction.
 
     reduce: how tokens are reduced on the model's device: "mean", "|mean|", "mean|x|", "rms", "max", "p99.9",
-    "quantile(0.1,0.9)", "histogram(-10,10,64)", "topk(12)"; None keeps every token.
+        "quantile(0.1,0.9)", "histogram(-10,10,64)", "topk(12)"; None keeps every token.
     name: the key of the result; the site's own name by default.
     """
 
@@ -90,11 +148,17 @@ class Read(Op):
     name: str | None = field(default=None, kw_only=True)
 
     default_branch: ClassVar[str] = "cond"
+    edits: ClassVar[bool] = False
+
+    def lower(self, at: Lowering) -> Lowered:
+        return at.on_branches(kind="Read", reduce=None if self.reduce is None else _parse(self.reduce))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Zero(Op):
     """Sets the chosen elements to zero."""
+
+    exact_under_gate: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -103,12 +167,26 @@ class Scale(Op):
 
     factor: float = field(default=1.0, kw_only=True)
 
+    exact_under_gate: ClassVar[bool] = True
+
+    def lower(self, at: Lowering) -> Lowered:
+        return at.on_branches(kind="Scale", factor=float(self.factor))
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Add(Op):
     """Adds ``value``, a number or a vector over the chosen channels, to every chosen token."""
 
     value: float | Tensor = field(default=0.0, kw_only=True)
+
+    def lower(self, at: Lowering) -> Lowered:
+        value = torch.as_tensor(self.value)
+        if value.ndim > 1 or (value.ndim == 1 and value.shape[0] not in (1, at.size)):
+            raise OpError(
+                f"Add at {at.site}: value has shape {list(value.shape)}; it must be a number or a vector over the "
+                f"{at.size} chosen channels."
+            )
+        return at.on_branches(kind="Add", key=at.give(value))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -124,13 +202,41 @@ class Swap(Op):
     source: Source = field(default="", kw_only=True)
     strength: float = field(default=1.0, kw_only=True)
 
+    def does_nothing(self) -> bool:
+        if not 0 <= self.strength <= 1:
+            raise OpError(
+                f"strength={self.strength} lies outside [0, 1]: 0 leaves the target as it is, 1 replaces it. "
+                "To exaggerate, use Scale or Apply."
+            )
+        return self.strength == 0
+
+    def lower(self, at: Lowering) -> Lowered:
+        if isinstance(self.source, str):
+            return at.on_branches(kind="CopyRow", source_rows=at.row(self.source), strength=self.strength)
+        return at.put(self.source, strength=self.strength)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Resample(Op):
-    """Replaces the chosen elements by those of a randomly chosen row of another run (resample ablation)."""
+    """Replaces the chosen elements by those of a randomly chosen row of another run (resample ablation).
+
+    source: a Run that read the site, or a mapping site -> tensor.
+    seed: of the choice of rows.
+    """
 
     source: Run | Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
     seed: int = field(default=0, kw_only=True)
+
+    def lower(self, at: Lowering) -> Lowered:
+        return at.put(self.source, pick_rows=self._pick_rows)
+
+    def _pick_rows(self, available: int, targets: list[int]) -> list[int]:
+        """For every target a random row of the source, never the one of the same number where there is a choice."""
+        import numpy as np
+
+        rng = np.random.default_rng(self.seed)
+        others = [[row for row in range(available) if row != target or available == 1] for target in targets]
+        return [int(rng.choice(rows)) for rows in others]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -138,6 +244,13 @@ class TokenMean(Op):
     """Keeps one part of each channel: its mean over the chosen tokens, or the spatial residual around that mean."""
 
     keep: Literal["mean", "residual"] = field(default="mean", kw_only=True)
+
+    def lower(self, at: Lowering) -> Lowered:
+        if self.keep not in ("mean", "residual"):
+            raise OpError(
+                f"keep={self.keep!r} is not a valid part of a channel.{nearest(str(self.keep), ('mean', 'residual'))}"
+            )
+        return at.on_branches(kind="TokenMean", keep=self.keep)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -148,6 +261,9 @@ class MeanAblate(Op):
     """
 
     mean: Run | Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
+
+    def lower(self, at: Lowering) -> Lowered:
+        return at.put(self.mean, means=True)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -160,21 +276,104 @@ class Apply(Op):
 
     fn: Callable[[Tensor, Any], Tensor | None] | None = field(default=None, kw_only=True)
 
+    has_json: ClassVar[bool] = False
 
-OPS: dict[str, type[Op]] = {
-    op.__name__: op for op in (Read, Zero, Scale, Add, Swap, Resample, TokenMean, MeanAblate, Apply)
+    def lower(self, at: Lowering) -> Lowered:
+        if not callable(self.fn):
+            raise OpError(f"Apply at {at.site} needs a function fn(tensor, hook); it was given {self.fn!r}.")
+        return at.on_branches(kind="Apply", key=at.give(self.fn))
+
+
+# The edits: how the executor changes what an action has chosen.
+
+
+class Edit:
+    """One edit while it is carried out.
+
+    old: the chosen elements [row, token, channel].
+    stream: the whole tensor they were taken from.
+    action: of the program.
+    hook: where and when: ``name``, ``step``, ``timestep``, ``sigma``, ``branch``.
+    payload: key -> tensor or function.
+    indices: index tensors that were made before.
+    """
+
+    def __init__(
+        self, old: Tensor, stream: Tensor, action: Any, hook: Any, payload: dict[str, Any], indices: dict[Any, Tensor]
+    ):
+        self.old, self.stream, self.action = old, stream, action
+        self.hook, self.payload, self.indices = hook, payload, indices
+
+
+def zero(edit: Edit) -> Tensor:
+    """Zeros."""
+    return torch.zeros_like(edit.old)
+
+
+def scale(edit: Edit) -> Tensor:
+    """A multiple."""
+    return edit.old * edit.action["factor"]
+
+
+def add(edit: Edit) -> Tensor:
+    """The sum with a number or a vector."""
+    return edit.old + edit.payload[edit.action["key"]].to(edit.old)
+
+
+def put(edit: Edit) -> Tensor:
+    """Elements of a given tensor [step, row, token, channel], whose axes of size 1 stand for all."""
+    source = edit.payload[edit.action["key"]]
+    source = source[min(edit.action["step_index"], source.shape[0] - 1)]
+    source = source if source.shape[0] == 1 else source[edit.action["source_rows"]]
+    return source.to(edit.old).expand_as(edit.old)
+
+
+def copy_row(edit: Edit) -> Tensor:
+    """The same tokens and channels of another row of the batch."""
+    action = edit.action
+    where = outer_index(edit.stream, action["source_rows"], action["tokens"], action["channels"], edit.indices)
+    return edit.stream[where].expand_as(edit.old).clone()
+
+
+def token_mean(edit: Edit) -> Tensor:
+    """Each channel's mean over the chosen tokens, or what is left without it."""
+    mean = edit.old.mean(1, keepdim=True, dtype=torch.float32).to(edit.old.dtype)
+    return mean.expand_as(edit.old) if edit.action["keep"] == "mean" else edit.old - mean
+
+
+def apply(edit: Edit) -> Tensor | None:
+    """What a function of the user's makes of a copy."""
+    new = edit.payload[edit.action["key"]](edit.old.clone(), edit.hook)
+    if new is None:
+        return None
+    if tuple(new.shape) != tuple(edit.old.shape):
+        raise PlanMismatchError(
+            f"the function applied at {edit.hook.name} returned shape {list(new.shape)} for {list(edit.old.shape)}"
+        )
+    return new.to(edit.old)
+
+
+EDITS: dict[str, Callable[[Edit], Tensor | None]] = {
+    "Zero": zero,
+    "Scale": scale,
+    "Add": add,
+    "Put": put,
+    "CopyRow": copy_row,
+    "TokenMean": token_mean,
+    "Apply": apply,
 }
 
 
 def to_json(op: Op) -> dict[str, Any]:
     """An op as plain data; what is left at its default is left out."""
-    if isinstance(op, Apply):
+    name = type(op).__name__
+    if not op.has_json:
         raise OpError(
-            "Apply holds a Python function, which has no JSON form. "
+            f"{name} holds a Python function, which has no JSON form. "
             "Save the results of its run instead, or use another op."
         )
     values = {f.name: getattr(op, f.name) for f in fields(op)}
-    return {"op": type(op).__name__, **{name: _plain(value) for name, value in values.items() if value is not None}}
+    return {"op": name, **{field: to_plain(value) for field, value in values.items() if value is not None}}
 
 
 def from_json(data: Mapping[str, Any]) -> Op:
@@ -187,7 +386,14 @@ def from_json(data: Mapping[str, Any]) -> Op:
     for name in values:
         if name not in known:
             raise OpError(f"{kind} takes no {name!r}.{nearest(name, known)}")
-    return OPS[kind](**{name: _restore(value) for name, value in values.items()})
+    return OPS[kind](**{name: from_plain(value) for name, value in values.items()})
+
+
+def _parse(text: str) -> list[Any]:
+    try:
+        return parse(text)
+    except ValueError as problem:
+        raise OpError(f"reduce={text!r}: {problem}") from None
 
 
 def _ordered(op: Op) -> list[Any]:
@@ -203,64 +409,3 @@ def _brief(value: Any) -> str:
     return (
         text if len(text) <= 80 else f"<{type(value).__name__} of {len(value) if hasattr(value, '__len__') else '...'}>"
     )
-
-
-def _plain(value: Any) -> Any:
-    import numpy as np
-
-    if isinstance(value, SigmaInterval):
-        return {"sigma": [value.high, value.low]}
-    if isinstance(value, slice):
-        return {"slice": [value.start, value.stop, value.step]}
-    if isinstance(value, tuple) and any(isinstance(end, float) for end in value):
-        return {"fraction": list(value)}
-    if hasattr(value, "reference"):  # a Run names itself
-        return value.reference()
-    if isinstance(value, Mapping):
-        return {"mapping": {str(key): _plain(item) for key, item in value.items()}}
-    if type(value).__module__.startswith("torch") or hasattr(value, "as_subclass"):
-        return _plain_tensor(value)
-    if isinstance(value, np.ndarray):
-        return {"array": _plain(value.tolist())}
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _plain_tensor(value: Tensor) -> dict[str, Any]:
-    import torch
-
-    raw = value.detach().cpu().contiguous().as_subclass(torch.Tensor)
-    data = base64.b64encode(raw.reshape(-1).view(torch.uint8).numpy().tobytes()).decode("ascii")
-    return {"tensor": data, "dtype": str(raw.dtype).removeprefix("torch."), "shape": list(raw.shape)}
-
-
-def _restore(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_restore(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "sigma" in value:
-        return SigmaInterval(*value["sigma"])
-    if "slice" in value:
-        return slice(*value["slice"])
-    if "fraction" in value:
-        return tuple(value["fraction"])
-    if "mapping" in value:
-        return {key: _restore(item) for key, item in value["mapping"].items()}
-    if "array" in value:
-        import numpy as np
-
-        return np.asarray(value["array"])
-    if "run" in value:
-        from dit_lens.core.runs.run import Run
-
-        return Run.load(value["run"])
-    if "tensor" in value:
-        import torch
-
-        flat = torch.frombuffer(bytearray(base64.b64decode(value["tensor"])), dtype=torch.uint8)
-        return flat.view(getattr(torch, value["dtype"])).reshape(value["shape"])
-    raise OpError(f"no op was ever written with a value like {value!r}; was the JSON changed by hand?")

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.request.call import default_argument
-from dit_lens.core.request.ops import Op, SigmaInterval, Steps
+from dit_lens.core.request.json_values import SigmaInterval
 from dit_lens.errors import OpError, PromptError, nearest
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from dit_lens.core.request.ops import Steps
     from dit_lens.families import Family, Guidance
     from dit_lens.families.row import Time
 
@@ -24,7 +25,7 @@ class Timeline:
     """The steps of one run.
 
     steps: how many denoising steps run (evaluations of the model, for a scheduler of second order).
-    calls: the transformer calls of one step, each the branches of its rows in order.
+    forwards: the forward passes of one step, each the branches of its rows in order.
     sigmas: the noise level of each step, where the scheduler tells it beforehand.
     repeats: steps at the same timestep as the one before. levels: the noise of every timestep, where it is a table.
     kind: what is predicted: "flow", "epsilon", "v_prediction", or None where it is none of these.
@@ -32,7 +33,7 @@ class Timeline:
     """
 
     steps: int
-    calls: tuple[tuple[str, ...], ...]
+    forwards: tuple[tuple[str, ...], ...]
     sigmas: tuple[float, ...] | None = None
     repeats: tuple[int, ...] = ()
     levels: list[float] | None = None
@@ -42,11 +43,11 @@ class Timeline:
     @property
     def branches(self) -> tuple[str, ...]:
         """The branches of one step, in the order in which they are computed."""
-        return tuple(branch for call in self.calls for branch in call)
+        return tuple(branch for branches in self.forwards for branch in branches)
 
-    def place(self, branch: str) -> tuple[int, int]:
-        """Which call of a step computes a branch, and which block of its rows."""
-        return next((i, call.index(branch)) for i, call in enumerate(self.calls) if branch in call)
+    def locate(self, branch: str) -> tuple[int, int]:
+        """Which forward pass of a step computes a branch, and which of its branches it is."""
+        return next((i, found.index(branch)) for i, found in enumerate(self.forwards) if branch in found)
 
     def select(self, steps: Steps) -> list[int]:
         """The step indices that ``steps=`` means, ascending.
@@ -104,13 +105,12 @@ class Timeline:
             )
         return index % self.steps
 
-    def branches_of(self, op: Op, default: str | None = None) -> list[str]:
-        """The branches an op touches, in call order."""
-        asked = op.branch or default or op.default_branch
+    def select_branches(self, asked: str) -> list[str]:
+        """The branches that "cond", "uncond" or "both" means, in the order in which they are computed."""
         if asked == "both":
             return list(self.branches)
         if asked not in ("cond", "uncond"):
-            raise OpError(f"branch={asked!r} is no branch.{nearest(str(asked), ('cond', 'uncond', 'both'))}")
+            raise OpError(f"branch={asked!r} is not a valid branch.{nearest(str(asked), ('cond', 'uncond', 'both'))}")
         if asked not in self.branches:
             raise OpError(
                 f"this call has no {asked!r} branch, only {', '.join(self.branches)}: guidance is off. "

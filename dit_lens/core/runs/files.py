@@ -37,12 +37,12 @@ def whole_folder(path: str | Path, *, overwrite: bool = True) -> Generator[Path]
 
 
 def check_pipeline(folder: Path) -> bool:
-    """Whether a path is the folder of a diffusers pipeline; StoreError where it exists and is none."""
+    """Whether a path is the folder of a diffusers pipeline; raises StoreError if it exists and is not one."""
     if (folder / "model_index.json").is_file():
         return True
     if folder.exists():
         raise StoreError(
-            f"{folder} is no diffusers pipeline: it has no model_index.json. "
+            f"{folder} is not a diffusers pipeline: it has no model_index.json. "
             "Name the folder that save_pretrained wrote."
         )
     return False

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dit_lens.core.runs.files import read_versioned, recovered, whole_folder, write_json
+from dit_lens.core.runs.html import run_html
 from dit_lens.core.runs.receipt import Receipt
 from dit_lens.errors import OpError, SiteError, StoreError, nearest
-from dit_lens.families.sites import holds_image_tokens
+from dit_lens.families.sites import Site
+from dit_lens.old_names import OldName
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,11 +23,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
 
-    from dit_lens.core.request.call import Call
-    from dit_lens.core.runs.comparison import Comparison
-    from dit_lens.lens import DiTLens
 
 FORMAT = 1
+
+
+class Reruns(Protocol):
+    """Something that can repeat a run: a lens."""
+
+    def rerun(self, run: Run) -> Any: ...
 
 
 class SiteTensor(Tensor):
@@ -51,8 +56,19 @@ class SiteTensor(Tensor):
 class Reading(Mapping[str, Tensor]):
     """One read of a run: site -> [s, b, n, d], or [s, 2, b, n, d] (cond first) when both branches were read.
 
-    After a reduction the token axis is gone: [s, b, d, ...]. steps: the indices read, of total_steps. rows, tokens
-    (None: all) and channels (by site; None: all) say which part of the tensor it is.
+    After a reduction the token axis is gone: [s, b, d, ...].
+
+    name: its key, or "" where each site is a key of its own.
+    tensors: what was read, by site.
+    steps: the indices read, of ``total_steps``.
+    total_steps: how many steps ran.
+    branches: those it holds, in order.
+    both: whether they have an axis of their own.
+    rows: those it holds.
+    tokens: those it holds; None means all.
+    channels: those it holds, by site; None means all.
+    reduce: how tokens were reduced, if they were.
+    shape_of_grid: (h, w) of the image tokens, where it holds any.
     """
 
     name: str
@@ -72,7 +88,7 @@ class Reading(Mapping[str, Tensor]):
         """The sites that were read at every token of the image."""
         if self.reduce is not None or self.tokens is not None or self.shape_of_grid is None:
             return ()
-        return tuple(filter(holds_image_tokens, self.tensors))
+        return tuple(site for site in self.tensors if Site.parse(site).is_image)
 
     def __getitem__(self, site: str) -> SiteTensor:
         if site not in self.tensors:
@@ -106,14 +122,34 @@ class Reading(Mapping[str, Tensor]):
         )
 
 
-@dataclass
-class Run:
-    """Images and numbers of one run.
+@dataclass(frozen=True, eq=False, repr=False)
+class Recording:
+    """What the transformer answered in every forward pass of a run without edits.
 
-    images: PIL images in row order (empty when latents were asked for). latents: what the pipeline returned for
-    ``output_type="latent"``. readings: what was read. receipt: what every op touched. clock: (step, timestep, sigma)
-    of every step. grid: (h, w) image tokens, (f, h, w) of a video. spec: prompt, seed, call and ops. provenance: model,
-    machine and versions. tape: what ``prefix=`` needs, where it was recorded; it is not saved.
+    call: the prompts, seeds and arguments it was called with.
+    transformer: the model that answered.
+    answers: one for each forward pass, as the pipeline received them, on the model's device.
+    """
+
+    call: dict[str, Any]
+    transformer: nn.Module
+    answers: list[Any]
+
+
+@dataclass
+class Run(Mapping[str, Any]):
+    """Images and numbers of one run; a mapping of its reads, key -> tensor (or site -> tensor of a named read).
+
+    images: PIL images in row order (empty when latents were asked for).
+    latents: what the pipeline returned for ``output_type="latent"``.
+    readings: what was read.
+    receipt: what every op touched.
+    clock: (step, timestep, sigma) of every step.
+    grid: (h, w) image tokens, (f, h, w) of a video.
+    spec: prompt, seed, call and ops.
+    provenance: model, machine and versions.
+    folder: where it was saved.
+    recording: what ``prefix=`` needs, where it was recorded; it is not saved.
     """
 
     images: list[Image]
@@ -125,7 +161,9 @@ class Run:
     spec: dict[str, Any]
     provenance: dict[str, Any]
     folder: Path | None = None
-    tape: Tape | None = field(default=None, repr=False)
+    recording: Recording | None = field(default=None, repr=False)
+
+    tape = OldName("recording")
 
     def __getitem__(self, key: str) -> Any:
         """A read by its name (a mapping site -> tensor), or the tensor of a site that was read without a name."""
@@ -135,11 +173,18 @@ class Run:
         for reading in self.readings:
             if not reading.name and key in reading.tensors:
                 return reading[key]
-        raise SiteError(f"this run has no read {key!r}.{nearest(key, self.keys())}")
+        raise SiteError(f"this run has no read {key!r}.{nearest(key, self)}")
 
-    def keys(self) -> list[str]:
+    def __iter__(self) -> Iterator[str]:
         """The names under which reads are kept."""
-        return [key for reading in self.readings for key in ([reading.name] if reading.name else reading.tensors)]
+        return (key for reading in self.readings for key in ([reading.name] if reading.name else reading.tensors))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __bool__(self) -> bool:
+        """A run without reads has images all the same."""
+        return True
 
     def reading(self, site: str) -> Reading:
         """The first read that holds a site, whole tokens before reduced ones."""
@@ -166,7 +211,7 @@ class Run:
         """Every read as numpy arrays (bfloat16 becomes float32): key -> array, or key -> site -> array if named."""
         return {
             key: {site: _array(value) for site, value in found.items()} if isinstance(found, Reading) else _array(found)
-            for key in self.keys()
+            for key in self
             for found in [self[key]]
         }
 
@@ -241,11 +286,9 @@ class Run:
             folder=folder,
         )
 
-    def rerun(self, lens: DiTLens) -> Comparison:
+    def rerun(self, lens: Reruns) -> Any:
         """Runs the same prompt, seed, call and ops on a lens; ``.differences`` and ``.table`` say what differs."""
-        from dit_lens.core.runs.comparison import compare
-
-        return compare(self, lens.run_spec(self.spec))
+        return lens.rerun(self)
 
     def reference(self) -> dict[str, str]:
         """How an op's JSON refers to this run: by the folder it was saved in."""
@@ -282,14 +325,13 @@ class Run:
             f"{self.provenance['family']}\n"
             f"  prompt  {prompts[0]!r}{' ...' if len(prompts) > 1 else ''}\n"
             f"  seed    {self.spec.get('seed')}\n"
-            f"  reads   {', '.join(self.keys()[:6]) or 'none'}{' ...' if len(self.keys()) > 6 else ''}\n"
+            f"  reads   {', '.join(list(self)[:6]) or 'none'}{' ...' if len(self) > 6 else ''}\n"
             f"  edits   {len({entry.site for entry in self.receipt.entries})} sites touched (see .receipt)"
         )
 
     def _repr_html_(self) -> str:
-        from dit_lens.core.runs.html import run_html
-
-        return run_html(self)
+        _, *lines = repr(self).splitlines()
+        return run_html(self.images, [(line[2:10].strip(), line[10:]) for line in lines])
 
 
 def _array(value: Tensor) -> np.ndarray:
@@ -327,15 +369,3 @@ def _long_form(reading: Reading, site: str, sigmas: list[float]) -> pd.DataFrame
         }
         frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Tape:
-    """What the transformer answered to every call of a run without edits.
-
-    outputs: one for each call, as the pipeline received them, on the model's device.
-    """
-
-    call: Call
-    transformer: nn.Module
-    outputs: list[Any]

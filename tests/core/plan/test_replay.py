@@ -30,7 +30,7 @@ def test_an_edit_after_a_prefix_is_the_edit_alone(lens, step):
         part = lens.run(PROMPTS, op, seed=3, num_inference_steps=steps, prefix=base)
     finally:
         handle.remove()
-    assert len(count) == (steps - step) * len(base.tape.outputs) // steps
+    assert len(count) == (steps - step) * len(base.recording.answers) // steps
     assert [a.tobytes() for a in part.images] == [b.tobytes() for b in whole.images]
     assert part.images[0].tobytes() != base.images[0].tobytes()
     assert all(torch.equal(part[site], whole[site]) for site in ("blocks.0.img", "blocks.3.img"))

@@ -1,0 +1,157 @@
+"""How an op is laid out at one site: the actions it becomes, with what they need in the payload."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dit_lens.core.plan.selection import Group, to_indices
+from dit_lens.core.plan.sources import Wanted, source_values
+from dit_lens.core.request.ops import Op
+from dit_lens.errors import OpError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit_lens.core.plan.outline import Outline
+    from dit_lens.core.request.ops import Lowered
+    from dit_lens.families import Anatomy
+    from dit_lens.families.sites import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteLowering:
+    """What an op may ask while it is laid out (``dit_lens.core.request.ops.Lowering``).
+
+    op, number: the op, and its place in the list of ops.
+    where: the site.
+    steps: the steps it acts at.
+    group: its rows and tokens.
+    channels: those it selects here; None means all.
+    anatomy, outline: of the model and of the run.
+    payload: receives tensors and functions.
+    """
+
+    op: Op
+    number: int
+    where: Site
+    steps: list[int]
+    group: Group
+    channels: list[int] | None
+    anatomy: Anatomy
+    outline: Outline
+    payload: dict[str, Any]
+
+    @property
+    def site(self) -> str:
+        return self.where.name
+
+    @property
+    def size(self) -> int:
+        return self.anatomy.channels(self.where) if self.channels is None else len(self.channels)
+
+    def on_branches(self, **action: Any) -> Lowered:
+        return [(branch, action) for branch in self._branches()]
+
+    def give(self, value: Any) -> str:
+        return self._give(f"{self.number}", value)
+
+    def row(self, source: str) -> list[int]:
+        named = re.fullmatch(r"row:(-?\d+)", source)
+        if named is None:
+            raise OpError(
+                f"source={source!r} is not a valid source. Write 'row:0' for another image of the batch, or give a "
+                "Run, a tensor, or site -> tensor."
+            )
+        return to_indices(int(named[1]), self.outline.rows, "row", "this run has", "images")
+
+    def put(
+        self,
+        source: Any,
+        *,
+        strength: float = 1.0,
+        means: bool = False,
+        pick_rows: Callable[[int, list[int]], list[int]] | None = None,
+    ) -> Lowered:
+        name, targets = type(self.op).__name__, self.group.rows
+        values = source_values(source, self._wanted(means))
+        targets = list(range(self.outline.rows)) if targets is None else targets
+        found = []
+        for branch in self._branches(default=_branch_of(values)):
+            tensor = values.get(branch, values.get(None))
+            if tensor is None:
+                raise OpError(
+                    f"{name} at {self.site}: the source holds {', '.join(map(str, values))} only, not the "
+                    f"{branch!r} branch. Read with branch='both', or pass branch={next(iter(values))!r}."
+                )
+            source_rows = targets if pick_rows is None else pick_rows(tensor.shape[1], targets)
+            if 1 < tensor.shape[1] <= max(source_rows):
+                raise OpError(
+                    f"{name} at {self.site}: the source has {tensor.shape[1]} rows, but row {max(source_rows)} "
+                    "is to be replaced. Choose rows=, or give a source of one row."
+                )
+            key = self._give(f"{self.number}/{self.site}/{branch}", tensor)
+            found.append((branch, {"kind": "Put", "key": key, "source_rows": source_rows, "strength": strength}))
+        return found
+
+    def _wanted(self, means: bool) -> Wanted:
+        return Wanted(
+            op=type(self.op).__name__,
+            means=means,
+            family=self.anatomy.family.name,
+            site=self.where,
+            steps=self.steps,
+            tokens=self.group.tokens,
+            channels=self.channels,
+            outline=self.outline,
+            width=self.anatomy.channels(self.where),
+        )
+
+    def _branches(self, default: str | None = None) -> Sequence[str]:
+        return self.outline.timeline.select_branches(self.op.branch or default or self.op.default_branch)
+
+    def _give(self, key: str, value: Any) -> str:
+        self.payload[key] = value
+        return key
+
+
+def check_allowed(op: Op, site: Site, anatomy: Anatomy, kind: str | None) -> None:
+    """Points that are computed can be read; they are written where that is exact, and refused elsewhere.
+
+    kind: what is predicted; None where it is neither a flow, noise nor v.
+    """
+    name, block = type(op).__name__, f"blocks.{site.block}.{site.stream}"
+    if site.point == "x0" and kind is None:
+        raise OpError(
+            f"x0 cannot be computed: what {anatomy.family.name} predicts under this scheduler is neither a "
+            "flow, noise nor v. Read velocity instead."
+        )
+    if not op.edits:
+        return
+    location = anatomy.locate(site)
+    if location.table is not None:
+        raise OpError(
+            f"{name} at {site}: this is a sum of a table and the time, so it can only be read. "
+            f"Scale {block}.attn_out or mlp_out instead."
+        )
+    if site.point in ("x0", "resid_mid"):
+        instead = "velocity" if site.point == "x0" else f"{block}.mlp_out or resid_post"
+        raise OpError(f"{name} at {site}: this point is computed from others, so it can only be read. Write {instead}.")
+    if location.half is not None:
+        raise OpError(
+            f"{name} at {site}: one projection adds up what attention and MLP write, so that either "
+            f"can only be read. Write {block}.attn.z or mlp.post, which enter it."
+        )
+    if location.gate is not None and not op.exact_under_gate:
+        raise OpError(
+            f"{name} at {site}: the module's output is multiplied by a gate before it is added, so "
+            "that only Zero and Scale are exact here. Use those, or write resid_post."
+        )
+
+
+def _branch_of(values: Mapping[str | None, Tensor]) -> str | None:
+    """The branch a source has, when it has just one; a source without branches applies to the op's default."""
+    named = [branch for branch in values if branch is not None]
+    return named[0] if len(named) == 1 else ("both" if named else None)

@@ -1,0 +1,66 @@
+"""What is known of a run before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dit_lens.core.request.ops import Steps
+    from dit_lens.core.request.timeline import Timeline
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The shape of a run: its images, tokens, steps and branches.
+
+    >>> from dit_lens import DiTLens
+    >>> outline = DiTLens.toy().outline("a big red circle left on a plain blue background", num_inference_steps=4)
+    >>> outline.rows, outline.grid, outline.steps, outline.branches, outline.kind
+    (1, (16, 16), 4, ('cond', 'uncond'), 'flow')
+    >>> outline.select((0.0, 0.5))
+    [0, 1]
+
+    rows: images in the batch.
+    grid: (h, w) image tokens; None where only the pipeline knows.
+    text_tokens: length of the text stream; None where it is unknown.
+    timeline: the steps, with their branches and noise levels.
+    find_word: (row, word) -> the positions of its text tokens.
+    """
+
+    rows: int
+    grid: tuple[int, int] | None
+    text_tokens: int | None
+    timeline: Timeline
+    find_word: Callable[[int, str], list[int]] = field(repr=False)
+
+    @property
+    def steps(self) -> int:
+        """How many denoising steps run."""
+        return self.timeline.steps
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The branches of one step, in the order in which they are computed."""
+        return self.timeline.branches
+
+    @property
+    def kind(self) -> str | None:
+        """What is predicted: "flow", "epsilon", "v_prediction", or None where it is none of these."""
+        return self.timeline.kind
+
+    @property
+    def sigmas(self) -> tuple[float, ...] | None:
+        """The noise level of each step, where the scheduler tells it beforehand."""
+        return self.timeline.sigmas
+
+    def select(self, steps: Steps) -> list[int]:
+        """The step indices that ``steps=`` means, ascending."""
+        return self.timeline.select(steps)
+
+    def tokens(self, stream: str) -> int | None:
+        """The number of tokens of a stream, "img" or "txt"; None where it is unknown."""
+        if stream == "txt":
+            return self.text_tokens
+        return None if self.grid is None else self.grid[0] * self.grid[1]

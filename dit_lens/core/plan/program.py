@@ -1,0 +1,127 @@
+"""The program that the executor carries out: plain data, which goes to a server as it is.
+
+A run is a row of forward passes of the transformer. For each of them the program lists the modules to visit, in the
+order in which the model calls them; for each visit the parts of that module's input or output; and for each part the
+actions on it, in the order of the ops.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+
+from dit_lens.families.locations import GridRule, Location, ReadoutRule, TimeRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Action(TypedDict):
+    """What one op does at one site, in one forward pass and branch.
+
+    op: the number of the op.
+    group: which of the op's selections of rows and tokens.
+    kind: "Read", or the name of an edit (``dit_lens.ops.EDITS``).
+    branch_index: which branch of the forward pass, counted in its rows.
+    step_index: the position of the step among those of the op.
+    rows, tokens, channels: explicit indices; None means all of that axis.
+    highest_token: the last token asked for, where only the run can tell whether it exists.
+    reduce: how a read is reduced over tokens (``core.request.reduce``).
+    key: under which the payload holds an edit's tensor or function.
+    source_rows: for every target row the row its values come from.
+    strength: in (0, 1]; 1 assigns.
+    factor: of a scale.
+    keep: of a token mean, "mean" or "residual".
+    """
+
+    op: int
+    group: int
+    kind: str
+    branch_index: int
+    step_index: int
+    rows: list[int] | None
+    tokens: list[int] | None
+    channels: list[int] | None
+    highest_token: int | None
+    reduce: NotRequired[list[Any] | None]
+    key: NotRequired[str]
+    source_rows: NotRequired[list[int]]
+    strength: NotRequired[float]
+    factor: NotRequired[float]
+    keep: NotRequired[str]
+
+
+class Part(TypedDict):
+    """One tensor of a module's input or output, and what happens to it.
+
+    role: "site": the actions are carried out on it. "gate": it is kept, since a later part of the block is multiplied
+    by it. "hold": its tokens are kept until the final norm is reached, where a part of the role "readout" turns them
+    into a prediction.
+    name: the site; of a gate or of what is held the key under which it is kept.
+    location: where the tensor is.
+    gate: the gate its tensor is multiplied by, if any.
+    actions: in the order of the ops.
+    """
+
+    role: Literal["site", "gate", "hold", "readout"]
+    name: str
+    location: Location
+    gate: str | None
+    actions: list[Action]
+
+
+class Visit(TypedDict):
+    """One module. side: "input" or "output"; parts: in the order in which the model computes them."""
+
+    module: str
+    side: str
+    parts: list[Part]
+
+
+class Forward(TypedDict):
+    """One forward pass of the transformer. branches: of its rows, in order; each has ``Program.rows`` rows."""
+
+    step: int
+    branches: list[str]
+    visits: list[Visit]
+
+
+class Program(TypedDict):
+    """A whole run.
+
+    denoiser: path of the transformer in the pipeline.
+    rows: images of one branch.
+    time, grid, readout: rules of the family.
+    repeats: steps at the same timestep as the one before.
+    expected_grid: (h, w) image tokens, where they are known beforehand.
+    record: whether the transformer's answers are kept.
+    replayed: the forward passes whose answers are in the payload already.
+    forwards: all forward passes, in order.
+    """
+
+    denoiser: str
+    rows: int
+    time: TimeRule
+    repeats: list[int]
+    grid: GridRule
+    readout: ReadoutRule | None
+    expected_grid: list[int] | None
+    record: bool
+    replayed: range
+    forwards: list[Forward]
+
+
+class Store(TypedDict):
+    """What the executor leaves.
+
+    reads: (op, site, step, branch, group) -> tensor.
+    touched: for every edit (op, site, step, branch, shape, group, norm before, norm after).
+    clock: for every forward pass (step, first branch, timestep, sigma).
+    grid: image tokens of the last forward pass.
+    answers: what the transformer returned, where it was to be recorded.
+    """
+
+    reads: dict[tuple[int, str, int, str, int], Tensor]
+    touched: list[tuple[Any, ...]]
+    clock: list[tuple[int, str, float, float]]
+    grid: list[int]
+    answers: list[Any]

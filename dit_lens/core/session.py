@@ -1,0 +1,328 @@
+"""Session: what turns ops into a Run on one pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dit_lens import families
+from dit_lens.core.execution.assemble import assemble
+from dit_lens.core.execution.blocks import Blocks
+from dit_lens.core.execution.engine import Engine
+from dit_lens.core.plan.batches import run_in_batches
+from dit_lens.core.plan.compile import Plan, compile_plan
+from dit_lens.core.plan.cost import Cost, cost_of
+from dit_lens.core.plan.outline import Outline
+from dit_lens.core.plan.replay import call_values, record_answers, replay_answers
+from dit_lens.core.plan.spill import reads_container
+from dit_lens.core.request.call import Call, prepare_call
+from dit_lens.core.request.ops import Apply, Op, Read, from_json, to_json
+from dit_lens.core.request.text_tokens import TextTokens
+from dit_lens.core.request.timeline import Timeline, make_timeline
+from dit_lens.core.runs.comparison import Comparison, compare
+from dit_lens.core.runs.files import read_json
+from dit_lens.core.runs.provenance import describe, plain, unsaved
+from dit_lens.core.runs.run import Recording, Run
+from dit_lens.core.trace import Trace
+from dit_lens.errors import PromptError, SiteError
+from dit_lens.families.checks import Check, check
+from dit_lens.families.sites import Site, match
+from dit_lens.old_names import warn_of_old_name
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import Tensor
+
+    from dit_lens.core.execution.remote import RemoteEngine
+    from dit_lens.core.plan.program import Store
+    from dit_lens.core.request.ops import Pattern
+
+DEFAULTS_FILE = "dit_lens.json"
+
+
+class Session:
+    """Runs over one pipeline: names, plans and executes ops; :class:`~dit_lens.DiTLens` adds loading and instruments.
+
+    pipe: a diffusers pipeline with a transformer, on any device; LoRA and quantisation are yours to set up.
+    defaults: arguments for every call (a toy stores its own).
+    engine: what carries out programs; nnsight on this machine by default.
+
+    Raises FamilyError when no family describes the pipeline, or when its structure differs from what the family says.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        *,
+        defaults: Mapping[str, Any] | None = None,
+        engine: Engine | RemoteEngine | None = None,
+    ):
+        self.pipe = pipe
+        self._describe()
+        stored = _stored_defaults(pipe)
+        self.defaults: dict[str, Any] = dict(stored.get("call", {}) if defaults is None else defaults)
+        self.vocabulary: list[str] | None = stored.get("vocabulary")
+        self.engine: Engine | RemoteEngine = Engine(pipe) if engine is None else engine
+
+    def _describe(self) -> None:
+        self.family = families.find(self.pipe)
+        self.anatomy = families.Anatomy(self.family, self.pipe.transformer)
+        self.checks: list[Check] = check(self.anatomy)
+
+    def _follow(self) -> Engine | RemoteEngine:
+        """Looks again at a pipeline whose modules were exchanged: by LoRA, or another transformer."""
+        if self.engine.stale:
+            self._describe()
+            self.engine.follow()
+        return self.engine
+
+    # What there is
+
+    def sites(self, pattern: Pattern = "*") -> list[str]:
+        """The names a pattern means on this model, in the order they are computed; "*" lists them all.
+
+        >>> from dit_lens import DiTLens
+        >>> DiTLens.toy().sites("double[0:2].{img,txt}")
+        ['blocks.0.txt', 'blocks.0.img', 'blocks.1.txt', 'blocks.1.img']
+        """
+        self._follow()
+        found: Iterable[Site] = (
+            self.anatomy.sites
+            if pattern == "*"
+            else match(pattern, self.anatomy.sites, self.anatomy.stacks, self.anatomy.why_not)
+        )
+        return [site.name for site in found]
+
+    def heads(self, site: str) -> list[range]:
+        """The channels of every head at ``attn.q``, ``attn.k``, ``attn.v`` or ``attn.z`` of a block, head by head.
+
+        >>> from dit_lens import DiTLens, Zero
+        >>> lens = DiTLens.toy()
+        >>> lens.heads("blocks.3.img.attn.z")
+        [range(0, 32), range(32, 64), range(64, 96), range(96, 128)]
+        >>> silent = Zero("blocks.3.img.attn.z", channels=lens.heads("blocks.3.img.attn.z")[2])
+
+        Where queries share keys and values, ``attn.k`` and ``attn.v`` have fewer heads. Raises SiteError elsewhere.
+        """
+        names = self.sites(site)
+        if len(names) != 1:
+            raise SiteError(f"{site!r} means {len(names)} sites. Ask for the heads of one, such as {names[0]!r}.")
+        return self.anatomy.heads(self.anatomy.site(names[0]))
+
+    def to_str_tokens(self, prompt: str) -> list[str]:
+        """The text stream's tokens as strings, in order; padding shows as the tokenizer's own mark."""
+        return self._text.names(prompt)
+
+    def outline(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Outline:
+        """The steps, branches, rows and token grid of a run; nothing is run. Takes what :meth:`run` takes."""
+        call.pop("batch_size", None)
+        return self._plan(prompt, (), **call)[1].outline
+
+    def planned(self, prompt: str | Sequence[str] | None = None, **call: Any) -> tuple[Timeline, Plan]:
+        """The old form of :meth:`outline`, for one more release."""
+        warn_of_old_name("DiTLens.planned", "DiTLens.outline", stacklevel=3)
+        call.pop("batch_size", None)
+        plan = self._plan(prompt, (), **call)[1]
+        return plan.outline.timeline, plan
+
+    def cost(self, prompt: str | Sequence[str] | None = None, ops: Sequence[Op] | Op = (), **call: Any) -> Cost:
+        """How many bytes the reads of a run would keep; nothing is run. Takes what :meth:`run` takes."""
+        ops = [ops] if isinstance(ops, Op) else list(ops)
+        call.pop("batch_size", None)
+        _, plan = self._plan(prompt, ops, **call)
+        return cost_of(plan, ops, self.anatomy, self.pipe.transformer.dtype)
+
+    # Running
+
+    def run(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        ops: Sequence[Op] | Op = (),
+        *,
+        seed: int | Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        batch_size: int | None = None,
+        record: bool = False,
+        prefix: Run | None = None,
+        **call: Any,
+    ) -> Run:
+        """Draws, and carries out ``ops`` on the way.
+
+        >>> from dit_lens import DiTLens, Zero
+        >>> prompt = "a big red circle left on a plain blue background"
+        >>> run = DiTLens.toy().run(prompt, [Zero("blocks[4:6].img", channels=[3, 17])], seed=0, num_inference_steps=2)
+        >>> run.receipt.entries[0].channels
+        (3, 17)
+
+        prompt: one or several; or pass ``prompt_embeds=``.
+        ops: in the order in which they act at one site.
+        seed: an integer gives every prompt the same noise (image j of a prompt gets seed + j); a list is per image.
+        num_inference_steps: denoising steps; the pipeline's own default if None.
+        batch_size: prompts that go through the pipeline together; all by default.
+        record: keeps what the transformer answers, for ``prefix=`` of later runs.
+        prefix: a recorded run of the same call without edits, from which everything before the first op is taken
+            instead of computed. The images are the same, bit for bit.
+        call: the pipeline's own arguments.
+
+        Every mistake in the arguments or ops raises before the first denoising step. A batch that runs out of GPU
+        memory is started again with half the prompts; a warning says which batch_size worked.
+        """
+        ops = [ops] if isinstance(ops, Op) else list(ops)
+        prepared, plan = self._plan(prompt, ops, seed=seed, num_inference_steps=num_inference_steps, **call)
+        container = reads_container(cost_of(plan, ops, self.anatomy, self.pipe.transformer.dtype))
+        if record:
+            plan = record_answers(plan, ops)
+        if prefix is not None:
+            plan = replay_answers(plan, prefix.recording, prepared, self.pipe, self.family)
+
+        def draw(batch: Call, piece: Plan) -> tuple[Store, Any]:
+            """The bar of the pipeline shows for a run in one batch only."""
+            with nullcontext() if batch.rows == prepared.rows else self.quiet():
+                return self.engine.generate(piece.program, piece.payload, batch.keywords(), container())
+
+        stores, outputs = zip(*run_in_batches(prepared, plan, batch_size, draw), strict=True)
+        provenance = {**describe(self.pipe, self.family), **self.engine.provenance}
+        run = assemble(ops, plan, stores, outputs, self._spec(prepared, ops), provenance)
+        if record:
+            run.recording = Recording(call_values(prepared), self.pipe.transformer, stores[0]["answers"])
+        return run
+
+    def trace(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Trace:
+        """The same as :meth:`run`, written as a ``with`` block that collects ops; it runs when the block ends.
+
+        >>> from dit_lens import DiTLens
+        >>> with DiTLens.toy().trace(
+        ...     "a big red circle left on a plain blue background", seed=0, num_inference_steps=2
+        ... ) as t:
+        ...     h = t.read("blocks.-1.img", channels=[5])
+        >>> h["blocks.7.img"].grid().shape  # [step, row, h, w, channel]
+        torch.Size([2, 1, 16, 16, 1])
+        """
+        return Trace(partial(self.run, prompt, **call))
+
+    def run_with_cache(
+        self, prompt: str | Sequence[str], names_filter: Pattern = "blocks.*.img", **call: Any
+    ) -> tuple[list[Any], Run]:
+        """Images, and a run that holds the sites of ``names_filter``: the form TransformerLens users know."""
+        run = self.run(prompt, [Read(names_filter)], **call)
+        return run.images, run
+
+    def run_with_hooks(
+        self,
+        prompt: str | Sequence[str],
+        fwd_hooks: Sequence[tuple[str, Callable[[Tensor, Any], Tensor | None]]],
+        **call: Any,
+    ) -> Run:
+        """Runs with functions ``fn(tensor, hook)`` at sites; what a function returns replaces the tensor.
+
+        ``hook`` has ``name``, ``step``, ``timestep``, ``sigma`` and ``branch``. The same as ``Apply(site, fn=fn)``.
+        """
+        return self.run(prompt, [Apply(name, fn=fn) for name, fn in fwd_hooks], **call)
+
+    def run_spec(self, spec: Mapping[str, Any]) -> Run:
+        """Runs what a saved run's ``spec`` describes."""
+        if unsaved(spec):
+            raise PromptError(
+                "this run was made with values that JSON cannot keep, so it cannot be repeated from its spec: "
+                f"{', '.join(_unkept(spec))}. Call lens.run again with them."
+            )
+        call = {name: value for name, value in spec["call"].items() if name != "num_inference_steps"}
+        ops = [from_json(op) for op in spec["ops"]]
+        steps = spec["call"]["num_inference_steps"]
+        return self.run(spec["prompt"], ops, seed=spec["seed"], num_inference_steps=steps, **call)
+
+    def rerun(self, run: Run) -> Comparison:
+        """Runs the same prompt, seed, call and ops as a run, and compares both."""
+        return compare(run, self.run_spec(run.spec))
+
+    # nnsight underneath
+
+    @property
+    def nnsight(self) -> Any:
+        """The stock nnsight model, for traces of your own.
+
+        ``with lens.nnsight.generate(prompt, num_inference_steps=4):`` opens one, inside which ``lens.blocks[3].img``
+        reads and assigns. Pass ``num_inference_steps``: nnsight's default is 1.
+        """
+        return self._follow().model
+
+    @property
+    def blocks(self) -> Blocks:
+        """The blocks in execution order, for use inside nnsight's own traces: ``lens.blocks[3].img[..., 5] = 0``."""
+        model = self._follow().model
+        return Blocks(self.anatomy, model)
+
+    @contextmanager
+    def quiet(self) -> Generator[None]:
+        """Without the pipeline's own progress bar, which is put back as it was."""
+        attributes, name = vars(self.pipe), "_progress_bar_config"
+        before = {name: attributes[name]} if name in attributes else {}
+        self.pipe.set_progress_bar_config(disable=True)
+        try:
+            yield
+        finally:
+            attributes.pop(name, None)
+            attributes.update(before)
+
+    def _plan(
+        self,
+        prompt: str | Sequence[str] | None,
+        ops: Sequence[Op],
+        *,
+        seed: int | Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        **call: Any,
+    ) -> tuple[Call, Plan]:
+        """The checked call of the pipeline, and the ops laid out for it."""
+        families.refuse_unsafe(self.pipe)
+        self._follow()
+        prepared = prepare_call(
+            self.pipe,
+            prompt,
+            seed=seed,
+            num_inference_steps=num_inference_steps,
+            defaults=self.defaults,
+            vocabulary=self.vocabulary,
+            call=call,
+        )
+        grid = self.anatomy.planned_grid(self.pipe, prepared.arguments)
+        tokens = None if grid is None else grid[0] * grid[1]
+        timeline = make_timeline(self.pipe, self.family, prepared.arguments, tokens)
+        text = self._text
+        outline = Outline(prepared.rows, grid, text.count(prepared), timeline, partial(text.find, prepared))
+        return prepared, compile_plan(ops, self.anatomy, outline)
+
+    def _spec(self, call: Call, ops: Sequence[Op]) -> dict[str, Any]:
+        described = [
+            {"unsaved": repr(op)} if isinstance(op, Apply) or _from_unsaved_run(op) else to_json(op) for op in ops
+        ]
+        seed = None if call.seeds is None else list(call.seeds)
+        prompt = None if call.prompts is None else list(call.prompts)
+        return {"prompt": prompt, "seed": seed, "call": plain(call.arguments), "ops": described}
+
+    @property
+    def _text(self) -> TextTokens:
+        return TextTokens(self.pipe, self.family, self.defaults)
+
+
+def _stored_defaults(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """A toy's own file, beside its model_index.json; empty for any other pipeline."""
+    folder = Path(str(getattr(pipe, "name_or_path", "") or ""))
+    file = folder / DEFAULTS_FILE
+    return read_json(file, "the defaults of a toy") if str(folder) not in ("", ".") and file.is_file() else {}
+
+
+def _unkept(spec: Mapping[str, Any]) -> list[str]:
+    """What of a spec was not kept, by name."""
+    arguments = [f"{name}=" for name, value in spec["call"].items() if unsaved(value)]
+    return [*arguments, *(f"ops[{i}]" for i, op in enumerate(spec["ops"]) if unsaved(op))]
+
+
+def _from_unsaved_run(op: Op) -> bool:
+    return any(getattr(getattr(op, name, None), "folder", "") is None for name in ("source", "mean"))
+
+
+STREAM_WORDS = {"img": "img (the image's tokens)", "txt": "txt (the prompt's)"}

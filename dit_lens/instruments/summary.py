@@ -1,0 +1,46 @@
+"""What a person wants to know of a lens at first sight, as lines of text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dit_lens.core.session import Session
+    from dit_lens.families import Guidance
+
+STREAM_WORDS = {"img": "img (the image's tokens)", "txt": "txt (the prompt's)"}
+
+
+def summarise_lens(lens: Session) -> list[tuple[str, str]]:
+    """What a person wants to know of a lens, as (heading, text)."""
+    anatomy, family = lens.anatomy, lens.family
+    stacks = [f"{name} {blocks.start}-{blocks.stop - 1}" for name, blocks in anatomy.stacks.items() if len(blocks)]
+    grid = anatomy.planned_grid(lens.pipe, lens.defaults)
+    embedded = family.embedded is not None and bool(lens.pipe.transformer.config[family.embedded])
+    guidance = describe_guidance(family.guidance_of(lens.pipe))
+    streams = [stream for stream in STREAM_WORDS if any(site.stream == stream for site in anatomy.sites)]
+    inside = list(dict.fromkeys(site.point.split(".")[0] for site in anatomy.sites if site.block is not None))
+    size = sum(parameter.numel() for parameter in lens.pipe.transformer.parameters())
+    return [
+        ("family", f"{family.name} ({type(lens.pipe.transformer).__name__}, {size / 1e6:.4g} M parameters)"),
+        ("blocks", f"{anatomy.depth}: {', '.join(stacks)}"),
+        ("width", f"{anatomy.width} channels; a predicted token has {anatomy.out_width}"),
+        ("streams", ", ".join(STREAM_WORDS[stream] for stream in streams)),
+        (
+            "sites",
+            f"blocks.0-{anatomy.depth - 1}.{{{','.join(streams)}}}[.{'|'.join(inside)}], final.img, velocity, x0",
+        ),
+        ("grid", f"{grid[0]} x {grid[1]} image tokens by default" if grid else "known when it runs"),
+        ("guidance", ("a guidance scale is embedded; " if embedded else "") + guidance),
+        ("checks", f"{', '.join(check.name for check in lens.checks)} passed"),
+        ("on", lens.engine.device_name),
+    ]
+
+
+def describe_guidance(guidance: Guidance | None) -> str:
+    """How the branches run, in words."""
+    if guidance is None:
+        return "one conditional call per step"
+    calls = ", then ".join(" and ".join(call) + (" rows" if len(call) > 1 else "") for call in guidance.calls)
+    when = "always" if guidance.scale is None else f"{guidance.scale} > {guidance.above:g}"
+    return f"{when}{' with a negative prompt' if guidance.negative else ''} runs {calls}"
