@@ -36,7 +36,13 @@ def select_tensor(value: Any, side: str, location: Location) -> Any:
 
 
 def replace_tensor(value: Any, side: str, location: Location, tensor: Any) -> Any:
-    """A copy of a module's input or output with one tensor exchanged."""
+    """A copy of a module's input or output with one tensor exchanged.
+
+    value: (args, kwargs) of an input, or an output.
+    side: "input" or "output".
+    location: of the tensor in it.
+    tensor: what replaces it.
+    """
     if side == "input":
         args, kwargs = value
         if location["slot"] in kwargs:
@@ -121,7 +127,13 @@ def regroup(tokens: Tensor, groups: int) -> Tensor:
 
 
 def unpack(tokens: Tensor, like: Any, axes: str, patch: Sequence[int]) -> Any:
-    """The inverse of :func:`pack`, in the form of ``like``."""
+    """The inverse of :func:`pack`, in the form of ``like``.
+
+    tokens: [row, token, channel].
+    like: an image, or a list of them, of the shape that is wanted.
+    axes: its axes, or "tokens".
+    patch: latent frames, rows and columns of a token.
+    """
     if axes == "tokens":
         return tokens
     form = torch.stack(list(like)) if axes == "list" else like
@@ -167,6 +179,11 @@ def select_stream(tensor: Tensor, location: Location, image: ImageTokens, rows: 
     """The rows and tokens of one stream, and None: a view of the tensor.
 
     Where text is of another length in every row: a copy, and the index to write it back with.
+
+    tensor: [row, token, channel].
+    location: whose layout and stream are meant.
+    image: where image tokens are in this forward pass.
+    rows: those of one branch.
     """
     some = tensor[rows.start : rows.stop]
     length, layout, of_image = tensor.shape[1], location["layout"], location["stream"] == "img"

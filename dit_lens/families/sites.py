@@ -114,8 +114,9 @@ def match(
 
     pattern: ``*``, ``[a:b]`` (half-open), ``{img,txt}``, negative block indices, a stack's own name (``double.3``), or
         several patterns in a list.
-    sites: every site the model has. stacks: the blocks of each stack, by name. why_not: (block, stream, point) -> the
-        reason why a block lacks a point.
+    sites: every site the model has.
+    stacks: the blocks of each stack, by name.
+    why_not: (block, stream, point) -> the reason why a block lacks a point.
 
     Raises SiteError, naming what exists and the nearest match, when a pattern selects nothing.
     """

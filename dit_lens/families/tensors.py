@@ -119,6 +119,9 @@ def outer_index(
     """An outer index over [row, token, channel]; None means all of an axis.
 
     indices: index tensors that were made before, by device; each is made once in a run.
+
+    x: the tensor.
+    rows, tokens, channels: indices into its axes.
     """
     lists = [rows, tokens, channels]
     if sum(chosen is not None for chosen in lists) <= 1:

@@ -120,7 +120,14 @@ def _indices(what: str, value: Any) -> list[int]:
 
 
 class Watch(TorchFunctionMode):
-    """Sees every call of scaled dot-product attention, and keeps the pattern of those that are wanted."""
+    """Sees every call of scaled dot-product attention, and keeps the pattern of those that are wanted.
+
+    heads: those to keep.
+    wanted: (step, block) of every pattern to keep.
+    outline: of the run.
+    rule: by which image tokens are found.
+    branch: "cond" or "uncond".
+    """
 
     def __init__(
         self, heads: tuple[int, ...], wanted: set[tuple[int, int]], outline: Outline, rule: GridRule, branch: str

@@ -159,13 +159,17 @@ def _restore_hooks(modules: list[nn.Module]) -> None:
 
 
 def traced(
-    opened: Any, model: Any, program: Program, payload: dict[str, Any], call: dict[str, Any], reads: dict
+    open_trace: Any, model: Any, program: Program, payload: dict[str, Any], call: dict[str, Any], reads: dict
 ) -> tuple[Store, list[Any]]:
     """One trace, one invoke, containers saved empty and filled inside: what holds for local and for remote runs.
 
-    opened: the model's method that opens the trace.
+    open_trace: the model's method that opens the trace.
+    model: of nnsight.
+    program, payload: what to do, and the tensors and functions it refers to.
+    call: the keyword arguments of the pipeline.
+    reads: receives what is read.
     """
-    with opened(**call) as tracer:
+    with open_trace(**call) as tracer:
         store: Store = {"reads": reads, "touched": [], "clock": [], "grid": [], "answers": []}
         nnsight.save(store)
         results = []

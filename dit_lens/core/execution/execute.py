@@ -35,7 +35,13 @@ if TYPE_CHECKING:
 
 
 class Moment:
-    """When a forward pass takes place. timestep: as the transformer is given it; sigma: the noise level it means."""
+    """When a forward pass takes place.
+
+    step: its number.
+    branches: of its rows, in order.
+    timestep: as the transformer is given it.
+    sigma: the noise level that means.
+    """
 
     def __init__(self, step: int, branches: list[str], timestep: float, sigma: float):
         self.step, self.branches, self.timestep, self.sigma = step, branches, timestep, sigma
@@ -113,7 +119,13 @@ def replayed_answer(recorded: Any, arguments: tuple[tuple, dict]) -> Any:
 
 
 def read_clock(arguments: tuple[tuple, dict], program: Program, clock: list[tuple], forward: Forward) -> Moment:
-    """Notes the time of a forward pass, and fails when it is not the one the program expects."""
+    """Notes the time of a forward pass, and fails when it is not the one the program expects.
+
+    arguments: of the forward pass.
+    program: the rule for its time.
+    clock: receives (step, first branch, timestep, sigma).
+    forward: the pass that is expected.
+    """
     time = program["time"]
     value = argument(arguments, time["argument"], time["position"])
     timestep = float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
@@ -166,7 +178,13 @@ def at_module(envoy: Any, visit: Visit, context: Context) -> None:
 
 
 def read_out_held(envoy: Any, inputs: tuple[tuple, dict], part: Part, context: Context) -> Tensor:
-    """What the final norm and what follows make of tokens that were held."""
+    """What the final norm and what follows make of tokens that were held.
+
+    envoy: the final norm.
+    inputs: its arguments, (args, kwargs).
+    part: the readout.
+    context: of the forward pass.
+    """
     rule = context.program["readout"]
     if rule is None:
         raise PlanMismatchError(f"the program has no rule to read {part['name']} out")
@@ -235,7 +253,13 @@ def branch_rows(action: Action, context: Context) -> range:
 
 
 def store_read(stream: Tensor, action: Action, part: Part, context: Context) -> None:
-    """Stores what a read has chosen: reduced where it is, then in main memory."""
+    """Stores what a read has chosen: reduced where it is, then in main memory.
+
+    stream: the tokens of one branch.
+    action: what to keep of them.
+    part: whose site it is.
+    context: of the forward pass.
+    """
     chosen = stream[outer_index(stream, action["rows"], action["tokens"], action["channels"], context.indices)].detach()
     reduce = action.get("reduce")
     kept = chosen.to("cpu", copy=True) if reduce is None else reduce_tokens(chosen, reduce).cpu()
@@ -265,7 +289,14 @@ def predict_x0(predicted: Tensor, rows: range, context: Context) -> Tensor:
 
 
 def edit(stream: Tensor, action: Action, hook: Hook, gate: Tensor | None, context: Context) -> tuple:
-    """Changes the chosen elements of ``stream`` (a view of the copy) and says what was touched, norms as gated."""
+    """Changes the chosen elements of ``stream`` (a view of the copy) and says what was touched, norms as gated.
+
+    stream: the tokens of one branch.
+    action: what to do with them.
+    hook: where and when.
+    gate: what the tensor is multiplied by before it is added, in the shape of ``stream``; None for nothing.
+    context: of the forward pass.
+    """
     where = outer_index(stream, action["rows"], action["tokens"], action["channels"], context.indices)
     old = stream[where]
     new = EDITS[action["kind"]](Edit(old, stream, action, hook, context.payload, context.indices))

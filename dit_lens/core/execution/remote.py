@@ -77,7 +77,12 @@ class RemoteEngine:
     def generate(
         self, program: Program, payload: dict[str, Any], call: dict[str, Any], reads: dict
     ) -> tuple[Store, Any]:
-        """As :meth:`Engine.generate`; every failure on the way or there is an ExecutionError."""
+        """As :meth:`Engine.generate`; every failure on the way or there is an ExecutionError.
+
+        program, payload: what to do, and the tensors and functions it refers to.
+        call: the keyword arguments of the pipeline.
+        reads: receives what is read.
+        """
         from dit_lens.core.execution.engine import traced
 
         _check_prompts(call)

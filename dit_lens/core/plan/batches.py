@@ -25,6 +25,10 @@ def run_in_batches(
 ) -> Iterator[Drawn]:
     """What ``draw`` makes of every batch; several share one progress bar. Where memory runs out, half do.
 
+    call, plan: of the whole run.
+    batch_size: prompts in a batch; all by default.
+    draw: runs one batch.
+
     Raises PromptError if the size is not valid, ExecutionError where one prompt is too many.
     """
     prompts = call.rows // call.images_per_prompt

@@ -43,7 +43,12 @@ class Cost:
 
 
 def cost_of(plan: Plan, ops: Sequence[Op], anatomy: Anatomy, dtype: torch.dtype) -> Cost:
-    """Adds up what every read of a plan will hold in main memory."""
+    """Adds up what every read of a plan will hold in main memory.
+
+    plan, ops: the reads as they were asked for and laid out.
+    anatomy: of the model.
+    dtype: of its hidden states.
+    """
     lines, complete = [], True
     for read in plan.reads:
         size, known = _read_bytes(read, anatomy, plan.outline, dtype)

@@ -120,6 +120,8 @@ class SiteLowering:
 def check_allowed(op: Op, site: Site, anatomy: Anatomy, kind: str | None) -> None:
     """Points that are computed can be read; they are written where that is exact, and refused elsewhere.
 
+    op, site: what is asked, and where.
+    anatomy: of the model.
     kind: what is predicted; None where it is neither a flow, noise nor v.
     """
     name, block = type(op).__name__, f"blocks.{site.block}.{site.stream}"

@@ -39,6 +39,11 @@ def replay_answers(
     """The plan of a run that takes what precedes its first op from a recording.
 
     Raises OpError if the recording is of another run.
+
+    plan: of the run that is to be drawn.
+    recording: of a run without edits.
+    call: of the run that is to be drawn; the recorded one must be equal.
+    pipe, family: the pipeline, and the family of its transformer.
     """
     if recording is None:
         raise OpError("prefix= needs a run that was recorded in this session. Make it with lens.run(..., record=True).")

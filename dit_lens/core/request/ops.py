@@ -86,7 +86,13 @@ class Lowering(Protocol):
         means: bool = False,
         pick_rows: Callable[[int, list[int]], list[int]] | None = None,
     ) -> Lowered:
-        """Replacing by a source's values. means: which are means per channel. pick_rows: (rows there, targets)."""
+        """Replacing by a source's values.
+
+        source: a Run, a tensor, or site -> tensor.
+        strength: in (0, 1]; 1 assigns.
+        means: whether the source holds means per channel.
+        pick_rows: (rows of the source, target rows) -> the row for each target; the same rows by default.
+        """
         ...
 
 

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 class Comparison:
     """How two runs compare.
 
+    a, b: the runs.
     differences: (where, value in a, value in b) for everything in spec and provenance that is not equal.
-    table: per image rmse (0 to 255) and psnr (dB; infinite when equal). reads: site -> relative L2 distance.
+    table: per image rmse (0 to 255) and psnr (dB; infinite when equal).
+    reads: site -> relative L2 distance.
     """
 
     a: Run

@@ -14,8 +14,13 @@ if TYPE_CHECKING:
 class Entry:
     """One op at one site and branch.
 
-    op: its place in the list of ops, and kind its name. steps: those it ran at. rows, tokens, channels: the elements
-    (None: all of that axis). elements: how many numbers at each step. before, after: their L2 norm at each step.
+    op: its place in the list of ops.
+    kind: its name.
+    site, branch: where it acted.
+    steps: those it ran at.
+    rows, tokens, channels: the elements; None means all of that axis.
+    elements: how many numbers at each step.
+    before, after: their L2 norm at each step.
     """
 
     op: int
