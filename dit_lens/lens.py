@@ -70,8 +70,8 @@ class DiTLens(Session):
         """A small trained text-to-image DiT that comes with the library: no download, no GPU.
 
         It draws scenes such as "a big red circle left on a checkered blue background"; ``lens.vocabulary`` lists its
-        words. A checkout of the repository has two more of the first, "flux-seed1" and "flux-seed2", trained from other
-        seeds.
+        words. Other seeds are found in a folder ``toys`` beside the package: "flux-seed1" where ``toys/flux-seed1``
+        holds the pipeline that ``dit-lens train-toy flux --seed 1 --out DIR`` left in ``DIR/pipeline``.
 
         untrained: its twin before training, with the same encoders and autoencoder: whatever both show was not learned.
         """

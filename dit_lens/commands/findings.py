@@ -20,7 +20,7 @@ from dit_lens.commands.sentences import CLAIMS, QUESTIONS
 from dit_lens.core.runs.files import read_json, whole_folder, write_text
 from dit_lens.lens import DEFAULTS_FILE, DiTLens
 from dit_lens.studies.shared.result import readable
-from dit_lens.toys import path
+from dit_lens.toys import path, train_command
 from dit_lens.toys.scenes import sample_scenes
 
 if TYPE_CHECKING:
@@ -150,6 +150,24 @@ def _training(card: Mapping[str, Any]) -> str:
     return f"{said} Shares right in images of {quality['prompts']} held-out prompts: {right}."
 
 
+def describe_retraining(card: Mapping[str, Any]) -> list[str]:
+    """How a toy is trained anew whose weights are not in the repository, which has those of seed 0."""
+    training = card["training"]
+    if training["seed"] == 0:
+        return []
+    name = f"{card['toy']}-seed{training['seed']}"
+    minutes = round(sum(stage["seconds"] for stage in training["stages"].values()) / 60)
+    return [
+        (
+            f"Its weights are not in the repository. `{train_command(name)} --minutes {minutes}` trains it anew from "
+            f"the same beginning, for as many iterations as the machine does in that time; it was trained on "
+            f'{training["hardware"]}. `DiTLens.toy("{name}")` loads it when `DIR/pipeline` is moved to `toys/{name}` '
+            "of a checkout."
+        ),
+        "",
+    ]
+
+
 def _of_toy(
     folder: Path,
     card: Mapping[str, Any],
@@ -169,6 +187,7 @@ def _of_toy(
         "",
         _training(card),
         "",
+        *describe_retraining(card),
         "Are there massive channels, and did training make them? Means over blocks:",
         "",
         *_table(means.reset_index()),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 WEIGHTS = Path(__file__).parent / "weights"
-BESIDE = Path(__file__).parents[2] / "toys"  # in the repository, not in the package: "flux-seed1", "flux-seed2"
+BESIDE = Path(__file__).parents[2] / "toys"  # beside the package: other seeds that were trained here, "flux-seed1"
 
 
 def untrained(name: str) -> nn.Module:
@@ -25,7 +25,7 @@ def untrained(name: str) -> nn.Module:
 
 @contextmanager
 def quiet_loading() -> Generator[None]:
-    """Without the bars and advice of diffusers and transformers: a toy is there in a moment and lacks nothing."""
+    """Silences the progress bars and logs of diffusers and transformers while a toy is loaded."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -46,12 +46,24 @@ def quiet_loading() -> Generator[None]:
 def path(name: str) -> Path:
     """The folder of a toy's pipeline."""
     known = {file.parent.name: file.parent for place in (WEIGHTS, BESIDE) for file in place.glob("*/model_index.json")}
-    if name in KINDS and name not in known:
+    of, _, seed = name.partition("-seed")
+    if name in known:
+        return known[name]
+    if of in KINDS and (name == of or seed.isdigit()):
         trained = ", ".join(sorted(known)) or "none"
+        folder = (BESIDE if seed else WEIGHTS) / name
         raise StoreError(
-            f"the toy {name!r} has not been trained yet: there is no {WEIGHTS / name}. Train it with "
-            f"dit-lens train-toy {name} --out DIR and load DIR/pipeline. Trained ones: {trained}."
+            f"the toy {name!r} has not been trained yet: there is no {folder}. Train it with {train_command(name)}, "
+            f"and move DIR/pipeline there or load it as it is. Trained ones: {trained}."
         )
-    if name not in known:
-        raise StoreError(f"there is no toy called {name!r}.{nearest(name, sorted(known))}")
-    return known[name]
+    raise StoreError(f"there is no toy called {name!r}.{nearest(name, sorted(known))}")
+
+
+def train_command(name: str) -> str:
+    """The command that trains a toy, which leaves its pipeline in DIR/pipeline.
+
+    >>> train_command("flux-seed1")
+    'dit-lens train-toy flux --seed 1 --out DIR'
+    """
+    of, _, seed = name.partition("-seed")
+    return f"dit-lens train-toy {of}{f' --seed {seed}' if seed else ''} --out DIR"

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from dit_lens.commands import sentences as words
-from dit_lens.commands.findings import Size, _training, findings
+from dit_lens.commands.findings import Size, _training, describe_retraining, findings
 from dit_lens.errors import StoreError
 from dit_lens.studies import Result
 
@@ -107,6 +107,15 @@ def test_a_misspelt_toy_is_found_before_anything_is_drawn(tmp_path, monkeypatch)
 def test_a_toy_that_was_never_measured_is_said_to_be_so():
     card = {"training": {"seed": 3, "stages": {"transformer": {"iterations": 1234}}}}
     assert _training(card) == "Trained from seed 3 for 1,234 iterations. How well it draws was not measured."
+
+
+def test_weights_that_are_not_in_the_repository_can_be_trained():
+    stages = {"text": {"seconds": 60}, "transformer": {"seconds": 1170}}
+    training = {"seed": 3, "stages": stages, "hardware": "1 CPU thread"}
+    said = "\n".join(describe_retraining({"toy": "sana", "training": training}))
+    assert "`dit-lens train-toy sana --seed 3 --out DIR --minutes 20` trains it anew" in said
+    assert "`DIR/pipeline` is moved to `toys/sana-seed3`" in said
+    assert describe_retraining({"toy": "sana", "training": {**training, "seed": 0}}) == []
 
 
 def test_a_toy_has_its_page_and_all_toys_have_one(tmp_path):

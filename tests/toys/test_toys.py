@@ -1,12 +1,17 @@
 """Every kind of toy before training: its conventions agree with its pipeline's, and it is saved, loaded and drawn."""
 
+import re
+import shutil
 import subprocess
 import sys
+from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, FluxPipeline, QwenImagePipeline, SanaPipeline
+from safetensors.torch import load_file
 
 from dit_lens import toys
 from dit_lens.core.runs.files import write_json
@@ -31,6 +36,7 @@ PIPELINES = {
     "qwen-image": QwenImagePipeline,
     "sana": SanaPipeline,
 }
+SEEDS = Path(__file__).parents[1] / "fixtures" / "toy_seeds.safetensors"
 SCENES = sample_scenes(4, seed=3)
 CAPTIONS = [scene.caption for scene in SCENES]
 GUIDANCE = {
@@ -207,8 +213,24 @@ def test_a_toy_without_weights_says_which_there_are(tmp_path, monkeypatch):
     assert toys.path("flux-seed1") == tmp_path / "beside" / "flux-seed1"
     with pytest.raises(StoreError, match=r"'sana' has not been trained yet.*train-toy sana.*flux, flux-seed1"):
         DiTLens.toy("sana")
-    with pytest.raises(StoreError, match="no toy called 'fluks'"):
-        DiTLens.toy("fluks")
+    there = re.escape(str(tmp_path / "beside" / "flux-seed2"))
+    command = (
+        f"there is no {there}. Train it with dit-lens train-toy flux --seed 2 --out DIR, and move DIR/pipeline there"
+    )
+    with pytest.raises(StoreError, match=f"'flux-seed2' has not been trained yet: {command}"):
+        DiTLens.toy("flux-seed2")
+    for name in ("fluks", "fluks-seed1", "flux-seedy", "flux-"):
+        with pytest.raises(StoreError, match=f"no toy called '{name}'"):
+            DiTLens.toy(name)
+
+
+def test_a_seed_that_lies_beside_the_package_is_loaded(saved, name, tmp_path, monkeypatch):
+    shutil.copytree(saved, tmp_path / f"{name}-seed7")
+    monkeypatch.setattr(toys, "BESIDE", tmp_path)
+    lens = DiTLens.toy(f"{name}-seed7")
+    assert type(lens.pipe) is PIPELINES[name]
+    begun, own = DiTLens.toy(f"{name}-seed7", untrained=True).pipe.transformer, kind(name).build(7).transformer
+    assert all(torch.equal(value, own.state_dict()[key]) for key, value in begun.state_dict().items())
 
 
 def test_the_twin_of_a_seed_begins_as_that_seed_did():
@@ -218,18 +240,22 @@ def test_the_twin_of_a_seed_begins_as_that_seed_did():
 
 
 def test_the_seeds_of_a_toy_were_trained_apart_each_from_its_own_beginning():
+    """Of the seeds, whose weights are not kept, some matrices are."""
     names = ("flux", "flux-seed1", "flux-seed2")
     starts = [toys.untrained(name).state_dict() for name in names]
+    matrices = defaultdict(dict, flux=DiTLens.toy("flux").pipe.transformer.state_dict())
+    for key, weight in load_file(SEEDS).items():
+        name, _, matrix = key.partition("/")
+        matrices[name][matrix] = weight
     for name in names:
-        ends = DiTLens.toy(name).pipe.transformer.state_dict()
-        kept = [_cosine(ends, start) for start in starts]
+        kept = [_cosine(matrices[name], start) for start in starts]
         assert names[int(np.argmax(kept))] == name
         assert 0.02 < max(kept) < 0.98  # trained, and yet not beyond recognition
         assert sorted(kept)[1] < 0.02
 
 
 def _cosine(ours, theirs):
-    """Between all matrices of two models; gains, which begin at one in every model, are left out."""
+    """Between all matrices of two models that both have; gains, which begin at one in every model, are left out."""
     names = [name for name, weight in ours.items() if weight.dim() > 1]
     one, other = (torch.cat([weights[name].float().flatten() for name in names]) for weights in (ours, theirs))
     return torch.cosine_similarity(one, other, dim=0).item()
