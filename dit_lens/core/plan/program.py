@@ -29,8 +29,7 @@ class Action(TypedDict):
     key: under which the payload holds an edit's tensor or function.
     source_rows: for every target row the row its values come from.
     strength: in (0, 1]; 1 assigns.
-    factor: of a scale.
-    keep: of a token mean, "mean" or "residual".
+    parameters: what else an edit of this kind needs, such as a factor.
     """
 
     op: int
@@ -46,8 +45,7 @@ class Action(TypedDict):
     key: NotRequired[str]
     source_rows: NotRequired[list[int]]
     strength: NotRequired[float]
-    factor: NotRequired[float]
-    keep: NotRequired[str]
+    parameters: NotRequired[dict[str, Any]]
 
 
 class Part(TypedDict):

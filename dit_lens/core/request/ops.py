@@ -176,7 +176,7 @@ class Scale(Op):
     exact_under_gate: ClassVar[bool] = True
 
     def lower(self, at: Lowering) -> Lowered:
-        return at.on_branches(kind="Scale", factor=float(self.factor))
+        return at.on_branches(kind="Scale", parameters={"factor": float(self.factor)})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -256,7 +256,7 @@ class TokenMean(Op):
             raise OpError(
                 f"keep={self.keep!r} is not a valid part of a channel.{nearest(str(self.keep), ('mean', 'residual'))}"
             )
-        return at.on_branches(kind="TokenMean", keep=self.keep)
+        return at.on_branches(kind="TokenMean", parameters={"keep": self.keep})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -318,7 +318,7 @@ def zero(edit: Edit) -> Tensor:
 
 def scale(edit: Edit) -> Tensor:
     """A multiple."""
-    return edit.old * edit.action["factor"]
+    return edit.old * edit.action["parameters"]["factor"]
 
 
 def add(edit: Edit) -> Tensor:
@@ -344,7 +344,7 @@ def copy_row(edit: Edit) -> Tensor:
 def token_mean(edit: Edit) -> Tensor:
     """Each channel's mean over the chosen tokens, or what is left without it."""
     mean = edit.old.mean(1, keepdim=True, dtype=torch.float32).to(edit.old.dtype)
-    return mean.expand_as(edit.old) if edit.action["keep"] == "mean" else edit.old - mean
+    return mean.expand_as(edit.old) if edit.action["parameters"]["keep"] == "mean" else edit.old - mean
 
 
 def apply(edit: Edit) -> Tensor | None:
