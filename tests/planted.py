@@ -16,7 +16,7 @@ from dit_lens import register_family
 from dit_lens.families.table.flux import FLUX1
 from dit_lens.toys import flux
 from dit_lens.toys.scenes import Scene, draw
-from dit_lens.toys.train import pixels
+from dit_lens.toys.stages import draw_batch
 
 AMPLITUDE = 60.0
 FAINT = 0.02
@@ -126,7 +126,7 @@ def pipeline(toy, kind, scenes=SCENES):
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         transformer.prompts = flux.encode(pipe, [scene.caption for scene in scenes])["pooled_projections"]
-        transformer.images = flux.pack(pipe, flux.to_latents(pipe, pixels(scenes, 0, "cpu")))
+        transformer.images = flux.pack(pipe, flux.to_latents(pipe, draw_batch(scenes, 0, "cpu")))
     return pipe
 
 

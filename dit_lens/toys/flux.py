@@ -1,4 +1,4 @@
-"""The FLUX toy before training: a genuine ``FluxPipeline``, small enough for a CPU, with a vocabulary of its own."""
+"""The FLUX toy before training: a real ``FluxPipeline``, small enough for a CPU, with its own vocabulary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from dit_lens.toys import kinds
 from dit_lens.toys.scenes import PIXELS, VOCABULARY
-from dit_lens.toys.tokens import tokenizer
+from dit_lens.toys.tokens import make_tokenizer
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -21,10 +21,10 @@ NOTES = ""
 WIDTH = 128
 HEAD = 32
 TEXT_WIDTH = 64
-TEXT_TOKENS = 16  # a caption has ten words; the rest is the end mark and padding
-MARKS = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>", "bos_token": "<s>"}
+TEXT_TOKENS = 16  # the ten words of a caption, an end token and padding
+SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>", "bos_token": "<s>"}
 FIRST_WORD = 0
-# Rectified flow spends most steps where a large flat image is undecided (Esser et al., arXiv 2403.03206, eq. 23).
+# sigma' = s sigma / (1 + (s - 1) sigma) puts more steps at high noise (Esser et al., arXiv 2403.03206, eq. 23).
 SHIFT = 3.0
 SHARES = kinds.SHARES
 
@@ -40,7 +40,7 @@ CALL = {
 
 
 def build(seed: int = 0) -> FluxPipeline:
-    """An untrained FLUX toy: 3 double and 5 single blocks, 16 x 16 image tokens of 64 x 64 pixels."""
+    """Builds an untrained FLUX toy: 3 double and 5 single blocks, 16 x 16 image tokens of 64 x 64 pixels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return FluxPipeline(
@@ -61,33 +61,33 @@ def build(seed: int = 0) -> FluxPipeline:
             ),
             text_encoder=CLIPTextModel(
                 CLIPTextConfig(
-                    vocab_size=len(MARKS) + len(VOCABULARY),
+                    vocab_size=len(SPECIAL_TOKENS) + len(VOCABULARY),
                     hidden_size=TEXT_WIDTH,
                     intermediate_size=2 * TEXT_WIDTH,
                     projection_dim=TEXT_WIDTH,
                     num_hidden_layers=2,
                     num_attention_heads=4,
                     max_position_embeddings=TEXT_TOKENS,
-                    pad_token_id=list(MARKS).index("pad_token"),
-                    bos_token_id=list(MARKS).index("bos_token"),
-                    eos_token_id=list(MARKS).index("eos_token"),
+                    pad_token_id=list(SPECIAL_TOKENS).index("pad_token"),
+                    bos_token_id=list(SPECIAL_TOKENS).index("bos_token"),
+                    eos_token_id=list(SPECIAL_TOKENS).index("eos_token"),
                 )
             ),
-            tokenizer=tokenizer(MARKS, VOCABULARY, TEXT_TOKENS, template="<s> $A </s>"),
+            tokenizer=make_tokenizer(SPECIAL_TOKENS, VOCABULARY, TEXT_TOKENS, template="<s> $A </s>"),
             text_encoder_2=T5EncoderModel(
                 T5Config(
-                    vocab_size=len(MARKS) + len(VOCABULARY),
+                    vocab_size=len(SPECIAL_TOKENS) + len(VOCABULARY),
                     d_model=TEXT_WIDTH,
                     d_kv=16,
                     d_ff=2 * TEXT_WIDTH,
                     num_layers=2,
                     num_heads=4,
                     dropout_rate=0.0,
-                    pad_token_id=list(MARKS).index("pad_token"),
-                    eos_token_id=list(MARKS).index("eos_token"),
+                    pad_token_id=list(SPECIAL_TOKENS).index("pad_token"),
+                    eos_token_id=list(SPECIAL_TOKENS).index("eos_token"),
                 )
             ),
-            tokenizer_2=tokenizer(MARKS, VOCABULARY, TEXT_TOKENS, template="$A </s>"),
+            tokenizer_2=make_tokenizer(SPECIAL_TOKENS, VOCABULARY, TEXT_TOKENS, template="$A </s>"),
             transformer=FluxTransformer2DModel(
                 patch_size=1,
                 in_channels=16,
@@ -104,48 +104,48 @@ def build(seed: int = 0) -> FluxPipeline:
 
 
 def text_encoders(pipe: FluxPipeline) -> dict[str, nn.Module]:
-    """The text encoders, by the names they have in checkpoints."""
+    """Returns name in checkpoints -> text encoder."""
     return {"clip": pipe.text_encoder, "t5": pipe.text_encoder_2}
 
 
 def encode(pipe: FluxPipeline, captions: list[str]) -> dict[str, Tensor]:
-    """The conditioning of a batch of captions, as the transformer's own keyword arguments."""
+    """Encodes a batch of captions as keyword arguments of the transformer."""
     embeds, pooled, text_ids = pipe.encode_prompt(captions, captions, max_sequence_length=TEXT_TOKENS)
     return {"encoder_hidden_states": embeds, "pooled_projections": pooled, "txt_ids": text_ids}
 
 
 def features(text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Every word as T5 reads it, and the caption as CLIP does."""
+    """Returns T5's features of every word, and CLIP's pooled features of the caption."""
     return text["encoder_hidden_states"], text["pooled_projections"]
 
 
 def posterior(pipe: FluxPipeline, images: Tensor) -> DiagonalGaussianDistribution:
-    """What the autoencoder makes of images."""
+    """Returns the posterior of the autoencoder, from which latents are sampled."""
     return pipe.vae.encode(images).latent_dist
 
 
 def decode(pipe: FluxPipeline, latents: Tensor) -> Tensor:
-    """Images of samples of the posterior."""
+    """Decodes samples of the posterior to images [b, 3, y, x] in [-1, 1]."""
     return pipe.vae.decode(latents).sample
 
 
-def normalise(pipe: FluxPipeline, modes: Tensor) -> None:
-    """Sets the shift and the scale that all channels share."""
+def set_normalisation(pipe: FluxPipeline, modes: Tensor) -> None:
+    """Sets the shift and the scale, which all channels share."""
     pipe.vae.register_to_config(shift_factor=float(modes.mean()), scaling_factor=float(1 / modes.std()))
 
 
 def to_latents(pipe: FluxPipeline, images: Tensor) -> Tensor:
-    """The mode of the posterior [b, c, 2h, 2w], in the units the transformer sees."""
+    """Returns the normalised mode of the posterior, [b, c, 2h, 2w]."""
     return (posterior(pipe, images).mode() - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
 
 
 def pack(pipe: FluxPipeline, latents: Tensor) -> Tensor:
-    """Latents [b, c, 2h, 2w] as the transformer's tokens [b, h*w, 4c]."""
+    """Converts latents [b, c, 2h, 2w] to the tokens of the transformer, [b, h*w, 4c]."""
     return pipe._pack_latents(latents, *latents.shape)
 
 
 def velocity(pipe: FluxPipeline, latents: Tensor, sigma: Tensor, text: dict[str, Tensor]) -> Tensor:
-    """The predicted velocity [b, c, 2h, 2w] of noisy latents at ``sigma`` [b] in [0, 1]."""
+    """Predicts the velocity [b, c, 2h, 2w]; see :meth:`dit_lens.toys.kinds.Kind.velocity`."""
     b, _, h, w = latents.shape
     ids = pipe._prepare_latent_image_ids(b, h // 2, w // 2, latents.device, latents.dtype)
     predicted = pipe.transformer(

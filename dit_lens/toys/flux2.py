@@ -1,4 +1,4 @@
-"""The FLUX.2 toy before training: a genuine ``Flux2KleinPipeline`` with a small Qwen3 that reads its own chat."""
+"""The FLUX.2 toy before training: a real ``Flux2KleinPipeline`` with a small Qwen3 and its chat template."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from dit_lens.toys import kinds
 from dit_lens.toys.scenes import PIXELS, VOCABULARY
-from dit_lens.toys.tokens import tokenizer
+from dit_lens.toys.tokens import make_tokenizer
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -25,16 +25,21 @@ TITLE = "FLUX.2 klein"
 WIDTH = 128
 HEAD = 32
 LANGUAGE_WIDTH = 64
-OUT_LAYERS = (1, 2, 3)  # klein joins three hidden layers of its language model; its own (9, 18, 27) need 27 layers
+OUT_LAYERS = (1, 2, 3)  # klein concatenates three hidden layers of its language model; its own are 9, 18 and 27
 TEXT_WIDTH = LANGUAGE_WIDTH * len(OUT_LAYERS)
-TEXT_TOKENS = 24  # ten words of a caption, eight tokens of the chat around them, padding
-MARKS = {"pad_token": "<|endoftext|>", "unk_token": "<unk>", "eos_token": "<|im_end|>", "start": "<|im_start|>"}
+TEXT_TOKENS = 24  # the ten words of a caption, eight tokens of the chat template, padding
+SPECIAL_TOKENS = {
+    "pad_token": "<|endoftext|>",
+    "unk_token": "<unk>",
+    "eos_token": "<|im_end|>",
+    "start": "<|im_start|>",
+}
 WORDS = ("user", "assistant", "\n", *VOCABULARY)
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FIRST_WORD = 3  # after <|im_start|>, user and the line's end
+FIRST_WORD = 3  # after <|im_start|>, "user" and a line break
 SHIFT = 3.0
 SHARES = kinds.SHARES
 
@@ -53,7 +58,7 @@ distilled: guidance takes a second call with an empty prompt."""
 
 
 def build(seed: int = 0) -> Flux2KleinPipeline:
-    """An untrained FLUX.2 toy: 3 double and 5 single blocks, 16 x 16 image tokens of 64 x 64 pixels."""
+    """Builds an untrained FLUX.2 toy: 3 double and 5 single blocks, 16 x 16 image tokens of 64 x 64 pixels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Flux2KleinPipeline(
@@ -70,7 +75,7 @@ def build(seed: int = 0) -> Flux2KleinPipeline:
             ),
             text_encoder=Qwen3ForCausalLM(
                 Qwen3Config(
-                    vocab_size=len(MARKS) + len(WORDS),
+                    vocab_size=len(SPECIAL_TOKENS) + len(WORDS),
                     hidden_size=LANGUAGE_WIDTH,
                     intermediate_size=2 * LANGUAGE_WIDTH,
                     num_hidden_layers=max(OUT_LAYERS),
@@ -79,11 +84,11 @@ def build(seed: int = 0) -> Flux2KleinPipeline:
                     head_dim=16,
                     max_position_embeddings=TEXT_TOKENS,
                     tie_word_embeddings=True,
-                    pad_token_id=list(MARKS).index("pad_token"),
-                    eos_token_id=list(MARKS).index("eos_token"),
+                    pad_token_id=list(SPECIAL_TOKENS).index("pad_token"),
+                    eos_token_id=list(SPECIAL_TOKENS).index("eos_token"),
                 )
             ),
-            tokenizer=tokenizer(MARKS, WORDS, TEXT_TOKENS, chat_template=CHAT),
+            tokenizer=make_tokenizer(SPECIAL_TOKENS, WORDS, TEXT_TOKENS, chat_template=CHAT),
             transformer=Flux2Transformer2DModel(
                 patch_size=1,
                 in_channels=16,
@@ -100,48 +105,48 @@ def build(seed: int = 0) -> Flux2KleinPipeline:
 
 
 def text_encoders(pipe: Flux2KleinPipeline) -> dict[str, nn.Module]:
-    """The text encoders, by the names they have in checkpoints."""
+    """Returns name in checkpoints -> text encoder."""
     return {"qwen": pipe.text_encoder}
 
 
 def encode(pipe: Flux2KleinPipeline, captions: list[str]) -> dict[str, Tensor]:
-    """The conditioning of a batch of captions, as the transformer's own keyword arguments."""
+    """Encodes a batch of captions as keyword arguments of the transformer."""
     embeds, text_ids = pipe.encode_prompt(captions, max_sequence_length=TEXT_TOKENS, text_encoder_out_layers=OUT_LAYERS)
     return {"encoder_hidden_states": embeds, "txt_ids": text_ids}
 
 
 def features(text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Every word, and the caption's last one: a causal model has seen the whole caption only there."""
+    """Returns the features of every word, and of the last one, where a causal model has seen the whole caption."""
     words = text["encoder_hidden_states"]
     return words, words[:, FIRST_WORD + 9]
 
 
 def posterior(pipe: Flux2KleinPipeline, images: Tensor) -> DiagonalGaussianDistribution:
-    """What the autoencoder makes of images."""
+    """Returns the posterior of the autoencoder, from which latents are sampled."""
     return pipe.vae.encode(images).latent_dist
 
 
 def decode(pipe: Flux2KleinPipeline, latents: Tensor) -> Tensor:
-    """Images of samples of the posterior."""
+    """Decodes samples of the posterior to images [b, 3, y, x] in [-1, 1]."""
     return pipe.vae.decode(latents).sample
 
 
-def normalise(pipe: Flux2KleinPipeline, modes: Tensor) -> None:
-    """Fills the running statistics by which klein normalises every channel of a 2 x 2 patch."""
+def set_normalisation(pipe: Flux2KleinPipeline, modes: Tensor) -> None:
+    """Sets the running statistics with which klein normalises every channel of a 2 x 2 patch."""
     variance, mean = torch.var_mean(pipe._patchify_latents(modes), dim=(0, 2, 3))
     pipe.vae.bn.running_mean.copy_(mean)
     pipe.vae.bn.running_var.copy_(variance - pipe.vae.config.batch_norm_eps)
 
 
 def to_latents(pipe: Flux2KleinPipeline, images: Tensor) -> Tensor:
-    """The mode of the posterior as normalised 2 x 2 patches [b, 4c, h, w]."""
+    """Returns the normalised mode of the posterior as 2 x 2 patches, [b, 4c, h, w]."""
     patches = pipe._patchify_latents(posterior(pipe, images).mode())
     mean, variance = (value[:, None, None] for value in (pipe.vae.bn.running_mean, pipe.vae.bn.running_var))
     return (patches - mean) / (variance + pipe.vae.config.batch_norm_eps).sqrt()
 
 
 def velocity(pipe: Flux2KleinPipeline, latents: Tensor, sigma: Tensor, text: dict[str, Tensor]) -> Tensor:
-    """The predicted velocity [b, 4c, h, w] of noisy latents at ``sigma`` [b] in [0, 1]."""
+    """Predicts the velocity [b, 4c, h, w]; see :meth:`dit_lens.toys.kinds.Kind.velocity`."""
     ids = pipe._prepare_latent_ids(latents).to(latents.device)
     predicted = pipe.transformer(
         hidden_states=pipe._pack_latents(latents), timestep=sigma, img_ids=ids, return_dict=False, **text

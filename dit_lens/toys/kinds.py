@@ -1,4 +1,4 @@
-"""The kinds of toys: one module each, which says all that training has to know of its pipeline."""
+"""The kinds of toys: modules that implement :class:`Kind`, all that training needs to know of a pipeline."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 KINDS = ("flux", "flux2", "qwen-image", "sana")
-SHARES = {"text": 0.02, "autoencoder": 0.06, "transformer": 0.92}  # of the training time
+SHARES = {"text": 0.02, "autoencoder": 0.06, "transformer": 0.92}  # stage -> share of the training time
 
 
 class Kind(Protocol):
-    """What the module of a toy offers. Latents are [b, c, h, w] in every kind, packed only for the transformer.
+    """Interface of a toy's module. Latents are [b, c, h, w] in every kind, and are packed only for the transformer.
 
-    TITLE: the model's name, for the card. NOTES: what else the card says. CALL: the pipeline's arguments, stored with
-    the toy. SHIFT: of the noise schedule, in training as in the scheduler. FIRST_WORD: where the caption's first word
-    stands among the words of :meth:`features`. TEXT_WIDTH: how wide they are. SHARES: of the stages in the time.
+    TITLE: name of the model, for the model card.
+    NOTES: further text for the model card.
+    CALL: default arguments of the pipeline's call, stored with the toy.
+    SHIFT: shift of the noise schedule, in training and in the scheduler.
+    FIRST_WORD: index of the caption's first word among the words of :meth:`features`.
+    TEXT_WIDTH: width of the features of a word.
+    SHARES: stage -> share of the training time.
     """
 
     TITLE: str
@@ -33,48 +37,57 @@ class Kind(Protocol):
     SHARES: dict[str, float]
 
     def build(self, seed: int = 0, /) -> DiffusionPipeline:
-        """The pipeline, untrained."""
+        """Builds the untrained pipeline."""
         ...
 
     def text_encoders(self, pipe: Any, /) -> dict[str, nn.Module]:
-        """The text encoders, by the names they have in checkpoints."""
+        """Returns name in checkpoints -> text encoder."""
         ...
 
     def encode(self, pipe: Any, captions: list[str], /) -> dict[str, Tensor]:
-        """The conditioning of a batch of captions, as the transformer's own keyword arguments."""
+        """Encodes a batch of captions as keyword arguments of the transformer."""
         ...
 
     def features(self, text: dict[str, Tensor], /) -> tuple[Tensor, Tensor]:
-        """Of an encoded batch: every word [b, word, c], and the caption as a whole [b, c]."""
+        """Returns, of an encoded batch, the features of every word [b, word, c] and of the whole caption [b, c]."""
         ...
 
     def posterior(self, pipe: Any, images: Tensor, /) -> DiagonalGaussianDistribution:
-        """What the autoencoder makes of images [b, 3, y, x]."""
+        """Returns the posterior of the autoencoder for images [b, 3, y, x] in [-1, 1]."""
         ...
 
     def decode(self, pipe: Any, latents: Tensor, /) -> Tensor:
-        """Images of samples of the posterior."""
+        """Decodes samples of the posterior to images [b, 3, y, x] in [-1, 1]."""
         ...
 
-    def normalise(self, pipe: Any, modes: Tensor, /) -> None:
-        """Sets the autoencoder's own constants so that the transformer sees latents of mean 0 and variance 1."""
+    def set_normalisation(self, pipe: Any, modes: Tensor, /) -> None:
+        """Sets the constants of the autoencoder so that the transformer's latents have mean 0 and variance 1.
+
+        modes: modes of the posteriors of many images.
+        """
         ...
 
     def to_latents(self, pipe: Any, images: Tensor, /) -> Tensor:
-        """The mode of the posterior, in the units the transformer sees."""
+        """Returns the normalised mode of the posterior: the latents that the transformer works on."""
         ...
 
     def velocity(self, pipe: Any, latents: Tensor, sigma: Tensor, text: dict[str, Tensor], /) -> Tensor:
-        """The predicted velocity of noisy latents at ``sigma`` [b] in [0, 1]."""
+        """Predicts the velocity of noisy latents.
+
+        pipe: the pipeline.
+        latents: normalised, noisy latents [b, c, h, w].
+        sigma: noise level [b], in [0, 1].
+        text: encoded captions, from :meth:`encode`.
+        """
         ...
 
 
 def kind(name: str) -> Kind:
-    """The module of a toy.
+    """Returns the module of a kind of toy.
 
     >>> kind("qwen-image").TITLE
     'Qwen-Image'
     """
     if name not in KINDS:
-        raise StoreError(f"there is no kind of toy called {name!r}.{nearest(name, KINDS)}")
+        raise StoreError(f"there is no kind of toy named {name!r}.{nearest(name, KINDS)}")
     return cast("Kind", importlib.import_module(f"dit_lens.toys.{name.replace('-', '_')}"))

@@ -1,4 +1,4 @@
-"""The Qwen-Image toy before training: a genuine ``QwenImagePipeline`` with a small Qwen2.5-VL that sees no images."""
+"""The Qwen-Image toy before training: a real ``QwenImagePipeline`` with a small Qwen2.5-VL, used for text only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from dit_lens.toys.scenes import PIXELS, VOCABULARY
-from dit_lens.toys.tokens import tokenizer
+from dit_lens.toys.tokens import make_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,9 +26,14 @@ HEAD = 32
 LAYERS = 7
 LATENT_CHANNELS = 4
 TEXT_WIDTH = 64
-TEXT_TOKENS = 24  # ten words of a caption, five tokens that close the chat, room for longer ones
-TEMPLATE_TOKENS = 34  # the pipeline drops so many, so every word and comma of its template has to be one token
-MARKS = {"pad_token": "<|endoftext|>", "unk_token": "<unk>", "eos_token": "<|im_end|>", "start": "<|im_start|>"}
+TEXT_TOKENS = 24  # the ten words of a caption, five tokens at the end of the template, and a reserve
+TEMPLATE_TOKENS = 34  # removed by the pipeline, so every word and comma of its template must be one token
+SPECIAL_TOKENS = {
+    "pad_token": "<|endoftext|>",
+    "unk_token": "<unk>",
+    "eos_token": "<|im_end|>",
+    "start": "<|im_start|>",
+}
 TEMPLATE = (
     "system describe the image by detailing the color , shape , size , texture , quantity , text , spatial "
     "relationships of the objects and background : user assistant"
@@ -36,7 +41,7 @@ TEMPLATE = (
 WORDS = tuple(dict.fromkeys(["\n", *TEMPLATE.split(), *VOCABULARY]))
 FIRST_WORD = 0
 SHIFT = 3.0
-# Its autoencoder pads an image to a film of three frames, and so takes three times as long.
+# Its autoencoder pads an image to a video of three frames, so it takes three times as long.
 SHARES = {"text": 0.02, "autoencoder": 0.14, "transformer": 0.84}
 
 CALL = {
@@ -53,7 +58,7 @@ schedule is fixed at {SHIFT:g}."""
 
 
 def build(seed: int = 0) -> QwenImagePipeline:
-    """An untrained Qwen-Image toy: 7 blocks of two streams, 16 x 16 image tokens of 64 x 64 pixels."""
+    """Builds an untrained Qwen-Image toy: 7 blocks of two streams, 16 x 16 image tokens of 64 x 64 pixels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return QwenImagePipeline(
@@ -70,7 +75,7 @@ def build(seed: int = 0) -> QwenImagePipeline:
             text_encoder=Qwen2_5_VLForConditionalGeneration(
                 Qwen2_5_VLConfig(
                     text_config={
-                        "vocab_size": len(MARKS) + len(WORDS),
+                        "vocab_size": len(SPECIAL_TOKENS) + len(WORDS),
                         "hidden_size": TEXT_WIDTH,
                         "intermediate_size": 2 * TEXT_WIDTH,
                         "num_hidden_layers": 2,
@@ -78,8 +83,8 @@ def build(seed: int = 0) -> QwenImagePipeline:
                         "num_key_value_heads": 2,
                         "max_position_embeddings": TEMPLATE_TOKENS + TEXT_TOKENS,
                         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-                        "pad_token_id": list(MARKS).index("pad_token"),
-                        "eos_token_id": list(MARKS).index("eos_token"),
+                        "pad_token_id": list(SPECIAL_TOKENS).index("pad_token"),
+                        "eos_token_id": list(SPECIAL_TOKENS).index("eos_token"),
                         "bos_token_id": None,
                     },
                     vision_config={
@@ -93,7 +98,7 @@ def build(seed: int = 0) -> QwenImagePipeline:
                     tie_word_embeddings=True,
                 )
             ),
-            tokenizer=tokenizer(MARKS, WORDS, TEMPLATE_TOKENS + TEXT_TOKENS),
+            tokenizer=make_tokenizer(SPECIAL_TOKENS, WORDS, TEMPLATE_TOKENS + TEXT_TOKENS),
             transformer=QwenImageTransformer2DModel(
                 in_channels=4 * LATENT_CHANNELS,
                 out_channels=LATENT_CHANNELS,
@@ -107,46 +112,46 @@ def build(seed: int = 0) -> QwenImagePipeline:
 
 
 def text_encoders(pipe: QwenImagePipeline) -> dict[str, nn.Module]:
-    """The text encoders, by the names they have in checkpoints."""
+    """Returns name in checkpoints -> text encoder."""
     return {"qwen": pipe.text_encoder}
 
 
 def encode(pipe: QwenImagePipeline, captions: list[str]) -> dict[str, Tensor]:
-    """The conditioning of a batch of captions, as the transformer's own keyword arguments."""
+    """Encodes a batch of captions as keyword arguments of the transformer."""
     embeds, mask = pipe.encode_prompt(captions, max_sequence_length=TEXT_TOKENS)
     return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask}
 
 
 def features(text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Every word, and the caption's last one: a causal model has seen the whole caption only there."""
+    """Returns the features of every word, and of the last one, where a causal model has seen the whole caption."""
     words = text["encoder_hidden_states"]
     return words, words[:, FIRST_WORD + 9]
 
 
 def posterior(pipe: QwenImagePipeline, images: Tensor) -> DiagonalGaussianDistribution:
-    """What the autoencoder of films makes of images, films of one frame."""
+    """Returns the posterior of the video autoencoder for images, which are videos of one frame."""
     return DiagonalGaussianDistribution(pipe.vae.encode(images[:, :, None]).latent_dist.parameters[:, :, 0])
 
 
 def decode(pipe: QwenImagePipeline, latents: Tensor) -> Tensor:
-    """Images of samples of the posterior, not clipped as ``vae.decode`` does: what is clipped cannot be learned."""
+    """Decodes samples of the posterior without the clipping of ``vae.decode``, through which no gradient flows."""
     return pipe.vae.decoder(pipe.vae.post_quant_conv(latents[:, :, None]))[:, :, 0]
 
 
-def normalise(pipe: QwenImagePipeline, modes: Tensor) -> None:
-    """Sets mean and spread of every channel."""
-    spread, mean = torch.std_mean(modes, dim=(0, 2, 3))
-    pipe.vae.register_to_config(latents_mean=mean.tolist(), latents_std=spread.tolist())
+def set_normalisation(pipe: QwenImagePipeline, modes: Tensor) -> None:
+    """Sets the mean and standard deviation of every channel."""
+    std, mean = torch.std_mean(modes, dim=(0, 2, 3))
+    pipe.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
 
 
 def to_latents(pipe: QwenImagePipeline, images: Tensor) -> Tensor:
-    """The mode of the posterior [b, c, 2h, 2w], in the units the transformer sees."""
-    mean, spread = (images.new_tensor(pipe.vae.config[f"latents_{of}"])[:, None, None] for of in ("mean", "std"))
-    return (posterior(pipe, images).mode() - mean) / spread
+    """Returns the normalised mode of the posterior, [b, c, 2h, 2w]."""
+    mean, std = (images.new_tensor(pipe.vae.config[f"latents_{name}"])[:, None, None] for name in ("mean", "std"))
+    return (posterior(pipe, images).mode() - mean) / std
 
 
 def velocity(pipe: QwenImagePipeline, latents: Tensor, sigma: Tensor, text: dict[str, Tensor]) -> Tensor:
-    """The predicted velocity [b, c, 2h, 2w] of noisy latents at ``sigma`` [b] in [0, 1]."""
+    """Predicts the velocity [b, c, 2h, 2w]; see :meth:`dit_lens.toys.kinds.Kind.velocity`."""
     b, c, h, w = latents.shape
     predicted = pipe.transformer(
         hidden_states=pipe._pack_latents(latents, b, c, h, w),

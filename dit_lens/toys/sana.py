@@ -1,4 +1,4 @@
-"""The Sana toy before training: a genuine ``SanaPipeline`` with a small Gemma2 and linear attention."""
+"""The Sana toy before training: a real ``SanaPipeline`` with a small Gemma2 and linear attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma2Model
 
 from dit_lens.toys import kinds
 from dit_lens.toys.scenes import PIXELS, VOCABULARY
-from dit_lens.toys.tokens import tokenizer
+from dit_lens.toys.tokens import make_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,10 +22,10 @@ WIDTH = 128
 HEAD = 32
 LAYERS = 8
 LATENT_CHANNELS = 16
-NOISE = 0.05  # its autoencoder has no posterior: noise of this size is added to the latents while it is trained
+NOISE = 0.05  # standard deviation of noise on the latents in training: its autoencoder has no posterior of its own
 TEXT_WIDTH = 64
-TEXT_TOKENS = 16  # <bos> and the ten words of a caption; the rest is padding, masked
-MARKS = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
+TEXT_TOKENS = 16  # <bos>, the ten words of a caption, and masked padding
+SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
 FIRST_WORD = 1
 SHIFT = 3.0
 SHARES = kinds.SHARES
@@ -47,7 +47,7 @@ queries and keys are normalised, as in Sana 1.5."""
 
 
 def build(seed: int = 0) -> SanaPipeline:
-    """An untrained Sana toy: 8 blocks with cross-attention, 16 x 16 image tokens of 64 x 64 pixels."""
+    """Builds an untrained Sana toy: 8 blocks with cross-attention, 16 x 16 image tokens of 64 x 64 pixels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return SanaPipeline(
@@ -66,7 +66,7 @@ def build(seed: int = 0) -> SanaPipeline:
             ),
             text_encoder=Gemma2Model(
                 Gemma2Config(
-                    vocab_size=len(MARKS) + len(VOCABULARY),
+                    vocab_size=len(SPECIAL_TOKENS) + len(VOCABULARY),
                     hidden_size=TEXT_WIDTH,
                     intermediate_size=2 * TEXT_WIDTH,
                     num_hidden_layers=2,
@@ -76,12 +76,12 @@ def build(seed: int = 0) -> SanaPipeline:
                     query_pre_attn_scalar=16,
                     max_position_embeddings=TEXT_TOKENS,
                     attn_logit_softcapping=None,
-                    pad_token_id=list(MARKS).index("pad_token"),
-                    eos_token_id=list(MARKS).index("eos_token"),
-                    bos_token_id=list(MARKS).index("bos_token"),
+                    pad_token_id=list(SPECIAL_TOKENS).index("pad_token"),
+                    eos_token_id=list(SPECIAL_TOKENS).index("eos_token"),
+                    bos_token_id=list(SPECIAL_TOKENS).index("bos_token"),
                 )
             ),
-            tokenizer=tokenizer(MARKS, VOCABULARY, TEXT_TOKENS, template="<bos> $A"),
+            tokenizer=make_tokenizer(SPECIAL_TOKENS, VOCABULARY, TEXT_TOKENS, template="<bos> $A"),
             transformer=SanaTransformer2DModel(
                 in_channels=LATENT_CHANNELS,
                 out_channels=LATENT_CHANNELS,
@@ -93,7 +93,7 @@ def build(seed: int = 0) -> SanaPipeline:
                 cross_attention_dim=WIDTH,
                 caption_channels=TEXT_WIDTH,
                 sample_size=PIXELS // 4,
-                # Without it a patch learns its place only from the zeros its convolutions see beyond the borders.
+                # Adds position embeddings. Without them only the zero padding of convolutions shows positions.
                 interpolation_scale=1.0,
                 qk_norm="rms_norm_across_heads",
             ),
@@ -101,12 +101,12 @@ def build(seed: int = 0) -> SanaPipeline:
 
 
 def text_encoders(pipe: SanaPipeline) -> dict[str, nn.Module]:
-    """The text encoders, by the names they have in checkpoints."""
+    """Returns name in checkpoints -> text encoder."""
     return {"gemma": pipe.text_encoder}
 
 
 def encode(pipe: SanaPipeline, captions: list[str]) -> dict[str, Tensor]:
-    """The conditioning of a batch of captions, as the transformer's own keyword arguments."""
+    """Encodes a batch of captions as keyword arguments of the transformer."""
     embeds, mask, _, _ = pipe.encode_prompt(
         captions, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
     )
@@ -114,33 +114,34 @@ def encode(pipe: SanaPipeline, captions: list[str]) -> dict[str, Tensor]:
 
 
 def features(text: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Every word, and the caption's last one: a causal model has seen the whole caption only there."""
+    """Returns the features of every word, and of the last one, where a causal model has seen the whole caption."""
     words = text["encoder_hidden_states"]
     return words, words[:, FIRST_WORD + 9]
 
 
 def posterior(pipe: SanaPipeline, images: Tensor) -> DiagonalGaussianDistribution:
-    """What the autoencoder makes of images, with the noise it is trained with as spread."""
+    """Returns a normal distribution around the latents of images, with the standard deviation ``NOISE``."""
     latents = pipe.vae.encode(images).latent
     return DiagonalGaussianDistribution(torch.cat([latents, torch.full_like(latents, 2 * math.log(NOISE))], 1))
 
 
 def decode(pipe: SanaPipeline, latents: Tensor) -> Tensor:
-    """Images of samples of the posterior."""
+    """Decodes samples of the posterior to images [b, 3, y, x] in [-1, 1]."""
     return pipe.vae.decode(latents).sample
 
 
-def normalise(pipe: SanaPipeline, modes: Tensor) -> None:
-    """Sets the one factor the pipeline knows: the inverse root mean square."""
+def set_normalisation(pipe: SanaPipeline, modes: Tensor) -> None:
+    """Sets the scale, the only constant of this pipeline, to the inverse root mean square."""
     pipe.vae.register_to_config(scaling_factor=float(modes.square().mean().rsqrt()))
 
 
 def to_latents(pipe: SanaPipeline, images: Tensor) -> Tensor:
-    """The latents [b, c, h, w], in the units the transformer sees."""
+    """Returns the normalised latents, [b, c, h, w]."""
     return posterior(pipe, images).mode() * pipe.vae.config.scaling_factor
 
 
 def velocity(pipe: SanaPipeline, latents: Tensor, sigma: Tensor, text: dict[str, Tensor]) -> Tensor:
-    """The predicted velocity [b, c, h, w] of noisy latents at ``sigma`` [b] in [0, 1]; time runs to 1000."""
+    """Predicts the velocity [b, c, h, w]; see :meth:`dit_lens.toys.kinds.Kind.velocity`."""
+    # Timesteps of Sana go from 0 to 1000.
     timestep = sigma * 1000 * pipe.transformer.config.timestep_scale
     return pipe.transformer(hidden_states=latents, timestep=timestep, return_dict=False, **text)[0]

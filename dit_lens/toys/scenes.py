@@ -1,13 +1,15 @@
-"""Images with known answers: a small grammar of scenes, drawn with exact subject masks, and read back from pixels.
+"""Images with known content: a small grammar of scenes, which are drawn with exact subject masks and recognised again.
 
 >>> scene = Scene("big", "red", "circle", "left", "checkered", "blue")
 >>> scene.caption
 'a big red circle left on a checkered blue background'
->>> image = draw(scene, seed=0)
->>> image.image.size, image.mask.shape
+>>> drawing = draw(scene, seed=0)
+>>> drawing.image.size, drawing.mask.shape
 ((64, 64), (64, 64))
->>> describe(image.image).scene == scene
+>>> recognise_scene(drawing.image).scene == scene
 True
+
+Letters: c candidate place of a subject, P pixels of an image.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dit_lens.errors import PromptError, nearest
+from dit_lens.old_names import warn_of_old_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,17 +65,25 @@ ATTRIBUTES = tuple(VALUES)
 VOCABULARY = tuple(dict.fromkeys(["a", *itertools.chain(*VALUES.values()), "on", "background"]))
 
 RADII = {"small": 10.0, "big": 17.0}
-JITTER = 3.0  # pixels a subject may stray from its named position, on each axis
-STRETCH = 0.08  # relative spread of its radius
-SHADE = 0.55  # the second tone of a texture, as a multiple of the background colour
-PITCH = 8  # pixels of one stripe, cell or dot
-READABLE = 0.6  # least share of an image's variance a scene must explain to count as an answer
-HELD_OUT = 0.1  # share of the (colour, shape, texture, position) combinations kept out of training
+JITTER = 3.0  # largest random shift of a subject from its named position, in pixels, on each axis
+STRETCH = 0.08  # largest random relative change of its radius
+SHADE = 0.55  # brightness of the darker parts of a texture, relative to the background colour
+PITCH = 8  # period of a texture in pixels: width of a stripe or cell, distance of dots
+READABLE = 0.6  # smallest share of an image's variance that a scene must explain to be recognised
+HELD_OUT = 0.1  # share of the (colour, shape, texture, position) combinations that are held out of training
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One sentence of the grammar; ``Scene.parse`` is the inverse of ``caption``."""
+    """One sentence of the grammar; ``Scene.parse`` is the inverse of ``caption``.
+
+    size: one of ``SIZES``.
+    colour: colour of the subject, one of ``COLOURS``.
+    shape: one of ``SHAPES``.
+    position: one of ``POSITIONS``.
+    texture: texture of the background, one of ``TEXTURES``.
+    background: colour of the background, one of ``COLOURS``.
+    """
 
     size: str
     colour: str
@@ -89,13 +100,14 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether training never shows this combination of colour, shape, texture and position."""
+        """Whether this combination of colour, shape, texture and position is held out of training."""
+        # A hash of the words, so that the split is the same everywhere and needs no list.
         combination = f"{self.colour} {self.shape} {self.texture} {self.position}"
         return zlib.crc32(combination.encode()) % 1000 < 1000 * HELD_OUT
 
     @classmethod
     def parse(cls, caption: str) -> Scene:
-        """Reads a caption of the grammar.
+        """Parses a caption. Raises PromptError if it is not a sentence of the grammar.
 
         >>> Scene.parse("a small white cross top on a plain green background").shape
         'cross'
@@ -103,15 +115,15 @@ class Scene:
         words = caption.lower().split()
         if len(words) != 10 or (words[0], *words[5:7], words[9]) != ("a", "on", "a", "background"):
             example = cls("big", "red", "circle", "left", "checkered", "blue").caption
-            raise PromptError(f"{caption!r} is not a scene of the grammar. One reads: {example!r}.")
+            raise PromptError(f"{caption!r} is not a sentence of the grammar. An example: {example!r}.")
         named = dict(zip(ATTRIBUTES, [*words[1:5], *words[7:9]], strict=True))
         for attribute, word in named.items():
             if word not in VALUES[attribute]:
-                raise PromptError(f"{word!r} is not a {attribute} of the scenes.{nearest(word, VALUES[attribute])}")
+                raise PromptError(f"{word!r} is not a valid {attribute}.{nearest(word, VALUES[attribute])}")
         return cls(**named)
 
     def agreement(self, other: Scene | None) -> dict[str, bool]:
-        """Attribute by attribute, whether another scene (or an unreadable image, None) says the same."""
+        """Returns, for every attribute, whether it equals that of another scene; all False for None (unreadable)."""
         return {
             field.name: other is not None and getattr(self, field.name) == getattr(other, field.name)
             for field in fields(self)
@@ -120,7 +132,12 @@ class Scene:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A drawn scene: its image (64 x 64 RGB) and the exact subject mask, bool [64, 64]."""
+    """A drawn scene.
+
+    scene: what is drawn.
+    image: RGB, 64 x 64 pixels.
+    mask: bool [64, 64], the pixels of the subject.
+    """
 
     scene: Scene
     image: Image
@@ -128,12 +145,12 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Description:
-    """What :func:`describe` read from an image.
+class Recognition:
+    """Result of :func:`recognise_scene`.
 
-    scene: the best matching scene, or None when the image is unreadable.
-    confidence: share of the image's variance that scene explains, in [0, 1].
-    mask: bool [h, w], the subject as fitted to this image (empty when unreadable).
+    scene: the scene that fits the image best, or None if the image is unreadable.
+    confidence: share of the image's variance that the scene explains, in [0, 1].
+    mask: bool [64, 64], the subject as fitted to this image; empty if it is unreadable.
     """
 
     scene: Scene | None
@@ -146,7 +163,7 @@ class Description:
 
 
 def every_scene() -> Iterator[Scene]:
-    """All scenes of the grammar whose subject and background differ in colour."""
+    """Yields all scenes of the grammar, in which subject and background always differ in colour."""
     for values in itertools.product(*VALUES.values()):
         scene = Scene(*values)
         if scene.colour != scene.background:
@@ -154,22 +171,22 @@ def every_scene() -> Iterator[Scene]:
 
 
 def sample_scenes(n: int, seed: int, *, held_out: bool = False) -> list[Scene]:
-    """``n`` scenes drawn at random, all from training's share of the grammar or all from the held-out one.
+    """Samples ``n`` scenes with replacement, all from the training split or all from the held-out one.
 
     >>> all(scene.held_out for scene in sample_scenes(3, seed=0, held_out=True))
     True
     """
-    pool = _pool(held_out)
-    return [pool[i] for i in np.random.default_rng(seed).integers(len(pool), size=n)]
+    split = _list_split(held_out)
+    return [split[i] for i in np.random.default_rng(seed).integers(len(split), size=n)]
 
 
 @functools.cache
-def _pool(held_out: bool) -> list[Scene]:
+def _list_split(held_out: bool) -> list[Scene]:
     return [scene for scene in every_scene() if scene.held_out == held_out]
 
 
 def draw(scene: Scene, seed: int = 0) -> Drawing:
-    """Draws a scene with anti-aliased edges; the seed moves and stretches the subject a little."""
+    """Draws a scene with anti-aliased edges. seed: decides a small shift and scaling of the subject."""
     from PIL import Image
 
     rng = np.random.default_rng(
@@ -184,13 +201,13 @@ def draw(scene: Scene, seed: int = 0) -> Drawing:
 
 @functools.cache
 def palette() -> dict[str, NDArray[np.float32]]:
-    """The RGB of every colour, in [0, 1]."""
+    """Returns name -> RGB in [0, 1] of every colour."""
     return {name: np.true_divide(rgb, 255, dtype=np.float32) for name, rgb in COLOURS.items()}
 
 
 @functools.cache
 def backdrop(texture: str, colour: str) -> NDArray[np.float32]:
-    """The background alone, [64, 64, 3] in [0, 1]."""
+    """Returns a background without subject, [64, 64, 3] in [0, 1]."""
     y, x = np.mgrid[:PIXELS, :PIXELS]
     dark = {
         "plain": np.zeros((PIXELS, PIXELS), bool),
@@ -202,14 +219,18 @@ def backdrop(texture: str, colour: str) -> NDArray[np.float32]:
 
 
 def coverage(shape: str, x: Any, y: Any, radius: Any) -> NDArray[np.float32]:
-    """How much of each pixel a shape covers, [64, 64] in [0, 1], from its signed distance.
+    """Returns the share of each pixel that a shape covers, in [0, 1]: [64, 64], or [c, 64, 64] for arrays.
 
-    x, y, radius: numbers, or arrays [c] of them for [c, 64, 64].
+    shape: one of ``SHAPES``.
+    x: horizontal centre in pixels, a number or [c].
+    y: vertical centre in pixels, a number or [c].
+    radius: in pixels, a number or [c].
     """
     x, y, radius = (np.asarray(value, np.float32)[..., None, None] for value in (x, y, radius))
     columns = np.arange(PIXELS, dtype=np.float32) + 0.5
     rows = columns[:, None]
     u, v = columns - x, rows - y
+    # Signed distances to the edge in pixels, negative inside (of polygons up to a constant factor outside corners).
     distance = {
         "circle": lambda: np.hypot(u, v) - radius,
         "square": lambda: np.maximum(np.abs(u), np.abs(v)) - 0.9 * radius,
@@ -222,44 +243,44 @@ def coverage(shape: str, x: Any, y: Any, radius: Any) -> NDArray[np.float32]:
     return np.clip(0.5 - distance, 0, 1).astype(np.float32)
 
 
-def describe(image: Image) -> Description:
-    """Reads an image back into the grammar by best match over all scenes.
-
-    The subject's centre and radius are searched as well, so the returned mask is that of this image and not of a
-    drawing. Least squares over RGB in [0, 1]; an image of which the best scene explains less than 60 % of the
-    variance is unreadable.
+def recognise_scene(image: Image) -> Recognition:
+    """Finds the scene that fits an image best, by least squares over RGB in [0, 1].
 
     >>> from PIL import Image
-    >>> str(describe(Image.new("RGB", (64, 64), "gray")))
+    >>> str(recognise_scene(Image.new("RGB", (64, 64), "gray")))
     'unreadable (0.00)'
+
+    The centre and radius of the subject are fitted as well, so that the mask is that of this image. The image is
+    unreadable if the best scene explains less than 60 % of its variance.
     """
-    return _described(image.convert("RGB").resize((PIXELS, PIXELS)).tobytes())
+    return _recognise(image.convert("RGB").resize((PIXELS, PIXELS)).tobytes())
 
 
-@functools.lru_cache(1024)  # studies ask of one image how near it is to several prompts
-def _described(data: bytes) -> Description:
+@functools.lru_cache(1024)  # a study compares the same image with several prompts
+def _recognise(data: bytes) -> Recognition:
     pixels = np.true_divide(np.frombuffer(data, np.uint8).reshape(PIXELS, PIXELS, 3), 255, dtype=np.float32)
-    to_subject, to_backdrop = _errors(pixels)
+    to_subject, to_backdrop = _squared_errors(pixels)
     total = float(((pixels - pixels.mean((0, 1))) ** 2).sum())
     error, best = min(
         (_refine(*candidate, to_subject, to_backdrop) for candidate in _candidates(to_subject, to_backdrop)),
         key=lambda found: found[0],
     )
+    # 1 - residual sum of squares / total sum of squares (R^2); a nearly uniform image has no variance to explain.
     confidence = max(0.0, 1 - error / total) if total > 1e-3 * PIXELS**2 else 0.0
     if confidence < READABLE:
-        return Description(None, confidence, np.zeros((PIXELS, PIXELS), bool))
+        return Recognition(None, confidence, np.zeros((PIXELS, PIXELS), bool))
     shape, colour, (texture, background), x, y, radius = best
     scene = Scene(_closest_size(radius), colour, shape, _closest_position(x, y), texture, background)
-    return Description(scene, confidence, coverage(shape, x, y, radius) > 0.5)
+    return Recognition(scene, confidence, coverage(shape, x, y, radius) > 0.5)
 
 
 _BACKDROPS = tuple(itertools.product(TEXTURES, COLOURS))
-_GRID = np.arange(12.0, PIXELS - 11, 2)  # candidate centres, on each axis
+_CANDIDATE_CENTRES = np.arange(12.0, PIXELS - 11, 2)  # on each axis
 _CANDIDATE_RADII = (8.5, 10.0, 11.5, 14.5, 16.5, 18.5)
 
 
-def _errors(pixels: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Squared error of every pixel to every subject colour [8, P] and to every background [32, P]."""
+def _squared_errors(pixels: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Returns the squared error of every pixel to every subject colour [8, P] and to every background [32, P]."""
     subjects = np.stack([palette()[colour] for colour in COLOURS])[:, None, None]
     backdrops = np.stack([backdrop(*pair) for pair in _BACKDROPS])
     to_subject = ((pixels - subjects) ** 2).sum(-1).reshape(len(COLOURS), -1)
@@ -269,49 +290,63 @@ def _errors(pixels: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[n
 
 @functools.cache
 def _templates(shape: str) -> tuple[list[tuple[float, float, float]], NDArray[np.float32]]:
-    """Every candidate (x, y, radius) of a shape, and their coverages of squares of 2 x 2 pixels [candidates, P / 4]."""
-    placed = [(x, y, radius) for radius in _CANDIDATE_RADII for y in _GRID for x in _GRID]
-    masks = _halved(coverage(shape, *np.array(placed).T)).reshape(len(placed), -1)
-    return placed, np.true_divide(masks, 4, dtype=np.float32)
+    """Returns every candidate (x, y, radius) of a shape, and their coverages of squares of 2 x 2 pixels, [c, P / 4]."""
+    centres = _CANDIDATE_CENTRES
+    candidates = [(x, y, radius) for radius in _CANDIDATE_RADII for y in centres for x in centres]
+    masks = _sum_squares_of_pixels(coverage(shape, *np.array(candidates).T)).reshape(len(candidates), -1)
+    return candidates, np.true_divide(masks, 4, dtype=np.float32)
 
 
-def _halved(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[*, 64, 64] summed over squares of 2 x 2 pixels."""
+def _sum_squares_of_pixels(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Sums [*, 64, 64] over squares of 2 x 2 pixels: [*, 32, 32]."""
     return x.reshape(*x.shape[:-2], PIXELS // 2, 2, PIXELS // 2, 2).sum((-3, -1))
 
 
 def _candidates(
     to_subject: NDArray[np.float32], to_backdrop: NDArray[np.float32]
 ) -> Iterator[tuple[str, int, int, float, float, float]]:
-    """For each shape the best colour, background and place on the coarse grid, at half the resolution."""
-    subject, behind = (_halved(x.reshape(-1, PIXELS, PIXELS)).reshape(len(x), -1) for x in (to_subject, to_backdrop))
+    """Yields for each shape its best (shape, colour, background, x, y, radius), at half the resolution."""
+    subject, backdrops = (
+        _sum_squares_of_pixels(x.reshape(-1, PIXELS, PIXELS)).reshape(len(x), -1) for x in (to_subject, to_backdrop)
+    )
+    # A scene never has a subject in the colour of its background.
+    same_colour = np.arange(len(_BACKDROPS)) % len(COLOURS) == np.arange(len(COLOURS))[:, None]  # [8, 32]
     for shape in SHAPES:
-        placed, masks = _templates(shape)
-        inside, outside = masks @ subject.T, behind.sum(1) - masks @ behind.T  # [c, 8], [c, 32]
+        candidates, masks = _templates(shape)
+        inside, outside = masks @ subject.T, backdrops.sum(1) - masks @ backdrops.T  # [c, 8], [c, 32]
         error = inside[:, :, None] + outside[:, None, :]
-        on_itself = np.arange(len(_BACKDROPS)) % len(COLOURS) == np.arange(len(COLOURS))[:, None]
-        error[:, on_itself] = np.inf
-        place, colour, ground = np.unravel_index(error.argmin(), error.shape)
-        yield (shape, int(colour), int(ground), *placed[place])
+        error[:, same_colour] = np.inf
+        best, colour, background = np.unravel_index(error.argmin(), error.shape)
+        yield (shape, int(colour), int(background), *candidates[best])
 
 
 def _refine(
     shape: str,
     colour: int,
-    behind: int,
+    background: int,
     x: float,
     y: float,
     radius: float,
     to_subject: NDArray[np.float32],
     to_backdrop: NDArray[np.float32],
 ) -> tuple[float, tuple]:
-    """The least squared error around a coarse candidate, and the scene that gives it."""
-    gain, base = to_subject[colour] - to_backdrop[behind], to_backdrop[behind].sum()
+    """Returns the smallest squared error near a coarse candidate, and the fit that has it.
+
+    shape: shape of the candidate.
+    colour: index of the subject's colour.
+    background: index of the background in ``_BACKDROPS``.
+    x: horizontal centre of the candidate, in pixels.
+    y: vertical centre, in pixels.
+    radius: in pixels.
+    to_subject: [8, P], squared error of every pixel to every subject colour.
+    to_backdrop: [32, P], squared error of every pixel to every background.
+    """
+    gain, base = to_subject[colour] - to_backdrop[background], to_backdrop[background].sum()
     around = np.linspace(-1.5, 1.5, 5)
     near = np.stack(np.meshgrid(x + around, y + around, radius + around, indexing="ij"), -1).reshape(-1, 3)
     errors = base + coverage(shape, *near.T).reshape(len(near), -1) @ gain
     best = int(errors.argmin())
-    return float(errors[best]), (shape, tuple(COLOURS)[colour], _BACKDROPS[behind], *near[best].tolist())
+    return float(errors[best]), (shape, tuple(COLOURS)[colour], _BACKDROPS[background], *near[best].tolist())
 
 
 def _closest_size(radius: float) -> str:
@@ -320,3 +355,11 @@ def _closest_size(radius: float) -> str:
 
 def _closest_position(x: float, y: float) -> str:
     return min(POSITIONS, key=lambda name: np.hypot(x - POSITIONS[name][0], y - POSITIONS[name][1]))
+
+
+def __getattr__(name: str) -> Any:
+    old_names = {"describe": recognise_scene, "Description": Recognition}
+    if name in old_names:
+        warn_of_old_name(f"{__name__}.{name}", old_names[name].__name__, stacklevel=3)
+        return old_names[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Tokenizers that know every word as one token: the grammar's, and those of a pipeline's own templates."""
+"""Word-level tokenizers for the grammar of scenes and for the templates of the pipelines."""
 
 from __future__ import annotations
 
@@ -9,22 +9,28 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import PreTrainedTokenizerFast
 
 
-def tokenizer(
-    marks: Mapping[str, str], words: Sequence[str], length: int, *, template: str = "$A", **options: Any
+def make_tokenizer(
+    special_tokens: Mapping[str, str], words: Sequence[str], length: int, *, template: str = "$A", **options: Any
 ) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer; ids follow the order of ``marks`` and then of ``words``.
+    """Makes a word-level tokenizer. Token ids follow the order of the special tokens, then that of the words.
 
-    marks: special tokens by their role (``pad_token``, ``unk_token`` ...); a role of any other name is a mark that
-    templates write out. template: what is put around a text. options: passed to ``PreTrainedTokenizerFast``.
+    special_tokens: role (``pad_token``, ``unk_token`` ...) -> special token. A role without "_token" at its end is for
+      a token that only chat templates use.
+    words: all other tokens.
+    length: largest number of tokens of a text.
+    template: special tokens around a text ``$A``.
+    options: passed to ``PreTrainedTokenizerFast``.
     """
-    vocabulary = {word: i for i, word in enumerate([*marks.values(), *words])}
-    known = Tokenizer(models.WordLevel(vocabulary, unk_token=marks["unk_token"]))
-    known.normalizer = normalizers.Lowercase()
-    line_ends = r"\n|" if "\n" in vocabulary else ""
-    known.pre_tokenizer = pre_tokenizers.Split(Regex(line_ends + r"\w+|[^\w\s]+"), behavior="removed", invert=True)
-    known.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[(mark, vocabulary[mark]) for mark in marks.values() if mark in template]
+    vocabulary = {word: i for i, word in enumerate([*special_tokens.values(), *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special_tokens["unk_token"]))
+    tokenizer.normalizer = normalizers.Lowercase()
+    # A token is a word or a run of punctuation; a line break is one if the vocabulary has it.
+    line_break = r"\n|" if "\n" in vocabulary else ""
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(line_break + r"\w+|[^\w\s]+"), behavior="removed", invert=True)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template,
+        special_tokens=[(token, vocabulary[token]) for token in special_tokens.values() if token in template],
     )
-    known.add_special_tokens(list(marks.values()))
-    roles = {role: mark for role, mark in marks.items() if role.endswith("_token")}
-    return PreTrainedTokenizerFast(tokenizer_object=known, model_max_length=length, **roles, **options)
+    tokenizer.add_special_tokens(list(special_tokens.values()))
+    roles = {role: token for role, token in special_tokens.items() if role.endswith("_token")}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=length, **roles, **options)

@@ -1,7 +1,7 @@
-"""Training a toy from nothing, on images drawn as it goes: text encoders, autoencoder, then the transformer.
+"""Trains a toy from scratch on images that are drawn during training: text encoders, autoencoder, then transformer.
 
-Every random number follows from (seed, stage, iteration), so a run that was killed goes on from its last checkpoint as
-if nothing had happened.
+Every random number depends on (seed, stage, iteration) only, so a run that was interrupted and resumed from its last
+checkpoint gives the same result as one that was not.
 """
 
 from __future__ import annotations
@@ -9,38 +9,44 @@ from __future__ import annotations
 import math
 import platform
 import time
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from dit_lens.core.request.call import prepare_call
 from dit_lens.core.runs.files import read_json, recovered, whole_folder, write_json
 from dit_lens.errors import DitLensError, StoreError
-from dit_lens.toys.kinds import SHARES, Kind, kind
-from dit_lens.toys.scenes import ATTRIBUTES, VALUES, VOCABULARY, Scene, draw, sample_scenes
+from dit_lens.toys.kinds import SHARES, kind
+from dit_lens.toys.scenes import VOCABULARY, sample_scenes
+from dit_lens.toys.stages import STAGES, Stage, normalise_latents
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-CAPTION_DROPOUT = 0.1
-KL_WEIGHT = 1e-6
-EMA = 0.998
-WARMUP = 100  # iterations
-STABLE = 0.65  # share of a stage after which its learning rate falls
+EMA = 0.998  # decay of the moving average of the weights
+WARMUP = 100  # iterations in which the learning rate rises
+STABLE = 0.65  # share of a stage after which the learning rate falls
 CHECKPOINT_SECONDS = 120.0
 SAMPLE_SECONDS = 900.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a training run is made of; stored with its checkpoints and in the model card."""
+    """Settings of a training run; stored with its checkpoints and in the model card.
+
+    seed: seed of the initial weights and of all random numbers.
+    minutes: training time of all stages together.
+    device: name of the device, such as "cpu" or "cuda".
+    batch: number of images per iteration.
+    rate: learning rate before it falls.
+    toy: kind of the toy, one of ``KINDS``.
+    """
 
     seed: int = 0
     minutes: float = 120.0
@@ -52,7 +58,14 @@ class Settings:
 
 @dataclass
 class Progress:
-    """Where a stage stands: finished iterations, seconds of work, smoothed loss."""
+    """Progress of a stage.
+
+    iteration: number of finished iterations.
+    seconds: training time so far, without interruptions.
+    loss: moving average of the loss.
+    done: whether the stage has used its time.
+    sampled: value of ``seconds`` when sample images were last drawn.
+    """
 
     iteration: int = 0
     seconds: float = 0.0
@@ -61,93 +74,23 @@ class Progress:
     sampled: float = 0.0
 
 
-class Stage(Protocol):
-    """What :func:`fit` needs: the parameters to train, and the loss of one batch."""
-
-    name: str
-
-    @property
-    def net(self) -> nn.Module: ...
-
-    def loss(self, scenes: list[Scene], first: int, noise: torch.Generator, /) -> Tensor: ...
-
-
-class TextStage:
-    """Text encoders learn to say, of every word and of the whole caption, which attribute has which value."""
-
-    name = "text"
-
-    def __init__(self, toy: Kind, pipe: DiffusionPipeline):
-        self.toy, self.pipe = toy, pipe
-        classes = 1 + sum(len(values) for values in VALUES.values())
-        self.word = nn.Linear(toy.TEXT_WIDTH, classes)
-        self.caption = nn.ModuleDict({name: nn.Linear(toy.TEXT_WIDTH, len(of)) for name, of in VALUES.items()})
-        encoders = toy.text_encoders(pipe)
-        self.net = nn.ModuleDict({**encoders, "word": self.word, "caption": self.caption}).to(pipe.device)
-
-    def loss(self, scenes: list[Scene], _first: int, _noise: torch.Generator) -> Tensor:
-        words, caption = self.toy.features(self.toy.encode(self.pipe, [scene.caption for scene in scenes]))
-        device = words.device
-        values = torch.tensor([_indices(scene) for scene in scenes], device=device)  # [b, attribute]
-        starts = torch.tensor(np.cumsum([1, *(len(v) for v in VALUES.values())])[:-1], device=device)
-        labels = torch.zeros(words.shape[:2], dtype=torch.long, device=device)
-        places = [self.toy.FIRST_WORD + i for i in (1, 2, 3, 4, 7, 8)]  # where the attributes stand in a caption
-        labels[:, places] = values + starts
-        whole = [F.cross_entropy(self.caption[name](caption), values[:, i]) for i, name in enumerate(ATTRIBUTES)]
-        return F.cross_entropy(self.word(words).flatten(0, 1), labels.flatten()) + sum(whole) / len(whole)
-
-
-class AutoencoderStage:
-    """The VAE learns to reproduce images from 4096 numbers that are nearly normal (beta-VAE, L1)."""
-
-    name = "autoencoder"
-
-    def __init__(self, toy: Kind, pipe: DiffusionPipeline):
-        self.toy, self.pipe = toy, pipe
-        self.net = pipe.vae
-
-    def loss(self, scenes: list[Scene], first: int, noise: torch.Generator) -> Tensor:
-        images = pixels(scenes, first, self.net.device)
-        posterior = self.toy.posterior(self.pipe, images)
-        kept = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=noise).to(images)
-        return F.l1_loss(self.toy.decode(self.pipe, kept), images) + KL_WEIGHT * posterior.kl().mean()
-
-
-class TransformerStage:
-    """Rectified flow: the transformer learns the velocity noise - image at sigma (Esser et al., arXiv 2403.03206)."""
-
-    name = "transformer"
-
-    def __init__(self, toy: Kind, pipe: DiffusionPipeline):
-        self.toy, self.pipe = toy, pipe
-        self.net = pipe.transformer
-
-    def loss(self, scenes: list[Scene], first: int, noise: torch.Generator) -> Tensor:
-        n = len(scenes)
-        told = torch.rand(n, generator=noise) >= CAPTION_DROPOUT
-        with torch.no_grad():
-            captions = [scene.caption if t else "" for scene, t in zip(scenes, told, strict=True)]
-            text = self.toy.encode(self.pipe, captions)
-            clean = self.toy.to_latents(self.pipe, pixels(scenes, first, self.net.device))
-        eps = torch.randn(clean.shape, generator=noise).to(clean)
-        uniform = torch.sigmoid(torch.randn(n, generator=noise))
-        sigma = (self.toy.SHIFT * uniform / (1 + (self.toy.SHIFT - 1) * uniform)).to(clean)
-        mixed = torch.lerp(clean, eps, sigma[:, None, None, None])
-        return F.mse_loss(self.toy.velocity(self.pipe, mixed, sigma, text), eps - clean)
-
-
 def train(out: Path, settings: Settings, *, resume: bool = False) -> DiffusionPipeline:
-    """Trains a toy into ``out``: ``checkpoint-*`` folders, ``samples``, and at the end ``pipeline``."""
+    """Trains a toy and returns its pipeline.
+
+    out: folder to write: ``checkpoint-*``, ``samples``, and at the end ``pipeline``.
+    settings: settings of the run.
+    resume: continues from the checkpoints in ``out``. Without it, StoreError is raised if there are any.
+    """
     if not resume and any(recovered(out / f"checkpoint-{name}").exists() for name in SHARES):
         raise StoreError(
-            f"{out} holds the checkpoints of a training run. Pass --resume to go on with it, or choose another folder."
+            f"{out} holds the checkpoints of a training run. Pass --resume to continue it, or choose another folder."
         )
     toy = kind(settings.toy)
     pipe = toy.build(settings.seed).to(settings.device)
     history = {}
-    for number, stage_class in enumerate((TextStage, AutoencoderStage, TransformerStage)):
+    for number, stage_class in enumerate(STAGES):
         torch.manual_seed(settings.seed + number)
-        pipe.transformer.requires_grad_(stage_class is TransformerStage)
+        pipe.transformer.requires_grad_(stage_class.name == "transformer")
         stage = stage_class(toy, pipe)
         history[stage.name] = fit(stage, pipe, out, settings, last=number == 2)
         if stage.name == "autoencoder":
@@ -156,57 +99,58 @@ def train(out: Path, settings: Settings, *, resume: bool = False) -> DiffusionPi
 
 
 def fit(stage: Stage, pipe: DiffusionPipeline, out: Path, settings: Settings, *, last: bool) -> Progress:
-    """One stage: AdamW, warm-up, a stable rate, a cosine fall; EMA weights; a checkpoint every two minutes."""
+    """Trains one stage: AdamW with warm-up, a constant rate and cosine decay; moving average (EMA) of the weights.
+
+    stage: the stage to train; its modules have the averaged weights at the end.
+    pipe: pipeline that the stage belongs to, for sample images.
+    out: folder to write; a checkpoint every two minutes.
+    settings: settings of the run.
+    last: whether this is the last stage, which alone continues to train if a finished run is resumed with more minutes.
+    """
     toy = kind(settings.toy)
     folder = out / f"checkpoint-{stage.name}"
     optimizer = torch.optim.AdamW(stage.net.parameters(), settings.rate, betas=(0.9, 0.99), weight_decay=0.01)
     ema = {name: value.clone() for name, value in stage.net.state_dict().items()}
     progress = _restore(recovered(folder), stage.net, ema, optimizer, settings)
     budget = 60 * settings.minutes * toy.SHARES[stage.name]
-    saved, number = progress.seconds, list(SHARES).index(stage.name)
+    saved = progress.seconds
     stage.net.train()
     with tqdm(
         total=round(budget), initial=round(min(progress.seconds, budget)), unit="s", desc=stage.name, leave=True
     ) as bar:
         while progress.seconds < budget and not (progress.done and not last):
-            began = time.monotonic()
+            start = time.monotonic()
             share = progress.seconds / budget
-            optimizer.param_groups[0]["lr"] = settings.rate * _schedule(progress.iteration, share)
-            loss = _step(stage, optimizer, settings, number, progress.iteration)
-            _average(ema, stage.net, progress.iteration)
+            optimizer.param_groups[0]["lr"] = settings.rate * _rate_factor(progress.iteration, share)
+            loss = _step(stage, optimizer, settings, progress.iteration)
+            _update_average(ema, stage.net, progress.iteration)
             progress.iteration += 1
             progress.loss = loss if math.isnan(progress.loss) else 0.98 * progress.loss + 0.02 * loss
-            progress.seconds += time.monotonic() - began
+            progress.seconds += time.monotonic() - start
             progress.done = progress.seconds >= budget
             bar.update(max(0, round(min(progress.seconds, budget)) - bar.n))
             bar.set_postfix(iteration=progress.iteration, loss=f"{progress.loss:.4f}")
             if progress.done or progress.seconds - saved > CHECKPOINT_SECONDS:
                 saved = progress.seconds
-                _checkpoint(folder, stage.net, ema, optimizer, progress, settings)
+                _save_checkpoint(folder, stage.net, ema, optimizer, progress, settings)
                 if stage.name == "transformer" and (
                     progress.done or progress.seconds - progress.sampled > SAMPLE_SECONDS
                 ):
                     progress.sampled = progress.seconds
-                    _sample(pipe, ema, out / "samples" / f"{progress.iteration:06d}.png", toy.CALL)
+                    _draw_samples(pipe, ema, out / "samples" / f"{progress.iteration:06d}.png", toy.CALL)
     stage.net.load_state_dict(ema)
     stage.net.eval().requires_grad_(False)
     return progress
 
 
-def pixels(scenes: list[Scene], first: int, device: torch.device | str) -> Tensor:
-    """Drawn images [b, 3, 64, 64] in [-1, 1]; ``first`` numbers the drawings, so that no two are alike."""
-    drawn = np.stack([np.asarray(draw(scene, first + i).image) for i, scene in enumerate(scenes)])
-    return torch.from_numpy(drawn).to(device).permute(0, 3, 1, 2) / 127.5 - 1
-
-
-@torch.no_grad()
-def normalise_latents(toy: Kind, pipe: DiffusionPipeline) -> None:
-    """Sets the VAE's constants so that latents of drawn images have mean 0 and variance 1."""
-    toy.normalise(pipe, toy.posterior(pipe, pixels(sample_scenes(256, seed=1), 0, pipe.device)).mode())
-
-
 def export(pipe: DiffusionPipeline, out: Path, settings: Settings, history: dict[str, Progress]) -> DiffusionPipeline:
-    """Writes ``out/pipeline``: the diffusers folder (transformer in half precision) and the toy's own file."""
+    """Writes ``out/pipeline``: the folder of diffusers (transformer in half precision) and the toy's own JSON file.
+
+    pipe: the trained pipeline, which is returned.
+    out: folder of the training run.
+    settings: settings of the run.
+    history: name of a stage -> its final progress, for the model card.
+    """
     with whole_folder(out / "pipeline") as folder:
         pipe.save_pretrained(folder)
         pipe.transformer.half().save_pretrained(folder / "transformer")
@@ -228,26 +172,25 @@ def export(pipe: DiffusionPipeline, out: Path, settings: Settings, history: dict
 
 
 def hardware(device: str) -> str:
-    """The machine in words, for a model card."""
+    """Returns the name of the machine's processor, for a model card."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"{threads} CPU thread{'' if threads == 1 else 's'} ({platform.machine()})"
 
 
-def _indices(scene: Scene) -> list[int]:
-    return [VALUES[name].index(value) for name, value in zip(ATTRIBUTES, astuple(scene), strict=True)]
+def _rate_factor(iteration: int, share: float) -> float:
+    """Returns the learning rate relative to its maximum. share: share of the stage's time that is over."""
+    decay = min(1.0, max(0.0, (share - STABLE) / (1 - STABLE)))
+    return min(1.0, (iteration + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * decay)))
 
 
-def _schedule(iteration: int, share: float) -> float:
-    fall = max(0.0, (share - STABLE) / (1 - STABLE))
-    return min(1.0, (iteration + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, fall))))
-
-
-def _step(stage: Stage, optimizer: torch.optim.Optimizer, settings: Settings, number: int, iteration: int) -> float:
-    entropy = int(np.random.SeedSequence([settings.seed, number, iteration]).generate_state(1)[0])
-    scenes = sample_scenes(settings.batch, seed=entropy)
-    loss = stage.loss(scenes, entropy, torch.Generator().manual_seed(entropy))
+def _step(stage: Stage, optimizer: torch.optim.Optimizer, settings: Settings, iteration: int) -> float:
+    """Trains on one batch and returns its loss. Raises DitLensError if the loss is not finite."""
+    number = list(SHARES).index(stage.name)
+    seed = int(np.random.SeedSequence([settings.seed, number, iteration]).generate_state(1)[0])
+    scenes = sample_scenes(settings.batch, seed=seed)
+    loss = stage.loss(scenes, seed, torch.Generator().manual_seed(seed))
     loss.backward()
     nn.utils.clip_grad_norm_(stage.net.parameters(), 1.0)
     optimizer.step()
@@ -260,7 +203,9 @@ def _step(stage: Stage, optimizer: torch.optim.Optimizer, settings: Settings, nu
 
 
 @torch.no_grad()
-def _average(ema: dict[str, Tensor], net: nn.Module, iteration: int) -> None:
+def _update_average(ema: dict[str, Tensor], net: nn.Module, iteration: int) -> None:
+    """Updates the exponential moving average of the weights, in place."""
+    # A lower decay at first, so that the random initial weights are soon forgotten.
     decay = min(EMA, (1 + iteration) / (10 + iteration))
     for name, value in net.state_dict().items():
         if value.is_floating_point():
@@ -269,7 +214,7 @@ def _average(ema: dict[str, Tensor], net: nn.Module, iteration: int) -> None:
             ema[name].copy_(value)
 
 
-def _checkpoint(
+def _save_checkpoint(
     folder: Path,
     net: nn.Module,
     ema: dict[str, Tensor],
@@ -277,6 +222,15 @@ def _checkpoint(
     progress: Progress,
     settings: Settings,
 ) -> None:
+    """Writes everything that resuming needs.
+
+    folder: folder of the checkpoint, which is replaced as a whole.
+    net: the modules of the stage.
+    ema: name -> averaged weight.
+    optimizer: its moments are saved.
+    progress: progress of the stage.
+    settings: settings of the run.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in net.named_parameters()}
     moments = {f"{names[p]}|{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
     with whole_folder(folder) as fresh:
@@ -289,6 +243,11 @@ def _checkpoint(
 def _restore(
     folder: Path, net: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer, settings: Settings
 ) -> Progress:
+    """Loads a checkpoint into the modules, their averages and the optimizer; the arguments are those it was saved with.
+
+    Returns the progress of the stage; if the folder does not exist, that of a new one. Raises StoreError if the
+    checkpoint is of another kind of toy.
+    """
     if not folder.exists():
         return Progress()
     stored = read_json(folder / "progress.json", "a training checkpoint")
@@ -309,8 +268,14 @@ def _restore(
 
 
 @torch.no_grad()
-def _sample(pipe: DiffusionPipeline, ema: dict[str, Tensor], path: Path, defaults: dict[str, Any]) -> None:
-    """A strip of held-out scenes drawn by the averaged weights; the weights in training are left as they are."""
+def _draw_samples(pipe: DiffusionPipeline, ema: dict[str, Tensor], path: Path, defaults: dict[str, Any]) -> None:
+    """Saves a strip of held-out scenes, drawn with the averaged weights.
+
+    pipe: the pipeline in training; its own weights are restored.
+    ema: name -> averaged weight of the transformer.
+    path: PNG file to write.
+    defaults: arguments of the pipeline's call.
+    """
     from PIL import Image
 
     training = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Drawn images are read back as what was drawn; other images are unreadable."""
+"""Drawn images are recognised as what was drawn; other images are unreadable."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,8 @@ from PIL import Image
 
 from dit_lens.analysis.clusters import iou
 from dit_lens.errors import PromptError
-from dit_lens.toys.scenes import ATTRIBUTES, PIXELS, VALUES, Scene, describe, draw, every_scene, sample_scenes
+from dit_lens.toys import scenes as module
+from dit_lens.toys.scenes import ATTRIBUTES, PIXELS, VALUES, Scene, draw, every_scene, recognise_scene, sample_scenes
 
 
 @pytest.fixture(scope="module")
@@ -14,22 +15,22 @@ def scenes():
     return sample_scenes(24, seed=3) + sample_scenes(8, seed=3, held_out=True)
 
 
-def test_drawings_are_read_back_with_their_mask(scenes):
+def test_drawings_are_recognised_with_their_mask(scenes):
     for seed, scene in enumerate(scenes):
         drawing = draw(scene, seed)
-        found = describe(drawing.image)
+        found = recognise_scene(drawing.image)
         assert found.scene == scene
         assert found.confidence > 0.85
         assert iou(found.mask, drawing.mask) > 0.8
 
 
-def test_a_subject_somewhere_else_gives_its_own_mask():
+def test_a_subject_at_another_place_gives_the_mask_of_that_place():
     drawing = draw(Scene("small", "red", "square", "left", "plain", "blue"), seed=1)
     moved = Image.fromarray(np.roll(np.asarray(drawing.image), 5, axis=0))
-    assert iou(describe(moved).mask, np.roll(drawing.mask, 5, axis=0)) > 0.8
+    assert iou(recognise_scene(moved).mask, np.roll(drawing.mask, 5, axis=0)) > 0.8
 
 
-def test_seeds_move_the_subject_and_repeat():
+def test_a_seed_always_moves_the_subject_in_the_same_way():
     scene = Scene("big", "white", "cross", "top", "dotted", "green")
     one, again, other = (draw(scene, seed) for seed in (4, 4, 5))
     assert one.image.tobytes() == again.image.tobytes()
@@ -52,7 +53,7 @@ def test_other_images_are_unreadable(kind):
         "gradient": np.broadcast_to(np.stack([ramp, ramp[::-1], ramp], -1), (PIXELS, PIXELS, 3)).copy(),
         "checks": (np.indices((PIXELS, PIXELS)).sum(0) // 3 % 2 * 255).astype(np.uint8)[..., None].repeat(3, -1),
     }[kind]
-    found = describe(Image.fromarray(pixels))
+    found = recognise_scene(Image.fromarray(pixels))
     assert found.scene is None
     assert not found.mask.any()
     assert str(found).startswith("unreadable")
@@ -75,14 +76,21 @@ def test_held_out_combinations_are_never_sampled_for_training():
 @pytest.mark.parametrize(
     ("caption", "message"),
     [
-        ("a big rad circle left on a plain blue background", r"'rad' is not a colour.*Nearest: 'red'"),
-        ("a big red circle", r"not a scene of the grammar.*One reads: 'a big red circle left on a checkered blue"),
-        ("", "not a scene"),
+        ("a big rad circle left on a plain blue background", r"'rad' is not a valid colour.*Nearest: 'red'"),
+        ("a big red circle", r"not a sentence of the grammar.*An example: 'a big red circle left on a checkered blue"),
+        ("", "not a sentence"),
     ],
 )
-def test_captions_that_are_no_scene(caption, message):
+def test_captions_that_are_not_in_the_grammar_raise(caption, message):
     with pytest.raises(PromptError, match=message):
         Scene.parse(caption)
+
+
+def test_old_names_work_and_warn():
+    with pytest.warns(FutureWarning, match="describe is called recognise_scene now"):
+        assert module.describe is recognise_scene
+    with pytest.raises(AttributeError, match="no attribute 'undescribe'"):
+        _ = module.undescribe
 
 
 def test_agreement():

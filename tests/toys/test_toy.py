@@ -1,4 +1,4 @@
-"""A toy in the package is the one its card describes: recorded figures, with room for another machine's rounding."""
+"""The toys in the package are those of their model cards: recorded numbers, with a tolerance for other machines."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from dit_lens.analysis.channels import top_median_ratio
 from dit_lens.commands.evaluate_toy import BAR
 from dit_lens.core.runs.files import read_json
 from dit_lens.toys import WEIGHTS, path
-from dit_lens.toys.scenes import describe, sample_scenes
+from dit_lens.toys.scenes import recognise_scene, sample_scenes
 
 SCENES = sample_scenes(8, seed=7, held_out=True)
 CAPTIONS = [scene.caption for scene in SCENES]
@@ -18,7 +18,14 @@ CAPTIONS = [scene.caption for scene in SCENES]
 
 @dataclass(frozen=True)
 class Recorded:
-    """What was measured of a toy: channels and figures of some sites, over the captions above, seed 0, k = 8."""
+    """Measured for a toy with the captions above, seed 0 and k = 8.
+
+    pipeline: name of the pipeline class.
+    iterations: iterations of the transformer's training.
+    channels: site -> massive channels.
+    ratios: site -> highest score divided by the median.
+    shares: site -> share of the energy.
+    """
 
     pipeline: str
     iterations: int
@@ -94,19 +101,19 @@ def card(name):
     return read_json(path(name) / "dit_lens.json", "the toy's card")
 
 
-def test_every_toy_that_is_there_is_recorded():
+def test_every_toy_in_the_package_is_recorded():
     assert sorted(RECORDED) == sorted(folder.name for folder in WEIGHTS.iterdir())
 
 
 def test_held_out_prompts_are_drawn_as_well_as_the_card_says(lens, card):
     images = lens.run(CAPTIONS, seed=0).images
-    right = [scene.agreement(describe(image).scene) for scene, image in zip(SCENES, images, strict=True)]
+    right = [scene.agreement(recognise_scene(image).scene) for scene, image in zip(SCENES, images, strict=True)]
     for attribute in BAR:
         assert sum(one[attribute] for one in right) >= 7, attribute
         assert card["quality"]["generated"][attribute][0] >= BAR[attribute]
 
 
-def test_the_card_is_honest_about_what_is_missed(name, card):
+def test_the_card_states_which_bars_are_missed(name, card):
     text = (path(name) / "README.md").read_text()
     for attribute, bar in BAR.items():
         share = card["quality"]["generated"][attribute][0]
@@ -116,7 +123,7 @@ def test_the_card_is_honest_about_what_is_missed(name, card):
     assert card["training"]["stages"]["transformer"]["iterations"] == RECORDED[name].iterations
 
 
-def test_massive_channels_as_recorded(lens, name):
+def test_massive_channels_are_as_recorded(lens, name):
     massive, recorded = lens.massive_channels(CAPTIONS, k=8, seed=0), RECORDED[name]
     assert min(massive.jaccard(recorded.channels).values()) >= 0.7
     ratios = {site: top_median_ratio(scores) for site, scores in massive.scores.items()}

@@ -19,16 +19,8 @@ from dit_lens.errors import StoreError
 from dit_lens.lens import DiTLens
 from dit_lens.toys.kinds import KINDS, kind
 from dit_lens.toys.scenes import VALUES, VOCABULARY, Scene, sample_scenes
-from dit_lens.toys.train import (
-    AutoencoderStage,
-    Settings,
-    TextStage,
-    TransformerStage,
-    export,
-    normalise_latents,
-    pixels,
-    train,
-)
+from dit_lens.toys.stages import AutoencoderStage, TextStage, TransformerStage, draw_batch, normalise_latents
+from dit_lens.toys.train import Settings, export, train
 
 PIPELINES = {
     "flux": FluxPipeline,
@@ -78,7 +70,7 @@ def saved(toy, pipe, name, tmp_path_factory):
 
 def first_batch(toy, pipe):
     with torch.no_grad():
-        return toy.encode(pipe, CAPTIONS), toy.to_latents(pipe, pixels(SCENES, 0, "cpu"))
+        return toy.encode(pipe, CAPTIONS), toy.to_latents(pipe, draw_batch(SCENES, 0, "cpu"))
 
 
 def test_it_is_the_real_pipeline_and_the_seed_decides_its_weights(toy, pipe, name):
@@ -120,7 +112,7 @@ def test_an_empty_caption_among_others_is_encoded_as_it_is_alone(toy, pipe):
 
 def test_the_transformer_sees_latents_of_mean_0_and_variance_1(toy, pipe):
     with torch.no_grad():
-        latents = toy.to_latents(pipe, pixels(sample_scenes(64, seed=9), 0, "cpu"))
+        latents = toy.to_latents(pipe, draw_batch(sample_scenes(64, seed=9), 0, "cpu"))
     assert latents[0].numel() == 4096
     assert latents.square().mean() == pytest.approx(1, abs=0.1)
 
@@ -149,7 +141,7 @@ def test_training_and_pipeline_mean_the_same_time_and_the_same_latents(toy, pipe
     call = {key: [""] * 4 if key == "negative_prompt" else value for key, value in toy.CALL.items()}
     drawn = pipe(prompt=CAPTIONS, output_type="pt", **call).images
     with torch.no_grad():
-        expected = toy.decode(pipe, toy.posterior(pipe, pixels(SCENES, 0, "cpu")).mode()).clamp(-1, 1)
+        expected = toy.decode(pipe, toy.posterior(pipe, draw_batch(SCENES, 0, "cpu")).mode()).clamp(-1, 1)
     torch.testing.assert_close(drawn, (expected + 1) / 2, atol=5e-3, rtol=0)
 
 

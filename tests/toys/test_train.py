@@ -1,4 +1,4 @@
-"""Training: every stage runs, a killed run goes on where it stopped, and the card says what was measured."""
+"""Training: every stage runs, an interrupted run can be resumed, and the model card has what was measured."""
 
 import itertools
 
@@ -12,9 +12,10 @@ from dit_lens.errors import StoreError
 from dit_lens.lens import DiTLens
 from dit_lens.toys import train
 from dit_lens.toys.kinds import KINDS, kind
+from dit_lens.toys.stages import TransformerStage
 from dit_lens.toys.train import Settings
 
-SETTINGS = Settings(minutes=0.06, batch=2)  # with the clock below: 1 iteration, 1, and 7
+SETTINGS = Settings(minutes=0.06, batch=2)  # with the clock below, the stages take 1, 1 and 7 iterations
 
 
 @pytest.fixture(autouse=True)
@@ -27,39 +28,33 @@ def clock(monkeypatch):
         monkeypatch.setattr(toy, "CALL", {**toy.CALL, "num_inference_steps": 1})
 
 
-@pytest.fixture
-def killed_at(monkeypatch):
-    """Ctrl-C at one iteration of the transformer's training."""
+def interrupt_at(iteration, monkeypatch):
+    """Makes one iteration of the transformer's training raise KeyboardInterrupt, as Ctrl-C does."""
+    loss, iterations = TransformerStage.loss, itertools.count()
 
-    def kill(iteration):
-        step = train._step
+    def interrupted(*arguments):
+        if next(iterations) == iteration:
+            raise KeyboardInterrupt
+        return loss(*arguments)
 
-        def interrupted(stage, optimizer, settings, number, now):
-            if number == 2 and now == iteration:
-                raise KeyboardInterrupt
-            return step(stage, optimizer, settings, number, now)
-
-        monkeypatch.setattr(train, "_step", interrupted)
-        return lambda: monkeypatch.setattr(train, "_step", step)
-
-    return kill
+    monkeypatch.setattr(TransformerStage, "loss", interrupted)
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, killed_at):
+def test_a_resumed_run_gives_the_result_of_one_without_interruption(tmp_path):
     train.train(tmp_path / "whole", SETTINGS)
-    revive = killed_at(5)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(tmp_path / "killed", SETTINGS)
-    saved = read_json(tmp_path / "killed" / "checkpoint-transformer" / "progress.json", "progress")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(tmp_path / "stopped", SETTINGS)
+    saved = read_json(tmp_path / "stopped" / "checkpoint-transformer" / "progress.json", "progress")
     assert saved["progress"]["iteration"] in (4, 5)
-    revive()
     with pytest.raises(StoreError, match="--resume"):
-        train.train(tmp_path / "killed", SETTINGS)
-    train.train(tmp_path / "killed", SETTINGS, resume=True)
-    whole, killed = (
-        load_file(tmp_path / name / "checkpoint-transformer" / "ema.safetensors") for name in ("whole", "killed")
+        train.train(tmp_path / "stopped", SETTINGS)
+    train.train(tmp_path / "stopped", SETTINGS, resume=True)
+    whole, stopped = (
+        load_file(tmp_path / name / "checkpoint-transformer" / "ema.safetensors") for name in ("whole", "stopped")
     )
-    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
     assert list((tmp_path / "whole" / "samples").glob("*.png"))
 
     lens = DiTLens.from_pretrained(tmp_path / "whole" / "pipeline")
