@@ -59,7 +59,7 @@ class RemoteEngine:
     def __init__(self, model: DiffusionModel, host: str | None = None):
         self.model, self.lock = model, threading.Lock()
         self.key = _key(model)
-        self.host = self._backend(host).host
+        self.host = self.backend(host).host
 
     @property
     def device_name(self) -> str:
@@ -89,7 +89,7 @@ class RemoteEngine:
         with self.lock, self._translate_errors():
             _register()
             _check_functions([*call.values(), *payload.values()])
-            call = {**call, "backend": self._backend(self.host)}
+            call = {**call, "backend": self.backend(self.host)}
             store, results = traced(self.model.generate, self.model, program, payload, call, {})
         for key in list(store["reads"]):
             reads[key] = store["reads"].pop(key)
@@ -101,7 +101,8 @@ class RemoteEngine:
         needs_weights(self.model.pipeline, "gradients need")
         yield
 
-    def _backend(self, host: str | None) -> RemoteBackend:
+    def backend(self, host: str | None = None) -> RemoteBackend:
+        """What sends a request to a server, whose state shows where a progress bar would."""
         from nnsight.intervention.backends.remote import RemoteBackend
 
         try:

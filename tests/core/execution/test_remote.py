@@ -228,11 +228,11 @@ def test_a_key_that_is_refused(folder):
 
 def test_the_state_of_a_job_shows_where_a_bar_would(lenses):
     _, there = lenses
-    assert not there.engine._backend(HOST).display.enabled
+    assert not there.engine.backend(HOST).display.enabled
     there.pipe.set_progress_bar_config(disable=False)
-    assert there.engine._backend(HOST).display.enabled
+    assert there.engine.backend(HOST).display.enabled
     with there.quiet():
-        assert not there.engine._backend(HOST).display.enabled
+        assert not there.engine.backend(HOST).display.enabled
 
 
 def test_a_server_that_is_not_there(folder):
