@@ -245,7 +245,7 @@ def test_a_server_that_is_not_there(folder):
         there.run("red", seed=0)
     with pytest.raises(ExecutionError, match=r"Invalid host URL: 'localhost'.*Pass host="):
         DiTLens.remote(folder, host="localhost")
-    with pytest.raises(StoreError, match="no diffusers pipeline"):
+    with pytest.raises(StoreError, match="not a diffusers pipeline"):
         DiTLens.remote(folder.parent)
 
 
