@@ -234,7 +234,7 @@ class TestSources:
 
 def test_k_larger_than_the_width(cfg_lens):
     for rule, complaint in (
-        ({"k": 3, "share": 0.5}, "k=3 and share=0.5 are two rules"),
+        ({"k": 3, "share": 0.5}, "k=3 and share=0.5 are different rules"),
         ({"share": 1.5}, r"share=1\.5 must be in \(0, 1\]"),
         ({"mad": 0}, "mad=0 must be above 0"),
         ({"k": 2.5}, r"k=2\.5 channels.*whole number from 1 to 32"),

@@ -98,8 +98,6 @@ class _Compiler:
         steps = timeline.select(op.steps)
         groups = select_groups(op, sites, self.outline)
         self.visits[number] = 0
-        if op.does_nothing():
-            return
         channels = {site: select_channels(op, site, anatomy.channels(site)) for site in sites}
         if isinstance(op, Read):
             self._plan_read(number, op, steps, groups, channels)
@@ -131,8 +129,10 @@ class _Compiler:
             outline=self.outline,
             payload=self.payload,
         )
-        timeline = self.outline.timeline
+        timeline, nothing = self.outline.timeline, op.does_nothing()
         for branch, details in op.lower(at):
+            if nothing:
+                continue
             offset, branch_index = timeline.locate(branch)
             for step_index, step in enumerate(steps):
                 action: Any = {

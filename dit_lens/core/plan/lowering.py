@@ -73,28 +73,38 @@ class SiteLowering:
         *,
         strength: float = 1.0,
         means: bool = False,
-        pick_rows: Callable[[int, list[int]], list[int]] | None = None,
+        pick_rows: Callable[[Sequence[int], list[int]], list[int]] | None = None,
     ) -> Lowered:
-        name, targets = type(self.op).__name__, self.group.rows
-        values = source_values(source, self._wanted(means))
-        targets = list(range(self.outline.rows)) if targets is None else targets
+        name, values = type(self.op).__name__, source_values(source, self._wanted(means))
+        there = values.by_branch
+        source_rows = self._source_rows(values.rows, pick_rows)
         found = []
-        for branch in self._branches(default=_branch_of(values)):
-            tensor = values.get(branch, values.get(None))
+        for branch in self._branches(default=_branch_of(there)):
+            tensor = there.get(branch, there.get(None))
             if tensor is None:
                 raise OpError(
-                    f"{name} at {self.site}: the source holds {', '.join(map(str, values))} only, not the "
-                    f"{branch!r} branch. Read with branch='both', or pass branch={next(iter(values))!r}."
-                )
-            source_rows = targets if pick_rows is None else pick_rows(tensor.shape[1], targets)
-            if 1 < tensor.shape[1] <= max(source_rows):
-                raise OpError(
-                    f"{name} at {self.site}: the source has {tensor.shape[1]} rows, but row {max(source_rows)} "
-                    "is to be replaced. Choose rows=, or give a source of one row."
+                    f"{name} at {self.site}: the source holds {', '.join(map(str, there))} only, not the "
+                    f"{branch!r} branch. Read with branch='both', or pass branch={next(iter(there))!r}."
                 )
             key = self._give(f"{self.number}/{self.site}/{branch}", tensor)
             found.append((branch, {"kind": "Put", "key": key, "source_rows": source_rows, "strength": strength}))
         return found
+
+    def _source_rows(
+        self, rows: Sequence[int], pick_rows: Callable[[Sequence[int], list[int]], list[int]] | None
+    ) -> list[int]:
+        """For every target the position of its row in the source, whose rows have these numbers."""
+        targets = list(range(self.outline.rows)) if self.group.rows is None else self.group.rows
+        if len(rows) == 1:
+            return [0] * len(targets)
+        chosen = targets if pick_rows is None else pick_rows(rows, targets)
+        positions = {row: i for i, row in enumerate(rows)}
+        if missing := [row for row in chosen if row not in positions]:
+            raise OpError(
+                f"{type(self.op).__name__} at {self.site}: the source has {len(rows)} rows ({', '.join(map(str, rows))}"
+                f"), but row {missing[0]} is to be replaced. Choose rows=, or give a source of one row."
+            )
+        return [positions[row] for row in chosen]
 
     def _wanted(self, means: bool) -> Wanted:
         return Wanted(

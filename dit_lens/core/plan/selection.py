@@ -25,6 +25,8 @@ class Group:
 def select_groups(op: Op, sites: Sequence[Site], outline: Outline) -> list[Group]:
     """The rows and tokens of an op: one group, except where a word stands elsewhere in each row's prompt."""
     rows = None if op.rows is None else sorted(to_indices(op.rows, outline.rows, "row", "this run has", "images"))
+    if rows == []:
+        raise OpError("rows=[] selects no image. Leave rows= out for all of them, or leave the op out.")
     streams = {site.stream for site in sites}
     if isinstance(op.tokens, str):
         if streams != {"txt"}:

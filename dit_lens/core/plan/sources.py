@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.core.runs.run import Run
+import torch
+
+from dit_lens.core.request.ops import to_real_tensor
+from dit_lens.core.runs.run import Reading, Run
 from dit_lens.errors import OpError, nearest
 
 if TYPE_CHECKING:
@@ -45,8 +48,20 @@ class Wanted:
         return self.site.name
 
 
-def source_values(source: Any, wanted: Wanted) -> dict[str | None, Tensor]:
-    """The source's values by branch (None: the same for all), each [s or 1, b or 1, n or 1, d] as chosen."""
+@dataclass(frozen=True)
+class Values:
+    """What a source holds for an op at one site.
+
+    by_branch: branch (None: the same for all) -> [s or 1, b or 1, n or 1, d], steps, tokens and channels as chosen.
+    rows: the numbers of its rows; one row stands for all.
+    """
+
+    by_branch: dict[str | None, Tensor]
+    rows: tuple[int, ...]
+
+
+def source_values(source: Any, wanted: Wanted) -> Values:
+    """What a source holds, whichever form it has; OpError if it is not a source, or does not fit."""
     if isinstance(source, Run):
         return _from_run(source, wanted)
     if isinstance(source, Mapping):
@@ -58,10 +73,11 @@ def source_values(source: Any, wanted: Wanted) -> dict[str | None, Tensor]:
             f"{wanted.op} at {wanted.name}: {type(source).__name__} is not a valid source. "
             "Give a Run, a tensor, or a mapping site -> tensor."
         )
-    return {None: _fit(source, wanted)}
+    tensor = _fit(source, wanted)
+    return Values({None: tensor}, tuple(range(tensor.shape[1])))
 
 
-def _from_run(run: Any, wanted: Wanted) -> dict[str | None, Tensor]:
+def _from_run(run: Run, wanted: Wanted) -> Values:
     if run.provenance["family"] != wanted.family:
         raise OpError(
             f"{wanted.op}: the source run is of {run.provenance['family']}, this model is {wanted.family}. "
@@ -74,10 +90,8 @@ def _from_run(run: Any, wanted: Wanted) -> dict[str | None, Tensor]:
                 f"{wanted.op} needs a run that read {wanted.name} with reduce='mean'; this one was read with "
                 f"reduce={reading.reduce!r}."
             )
-        values = reading.by_branch(wanted.name)
-        return {
-            branch: _pick(value.mean(1, keepdim=True).unsqueeze(2), reading, wanted) for branch, value in values.items()
-        }
+        means = {b: value.mean(1, keepdim=True).unsqueeze(2) for b, value in reading.by_branch(wanted.name).items()}
+        return Values({branch: _pick(value, reading, wanted) for branch, value in means.items()}, (0,))
     if reading.reduce is not None:
         raise OpError(
             f"{wanted.op}: the source run kept {wanted.name} only as reduce={reading.reduce!r}. "
@@ -88,10 +102,11 @@ def _from_run(run: Any, wanted: Wanted) -> dict[str | None, Tensor]:
             f"{wanted.op}: the source run has a grid of {run.grid[0]} x {run.grid[1]} tokens, this one "
             f"{wanted.outline.grid[0]} x {wanted.outline.grid[1]}. Run both at one size."
         )
-    return {branch: _pick(value, reading, wanted) for branch, value in reading.by_branch(wanted.name).items()}
+    values = {branch: _pick(value, reading, wanted) for branch, value in reading.by_branch(wanted.name).items()}
+    return Values(values, reading.rows)
 
 
-def _pick(value: Tensor, reading: Any, wanted: Wanted) -> Tensor:
+def _pick(value: Tensor, reading: Reading, wanted: Wanted) -> Tensor:
     """The steps, tokens and channels an op wants, out of what a run has read."""
     if reading.total_steps != wanted.outline.steps:
         raise OpError(
@@ -104,14 +119,28 @@ def _pick(value: Tensor, reading: Any, wanted: Wanted) -> Tensor:
         value = value[..., _positions(wanted, channels, reading.channels[wanted.name], "channels")]
     elif wanted.channels is not None:
         value = value[..., channels]
-    if value.shape[2] == 1 or (reading.tokens is None and wanted.tokens is None):
+    return value if wanted.means else _pick_tokens(value, reading, wanted)
+
+
+def _pick_tokens(value: Tensor, reading: Reading, wanted: Wanted) -> Tensor:
+    """The tokens an op wants, by their numbers. A site of one vector for each image has no tokens to choose."""
+    there = wanted.outline.tokens(wanted.site.stream)
+    if wanted.site.point.startswith("mod."):
         return value
-    tokens = (
-        list(range(wanted.outline.tokens(wanted.site.stream) or value.shape[2]))
-        if wanted.tokens is None
-        else wanted.tokens
-    )
-    return value[:, :, tokens if reading.tokens is None else _positions(wanted, tokens, reading.tokens, "tokens")]
+    if reading.tokens is None:
+        if there is not None and value.shape[2] != there:
+            raise OpError(
+                f"{wanted.op}: the source run has {value.shape[2]} tokens at {wanted.name}, this one {there}. "
+                "Use prompts of equal length in tokens, and images of one size."
+            )
+        return value if wanted.tokens is None else value[:, :, wanted.tokens]
+    if wanted.tokens is None and there is None:
+        raise OpError(
+            f"{wanted.op}: the source run read only some tokens of {wanted.name}, and how many there are only this run "
+            "can tell. Name those to replace with tokens=."
+        )
+    tokens = list(range(there or 0)) if wanted.tokens is None else wanted.tokens
+    return value[:, :, _positions(wanted, tokens, reading.tokens, "tokens")]
 
 
 def _positions(wanted: Wanted, asked: list[int], kept: Any, what: str) -> list[int]:
@@ -131,9 +160,7 @@ def _some(values: list[int]) -> str:
 
 def _fit(source: Tensor, wanted: Wanted) -> Tensor:
     """A plain tensor as [s, b, n, d]; axes that are full are narrowed to what the op chose."""
-    import torch
-
-    tensor = torch.as_tensor(source).detach().as_subclass(torch.Tensor)
+    tensor = to_real_tensor(source, f"{wanted.op} at {wanted.name}: the source").detach()
     if wanted.means and tensor.ndim == 2:  # [step, channel]
         tensor = tensor[:, None, None]
     if not 1 <= tensor.ndim <= 4:
@@ -152,13 +179,14 @@ def _fit(source: Tensor, wanted: Wanted) -> Tensor:
 def _narrow_axis(
     tensor: Tensor, axis: int, chosen: list[int] | None, full: int | None, wanted: Wanted, what: str
 ) -> Tensor:
+    """One axis as the op chose it: a full axis goes by numbers, one of the chosen size is in their order."""
     size = tensor.shape[axis]
-    if size == 1 or (chosen is None and full in (None, size)) or (chosen is not None and size == len(chosen)):
+    if size == 1 or (chosen is None and full in (None, size)):
         return tensor
     if chosen is not None and size == full:
-        import torch
-
-        return tensor.index_select(axis, torch.tensor(chosen))
+        return tensor.index_select(axis, torch.tensor(chosen, dtype=torch.long))
+    if chosen is not None and size == len(chosen):
+        return tensor
     allowed = sorted({1, *([len(chosen)] if chosen is not None else []), *([full] if full is not None else [])})
     raise OpError(
         f"{wanted.op} at {wanted.name}: the source has shape {list(tensor.shape)} as [step, row, token, "

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
@@ -84,7 +85,7 @@ class Lowering(Protocol):
         *,
         strength: float = 1.0,
         means: bool = False,
-        pick_rows: Callable[[int, list[int]], list[int]] | None = None,
+        pick_rows: Callable[[Sequence[int], list[int]], list[int]] | None = None,
     ) -> Lowered:
         """Replacing by a source's values.
 
@@ -125,8 +126,15 @@ class Op:
     def __init_subclass__(cls) -> None:
         OPS[cls.__name__] = cls
 
+    def __post_init__(self) -> None:
+        """Iterators, which are empty after one site, become lists."""
+        for name in ("site", "channels", "tokens", "steps", "rows"):
+            value = getattr(self, name)
+            if hasattr(value, "__next__"):
+                object.__setattr__(self, name, list(value))
+
     def does_nothing(self) -> bool:
-        """Whether there is nothing to carry out, whatever the site."""
+        """Whether there is nothing to carry out, whatever the site; what it names is checked all the same."""
         return False
 
     def lower(self, at: Lowering) -> Lowered:
@@ -176,6 +184,8 @@ class Scale(Op):
     exact_under_gate: ClassVar[bool] = True
 
     def lower(self, at: Lowering) -> Lowered:
+        if isinstance(self.factor, bool | str) or not hasattr(self.factor, "__float__") or not isfinite(self.factor):
+            raise OpError(f"Scale at {at.site}: factor={self.factor!r} is not a finite number.")
         return at.on_branches(kind="Scale", parameters={"factor": float(self.factor)})
 
 
@@ -186,7 +196,7 @@ class Add(Op):
     value: float | Tensor = field(default=0.0, kw_only=True)
 
     def lower(self, at: Lowering) -> Lowered:
-        value = torch.as_tensor(self.value)
+        value = to_real_tensor(self.value, f"Add at {at.site}: value")
         if value.ndim > 1 or (value.ndim == 1 and value.shape[0] not in (1, at.size)):
             raise OpError(
                 f"Add at {at.site}: value has shape {list(value.shape)}; it must be a number or a vector over the "
@@ -209,9 +219,9 @@ class Swap(Op):
     strength: float = field(default=1.0, kw_only=True)
 
     def does_nothing(self) -> bool:
-        if not 0 <= self.strength <= 1:
+        if isinstance(self.strength, bool | str) or not 0 <= self.strength <= 1:
             raise OpError(
-                f"strength={self.strength} lies outside [0, 1]: 0 leaves the target as it is, 1 replaces it. "
+                f"strength={self.strength!r} lies outside [0, 1]: 0 leaves the target as it is, 1 replaces it. "
                 "To exaggerate, use Scale or Apply."
             )
         return self.strength == 0
@@ -236,12 +246,12 @@ class Resample(Op):
     def lower(self, at: Lowering) -> Lowered:
         return at.put(self.source, pick_rows=self._pick_rows)
 
-    def _pick_rows(self, available: int, targets: list[int]) -> list[int]:
+    def _pick_rows(self, available: Sequence[int], targets: list[int]) -> list[int]:
         """For every target a random row of the source, never the one of the same number where there is a choice."""
         import numpy as np
 
         rng = np.random.default_rng(self.seed)
-        others = [[row for row in range(available) if row != target or available == 1] for target in targets]
+        others = [[row for row in available if row != target or len(available) == 1] for target in targets]
         return [int(rng.choice(rows)) for rows in others]
 
 
@@ -331,6 +341,8 @@ def put(edit: Edit) -> Tensor:
     source = edit.payload[edit.action["key"]]
     source = source[min(edit.action["step_index"], source.shape[0] - 1)]
     source = source if source.shape[0] == 1 else source[edit.action["source_rows"]]
+    if source.shape[1] not in (1, edit.old.shape[1]):
+        raise PlanMismatchError(f"{edit.hook.name} has {edit.old.shape[1]} tokens, and the source {source.shape[1]}")
     return source.to(edit.old).expand_as(edit.old)
 
 
@@ -393,6 +405,19 @@ def from_json(data: Mapping[str, Any]) -> Op:
         if name not in known:
             raise OpError(f"{kind} takes no {name!r}.{nearest(name, known)}")
     return OPS[kind](**{name: from_plain(value) for name, value in values.items()})
+
+
+def to_real_tensor(value: Any, what: str) -> Tensor:
+    """A value as a plain tensor of real numbers; OpError if it is not one. what: its name, for the message."""
+    try:
+        tensor = torch.as_tensor(value).as_subclass(Tensor)
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise OpError(
+            f"{what} is {type(value).__name__}, not a number or a tensor of numbers ({problem})."
+        ) from problem
+    if tensor.is_complex():
+        raise OpError(f"{what} is complex; hidden states are real.")
+    return tensor
 
 
 def _parse(text: str) -> list[Any]:

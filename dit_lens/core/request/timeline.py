@@ -91,13 +91,12 @@ class Timeline:
         return [self._index(step) for step in (steps if isinstance(steps, Sequence | range) else [steps])]
 
     def _index(self, step: Any) -> int:
-        try:
-            index = step.__index__()
-        except AttributeError:
+        if isinstance(step, bool) or not hasattr(step, "__index__"):
             raise OpError(
-                f"steps={step!r} is no step. Use an index, a list or slice of them, fractions (0.0, 0.5) or "
+                f"steps={step!r} is not a valid step. Use an index, a list or slice of them, fractions (0.0, 0.5) or "
                 "dit_lens.sigma(1.0, 0.3)."
-            ) from None
+            )
+        index = step.__index__()
         if not -self.steps <= index < self.steps:
             raise OpError(
                 f"step {index} does not exist: this run has {self.steps} steps, 0 to {self.steps - 1}. "
