@@ -81,7 +81,11 @@ OPS = {
         OpError,
         r"selects none.*noise levels 1\.000, 0\.667, 0\.333",
     ),
-    "step no number": (lambda: Zero("blocks.0.img", steps="first"), OpError, r"is no step.*dit_lens\.sigma"),
+    "step no number": (
+        lambda: Zero("blocks.0.img", steps="first"),
+        OpError,
+        r"'first' is not a valid step.*dit_lens\.sigma",
+    ),
     "branch": (lambda: Zero("blocks.0.img", branch="conditional"), OpError, r"Nearest: 'cond'"),
     "row": (lambda: Zero("blocks.0.img", rows=1), OpError, r"row 1 does not exist: this run has 1 images"),
     "token": (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import threading
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from nnsight.intervention.source import STATE, Controller, module_body
 from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule
 
 from dit_lens.core.execution.execute import execute
+from dit_lens.core.execution.turns import Turn, turn_of
 from dit_lens.errors import ExecutionError
 from dit_lens.families.layout import PlanMismatchError
 
@@ -41,7 +41,7 @@ class _Pipeline(_PipelineModule):
 
 
 class Engine:
-    """Stock nnsight models over a pipeline, used by one thread at a time.
+    """Stock nnsight models over a pipeline. Runs on the same transformer take turns, whichever lens they are of.
 
     nnsight accepts only modules, and a pipeline is not one: nnsight's own wrapper goes in between. nnsight's model of
     pipelines counts prompts to lay out a batch; calls without any (embeddings, classes) go through the general one.
@@ -49,7 +49,6 @@ class Engine:
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
-        self.lock = threading.Lock()
         self._gradients = False
         self._modules = self._parts()
         with warnings.catch_warnings(action="ignore", category=UserWarning):
@@ -59,6 +58,11 @@ class Engine:
             self.promptless = nnsight.NNsight(_Pipeline(pipe))
 
     @property
+    def turn(self) -> Turn:
+        """Who may use the transformer."""
+        return turn_of(self.pipe.transformer)
+
+    @property
     def stale(self) -> bool:
         """Whether modules changed since wrapping (LoRA, another transformer), or lost nnsight's hook."""
         parts = self._parts()
@@ -66,7 +70,7 @@ class Engine:
 
     def follow(self) -> None:
         """Wraps the modules there are now."""
-        with self.lock, warnings.catch_warnings(action="ignore", category=UserWarning):
+        with self.turn.hold(), warnings.catch_warnings(action="ignore", category=UserWarning):
             self._modules = self._parts()
             _restore_hooks(self._modules)
             for model in (self.model, self.promptless):
@@ -88,19 +92,20 @@ class Engine:
 
         Meanwhile weights require none, and a copy stands for the scheduler, which would remember tensors of the graph.
         """
-        scheduler = self.pipe.scheduler
-        weights = [p for part in self._parts() for p in part.parameters(recurse=False) if p.requires_grad]
-        for weight in weights:
-            weight.requires_grad_(False)
-        self._gradients = True
-        self.pipe.scheduler = copy.deepcopy(scheduler)
-        try:
-            yield
-        finally:
-            self._gradients = False
-            self.pipe.scheduler = scheduler
+        with self.turn.hold():
+            scheduler = self.pipe.scheduler
+            weights = [p for part in self._parts() for p in part.parameters(recurse=False) if p.requires_grad]
             for weight in weights:
-                weight.requires_grad_(True)
+                weight.requires_grad_(False)
+            self._gradients = True
+            self.pipe.scheduler = copy.deepcopy(scheduler)
+            try:
+                yield
+            finally:
+                self._gradients = False
+                self.pipe.scheduler = scheduler
+                for weight in weights:
+                    weight.requires_grad_(True)
 
     def _parts(self) -> list[nn.Module]:
         return list(_Pipeline(self.pipe).modules())[1:]
@@ -114,9 +119,9 @@ class Engine:
         call: the keyword arguments of the pipeline.
         reads: an empty dictionary, or something like one, for what is read.
         """
-        if self.stale:
-            self.follow()
-        with self.lock:
+        with self.turn.run():
+            if self.stale:
+                self.follow()
             try:
                 model = self.model if call.get("prompt") is not None else self.promptless
                 arguments = call | {"gradients": True} if self._gradients else call

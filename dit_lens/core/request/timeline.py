@@ -88,7 +88,10 @@ class Timeline:
                     "Write two fractions such as (0.0, 0.5), the end excluded."
                 )
             return [step for step in whole if steps[0] <= step / self.steps < steps[1]]
-        return [self._index(step) for step in (steps if isinstance(steps, Sequence | range) else [steps])]
+        return [
+            self._index(step)
+            for step in ([steps] if isinstance(steps, str) or not isinstance(steps, Sequence) else steps)
+        ]
 
     def _index(self, step: Any) -> int:
         if isinstance(step, bool) or not hasattr(step, "__index__"):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from dit_lens.errors import OpError
 
 if TYPE_CHECKING:
     import pandas as pd
     from PIL.Image import Image
+    from torch import Tensor
 
     from dit_lens.core.runs.run import Run
 
@@ -22,6 +26,7 @@ class Comparison:
     differences: (where, value in a, value in b) for everything in spec and provenance that is not equal.
     table: per image rmse (0 to 255) and psnr (dB; infinite when equal).
     reads: site -> relative L2 distance.
+    latents: relative L2 distance of the latents, where both runs have them.
     """
 
     a: Run
@@ -29,11 +34,12 @@ class Comparison:
     differences: tuple[tuple[str, Any, Any], ...]
     table: pd.DataFrame
     reads: dict[str, float]
+    latents: float | None = None
 
     @property
     def identical(self) -> bool:
-        """Whether every image is equal, pixel by pixel."""
-        return bool((self.table["rmse"] == 0).all())
+        """Whether every image, and every number of the latents where those were asked for, is equal."""
+        return bool((self.table["rmse"] == 0).all()) and self.latents in (None, 0.0)
 
     @property
     def images(self) -> Image:
@@ -53,18 +59,20 @@ class Comparison:
 
     def __repr__(self) -> str:
         lines = [f"  {where}: {_short(one)} | {_short(other)}" for where, one, other in self.differences]
-        head = (
-            "identical images"
-            if self.identical
-            else f"mean rmse {self.table['rmse'].mean():.3g} of 255 over {len(self.table)} images"
-        )
+        what = "images" if len(self.table) else "latents"
+        if self.identical:
+            head = f"identical {what}"
+        elif len(self.table):
+            head = f"mean rmse {self.table['rmse'].mean():.3g} of 255 over {len(self.table)} images"
+        else:
+            head = f"latents {self.latents:.3g} apart (relative L2 distance)"
         return "\n".join([f"Comparison: {head}, {len(lines)} differences in how they were made", *lines])
 
 
 def compare(a: Run, b: Run) -> Comparison:
-    """Compares two runs, image by image.
+    """Compares two runs, image by image, or by their latents where those were asked for.
 
-    Raises OpError when they do not have the same number of images of the same size.
+    Raises OpError when they do not have the same number of images of the same size, or latents of other shapes.
     """
     import pandas as pd
 
@@ -82,7 +90,25 @@ def compare(a: Run, b: Run) -> Comparison:
         for i, (one, other) in enumerate(zip(a.images, b.images, strict=True))
     ]
     found = [*_differences("spec", a.spec, b.spec), *_differences("provenance", a.provenance, b.provenance)]
-    return Comparison(a, b, tuple(found), pd.DataFrame(lines, columns=["image", "rmse", "psnr"]), _read_distances(a, b))
+    table = pd.DataFrame(lines, columns=["image", "rmse", "psnr"])
+    return Comparison(a, b, tuple(found), table, _read_distances(a, b), _latent_distance(a, b))
+
+
+def _latent_distance(a: Run, b: Run) -> float | None:
+    """How far latents lie apart, 0 only where they are equal; None where there are none."""
+    if a.latents is None and b.latents is None:
+        return None
+    if a.latents is None or b.latents is None or a.latents.shape != b.latents.shape:
+        shapes = ["none" if run.latents is None else list(run.latents.shape) for run in (a, b)]
+        raise OpError(f"only runs with latents of equal shape can be compared: {shapes[0]} against {shapes[1]}.")
+    return _relative_distance(a.latents, b.latents)
+
+
+def _relative_distance(one: Tensor, two: Tensor) -> float:
+    if torch.equal(one, two):
+        return 0.0
+    one, two = one.double(), two.double()
+    return max(float((one - two).norm() / one.norm().clamp_min(1e-30)), sys.float_info.min)
 
 
 def _read_distances(a: Run, b: Run) -> dict[str, float]:
@@ -90,11 +116,9 @@ def _read_distances(a: Run, b: Run) -> dict[str, float]:
     for reading in a.readings:
         for other in b.readings:
             for site in reading.tensors.keys() & other.tensors.keys():
-                one, two = reading.tensors[site].float(), other.tensors[site].float()
+                one, two = reading.tensors[site], other.tensors[site]
                 if reading.name == other.name and one.shape == two.shape:
-                    distances[f"{reading.name}/{site}".lstrip("/")] = float(
-                        (one - two).norm() / one.norm().clamp_min(1e-30)
-                    )
+                    distances[f"{reading.name}/{site}".lstrip("/")] = _relative_distance(one, two)
     return distances
 
 

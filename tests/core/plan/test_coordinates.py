@@ -1,4 +1,4 @@
-"""A source's rows, tokens and channels are matched by their numbers, in whatever order they are named.
+"""A source's rows, tokens and channels are matched by their numbers, in any order.
 
 The oracle: what the run holds right after the edit, at the elements that were edited, is what the source run held at the
 elements of the same numbers. Elements that were not named are as in the untouched run.
@@ -40,9 +40,7 @@ def first_step(value):
 @pytest.mark.parametrize("read_rows", [[1, 2], [0, 2], [2, 0, 1]])
 @pytest.mark.parametrize("rows", [[0], [1], [2], [0, 2], [1, 2], None])
 def test_rows_are_matched_by_their_numbers(cfg_lens, source, untouched, read_rows, rows):
-    part = cfg_lens.run(
-        PROMPTS, [Read(SITE, rows=read_rows, branch="both")], seed=[13, 14, 15], output_type="latent"
-    )
+    part = cfg_lens.run(PROMPTS, [Read(SITE, rows=read_rows, branch="both")], seed=[13, 14, 15], output_type="latent")
     targets = [0, 1, 2] if rows is None else rows
     op = Swap(SITE, source=part, rows=rows)
     if not set(targets) <= set(read_rows):

@@ -74,6 +74,22 @@ def test_compare(run, cfg_lens):
         dl.compare(run, cfg_lens.run("red", seed=1))
 
 
+def test_latents_are_compared_where_there_are_no_images(cfg_lens):
+    a, same, other = (cfg_lens.run("red", seed=seed, output_type="latent") for seed in (1, 1, 2))
+    assert dl.compare(a, same).identical
+    assert dl.compare(a, same).latents == 0
+    found = dl.compare(a, other)
+    assert not found.identical
+    assert found.latents == pytest.approx(float((a.latents - other.latents).norm() / a.latents.norm()), rel=1e-5)
+    assert "latents" in repr(found)
+    nudged = dl.Run(**{**vars(a), "latents": a.latents.clone()})
+    nudged.latents[0, 0, 0] = torch.nextafter(a.latents[0, 0, 0], torch.tensor(9.0))
+    assert not dl.compare(a, nudged).identical
+    assert a.rerun(cfg_lens).identical
+    with pytest.raises(dl.errors.OpError, match="latents of equal shape"):
+        dl.compare(a, cfg_lens.run("red", seed=1, output_type="latent", height=48))
+
+
 def test_a_run_that_json_cannot_describe_is_not_repeated(cfg_lens):
     run = cfg_lens.run_with_hooks("red", [("blocks.0.img", lambda x, hook: None)], seed=0)
     with pytest.raises(PromptError, match="cannot be repeated"):
