@@ -1,4 +1,4 @@
-"""A real browser and a real JupyterLab for tests. Hosts other than loopback fail at once, so asking one shows."""
+"""A real browser and a real JupyterLab for tests. Requests to other hosts than this one fail, so that tests notice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ARGUMENTS = [
 
 
 def browser_or_skip():
-    """The browser's path. Without one the test is skipped, or fails where a browser is required."""
+    """Returns the path of the browser. Without one the test is skipped, or fails if a browser is required."""
     found = find_browser()
     if found is None:
         required = os.environ.get("DIT_LENS_BROWSER") == "required"
@@ -40,9 +40,12 @@ def browser_or_skip():
 
 @contextlib.contextmanager
 def page(*, width=1200, height=900, dark=False, noise=()):
-    """A page of a fresh browser. On leaving, it has asked nothing of the network and logged no error.
+    """Opens a page of a new browser, and asserts at the end that no request failed and no error was logged.
 
-    noise: beginnings of messages that others are known to log.
+    width: of the window, in pixels.
+    height: of the window, in pixels.
+    dark: whether the browser prefers dark pages.
+    noise: beginnings of error messages of other software, which are ignored.
     """
     from playwright.sync_api import sync_playwright
 
@@ -66,13 +69,13 @@ def page(*, width=1200, height=900, dark=False, noise=()):
 
 @contextlib.contextmanager
 def jupyterlab(root, timeout=90):
-    """The address of a JupyterLab over a folder, with settings of its own."""
+    """Starts a JupyterLab for a folder, with its own settings, and yields its address. timeout: in seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="lab-") as home:
-        environment, settings = os.environ | _places(home), Path(home) / "settings"
-        # All cells are in the page, and no news covers it.
+        environment, settings = os.environ | _folders(home), Path(home) / "settings"
+        # All cells are in the page, and no notification covers it.
         _write(settings / "@jupyterlab/notebook-extension/tracker.jupyterlab-settings", {"windowingMode": "none"})
         _write(settings / "@jupyterlab/apputils-extension/notification.jupyterlab-settings", {"fetchNews": "false"})
         log = Path(home) / "server.log"
@@ -96,7 +99,7 @@ def open_notebook(page, address, name):
 
 
 def run_all(page, seconds=180):
-    """Runs all cells of the open notebook; the errors they raised."""
+    """Runs all cells of the open notebook and returns the errors that they raised."""
     page.set_default_timeout(seconds * 1000)
     return page.evaluate(
         """async () => {
@@ -109,8 +112,13 @@ def run_all(page, seconds=180):
     )
 
 
+def send_to_widget(widget, message):
+    """Delivers a message to a widget as its browser would, without a kernel."""
+    widget.comm.handle_msg({"content": {"data": {"method": "custom", "content": message}}, "buffers": []})
+
+
 def ask_kernel(page, expression):
-    """What Python prints for an expression, in the kernel of the open notebook."""
+    """Returns what the kernel of the open notebook prints for an expression."""
     return page.evaluate(
         """async code => {
           const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
@@ -124,7 +132,7 @@ def ask_kernel(page, expression):
     )
 
 
-def _places(home):
+def _folders(home):
     names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
     return {name: f"{home}/{name}" for name in names} | {
         "JUPYTERLAB_SETTINGS_DIR": f"{home}/settings",

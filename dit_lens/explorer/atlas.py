@@ -1,4 +1,4 @@
-"""An atlas: what some prompts do in a model, as one file to share that needs neither weights nor kernel."""
+"""An atlas: the explorer of several prompts as one HTML file, which needs neither weights nor a kernel."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import OpError
-from dit_lens.explorer.code import lens_code
+from dit_lens.explorer.code import code_of_lens
 from dit_lens.explorer.explorer import Explorer
-from dit_lens.explorer.views import THUMB, explorer_reads, of_runs
+from dit_lens.explorer.runs import THUMB, explorer_reads, view_runs
 
 if TYPE_CHECKING:
     from dit_lens.core.runs.run import Run
     from dit_lens.lens import DiTLens
 
-# Bytes of a page per byte of maps: base64 adds a third, and gzip saves little of maps with grain.
-PACKED = 1.3
-STEPS, SIDE = 8, 32  # what is kept before groups of channels are given up
+# Bytes of a page per byte of maps: base64 adds a third, and gzip compresses noisy maps only a little.
+BYTES_PER_BYTE = 1.3
+STEPS, SIDE = 8, 32  # control channels are left out only when steps and maps have been reduced to these
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How much of a run an atlas holds: denoising steps, tokens of the longer side, groups of channels."""
+    """How much of a run an atlas has.
+
+    steps: number of denoising steps.
+    side: longer side of the maps, in tokens.
+    groups: number of groups of channels.
+    """
 
     steps: int
     side: int
@@ -51,12 +56,20 @@ def atlas(
     >>> page.name
     'atlas.html'
 
-    It holds the images, the scores of every channel, maps of the k massive channels (and as many bottom and random
-    ones) at all blocks, and their clusters. Where that is too much, first steps are left out, then maps are averaged to
-    32 tokens a side, then controls are left out, then maps shrink further; the page says so.
+    It has the images, the scores of every channel, maps of the k massive channels (and of as many bottom and random
+    ones) at all blocks, and their clusters. If that is too large, steps are left out first, then maps are averaged to
+    32 tokens per side, then control channels are left out, then maps are averaged further; the page states what was
+    reduced.
 
-    prompts: drawn with ``seed`` each; k: channels of a block, by |mean| averaged over prompts and steps.
-    Raises OpError where even one step of a coarse map would not fit.
+    lens: lens of the model.
+    path: HTML file to write.
+    prompts: one or more prompts.
+    k: number of channels per block, by |mean| averaged over prompts and steps.
+    seed: seed of the noise, the same for every prompt.
+    megabytes: approximate limit for the size of the file.
+    batch_size: prompts that run at once; all if None.
+    call: arguments of the pipeline's call.
+    Raises OpError if not even one step of coarse maps fits.
     """
     prompts = list(prompts)
     if not prompts:
@@ -64,35 +77,41 @@ def atlas(
     massive = lens.massive_channels(prompts, k, seed=seed, batch_size=batch_size, **call)
     outline = lens.outline(prompts[:1], **call)
     grid, steps = outline.grid, outline.steps
-    extent = fitted(len(prompts) * len(massive), k, grid or (SIDE, SIDE), steps, megabytes * 2**20)
+    extent = fit_extent(len(prompts) * len(massive), k, grid or (SIDE, SIDE), steps, megabytes * 2**20)
     kept = _spread(steps, extent.steps)
     reads = [replace(read, steps=kept) for read in explorer_reads(massive)[: extent.groups]]
     run = lens.run(prompts, reads, seed=seed, batch_size=batch_size, **call)
     code = _code(run, prompts, k, seed, megabytes, call)
-    shown = of_runs([run], channels=massive, k=k, clusters=2, code=code, side=extent.side)
+    views = view_runs([run], channels=massive, k=k, clusters=2, code=code, side=extent.side)
     title = f"{run.provenance['family']}: massive channels of {len(prompts)} prompts"
-    return Explorer(replace(shown, note=_note(run, extent, shown.grid))).to_html(path, title=title)
+    return Explorer(replace(views, note=_note(run, extent, views.grid))).to_html(path, title=title)
 
 
-def fitted(images: int, k: int, grid: Sequence[int], steps: int, budget: float) -> Extent:
-    """The largest extent whose page stays within a budget of bytes.
+def fit_extent(images: int, k: int, grid: Sequence[int], steps: int, budget: float) -> Extent:
+    """Returns the largest extent whose page fits a budget.
 
-    >>> fitted(8 * 8, 8, (16, 16), 12, 10 * 2**20)
+    >>> fit_extent(8 * 8, 8, (16, 16), 12, 10 * 2**20)
     Extent(steps=12, side=16, groups=3)
-    >>> fitted(4 * 57, 8, (64, 64), 28, 10 * 2**20)
+    >>> fit_extent(4 * 57, 8, (64, 64), 28, 10 * 2**20)
     Extent(steps=2, side=32, groups=1)
 
-    images: prompts times sites. A token takes a byte in every map, and one for its cluster.
+    images: number of prompts times number of sites.
+    k: channels per group.
+    grid: (h, w) of the run.
+    steps: denoising steps of the run.
+    budget: in bytes.
+    Raises OpError if nothing fits.
     """
     extent = Extent(steps, max(grid))
 
-    def size(some: Extent) -> float:
-        tokens = prod(grid) * (some.side / max(grid)) ** 2
-        map_bytes = k * (tokens + min(tokens, THUMB**2) + 12)  # with its thumbnail, range and mean
-        return PACKED * images * some.steps * some.groups * (map_bytes + tokens)
+    def estimate_bytes(extent: Extent) -> float:
+        # A token takes one byte in every map and one for its cluster; a map also has a thumbnail, a range and a mean.
+        tokens = prod(grid) * (extent.side / max(grid)) ** 2
+        map_bytes = k * (tokens + min(tokens, THUMB**2) + 12)
+        return BYTES_PER_BYTE * images * extent.steps * extent.groups * (map_bytes + tokens)
 
-    while size(extent) > budget:
-        smaller = _smaller(extent)
+    while estimate_bytes(extent) > budget:
+        smaller = _reduce(extent)
         if smaller is None:
             raise OpError(
                 f"an atlas of {budget / 2**20:.3g} MB cannot hold one step of {images} maps. Give fewer prompts, a "
@@ -102,8 +121,8 @@ def fitted(images: int, k: int, grid: Sequence[int], steps: int, budget: float) 
     return extent
 
 
-def _smaller(extent: Extent) -> Extent | None:
-    """The next extent to try: what is missed least goes first."""
+def _reduce(extent: Extent) -> Extent | None:
+    """Returns the next smaller extent, reduced where it matters least; None if there is none."""
     steps, side, groups = extent.steps, extent.side, extent.groups
     if steps > STEPS:
         return Extent(max(STEPS, steps // 2), side, groups)
@@ -122,20 +141,22 @@ def _spread(steps: int, kept: int) -> list[int]:
 
 
 def _note(run: Run, extent: Extent, grid: tuple[int, int]) -> str:
-    left = []
+    """Returns the text below the views: what was reduced, and the machine. grid: (h, w) of the maps."""
+    reduced = []
     if extent.steps < len(run.clock):
-        left.append(f"{extent.steps} of {len(run.clock)} steps")
+        reduced.append(f"{extent.steps} of {len(run.clock)} steps")
     if grid != run.grid:
-        left.append(f"maps averaged from {run.grid[0]} x {run.grid[1]} to {grid[0]} x {grid[1]} tokens")
+        reduced.append(f"maps averaged from {run.grid[0]} x {run.grid[1]} to {grid[0]} x {grid[1]} tokens")
     if extent.groups < 3:
-        left.append("no control channels")
-    made = f"Drawn on {run.provenance['device']} in {run.provenance['dtype']}."
-    return f"To keep this file small: {', '.join(left)}. {made}" if left else made
+        reduced.append("no control channels")
+    machine = f"Drawn on {run.provenance['device']} in {run.provenance['dtype']}."
+    return f"To keep this file small: {', '.join(reduced)}. {machine}" if reduced else machine
 
 
 def _code(run: Run, prompts: list[str], k: int, seed: int, megabytes: float, call: dict[str, Any]) -> str:
+    """Returns the code that makes an atlas; the parameters are those of :func:`atlas`. run: a run of the lens."""
     extra = "".join(f", {name}={value!r}" for name, value in call.items())
     return (
-        f"import dit_lens as dl\n\n{lens_code(run)}\nprompts = {prompts!r}\n"
+        f"import dit_lens as dl\n\n{code_of_lens(run)}\nprompts = {prompts!r}\n"
         f"dl.atlas(lens, 'atlas.html', prompts, k={k}, seed={seed}, megabytes={megabytes:g}{extra})"
     )

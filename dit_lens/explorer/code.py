@@ -1,4 +1,4 @@
-"""The code that made a view, a result or a figure: what a reader copies to make it again."""
+"""The Python code that makes a view of runs again, for users to copy."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dit_lens.core.runs.provenance import unsaved
 if TYPE_CHECKING:
     from dit_lens.core.runs.run import Run
 
-# Where the state of a view goes, as further arguments.
+# Placeholder for the state of a view (further arguments), which the browser fills in.
 STATE = "{state}"
 
 
 def code_of_runs(runs: tuple[Run, ...], **options: Any) -> str:
-    """What draws some runs again and explores them.
+    """Returns the code that repeats one or two runs and explores them.
 
     >>> import dit_lens as dl
     >>> run = dl.DiTLens.toy().run("a big red circle left on a plain blue background", seed=0, num_inference_steps=2)
@@ -36,14 +36,14 @@ def code_of_runs(runs: tuple[Run, ...], **options: Any) -> str:
     options: further arguments of ``explore``.
     """
     names = ["run", "beside"][: len(runs)]
-    made = "\n".join(_run(run, name) for run, name in zip(runs, names, strict=True))
+    lines = "\n".join(_code_of_run(run, name) for run, name in zip(runs, names, strict=True))
     options = {name: name for name in names[1:]} | {name: repr(value) for name, value in options.items()}
-    shown = ", ".join(["run", *(f"{name}={value}" for name, value in options.items())])
-    return f"import dit_lens as dl\n\n{lens_code(runs[0])}\n{made}\ndl.explore({shown}{STATE})"
+    arguments = ", ".join(["run", *(f"{name}={value}" for name, value in options.items())])
+    return f"import dit_lens as dl\n\n{code_of_lens(runs[0])}\n{lines}\ndl.explore({arguments}{STATE})"
 
 
-def lens_code(run: Run) -> str:
-    """What loads the lens that drew a run."""
+def code_of_lens(run: Run) -> str:
+    """Returns the code that loads the lens of a run."""
     from dit_lens.toys import WEIGHTS
 
     model = run.provenance.get("model")
@@ -54,27 +54,28 @@ def lens_code(run: Run) -> str:
     return f"lens = dl.DiTLens.from_pretrained({str(model)!r})"
 
 
-def _run(run: Run, name: str) -> str:
+def _code_of_run(run: Run, name: str) -> str:
     if run.folder is not None:
         return f"{name} = dl.Run.load({str(run.folder)!r})"
     if unsaved(run.spec):
-        return f"# {name}: made with values that code cannot spell; run.save(folder) keeps it"
+        return f"# {name}: made with values that cannot be written as code; run.save(folder) keeps it"
     spec = run.spec
     call = {"seed": spec["seed"], **spec["call"]}
-    lines = [repr(spec["prompt"]), f"[{', '.join(map(_op, spec['ops']))}]", *(f"{k}={v!r}" for k, v in call.items())]
+    ops = ", ".join(map(_code_of_op, spec["ops"]))
+    lines = [repr(spec["prompt"]), f"[{ops}]", *(f"{k}={v!r}" for k, v in call.items())]
     return f"{name} = lens.run(\n" + "".join(f"    {line},\n" for line in lines) + ")"
 
 
-def _op(spec: Mapping[str, Any]) -> str:
-    """An op as it is written in code, from its JSON; one that holds tensors, as JSON."""
+def _code_of_op(spec: Mapping[str, Any]) -> str:
+    """Returns the code of an op from its JSON form; an op that holds tensors stays JSON."""
     if any(isinstance(value, dict) and "tensor" in str(value) for value in spec.values()):
         return f"dl.ops.from_json({dict(spec)!r})"
     arguments = {name: value for name, value in spec.items() if name not in ("op", "site")}
-    words = [repr(spec["site"]), *(f"{name}={_literal(value)}" for name, value in arguments.items())]
+    words = [repr(spec["site"]), *(f"{name}={_code_of_value(value)}" for name, value in arguments.items())]
     return f"dl.{spec['op']}({', '.join(words)})"
 
 
-def _literal(value: Any) -> str:
+def _code_of_value(value: Any) -> str:
     if not isinstance(value, dict):
         return repr(value)
     if "sigma" in value:

@@ -1,4 +1,4 @@
-"""The explorer: images under maps of their channels, over all blocks and steps."""
+"""The explorer: a widget that shows images with maps of their channels, at every block and step."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from tqdm.auto import tqdm
 
 from dit_lens.errors import OpError, SiteError, nearest
 from dit_lens.explorer.code import STATE, code_of_runs
-from dit_lens.explorer.results import of_result
-from dit_lens.explorer.views import Views, of_runs
-from dit_lens.explorer.widget import Widget, bytes_trait, module_of, webp
+from dit_lens.explorer.colours import CLUSTER_COLOURS, PALETTES, parse_colour, read_palette
+from dit_lens.explorer.results import view_result
+from dit_lens.explorer.runs import view_runs
+from dit_lens.explorer.views import Views
+from dit_lens.explorer.widget import Widget, bytes_trait, encode_webp, join_modules
 
 if TYPE_CHECKING:
     from dit_lens.analysis.channels import ChannelSet
     from dit_lens.core.runs.run import Run
     from dit_lens.studies import Result
 
-BUDGET = 64 * 2**20  # bytes of maps that go to the browser at once; beyond, blocks are sent when they are looked at
-LARGEST = 768  # pixels of an image's longer side
+BUDGET = 64 * 2**20  # bytes of maps that are sent to the browser at once; if there are more, each block when shown
+LARGEST = 768  # pixels of the longer side of an image in the browser
 DEFAULTS = {"k": 8, "clusters": 2}
-PALETTES = ("Cividis", "Viridis", "Magma", "Greys")
 OVERLAYS = ("heat", "clusters", "none")
 SCALES = ("map", "steps")
-CLUSTER_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")  # Okabe & Ito, cold to hot
 
 
 def explore(
@@ -39,7 +39,7 @@ def explore(
     clusters: int = DEFAULTS["clusters"],
     **state: Any,
 ) -> Explorer:
-    """An interactive view of a run: its images under the maps of their channels, at every block and step.
+    """Shows a run interactively: its images with the maps of their channels, at every block and step.
 
     >>> import dit_lens as dl
     >>> prompt = "a big red circle left on a plain blue background"
@@ -50,14 +50,18 @@ def explore(
     >>> explorer.step, explorer.group, explorer.overlay
     (1, 'top', 'heat')
 
-    In a notebook it shows itself; ``explorer.to_html("page.html")`` writes a file that works without a kernel. What is
-    looked at is in its attributes (``step``, ``site``, ``group``, ``channel``, ``token`` ...), both ways.
+    A notebook displays it; ``explorer.to_html("page.html")`` writes a file that works without a kernel. The attributes
+    (``step``, ``site``, ``group``, ``channel``, ``token`` ...) follow the view, and the view follows them.
 
-    shown: a run that read image tokens: whole (``Read("blocks.*.img")``), of which the top k channels by |mean| are
-    shown with bottom and random ones, or chosen ones, a group for each named read (``dl.explorer_reads(massive)``). Or the
-    result of a study: its images and masks. beside: an edited run, to be seen next to it; it has maps if it read the
-    same. channels: a set to show instead of the top k. clusters: of K-means over a group's channels. state: what is
-    looked at first. Raises OpError where a run kept no image tokens.
+    shown: a run that read image tokens, or the result of a study, of which images and masks are shown. Of a run that
+      read all channels (``Read("blocks.*.img")``), the top k by |mean| are shown, with bottom and random ones. Of one
+      that read chosen channels, every named read is a group (``dl.explorer_reads(massive)``).
+    beside: an edited run, to be compared; it has maps if it has the same reads.
+    channels: a set of channels to show instead of the top k.
+    k: number of channels per site.
+    clusters: number of K-means clusters over the channels of a group.
+    state: attributes of the :class:`Explorer` to begin with, such as ``step=3``.
+    Raises OpError if a run has no reads of whole image tokens.
     """
     from dit_lens.core.runs.run import Run
     from dit_lens.studies import Result
@@ -70,36 +74,46 @@ def explore(
             )
     if isinstance(shown, Result):
         if beside is not None:
-            raise OpError("a result has its images side by side already. Leave beside= out.")
-        return Explorer(of_result(shown), **state)
+            raise OpError("beside= is for runs; a result already has its images side by side.")
+        return Explorer(view_result(shown), **state)
     runs = (shown,) if beside is None else (shown, beside)
     chosen = {"k": k, "clusters": clusters}
     code = code_of_runs(runs, **{name: value for name, value in chosen.items() if value != DEFAULTS[name]})
     if channels is not None:
-        code = code.replace(STATE, f", channels=channels{STATE}")  # a set of the caller's
-    return Explorer(of_runs(runs, channels=channels, k=k, clusters=clusters, code=code), **state)
+        code = code.replace(STATE, f", channels=channels{STATE}")  # a variable of the caller
+    return Explorer(view_runs(runs, channels=channels, k=k, clusters=clusters, code=code), **state)
 
 
 class Explorer(Widget):
-    """What ``dl.explore`` returns. ``.views`` has all that is shown, as arrays.
+    """The widget that ``dl.explore`` returns. ``.views`` has all data that it shows, as arrays.
 
-    left, right: the numbers of the images that are shown, -1 for none on the right. step: a step's index. site,
-    group, channel: what is mapped. overlay: "heat" (the channel), "clusters" (K-means of the group), "none". scale:
-    colours span "map", this map, or "steps", all of the block's. palette, opacity. token: the one that is kept in view,
-    -1 for none.
+    The attributes are the state of the view:
+
+    - left: index of the image on the left.
+    - right: index of the image on the right, -1 for none.
+    - step: index of the step.
+    - site: name of the site.
+    - group: name of the group of channels.
+    - channel: number of the channel whose map is shown.
+    - overlay: "heat" (the channel), "clusters" (K-means of the group) or "none".
+    - palette: name of the colour scale.
+    - scale: the colours span the values of this "map", or of all "steps" of the block.
+    - opacity: opacity of the overlay, 0 to 1.
+    - token: index of the selected token, -1 for none.
     """
 
-    _esm = module_of("explorer")
+    _esm = join_modules("explorer_data", "explorer_pane", "explorer_overview", "explorer")
 
-    _meta = traitlets.Dict().tag(sync=True)
-    _images = bytes_trait()
-    _maps = bytes_trait()
-    _labels = bytes_trait()
-    _thumbs = bytes_trait()
-    _channels = bytes_trait()
-    _ranges = bytes_trait()
-    _means = bytes_trait()
-    _scores = bytes_trait()
+    # Data for the browser, which static/explorer_data.js reads.
+    data_info = traitlets.Dict().tag(sync=True)
+    data_images = bytes_trait()
+    data_maps = bytes_trait()
+    data_labels = bytes_trait()
+    data_thumbs = bytes_trait()
+    data_channels = bytes_trait()
+    data_ranges = bytes_trait()
+    data_means = bytes_trait()
+    data_scores = bytes_trait()
 
     left = traitlets.Int(0).tag(sync=True)
     right = traitlets.Int(-1).tag(sync=True)
@@ -115,77 +129,78 @@ class Explorer(Widget):
 
     def __init__(self, views: Views, **state: Any):
         self.views = views
-        start = _start(views)
-        if unknown := [name for name in state if name not in start]:
-            raise OpError(f"an explorer has no {unknown[0]!r} to start from.{nearest(unknown[0], start)}")
-        album, places = _album(views)
+        initial = _initial_state(views)
+        if unknown := [name for name in state if name not in initial]:
+            raise OpError(f"an explorer has no attribute {unknown[0]!r} to start from.{nearest(unknown[0], initial)}")
+        images, spans = _join_images(views)
         super().__init__(
-            _meta=_meta(views, places, start),
-            _images=album,
-            _maps=_joined(views, views.maps) if views.map_bytes <= BUDGET else b"",
-            _thumbs=views.thumbs.tobytes(),
-            _channels=views.channels.tobytes(),
-            _ranges=views.ranges.tobytes(),
-            _means=views.means.tobytes(),
-            _scores=views.scores.tobytes(),
-            **start | state,
+            data_info=_info(views, spans, initial),
+            data_images=images,
+            data_maps=_join_blocks(views, views.maps) if views.map_bytes <= BUDGET else b"",
+            data_thumbs=views.thumbs.tobytes(),
+            data_channels=views.channels.tobytes(),
+            data_ranges=views.ranges.tobytes(),
+            data_means=views.means.tobytes(),
+            data_scores=views.scores.tobytes(),
+            **initial | state,
         )
         self.on_msg(self._answer)
 
     @traitlets.validate("left", "right", "step", "site", "group", "overlay", "palette", "scale")
-    def _known(self, proposal: Any) -> Any:
+    def _check_state(self, proposal: Any) -> Any:
         name, value = proposal["trait"].name, proposal["value"]
-        known = _choices(self.views)[name]
+        known = _allowed_values(self.views)[name]
         if value not in known:
             problem = SiteError if name == "site" else OpError
             raise problem(f"there is no {name} {value!r} in this explorer.{nearest(str(value), map(str, known))}")
         return value
 
     def whole_state(self) -> dict[str, Any]:
-        """With every map and every cluster inside, which takes a while for a large run."""
+        """Returns the state with every map and all clusters, which takes a while for a large run."""
         blocks = tqdm(range(len(self.views.blocks)), desc="clusters", unit="site", delay=1, leave=False)
         labels = b"".join(self.views.labels(block).tobytes() for block in blocks)
-        return super().whole_state() | {"_maps": self._maps or _joined(self.views, self.views.maps), "_labels": labels}
+        maps = self.data_maps or _join_blocks(self.views, self.views.maps)
+        return super().whole_state() | {"data_maps": maps, "data_labels": labels}
 
     def preview(self) -> Image.Image | None:
-        """The first image, under the map that is looked at."""
+        """Returns the image on the left, with the map that is shown."""
         pane, views = self.views.panes[self.left], self.views
         image = pane.image or Image.new("RGB", (256, 256))
-        if pane.values is None or self.overlay != "heat":
+        if pane.map_index is None or self.overlay != "heat":
             return image
         block, group = views.blocks.index(self.site), views.groups.index(self.group)
         step = [index for index, _ in views.steps].index(self.step)
         rank = views.channels[block, group].tolist().index(self.channel)
-        map_ = views.maps(block).reshape(*views.means.shape[1:], *views.grid)[pane.values, step, group, rank]
-        anchors = np.array(_anchors(self.palette))
-        place = map_ / 255 * (len(anchors) - 1)
-        colours = np.stack([np.interp(place, range(len(anchors)), channel) for channel in anchors.T], -1)
+        values = views.maps(block).reshape(*views.means.shape[1:], *views.grid)[pane.map_index, step, group, rank]
+        palette = np.array(read_palette(self.palette))
+        position = values / 255 * (len(palette) - 1)
+        colours = np.stack([np.interp(position, range(len(palette)), channel) for channel in palette.T], -1)
         heat = Image.fromarray(colours.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
         return Image.blend(image.convert("RGB"), heat, self.opacity)
 
     def _answer(self, _: Any, message: dict[str, Any], buffers: Sequence[Any]) -> None:  # noqa: ARG002
-        """Sends the maps or labels of the block that the browser asks for."""
-        made = {"maps": self.views.maps, "labels": self.views.labels}[message["kind"]](message["block"])
-        self.send(message, buffers=[np.ascontiguousarray(made).data])
+        """Sends the maps or labels of the block that the browser requests."""
+        compute = {"maps": self.views.maps, "labels": self.views.labels}[message["kind"]]
+        self.send(message, buffers=[np.ascontiguousarray(compute(message["block"])).data])
 
     def __repr__(self) -> str:
         views = self.views
-        found = [_count(len(views.panes), "image")]
+        parts = [_count(len(views.panes), "image")]
         if views.blocks:
-            found.append(f"{_count(len(views.blocks), 'site')} x {_count(len(views.steps), 'step')}")
+            parts.append(f"{_count(len(views.blocks), 'site')} x {_count(len(views.steps), 'step')}")
             names = list(views.groups)
-            words = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+            groups = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
             size = views.channels.shape[-1]
-            found.append(f"{words} {_count(size, 'channel')}" if views.channels.size else f"masks: {words}")
-        return f"Explorer: {', '.join(found)}"
+            parts.append(f"{groups} {_count(size, 'channel')}" if views.channels.size else f"masks: {groups}")
+        return f"Explorer: {', '.join(parts)}"
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _start(views: Views) -> dict[str, Any]:
-    """What is looked at first: the last step, and the site after two thirds of the depth."""
+def _initial_state(views: Views) -> dict[str, Any]:
+    """Returns the state of a new explorer: the last step, and the site at two thirds of the depth."""
     block = (2 * len(views.blocks)) // 3
     return {
         "left": 0,
@@ -202,7 +217,7 @@ def _start(views: Views) -> dict[str, Any]:
     }
 
 
-def _choices(views: Views) -> dict[str, Sequence[Any]]:
+def _allowed_values(views: Views) -> dict[str, Sequence[Any]]:
     return {
         "left": range(len(views.panes)),
         "right": range(-1, len(views.panes)),
@@ -215,11 +230,16 @@ def _choices(views: Views) -> dict[str, Sequence[Any]]:
     }
 
 
-def _meta(views: Views, places: Sequence[tuple[int, int] | None], start: dict[str, Any]) -> dict[str, Any]:
-    """What the browser has to know besides the arrays."""
+def _info(views: Views, spans: Sequence[tuple[int, int] | None], initial: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the browser needs besides the arrays.
+
+    views: the views.
+    spans: (start, end) of each image in the bytes of all images; None if a pane has no image.
+    initial: state of a new explorer.
+    """
     panes = [
-        {"name": pane.name, "values": pane.values, "bytes": place, "mime": "image/webp"}
-        for pane, place in zip(views.panes, places, strict=True)
+        {"name": pane.name, "mapIndex": pane.map_index, "bytes": span, "mime": "image/webp"}
+        for pane, span in zip(views.panes, spans, strict=True)
     ]
     return {
         "panes": panes,
@@ -227,44 +247,30 @@ def _meta(views: Views, places: Sequence[tuple[int, int] | None], start: dict[st
         "blocks": views.blocks,
         "steps": views.steps,
         "grid": views.grid,
-        "size": views.channels.shape[-1],
-        "values": len({pane.values for pane in views.panes} - {None}),
+        "groupSize": views.channels.shape[-1],
+        "mappedImages": len({pane.map_index for pane in views.panes} - {None}),
         "thumb": views.thumbs.shape[-2:],
-        "palettes": {name: _anchors(name) for name in PALETTES},
-        "cluster_colours": [_rgb(colour) for colour in CLUSTER_COLOURS],
+        "palettes": {name: read_palette(name) for name in PALETTES},
+        "clusterColours": [parse_colour(colour) for colour in CLUSTER_COLOURS],
         "masks": views.masks,
         "code": views.code,
         "note": views.note,
-        "initial": start,
+        "initial": initial,
     }
 
 
-def _album(views: Views) -> tuple[bytes, list[tuple[int, int] | None]]:
-    """All images as WebP, one after the other, and where each begins and ends."""
-    data, places = b"", []
+def _join_images(views: Views) -> tuple[bytes, list[tuple[int, int] | None]]:
+    """Returns all images as WebP, one after the other, and the (start, end) of each in bytes."""
+    data, spans = b"", []
     for pane in views.panes:
         if pane.image is None:
-            places.append(None)
+            spans.append(None)
             continue
-        file = webp(pane.image, LARGEST)
-        places.append((len(data), len(data) + len(file)))
+        file = encode_webp(pane.image, LARGEST)
+        spans.append((len(data), len(data) + len(file)))
         data += file
-    return data, places
+    return data, spans
 
 
-def _joined(views: Views, part: Callable[[int], np.ndarray]) -> bytes:
-    return b"".join(part(block).tobytes() for block in range(len(views.blocks)))
-
-
-def _anchors(name: str) -> list[list[int]]:
-    """A plotly colour scale as colours at equal distances, dark to light."""
-    from plotly.colors import sequential
-
-    found = [_rgb(colour) for colour in getattr(sequential, name)]
-    return sorted(found, key=sum) if name == "Greys" else found
-
-
-def _rgb(colour: str) -> list[int]:
-    if colour.startswith("#"):
-        return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    return [int(part) for part in colour.removeprefix("rgb(").rstrip(")").split(",")]
+def _join_blocks(views: Views, compute: Callable[[int], np.ndarray]) -> bytes:
+    return b"".join(compute(block).tobytes() for block in range(len(views.blocks)))

@@ -1,4 +1,4 @@
-"""A widget that can also be a page: one HTML file with its data, which works from disk without a kernel."""
+"""The base of the widgets: a widget is also a page, one HTML file with its data that works without a kernel."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from dit_lens.core.runs.html import data_url
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-HERE = Path(__file__).parent
+STATIC = Path(__file__).parent / "static"
 
-SMALL = 192  # pixels of an image's longer side that is sent without loss
+SMALL = 192  # pixels of the longer side up to which an image is compressed without loss
 
-# Nothing from anywhere: the module is made from text in the page, images are decoded from its data.
+# Loads nothing from the network: the module and the images are made from data in the page.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' blob:; style-src 'unsafe-inline'; img-src data: blob:; "
     "base-uri 'none'; form-action 'none'"
@@ -40,50 +40,56 @@ body {{ margin: 0; padding: 8px; background: light-dark(#fff, #0d1117); }}</styl
 """
 
 
-def module_of(name: str) -> str:
-    """A widget's module: what all share, and its own."""
-    return "\n".join((HERE / file).read_text("utf-8") for file in ("common.js", f"{name}.js"))
+def join_modules(*names: str) -> str:
+    """Returns a widget's JavaScript module: the common part, then the named files of ``static``.
+
+    anywidget takes one module of text, and a page from disk cannot import files.
+    """
+    return "\n".join((STATIC / f"{name}.js").read_text("utf-8") for name in ("common", *names))
 
 
 class Widget(anywidget.AnyWidget):
-    """What the explorer and the steering panel share. State is in synced traits; ``to_html`` writes it as a page."""
+    """Base of the explorer and the steering panel. Its state is in synced traits; ``to_html`` writes it as a page."""
 
     _esm: str
-    _css = HERE / "widget.css"
+    _css = STATIC / "widget.css"
 
     def to_html(self, path: str | Path, *, title: str = "dit_lens") -> Path:
-        """Writes one HTML file that works from disk: no kernel, no network. Whole or not at all; returns its path."""
+        """Writes one HTML file that works from disk, without kernel or network, and returns its path.
+
+        The file is written completely or not at all.
+        """
         path = Path(path)
         page = _PAGE.format(policy=_POLICY, title=html.escape(title), body=self.fragment())
         path.parent.mkdir(parents=True, exist_ok=True)
         return write_text(path, page)
 
     def fragment(self) -> str:
-        """The view as a piece of a page: markup, data, style and the module that draws it."""
+        """Returns the view as part of a page: markup, data, style and the module that draws it."""
         state = self.whole_state()
         key = f"dit-lens-{self.model_id}"
-        plain = {name: value for name, value in state.items() if not isinstance(value, bytes)}
-        packed = "".join(
-            f'<script type="text/plain" data-for="{key}" data-name="{name}">{_packed(value)}</script>'
+        values = {name: value for name, value in state.items() if not isinstance(value, bytes)}
+        arrays = "".join(
+            f'<script type="text/plain" data-for="{key}" data-name="{name}">{_compress(value)}</script>'
             for name, value in state.items()
             if isinstance(value, bytes)
         )
-        host = (HERE / "host.js").read_text("utf-8").replace("ID", key)
+        host = (STATIC / "host.js").read_text("utf-8").replace("ID", key)
         return (
             f"<style>{self._css}</style>"
             f'<div id="{key}"></div>'
-            f'<script type="application/json" id="{key}-state">{_script(plain)}</script>'
-            f'<script type="application/json" id="{key}-module">{_script(str(self._esm))}</script>'
-            f'{packed}<script type="module">{host}</script>'
+            f'<script type="application/json" id="{key}-state">{_to_script(values)}</script>'
+            f'<script type="application/json" id="{key}-module">{_to_script(str(self._esm))}</script>'
+            f'{arrays}<script type="module">{host}</script>'
         )
 
     def whole_state(self) -> dict[str, Any]:
-        """All synced traits that are the view's own, with nothing left to be asked for later."""
-        foreign = {*anywidget.AnyWidget.class_trait_names(), "_esm", "_css", "_anywidget_id"}
-        return {name: getattr(self, name) for name in self.traits(sync=True) if name not in foreign}
+        """Returns all synced traits of the view, including the data that the browser otherwise requests when needed."""
+        inherited = {*anywidget.AnyWidget.class_trait_names(), "_esm", "_css", "_anywidget_id"}
+        return {name: getattr(self, name) for name in self.traits(sync=True) if name not in inherited}
 
     def preview(self) -> Image | None:
-        """The image that is shown where no widget can be."""
+        """Returns the image that is shown if the widget cannot be, or None."""
         return None
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -102,12 +108,12 @@ class Widget(anywidget.AnyWidget):
 
 
 def bytes_trait() -> Any:
-    """Bytes that are sent to the browser."""
+    """Makes a trait of bytes that are sent to the browser."""
     return traitlets.Bytes(b"").tag(sync=True)
 
 
-def webp(image: Image, largest: int | None = None) -> bytes:
-    """An image as WebP, without loss where it is small. largest: pixels of the longer side, to which it is shrunk."""
+def encode_webp(image: Image, largest: int | None = None) -> bytes:
+    """Encodes an image as WebP, a small one without loss. largest: reduces the longer side to so many pixels."""
     image, buffer = image.convert("RGB"), io.BytesIO()
     if largest is not None:
         image.thumbnail((largest, largest))
@@ -115,10 +121,10 @@ def webp(image: Image, largest: int | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def _packed(value: bytes) -> str:
+def _compress(value: bytes) -> str:
     return base64.b64encode(gzip.compress(value, 6, mtime=0)).decode("ascii")
 
 
-def _script(value: Any) -> str:
-    """JSON inside a script element, which only "<" could end."""
+def _to_script(value: Any) -> str:
+    """Returns JSON for the inside of a script element, without "<", which could end the element."""
     return json.dumps(value).replace("<", "\\u003c")

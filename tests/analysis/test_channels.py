@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from IPython.core.formatters import DisplayFormatter
 from scipy.stats import median_abs_deviation
 
 from dit_lens.analysis.channels import (
@@ -457,8 +458,9 @@ def test_display():
     chosen = ChannelSet({"<a>": (0, 2), "b": (2,)}, {"<a>": ones, "b": ones}, {"<a>": ones, "b": ones}, note="x & y")
     assert repr(chosen).startswith("ChannelSet: top differing of 3 channels by |mean|, at 2 sites\n")
     assert "most frequent: 2 (2 of 2 sites), 0 (1)" in repr(chosen)
-    assert "&lt;a&gt;</td><td>0, 2</td><td>0.667" in chosen._repr_html_()
-    assert "note: x &amp; y" in chosen._repr_html_()
+    shown, _ = DisplayFormatter().format(chosen)
+    assert "&lt;a&gt;</td><td>0, 2</td><td>0.667" in shown["text/html"]
+    assert "note: x &amp; y" in shown["text/html"]
 
 
 @settings(max_examples=10, deadline=None)

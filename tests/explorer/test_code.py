@@ -1,4 +1,4 @@
-"""The code beside a result makes the same result again."""
+"""The code of a result or figure makes the same again."""
 
 import inspect
 
@@ -36,7 +36,7 @@ def test_the_code_of_a_result_makes_it_again(toy, study):
     assert result.figure().layout.meta["code"] == result.code
 
 
-def test_thresholds_and_judges_of_ones_own_are_named():
+def test_code_names_the_users_thresholds_and_judges():
     thresholds = {"carrier": 0.4, "detail": 0.1, "change": 0.5}
     settings = {"prompts": [CIRCLE], "k": 4, "thresholds": thresholds, "judge": "mine", "attributes": [{"size": "big"}]}
     code = dl.studies.Result("carrier_or_detail", None, None, settings).code
@@ -46,7 +46,7 @@ def test_thresholds_and_judges_of_ones_own_are_named():
 
 
 def test_the_code_of_a_figure_makes_it_again():
-    """Where its arguments can be spelt; others stand as their names, so that the code runs where they are."""
+    """Arguments that cannot be written as code stand as their names, so that the code runs where they are defined."""
     scores = torch.tensor([0.1, 9.0, 0.2])
     figure = dl.plots.channel_spectrum(scores, [1], site="blocks.3.img", by_rank=True)
     code = figure.layout.meta["code"]
@@ -56,7 +56,7 @@ def test_the_code_of_a_figure_makes_it_again():
     assert "images,  # list 1" in dl.plots.strip([Image.new("RGB", (8, 8))], ["red"]).layout.meta["code"]
 
 
-def test_every_plot_carries_code():
+def test_every_plot_has_its_code():
     figures = [getattr(dl.plots, name) for name in dl.plots.__all__]
     plots = [one for one in figures if inspect.isfunction(one) and one is not dl.plots.looks]
     assert len(plots) == 17

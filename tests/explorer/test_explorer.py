@@ -1,4 +1,4 @@
-"""What the explorer holds is what the run read, and what its browser draws is what it holds."""
+"""The explorer has the values that the run read, and the browser draws these values."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import runpy
 
 import numpy as np
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from PIL import Image
-from plotly.colors import sequential
 
 import dit_lens as dl
 from dit_lens.analysis.clusters import cluster
 from dit_lens.commands.cli import main
 from dit_lens.errors import OpError, SiteError
 from dit_lens.explorer import explorer as module
-from dit_lens.explorer.atlas import Extent, fitted
+from dit_lens.explorer.atlas import Extent, fit_extent
+from dit_lens.explorer.colours import CLUSTER_COLOURS, parse_colour, read_palette
 from dit_lens.studies import Result
 from tests import browser
 
@@ -37,10 +38,10 @@ def edited(toy):
 
 
 def values_of(explorer):
-    """[l, e, s, g, k, h, w], put together from what goes to the browser."""
+    """[l, e, s, g, k, h, w], computed from what is sent to the browser."""
     views = explorer.views
     low, high = views.ranges[..., 0], views.ranges[..., 1]
-    maps = np.frombuffer(explorer._maps, np.uint8).reshape(*low.shape, *views.grid)
+    maps = np.frombuffer(explorer.data_maps, np.uint8).reshape(*low.shape, *views.grid)
     return low[..., None, None] + (high - low)[..., None, None] * (maps / 255.0)
 
 
@@ -79,7 +80,7 @@ def test_named_reads_are_groups_and_a_set_of_channels_can_be_given(toy, run):
     few = toy.run(CIRCLE, dl.explorer_reads(massive), **CALL)
     explorer = dl.explore(few)
     assert explorer.views.groups == ("top", "bottom", "random")
-    assert explorer.views.scores.size == 0, "of channels that were not read no score is known"
+    assert explorer.views.scores.size == 0, "channels that were not read have no score"
     assert explorer.views.channels[0, 0].tolist() == list(massive["blocks.3.img"])
     given = dl.explore(run, channels=massive)
     assert (given.views.channels == explorer.views.channels).all()
@@ -95,17 +96,17 @@ def test_an_edited_run_stands_beside_the_first(run, edited, toy):
     read = edited["blocks.3.img"].grid()[-1, 0, ..., channels].permute(2, 0, 1).numpy()
     np.testing.assert_allclose(values_of(explorer)[0, 2, -1, 0], read, atol=np.ptp(read) / 250)
     bare = dl.explore(run, toy.run(CIRCLE, [dl.Zero("blocks.3.img")], **CALL))
-    assert [pane.values for pane in bare.views.panes] == [0, 1, None]
+    assert [pane.map_index for pane in bare.views.panes] == [0, 1, None]
 
 
-def test_both_branches_show_the_conditional_one(toy):
+def test_of_both_branches_the_conditional_one_is_shown(toy):
     both = toy.run(CIRCLE, [dl.Read("blocks.3.img", branch="both")], **CALL)
     one = toy.run(CIRCLE, [dl.Read("blocks.3.img")], **CALL)
     np.testing.assert_array_equal(dl.explore(both).views.maps(0), dl.explore(one).views.maps(0))
 
 
 def test_of_a_read_of_both_streams_the_image_is_shown(toy, run):
-    """Whole or of some channels; text has no place in it."""
+    """Whether all channels were read or some; the text is left out."""
     both = toy.run(CIRCLE, [dl.Read("blocks[3:5].{img,txt}")], **CALL)
     alone = toy.run(CIRCLE, [dl.Read("blocks[3:5].img")], **CALL)
     assert dl.explore(both).views.blocks == ("blocks.3.img", "blocks.4.img")
@@ -114,7 +115,7 @@ def test_of_a_read_of_both_streams_the_image_is_shown(toy, run):
     assert dl.explore(some).views.channels.tolist() == [[[5, 7]]]
 
 
-def test_what_cannot_be_shown_is_said(toy, run):
+def test_what_cannot_be_shown_raises(toy, run):
     reduced = toy.run(CIRCLE, [dl.Read("blocks.*.img", reduce="mean")], **CALL)
     with pytest.raises(OpError, match=r"this run kept blocks.*Read whole tokens"):
         dl.explore(reduced)
@@ -122,7 +123,7 @@ def test_what_cannot_be_shown_is_said(toy, run):
         dl.explore(toy)
     with pytest.raises(OpError, match="k=200 channels were asked for"):
         dl.explore(run, k=200)
-    with pytest.raises(OpError, match="no 'blok' to start from"):
+    with pytest.raises(OpError, match="no attribute 'blok' to start from"):
         dl.explore(run, blok=3)
     with pytest.raises(SiteError, match=r"no site 'blocks.9.img' in this explorer.*blocks.3.img"):
         dl.explore(run, site="blocks.9.img")
@@ -134,19 +135,19 @@ def test_what_cannot_be_shown_is_said(toy, run):
         dl.explore(result)
 
 
-def test_beyond_the_budget_blocks_are_sent_when_they_are_asked_for(run, monkeypatch):
+def test_beyond_the_budget_blocks_are_sent_when_they_are_requested(run, monkeypatch):
     monkeypatch.setattr(module, "BUDGET", 0)
     explorer, sent = dl.explore(run), []
-    assert explorer._maps == b""
+    assert explorer.data_maps == b""
     monkeypatch.setattr(explorer, "send", lambda message, buffers: sent.append((message, bytes(buffers[0]))))
     for kind in ("maps", "labels"):
-        explorer._handle_custom_msg({"kind": kind, "block": 2}, [])
+        browser.send_to_widget(explorer, {"kind": kind, "block": 2})
         assert sent[-1] == ({"kind": kind, "block": 2}, getattr(explorer.views, kind)(2).tobytes())
 
 
-def test_where_no_widget_loads_there_is_a_image(run):
+def test_if_no_widget_can_be_shown_there_is_an_image(run):
     explorer = dl.explore(run, k=4)
-    data, _ = explorer._repr_mimebundle_()
+    data, _ = DisplayFormatter().format(explorer)
     assert set(data) == {"text/plain", "text/html", "application/vnd.jupyter.widget-view+json"}
     assert "data:image/png;base64" in data["text/html"]
     assert len(data["text/html"]) < 60_000
@@ -155,8 +156,8 @@ def test_where_no_widget_loads_there_is_a_image(run):
 
 def test_a_documentation_page_gets_the_whole_view(run, monkeypatch):
     monkeypatch.setenv("DIT_LENS_RENDER", "static")
-    data, _ = dl.explore(run, k=4)._repr_mimebundle_()
-    assert 'data-name="_maps"' in data["text/html"]
+    data, _ = DisplayFormatter().format(dl.explore(run, k=4))
+    assert 'data-name="data_maps"' in data["text/html"]
     assert "application/vnd.jupyter.widget-view+json" not in data
 
 
@@ -165,7 +166,7 @@ def test_the_code_makes_the_view_again(run, tmp_path):
     code = explorer.views.code.replace("{state}", "")
     (tmp_path / "again.py").write_text(code.replace("dl.explore", "explorer = dl.explore"))
     again = runpy.run_path(str(tmp_path / "again.py"))["explorer"]
-    assert again._maps == explorer._maps
+    assert again.data_maps == explorer.data_maps
 
 
 # In a browser
@@ -179,19 +180,19 @@ def colour_at(locator, row, column, grid):
     """The colour in the middle of a token."""
     shown = pixels(locator)
     y, x = (
-        int((place + 0.5) * side / cells) for place, side, cells in zip((row, column), shown.shape, grid, strict=False)
+        int((index + 0.5) * side / cells) for index, side, cells in zip((row, column), shown.shape, grid, strict=False)
     )
     return shown[y, x]
 
 
 def colour_of(value):
-    """What Cividis shows for a value of 0 to 255."""
-    anchors = np.array([module._rgb(colour) for colour in sequential.Cividis])
-    return np.array([np.interp(value / 255 * (len(anchors) - 1), range(len(anchors)), part) for part in anchors.T])
+    """The colour of Cividis for a value of 0 to 255."""
+    palette = np.array(read_palette("Cividis"))
+    return np.array([np.interp(value / 255 * (len(palette) - 1), range(len(palette)), part) for part in palette.T])
 
 
 @pytest.mark.browser
-def test_the_page_draws_the_map_that_its_sliders_name(run, tmp_path):
+def test_the_page_draws_the_map_that_its_sliders_select(run, tmp_path):
     explorer = dl.explore(run, k=4, opacity=1.0)
     views = explorer.views
     path = explorer.to_html(tmp_path / "page.html")
@@ -213,33 +214,33 @@ def test_the_page_draws_the_map_that_its_sliders_name(run, tmp_path):
             assert np.abs(found - colour_of(maps[row, column])).max() <= 6
         page.get_by_role("button", name="clusters").click()
         labels = views.labels(2)[1, 2, 0]
-        colours = {label: tuple(module._rgb(colour)) for label, colour in enumerate(module.CLUSTER_COLOURS)}
+        colours = {label: tuple(parse_colour(colour)) for label, colour in enumerate(CLUSTER_COLOURS)}
         for row, column in ((0, 0), (5, 7), (15, 15), (8, 3)):
             found = colour_at(canvas, row, column, (16, 16))
             assert np.abs(found - colours[int(labels[row, column])]).max() <= 6
 
 
 @pytest.mark.browser
-def test_tokens_tell_their_values_to_the_pointer_and_to_keys(run, tmp_path):
+def test_pointer_and_keys_show_the_values_of_a_token(run, tmp_path):
     explorer = dl.explore(run, k=4)
     path = explorer.to_html(tmp_path / "page.html")
     with browser.page() as page:
         page.goto(path.as_uri())
-        canvas, told = page.locator("canvas[data-side=left]"), page.locator(".token").first
+        canvas, status = page.locator("canvas[data-side=left]"), page.locator(".token").first
         canvas.wait_for()
         box = canvas.bounding_box()
         canvas.click(position={"x": box["width"] * 3.5 / 16, "y": box["height"] * 5.5 / 16})
-        assert "Token 83 (row 5, column 3)" in told.inner_text()
+        assert "Token 83 (row 5, column 3)" in status.inner_text()
         canvas.press("ArrowRight")
         canvas.press("ArrowUp")
-        assert "Token 68 (row 4, column 4)" in told.inner_text()
+        assert "Token 68 (row 4, column 4)" in status.inner_text()
         value = values_of(explorer)[2, 0, -1, 0, 0, 4, 4]
         shown = float(page.locator(".bar b").first.inner_text())
         assert shown == pytest.approx(value, rel=0.01)
         canvas.press("Escape")
         page.mouse.move(5, 5)
-        assert "mean over tokens" in told.inner_text()
-        page.locator(".atlas canvas").press("ArrowUp")
+        assert "mean over tokens" in status.inner_text()
+        page.locator(".overview canvas").press("ArrowUp")
         assert page.locator(".dit-lens").get_attribute("data-view").split("/")[1] == "blocks.4.img"
 
 
@@ -304,12 +305,12 @@ def test_images_of_other_studies_stand_side_by_side(toy, tmp_path):
 # The atlas
 
 
-def test_an_extent_keeps_within_its_budget_and_gives_up_steps_first():
-    assert fitted(64, 8, (16, 16), 12, 20 * 2**20) == Extent(12, 16, 3)
-    assert fitted(64, 8, (16, 16), 12, 3 * 2**20).steps == 8
-    assert fitted(57, 8, (64, 64), 28, 10 * 2**20).groups == 1
+def test_an_extent_fits_its_budget_and_reduces_steps_first():
+    assert fit_extent(64, 8, (16, 16), 12, 20 * 2**20) == Extent(12, 16, 3)
+    assert fit_extent(64, 8, (16, 16), 12, 3 * 2**20).steps == 8
+    assert fit_extent(57, 8, (64, 64), 28, 10 * 2**20).groups == 1
     with pytest.raises(OpError, match="cannot hold one step of 640 maps"):
-        fitted(640, 8, (64, 64), 28, 2**18)
+        fit_extent(640, 8, (64, 64), 28, 2**18)
 
 
 @pytest.mark.browser

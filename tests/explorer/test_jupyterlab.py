@@ -1,4 +1,4 @@
-"""The widgets in a real JupyterLab, in a real browser: sliders are moved, channels clicked, and Python is asked."""
+"""The widgets in a real JupyterLab and browser: moves sliders, clicks channels, and compares the state in Python."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def lab(tmp_path_factory):
         nbformat.write(notebook, folder / f"{name}.ipynb")
     (folder / "solutions").mkdir()
     shutil.copy(LESSON, folder / "solutions")
-    shutil.copy(LESSON.parent.parent / "colab.svg", folder)  # a badge in the lesson, from where it lies
+    shutil.copy(LESSON.parent.parent / "colab.svg", folder)  # an image in the lesson
     with browser.jupyterlab(folder) as address:
         yield address
 
@@ -54,7 +54,7 @@ def page():
         yield page
 
 
-def opened(page, lab, name):
+def open_and_run(page, lab, name):
     browser.open_notebook(page, lab, f"{name}.ipynb")
     assert browser.run_all(page) == []
     view = page.locator(".dit-lens")
@@ -67,12 +67,12 @@ def pixels(locator):
     return np.asarray(Image.open(io.BytesIO(locator.screenshot())).convert("RGB")).astype(int)
 
 
-def view_is(page, start):
+def wait_for_view(page, start):
     page.wait_for_function("start => document.querySelector('.dit-lens').dataset.view.startsWith(start)", arg=start)
 
 
-def python_says(page, expression, value):
-    """Waits until Python has heard of a change, which it does a moment after the browser."""
+def wait_for_python(page, expression, value):
+    """Waits until an expression in the kernel has a value; the browser sends changes with a small delay."""
     for _ in range(50):
         if browser.ask_kernel(page, expression) == value:
             return
@@ -80,26 +80,26 @@ def python_says(page, expression, value):
     assert browser.ask_kernel(page, expression) == value
 
 
-def test_sliders_and_channels_move_the_image_and_python_hears_of_it(page, lab):
-    view = opened(page, lab, "explorer")
+def test_sliders_and_channels_change_the_image_and_the_state_in_python(page, lab):
+    view = open_and_run(page, lab, "explorer")
     canvas = view.locator("canvas[data-side=left]")
     before = pixels(canvas)
     view.get_by_role("slider", name="step").press("Home")
-    view_is(page, "0/blocks.5.img/")
+    wait_for_view(page, "0/blocks.5.img/")
     moved = pixels(canvas)
     assert np.abs(moved - before).max() > 30
-    python_says(page, "x.step", "0")
+    wait_for_python(page, "x.step", "0")
     bar = view.locator(".bar").nth(2)
     channel = bar.locator("span").first.inner_text().removeprefix("channel ")
     bar.click()
-    view_is(page, f"0/blocks.5.img/{channel}")
+    wait_for_view(page, f"0/blocks.5.img/{channel}")
     page.mouse.move(5, 5)
     assert np.abs(pixels(canvas) - moved).max() > 30
-    python_says(page, "x.channel", channel)
+    wait_for_python(page, "x.channel", channel)
 
 
-def test_the_first_lesson_runs_and_its_explorer_moves(page, lab):
-    view = opened(page, lab, f"solutions/{LESSON.stem}")
+def test_the_first_lesson_runs_and_its_explorer_reacts(page, lab):
+    view = open_and_run(page, lab, f"solutions/{LESSON.stem}")
     canvas = view.locator("canvas[data-side=left]")
     before = pixels(canvas)
     view.get_by_role("slider", name="block").press("Home")
@@ -114,19 +114,19 @@ def test_the_first_lesson_runs_and_its_explorer_moves(page, lab):
     assert figures.count() >= 2
 
 
-def test_python_moves_the_view(page, lab):
-    opened(page, lab, "explorer")
+def test_python_changes_the_view(page, lab):
+    open_and_run(page, lab, "explorer")
     browser.ask_kernel(page, "[setattr(x, 'step', 1), setattr(x, 'site', 'blocks.3.img')]")
-    view_is(page, "1/blocks.3.img/")
+    wait_for_view(page, "1/blocks.3.img/")
 
 
-def test_blocks_beyond_the_budget_and_clusters_are_fetched(page, lab):
-    view = opened(page, lab, "lazy")
+def test_blocks_beyond_the_budget_and_clusters_are_requested(page, lab):
+    view = open_and_run(page, lab, "lazy")
     canvas = view.locator("canvas[data-side=left]")
     for overlay in ("channel", "clusters"):
         view.get_by_role("button", name=overlay, exact=True).click()
         view.get_by_role("slider", name="block").press("Home")
-        view_is(page, "2/blocks.3.img/")
+        wait_for_view(page, "2/blocks.3.img/")
         view.get_by_role("button", name="image", exact=True).click()
         bare = pixels(canvas)
         view.get_by_role("button", name=overlay, exact=True).click()
@@ -135,14 +135,14 @@ def test_blocks_beyond_the_budget_and_clusters_are_fetched(page, lab):
         assert np.abs(pixels(canvas) - bare).max() > 30
 
 
-def test_the_panel_draws_when_a_control_is_let_go(page, lab):
-    view = opened(page, lab, "panel")
+def test_the_panel_draws_when_a_control_stops_moving(page, lab):
+    view = open_and_run(page, lab, "panel")
     shown = view.locator("figure img").last
     before = pixels(shown)
     view.get_by_role("slider", name="first block").press("ArrowRight")
-    page.wait_for_function("() => document.querySelector('.dit-lens').dataset.shots === '1'", timeout=60_000)
+    page.wait_for_function("() => document.querySelector('.dit-lens').dataset.results === '1'", timeout=60_000)
     assert np.abs(pixels(shown) - before).max() > 10
     assert browser.ask_kernel(page, "x.settings[0].blocks") == "(1, 8)"
     view.get_by_role("button", name="bottom", exact=True).click()
-    page.wait_for_function("() => document.querySelector('.dit-lens').dataset.shots === '2'", timeout=60_000)
+    page.wait_for_function("() => document.querySelector('.dit-lens').dataset.results === '2'", timeout=60_000)
     assert browser.ask_kernel(page, "x.settings[1].arm") == "bottom"

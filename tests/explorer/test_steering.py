@@ -1,4 +1,4 @@
-"""What the panel draws is what its code draws, and what lens.run draws of the same op."""
+"""The panel draws the same image as its code, and as lens.run with the same op."""
 
 from __future__ import annotations
 
@@ -51,27 +51,27 @@ def test_the_code_draws_the_same_image(panel, tmp_path, changes):
     assert same(runpy.run_path(str(tmp_path / "again.py"))["image"], drawn)
 
 
-def test_the_strip_keeps_everything(panel):
+def test_the_strip_keeps_every_result(panel):
     for strength in (0.25, 0.75):
         panel.draw(strength=strength)
     assert [setting.strength for setting in panel.settings] == [0.25, 0.75]
-    assert panel.strength == 0.75, "the controls stand where the image was drawn"
+    assert panel.strength == 0.75, "the controls show the setting of the last image"
     state = panel.whole_state()
-    assert [shot["strength"] for shot in state["_shots"]] == [0.25, 0.75]
-    assert len(state["_album"]) == sum(shot["length"] for shot in state["_shots"])
+    assert [result["strength"] for result in state["data_results"]] == [0.25, 0.75]
+    assert len(state["data_images"]) == sum(result["length"] for result in state["data_results"])
 
 
-def test_what_cannot_be_drawn_is_said_and_leaves_no_trace(toy, panel):
+def test_what_cannot_be_drawn_raises_and_leaves_no_result(toy, panel):
     with pytest.raises(OpError, match=r"no control 'strenght'. Nearest: 'strength'"):
         panel.draw(strenght=1)
     with pytest.raises(OpError, match=r"no arm 'botom'. Nearest: 'bottom'"):
         panel.draw(arm="botom")
-    with pytest.raises(OpError, match=r"k=100 channels of 128 leave no controls. Choose k from 1 to 64"):
+    with pytest.raises(OpError, match=r"k=100 of 128 channels leaves too few for the controls. Choose k from 1 to 64"):
         dl.steer(toy, CIRCLE, CROSS, k=100, **CALL)
     sent = []
     panel.send = lambda message, buffers=(): sent.append(message)
-    panel._handle_custom_msg({"kind": "draw", "setting": {"arm": "botom"}}, [])
-    assert sent[0]["kind"] == "problem"
+    browser.send_to_widget(panel, {"kind": "draw", "setting": {"arm": "botom"}})
+    assert sent[0]["kind"] == "error"
     assert "Nearest: 'bottom'" in sent[0]["text"]
     assert not panel.images
 

@@ -1,9 +1,9 @@
-// Stands in for a kernel: a model that holds a view's state, for a page that is opened from disk.
+// Replaces the kernel on a page: an anywidget model that holds the state of a view.
 const text = id => document.getElementById(id).textContent;
 const state = JSON.parse(text('ID-state'));
 for (const source of document.querySelectorAll('script[data-for="ID"]')) {
-  const packed = Uint8Array.from(atob(source.textContent), letter => letter.charCodeAt(0));
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream('gzip'));
+  const compressed = Uint8Array.from(atob(source.textContent), character => character.charCodeAt(0));
+  const stream = new Blob([compressed]).stream().pipeThrough(new DecompressionStream('gzip'));
   state[source.dataset.name] = new DataView(await new Response(stream).arrayBuffer());
 }
 const listeners = new Map();

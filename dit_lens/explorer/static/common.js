@@ -1,7 +1,7 @@
-// What the widgets of dit_lens share. One module is made of this file and the widget's own; nothing is imported.
+// Shared by the widgets of dit_lens. A widget's module is this file and its own files, joined; nothing is imported.
 
 const bytes = value => new Uint8Array(value.buffer ?? value, value.byteOffset ?? 0, value.byteLength);
-// A copy, because a view of four-byte numbers must begin at a multiple of four.
+// Copies, because an array of four-byte numbers must begin at a multiple of four.
 const numbers = (Type, value) => new Type(bytes(value).slice().buffer);
 const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
 
@@ -9,7 +9,7 @@ const FOCUSABLE = new Set(['button', 'canvas', 'input', 'select', 'summary']);
 
 function make(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
-  // JupyterLab would take the arrow keys for its own; it asks the focused element alone.
+  // Keeps JupyterLab from using the arrow keys while the element has the focus.
   if (FOCUSABLE.has(tag)) node.setAttribute('data-lm-suppress-shortcuts', 'true');
   for (const [name, value] of Object.entries(properties)) {
     if (name.includes('-') || name === 'role' || name === 'for') node.setAttribute(name, value);
@@ -19,10 +19,10 @@ function make(tag, properties = {}, ...children) {
   return node;
 }
 
-const frame = (name, ...children) => make('div', { className: 'dit-lens', role: 'region', 'aria-label': name }, ...children);
+const region = (name, ...children) => make('div', { className: 'dit-lens', role: 'region', 'aria-label': name }, ...children);
 
-let made = 0;
-const uniqueId = () => `dit-lens-${++made}`;
+let ids = 0;
+const uniqueId = () => `dit-lens-${++ids}`;
 
 function slider(label, { min = 0, max, step = 1, value, onInput }) {
   const id = uniqueId();
@@ -58,7 +58,7 @@ function codeBox(text) {
       await navigator.clipboard.writeText(code.textContent);
       button.textContent = 'Copied';
     } catch {
-      // Without leave to write to the clipboard the code is at least selected.
+      // The clipboard may not be written: selects the code instead.
       getSelection().selectAllChildren(code);
       button.textContent = 'Selected';
     }
@@ -70,7 +70,8 @@ function codeBox(text) {
   return { row, show: () => { if (row.open) show(); } };
 }
 
-// Changes state and draws once, at once; Python hears of it a moment later, so that a slider never waits for it.
+// Returns a function that changes the state, draws immediately, and sends the change to Python a moment later, so that a
+// slider never waits for Python.
 function stateful(model, names, draw, delay = 120) {
   let timer, setting = false;
   for (const name of names) model.on(`change:${name}`, () => { if (!setting) draw(); });
@@ -84,7 +85,8 @@ function stateful(model, names, draw, delay = 120) {
   };
 }
 
-function python(value) {
+// The value as Python code.
+function toPython(value) {
   if (typeof value === 'string') return `'${value.replace(/\\/g, '\\\\').replace(/'/g, "\\'")}'`;
   return String(value);
 }
