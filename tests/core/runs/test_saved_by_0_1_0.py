@@ -1,5 +1,6 @@
 """What version 0.1.0 saved is loaded and says what it said then; three runs give the values they gave then."""
 
+import copy
 import json
 import re
 import shutil
@@ -22,8 +23,14 @@ SAVED = Path(make.__file__).parent
 EXPECTED = json.loads((SAVED / "expected.json").read_text("utf-8"))
 STUDIES = ("disruption", "births", "transfer", "sweep", "organisation")
 
-# What columns were called then, and are called now; columns of bounds and of differences are named after them.
-COLUMNS = {}
+# What a study and columns were called then, and are called now; columns of bounds are named after their measure.
+NAMES = {
+    "births": "write_attribution",
+    "says_source": "fidelity_source",
+    "says_target": "fidelity_target",
+    "behind": "iou_gap",
+    "others": "iou_other_prompts",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -127,21 +134,24 @@ def test_a_set_of_channels(name, channels):
     assert_same(as_json(facts), EXPECTED["channels"][name])
 
 
-def now(name):
-    """What a study, and a column of one, is called today."""
-    for then, today in COLUMNS.items():
-        name = re.sub(rf"(^|_){then}(_low|_high|$)", rf"\1{today}\2", name)
+def today(name):
+    """What a study, or a column of one, is called today."""
+    for then, now in NAMES.items():
+        name = re.sub(rf"(^|_){then}(_low|_high|$)", rf"\1{now}\2", name)
     return name
 
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_a_study(study):
     """Four folders of ``out=``, one of them a sweep's, and a result that was saved."""
-    result, expected = Result.load(study), EXPECTED[study]
+    result, expected = Result.load(study), copy.deepcopy(EXPECTED[study])
     assert (SAVED / study / ("result.json" if study == "organisation" else "study.json")).exists()
     found = as_json(make.of_result(result, result.images))
+    assert found["study"] == today(expected["study"])
+    if study == "sweep":
+        expected["settings"]["study"] = today(expected["settings"]["study"])
     for table in ("table", "summary"):
-        expected[table]["columns"] = [now(column) for column in expected[table]["columns"]]
+        expected[table]["columns"] = [today(column) for column in expected[table]["columns"]]
     for part in ("table", "summary", "images", "masks", "settings"):
         assert_same(found[part], expected[part], part)
     numbers = [[re.findall(r"\d+(?:\.\d+)?", note) for note in notes] for notes in (found["notes"], expected["notes"])]
@@ -161,7 +171,7 @@ def test_a_study_goes_on(study, toy, tmp_path, monkeypatch):
         pairs = [tuple(make.PROMPTS)]
         result = dl.studies.transfer(toy, pairs, **few, draws=1, strengths=1.0, site="blocks.7.img", mask_from=None)
     else:
-        result = dl.studies.births(toy, make.PROMPTS[:1], **few, site="blocks.1.img")
+        result = dl.studies.write_attribution(toy, make.PROMPTS[:1], **few, site="blocks.1.img")
     assert result.table.equals(Result.load(study).table)
 
 
