@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
@@ -9,7 +10,7 @@ import diffusers
 from dit_lens.families import Anatomy, Family, Stack
 from dit_lens.families.checks import check
 from dit_lens.families.table import TABLE
-from dit_lens.lens import guidance_text
+from dit_lens.instruments.summary import describe_guidance
 
 PAGE = Path(__file__).with_name("models.md")
 
@@ -56,36 +57,57 @@ def _line(family: Family) -> str:
     link = family.name.lower().replace(" ", "-").replace(".", "")
     return (
         f"| [{family.name}](#{link}) | {stacks} | {streams} | {'yes' if family.readout else 'no'} | "
-        f"{guidance_text(family.guidance)} |"
+        f"{describe_guidance(family.pipelines[0].guidance)} |"
     )
 
 
 def _section(family: Family) -> str:
-    anatomy = Anatomy(family, getattr(diffusers, family.transformer)(**family.tiny))
+    anatomy = Anatomy(family, getattr(diffusers, family.transformer)(**family.example.config))
     checks = check(anatomy)
+    usual, *others = family.pipelines
+    tested = [pipeline.name for pipeline in family.pipelines if pipeline.tested]
     lines = [
         f"\n## {family.name}\n",
-        f"`{family.transformer}`; tried with {', '.join(f'`{name}`' for name in family.pipelines)}.",
+        f"`{family.transformer}`; tested with {_list(tested)}.",
         f"Checked at load: {', '.join(one.name for one in checks)}.\n",
     ]
     lines += [line for stack in family.stacks for line in _points(anatomy, stack)]
-    for pipeline, guidance in family.variants.items():
-        lines.append(f"- `{pipeline}`: {guidance_text(guidance)}.")
+    lines += [
+        f"- `{pipeline.name}`: {describe_guidance(pipeline.guidance)}."
+        for pipeline in others
+        if pipeline.guidance != usual.guidance
+    ]
     if family.note:
         lines.append(f"- {family.note}")
-    for pipelines, what in (
-        (family.chooses_size, "choose the size themselves"),
-        (family.size_from_image, "take the size of an image they are given, unless told another"),
+    for what, chosen in (
+        ("choose the size themselves", [one.name for one in family.pipelines if one.chooses_size]),
+        (
+            "take the size of an image they are given, unless told another",
+            [one.name for one in family.pipelines if one.size_from_image],
+        ),
     ):
-        if pipelines:
-            lines.append(f"- Pipelines that {what}: {', '.join(f'`{name}`' for name in pipelines)}.")
-    if family.sign < 0:
+        if chosen:
+            lines.append(f"- Pipelines that {what}: {_list(chosen)}.")
+    if family.prediction.sign < 0:
         lines.append("- The pipeline negates the prediction: `x0` allows for that, `velocity` is the model's own.")
-    refused = dict(family.refuses)
-    if family.guidance is not None and family.guidance.cut is not None:
-        refused[family.guidance.cut] = "below 1 it ends guidance inside the run, so that the number of branches changes"
-    lines += [f"- Refused: `{name}=`: {reason}." for name, reason in refused.items()]
+    if isinstance(usual.encodes, str):
+        lines.append(f"- Prompts cannot be encoded before a run: {usual.encodes}.")
+    if family.without_gradient:
+        lines.append(f"- No gradients: {_list(family.without_gradient)} runs under `torch.no_grad`.")
+    refused = {
+        f"`{one.argument}=`" + ("" if one.off is None else f" other than {one.off}"): one.reason
+        for pipeline in family.pipelines
+        for one in pipeline.refuses
+    }
+    if usual.guidance is not None and usual.guidance.cut is not None:
+        why = "below 1 it ends guidance inside the run, so that the number of branches changes"
+        refused[f"`{usual.guidance.cut}=`"] = why
+    lines += [f"- Refused: {argument}: {reason}." for argument, reason in refused.items()]
     return "\n".join(lines)
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _points(anatomy: Anatomy, stack: Stack) -> list[str]:
@@ -93,16 +115,16 @@ def _points(anatomy: Anatomy, stack: Stack) -> list[str]:
     lines = []
     for stream in sorted(stack.outputs):
         have = [site.point for site in anatomy.sites if site.block == first and site.stream == stream]
-        lines.append(f"- `{stack.name}.*.{stream}`: {_listed(have)}")
+        lines.append(f"- `{stack.name}.*.{stream}`: {_group_points(have)}")
         reasons: dict[str, list[str]] = {}
         for point, reason in stack.points.get(stream, {}).items():
             if isinstance(reason, str):
                 reasons.setdefault(reason, []).append(point)
-        lines += [f"  - no {_listed(points)}: {reason}" for reason, points in reasons.items()]
+        lines += [f"  - no {_group_points(points)}: {reason}" for reason, points in reasons.items()]
     return lines
 
 
-def _listed(points: list[str]) -> str:
+def _group_points(points: list[str]) -> str:
     """mod.attn.shift, mod.attn.scale -> `mod.attn.shift|scale`."""
     groups: dict[str, list[str]] = {}
     for point in points:
@@ -117,8 +139,8 @@ OTHERS = """
 
 - FLUX.3 exists as a modular pipeline only, which has no fixed call that could be planned; it is refused by name.
 - Another transformer is refused with its nearest relative in this table. Describe it with
-  `dit_lens.register_family(dit_lens.Family(...))`: the row is checked as these are.
-- Pipelines with perturbed attention (PAG) run with `pag_scale=0` only: its rows are neither branch.
+  `dit_lens.register_family(dit_lens.families.Family(...))`: the row is checked as these are.
+- Pipelines with perturbed attention (PAG) run with `pag_scale=0` only.
 - Under quantisation the ranks of channels may shift. Compare before you carry channels over:
   `massive_of_one.jaccard(massive_of_the_other)`.
 """

@@ -114,7 +114,7 @@ class Session:
 
     def to_str_tokens(self, prompt: str) -> list[str]:
         """The text stream's tokens as strings, in order; padding shows as the tokenizer's own mark."""
-        return self._text.names(prompt)
+        return self._text.to_strings(prompt)
 
     def outline(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Outline:
         """The steps, branches, rows and token grid of a run; nothing is run. Takes what :meth:`run` takes."""
@@ -287,8 +287,9 @@ class Session:
             defaults=self.defaults,
             vocabulary=self.vocabulary,
             call=call,
+            layered=self.family.text.layered,
         )
-        grid = self.anatomy.planned_grid(self.pipe, prepared.arguments)
+        grid = self.anatomy.plan_grid(self.pipe, prepared.arguments)
         tokens = None if grid is None else grid[0] * grid[1]
         timeline = make_timeline(self.pipe, self.family, prepared.arguments, tokens)
         text = self._text

@@ -52,126 +52,133 @@ def _check_clone(
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        clone = transformer(**family.check_config).eval()
-        _randomise_weights(clone)
-        anatomy = Anatomy(family, clone)
+        tiny = transformer(**family.example.config).eval()
+        _randomise_weights(tiny)
+        anatomy = Anatomy(family, tiny)
         call = build_call(anatomy, TEXT)
         anatomy.order = HookedClone(anatomy, call).order()
-        trial = HookedClone(Anatomy(family, clone), call)
-        checks = [_chain(trial), _residual(trial), _final(trial), _grid(trial), _write(trial), _readout(trial)]
+        clone = HookedClone(Anatomy(family, tiny), call)
+        checks = [
+            _check_chain(clone),
+            _check_residual(clone),
+            _check_final(clone),
+            _check_grid(clone),
+            _check_write(clone),
+            _check_readout(clone),
+        ]
     return tuple(one for one in checks if one is not None), anatomy.order
 
 
 @torch.no_grad()
-def _randomise_weights(clone: nn.Module) -> None:
+def _randomise_weights(module: nn.Module) -> None:
     """Parameters that start at zero would hide what passes through them, and some are not initialised at all."""
-    for parameter in clone.parameters():
+    for parameter in module.parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=parameter[0].numel() ** -0.5)
         elif not parameter.any():
             parameter.normal_(std=0.1)
 
 
-def _chain(trial: HookedClone) -> Check:
+def _check_chain(clone: HookedClone) -> Check:
     """What leaves block i enters block i + 1, stream by stream."""
-    for stack, blocks in zip(trial.anatomy.family.stacks, trial.anatomy.stacks.values(), strict=True):
+    for stack, blocks in zip(clone.anatomy.family.stacks, clone.anatomy.stacks.values(), strict=True):
         for block in blocks[:-1]:
             for stream in {"img", "txt"} - set(stack.rewritten):
                 leaving, entering = (
-                    trial.seen.get(name)
+                    clone.seen.get(name)
                     for name in (f"blocks.{block}.{stream}", f"blocks.{block + 1}.{stream}.resid_pre")
                 )
                 if leaving is not None and entering is not None and not _same(leaving, entering):
                     raise FamilyError(
-                        f"{trial.name}: what leaves blocks.{block}.{stream} is not what enters block {block + 1}. "
+                        f"{clone.name}: what leaves blocks.{block}.{stream} is not what enters block {block + 1}. "
                         "Is a slot of its stack wrong?"
                     )
     return Check("chain", "what leaves a block enters the next one, in both streams")
 
 
-def _residual(trial: HookedClone) -> Check | None:
+def _check_residual(clone: HookedClone) -> Check | None:
     """resid_post = resid_pre + what attention and MLP write, and resid_mid lies between, where the row names them."""
-    bases = [name.removesuffix(".mlp_out") for name in trial.seen if name.endswith(".mlp_out")]
+    bases = [name.removesuffix(".mlp_out") for name in clone.seen if name.endswith(".mlp_out")]
     for base in bases:
-        writes = [f"{base}.{write}" for write in WRITES if f"{base}.{write}" in trial.seen]
-        *early, last = (trial.seen[name] for name in (f"{base}.resid_pre", *writes))
+        writes = [f"{base}.{write}" for write in WRITES if f"{base}.{write}" in clone.seen]
+        *early, last = (clone.seen[name] for name in (f"{base}.resid_pre", *writes))
         fits = all(one.shape == last.shape for one in early)
         before = torch.stack(early).sum(0) if fits else last
-        middle = trial.seen.get(f"{base}.resid_mid", before)
-        if not (fits and _close(middle, before) and _close(trial.seen[base], before + last)):
+        middle = clone.seen.get(f"{base}.resid_mid", before)
+        if not (fits and _close(middle, before) and _close(clone.seen[base], before + last)):
             raise FamilyError(
-                f"{trial.name}: {base} is not its input plus {' plus '.join(writes)}. Is a gate or a norm wrong?"
+                f"{clone.name}: {base} is not its input plus {' plus '.join(writes)}. Is a gate or a norm wrong?"
             )
     if not bases:
         return None
     return Check("residual", "a block adds attn_out and mlp_out to its input and nothing else; resid_mid lies between")
 
 
-def _final(trial: HookedClone) -> Check:
+def _check_final(clone: HookedClone) -> Check:
     """The image tokens of the last block are those that are projected out."""
-    width = trial.seen["velocity"].shape[-1]
-    if not _same(trial.seen[trial.last], trial.seen["final.img"]) or width != trial.anatomy.out_width:
+    width = clone.seen["velocity"].shape[-1]
+    if not _same(clone.seen[clone.last], clone.seen["final.img"]) or width != clone.anatomy.out_width:
         raise FamilyError(
-            f"{trial.name}: {trial.last} is not what enters {trial.anatomy.family.final}, or a predicted token has not "
-            f"{trial.anatomy.out_width} channels. Are stacks missing or out of order?"
+            f"{clone.name}: {clone.last} is not what enters {clone.anatomy.family.final.module}, or a predicted token "
+            f"does not have {clone.anatomy.out_width} channels. Are stacks missing or out of order?"
         )
     return Check("final", "the last block's image tokens enter the final norm")
 
 
-def _grid(trial: HookedClone) -> Check:
+def _check_grid(clone: HookedClone) -> Check:
     """Changing one latent token changes exactly the row-major place y w + x of the first image block's input."""
-    family, rule = trial.anatomy.family, trial.rule
-    h, w = family.check_grid
-    place, latents, axes = w + 1, trial.call[rule["latents"]], family.grid.axes
+    family, rule = clone.anatomy.family, clone.rule
+    h, w = family.example.grid
+    place, latents, axes = w + 1, clone.call[rule["latents"]], family.grid.axes
     tokens = pack(latents, axes, rule["patch"]).clone()
-    tokens[:, tokens.shape[1] - trial.image.count + place if axes == "tokens" else place] += 1
-    moved = trial.watch({**trial.call, rule["latents"]: unpack(tokens, latents, axes, rule["patch"])})
-    first = next(site.name for site in trial.points if site.point == "resid_pre" and site.stream == "img")
-    changed = (moved[first] != trial.seen[first]).any(-1)[0]
-    if changed.nonzero().flatten().tolist() != [place] or trial.image.grid[-2:] != (h, w):
+    tokens[:, tokens.shape[1] - clone.image.count + place if axes == "tokens" else place] += 1
+    moved = clone.watch({**clone.call, rule["latents"]: unpack(tokens, latents, axes, rule["patch"])})
+    first = next(site.name for site in clone.points if site.point == "resid_pre" and site.stream == "img")
+    changed = (moved[first] != clone.seen[first]).any(-1)[0]
+    if changed.nonzero().flatten().tolist() != [place] or clone.image.grid[-2:] != (h, w):
         raise FamilyError(
-            f"{trial.name}: image tokens are not where the rule {family.grid.rule!r} and the layout of the stacks put "
+            f"{clone.name}: image tokens are not where the rule {family.grid.rule!r} and the layout of the stacks put "
             "them."
         )
     return Check("grid", "image tokens lie row by row, y w + x")
 
 
-def _write(trial: HookedClone) -> Check:
+def _check_write(clone: HookedClone) -> Check:
     """Changing a block's image tokens changes what the transformer predicts."""
-    blocks = [site for site in trial.points if site.stream == "img" and site.point == "resid_post"]
+    blocks = [site for site in clone.points if site.stream == "img" and site.point == "resid_post"]
     for site in (blocks[0], blocks[-1]):
-        location = trial.anatomy.locate(site)
-        hook = trial.changing(location, _add_one(location, trial))
-        if _same(trial.watch(trial.call, hook)["velocity"], trial.seen["velocity"]):
-            raise FamilyError(f"{trial.name}: writing {site} does not reach the model's output.")
+        location = clone.anatomy.locate(site)
+        hook = clone.changing(location, _add_one(location, clone))
+        if _same(clone.watch(clone.call, hook)["velocity"], clone.seen["velocity"]):
+            raise FamilyError(f"{clone.name}: writing {site} does not reach the model's output.")
     return Check("write", "a write to a block's image tokens reaches the output")
 
 
-def _add_one(location: TensorLocation, trial: HookedClone) -> Any:
+def _add_one(location: TensorLocation, clone: HookedClone) -> Any:
     """Adds 1 to a block's image tokens."""
     plain = location.plain()
 
     def change(value: Any) -> Any:
         tensor = to_tokens(select_tensor(value, "output", plain), plain).clone()
-        select_stream(tensor, plain, trial.image, range(len(tensor)))[0].add_(1)
+        select_stream(tensor, plain, clone.image, range(len(tensor)))[0].add_(1)
         return replace_tensor(value, "output", plain, from_tokens(tensor, select_tensor(value, "output", plain), plain))
 
     return change
 
 
-def _readout(trial: HookedClone) -> Check | None:
+def _check_readout(clone: HookedClone) -> Check | None:
     """The last block's tokens, read out, are the model's own prediction."""
-    family = trial.anatomy.family
+    family = clone.anatomy.family
     if family.readout is None:
         return None
     try:
-        fits, why = _close(trial.read_out(trial.seen[trial.last]), trial.seen["velocity"]), ""
+        fits, why = _close(clone.read_out(clone.seen[clone.last]), clone.seen["velocity"]), ""
     except MISFITS as problem:
         fits, why = False, f" ({problem})"
     if not fits:
         raise FamilyError(
-            f"{trial.name}: {family.final} and {', '.join(family.readout.modules) or 'nothing'} after it do not make "
-            f"the model's prediction of the last block's tokens{why}. Is the readout of its row wrong?"
+            f"{clone.name}: {family.final.module} and {', '.join(family.readout.modules) or 'nothing'} after it do not "
+            f"make the model's prediction of the last block's tokens{why}. Is the readout of its row wrong?"
         )
     return Check("readout", "final norm and projection of the last block's tokens are the model's prediction")
 

@@ -1,127 +1,159 @@
-"""The arguments of one small call of a transformer, from the words in a family's row."""
+"""The arguments of one small call of a transformer, as a family's row describes them.
+
+A text is a kind and its sizes, such as "randn b n in_channels": numbers, entries of the config, b (rows), n (image
+tokens), t (text tokens), h and w (latent pixels), joined by + or *. A function is called with :class:`CallSizes`.
+Anything else is the argument itself. The kinds:
+
+    randn, zeros, true, false  a tensor of this shape      ids, ids4     positions of image tokens, (0, y, x[, 0])
+    ones_long, zeros_long      the same, whole numbers     positions     the same after zeros for text tokens
+    full value                 a tensor of one value       shapes        (1, h, w) of each image, of each row
+    count                      0, 1, ... along the last    shapes_flat   the same, not in lists
+    each_row                   a list of one for each row  axes          counts along frames, rows and columns
+    layers number              a list of tensors           rows, columns the sides of the grid
+    lengths                    text tokens of every row
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dit_lens.families.anatomy import Anatomy
 
 ROWS = 2
 
 
-def build_call(anatomy: Anatomy, text: int) -> dict[str, Any]:
-    """Random arguments for a call on the family's ``check_grid`` image tokens and ``text`` text tokens.
+@dataclass(frozen=True)
+class CallSizes:
+    """The sizes of a call.
 
-    A word of the row is a kind and its sizes: numbers, entries of the config, b (rows), n (image tokens), t (text
-    tokens), h and w (latent pixels), joined by + or *. What is no word is passed as it is.
+    rows: rows of the batch.
+    text: text tokens.
+    grid: image tokens (h, w).
+    latents: latent pixels (h, w).
+    config: of the transformer.
     """
-    family, maker = anatomy.family, _Maker(anatomy, text)
-    call = {name: maker.make(word) if isinstance(word, str) else word for name, word in family.call.items()}
-    if family.embedded and not anatomy.transformer.config[family.embedded]:
+
+    rows: int
+    text: int
+    grid: tuple[int, int]
+    latents: tuple[int, int]
+    config: Mapping[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens."""
+        return math.prod(self.grid)
+
+
+def build_call(anatomy: Anatomy, text: int) -> dict[str, Any]:
+    """Random arguments for a call on the image tokens of the family's example and ``text`` text tokens."""
+    family = anatomy.family
+    grid, (_, tall, wide) = family.example.grid, anatomy.patch
+    config = anatomy.transformer.config
+    sizes = CallSizes(ROWS, text, grid, (grid[0] * tall, grid[1] * wide), config)
+    call = {name: make_argument(value, sizes) for name, value in family.example.call.items()}
+    if family.guidance_flag and not config[family.guidance_flag]:
         call.pop("guidance", None)
     return call
 
 
-class _Maker:
-    def __init__(self, anatomy: Anatomy, text: int):
-        self.config, self.grid, self.text = anatomy.transformer.config, anatomy.family.check_grid, text
-        h, w = self.grid
-        _, tall, wide = anatomy.patch
-        self.sizes = {"b": ROWS, "n": h * w, "t": text, "h": h * tall, "w": w * wide}
+def make_argument(value: Any, sizes: CallSizes) -> Any:
+    """One argument, from what the row says of it.
 
-    def make(self, word: str) -> Any:
-        kind, *sizes = word.split()
-        return getattr(self, f"_{kind}")(*sizes)
+    >>> make_argument("full 0.5 b", CallSizes(2, 5, (2, 3), (4, 6), {}))
+    tensor([0.5000, 0.5000])
+    """
+    if callable(value):
+        return value(sizes)
+    if not isinstance(value, str):
+        return value
+    kind, *words = value.split()
+    return getattr(_Maker(sizes), kind)(*words)
+
+
+class _Maker:
+    """A method for each kind; sizes come as words."""
+
+    def __init__(self, sizes: CallSizes):
+        self.sizes = sizes
+        h, w = sizes.latents
+        self.letters = {"b": sizes.rows, "n": sizes.tokens, "t": sizes.text, "h": h, "w": w}
 
     def _size(self, word: str) -> int:
-        return sum(math.prod(self._factor(one) for one in term.split("*")) for term in word.split("+"))
+        return sum(math.prod(map(self._factor, term.split("*"))) for term in word.split("+"))
 
     def _factor(self, name: str) -> int:
-        return int(name) if name.isdecimal() else self.sizes[name] if name in self.sizes else int(self.config[name])
+        if name.isdecimal():
+            return int(name)
+        return self.letters[name] if name in self.letters else int(self.sizes.config[name])
 
-    def _shape(self, sizes: tuple[str, ...]) -> list[int]:
-        return [self._size(size) for size in sizes]
+    def _shape(self, words: tuple[str, ...]) -> list[int]:
+        return [self._size(word) for word in words]
 
-    def _randn(self, *sizes: str) -> Any:
-        return torch.randn(self._shape(sizes))
+    def randn(self, *words: str) -> Tensor:
+        return torch.randn(self._shape(words))
 
-    def _zeros(self, *sizes: str) -> Any:
-        return torch.zeros(self._shape(sizes))
+    def zeros(self, *words: str) -> Tensor:
+        return torch.zeros(self._shape(words))
 
-    def _full(self, value: str, *sizes: str) -> Any:
-        return torch.full(self._shape(sizes), float(value))
+    def full(self, value: str, *words: str) -> Tensor:
+        return torch.full(self._shape(words), float(value))
 
-    def _true(self, *sizes: str) -> Any:
-        return torch.ones(self._shape(sizes), dtype=torch.bool)
+    def true(self, *words: str) -> Tensor:
+        return torch.ones(self._shape(words), dtype=torch.bool)
 
-    def _false(self, *sizes: str) -> Any:
-        return torch.zeros(self._shape(sizes), dtype=torch.bool)
+    def false(self, *words: str) -> Tensor:
+        return torch.zeros(self._shape(words), dtype=torch.bool)
 
-    def _long(self, *sizes: str) -> Any:
-        return torch.ones(self._shape(sizes), dtype=torch.long)
+    def ones_long(self, *words: str) -> Tensor:
+        return torch.ones(self._shape(words), dtype=torch.long)
 
-    _ones_long = _long
+    def zeros_long(self, *words: str) -> Tensor:
+        return torch.zeros(self._shape(words), dtype=torch.long)
 
-    def _zeros_long(self, *sizes: str) -> Any:
-        return torch.zeros(self._shape(sizes), dtype=torch.long)
+    def lengths(self, *words: str) -> Tensor:
+        return torch.full(self._shape(words), self.sizes.text)
 
-    def _slots(self, *sizes: str) -> Any:
-        """Text tokens, then one slot for four image tokens."""
-        text = torch.zeros(*self._shape(sizes), self.text, dtype=torch.bool)
-        return torch.nn.functional.pad(text, (0, self.sizes["n"] // 4), value=True)
+    def each_row(self, *words: str) -> list[Tensor]:
+        return [*self.randn("b", *words)]
 
-    def _lengths(self, *sizes: str) -> Any:
-        return torch.full(self._shape(sizes), self.text)
+    def layers(self, number: str, *words: str) -> list[Tensor]:
+        return [self.randn(*words) for _ in range(int(number))]
 
-    def _list(self, *sizes: str) -> Any:
-        return list(self._randn("b", *sizes))
-
-    def _layers(self, count: str, *sizes: str) -> Any:
-        return [self._randn(*sizes) for _ in range(int(count))]
-
-    def _count(self, *sizes: str) -> Any:
-        shape = self._shape(sizes)
+    def count(self, *words: str) -> Tensor:
+        shape = self._shape(words)
         return torch.arange(shape[-1]).expand(shape)
 
-    def _rows(self) -> int:
-        return self.grid[0]
+    def rows(self) -> int:
+        return self.sizes.grid[0]
 
-    def _columns(self) -> int:
-        return self.grid[1]
+    def columns(self) -> int:
+        return self.sizes.grid[1]
 
-    def _ids(self) -> Any:
-        y, x = torch.meshgrid(*map(torch.arange, self.grid), indexing="ij")
+    def ids(self) -> Tensor:
+        y, x = torch.meshgrid(*map(torch.arange, self.sizes.grid), indexing="ij")
         return torch.stack([torch.zeros_like(y), y, x], -1).reshape(-1, 3).float()
 
-    def _ids4(self) -> Any:
-        return torch.nn.functional.pad(self._ids(), (0, 1))
+    def ids4(self) -> Tensor:
+        return torch.nn.functional.pad(self.ids(), (0, 1))
 
-    def _positions(self, *rows: str) -> Any:
-        """Those of the text, all zero, before those of the image."""
-        ids = torch.nn.functional.pad(self._ids(), (0, 0, self.text, 0)).long()
+    def positions(self, *rows: str) -> Tensor:
+        ids = torch.nn.functional.pad(self.ids(), (0, 0, self.sizes.text, 0)).long()
         return ids.expand(*self._shape(rows), *ids.shape) if rows else ids.float()
 
-    def _marks(self, *rows: str) -> Any:
-        from diffusers.models.transformers import transformer_ideogram4 as module
+    def shapes(self) -> list[list[tuple[int, ...]]]:
+        return [[(1, *self.sizes.grid)]] * self.sizes.rows
 
-        marks = [module.LLM_TOKEN_INDICATOR] * self.text + [module.OUTPUT_IMAGE_INDICATOR] * self.sizes["n"]
-        return torch.tensor(marks).expand(*self._shape(rows), -1)
+    def shapes_flat(self) -> list[tuple[int, ...]]:
+        return [(1, *self.sizes.grid)] * self.sizes.rows
 
-    def _shapes(self) -> Any:
-        return [[(1, *self.grid)]] * ROWS
-
-    def _shapes_flat(self) -> Any:
-        return [(1, *self.grid)] * ROWS
-
-    def _axes(self) -> Any:
-        return [torch.arange(size) for size in (1, *self.grid)]
-
-    def _rope(self, *sizes: str) -> Any:
-        return torch.ones(self._shape(sizes)), torch.zeros(self._shape(sizes))
-
-    def _turns(self, size: str) -> Any:
-        return torch.ones(self.sizes["h"] // 2 * 96, 96, int(size), dtype=torch.complex64)
+    def axes(self) -> list[Tensor]:
+        return [torch.arange(size) for size in (1, *self.sizes.grid)]

@@ -64,7 +64,7 @@ def find_image_tokens(arguments: tuple[tuple, dict], rule: GridRule) -> ImageTok
         if rule["rule"] == "positions":
             ids = ids[-latents.shape[1] :]
         if rule["rule"] == "marks":
-            marks = argument(arguments, "indicator", None)[0]
+            marks = argument(arguments, rule["marks"], None)[0]
             ids = ids[marks == rule["marked"]]
         target = ids[:, 0] == ids[:, 0].amin()
         places = ids[target][:, 1:3]
@@ -81,10 +81,9 @@ def find_image_tokens(arguments: tuple[tuple, dict], rule: GridRule) -> ImageTok
     else:
         grid, images = grid_of(value, rule["rule"], rule["patch"])
         first, total = 0, prod(grid) * images
-    if rule["pad"] == "square":
-        total = max(total, rule["largest"]) if grid[0] != grid[1] else total
-    else:
-        total = -(-total // rule["pad"]) * rule["pad"]
+    total = -(-total // rule["pad"]) * rule["pad"]
+    if rule["pad_to"] is not None and grid[0] != grid[1]:
+        total = max(total, rule["pad_to"])
     starts = [] if rule["mask"] is None else argument(arguments, rule["mask"], None).sum(1).tolist()
     return ImageTokens(tuple(grid), prod(grid), first, total, starts)
 

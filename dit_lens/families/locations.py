@@ -48,9 +48,11 @@ class GridRule(TypedDict):
     latents_position: int | None
     patch: list[int]
     target: str
-    pad: Any  # an int, or "square": to ``largest``
-    largest: Any
+    pad: int
+    pad_to: int | None
     mask: str | None
+    layout: str
+    marks: Any  # a str where the rule is "marks"
     marked: int | None
 
 

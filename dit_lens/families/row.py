@@ -1,113 +1,24 @@
-"""What a family of DiTs is made of, as data: one row says where every named tensor of a model class lives."""
+"""What a family of DiTs is made of, as data: the row of a model class, which holds every fact about it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from typing import Any
 
-
-@dataclass(frozen=True)
-class PointSpec:
-    """Where a tensor inside a block is.
-
-    module: path within the block ("": the block itself). side, slot: "output" and its place in the tuple (None: a bare
-    tensor), or "input" and the argument (by name, or by place).
-    span: which channels, in units of the hidden size: (start, stop), stop None for the end.
-    layout: where the stream's tokens lie in it; None: as in the stack's tensors. axes: "tokens", or those of an image.
-    batch_first: whether it is [row, token, channel] also where the stack's tensors are sequence_first.
-    half: of a module that projects attention and MLP at once, what its input has of one of them: (start, stop) in units
-    of the hidden size, stop None for the end. The tensor is what the module makes of that alone; a bias counts with the
-    last part.
-    gate: what it is multiplied by before it is added to the residual; tanh: of which the hyperbolic tangent is taken.
-    table: a parameter of the block, [part, channel], that is added to the argument.
-    """
-
-    module: str
-    side: str = "output"
-    slot: str | int | None = None
-    span: tuple[int, int | None] | None = None
-    layout: str | None = None
-    axes: str = "tokens"
-    batch_first: bool = False
-    half: tuple[int, int | None] | None = None
-    gate: PointSpec | None = None
-    tanh: bool = False
-    table: str | None = None
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A list of equal blocks. Stacks run in the order the family lists them.
-
-    name: what people call it ("double"). path: the attribute of the transformer that holds it.
-    inputs, outputs: stream -> argument name, and stream -> position in the output tuple (None: a bare tensor).
-    layout: where a stream's tokens lie in that tensor: "own" (the streams are two tensors), or joint: "text_first",
-    "image_first" or "ragged" (text first, of another length in every row).
-    sequence_first: whether the blocks' tensors are [token, row, channel].
-    rewritten: streams that the model changes between blocks. ends_without: streams the last block does not return.
-    points: stream -> point -> where it is, or why these blocks have none.
-    attends: the order of the streams inside attention, "text_first" or "image_first"; "own" where the image attends
-    to itself; or why there is no pattern of attention.
-    """
-
-    name: str
-    path: str
-    inputs: Mapping[str, str]
-    outputs: Mapping[str, int | None]
-    layout: str = "own"
-    sequence_first: bool = False
-    rewritten: tuple[str, ...] = ()
-    ends_without: tuple[str, ...] = ()
-    points: Mapping[str, Mapping[str, PointSpec | str]] = field(default_factory=dict)
-    attends: str = ""
-
-    @property
-    def attention(self) -> str:
-        """``attends``, which follows from the streams and their layout where the row does not say it."""
-        if self.attends:
-            return self.attends
-        if len(self.outputs) == 1:
-            return "own"
-        return "text_first" if self.layout in ("own", "ragged") else self.layout
-
-
-@dataclass(frozen=True)
-class Grid:
-    """How the image tokens of a transformer call follow from its arguments.
-
-    rule: "ids" (rows of an argument hold reference, y, x), "positions" (the same, after the text's rows), "marks" (the
-    same, where another argument says so), "shapes" (a list of (f, h, w)), "counts" (arguments num_frames, height,
-    width), or the axes of the latents: "bchw", "bcfhw", "bfchw", "bfhwc", "bicfhw" (i: images), "list" (one cfhw
-    for each row). argument: what the rule looks at. latents: the argument that holds the noisy image.
-    patch: latent pixels per side of a token, or the name of it in the transformer's config.
-    target: which image is drawn, where there are references: "first" or "last".
-    pad: image tokens are padded to a multiple of this; "square": to the largest image. mask: the argument that marks
-    the text tokens of every row, where text is ragged.
-    """
-
-    rule: str
-    argument: str = "hidden_states"
-    latents: str = "hidden_states"
-    patch: int | str = 1
-    target: str = "first"
-    pad: int | str = 1
-    mask: str | None = None
-    marked: int | None = None
-
-    @property
-    def axes(self) -> str:
-        """The axes of the latents: tokens already, or those of an image."""
-        return "tokens" if self.rule in ("ids", "positions", "marks", "shapes", "counts") else self.rule
+from dit_lens.families.stack import Stack
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How a pipeline runs the conditional and unconditional branches.
+    """How a pipeline runs the conditional and the unconditional branch.
 
-    calls: the transformer calls of one step when guidance is on, each the branches of its rows in order.
-    scale, above: the pipeline argument that turns guidance on, and the value it must exceed (None: always on).
-    negative: arguments of which one must be given as well. distilled: the pipeline's config entry that turns it off.
-    cut: the argument that ends guidance before the last step, which is not followed.
+    calls: the transformer calls of one step when guidance is on; each lists the branches of its rows in order.
+    scale: the pipeline argument that turns guidance on; None: it is always on.
+    above: the value that argument must exceed.
+    negative: pipeline arguments of which one must be given as well.
+    distilled: the entry of the pipeline's config that turns guidance off.
+    cut: the argument that ends guidance before the last step, where it is below 1; runs with it are refused.
     """
 
     calls: tuple[tuple[str, ...], ...]
@@ -120,7 +31,12 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Time:
-    """What the transformer is told of time: its argument, and noise level = offset + scale * value."""
+    """What the transformer gets as its time: noise level = offset + scale * value.
+
+    argument: of the transformer.
+    offset: the noise level where the value is 0.
+    scale: the noise level for each unit of the value.
+    """
 
     argument: str = "timestep"
     offset: float = 0.0
@@ -128,13 +44,124 @@ class Time:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """A pipeline argument that changes which calls are made inside a run, so that they do not fit the plan.
+
+    argument: its name.
+    reason: what it does; the message continues with it.
+    off: the value that does nothing; None: the argument is to be left out.
+    """
+
+    argument: str
+    reason: str
+    off: object = None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a pipeline class of diffusers does around the transformer of a family.
+
+    name: the class.
+    guidance: how it runs the branches; None: one conditional call in every step.
+    time: what it passes as the transformer's time.
+    encodes: what its ``encode_prompt`` returns, in order; a text says why its prompts cannot be encoded before a run.
+    latents: how its argument ``latents`` reaches the transformer: "unchanged", "flattened" (an image, each pixel of
+      which becomes a token), or None where it is made into something else, or not taken.
+    returns: what it returns as latents: "tokens" (packed, or an image of patches), "vae" (as the autoencoder takes
+      them), or None for images alone.
+    needs_image: whether it starts from an image.
+    chooses_size: whether it chooses the size of the image itself.
+    size_from_image: whether it takes the size from an image it is given, where none is asked for.
+    caches: whether its first step fills a cache that later steps read.
+    second_model: whether another transformer computes its unconditional branch.
+    refuses: arguments with which its calls cannot be followed.
+    tested: whether the row was tested with it.
+    """
+
+    name: str
+    guidance: Guidance | None
+    time: Time = Time(scale=1e-3)
+    encodes: tuple[str, ...] | str = ("prompt_embeds", "negative_prompt_embeds")
+    latents: str | None = "unchanged"
+    returns: str | None = "tokens"
+    needs_image: bool = False
+    chooses_size: bool = False
+    size_from_image: bool = False
+    caches: bool = False
+    second_model: bool = False
+    refuses: tuple[Refusal, ...] = ()
+    tested: bool = True
+
+    def also(self, *names: str, tested: bool = False, **changes: Any) -> tuple[Pipeline, ...]:
+        """Other classes that do the same, except for ``changes``."""
+        return tuple(replace(self, name=name, tested=tested, **changes) for name in names)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the image tokens of a transformer call follow from its arguments.
+
+    rule: "ids" (rows of an argument hold reference, y, x), "positions" (the same, after the text's rows), "marks" (the
+      same, in the rows that another argument marks), "shapes" (a list of (f, h, w)), "counts" (arguments num_frames,
+      height, width), or the axes of the latents: "bchw", "bcfhw", "bfchw", "bfhwc", "bicfhw" (i: images), "list" (one
+      cfhw for each row).
+    argument: what the rule looks at.
+    latents: the argument that holds the noisy image.
+    patch: latent pixels per side of a token, or the entry of the transformer's config that says so.
+    target: which image is drawn, where there are references: "first" or "last".
+    pad: image tokens are padded to a multiple of this.
+    pad_to: the attribute of the transformer that says to how many tokens an image is padded that is not square.
+    layout: where image tokens lie in the latents, as in :class:`Stack`.
+    mask: the argument that marks the text tokens of every row, where text is ragged.
+    marks: the argument that marks rows of image tokens, by the value ``marked``.
+    marked: see ``marks``.
+    """
+
+    rule: str
+    argument: str = "hidden_states"
+    latents: str = "hidden_states"
+    patch: int | str = 1
+    target: str = "first"
+    pad: int = 1
+    pad_to: str | None = None
+    layout: str = "own"
+    mask: str | None = None
+    marks: str | None = None
+    marked: int | None = None
+
+    @property
+    def axes(self) -> str:
+        """The axes of the latents: tokens already, or those of an image."""
+        return "tokens" if self.rule in ("ids", "positions", "marks", "shapes", "counts") else self.rule
+
+
+@dataclass(frozen=True)
+class Final:
+    """The image stream where it leaves the blocks.
+
+    module: the final norm, whose first argument it is.
+    layout: where image tokens lie in that argument, as in :class:`Stack`.
+    sequence_first: whether it is [token, row, channel].
+    axes: "tokens", or those of an image, as in :class:`Grid`.
+    """
+
+    module: str = "norm_out"
+    layout: str = "own"
+    sequence_first: bool = False
+    axes: str = "tokens"
+
+
+@dataclass(frozen=True)
 class Readout:
     """How image tokens become a prediction: the final norm, then these modules.
 
-    modules: after ``Family.final``, in order. order: of a predicted token's channels, "cyx" or "yxc".
-    shift: where shift and scale between the norm and the first module come from, when no module applies them: a module
-    (and the place in its output tuple) to whose output the transformer's ``table`` is added, or which goes through
-    SiLU and ``projection``; ``passes_temb``: or which the first module is given as its ``temb``.
+    modules: after the final norm, in order.
+    order: of a predicted token's channels, "cyx" or "yxc".
+    shift: the module (and the position in its output tuple) from whose output shift and scale between the norm and the
+      first module are made, where no module applies them.
+    table: the transformer's parameter that is added to that output.
+    projection: the module that output goes through, after a SiLU.
+    passes_temb: whether the first module gets that output as its ``temb``.
     """
 
     modules: tuple[str, ...] = ("proj_out",)
@@ -145,76 +172,115 @@ class Readout:
     passes_temb: bool = False
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What the transformer returns.
+
+    width: the size of a predicted token, as :attr:`Family.width` is written.
+    axes: "tokens", or those of an image, as in :class:`Grid`.
+    layout: where image tokens lie in it, as in :class:`Stack`.
+    sign: -1 where the pipeline negates it.
+    """
+
+    width: str
+    axes: str = "tokens"
+    layout: str = "own"
+    sign: int = 1
+
+
+@dataclass(frozen=True)
+class Latents:
+    """How image tokens follow from the latents of the autoencoder.
+
+    patch: latent pixels per side of an image token, as the pipeline counts them.
+    packing: the order of a token's channels in packed latents, "cyx" or "yxc".
+    normalised: by what: "factor" (one factor and shift, in the autoencoder's config), "channel" (a mean and deviation
+      for each channel of its latents, in its config), or "token" (the same for each channel of a token, in its ``bn``).
+    channels: the entry of its config that counts the channels of its latents.
+    frames: whether it takes videos, [row, channel, frame, h, w].
+    """
+
+    patch: int = 2
+    packing: str = "cyx"
+    normalised: str = "factor"
+    channels: str = "latent_channels"
+    frames: bool = False
+
+
+@dataclass(frozen=True)
+class Text:
+    """How prompts become the text stream.
+
+    tokenizer: the part of the pipeline that cuts prompts into the tokens of the text stream.
+    length: the pipeline argument that sets their number.
+    plain: whether the text stream is the prompt's own tokens, padded to that length: no template around it, no second
+      text encoder beside it.
+    layered: embeddings whose first axis is that of the encoder's layers; the second is that of prompts.
+    """
+
+    tokenizer: str = "tokenizer"
+    length: str = "max_sequence_length"
+    plain: bool = False
+    layered: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Example:
+    """A small transformer of the class, and a call of it, for the check at load.
+
+    config: overrides that shrink the config.
+    call: argument -> how it is made, see :mod:`dit_lens.families.example_call`.
+    grid: its image tokens (h, w); not square where the model allows it, so that a transposed grid shows.
+    """
+
+    config: Mapping[str, object]
+    call: Mapping[str, object]
+    grid: tuple[int, int] = (2, 3)
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
-    """One DiT class of diffusers.
+    """One DiT class of diffusers, and every fact about it.
 
-    name: as its users call it. transformer: the class of the denoiser. pipelines: those this row was tried with.
-    stacks: in execution order. final: the module whose first argument is the image stream that is projected out.
-    width, out_width: the hidden size and the size of a predicted token: names in ``transformer.config`` or attributes
-    of the transformer, multiplied where several are joined by ``*``.
-    grid, time, guidance: see there; guidance None means that a pipeline makes one conditional call per step.
-    variants, times: pipeline class -> its own guidance, and its own time, where they differ.
-    final_layout: where image tokens lie in what enters ``final`` and (prediction_layout) in what is predicted.
-    final_sequence_first, final_axes: of what enters ``final``: whether it is [token, row, channel], and where
-    it is no list of tokens.
-    prediction: "tokens", or the axes of a predicted image, as in Grid.
-    readout: what follows the final norm, where the row says it.
-    sign: -1 where the pipeline negates the prediction.
-    caching: pipelines whose first step fills a cache that later steps read.
-    patch: latent pixels per side of an image token.
-    packing: the order of a token's channels in packed latents, "cyx" or "yxc". returns_vae_latents: pipelines
-    that return latents as their autoencoder takes them.
-    chooses_size: pipelines that choose the size of the image themselves. size_from_image:
-    pipelines that take it from an image they are given, where none is asked for.
-    tokenizer, text_length: the pipeline's tokenizer of the text stream, and the argument that sets its length.
-    plain_text: whether the text stream is the prompt's own tokens, padded to that length: no template around it, no
-    second text encoder beside it.
-    embedded: the config flag for a guidance scale that the transformer is told.
-    check_config, call: overrides that shrink the config, and the arguments of a call of that, for the check at load,
-    which uses a grid of ``check_grid`` tokens (not square where the model allows it, so that a transposed grid shows).
-    refuses: pipeline argument -> why a run with it cannot be followed. note: what else its users must know.
+    name: as its users call it.
+    transformer: the class of the denoiser.
+    pipelines: the pipeline classes that hold it; the first stands for those that are not listed.
+    stacks: lists of blocks, in execution order.
+    width: the hidden size: a name in ``transformer.config`` or an attribute of the transformer, or several with ``*``
+      between them.
+    grid: where image tokens are in a call.
+    prediction: what a call returns.
+    example: what the row is checked with at load.
+    final: where the image stream leaves the blocks.
+    readout: what follows; None: unknown, so that blocks have no ``x0``.
+    latents: how image tokens follow from the autoencoder's latents.
+    text: how prompts become the text stream.
+    guidance_flag: the entry of the config that says whether the transformer takes a guidance scale.
+    without_gradient: methods of its modules that run under ``torch.no_grad``.
+    note: what else its users must know.
     """
 
     name: str
     transformer: str
-    pipelines: tuple[str, ...]
+    pipelines: tuple[Pipeline, ...]
     stacks: tuple[Stack, ...]
-    final: str
     width: str
-    out_width: str
     grid: Grid
-    guidance: Guidance | None
-    variants: Mapping[str, Guidance | None] = field(default_factory=dict)
-    time: Time = Time(scale=1e-3)
-    times: Mapping[str, Time] = field(default_factory=dict)
-    final_layout: str = "own"
-    final_sequence_first: bool = False
-    final_axes: str = "tokens"
-    prediction: str = "tokens"
-    prediction_layout: str = "own"
-    readout: Readout | None = None
-    sign: int = 1
-    caching: tuple[str, ...] = ()
-    patch: int = 2
-    packing: str = "cyx"
-    returns_vae_latents: tuple[str, ...] = ()
-    chooses_size: tuple[str, ...] = ()
-    size_from_image: tuple[str, ...] = ()
-    tokenizer: str = "tokenizer"
-    text_length: str = "max_sequence_length"
-    plain_text: bool = False
-    embedded: str | None = None
-    check_config: Mapping[str, object] = field(default_factory=dict)
-    call: Mapping[str, object] = field(default_factory=dict)
-    check_grid: tuple[int, int] = (2, 3)
-    refuses: Mapping[str, str] = field(default_factory=dict)
+    prediction: Prediction
+    example: Example
+    final: Final = Final()
+    readout: Readout | None = Readout()
+    latents: Latents = Latents()
+    text: Text = Text()
+    guidance_flag: str | None = None
+    without_gradient: tuple[str, ...] = ()
     note: str = ""
 
-    def guidance_of(self, pipe: object) -> Guidance | None:
-        """How a pipeline of this family is guided."""
-        return self.variants.get(type(pipe).__name__, self.guidance)
+    def pipeline(self, kind: type) -> Pipeline:
+        """What a pipeline class does around this transformer: its own entry, a parent's, or the usual one."""
+        return self.find_pipeline(kind) or self.pipelines[0]
 
-    def time_of(self, pipe: object) -> Time:
-        """What a pipeline of this family tells the transformer of time."""
-        return self.times.get(type(pipe).__name__, self.time)
+    def find_pipeline(self, kind: type) -> Pipeline | None:
+        """The entry of a pipeline class or of its nearest parent that has one."""
+        entries = {pipeline.name: pipeline for pipeline in self.pipelines}
+        return next((entries[base.__name__] for base in kind.__mro__ if base.__name__ in entries), None)

@@ -97,9 +97,9 @@ def read_pattern(
     needs_weights(lens.pipe, "patterns of attention need")
     if "batch_size" in call:
         raise PromptError("patterns are read from one batch: leave batch_size= out, and pass fewer prompts at once.")
-    blocks = [lens.anatomy.block(one) for one in _indices("block", block)]
+    blocks = [lens.anatomy.check_block(one) for one in _indices("block", block)]
     wanted = tuple(_indices("head", heads))
-    order = {one: lens.anatomy.attention(one)[1] for one in blocks}
+    order = {one: lens.anatomy.find_attention(one)[1] for one in blocks}
     outline = lens.outline(prompt, **call)
     if branch not in outline.branches:
         raise OpError(f"a pattern is of one branch, and {branch!r} is not one of {', '.join(outline.branches)}.")
@@ -166,7 +166,7 @@ class Watch(TorchFunctionMode):
 
         handles = [lens.pipe.transformer.register_forward_pre_hook(begin, with_kwargs=True)]
         for number in blocks:
-            module, _ = lens.anatomy.attention(number)
+            module, _ = lens.anatomy.find_attention(number)
             handles.append(module.register_forward_pre_hook(lambda *_, number=number: setattr(self, "block", number)))
             handles.append(module.register_forward_hook(leave))
         try:

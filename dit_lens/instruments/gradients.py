@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -14,14 +13,14 @@ from torch.utils._pytree import tree_map_only
 
 from dit_lens.core.request.ops import Apply
 from dit_lens.errors import ExecutionError, FamilyError, OpError, PromptError, SiteError, nearest
+from dit_lens.families.sources import find_without_gradient
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
     from torch import nn
 
     from dit_lens.core.request.ops import Branch, Pattern, Steps
     from dit_lens.core.runs.run import Run
-    from dit_lens.lens import DiTLens
+    from dit_lens.core.session import Session
 
 Through = Literal["run", "step"]
 THROUGH = ("run", "step")
@@ -33,7 +32,10 @@ PairMetric = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Gradients(Mapping[str, Tensor]):
     """What :meth:`dit_lens.DiTLens.gradients` found: a mapping site -> [s, b, n, d].
 
-    value: the metric, one number; through one step [s], one for each. steps: their indices. run: the run itself.
+    value: the metric, one number; through one step [s], one for each.
+    tensors: site -> gradient.
+    steps: their indices.
+    run: the run itself.
     """
 
     value: Tensor
@@ -57,7 +59,9 @@ class Gradients(Mapping[str, Tensor]):
 class Attribution:
     """What a swap of each channel, or each token, would do to the metric, to first order.
 
-    channels: site -> [s, d], summed over tokens. tokens: site -> [s, n], summed over channels. steps: their indices.
+    channels: site -> [s, d], summed over tokens.
+    tokens: site -> [s, n], summed over channels.
+    steps: their indices.
     """
 
     channels: dict[str, Tensor] = field(repr=False)
@@ -66,7 +70,7 @@ class Attribution:
 
 
 def gradients(
-    lens: DiTLens,
+    lens: Session,
     prompt: str | Sequence[str] | None,
     site: Pattern,
     *,
@@ -86,14 +90,14 @@ def gradients(
         raise PromptError(f"{odd[0]}= has no meaning here: the graph is that of one batch. Leave it out.")
     if call.pop("output_type", "latent") != "latent":
         raise PromptError("output_type= must be 'latent' here: images have no gradient. Leave it out.")
-    check_differentiable(lens.pipe)
+    check_differentiable(lens)
     if through == "run":
-        check_latents(lens.pipe)
+        check_latents(lens)
     graph = _Graph(metric, reduce)
     ops = [Apply(site, fn=graph.keep, steps=steps, branch=branch)]
     if through == "step":
         ops.append(Apply("velocity", fn=graph.close, steps=steps, branch=branch))
-    with lens.engine.differentiable(), _ending_at(lens.pipe.transformer) if through == "step" else nullcontext():
+    with lens.engine.differentiable(), _detach_outputs(lens.pipe.transformer) if through == "step" else nullcontext():
         run = lens.run(prompt, ops, output_type="latent", **call)
         latents: Any = run.latents
         if through == "run":
@@ -106,7 +110,7 @@ def gradients(
 
 
 def attribution(
-    lens: DiTLens,
+    lens: Session,
     source: str,
     target: str,
     site: Pattern = "blocks.*.img",
@@ -134,9 +138,13 @@ def attribution(
     stand for a run for every swap. It is of first order, and sums over steps or over blocks in series count twice what
     reaches the later ones through the earlier ones.
 
-    metric: fn(x [m, ...], source [...], target [...]) -> [m]; :func:`nearness` by default. Through the run x is the
-    final latents, through one step what the transformer predicts there. The rest is as in ``DiTLens.gradients``.
     Source: Nanda 2023, "Attribution patching"; Syed, Rager & Conmy, arXiv 2310.10348.
+
+    source, target: prompts; what is attributed is the way from the target to the source.
+    site: pattern of sites that a swap can write.
+    metric: fn(x [m, ...], source [...], target [...]) -> [m]; :func:`nearness` by default. Through the run x is the
+      final latents, through one step what the transformer predicts there.
+    through, steps, branch, call: as in :meth:`dit_lens.DiTLens.gradients`.
     """
     measure = nearness if metric is None else metric
     found = gradients(
@@ -147,7 +155,7 @@ def attribution(
         through=through,
         steps=steps,
         branch=branch,
-        reduce=_marginals,
+        reduce=_sum_marginals,
         **call,
     )
     width = {name: lens.anatomy.channels(lens.anatomy.site(name)) for name in found}
@@ -165,21 +173,26 @@ def nearness(x: Tensor, source: Tensor, target: Tensor) -> Tensor:
     >>> nearness(torch.tensor([[0.0, 4.0], [0.0, 1.0], [0.0, 0.0]]), source, target)
     tensor([0.0000, 0.7500, 1.0000])
 
-    x: [m, ...]. source, target: [...]. Returns [m]: 0 is the target, 1 the source; what leads away from both is
-    negative.
+    Returns [m]: 0 is the target, 1 the source; what leads away from both is negative.
+
+    x: [m, ...].
+    source, target: [...].
     """
     apart = torch.linalg.vector_norm(target - source)
     return 1 - torch.linalg.vector_norm((x - source).flatten(1), dim=1) / apart
 
 
-def _marginals(value: Tensor, gradient: Tensor) -> Tensor:
+def _sum_marginals(value: Tensor, gradient: Tensor) -> Tensor:
     """Rows are source and target: their difference times the gradient, over tokens and over channels: [d + n]."""
     product = (value[0].float() - value[1].float()) * gradient[1].float()
     return torch.cat([product.sum(0), product.sum(1)])
 
 
 class _Graph:
-    """The tensors that passed through the sites, and their gradients once a metric has closed the graph."""
+    """The tensors that passed through the sites, and their gradients once a metric has closed the graph.
+
+    metric, reduce: as in :meth:`dit_lens.DiTLens.gradients`.
+    """
 
     def __init__(self, metric: Callable[[Tensor], Tensor], reduce: Callable[[Tensor, Tensor], Tensor] | None):
         self.metric, self.reduce = metric, reduce
@@ -214,8 +227,8 @@ class _Graph:
 
 
 @contextmanager
-def _ending_at(transformer: nn.Module) -> Generator[None]:
-    """Every answer of the transformer leaves its graph behind, so that no graph outlives its step."""
+def _detach_outputs(transformer: nn.Module) -> Generator[None]:
+    """Detaches what the transformer returns, so that no graph outlives its step."""
     handle = transformer.register_forward_hook(lambda *call: tree_map_only(Tensor, Tensor.detach, call[-1]))
     try:
         yield
@@ -223,22 +236,22 @@ def _ending_at(transformer: nn.Module) -> Generator[None]:
         handle.remove()
 
 
-def check_differentiable(pipe: DiffusionPipeline) -> None:
-    """Raises FamilyError where the model itself runs code under ``no_grad``, which would leave the graph unseen."""
-    methods = {
-        f"{kind.__name__}.{name}"
-        for kind in {type(module) for module in pipe.transformer.modules()}
-        for name, method in inspect.getmembers(kind, inspect.isfunction)
-        if method.__code__.co_name == "decorate_context" and not name.endswith("fuse_projections")
-    }
+def check_differentiable(lens: Session) -> None:
+    """Raises FamilyError if the model runs code under ``torch.no_grad``, which would leave the graph unseen.
+
+    Beside what the row of the family declares, the live modules are looked at, which an adapter or a quantisation may
+    have exchanged.
+    """
+    methods = sorted({*lens.family.without_gradient, *find_without_gradient(lens.pipe.transformer)})
     if methods:
         raise FamilyError(
-            f"gradients through {type(pipe.transformer).__name__} would be wrong: {', '.join(sorted(methods))} runs "
+            f"gradients through {type(lens.pipe.transformer).__name__} would be wrong: {', '.join(methods)} runs "
             "under torch.no_grad inside the model. Patch instead: studies.patching(..., attribute=())."
         )
 
 
-def check_latents(pipe: DiffusionPipeline) -> None:
-    """Raises FamilyError where a pipeline does not return its final latents."""
-    if '"latent"' not in inspect.getsource(inspect.unwrap(type(pipe).__call__)):
-        raise FamilyError(f"{type(pipe).__name__} does not return latents. Take gradients with through='step'.")
+def check_latents(lens: Session) -> None:
+    """Raises FamilyError if a pipeline does not return its final latents."""
+    if lens.family.pipeline(type(lens.pipe)).returns is None:
+        name = type(lens.pipe).__name__
+        raise FamilyError(f"{name} does not return latents. Take gradients with through='step'.")

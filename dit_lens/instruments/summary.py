@@ -15,9 +15,9 @@ def summarise_lens(lens: Session) -> list[tuple[str, str]]:
     """What a person wants to know of a lens, as (heading, text)."""
     anatomy, family = lens.anatomy, lens.family
     stacks = [f"{name} {blocks.start}-{blocks.stop - 1}" for name, blocks in anatomy.stacks.items() if len(blocks)]
-    grid = anatomy.planned_grid(lens.pipe, lens.defaults)
-    embedded = family.embedded is not None and bool(lens.pipe.transformer.config[family.embedded])
-    guidance = describe_guidance(family.guidance_of(lens.pipe))
+    grid = anatomy.plan_grid(lens.pipe, lens.defaults)
+    embedded = family.guidance_flag is not None and bool(lens.pipe.transformer.config[family.guidance_flag])
+    guidance = describe_guidance(family.pipeline(type(lens.pipe)).guidance)
     streams = [stream for stream in STREAM_WORDS if any(site.stream == stream for site in anatomy.sites)]
     inside = list(dict.fromkeys(site.point.split(".")[0] for site in anatomy.sites if site.block is not None))
     size = sum(parameter.numel() for parameter in lens.pipe.transformer.parameters())

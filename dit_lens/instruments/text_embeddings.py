@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import ast
 import gc
 import inspect
-import re
-import textwrap
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.plan.cost import format_bytes, nbytes
-from dit_lens.core.request.call import EMBEDDING, TEXT, Call, needs_weights, prepare_call
+from dit_lens.core.request.call import Call, needs_weights, prepare_call
 from dit_lens.errors import PromptError
-from dit_lens.families import families
+from dit_lens.families import find_by_pipeline
+from dit_lens.families.arguments import IMAGES_PER_PROMPT, holds_text, is_text_encoder
+from dit_lens.families.sources import check_source
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-    from dit_lens.families import Guidance
-
-ENCODER = r"text_encoder(_\d+)?"
-EACH = ("num_images_per_prompt", "num_videos_per_prompt")
+    from dit_lens.families import Family, Guidance
 
 
 @dataclass(frozen=True)
 class Released:
-    """What :func:`release` gave back: the pipeline's parts, and bytes of their weights by device."""
+    """What :func:`release` gave back.
+
+    parts: of the pipeline, by name.
+    bytes: of their weights, by device.
+    """
 
     parts: tuple[str, ...]
     bytes: Mapping[str, int]
@@ -61,13 +61,19 @@ def encode_prompts(
     On a small GPU the transformer is loaded afterwards:
     ``encode_prompts(DiffusionPipeline.from_pretrained(path, transformer=None, vae=None).to("cuda"), prompts)``.
 
-    call: the pipeline's own arguments; those that do not concern text change nothing. Negative embeddings come along
-    where a negative prompt is given, or where the pipeline guides by an empty one. Arguments that held texts are
-    set to None, so that defaults do not stand against the embeddings.
+    Negative embeddings come along where a negative prompt is given, or where the pipeline guides by an empty one.
+    Arguments that held texts are set to None, so that defaults do not stand against the embeddings. Raises PromptError
+    if embeddings cannot stand for this pipeline's prompts.
+
+    pipe: a pipeline with its text encoders.
+    prompts: one or several.
     device: where the text encoders work; they are moved there and back. By default, where the pipeline works.
-    defaults, vocabulary: those of a lens. Raises PromptError where embeddings cannot stand for this pipeline's prompts.
+    defaults, vocabulary: those of a lens.
+    call: the pipeline's own arguments; those that do not concern text change nothing.
     """
     needs_weights(pipe, "encoding prompts needs")
+    family = find_by_pipeline(type(pipe))
+    names = list_encoded(type(pipe), family)
     prepared = prepare_call(
         pipe,
         prompts,
@@ -76,20 +82,20 @@ def encode_prompts(
         defaults=defaults or {},
         vocabulary=vocabulary,
         call=call,
+        layered=() if family is None else family.text.layered,
     )
-    names = returned_names(type(pipe))
     _check(pipe, prepared)
-    with _placed(pipe, device) as where:
-        found = _encoded(pipe, names, prepared, where)
-    cleared = {name: None for name, value in _arguments(pipe, prepared).items() if _is_text(name) and value is not None}
-    return {**{name: None for name in cleared if name != "prompt"}, **found}
+    arguments = _complete_arguments(pipe, prepared)
+    guidance = None if family is None else family.pipeline(type(pipe)).guidance
+    with _move_encoders(pipe, device) as where:
+        embeddings = _encode(pipe, names, arguments, guidance, where)
+    texts = [name for name, value in arguments.items() if holds_text(name) and value is not None]
+    return {**{name: None for name in texts if name != "prompt"}, **embeddings}
 
 
-def encoders(pipe: DiffusionPipeline) -> dict[str, Any]:
+def find_encoders(pipe: DiffusionPipeline) -> dict[str, Any]:
     """The text encoders a pipeline holds, by the name of the part."""
-    return {
-        name: part for name, part in pipe.components.items() if re.fullmatch(ENCODER, name) and hasattr(part, "forward")
-    }
+    return {name: part for name, part in pipe.components.items() if is_text_encoder(name) and hasattr(part, "forward")}
 
 
 def release(pipe: DiffusionPipeline) -> Released:
@@ -106,7 +112,7 @@ def release(pipe: DiffusionPipeline) -> Released:
             "this pipeline is offloaded, so its text encoders leave the GPU by themselves. "
             "Release them before pipe.enable_model_cpu_offload(), or leave them."
         )
-    found = encoders(pipe)
+    found = find_encoders(pipe)
     sizes: dict[str, int] = {}
     for name, part in found.items():
         for tensor in (*part.parameters(), *part.buffers()):
@@ -120,90 +126,97 @@ def release(pipe: DiffusionPipeline) -> Released:
     return Released(names, sizes)
 
 
-def returned_names(kind: type[DiffusionPipeline]) -> list[str]:
-    """What encode_prompt of a pipeline class returns, by the names in its source.
+def list_encoded(kind: type[DiffusionPipeline], family: Family | None) -> tuple[str, ...]:
+    """What ``encode_prompt`` of a pipeline class returns, in order, as the row of its family says.
 
-    PromptError where that is not all that stands for the prompts of its call.
+    Raises PromptError if that is not all that stands for the prompts of its call.
     """
-    encode = getattr(kind, "encode_prompt", None)
-    if encode is None:
-        raise _refusal(kind, "it has no encode_prompt")
-    if "image" in inspect.signature(encode).parameters:
-        raise _refusal(kind, "it encodes prompts together with images")
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(encode)))
-        others = re.findall(r"self\.(encode_prompt\w+)", inspect.getsource(kind.__call__))
-    except (OSError, SyntaxError) as problem:
-        raise _refusal(kind, f"the source of its encode_prompt cannot be read ({problem})") from problem
-    if others:
-        raise _refusal(kind, f"it also encodes by {others[0]}")
-    returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
-    parts = [node.elts if isinstance(node, ast.Tuple) else [node] for node in returned]
-    named = [[part.id if isinstance(part, ast.Name) else "" for part in some] for some in parts]
-    if len(named) != 1 or not all(named[0]):
-        raise _refusal(kind, "its encode_prompt returns values without names")
-    wanted = [name for name in inspect.signature(kind.__call__).parameters if re.fullmatch(EMBEDDING, name)]
-    lost = [name for name in wanted if name not in named[0]]
-    if not wanted or lost:
-        why = f"its encode_prompt does not return {', '.join(lost)}" if lost else "it takes no prompt_embeds="
-        raise _refusal(kind, why)
-    return named[0]
+    if family is None:
+        raise _refuse(kind, "no family describes it")
+    check_source(kind, family, "encodes")
+    encodes = family.pipeline(kind).encodes
+    if isinstance(encodes, str):
+        raise _refuse(kind, encodes)
+    return encodes
 
 
 def _check(pipe: DiffusionPipeline, prepared: Call) -> None:
     """Refuses what this very pipeline or call cannot do."""
-    if not encoders(pipe):
-        gone = any(re.fullmatch(ENCODER, name) for name in pipe.components)
+    if not find_encoders(pipe):
+        gone = any(is_text_encoder(name) for name in pipe.components)
         raise PromptError(
             f"{type(pipe).__name__} holds no text encoder{' any more' if gone else ''}. Encode prompts before the "
             "encoders are released, or load a pipeline with them."
         )
-    if any((prepared.arguments.get(name) or 1) > 1 for name in EACH):
+    if any((prepared.arguments.get(name) or 1) > 1 for name in IMAGES_PER_PROMPT):
         raise PromptError(
             "encoded prompts stand for one image each. List a prompt once for every image, with seed= as a list."
         )
 
 
-def _encoded(pipe: DiffusionPipeline, names: Sequence[str], prepared: Call, device: Any) -> dict[str, Any]:
-    """The embeddings, and the negative ones: of the same call of encode_prompt, or of a second one."""
-    arguments = _arguments(pipe, prepared)
+def _encode(
+    pipe: DiffusionPipeline,
+    names: Sequence[str],
+    arguments: Mapping[str, Any],
+    guidance: Guidance | None,
+    device: Any,
+) -> dict[str, Any]:
+    """The embeddings, and the negative ones: of the same call of encode_prompt, or of a second one.
+
+    pipe: the pipeline.
+    names: what its encode_prompt returns.
+    arguments: those of the run, complete.
+    guidance: how the pipeline guides.
+    device: where its text encoders are.
+    """
     known = inspect.signature(type(pipe).__call__).parameters
-    found = _ask(pipe, names, arguments, device)
+    found = _call_encode_prompt(pipe, names, arguments, device)
     if "negative_prompt_embeds" in known and "negative_prompt_embeds" not in names:
         negative = arguments.get("negative_prompt")
-        guidance = _guidance(pipe)
         if negative is None and guidance is not None and not guidance.negative:
-            negative = [""] * prepared.rows
+            negative = [""] * len(arguments["prompt"])
         if negative is not None:
-            texts = {name: arguments.get(f"negative_{name}") for name in arguments if re.fullmatch(r"prompt_\d", name)}
-            second = _ask(pipe, names, {**arguments, **texts, "prompt": negative}, device)
+            others = [name for name in arguments if name != "prompt" and holds_text(f"negative_{name}")]
+            texts = {name: arguments.get(f"negative_{name}") for name in others}
+            second = _call_encode_prompt(pipe, names, {**arguments, **texts, "prompt": negative}, device)
             found |= {f"negative_{name}": value for name, value in second.items()}
     return {name: value for name, value in found.items() if name in known and value is not None}
 
 
-def _ask(pipe: DiffusionPipeline, names: Sequence[str], arguments: Mapping[str, Any], device: Any) -> dict[str, Any]:
-    """One call of encode_prompt. What a run cannot be told must follow from what it can: it is asked for twice."""
+def _call_encode_prompt(
+    pipe: DiffusionPipeline, names: Sequence[str], arguments: Mapping[str, Any], device: Any
+) -> dict[str, Any]:
+    """One call of encode_prompt, by the names of what it returns.
+
+    A run cannot be given all of that (text_ids, for instance). The pipeline will make the rest from the embeddings, so
+    a second call, with embeddings in place of texts, must return the same.
+
+    pipe: the pipeline.
+    names: what its encode_prompt returns.
+    arguments: those of the run, complete.
+    device: where its text encoders are.
+    """
     import torch
 
     with torch.no_grad():
-        given = _accepted(pipe, arguments, device)
-        found = _results(names, pipe.encode_prompt(**given))
-        untold = [name for name in names if name not in inspect.signature(type(pipe).__call__).parameters]
-        if not untold:
+        given = _select_arguments(pipe, arguments, device)
+        found = _name_results(names, pipe.encode_prompt(**given))
+        missing = [name for name in names if name not in inspect.signature(type(pipe).__call__).parameters]
+        if not missing:
             return found
-        told = {name: None if _is_text(name) else found.get(name, value) for name, value in given.items()}
+        embeddings = {name: None if holds_text(name) else found.get(name, value) for name, value in given.items()}
         try:
-            again = _results(names, pipe.encode_prompt(**told))
+            again = _name_results(names, pipe.encode_prompt(**embeddings))
         except (AttributeError, TypeError, ValueError) as problem:
             again, why = {}, f" ({problem})"
         else:
             why = ""
     if not all(_same(found[name], again.get(name)) for name in names):
-        raise _refusal(type(pipe), f"{', '.join(untold)} cannot be found from the embeddings alone{why}")
+        raise _refuse(type(pipe), f"{', '.join(missing)} cannot be found from the embeddings alone{why}")
     return found
 
 
-def _accepted(pipe: DiffusionPipeline, arguments: Mapping[str, Any], device: Any) -> dict[str, Any]:
+def _select_arguments(pipe: DiffusionPipeline, arguments: Mapping[str, Any], device: Any) -> dict[str, Any]:
     """The arguments of encode_prompt, as the pipeline's own call would give them."""
     scale = (arguments.get("joint_attention_kwargs") or {}).get("scale")
     own = {
@@ -211,7 +224,7 @@ def _accepted(pipe: DiffusionPipeline, arguments: Mapping[str, Any], device: Any
         "batch_size": len(arguments["prompt"]),
         "do_classifier_free_guidance": True,
         "lora_scale": scale,
-        **dict.fromkeys(EACH, 1),
+        **dict.fromkeys(IMAGES_PER_PROMPT, 1),
     }
     given = {}
     for name, parameter in inspect.signature(type(pipe).encode_prompt).parameters.items():
@@ -220,45 +233,39 @@ def _accepted(pipe: DiffusionPipeline, arguments: Mapping[str, Any], device: Any
         if name in own or name in arguments:
             given[name] = own[name] if name in own else arguments[name]
         elif parameter.default is parameter.empty:
-            raise _refusal(type(pipe), f"its encode_prompt needs {name}=, which only its own call knows")
+            raise _refuse(type(pipe), f"its encode_prompt needs {name}=, which only its own call knows")
     return given
 
 
-def _arguments(pipe: DiffusionPipeline, prepared: Call) -> dict[str, Any]:
+def _complete_arguments(pipe: DiffusionPipeline, prepared: Call) -> dict[str, Any]:
     """The pipeline's arguments, its own defaults included."""
     parameters = inspect.signature(type(pipe).__call__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     texts = {
         name: [value] * prepared.rows
         for name, value in defaults.items()
-        if re.fullmatch(r"negative_prompt(_\d)?", name) and isinstance(value, str)
+        if name.startswith("negative_") and holds_text(name) and isinstance(value, str)
     }
     return {**defaults, **texts, **prepared.arguments, "prompt": list(prepared.prompts or ())}
 
 
-def _guidance(pipe: DiffusionPipeline) -> Guidance | None:
-    """How a pipeline is guided, found without its transformer."""
-    kind = type(pipe).__name__
-    return next((family.guidance_of(pipe) for family in families() if kind in family.pipelines), None)
-
-
 @contextmanager
-def _placed(pipe: DiffusionPipeline, device: str | torch.device | None) -> Generator[Any]:
+def _move_encoders(pipe: DiffusionPipeline, device: str | torch.device | None) -> Generator[Any]:
     """The text encoders on a device for a while; yields the device."""
     if device is None:
         yield pipe._execution_device  # noqa: SLF001 diffusers offers no public way
         return
-    before = {name: part.device for name, part in encoders(pipe).items()}
+    before = {name: part.device for name, part in find_encoders(pipe).items()}
     try:
-        for part in encoders(pipe).values():
+        for part in find_encoders(pipe).values():
             part.to(device)
         yield device
     finally:
-        for name, part in encoders(pipe).items():
+        for name, part in find_encoders(pipe).items():
             part.to(before[name])
 
 
-def _results(names: Sequence[str], returned: Any) -> dict[str, Any]:
+def _name_results(names: Sequence[str], returned: Any) -> dict[str, Any]:
     values = returned if len(names) > 1 else (returned,)
     return dict(zip(names, values, strict=True))
 
@@ -273,11 +280,7 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or a == b
 
 
-def _is_text(name: str) -> bool:
-    return re.fullmatch(TEXT, name) is not None
-
-
-def _refusal(kind: type, why: str) -> PromptError:
+def _refuse(kind: type, why: str) -> PromptError:
     return PromptError(
         f"prompts of {kind.__name__} cannot be encoded beforehand: {why}. Pass the prompts to lens.run, and where "
         "memory is short offload with lens.pipe.enable_model_cpu_offload()."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dit_lens.core.request.ops import Read
-from dit_lens.instruments.latents import autoencoder, decode
+from dit_lens.instruments.latents import decode_latents, find_autoencoder
 
 if TYPE_CHECKING:
     from typing import Any
@@ -49,7 +49,7 @@ class X0:
 
 def read_x0(lens: Session, prompt: Any, site: Pattern | None = None, *, steps: Steps = None, **call: Any) -> X0:
     """See :meth:`dit_lens.DiTLens.read_x0`."""
-    autoencoder(lens.pipe)
+    find_autoencoder(lens.pipe)
     names = _spread(lens.sites("blocks.*.img.x0"), BLOCKS) if site is None else _sites(lens, site)
     if steps is None:
         steps = _spread(list(range(lens.outline(prompt, **call).steps)), STEPS)
@@ -58,7 +58,7 @@ def read_x0(lens: Session, prompt: Any, site: Pattern | None = None, *, steps: S
     images = {}
     for name, value in reading.tensors.items():
         s, b = value.shape[:2]
-        drawn = decode(lens, value.flatten(0, 1), run.grid)
+        drawn = decode_latents(lens, value.flatten(0, 1), run.grid)
         images[name] = [drawn[i * b : (i + 1) * b] for i in range(s)]
     return X0(images, reading.steps, run)
 

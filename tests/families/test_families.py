@@ -7,7 +7,7 @@ import torch
 
 import dit_lens as dl
 from dit_lens.errors import ExecutionError, FamilyError
-from dit_lens.families import Anatomy, Stack
+from dit_lens.families import Anatomy, Final, Prediction, Stack
 from dit_lens.families.checks import check
 from dit_lens.families.table.flux import FLUX1 as ROW
 from tests import pipelines
@@ -32,9 +32,9 @@ MUTATIONS = {
     "a stack missing": replace(ROW, stacks=(DOUBLE,)),
     "unknown path": replace(ROW, stacks=(Stack("double", "blocks", DOUBLE.inputs, DOUBLE.outputs), SINGLE)),
     "no list of blocks": replace(ROW, stacks=(Stack("double", "norm_out", DOUBLE.inputs, DOUBLE.outputs), SINGLE)),
-    "another norm": replace(ROW, final="proj_out"),
-    "no such norm": replace(ROW, final="final_norm"),
-    "width of a token": replace(ROW, out_width="inner_dim"),
+    "another norm": replace(ROW, final=Final("proj_out")),
+    "no such norm": replace(ROW, final=Final("final_norm")),
+    "width of a token": replace(ROW, prediction=Prediction("inner_dim")),
 }
 
 
@@ -58,7 +58,7 @@ def test_checking_leaves_the_random_numbers_alone():
 
 
 def test_a_family_can_be_registered(monkeypatch):
-    monkeypatch.setattr(dl.families, "_registered", [])
+    monkeypatch.setattr("dit_lens.families.registry.REGISTERED", [])
     mine = replace(ROW, name="mine")
     dl.register_family(mine)
     lens = dl.DiTLens(pipelines.flux())
@@ -128,8 +128,10 @@ def test_part_of_a_run_from_a_image(kind):
 
 
 def test_a_guidance_that_the_pipeline_does_not_follow_is_noticed(monkeypatch):
-    monkeypatch.setattr(dl.families, "_registered", [])
-    dl.register_family(replace(ROW, guidance=replace(ROW.guidance, calls=(("cond",),))))
+    monkeypatch.setattr("dit_lens.families.registry.REGISTERED", [])
+    usual = ROW.pipelines[0]
+    wrong = replace(usual, guidance=replace(usual.guidance, calls=(("cond",),)))
+    dl.register_family(replace(ROW, pipelines=(wrong,)))
     lens = dl.DiTLens(pipelines.flux(), defaults=dict(pipelines.TRUE_CFG))
     with pytest.raises(ExecutionError, match="another number of transformer calls per step than the plan"):
         lens.run("red", [dl.Read("blocks.0.img")])

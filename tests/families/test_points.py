@@ -294,7 +294,7 @@ def test_modulation_from_a_table_is_read_only(name):
 
 def test_a_row_without_a_readout_has_no_x0_of_a_block(monkeypatch):
     row = replace(zoo_of("sd3").lens.family, readout=None)
-    monkeypatch.setattr("dit_lens.families._registered", [row])
+    monkeypatch.setattr("dit_lens.families.registry.REGISTERED", [row])
     lens = DiTLens(ENTRIES["sd3"].build(), defaults={})
     with pytest.raises(SiteError, match="does not say how tokens are read out"):
         lens.run(ops=[Read("blocks.-1.img.x0")], seed=0, **ENTRIES["sd3"].call(1))

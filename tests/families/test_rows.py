@@ -10,7 +10,7 @@ import diffusers
 import pytest
 
 from dit_lens.errors import FamilyError
-from dit_lens.families import Anatomy, Family, PointSpec, Readout, Stack, template
+from dit_lens.families import Anatomy, Family, Final, Pipeline, PointSpec, Readout, Stack, write_template
 from dit_lens.families.checks import check
 from dit_lens.families.table import TABLE
 
@@ -19,7 +19,7 @@ FLIPPED = {"text_first": "image_first", "image_first": "text_first", "ragged": "
 
 
 def checked(family: Family) -> list[str]:
-    transformer = getattr(diffusers, family.transformer)(**family.check_config)
+    transformer = getattr(diffusers, family.transformer)(**family.example.config)
     return [one.name for one in check(Anatomy(family, transformer))]
 
 
@@ -49,18 +49,18 @@ def without_last_stack(family: Family) -> list[Family]:
 def another_patch(family: Family) -> list[Family]:
     if family.grid.axes == "tokens":
         return []
-    side = 1 if family.prediction != "bchw" or family.patch > 1 else 2
-    return [] if family.patch == 1 else [replace(family, grid=replace(family.grid, patch=side))]
+    side = 1 if family.prediction.axes != "bchw" or family.latents.patch > 1 else 2
+    return [] if family.latents.patch == 1 else [replace(family, grid=replace(family.grid, patch=side))]
 
 
-def taps(change: Callable[[PointSpec], PointSpec | None]) -> Callable[[Family], list[Family]]:
+def specs(change: Callable[[PointSpec], PointSpec | None]) -> Callable[[Family], list[Family]]:
     """The family with one gated point changed, for the first that the change applies to in each stack."""
 
     def in_stack(stack: Stack) -> Stack | None:
         for stream, inside in stack.points.items():
             for point in ("attn_out", "mlp_out"):
-                tap = inside.get(point)
-                other = change(tap) if isinstance(tap, PointSpec) else None
+                spec = inside.get(point)
+                other = change(spec) if isinstance(spec, PointSpec) else None
                 if other is not None:
                     return replace(stack, points={**stack.points, stream: {**inside, point: other}})
         return None
@@ -68,14 +68,14 @@ def taps(change: Callable[[PointSpec], PointSpec | None]) -> Callable[[Family], 
     return in_turn(in_stack)
 
 
-def other_gate(tap: PointSpec) -> PointSpec | None:
+def other_gate(spec: PointSpec) -> PointSpec | None:
     """Another slot or slice of what the gate is taken from."""
-    gate = tap.gate
+    gate = spec.gate
     if gate is None:
         return None
     if isinstance(gate.slot, int) and gate.span is None:
-        return replace(tap, gate=replace(gate, slot=gate.slot + 1))
-    return replace(tap, gate=replace(gate, span=(gate.span[0] - 1, gate.span[1] - 1)))
+        return replace(spec, gate=replace(gate, slot=gate.slot + 1))
+    return replace(spec, gate=replace(gate, span=(gate.span[0] - 1, gate.span[1] - 1)))
 
 
 def readouts(change: Callable[[Readout], Readout | None]) -> Callable[[Family], list[Family]]:
@@ -86,6 +86,10 @@ def readouts(change: Callable[[Readout], Readout | None]) -> Callable[[Family], 
         return [] if other is None else [replace(family, readout=other)]
 
     return changed
+
+
+def with_time(pipeline: Pipeline) -> Pipeline:
+    return replace(pipeline, time=replace(pipeline.time, argument="moment"))
 
 
 MUTATIONS: dict[str, Callable[[Family], list[Family]]] = {
@@ -100,23 +104,25 @@ MUTATIONS: dict[str, Callable[[Family], list[Family]]] = {
     "axes turned": in_turn(lambda s: replace(s, sequence_first=not s.sequence_first)),
     "a stack missing": without_last_stack,
     "patch": another_patch,
-    "no such norm": lambda family: [replace(family, final="norm_of_old")],
-    "another norm": lambda family: [replace(family, final=f"{family.stacks[-1].path}.0")],
-    "width of a predicted token": lambda family: [replace(family, out_width=f"{family.out_width}*2")],
-    "another gate": taps(other_gate),
-    "no gate": taps(lambda tap: replace(tap, gate=None) if tap.gate is not None else None),
-    "gate squashed, or not": taps(
-        lambda tap: None if tap.gate is None else replace(tap, gate=replace(tap.gate, tanh=not tap.gate.tanh))
+    "no such norm": lambda family: [replace(family, final=Final("norm_of_old"))],
+    "another norm": lambda family: [replace(family, final=Final(f"{family.stacks[-1].path}.0"))],
+    "width of a predicted token": lambda family: [
+        replace(family, prediction=replace(family.prediction, width=f"{family.prediction.width}*2"))
+    ],
+    "another gate": specs(other_gate),
+    "no gate": specs(lambda spec: replace(spec, gate=None) if spec.gate is not None else None),
+    "gate squashed, or not": specs(
+        lambda spec: None if spec.gate is None else replace(spec, gate=replace(spec.gate, tanh=not spec.gate.tanh))
     ),
     "order of a predicted token": lambda family: (
         [replace(family, readout=replace(family.readout, order={"cyx": "yxc", "yxc": "cyx"}[family.readout.order]))]
-        if family.readout is not None and family.prediction == "bchw" and family.patch == 2
+        if family.readout is not None and family.prediction.axes == "bchw" and family.latents.patch == 2
         else []
     ),
     "another projection": readouts(lambda r: replace(r, modules=r.modules[:-1]) if r.modules else None),
     "no shift": readouts(lambda r: replace(r, shift=None) if r.shift else None),
     "shift told, or not": readouts(lambda r: replace(r, passes_temb=not r.passes_temb)),
-    "time": lambda family: [replace(family, time=replace(family.time, argument="moment"))],
+    "time": lambda family: [replace(family, pipelines=(with_time(family.pipelines[0]),))],
     "grid": lambda family: [replace(family, grid=replace(family.grid, argument="nothing"))],
 }
 
@@ -128,8 +134,8 @@ def test_the_row_passes(name):
         point
         for stack in family.stacks
         for inside in stack.points.values()
-        for point, tap in inside.items()
-        if isinstance(tap, PointSpec)
+        for point, spec in inside.items()
+        if isinstance(spec, PointSpec)
     }
     expected = ["structure", "chain", "residual", "final", "grid", "write", "readout"]
     if "mlp_out" not in points:
@@ -160,6 +166,6 @@ def test_the_page_of_models_is_up_to_date(monkeypatch):
 def test_a_template_is_a_row_that_passes():
     import dit_lens
 
-    source = template(FAMILIES["Chroma"], "ChromaTransformer2DModel")
+    source = write_template(FAMILIES["Chroma"], "ChromaTransformer2DModel")
     row = eval(source, {"dit_lens": dit_lens})
     assert checked(row) == ["structure", "chain", "final", "grid", "write", "readout"]

@@ -10,8 +10,8 @@ from PIL import Image
 from dit_lens import DiTLens, Read, Swap, studies
 from dit_lens.analysis.metrics import rmse
 from dit_lens.errors import FamilyError, OpError
-from dit_lens.instruments.inversion import invert, latents_of, noised_reference
-from dit_lens.instruments.latents import decode, tokens_of
+from dit_lens.instruments.inversion import invert, noised_reference
+from dit_lens.instruments.latents import decode_latents, encode_images, read_latents
 from dit_lens.studies.shared.judges import scene_judge
 from dit_lens.toys import flux, flux2, qwen_image, sana
 from dit_lens.toys.scenes import Scene, draw
@@ -72,7 +72,7 @@ def test_latents_are_what_each_model_was_trained_on(kind, image):
         lens.pipe.vae.bn.running_var.uniform_(1, 4)
     with torch.no_grad():
         expected = packed_by_hand(kind, lens.pipe, kind.to_latents(lens.pipe, pixels))
-    found, grid = latents_of(lens, [image], [CAPTION], {})
+    found, grid = encode_images(lens, [image], [CAPTION], {})
     assert torch.allclose(found, expected, atol=1e-4)
     assert grid[0] * grid[1] == found.shape[1]
 
@@ -84,17 +84,17 @@ def test_final_latents_are_drawn_as_the_pipeline_draws_them(name):
     lens, call = with_autoencoder(name)
     drawn = lens.run(**call, seed=0, num_inference_steps=2).images[0]
     run = lens.run(**call, seed=0, num_inference_steps=2, output_type="latent")
-    assert rmse(decode(lens, tokens_of(lens, run.latents, run.grid), run.grid)[0], drawn) < 0.2
+    assert rmse(decode_latents(lens, read_latents(lens, run.latents, run.grid), run.grid)[0], drawn) < 0.2
     assert np.asarray(drawn).std() > 10
 
 
 def test_latents_are_drawn_as_the_image(toy, image):
-    latents, grid = latents_of(toy, [image], [CAPTION], {})
-    assert rmse(decode(toy, latents, grid)[0], image) < 10
+    latents, grid = encode_images(toy, [image], [CAPTION], {})
+    assert rmse(decode_latents(toy, latents, grid)[0], image) < 10
 
 
 def test_the_noised_reference_is_a_straight_line_from_the_noise_of_the_seed(tiny, noisy):
-    clean, grid = latents_of(tiny, [noisy], ["red"], {})
+    clean, grid = encode_images(tiny, [noisy], ["red"], {})
     way = noised_reference(tiny, [noisy], seed=3, prompts="red")
     plain = tiny.run("red", Read(["x0", "velocity"]), seed=3)
     run = tiny.run("red", [Swap("velocity", source=way, branch="both"), Read(["x0", "velocity"])], seed=3)
@@ -102,31 +102,31 @@ def test_the_noised_reference_is_a_straight_line_from_the_noise_of_the_seed(tiny
     latents = run["x0"] + levels * run["velocity"]  # [s, b, n, d]: what enters the transformer
     noise = plain["x0"][0] + levels[0] * plain["velocity"][0]
     assert torch.allclose(latents, (1 - levels) * clean + levels * noise, atol=1e-4)
-    assert rmse(run.images[0], decode(tiny, clean, grid)[0]) < 0.5
+    assert rmse(run.images[0], decode_latents(tiny, clean, grid)[0]) < 0.5
 
 
 def test_inversion_says_how_well_it_goes_back(tiny, noisy):
     found = invert(tiny, [noisy, noisy], "red")
-    clean, grid = latents_of(tiny, [noisy], ["red"], {})
+    clean, grid = encode_images(tiny, [noisy], ["red"], {})
     again = tiny.run("red", latents=found.noise[:1], true_cfg_scale=1.0, output_type="latent", seed=0).latents
     error = float((again - clean).square().mean().sqrt() / clean.square().mean().sqrt())
     assert found.latent_error[0] == pytest.approx(error, rel=1e-3)
     assert error > 1e-4
-    drawn = rmse(decode(tiny, again, grid)[0], decode(tiny, clean, grid)[0])
+    drawn = rmse(decode_latents(tiny, again, grid)[0], decode_latents(tiny, clean, grid)[0])
     assert found.image_error[1] == pytest.approx(drawn, abs=0.5)
 
 
 def test_inversion_is_euler_from_clean_to_noise(tiny, noisy):
     """Each step, done by hand with the velocity it took; the way then leads back to the image exactly."""
     found = invert(tiny, [noisy], "red")
-    clean, grid = latents_of(tiny, [noisy], ["red"], {})
+    clean, grid = encode_images(tiny, [noisy], ["red"], {})
     run = tiny.run("red", Swap("velocity", source=found.velocity, branch="both"), seed=0, latents=found.noise)
     levels = [*run.sigmas, 0.0]
     latents = clean
     for step in reversed(range(pipelines.STEPS)):
         latents = latents + (levels[step] - levels[step + 1]) * found.velocity[step]
     assert torch.allclose(latents, found.noise, atol=1e-4)
-    assert rmse(run.images[0], decode(tiny, clean, grid)[0]) < 0.5
+    assert rmse(run.images[0], decode_latents(tiny, clean, grid)[0]) < 0.5
 
 
 def test_finer_steps_go_back_better(toy, image):
@@ -151,13 +151,13 @@ def test_images_are_inverted_in_every_form_of_latents(name):
     image = lens.run(**call, seed=0, num_inference_steps=4).images[0]
     found = [invert(lens, [image], None, **call, num_inference_steps=n) for n in (8, 32)]
     assert found[1].latent_error[0] < 0.5 * found[0].latent_error[0]
-    clean, grid = latents_of(lens, [image], None, call)
+    clean, grid = encode_images(lens, [image], None, call)
     way = lens.run(
         ops=Swap("velocity", source=found[0].velocity, branch="both"),
         seed=0,
         **{**call, "latents": found[0].noise, "num_inference_steps": 8},
     )
-    assert rmse(way.images[0], decode(lens, clean, grid)[0]) < 0.5
+    assert rmse(way.images[0], decode_latents(lens, clean, grid)[0]) < 0.5
 
 
 def test_what_cannot_be_done_is_refused_before_anything_runs(tiny, noisy, image, monkeypatch):
@@ -177,7 +177,7 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(tiny, noisy, image,
         invert(linear, [image], CAPTION)
     with pytest.raises(OpError, match=r"64 x 64 pixels, and the run draws 48 x 32"):
         noised_reference(tiny, [image], seed=0)
-    with pytest.raises(OpError, match=r"'noisy.png' is no image. Open it first"):
+    with pytest.raises(OpError, match=r"'noisy.png' is not an image. Open it first"):
         noised_reference(tiny, ["noisy.png"], seed=0)
     with pytest.raises(OpError, match="Give at least one, and all of one size"):
         invert(tiny, [noisy, image])
@@ -208,9 +208,9 @@ def test_a_image_is_a_source_of_a_carrier_and_not_of_a_detail(toy):
         result = studies.transfer_image(lens, [pair], **choices)
         moved[kind] = result.summary.set_index("arm").loc["top"]
         assert rmse(result.images["0/0/source"], pair[0]) < 10
-    assert moved[planted.Carrier]["says_source"] == 1
+    assert moved[planted.Carrier]["fidelity_source"] == 1
     assert moved[planted.Carrier]["to_source"] < 0.1 * moved[planted.Carrier]["to_target"]
-    assert moved[planted.DetailOnly]["says_target"] == 1
+    assert moved[planted.DetailOnly]["fidelity_target"] == 1
     assert moved[planted.DetailOnly]["to_target"] < 0.1 * moved[planted.DetailOnly]["to_source"]
 
 

@@ -9,7 +9,8 @@ import transformers
 
 from dit_lens import DiTLens, Read
 from dit_lens.errors import PromptError
-from dit_lens.instruments.text_embeddings import encode_prompts, encoders, release, returned_names
+from dit_lens.families import find_by_pipeline
+from dit_lens.instruments.text_embeddings import encode_prompts, find_encoders, list_encoded, release
 from tests import pipelines, zoo
 
 PROMPTS = ["a red one", "blue"]
@@ -75,7 +76,7 @@ def test_a_pipeline_of_encoders_alone():
 
 def test_what_release_says():
     lens = fresh()
-    size = sum(t.numel() * t.element_size() for part in encoders(lens.pipe).values() for t in part.parameters())
+    size = sum(t.numel() * t.element_size() for part in find_encoders(lens.pipe).values() for t in part.parameters())
     released = lens.release_encoders()
     assert released.bytes["cpu"] >= size
     assert repr(released).startswith("released text_encoder, text_encoder_2: ")
@@ -92,7 +93,7 @@ def test_encoders_return_to_where_they_were():
     assert torch.equal(here["prompt_embeds"], there["prompt_embeds"])
     with pytest.raises(NotImplementedError):  # nothing can be computed there, and the encoders must come back
         lens.encode(PROMPTS, device="meta")
-    assert {part.device.type for part in encoders(lens.pipe).values()} <= {"cpu", "meta"}
+    assert {part.device.type for part in find_encoders(lens.pipe).values()} <= {"cpu", "meta"}
 
 
 def test_an_offloaded_pipeline_keeps_its_encoders():
@@ -121,8 +122,9 @@ def test_several_images_of_a_prompt_are_refused():
     ],
 )
 def test_pipelines_that_cannot_be_encoded_say_why(name, why):
+    kind = getattr(diffusers, name)
     with pytest.raises(PromptError, match=rf"prompts of {name} cannot be encoded beforehand: .*{why}"):
-        returned_names(getattr(diffusers, name))
+        list_encoded(kind, find_by_pipeline(kind))
 
 
 def test_guidance_by_rows_of_one_encoding():
@@ -165,7 +167,7 @@ def test_names_of_other_families(name, monkeypatch):
     entry = next(entry for entry in zoo.entries() if entry.name == name)
     pipe, call = entry.build(), entry.call(2)
     embeddings = {key for key, value in call.items() if "embeds" in key or "mask" in key}
-    returned = encode.returned_names(type(pipe))
+    returned = list_encoded(type(pipe), find_by_pipeline(type(pipe)))
 
     def stub(self, prompt=None, **given):
         if prompt is None:
@@ -174,8 +176,8 @@ def test_names_of_other_families(name, monkeypatch):
         return tuple(call.get(sign + key, call.get(key, "ids")) for key in returned)
 
     stub.__signature__ = inspect.signature(type(pipe).encode_prompt)
-    monkeypatch.setattr(encode, "returned_names", lambda kind: returned)
-    monkeypatch.setattr(encode, "encoders", lambda pipe: {"text_encoder": None})
+    monkeypatch.setattr(encode, "list_encoded", lambda kind, family: returned)
+    monkeypatch.setattr(encode, "find_encoders", lambda pipe: {"text_encoder": None})
     monkeypatch.setattr(type(pipe), "encode_prompt", stub)
     negative = (
         {} if "negative_prompt" not in inspect.signature(type(pipe).__call__).parameters else {"negative_prompt": "bad"}

@@ -26,7 +26,7 @@ class Blocks:
         return self._anatomy.depth
 
     def __getitem__(self, index: int) -> Block:
-        return Block(self._anatomy, self._model, self._anatomy.block(index))
+        return Block(self._anatomy, self._model, self._anatomy.check_block(index))
 
     def __iter__(self) -> Iterator[Block]:
         return (self[i] for i in range(len(self)))

@@ -276,7 +276,7 @@ def predict_x0(predicted: Tensor, rows: range, context: Context) -> Tensor:
     """
     grid, time, sigma = context.program["grid"], context.program["time"], context.moment.sigma
     latents = pack(argument(context.arguments, grid["latents"], grid["latents_position"]), grid["axes"], grid["patch"])
-    layout: Any = {"layout": "text_first" if grid["rule"] == "marks" else "own", "stream": "img"}
+    layout: Any = {"layout": grid["layout"], "stream": "img"}
     noisy = select_stream(latents, layout, context.image, rows)[0]
     width = min(noisy.shape[-1], predicted.shape[-1])  # a learned variance is left out
     noisy, predicted = noisy[..., :width].float(), predicted[..., :width].float() * time["sign"]

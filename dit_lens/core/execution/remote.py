@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from dit_lens.core.request.call import belongs_to_prompts, needs_weights
+from dit_lens.core.request.call import needs_weights
 from dit_lens.core.runs.files import check_pipeline
 from dit_lens.errors import ExecutionError, OpError, PromptError, StoreError
+from dit_lens.families.arguments import belongs_to_prompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -58,7 +58,7 @@ def replay_answers(
     forwards = plan.program["forwards"]
     first = next((number for number, forward in enumerate(forwards) if forward["visits"]), len(forwards))
     # A pipeline whose first step fills a cache has to compute it, or later steps would find the cache empty.
-    filling = sum(forward["step"] == 0 for forward in forwards) if type(pipe).__name__ in family.caching else 0
+    filling = sum(forward["step"] == 0 for forward in forwards) if family.pipeline(type(pipe)).caches else 0
     program: Program = {**plan.program, "replayed": range(filling, first)}
     return replace(plan, program=program, payload={**plan.payload, "answers": recording.answers})
 

@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import ExecutionError, PromptError, nearest
+from dit_lens.families.arguments import belongs_to_prompts, holds_text, stands_for_prompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
 OUTPUTS = ("pil", "latent")
-
-TEXT = r"(negative_)?prompt(_\d)?"  # a pipeline argument that holds texts
-
-EMBEDDING = r"(pooled_)?prompt_(embeds|attention_mask|cu_seqlens)\w*|prior_token_ids"  # one that holds what they become
-
-STARTS = ("image", "mask_image", "masked_image_latents")
+IMAGES = ("image", "mask_image", "masked_image_latents")  # arguments that a batch may have one of for each image
 
 
 @dataclass(frozen=True)
 class Call:
     """One checked call of the pipeline.
 
-    prompts: one per prompt row, or None when embeddings are given. seeds: one per image, or None with a generator of
-    the user's own. arguments: everything else the pipeline is called with. rows: images in the batch. starts: whether
-    image= holds what images are drawn from, one for each where it is a list, and not what all of them refer to.
+    prompts: one for each row of prompts; None where embeddings stand for them.
+    seeds: one for each image; None with a generator of the user's own.
+    arguments: everything else the pipeline is called with.
+    rows: images in the batch.
+    starts: whether image= holds what images are drawn from, one for each where it is a list, and not what all of them
+      refer to.
+    layered: arguments whose first axis is that of an encoder's layers, and the second that of prompts.
     """
 
     prompts: tuple[str, ...] | None
@@ -38,9 +37,11 @@ class Call:
     arguments: dict[str, Any]
     rows: int
     starts: bool = False
+    layered: tuple[str, ...] = ()
 
     @property
     def images_per_prompt(self) -> int:
+        """How many images are drawn of each prompt."""
         return self.arguments.get("num_images_per_prompt") or 1
 
     def keywords(self) -> dict[str, Any]:
@@ -61,9 +62,9 @@ class Call:
         n = self.images_per_prompt
         span = slice(prompts.start, prompts.stop)
         images = slice(prompts.start * n, prompts.stop * n)
-        arguments = {name: _some(name, value, span) for name, value in self.arguments.items()}
-        for name in arguments.keys() & {"latents", *(STARTS if self.starts else ())}:
-            arguments[name] = _picked(name, arguments[name], {self.rows // n: span, self.rows: images})
+        arguments = {name: self._select(name, value, span) for name, value in self.arguments.items()}
+        for name in arguments.keys() & {"latents", *(IMAGES if self.starts else ())}:
+            arguments[name] = _select_images(name, arguments[name], {self.rows // n: span, self.rows: images})
         return replace(
             self,
             prompts=None if self.prompts is None else self.prompts[span],
@@ -71,6 +72,14 @@ class Call:
             arguments=arguments,
             rows=len(prompts) * n,
         )
+
+    def _select(self, name: str, value: Any, span: slice) -> Any:
+        """What a pipeline argument is for some of the prompts."""
+        if value is None or isinstance(value, str) or not (_per_prompt(name) or belongs_to_prompts(name)):
+            return value
+        if name.endswith("cu_seqlens"):  # where each prompt's tokens begin, and where the last one's end
+            return value[span.start : span.stop + 1] - value[span.start]
+        return value[:, span] if name in self.layered else value[span]
 
 
 def prepare_call(
@@ -82,8 +91,19 @@ def prepare_call(
     defaults: Mapping[str, Any],
     vocabulary: Sequence[str] | None,
     call: Mapping[str, Any],
+    layered: tuple[str, ...] = (),
 ) -> Call:
-    """Checks and completes a call; PromptError says what is wrong with it."""
+    """Checks and completes a call; PromptError says what is wrong with it.
+
+    pipe: the pipeline.
+    prompt: one or several; None where embeddings in ``call`` stand for them.
+    seed: one for all prompts, or one for each image; None: a random one.
+    num_inference_steps: denoising steps; None: as ``call`` or the pipeline says.
+    defaults: arguments of every call.
+    vocabulary: the only words a prompt may have; None: any.
+    call: the pipeline's own arguments.
+    layered: embeddings whose first axis is not that of prompts, as the family's :class:`~dit_lens.families.Text` says.
+    """
     signature = inspect.signature(type(pipe).__call__).parameters
     _check_arguments(type(pipe).__name__, signature, call, seed)
     arguments: dict[str, Any] = {**defaults, **call}
@@ -92,28 +112,38 @@ def prepare_call(
             f"{type(pipe).__name__} draws videos, of which a Run keeps latents only. Pass output_type='latent'."
         )
     device = pipe._execution_device  # noqa: SLF001 diffusers offers no public way
-    arguments |= {name: _moved(value, device) for name, value in arguments.items() if belongs_to_prompts(name)}
+    arguments |= {name: _move(value, device) for name, value in arguments.items() if belongs_to_prompts(name)}
     if prompt is not None and "prompt" not in signature:
         raise PromptError(f"{type(pipe).__name__} takes no prompt. Pass what it draws, such as class_labels=[207].")
     _check_classes(pipe, arguments.get("class_labels"))
-    prompts = _prompts(prompt, arguments)
-    count = len(arguments[_embeddings(arguments) or ""]) if prompts is None else len(prompts)
+    given = _find_embeddings(arguments, layered)
+    prompts = _check_prompts(prompt, given)
+    count = len(arguments[given or ""]) if prompts is None else len(prompts)
     steps = num_inference_steps if num_inference_steps is not None else arguments.get("num_inference_steps")
-    arguments["num_inference_steps"] = _positive(
+    arguments["num_inference_steps"] = _check_positive(
         "num_inference_steps", signature["num_inference_steps"].default if steps is None else steps
     )
     sizes = [side for side in ("height", "width") if arguments.get(side) is not None]
-    arguments |= {side: _positive(side, arguments[side]) for side in sizes}
+    arguments |= {side: _check_positive(side, arguments[side]) for side in sizes}
     texts = {
-        name: _texts(name, value, count) for name, value in arguments.items() if _per_prompt(name) and value is not None
+        name: _list_texts(name, value, count)
+        for name, value in arguments.items()
+        if _per_prompt(name) and value is not None
     }
     arguments |= texts
     if vocabulary is not None:
         _check_words([*(prompts or ()), *(text for some in texts.values() for text in some)], vocabulary)
     each = arguments.get("num_images_per_prompt")
-    rows = count * (1 if each is None else _positive("num_images_per_prompt", each))
-    seeds = None if "generator" in call else _seeds(seed, count, rows)
-    return Call(None if prompts is None else tuple(prompts), seeds, arguments, rows, starts="strength" in signature)
+    rows = count * (1 if each is None else _check_positive("num_images_per_prompt", each))
+    seeds = None if "generator" in call else _list_seeds(seed, count, rows)
+    return Call(
+        None if prompts is None else tuple(prompts),
+        seeds,
+        arguments,
+        rows,
+        starts="strength" in signature,
+        layered=layered,
+    )
 
 
 def _check_classes(pipe: DiffusionPipeline, labels: Sequence[int] | None) -> None:
@@ -141,8 +171,8 @@ def _check_arguments(pipeline: str, signature: Mapping[str, Any], call: Mapping[
         )
 
 
-def _prompts(prompt: str | Sequence[str] | None, arguments: Mapping[str, Any]) -> list[str] | None:
-    given = _embeddings(arguments)
+def _check_prompts(prompt: str | Sequence[str] | None, given: str | None) -> list[str] | None:
+    """Prompts as a list. given: the argument that stands for them, if any."""
     if prompt is None:
         if given is None:
             raise PromptError(
@@ -161,17 +191,13 @@ def _prompts(prompt: str | Sequence[str] | None, arguments: Mapping[str, Any]) -
     return prompts
 
 
-def _embeddings(arguments: Mapping[str, Any]) -> str | None:
+def _find_embeddings(arguments: Mapping[str, Any], layered: tuple[str, ...]) -> str | None:
     """The argument that stands for prompts, where one was passed: one entry for each."""
-    names = [
-        name for name in arguments if name == "class_labels" or re.fullmatch(r"prompt_embeds(_(?!mask)\w+)?", name)
-    ]
-    given = [name for name in sorted(names) if arguments[name] is not None]
-    # HiDream's Llama embeddings begin with an axis of layers.
-    return next((name for name in given if not name.endswith("llama3")), None)
+    names = [name for name in arguments if stands_for_prompts(name) and name not in layered]
+    return min((name for name in names if arguments[name] is not None), default=None)
 
 
-def _texts(name: str, value: str | Sequence[str], count: int) -> list[str]:
+def _list_texts(name: str, value: str | Sequence[str], count: int) -> list[str]:
     """One text per prompt; a single one stands for all."""
     texts = [value] * count if isinstance(value, str) else list(value)
     if len(texts) != count:
@@ -188,7 +214,7 @@ def _check_words(texts: Sequence[str], vocabulary: Sequence[str]) -> None:
                 )
 
 
-def _seeds(seed: int | Sequence[int] | None, count: int, rows: int) -> tuple[int, ...]:
+def _list_seeds(seed: int | Sequence[int] | None, count: int, rows: int) -> tuple[int, ...]:
     """One seed per image: an integer for every prompt, counted up over the images of one prompt; or a list."""
     import torch
 
@@ -204,13 +230,13 @@ def _seeds(seed: int | Sequence[int] | None, count: int, rows: int) -> tuple[int
 
 
 def as_seed(seed: Any) -> int:
-    """A seed as an int; PromptError where it is none."""
+    """Returns the seed as an int; raises PromptError if it is not valid."""
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed.__index__() < 2**63:
         raise PromptError(f"seed {seed!r} is not a whole number from 0 up.")
     return seed.__index__()
 
 
-def _positive(name: str, value: Any) -> int:
+def _check_positive(name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
         raise PromptError(f"{name}={value!r} must be a whole number of at least 1.")
     return value.__index__()
@@ -218,44 +244,38 @@ def _positive(name: str, value: Any) -> int:
 
 def _per_prompt(name: str) -> bool:
     """Whether a pipeline argument holds one text per prompt (prompt_2, negative_prompt, negative_prompt_2 ...)."""
-    return name != "prompt" and re.fullmatch(TEXT, name) is not None
+    return name != "prompt" and holds_text(name)
 
 
 def default_argument(pipe: DiffusionPipeline, name: str) -> Any:
-    """What a pipeline's own call takes for an argument that is not given; None where it has none."""
+    """The default of an argument of a pipeline's own call; None if it has none."""
     parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
     return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
-def belongs_to_prompts(name: str) -> bool:
-    """Whether a pipeline argument stands for prompts, one entry for each: embeddings, their masks, classes."""
-    return re.fullmatch(rf"(negative_)?({EMBEDDING})|class_labels", name) is not None
+def _select_images(name: str, value: Any, spans: Mapping[int, slice]) -> Any:
+    """Some entries of a list or batch with one for every prompt or image; anything else stands for all.
 
-
-def _some(name: str, value: Any, span: slice) -> Any:
-    """What a pipeline argument is for some of the prompts."""
-    if value is None or isinstance(value, str) or not (_per_prompt(name) or belongs_to_prompts(name)):
-        return value
-    if name.endswith("cu_seqlens"):  # where each prompt's tokens begin, and where the last one's end
-        return value[span.start : span.stop + 1] - value[span.start]
-    return value[:, span] if name.endswith("llama3") else value[span]  # layers come first in HiDream's
-
-
-def _picked(name: str, value: Any, spans: Mapping[int, slice]) -> Any:
-    """Some entries of a list or batch with one for every prompt or image; anything else stands for all."""
+    name: of the argument.
+    value: what it holds.
+    spans: number of entries -> those to select.
+    """
     batched = isinstance(value, list | tuple) or getattr(value, "ndim", 0) > (1 if name == "latents" else 3)
     return value[spans[len(value)]] if batched and len(value) in spans else value
 
 
-def _moved(value: Any, device: Any) -> Any:
+def _move(value: Any, device: Any) -> Any:
     """Embeddings on the pipeline's device, to which it does not move them itself."""
     if isinstance(value, list):
-        return [_moved(one, device) for one in value]
+        return [_move(one, device) for one in value]
     return value.to(device) if hasattr(value, "to") else value
 
 
 def needs_weights(pipe: DiffusionPipeline, what: str) -> None:
-    """ExecutionError where a pipeline has none, its model being on a server. what: what needs them, with its verb."""
+    """Raises ExecutionError if the model is on a server, so that this machine has no weights.
+
+    what: what needs them, with its verb.
+    """
     if pipe.device.type == "meta":
         raise ExecutionError(
             f"{what} the model's weights on this machine, and this model is on a server. Load it here, with "

@@ -18,24 +18,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextTokens:
-    """The text tokens of a pipeline's calls. defaults: those of the lens."""
+    """The text tokens of a pipeline's calls.
+
+    pipe: the pipeline.
+    family: of its transformer.
+    defaults: arguments of every call.
+    """
 
     pipe: DiffusionPipeline
     family: Family
     defaults: Mapping[str, Any]
 
-    def names(self, prompt: str) -> list[str]:
+    def to_strings(self, prompt: str) -> list[str]:
         """The tokens of a prompt in order; padding shows as the tokenizer's own mark."""
-        return self.tokenizer.convert_ids_to_tokens(self._tokenized(prompt)["input_ids"])
+        return self.tokenizer.convert_ids_to_tokens(self._tokenize(prompt)["input_ids"])
 
     def count(self, call: Call) -> int | None:
-        """How many there are in a call; None where only the run can tell."""
-        if not self.family.plain_text:
+        """How many there are in a call; None if only the run can tell."""
+        if not self.family.text.plain:
             return None
         embeds = call.arguments.get("prompt_embeds")
         if embeds is not None:
             return int(embeds.shape[1])
-        return call.arguments.get(self.family.text_length) or default_argument(self.pipe, self.family.text_length)
+        return call.arguments.get(self.family.text.length) or default_argument(self.pipe, self.family.text.length)
 
     def find(self, call: Call, row: int, word: str) -> list[int]:
         """The tokens of every occurrence of a word in the prompt of a row."""
@@ -45,7 +50,7 @@ class TextTokens:
             )
         prompt = call.prompts[row // call.images_per_prompt]
         spans = [found.span() for found in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
-        offsets = self._tokenized(prompt, self.count(call))["offset_mapping"]
+        offsets = self._tokenize(prompt, self.count(call))["offset_mapping"]
         found = [
             i for i, (start, stop) in enumerate(offsets) if any(start < end and begin < stop for begin, end in spans)
         ]
@@ -55,25 +60,25 @@ class TextTokens:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of the text stream; PromptError where words cannot be found in it."""
+        """The tokenizer of the text stream; raises PromptError if words cannot be found in that stream."""
         if not any("txt" in stack.outputs for stack in self.family.stacks):
             raise PromptError(f"{self.family.name} has no text stream: its text enters by cross-attention.")
-        if not self.family.plain_text:
+        if not self.family.text.plain:
             raise PromptError(
                 f"the text stream of {self.family.name} holds more than the prompt's own tokens (a template or a "
                 "second encoder's), so words of a prompt cannot be found in it. Use token indices."
             )
-        tokenizer = getattr(self.pipe, self.family.tokenizer, None)
+        tokenizer = getattr(self.pipe, self.family.text.tokenizer, None)
         if tokenizer is None:
             raise PromptError(
-                f"this pipeline was loaded without {self.family.tokenizer}, so words of a prompt cannot be found. "
+                f"this pipeline was loaded without {self.family.text.tokenizer}, so words of a prompt cannot be found. "
                 "Use token indices."
             )
         return tokenizer
 
-    def _tokenized(self, prompt: str, length: int | None = None) -> Any:
+    def _tokenize(self, prompt: str, length: int | None = None) -> Any:
         length = (
-            length or self.defaults.get(self.family.text_length) or default_argument(self.pipe, self.family.text_length)
+            length or self.defaults.get(self.family.text.length) or default_argument(self.pipe, self.family.text.length)
         )
         return self.tokenizer(
             prompt, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True

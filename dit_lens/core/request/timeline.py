@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from dit_lens.core.request.ops import Steps
-    from dit_lens.families import Family, Guidance
-    from dit_lens.families.row import Time
+    from dit_lens.families import Family, Guidance, Pipeline, Time
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,10 @@ class Timeline:
     steps: how many denoising steps run (evaluations of the model, for a scheduler of second order).
     forwards: the forward passes of one step, each the branches of its rows in order.
     sigmas: the noise level of each step, where the scheduler tells it beforehand.
-    repeats: steps at the same timestep as the one before. levels: the noise of every timestep, where it is a table.
-    kind: what is predicted: "flow", "epsilon", "v_prediction", or None where it is none of these.
-    time: what the transformer is told of time; None: what its family says.
+    repeats: steps at the same timestep as the one before.
+    levels: the noise level of every timestep, where the scheduler has a table of them.
+    kind: what is predicted: "flow", "epsilon", "v_prediction", or None for anything else.
+    time: the timestep argument passed to the transformer; None: as its family says.
     """
 
     steps: int
@@ -122,41 +122,46 @@ class Timeline:
 
 
 def make_timeline(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any], tokens: int | None) -> Timeline:
-    """How a pipeline will denoise under ``call`` (its own keyword arguments, ``num_inference_steps`` included).
+    """How a pipeline will denoise.
 
-    tokens: the number of image tokens, on which some schedules depend; None when unknown.
+    pipe: the pipeline.
+    family: of its transformer.
+    call: its own keyword arguments, ``num_inference_steps`` included.
+    tokens: the number of image tokens, on which some schedules depend; None if unknown.
     """
-    _refuse(pipe, family, call)
+    pipeline = family.pipeline(type(pipe))
+    _refuse(pipe, pipeline, call)
     given = call.get("sigmas") if call.get("sigmas") is not None else call.get("timesteps")
     total = len(given) if given is not None else call["num_inference_steps"]
     skipped = 0
     strength = call.get("strength", default_argument(pipe, "strength"))
     if strength is not None:
-        skipped = int(max(total - min(total * strength, total), 0))
+        skipped = int(max(total - min(total * strength, total), 0))  # as get_timesteps of FluxImg2ImgPipeline
         if skipped == total:
             raise PromptError(f"strength={strength} with {total} steps leaves none to run. Raise one of them.")
-    calls, levels = calls_per_step(pipe, family, call), _levels(pipe.scheduler)
-    kind, time = _kind(pipe.scheduler, levels), family.time_of(pipe)
+    forwards, levels = _plan_forwards(pipe, pipeline.guidance, call), _list_levels(pipe.scheduler)
+    kind, time = _find_kind(pipe.scheduler, levels), pipeline.time
     order = getattr(pipe.scheduler, "order", 1)
     if order > 1 or (levels is not None and given is None):  # the scheduler alone decides how often it calls the model
-        times = _times(pipe.scheduler, total)[skipped * order :]
+        times = _set_timesteps(pipe.scheduler, total)[skipped * order :]
         repeats = tuple(i for i in range(1, len(times)) if times[i] == times[i - 1])
         sigmas = None if levels is None else tuple(levels[round(time)] for time in times)
-        return Timeline(len(times), calls, sigmas, repeats, levels, kind, time)
-    sigmas = _sigmas(pipe, call, total, tokens)
-    return Timeline(total - skipped, calls, None if sigmas is None else sigmas[skipped:], (), levels, kind, time)
+        return Timeline(len(times), forwards, sigmas, repeats, levels, kind, time)
+    sigmas = _compute_sigmas(pipe, call, total, tokens)
+    return Timeline(total - skipped, forwards, None if sigmas is None else sigmas[skipped:], (), levels, kind, time)
 
 
-def calls_per_step(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """The transformer calls of one step: the family's when guidance is on, else one conditional call."""
-    guidance = family.guidance_of(pipe)
+def _plan_forwards(
+    pipe: DiffusionPipeline, guidance: Guidance | None, call: Mapping[str, Any]
+) -> tuple[tuple[str, ...], ...]:
+    """The forward passes of one step: those of ``guidance`` where it is on, else a conditional one."""
     if guidance is None or (guidance.distilled is not None and pipe.config.get(guidance.distilled)):
         return (("cond",),)
     negative = not guidance.negative or any(call.get(name) is not None for name in guidance.negative)
-    return guidance.calls if negative and _scale(pipe, guidance, call) > guidance.above else (("cond",),)
+    return guidance.calls if negative and _guidance_scale(pipe, guidance, call) > guidance.above else (("cond",),)
 
 
-def _scale(pipe: DiffusionPipeline, guidance: Guidance, call: Mapping[str, Any]) -> float:
+def _guidance_scale(pipe: DiffusionPipeline, guidance: Guidance, call: Mapping[str, Any]) -> float:
     if guidance.scale is None:
         return float("inf")
     value = call.get(guidance.scale)
@@ -164,18 +169,15 @@ def _scale(pipe: DiffusionPipeline, guidance: Guidance, call: Mapping[str, Any])
     return value if isinstance(value, int | float) else guidance.above
 
 
-def _refuse(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any]) -> None:
-    """What would change the calls inside a run is refused before it starts."""
-    for name, reason in family.refuses.items():
-        if call.get(name) is not None:
-            raise PromptError(f"{name}= cannot be followed with {family.name}: {reason}. Leave it out.")
-    perturbed = call.get("pag_scale", default_argument(pipe, "pag_scale"))
-    if perturbed:
-        raise PromptError(
-            f"pag_scale={perturbed} adds rows of perturbed attention to the transformer's calls, which are neither "
-            "branch. Pass pag_scale=0, or use the pipeline without PAG."
-        )
-    guidance = family.guidance_of(pipe)
+def _refuse(pipe: DiffusionPipeline, pipeline: Pipeline, call: Mapping[str, Any]) -> None:
+    """Refuses, before a run starts, what would change the transformer calls inside it."""
+    for one in pipeline.refuses:
+        value = call.get(one.argument, default_argument(pipe, one.argument))
+        if value is not None and (one.off is None or value != one.off):
+            given = f"{one.argument}=" if one.off is None else f"{one.argument}={value}"
+            remedy = "Leave it out" if one.off is None else f"Pass {one.argument}={one.off}"
+            raise PromptError(f"{given} cannot be followed with {type(pipe).__name__}: {one.reason}. {remedy}.")
+    guidance = pipeline.guidance
     cut = None if guidance is None or guidance.cut is None else call.get(guidance.cut)
     if guidance is not None and cut is not None and cut < 1:
         raise PromptError(
@@ -184,30 +186,41 @@ def _refuse(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any]) ->
         )
 
 
-def _times(scheduler: Any, steps: int) -> list[float]:
-    """The timesteps a copy of the scheduler sets; which of them are equal does not depend on a shift."""
+def _set_timesteps(scheduler: Any, steps: int) -> list[float]:
+    """The timesteps that a copy of the scheduler sets. Which of them are equal does not depend on ``mu``."""
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
     return [float(time) for time in scheduler.timesteps]
 
 
-def _kind(scheduler: Any, levels: list[float] | None) -> str | None:
-    """What the transformer predicts: a flow unless the scheduler says otherwise."""
+def _find_kind(scheduler: Any, levels: list[float] | None) -> str | None:
+    """What the transformer predicts: a flow, unless the scheduler says otherwise."""
     kind = "flow" if levels is None else scheduler.config.get("prediction_type", "epsilon")
     return kind if kind in ("flow", "epsilon", "v_prediction") else None
 
 
-def _levels(scheduler: Any) -> list[float] | None:
-    """sqrt(1 - alpha bar) of every training timestep, for schedulers that keep such a table and are no flow."""
+def _list_levels(scheduler: Any) -> list[float] | None:
+    """The noise level of every training timestep, for schedulers that keep such a table and do not sample a flow.
+
+    DDPM (arXiv 2006.11239, eq. 4): x_t = sqrt(alpha bar) x0 + sqrt(1 - alpha bar) noise.
+    """
     table = getattr(scheduler, "alphas_cumprod", None)
     flow = scheduler.config.get("use_flow_sigmas") or scheduler.config.get("prediction_type") == "flow_prediction"
     return None if table is None or flow else [max(1 - float(kept), 0.0) ** 0.5 for kept in table]
 
 
-def _sigmas(
+def _compute_sigmas(
     pipe: DiffusionPipeline, call: Mapping[str, Any], steps: int, tokens: int | None
 ) -> tuple[float, ...] | None:
-    """The noise levels a copy of the scheduler sets, with the helpers of the pipeline's own module."""
+    """The noise levels that a copy of the scheduler sets; None where they cannot be known before the run.
+
+    As FluxPipeline.__call__: equal steps from 1 to 1 / steps, shifted by ``mu``, which grows with the number of image
+    tokens (arXiv 2403.03206, section 5.3.2). Both functions are those of the pipeline's own module.
+
+    pipe, call: the pipeline and its arguments.
+    steps: how many there are.
+    tokens: image tokens; None if unknown.
+    """
     import numpy as np
 
     module = inspect.getmodule(type(pipe))
@@ -220,7 +233,7 @@ def _sigmas(
         return None
     mu = shift(
         tokens,
-        config.get("base_image_seq_len", 256),
+        config.get("base_image_seq_len", 256),  # these are the defaults of FluxPipeline
         config.get("max_image_seq_len", 4096),
         config.get("base_shift", 0.5),
         config.get("max_shift", 1.15),

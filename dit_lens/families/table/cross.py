@@ -2,319 +2,313 @@
 
 from __future__ import annotations
 
-from dit_lens.families.row import Family, Grid, Guidance, Readout, Time
-from dit_lens.families.table import more_points, points
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from dit_lens.families.row import Example, Family, Final, Grid, Guidance, Latents, Pipeline, Prediction, Readout, Time
+from dit_lens.families.stack import PointSpec
+from dit_lens.families.table.points import (
+    NO_SHIFTS,
+    Points,
+    adaln_zero,
+    attention,
+    entering,
+    fused_qkv,
+    gated,
+    modulation,
+    neurons,
+    tabled,
+)
 from dit_lens.families.table.shared import (
-    CALLS,
     COND_UNCOND,
     HEADS,
+    IMAGE,
+    IMAGE_OUT,
+    LATENTS,
     NEGATIVE,
+    NO_ENCODER,
     PACKED,
+    PAG,
     PATCHED,
     PIXELS,
     ROWS,
     SMALL,
     TWO_CALLS,
+    UNNAMED,
+    WAN_VAE,
+    WITH_MASK,
+    WITH_MASKS,
     image_stack,
-    text_stack,
+    not_returned,
 )
 
-_IMAGE = Grid("bchw", patch="patch_size")
-_LATENTS = "randn b in_channels h w"
+if TYPE_CHECKING:
+    from torch import Tensor
 
+    from dit_lens.families.example_call import CallSizes
+
+_DIT_POINTS = {"img": {**adaln_zero("norm1", PointSpec("attn1"), "ff", "norm3"), **attention("attn1")}}
 DIT = Family(
     name="DiT",
     transformer="DiTTransformer2DModel",
-    pipelines=("DiTPipeline",),
-    stacks=(image_stack("transformer_blocks", points=points.DIT),),
-    final="norm_out",
-    readout=Readout(("proj_out_2",), "yxc", shift=("transformer_blocks.0.norm1.emb", None), projection="proj_out_1"),
+    pipelines=(Pipeline("DiTPipeline", Guidance(COND_UNCOND), encodes=NO_ENCODER, latents=None, returns=None),),
+    stacks=(image_stack("transformer_blocks", points=_DIT_POINTS),),
     width="inner_dim",
-    out_width=PIXELS,
-    grid=_IMAGE,
-    guidance=Guidance(COND_UNCOND),
-    prediction="bchw",
-    check_config={
-        **SMALL,
-        "in_channels": 4,
-        "out_channels": 8,
-        "num_layers": 2,
-        "sample_size": 4,
-        "num_embeds_ada_norm": 4,
-    },
-    check_grid=(2, 2),
-    call={"hidden_states": _LATENTS, "timestep": "long b", "class_labels": "long b"},
+    grid=IMAGE,
+    prediction=IMAGE_OUT,
+    readout=Readout(("proj_out_2",), "yxc", shift=("transformer_blocks.0.norm1.emb", None), projection="proj_out_1"),
+    example=Example(
+        config={
+            **SMALL,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 2,
+            "sample_size": 4,
+            "num_embeds_ada_norm": 4,
+        },
+        call={"hidden_states": LATENTS, "timestep": "ones_long b", "class_labels": "ones_long b"},
+        grid=(2, 2),
+    ),
 )
 
+_PIXART_POINTS = {"img": tabled("timestep", "attn1", "ff", "norm2", neurons("ff"), cross="attn2")}
+_PIXART = Pipeline("PixArtAlphaPipeline", ROWS, encodes=WITH_MASKS, latents=None)
 PIXART = Family(
     name="PixArt",
     transformer="PixArtTransformer2DModel",
-    pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
-    stacks=(image_stack("transformer_blocks", points=points.PIXART),),
-    final="norm_out",
-    readout=Readout(order="yxc", shift=("adaln_single", 1), table="scale_shift_table"),
+    pipelines=(
+        _PIXART,
+        *_PIXART.also("PixArtSigmaPipeline", tested=True),
+        *_PIXART.also("PixArtSigmaPAGPipeline", refuses=(PAG,)),
+    ),
+    stacks=(image_stack("transformer_blocks", points=_PIXART_POINTS),),
     width="inner_dim",
-    out_width=PIXELS,
-    grid=_IMAGE,
-    guidance=ROWS,
-    prediction="bchw",
-    check_config={
-        **SMALL,
-        "in_channels": 4,
-        "out_channels": 8,
-        "num_layers": 2,
-        "sample_size": 8,
-        "cross_attention_dim": 32,
-        "caption_channels": 8,
-        "use_additional_conditions": False,
-    },
-    call={
-        "hidden_states": _LATENTS,
-        "encoder_hidden_states": "randn b t caption_channels",
-        "timestep": "full 500 b",
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    },
+    grid=IMAGE,
+    prediction=IMAGE_OUT,
+    readout=Readout(order="yxc", shift=("adaln_single", 1), table="scale_shift_table"),
+    example=Example(
+        config={
+            **SMALL,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 2,
+            "sample_size": 8,
+            "cross_attention_dim": 32,
+            "caption_channels": 8,
+            "use_additional_conditions": False,
+        },
+        call={
+            "hidden_states": LATENTS,
+            "encoder_hidden_states": "randn b t caption_channels",
+            "timestep": "full 500 b",
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        },
+    ),
 )
 
+_CONVOLUTIONS = {
+    "mlp.pre": PointSpec("ff.conv_inverted", axes="bchw"),
+    "mlp.post": replace(entering("ff.conv_point"), axes="bchw"),
+}
+_SANA_POINTS = {"img": tabled("timestep", "attn1", "ff", "norm2", _CONVOLUTIONS, cross="attn2", mlp_axes="bchw")}
+_SANA = Pipeline("SanaPipeline", ROWS, encodes=WITH_MASKS)
+_SPRINT = Pipeline("SanaSprintPipeline", None, Time(), encodes=("prompt_embeds", "prompt_attention_mask"))
 SANA = Family(
     name="SANA",
     transformer="SanaTransformer2DModel",
-    pipelines=("SanaPipeline", "SanaSprintPipeline"),
-    stacks=(image_stack("transformer_blocks", points=points.SANA, attends="its attention is linear and forms none"),),
-    final="norm_out",
-    readout=PACKED,
+    pipelines=(
+        _SANA,
+        _SPRINT,
+        *_SPRINT.also("SanaSprintImg2ImgPipeline", needs_image=True),
+        *_SANA.also("SanaControlNetPipeline"),
+        *_SANA.also("SanaPAGPipeline", refuses=(PAG,)),
+    ),
+    stacks=(image_stack("transformer_blocks", points=_SANA_POINTS, attends="its attention is linear and forms none"),),
     width=HEADS,
-    out_width=PIXELS,
-    grid=_IMAGE,
-    guidance=ROWS,
-    variants={"SanaSprintPipeline": None, "SanaSprintImg2ImgPipeline": None},
-    times={"SanaSprintPipeline": Time(), "SanaSprintImg2ImgPipeline": Time()},
-    prediction="bchw",
-    patch=1,
-    embedded="guidance_embeds",
-    check_config={
-        **SMALL,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_layers": 2,
-        "num_cross_attention_heads": 2,
-        "cross_attention_head_dim": 16,
-        "cross_attention_dim": 32,
-        "caption_channels": 8,
-        "sample_size": 8,
-    },
-    call={
-        "hidden_states": _LATENTS,
-        "encoder_hidden_states": "randn b t caption_channels",
-        "timestep": "full 500 b",
-        "guidance": "full 1 b",
-    },
+    grid=IMAGE,
+    prediction=IMAGE_OUT,
+    readout=PACKED,
+    latents=Latents(patch=1),
+    guidance_flag="guidance_embeds",
+    example=Example(
+        config={
+            **SMALL,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 16,
+            "cross_attention_dim": 32,
+            "caption_channels": 8,
+            "sample_size": 8,
+        },
+        call={
+            "hidden_states": LATENTS,
+            "encoder_hidden_states": "randn b t caption_channels",
+            "timestep": "full 500 b",
+            "guidance": "full 1 b",
+        },
+    ),
 )
 
+
+def _rope(sizes: CallSizes) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of no rotation at all."""
+    import torch
+
+    shape = (sizes.tokens, sizes.config["attention_head_dim"])
+    return torch.ones(shape), torch.zeros(shape)
+
+
+_SKIPS = "blocks of the second half begin from a mixture with an earlier block"
+_HUNYUAN_DIT_POINTS: Mapping[str, Points] = {
+    "img": {
+        "attn_out": _SKIPS,
+        "mlp_out": _SKIPS,
+        "cross_out": PointSpec("attn2"),
+        "resid_mid": entering("norm3"),
+        **neurons("ff"),
+        **attention("attn1"),
+    }
+}
+_HUNYUAN_DIT = Pipeline(
+    "HunyuanDiTPipeline",
+    ROWS,
+    encodes=not_returned("prompt_embeds_2", "prompt_attention_mask_2"),
+    latents=None,
+)
 HUNYUAN_DIT = Family(
     name="Hunyuan-DiT",
     transformer="HunyuanDiT2DModel",
-    pipelines=("HunyuanDiTPipeline",),
-    stacks=(image_stack("blocks", points=more_points.HUNYUAN_DIT),),
-    final="norm_out",
-    readout=PATCHED,
+    pipelines=(
+        _HUNYUAN_DIT,
+        *_HUNYUAN_DIT.also("HunyuanDiTControlNetPipeline"),
+        *_HUNYUAN_DIT.also("HunyuanDiTPAGPipeline", refuses=(PAG,)),
+    ),
+    stacks=(image_stack("blocks", points=_HUNYUAN_DIT_POINTS),),
     width="inner_dim",
-    out_width=PIXELS,
-    grid=_IMAGE,
-    guidance=ROWS,
-    prediction="bchw",
-    check_config={
-        **SMALL,
-        "in_channels": 4,
-        "patch_size": 2,
-        "sample_size": 8,
-        "hidden_size": 32,
-        "num_layers": 4,
-        "cross_attention_dim": 8,
-        "cross_attention_dim_t5": 8,
-        "pooled_projection_dim": 8,
-        "text_len": 5,
-        "text_len_t5": 5,
-    },
-    call={
-        "hidden_states": _LATENTS,
-        "timestep": "full 500 b",
-        "encoder_hidden_states": "randn b t cross_attention_dim",
-        "text_embedding_mask": "ones_long b t",
-        "encoder_hidden_states_t5": "randn b t cross_attention_dim_t5",
-        "text_embedding_mask_t5": "ones_long b t",
-        "image_meta_size": "full 64 b 6",
-        "style": "zeros_long b",
-        "image_rotary_emb": "rope n attention_head_dim",
-    },
+    grid=IMAGE,
+    prediction=IMAGE_OUT,
+    readout=PATCHED,
+    example=Example(
+        config={
+            **SMALL,
+            "in_channels": 4,
+            "patch_size": 2,
+            "sample_size": 8,
+            "hidden_size": 32,
+            "num_layers": 4,
+            "cross_attention_dim": 8,
+            "cross_attention_dim_t5": 8,
+            "pooled_projection_dim": 8,
+            "text_len": 5,
+            "text_len_t5": 5,
+        },
+        call={
+            "hidden_states": LATENTS,
+            "timestep": "full 500 b",
+            "encoder_hidden_states": "randn b t cross_attention_dim",
+            "text_embedding_mask": "ones_long b t",
+            "encoder_hidden_states_t5": "randn b t cross_attention_dim_t5",
+            "text_embedding_mask_t5": "ones_long b t",
+            "image_meta_size": "full 64 b 6",
+            "style": "zeros_long b",
+            "image_rotary_emb": _rope,
+        },
+    ),
 )
 
-LUMINA = Family(
-    name="Lumina-Next",
-    transformer="LuminaNextDiT2DModel",
-    pipelines=("LuminaPipeline",),
-    stacks=(image_stack("layers", "layer", points=more_points.LUMINA),),
-    final="norm_out",
-    readout=Readout((), "yxc"),
-    width="hidden_size",
-    out_width=PIXELS,
-    grid=_IMAGE,
-    guidance=Guidance(COND_UNCOND),
-    time=Time(offset=1.0, scale=-1.0),
-    prediction="bchw",
-    sign=-1,
-    check_config={
-        "sample_size": 8,
-        "in_channels": 4,
-        "hidden_size": 32,
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "num_kv_heads": 1,
-        "multiple_of": 8,
-        "cross_attention_dim": 8,
-    },
-    call={
-        "hidden_states": _LATENTS,
-        "timestep": "full 0.5 b",
-        "encoder_hidden_states": "randn b t cross_attention_dim",
-        "encoder_mask": "ones_long b t",
-        "image_rotary_emb": "turns 8",
-        "cross_attention_kwargs": {"base_sequence_length": 4},
-    },
-)
-
+_PRX_MODULATION = PointSpec("modulation.lin")
+_PRX_POINTS = {
+    "img": {
+        **modulation(_PRX_MODULATION),
+        "attn_out": gated("attention", replace(_PRX_MODULATION, span=(2, 3))),
+        "resid_mid": entering("post_attention_layernorm"),
+        "mlp_out": gated("down_proj", replace(_PRX_MODULATION, span=(5, 6))),
+        "mlp.pre": PointSpec("gate_proj"),
+        "mlp.post": entering("down_proj"),
+        **fused_qkv("attention.img_qkv_proj"),
+        "attn.z": entering("attention.to_out.0"),
+    }
+}
+_PRX = Pipeline("PRXPipeline", ROWS, Time(), encodes=UNNAMED)
 PRX = Family(
     name="PRX",
     transformer="PRXTransformer2DModel",
-    pipelines=("PRXPipeline",),
-    stacks=(image_stack("blocks", points=more_points.PRX, attends="text_first"),),
-    final="final_layer",
-    readout=Readout(()),
+    pipelines=(_PRX, *_PRX.also("PRXPixelPipeline")),
+    stacks=(image_stack("blocks", points=_PRX_POINTS, attends="text_first"),),
     width="hidden_size",
-    out_width="in_channels*patch_size*patch_size",
-    grid=_IMAGE,
-    guidance=ROWS,
-    time=Time(),
-    prediction="bchw",
-    check_config={
-        "in_channels": 4,
-        "context_in_dim": 8,
-        "hidden_size": 32,
-        "num_heads": 2,
-        "depth": 2,
-        "axes_dim": [8, 8],
-    },
-    call={
-        "hidden_states": _LATENTS,
-        "timestep": "full 0.5 b",
-        "encoder_hidden_states": "randn b t context_in_dim",
-        "attention_mask": "true b t",
-    },
+    grid=IMAGE,
+    final=Final("final_layer"),
+    prediction=Prediction("in_channels*patch_size*patch_size", "bchw"),
+    readout=Readout(()),
+    example=Example(
+        config={
+            "in_channels": 4,
+            "context_in_dim": 8,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "depth": 2,
+            "axes_dim": [8, 8],
+        },
+        call={
+            "hidden_states": LATENTS,
+            "timestep": "full 0.5 b",
+            "encoder_hidden_states": "randn b t context_in_dim",
+            "attention_mask": "true b t",
+        },
+    ),
 )
 
+_CLAMPED = "its gates are clamped before the hyperbolic tangent"
+_NUCLEUS_POINTS = {
+    "img": {
+        "attn_out": _CLAMPED,
+        "mlp_out": _CLAMPED,
+        "resid_mid": entering("pre_mlp_norm"),
+        **modulation(PointSpec("img_mod.1"), NO_SHIFTS),
+        **attention("attn"),
+    }
+}
 NUCLEUS = Family(
     name="Nucleus-Image",
     transformer="NucleusMoEImageTransformer2DModel",
-    pipelines=("NucleusMoEImagePipeline",),
-    stacks=(image_stack("transformer_blocks", points=more_points.NUCLEUS, attends="image_first"),),
-    final="norm_out",
-    readout=PACKED,
-    width="inner_dim",
-    out_width=PIXELS,
-    grid=Grid("shapes", "img_shapes"),
-    guidance=Guidance(TWO_CALLS, negative=NEGATIVE),
-    time=Time(),
-    sign=-1,
-    check_config={
-        **SMALL,
-        "in_channels": 8,
-        "out_channels": 2,
-        "num_layers": 5,
-        "num_key_value_heads": 1,
-        "joint_attention_dim": 8,
-        "axes_dims_rope": (4, 6, 6),
-        "mlp_ratio": 6.0,
-        "num_experts": 2,
-        "moe_intermediate_dim": 16,
-        "capacity_factors": 1.0,
-    },
-    call={
-        "hidden_states": "randn b n in_channels",
-        "encoder_hidden_states": "randn b t joint_attention_dim",
-        "timestep": "full 0.5 b",
-        "img_shapes": "shapes_flat",
-    },
-)
-
-COSMOS = Family(
-    name="Cosmos-Predict2",
-    transformer="CosmosTransformer3DModel",
-    pipelines=("Cosmos2TextToImagePipeline",),
-    stacks=(image_stack("transformer_blocks", points=more_points.COSMOS),),
-    final="norm_out",
-    readout=PATCHED,
-    width=HEADS,
-    out_width="out_channels*patch_size",
-    grid=Grid("bcfhw", patch="patch_size"),
-    guidance=CALLS,
-    time=Time(),
-    prediction="bcfhw",
-    check_config={
-        **SMALL,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_layers": 2,
-        "mlp_ratio": 2.0,
-        "text_embed_dim": 8,
-        "adaln_lora_dim": 6,
-        "max_size": (1, 16, 16),
-        "concat_padding_mask": False,
-        "extra_pos_embed_type": None,
-    },
-    call={
-        "hidden_states": "randn b in_channels 1 h w",
-        "timestep": "full 0.5 b",
-        "encoder_hidden_states": "randn b t text_embed_dim",
-    },
-)
-
-KANDINSKY5 = Family(
-    name="Kandinsky 5",
-    transformer="Kandinsky5Transformer3DModel",
-    pipelines=("Kandinsky5T2IPipeline",),
-    stacks=(
-        text_stack("text_transformer_blocks", "text", "x", points=more_points.KANDINSKY5_TEXT),
-        image_stack("visual_transformer_blocks", "visual", "visual_embed", points=more_points.KANDINSKY5),
+    pipelines=(
+        Pipeline(
+            "NucleusMoEImagePipeline",
+            Guidance(TWO_CALLS, negative=NEGATIVE),
+            Time(),
+            encodes=WITH_MASK,
+        ),
     ),
-    final="out_layer",
-    readout=Readout(()),
-    final_axes="bfhwc",
-    width="config.model_dim",
-    out_width="config.out_visual_dim*patch_size",
-    grid=Grid("bfhwc", patch="patch_size"),
-    guidance=CALLS,
-    prediction="bfhwc",
-    chooses_size=("Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline"),
-    check_config={
-        "in_visual_dim": 4,
-        "in_text_dim": 8,
-        "in_text_dim2": 8,
-        "time_dim": 16,
-        "out_visual_dim": 4,
-        "model_dim": 32,
-        "ff_dim": 48,
-        "num_text_blocks": 1,
-        "num_visual_blocks": 2,
-        "axes_dims": (4, 6, 6),
-    },
-    call={
-        "hidden_states": "randn b 1 h w in_visual_dim",
-        "encoder_hidden_states": "randn b t in_text_dim",
-        "pooled_projections": "randn b in_text_dim2",
-        "timestep": "full 500 b",
-        "visual_rope_pos": "axes",
-        "text_rope_pos": "count t",
-    },
+    stacks=(image_stack("transformer_blocks", points=_NUCLEUS_POINTS, attends="image_first"),),
+    width="inner_dim",
+    grid=Grid("shapes", "img_shapes"),
+    prediction=Prediction(PIXELS, sign=-1),
+    readout=PACKED,
+    latents=WAN_VAE,
+    example=Example(
+        config={
+            **SMALL,
+            "in_channels": 8,
+            "out_channels": 2,
+            "num_layers": 5,
+            "num_key_value_heads": 1,
+            "joint_attention_dim": 8,
+            "axes_dims_rope": (4, 6, 6),
+            "mlp_ratio": 6.0,
+            "num_experts": 2,
+            "moe_intermediate_dim": 16,
+            "capacity_factors": 1.0,
+        },
+        call={
+            "hidden_states": "randn b n in_channels",
+            "encoder_hidden_states": "randn b t joint_attention_dim",
+            "timestep": "full 0.5 b",
+            "img_shapes": "shapes_flat",
+        },
+    ),
 )
 
-CROSS = (DIT, PIXART, SANA, HUNYUAN_DIT, LUMINA, PRX, NUCLEUS, COSMOS, KANDINSKY5)
+CROSS = (DIT, PIXART, SANA, HUNYUAN_DIT, PRX, NUCLEUS)

@@ -4,317 +4,353 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dit_lens.families.row import Family, Grid, Guidance, Readout, Time
-from dit_lens.families.table import more_points, points
+from dit_lens.families.row import (
+    Example,
+    Family,
+    Final,
+    Grid,
+    Pipeline,
+    Prediction,
+    Readout,
+    Refusal,
+    Text,
+    Time,
+)
+from dit_lens.families.stack import PointSpec
+from dit_lens.families.table.points import (
+    Points,
+    added_attention,
+    attention,
+    both,
+    double,
+    entering,
+    fused_qkv,
+    gated,
+    modulation,
+    neurons,
+)
 from dit_lens.families.table.shared import (
     CALLS,
-    HEADS,
+    IMAGE,
     IMAGE_FIRST,
+    IMAGE_OUT,
+    LATENTS,
     PACKED,
+    PAG,
     PATCHED,
     PIXELS,
     ROWS,
     SMALL,
     TRUE_CFG,
-    TWO_CALLS,
+    WAN_VAE,
+    WITH_IMAGES,
+    WITH_MASK,
+    WITH_MASKS,
     double_stack,
     joint_stack,
-    text_stack,
 )
 
-_IMAGE = Grid("bchw", patch="patch_size")
-_LATENTS = "randn b in_channels h w"
 
+def _qwen(stream: str, slot: int) -> Points:
+    mod = PointSpec(f"{stream}_mod")
+    return {
+        **modulation(mod),
+        "attn_out": gated("attn", replace(mod, span=(2, 3)), slot=slot),
+        "resid_mid": entering(f"{stream}_norm2"),
+        "mlp_out": gated(f"{stream}_mlp", replace(mod, span=(5, 6))),
+        **neurons(f"{stream}_mlp"),
+    }
+
+
+_QWEN_POINTS = {
+    "img": {**_qwen("img", 0), **attention("attn")},
+    "txt": {**_qwen("txt", 1), **added_attention()},
+}
+_QWEN = Pipeline("QwenImagePipeline", TRUE_CFG, Time(), encodes=WITH_MASK)
 QWEN_IMAGE = Family(
     name="Qwen-Image",
     transformer="QwenImageTransformer2DModel",
-    pipelines=("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
-    stacks=(double_stack(name="block", points=points.QWEN),),
-    final="norm_out",
-    readout=PACKED,
+    pipelines=(
+        _QWEN,
+        *_QWEN.also(
+            "QwenImageEditPipeline",
+            "QwenImageEditPlusPipeline",
+            encodes=WITH_IMAGES,
+            needs_image=True,
+            chooses_size=True,
+            tested=True,
+        ),
+        *_QWEN.also("QwenImageEditInpaintPipeline", encodes=WITH_IMAGES, needs_image=True, chooses_size=True),
+        *_QWEN.also("QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline", needs_image=True),
+        *_QWEN.also("QwenImageControlNetPipeline", "QwenImageControlNetInpaintPipeline", "QwenImageLayeredPipeline"),
+    ),
+    stacks=(double_stack(name="block", points=_QWEN_POINTS),),
     width="inner_dim",
-    out_width=PIXELS,
     grid=Grid("shapes", "img_shapes"),
-    guidance=TRUE_CFG,
-    time=Time(),
-    chooses_size=("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageEditInpaintPipeline"),
-    check_config={
-        **SMALL,
-        "num_layers": 2,
-        "in_channels": 8,
-        "out_channels": 2,
-        "joint_attention_dim": 8,
-        "axes_dims_rope": (4, 6, 6),
-    },
-    call={
-        "hidden_states": "randn b n in_channels",
-        "encoder_hidden_states": "randn b t joint_attention_dim",
-        "encoder_hidden_states_mask": "true b t",
-        "timestep": "full 0.5 b",
-        "img_shapes": "shapes",
-    },
+    prediction=Prediction(PIXELS),
+    readout=PACKED,
+    latents=WAN_VAE,
+    example=Example(
+        config={
+            **SMALL,
+            "num_layers": 2,
+            "in_channels": 8,
+            "out_channels": 2,
+            "joint_attention_dim": 8,
+            "axes_dims_rope": (4, 6, 6),
+        },
+        call={
+            "hidden_states": "randn b n in_channels",
+            "encoder_hidden_states": "randn b t joint_attention_dim",
+            "encoder_hidden_states_mask": "true b t",
+            "timestep": "full 0.5 b",
+            "img_shapes": "shapes",
+        },
+    ),
 )
 
+_SD3_POINTS = {**double(), "img": {**double()["img"], "attn2_out": gated("attn2", PointSpec("norm1", slot=6))}}
+_SKIPPED = Refusal("skip_guidance_layers", "it adds a call of the transformer at some steps, whose blocks are skipped")
+_SD3 = Pipeline(
+    "StableDiffusion3Pipeline",
+    ROWS,
+    encodes=(
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ),
+    refuses=(_SKIPPED,),
+)
 SD3 = Family(
     name="Stable Diffusion 3",
     transformer="SD3Transformer2DModel",
-    pipelines=("StableDiffusion3Pipeline",),
-    stacks=(replace(double_stack(name="block", points=points.SD3, attends="image_first"), ends_without=("txt",)),),
-    final="norm_out",
+    pipelines=(
+        _SD3,
+        *_SD3.also("StableDiffusion3ControlNetPipeline", "StableDiffusion3ControlNetInpaintingPipeline"),
+        *_SD3.also(
+            "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", latents=None, needs_image=True
+        ),
+        *_SD3.also("StableDiffusion3PAGPipeline", refuses=(_SKIPPED, PAG)),
+        *_SD3.also("StableDiffusion3PAGImg2ImgPipeline", latents=None, needs_image=True, refuses=(_SKIPPED, PAG)),
+    ),
+    stacks=(replace(double_stack(name="block", points=_SD3_POINTS, attends="image_first"), ends_without=("txt",)),),
+    width="inner_dim",
+    grid=IMAGE,
+    prediction=IMAGE_OUT,
     readout=PATCHED,
-    width="inner_dim",
-    out_width=PIXELS,
-    grid=_IMAGE,
-    guidance=ROWS,
-    prediction="bchw",
-    tokenizer="tokenizer_3",
-    check_config={
-        **SMALL,
-        "num_layers": 2,
-        "sample_size": 16,
-        "in_channels": 4,
-        "out_channels": 4,
-        "joint_attention_dim": 8,
-        "caption_projection_dim": 32,
-        "pooled_projection_dim": 8,
-        "pos_embed_max_size": 16,
-        "dual_attention_layers": (0,),
-    },
-    call={
-        "hidden_states": _LATENTS,
-        "encoder_hidden_states": "randn b t joint_attention_dim",
-        "pooled_projections": "randn b pooled_projection_dim",
-        "timestep": "full 500 b",
-    },
-    refuses={"skip_guidance_layers": "it adds a call of the transformer at some steps, whose blocks are skipped"},
+    text=Text("tokenizer_3"),
+    example=Example(
+        config={
+            **SMALL,
+            "num_layers": 2,
+            "sample_size": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "joint_attention_dim": 8,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 8,
+            "pos_embed_max_size": 16,
+            "dual_attention_layers": (0,),
+        },
+        call={
+            "hidden_states": LATENTS,
+            "encoder_hidden_states": "randn b t joint_attention_dim",
+            "pooled_projections": "randn b pooled_projection_dim",
+            "timestep": "full 500 b",
+        },
+    ),
 )
 
-_COG_TINY = {
-    **SMALL,
-    "num_layers": 2,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_embed_dim": 8,
-    "time_embed_dim": 8,
-    "condition_dim": 2,
-}
-_COG_CALL = {
-    "hidden_states": _LATENTS,
-    "encoder_hidden_states": "randn b t text_embed_dim",
-    "timestep": "full 500 b",
-    "original_size": "full 64 b 2",
-    "target_size": "full 64 b 2",
-    "crop_coords": "zeros b 2",
-}
+_EXPERTS = "its neurons are those of experts, which differ from token to token"
 
-COGVIEW3 = Family(
-    name="CogView3-Plus",
-    transformer="CogView3PlusTransformer2DModel",
-    pipelines=("CogView3PlusPipeline",),
-    stacks=(double_stack(name="block", outputs=IMAGE_FIRST, points=more_points.COGVIEW3),),
-    final="norm_out",
-    readout=PACKED,
-    width="inner_dim",
-    out_width=PIXELS,
-    grid=_IMAGE,
-    guidance=ROWS,
-    prediction="bchw",
-    check_config={**_COG_TINY, "pos_embed_max_size": 16, "sample_size": 16},
-    call=_COG_CALL,
-)
 
-COGVIEW4 = Family(
-    name="CogView4",
-    transformer="CogView4Transformer2DModel",
-    pipelines=("CogView4Pipeline",),
-    stacks=(double_stack(name="block", outputs=IMAGE_FIRST, points=points.COGVIEW4),),
-    final="norm_out",
-    readout=PACKED,
-    width=HEADS,
-    out_width=PIXELS,
-    grid=_IMAGE,
-    guidance=CALLS,
-    prediction="bchw",
-    check_config={**_COG_TINY, "pos_embed_max_size": 16, "sample_size": 16, "rope_axes_dim": (8, 8)},
-    call=_COG_CALL,
-)
+def _hidream(suffix: str, slot: int | None, start: int, ends: str = "") -> Points:
+    """One stream of HiDream's blocks.
 
-GLM_IMAGE = Family(
-    name="GLM-Image",
-    transformer="GlmImageTransformer2DModel",
-    pipelines=("GlmImagePipeline",),
-    stacks=(double_stack(name="block", outputs=IMAGE_FIRST, points=points.COGVIEW4),),
-    final="norm_out",
-    readout=PACKED,
-    width=HEADS,
-    out_width=PIXELS,
-    grid=_IMAGE,
-    guidance=CALLS,
-    time=Time(offset=1e-3, scale=1e-3),
-    prediction="bchw",
-    check_config={**_COG_TINY, "prior_vq_quantizer_codebook_size": 16},
-    call={
-        **{name: value for name, value in _COG_CALL.items() if name != "original_size"},
-        "prior_token_id": "long b n",
-        "prior_token_drop": "false b n",
-    },
-)
+    suffix: of its norms.
+    slot: position of its tokens in the output of attention.
+    start: where its modulation begins, in hidden sizes.
+    ends: of the names of its own projections and MLP, where it has them.
+    """
+    mod = PointSpec("block.adaLN_modulation.1")
+    mlp = f"block.ff{ends or '_i'}"
+    return {
+        **modulation(mod, start=start),
+        "attn_out": gated("block.attn1", replace(mod, span=(start + 2, start + 3)), slot=slot),
+        "resid_mid": entering(f"block.norm3{suffix}"),
+        "mlp_out": gated(mlp, replace(mod, span=(start + 5, start + 6))),
+        **(neurons(mlp, "w1", "w2") if ends else {"mlp.pre": _EXPERTS, "mlp.post": _EXPERTS}),
+        **attention("block.attn1", f"to_q{ends}", f"to_k{ends}", f"to_v{ends}", f"to_out{ends}"),
+    }
 
+
+_HIDREAM_DOUBLE = {"img": _hidream("_i", 0, 0), "txt": _hidream("_t", 1, 6, "_t")}
 HIDREAM = Family(
     name="HiDream-I1",
     transformer="HiDreamImageTransformer2DModel",
-    pipelines=("HiDreamImagePipeline",),
-    stacks=(
-        replace(
-            double_stack(
-                "double_stream_blocks", outputs=IMAGE_FIRST, points=more_points.HIDREAM_DOUBLE, attends="image_first"
+    pipelines=(
+        Pipeline(
+            "HiDreamImagePipeline",
+            ROWS,
+            Time("timesteps", scale=1e-3),
+            encodes=(
+                "prompt_embeds_t5",
+                "negative_prompt_embeds_t5",
+                "prompt_embeds_llama3",
+                "negative_prompt_embeds_llama3",
+                "pooled_prompt_embeds",
+                "negative_pooled_prompt_embeds",
             ),
+            chooses_size=True,
+        ),
+    ),
+    stacks=(
+        replace(
+            double_stack("double_stream_blocks", outputs=IMAGE_FIRST, points=_HIDREAM_DOUBLE, attends="image_first"),
             rewritten=("txt",),
         ),
         replace(
-            joint_stack("single_stream_blocks", "single", "image_first", points=more_points.HIDREAM_SINGLE),
+            joint_stack("single_stream_blocks", "single", "image_first", points=both(_hidream("_i", None, 0))),
             rewritten=("txt",),
         ),
     ),
-    final="final_layer",
-    readout=Readout((), "yxc"),
     width="inner_dim",
-    out_width=PIXELS,
-    grid=Grid("bchw", patch="patch_size", pad="square"),
-    guidance=ROWS,
-    time=Time("timesteps", scale=1e-3),
-    prediction="bchw",
-    sign=-1,
-    chooses_size=("HiDreamImagePipeline",),
-    check_config={
-        **SMALL,
-        "patch_size": 2,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "caption_channels": [8, 8],
-        "text_emb_dim": 8,
-        "num_routed_experts": 2,
-        "num_activated_experts": 1,
-        "axes_dims_rope": (4, 6, 6),
-        "max_resolution": (12, 12),
-        "llama_layers": [0, 1, 0, 1],
-    },
-    call={
-        "hidden_states": _LATENTS,
-        "timesteps": "full 500 b",
-        "encoder_hidden_states_t5": "randn b t 8",
-        "encoder_hidden_states_llama3": "randn 2 b t 8",
-        "pooled_embeds": "randn b text_emb_dim",
-    },
-)
-
-HUNYUAN_IMAGE = Family(
-    name="HunyuanImage 2.1",
-    transformer="HunyuanImageTransformer2DModel",
-    pipelines=("HunyuanImagePipeline",),
-    stacks=(
-        text_stack("context_embedder.token_refiner.refiner_blocks", "refiner"),
-        double_stack(outputs=IMAGE_FIRST, points=points.FLUX_DOUBLE, attends="image_first"),
-        double_stack(
-            "single_transformer_blocks",
-            "single",
-            outputs=IMAGE_FIRST,
-            points=more_points.HUNYUAN_SINGLE,
-            attends="image_first",
-        ),
+    grid=replace(IMAGE, pad_to="max_seq"),
+    final=Final("final_layer"),
+    prediction=replace(IMAGE_OUT, sign=-1),
+    readout=Readout((), "yxc"),
+    text=Text(layered=("prompt_embeds_llama3", "negative_prompt_embeds_llama3")),
+    without_gradient=("MOEFeedForwardSwiGLU.moe_infer",),
+    example=Example(
+        config={
+            **SMALL,
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "caption_channels": [8, 8],
+            "text_emb_dim": 8,
+            "num_routed_experts": 2,
+            "num_activated_experts": 1,
+            "axes_dims_rope": (4, 6, 6),
+            "max_resolution": (12, 12),
+            "llama_layers": [0, 1, 0, 1],
+        },
+        call={
+            "hidden_states": LATENTS,
+            "timesteps": "full 500 b",
+            "encoder_hidden_states_t5": "randn b t 8",
+            "encoder_hidden_states_llama3": "randn 2 b t 8",
+            "pooled_embeds": "randn b text_emb_dim",
+        },
     ),
-    final="norm_out",
-    readout=PACKED,
-    width=HEADS,
-    out_width="out_channels",
-    grid=_IMAGE,
-    guidance=Guidance(TWO_CALLS, scale=None),
-    prediction="bchw",
-    patch=1,
-    check_config={
-        **SMALL,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_layers": 2,
-        "num_single_layers": 2,
-        "num_refiner_layers": 1,
-        "text_embed_dim": 8,
-        "text_embed_2_dim": 8,
-        "rope_axes_dim": (8, 8),
-    },
-    call={
-        "hidden_states": _LATENTS,
-        "timestep": "full 500 b",
-        "encoder_hidden_states": "randn b t text_embed_dim",
-        "encoder_attention_mask": "ones_long b t",
-        "encoder_hidden_states_2": "randn b t text_embed_2_dim",
-        "encoder_attention_mask_2": "ones_long b t",
-    },
 )
 
+_NO_WRITE = "attention is not added to the residual, only the MLP that follows it is"
+
+
+def _aura_flow(suffix: str, projections: dict[str, PointSpec]) -> Points:
+    mlp = f"ff{suffix}"
+    return {
+        **modulation(PointSpec(f"norm1{suffix}.linear")),
+        "attn_out": _NO_WRITE,
+        "resid_mid": _NO_WRITE,
+        "mlp_out": gated(mlp, PointSpec(f"norm1{suffix}", slot=4)),
+        **neurons(mlp, "linear_1", "out_projection"),
+        **projections,
+    }
+
+
+_AURA_FLOW = _aura_flow("", attention("attn"))
 AURA_FLOW = Family(
     name="AuraFlow",
     transformer="AuraFlowTransformer2DModel",
-    pipelines=("AuraFlowPipeline",),
-    stacks=(
-        double_stack("joint_transformer_blocks", points=more_points.AURA_FLOW_DOUBLE),
-        joint_stack("single_transformer_blocks", "single", "text_first", points=more_points.AURA_FLOW_SINGLE),
+    pipelines=(
+        Pipeline(
+            "AuraFlowPipeline",
+            ROWS,
+            Time(),
+            encodes=WITH_MASKS,
+        ),
     ),
-    final="norm_out",
-    readout=PATCHED,
+    stacks=(
+        double_stack(
+            "joint_transformer_blocks", points={"img": _AURA_FLOW, "txt": _aura_flow("_context", added_attention())}
+        ),
+        joint_stack("single_transformer_blocks", "single", "text_first", points=both(_AURA_FLOW)),
+    ),
     width="inner_dim",
-    out_width=PIXELS,
-    grid=_IMAGE,
-    guidance=ROWS,
-    time=Time(),
-    prediction="bchw",
-    check_config={
-        **SMALL,
-        "sample_size": 16,
-        "in_channels": 4,
-        "out_channels": 4,
-        "num_mmdit_layers": 2,
-        "num_single_dit_layers": 2,
-        "joint_attention_dim": 8,
-        "caption_projection_dim": 32,
-        "pos_embed_max_size": 64,
-    },
-    call={
-        "hidden_states": _LATENTS,
-        "encoder_hidden_states": "randn b t joint_attention_dim",
-        "timestep": "full 0.5 b",
-    },
+    grid=IMAGE,
+    prediction=IMAGE_OUT,
+    readout=PATCHED,
+    example=Example(
+        config={
+            **SMALL,
+            "sample_size": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_mmdit_layers": 2,
+            "num_single_dit_layers": 2,
+            "joint_attention_dim": 8,
+            "caption_projection_dim": 32,
+            "pos_embed_max_size": 64,
+        },
+        call={
+            "hidden_states": LATENTS,
+            "encoder_hidden_states": "randn b t joint_attention_dim",
+            "timestep": "full 0.5 b",
+        },
+    ),
 )
 
+_JOY_POINTS = {
+    stream: {
+        "attn_out": gated("attn", PointSpec(f"{stream}_mod", slot=2), slot=slot),
+        "resid_mid": entering(f"{stream}_norm2"),
+        "mlp_out": gated(f"{stream}_mlp", PointSpec(f"{stream}_mod", slot=5)),
+        **neurons(f"{stream}_mlp"),
+        **fused_qkv(f"attn.{stream}_attn_qkv"),
+        "attn.z": entering(f"attn.{stream}_attn_proj"),
+    }
+    for stream, slot in IMAGE_FIRST.items()
+}
 JOY_IMAGE = Family(
     name="JoyImage-Edit",
     transformer="JoyImageEditTransformer3DModel",
-    pipelines=("JoyImageEditPipeline",),
-    stacks=(double_stack("double_blocks", outputs=IMAGE_FIRST, points=more_points.JOY_IMAGE, attends="image_first"),),
-    final="norm_out",
-    readout=PATCHED,
+    pipelines=(
+        Pipeline(
+            "JoyImageEditPipeline",
+            CALLS,
+            encodes="it also encodes by encode_prompt_multiple_images",
+            latents=None,
+            needs_image=True,
+            chooses_size=True,
+        ),
+    ),
+    stacks=(double_stack("double_blocks", outputs=IMAGE_FIRST, points=_JOY_POINTS, attends="image_first"),),
     width="hidden_size",
-    out_width="out_channels*patch_size",
     grid=Grid("bicfhw", patch="patch_size"),
-    guidance=CALLS,
-    prediction="bicfhw",
-    chooses_size=("JoyImageEditPipeline",),
-    check_config={
-        "num_attention_heads": 2,
-        "in_channels": 4,
-        "hidden_size": 32,
-        "text_dim": 8,
-        "mlp_width_ratio": 2.0,
-        "num_layers": 2,
-        "rope_dim_list": [4, 6, 6],
-    },
-    call={
-        "hidden_states": "randn b 1 in_channels 1 h w",
-        "timestep": "full 500 b",
-        "encoder_hidden_states": "randn b t text_dim",
-    },
+    prediction=Prediction("out_channels*patch_size", "bicfhw"),
+    readout=PATCHED,
+    latents=WAN_VAE,
+    example=Example(
+        config={
+            "num_attention_heads": 2,
+            "in_channels": 4,
+            "hidden_size": 32,
+            "text_dim": 8,
+            "mlp_width_ratio": 2.0,
+            "num_layers": 2,
+            "rope_dim_list": [4, 6, 6],
+        },
+        call={
+            "hidden_states": "randn b 1 in_channels 1 h w",
+            "timestep": "full 500 b",
+            "encoder_hidden_states": "randn b t text_dim",
+        },
+    ),
 )
 
-DUAL = (QWEN_IMAGE, SD3, COGVIEW3, COGVIEW4, GLM_IMAGE, HIDREAM, HUNYUAN_IMAGE, AURA_FLOW, JOY_IMAGE)
+DUAL = (QWEN_IMAGE, SD3, HIDREAM, AURA_FLOW, JOY_IMAGE)

@@ -2,172 +2,245 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from dit_lens.families.row import Family, Grid, Guidance, Time
-from dit_lens.families.table import points
+from dit_lens.families.row import Example, Family, Grid, Guidance, Latents, Pipeline, Prediction, Text, Time
+from dit_lens.families.stack import PointSpec
+from dit_lens.families.table.points import (
+    THREE,
+    Points,
+    added_attention,
+    attention,
+    both,
+    double,
+    entering,
+    gated,
+    modulation,
+    neurons,
+    side_by_side,
+    single,
+)
 from dit_lens.families.table.shared import (
     CALLS,
+    FLUX2_VAE,
+    NO_EMBEDDINGS,
+    NO_ENCODER,
     PACKED,
     ROWS,
     SMALL,
     TRUE_CFG,
     TWO_CALLS,
+    UNNAMED,
+    WAN_VAE,
+    WITH_IMAGES,
     double_stack,
     joint_stack,
 )
 
-DOUBLE = double_stack(points=points.FLUX_DOUBLE)
-SINGLE = double_stack("single_transformer_blocks", "single", points=points.FLUX_SINGLE)
-FUSED = joint_stack("single_transformer_blocks", "single", "text_first", points=points.FLUX_SINGLE)
-IDS = Grid("ids", "img_ids")
+SINGLE_POINTS = both(single("text_first", PointSpec("attn", layout="text_first")))
+DOUBLE = double_stack(points=double())
+SINGLE = double_stack("single_transformer_blocks", "single", points=SINGLE_POINTS)
+JOINED = joint_stack("single_transformer_blocks", "single", "text_first", points=SINGLE_POINTS)
 
-_TINY = {**SMALL, "num_layers": 2, "num_single_layers": 2, "axes_dims_rope": (4, 6, 6), "joint_attention_dim": 8}
-_CALL = {
-    "hidden_states": "randn b n in_channels",
-    "encoder_hidden_states": "randn b t joint_attention_dim",
-    "timestep": "full 0.5 b",
-    "img_ids": "ids",
-    "txt_ids": "zeros t 3",
-}
+_EXAMPLE = Example(
+    config={
+        **SMALL,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "axes_dims_rope": (4, 6, 6),
+        "joint_attention_dim": 8,
+        "in_channels": 8,
+    },
+    call={
+        "hidden_states": "randn b n in_channels",
+        "encoder_hidden_states": "randn b t joint_attention_dim",
+        "timestep": "full 0.5 b",
+        "img_ids": "ids",
+        "txt_ids": "zeros t 3",
+    },
+)
 
+
+def _example(config: Mapping[str, object], **call: str) -> Example:
+    """The example of these models, with what one of them takes besides."""
+    return Example({**_EXAMPLE.config, **config}, {**_EXAMPLE.call, **call})
+
+
+_FLUX = Pipeline("FluxPipeline", TRUE_CFG, Time(), encodes=("prompt_embeds", "pooled_prompt_embeds", "text_ids"))
 FLUX1 = Family(
     name="FLUX.1",
     transformer="FluxTransformer2DModel",
-    pipelines=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline"),
+    pipelines=(
+        _FLUX,
+        *_FLUX.also("FluxImg2ImgPipeline", needs_image=True, tested=True),
+        *_FLUX.also("FluxInpaintPipeline", latents=None, needs_image=True, tested=True),
+        *_FLUX.also("FluxKontextPipeline", needs_image=True, chooses_size=True, tested=True),
+        *_FLUX.also("FluxKontextInpaintPipeline", latents=None, needs_image=True, chooses_size=True),
+        *_FLUX.also("FluxControlPipeline", "FluxControlNetPipeline", "FluxFillPipeline"),
+        *_FLUX.also(
+            "FluxControlImg2ImgPipeline",
+            "FluxControlInpaintPipeline",
+            "FluxControlNetImg2ImgPipeline",
+            needs_image=True,
+        ),
+        *_FLUX.also("FluxControlNetInpaintPipeline", latents=None, needs_image=True),
+        *_FLUX.also("VisualClozeGenerationPipeline", encodes=UNNAMED, latents=None),
+        *_FLUX.also("VisualClozePipeline", encodes=NO_ENCODER, latents=None, returns=None),
+    ),
     stacks=(DOUBLE, SINGLE),
-    final="norm_out",
-    readout=PACKED,
     width="inner_dim",
-    out_width="out_channels",
-    grid=IDS,
-    guidance=TRUE_CFG,
-    time=Time(),
-    chooses_size=("FluxKontextPipeline", "FluxKontextInpaintPipeline"),
-    tokenizer="tokenizer_2",
-    plain_text=True,
-    embedded="guidance_embeds",
-    check_config={**_TINY, "pooled_projection_dim": 8, "in_channels": 8, "out_channels": None},
-    call={**_CALL, "pooled_projections": "randn b pooled_projection_dim", "guidance": "full 1 b"},
+    grid=Grid("ids", "img_ids"),
+    prediction=Prediction("out_channels"),
+    readout=PACKED,
+    text=Text("tokenizer_2", plain=True),
+    guidance_flag="guidance_embeds",
+    example=_example(
+        {"pooled_projection_dim": 8, "out_channels": None},
+        pooled_projections="randn b pooled_projection_dim",
+        guidance="full 1 b",
+    ),
 )
 
-FLUX2 = Family(
+# What the others share with FLUX.1.
+_LIKE_FLUX = replace(FLUX1, text=Text(), guidance_flag=None)
+
+
+def _flux2_stream(stream: str, suffix: str) -> Points:
+    """One stream of FLUX.2's double blocks, whose modulation is computed once for all blocks and passed in."""
+    mod = entering("", f"temb_mod_{stream}")
+    mlp = f"ff{suffix}"
+    return {
+        **modulation(mod),
+        "attn_out": gated("attn", replace(mod, span=(2, 3)), slot=0 if stream == "img" else 1),
+        "resid_mid": entering(f"norm2{suffix}"),
+        "mlp_out": gated(mlp, replace(mod, span=(5, 6))),
+        **neurons(mlp, "linear_in", "linear_out"),
+    }
+
+
+_FLUX2_DOUBLE = {
+    "img": {**_flux2_stream("img", ""), **attention("attn")},
+    "txt": {**_flux2_stream("txt", "_context"), **added_attention()},
+}
+_FUSED = PointSpec("attn.to_qkv_mlp_proj")
+_FLUX2_SINGLE = {
+    **modulation(entering("", "temb_mod"), THREE),
+    **{f"attn.{name}": replace(_FUSED, span=(i, i + 1)) for i, name in enumerate("qkv")},
+    "attn.z": replace(entering("attn.to_out"), span=(0, 1)),
+    "mlp.pre": replace(_FUSED, span=(3, None)),
+    "mlp.post": replace(entering("attn.to_out"), span=(1, None)),
+    **side_by_side("attn.to_out", replace(entering("", "temb_mod"), span=(2, 3))),
+}
+
+_FLUX2 = Pipeline(
+    "Flux2Pipeline", None, Time(), encodes=("prompt_embeds", "text_ids"), latents="flattened", size_from_image=True
+)
+_KLEIN = replace(
+    _FLUX2, name="Flux2KleinPipeline", guidance=Guidance(TWO_CALLS, distilled="is_distilled"), returns="vae"
+)
+FLUX2 = replace(
+    _LIKE_FLUX,
     name="FLUX.2",
     transformer="Flux2Transformer2DModel",
-    pipelines=("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline"),
-    stacks=(replace(DOUBLE, points=points.FLUX2_DOUBLE), replace(FUSED, points=points.FLUX2_SINGLE)),
-    final="norm_out",
-    readout=PACKED,
-    width="inner_dim",
-    out_width="out_channels",
-    grid=IDS,
-    guidance=None,
-    variants={
-        "Flux2KleinPipeline": Guidance(TWO_CALLS, distilled="is_distilled"),
-        "Flux2KleinInpaintPipeline": Guidance(TWO_CALLS, distilled="is_distilled"),
-    },
-    time=Time(),
-    caching=("Flux2KleinKVPipeline",),
-    returns_vae_latents=("Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline"),
-    chooses_size=("Flux2KleinInpaintPipeline",),
-    size_from_image=("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline"),
-    embedded="guidance_embeds",
-    check_config={**_TINY, "in_channels": 8, "out_channels": None, "axes_dims_rope": (4, 4, 4, 4), "mlp_ratio": 2.0},
-    call={**_CALL, "img_ids": "ids4", "txt_ids": "zeros t 4", "guidance": "full 1 b"},
+    pipelines=(
+        _FLUX2,
+        _KLEIN,
+        *_KLEIN.also("Flux2KleinKVPipeline", guidance=None, caches=True, tested=True),
+        *_KLEIN.also(
+            "Flux2KleinInpaintPipeline", latents=None, size_from_image=False, chooses_size=True, needs_image=True
+        ),
+    ),
+    stacks=(replace(DOUBLE, points=_FLUX2_DOUBLE), replace(JOINED, points=both(_FLUX2_SINGLE))),
+    latents=FLUX2_VAE,
+    guidance_flag="guidance_embeds",
+    example=_example(
+        {"out_channels": None, "axes_dims_rope": (4, 4, 4, 4), "mlp_ratio": 2.0},
+        img_ids="ids4",
+        txt_ids="zeros t 4",
+        guidance="full 1 b",
+    ),
 )
 
-CHROMA = Family(
+_CHROMA = Pipeline(
+    "ChromaPipeline",
+    CALLS,
+    Time(),
+    encodes=(
+        "prompt_embeds",
+        "text_ids",
+        "prompt_attention_mask",
+        "negative_prompt_embeds",
+        "negative_text_ids",
+        "negative_prompt_attention_mask",
+    ),
+)
+CHROMA = replace(
+    _LIKE_FLUX,
     name="Chroma",
     transformer="ChromaTransformer2DModel",
-    pipelines=("ChromaPipeline",),
-    stacks=(DOUBLE, FUSED),
-    final="norm_out",
-    readout=PACKED,
-    width="inner_dim",
-    out_width="out_channels",
-    grid=IDS,
-    guidance=CALLS,
-    time=Time(),
-    check_config={
-        **_TINY,
-        "in_channels": 8,
-        "out_channels": None,
-        "approximator_num_channels": 8,
-        "approximator_hidden_dim": 16,
-        "approximator_layers": 1,
-    },
-    call=_CALL,
+    pipelines=(
+        _CHROMA,
+        *_CHROMA.also("ChromaImg2ImgPipeline", needs_image=True),
+        *_CHROMA.also("ChromaInpaintPipeline", latents=None, needs_image=True),
+    ),
+    stacks=(DOUBLE, JOINED),
+    example=_example(
+        {
+            "out_channels": None,
+            "approximator_num_channels": 8,
+            "approximator_hidden_dim": 16,
+            "approximator_layers": 1,
+        },
+    ),
 )
 
-BRIA = Family(
+BRIA = replace(
+    _LIKE_FLUX,
     name="Bria 3.2",
     transformer="BriaTransformer2DModel",
-    pipelines=("BriaPipeline",),
-    stacks=(DOUBLE, SINGLE),
-    final="norm_out",
-    readout=PACKED,
-    width="inner_dim",
-    out_width="out_channels",
-    grid=IDS,
-    guidance=ROWS,
-    patch=1,
-    check_config={**_TINY, "in_channels": 8, "axes_dims_rope": [4, 6, 6]},
-    call={**_CALL, "timestep": "full 500 b"},
+    pipelines=(Pipeline("BriaPipeline", ROWS, encodes=("prompt_embeds", "negative_prompt_embeds", "text_ids")),),
+    latents=Latents(patch=1),
+    example=_example({"axes_dims_rope": [4, 6, 6]}, timestep="full 500 b"),
 )
 
-BRIA_FIBO = Family(
+_FIBO = Pipeline("BriaFiboPipeline", ROWS, encodes=NO_EMBEDDINGS)
+BRIA_FIBO = replace(
+    _LIKE_FLUX,
     name="Bria FIBO",
     transformer="BriaFiboTransformer2DModel",
-    pipelines=("BriaFiboPipeline",),
-    stacks=(replace(DOUBLE, rewritten=("txt",)), replace(FUSED, rewritten=("txt",))),
-    final="norm_out",
-    readout=PACKED,
-    width="inner_dim",
-    out_width="out_channels",
-    grid=IDS,
-    guidance=ROWS,
-    patch=1,
-    size_from_image=("BriaFiboEditPipeline",),
-    check_config={
-        **_TINY,
-        "in_channels": 8,
-        "axes_dims_rope": [4, 6, 6],
-        "text_encoder_dim": 8,
-        "joint_attention_dim": 16,
-    },
-    call={**_CALL, "timestep": "full 500 b", "text_encoder_layers": "layers 4 b t text_encoder_dim"},
+    pipelines=(_FIBO, *_FIBO.also("BriaFiboEditPipeline", needs_image=True, size_from_image=True)),
+    stacks=(replace(DOUBLE, rewritten=("txt",)), replace(JOINED, rewritten=("txt",))),
+    latents=replace(WAN_VAE, patch=1),
+    example=_example(
+        {"axes_dims_rope": [4, 6, 6], "text_encoder_dim": 8, "joint_attention_dim": 16},
+        timestep="full 500 b",
+        text_encoder_layers="layers 4 b t text_encoder_dim",
+    ),
 )
 
-OVIS = Family(
+OVIS = replace(
+    _LIKE_FLUX,
     name="Ovis-Image",
     transformer="OvisImageTransformer2DModel",
-    pipelines=("OvisImagePipeline",),
-    stacks=(DOUBLE, SINGLE),
-    final="norm_out",
-    readout=PACKED,
-    width="inner_dim",
-    out_width="out_channels",
-    grid=IDS,
-    guidance=CALLS,
-    time=Time(),
-    check_config={**_TINY, "in_channels": 8, "out_channels": 8},
-    call=_CALL,
+    pipelines=(
+        Pipeline(
+            "OvisImagePipeline",
+            CALLS,
+            Time(),
+            encodes=("prompt_embeds", "negative_prompt_embeds", "text_ids", "negative_text_ids"),
+        ),
+    ),
+    example=_example({"out_channels": 8}),
 )
 
-LONGCAT = Family(
+_LONGCAT = Pipeline("LongCatImagePipeline", CALLS, Time(), encodes=UNNAMED)
+LONGCAT = replace(
+    _LIKE_FLUX,
     name="LongCat-Image",
     transformer="LongCatImageTransformer2DModel",
-    pipelines=("LongCatImagePipeline",),
-    stacks=(DOUBLE, SINGLE),
-    final="norm_out",
-    readout=PACKED,
-    width="inner_dim",
-    out_width="out_channels",
-    grid=IDS,
-    guidance=CALLS,
-    time=Time(),
-    check_config={**_TINY, "in_channels": 8, "axes_dims_rope": [4, 6, 6], "pooled_projection_dim": 8},
-    call=_CALL,
+    pipelines=(_LONGCAT, *_LONGCAT.also("LongCatImageEditPipeline", encodes=WITH_IMAGES, needs_image=True)),
+    example=_example({"axes_dims_rope": [4, 6, 6], "pooled_projection_dim": 8}),
 )
 
 FLUX = (FLUX1, FLUX2, CHROMA, BRIA, BRIA_FIBO, OVIS, LONGCAT)

@@ -1,44 +1,67 @@
-"""Points inside blocks that many families share, as parts to put a row together from."""
+"""Parts to put the points of a block together from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 
-from dit_lens.families.row import PointSpec
+from dit_lens.families.stack import PointSpec
 
-Points = Mapping[str, PointSpec | str]
+Points = Mapping[str, PointSpec | str]  # point -> where it is, or why there is none
 
 WHOLE = "whole"  # one vector per row, no tokens
 
+# What a modulation is cut into, in the order of its channels.
+SIX = tuple(f"mod.{part}.{name}" for part in ("attn", "mlp") for name in ("shift", "scale", "gate"))
+SCALE_FIRST = tuple(f"mod.{part}.{name}" for part in ("attn", "mlp") for name in ("scale", "shift", "gate"))
+THREE = ("mod.shift", "mod.scale", "mod.gate")
+NO_SHIFTS = tuple(f"mod.{part}.{name}" for part in ("attn", "mlp") for name in ("scale", "gate"))
 
-def entering(module: str) -> PointSpec:
-    """What a module is given as its first argument."""
-    return PointSpec(module, "input", 0)
+PER_TOKEN = "its gates differ from token to token"
+
+
+def entering(module: str, slot: str | int = 0) -> PointSpec:
+    """An argument of a module, the first by default."""
+    return PointSpec(module, "input", slot)
 
 
 def attention(
     module: str, q: str = "to_q", k: str = "to_k", v: str = "to_v", out: str = "to_out.0", layout: str | None = None
 ) -> dict[str, PointSpec]:
-    """The projections of an attention, and what enters its output projection: heads side by side in the channels."""
-    taps = {f"attn.{name}": PointSpec(f"{module}.{path}") for name, path in zip("qkv", (q, k, v), strict=True)}
-    taps["attn.z"] = entering(f"{module}.{out}")
-    return {name: replace(tap, layout=layout) for name, tap in taps.items()}
+    """The projections of an attention, and what enters its output projection: heads side by side in the channels.
+
+    module: the attention.
+    q, k, v, out: the projections in it.
+    layout: where the stream's tokens lie, if not as in the stack.
+    """
+    specs = {f"attn.{name}": PointSpec(f"{module}.{path}") for name, path in zip("qkv", (q, k, v), strict=True)}
+    specs["attn.z"] = entering(f"{module}.{out}")
+    return {name: replace(spec, layout=layout) for name, spec in specs.items()}
+
+
+def fused_qkv(projection: str) -> dict[str, PointSpec]:
+    """Query, key and value where one projection makes them, side by side in its channels."""
+    return {f"attn.{part}": PointSpec(projection, span=(i, i + 1)) for i, part in enumerate("qkv")}
+
+
+def added_attention(module: str = "attn") -> dict[str, PointSpec]:
+    """The text stream's own projections in an attention of both streams."""
+    return attention(module, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
 def neurons(
     module: str, pre: str = "net.0.proj", post: str = "net.2", layout: str | None = None
 ) -> dict[str, PointSpec]:
-    """The hidden layer of an MLP: what the first projection gives, and what enters the last."""
+    """The hidden layer of an MLP: the output of its first projection, and the input of its last.
+
+    module: the MLP.
+    pre, post: the projections in it.
+    layout: where the stream's tokens lie, if not as in the stack.
+    """
     return {
         "mlp.pre": PointSpec(f"{module}.{pre}", layout=layout),
         "mlp.post": replace(entering(f"{module}.{post}"), layout=layout),
     }
-
-
-def added(module: str = "attn") -> dict[str, PointSpec]:
-    """The text stream's own projections in an attention of both streams."""
-    return attention(module, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
 def both(inside: Points) -> Mapping[str, Points]:
@@ -46,27 +69,37 @@ def both(inside: Points) -> Mapping[str, Points]:
     return {"img": inside, "txt": inside}
 
 
-SIX = tuple(f"mod.{part}.{name}" for part in ("attn", "mlp") for name in ("shift", "scale", "gate"))
-THREE = ("mod.shift", "mod.scale", "mod.gate")
-NO_SHIFTS = tuple(f"mod.{part}.{name}" for part in ("attn", "mlp") for name in ("scale", "gate"))
-
-
-def modulation(tap: PointSpec, names: tuple[str, ...] = SIX) -> dict[str, PointSpec]:
-    """A vector per row, cut into shifts, scales and gates."""
-    return {name: replace(tap, span=(i, i + 1), layout=WHOLE) for i, name in enumerate(names)}
+def modulation(spec: PointSpec, names: tuple[str, ...] = SIX, start: int = 0) -> dict[str, PointSpec]:
+    """A vector per row, cut into shifts, scales and gates, of which the first begins at ``start`` hidden sizes."""
+    return {name: replace(spec, span=(start + i, start + i + 1), layout=WHOLE) for i, name in enumerate(names)}
 
 
 def gated(
     module: str, gate: PointSpec, slot: int | None = None, axes: str = "tokens", *, tanh: bool = False
 ) -> PointSpec:
-    """A module's output times a gate, as it is added to the residual."""
+    """A module's output times a gate, as it is added to the residual.
+
+    module: path within the block.
+    gate: where the gate is.
+    slot: position in the output tuple.
+    axes: those of an image, or "tokens".
+    tanh: whether the hyperbolic tangent of the gate is taken.
+    """
     return PointSpec(module, slot=slot, axes=axes, gate=replace(gate, tanh=tanh))
 
 
 def adaln_zero(
     norm: str, attn: PointSpec, mlp: str, middle: str, *, gates: tuple[int, int] = (1, 4), linear: str | None = "linear"
 ) -> Points:
-    """A block whose first norm also returns the gates of attention and MLP (AdaLayerNormZero)."""
+    """A block whose first norm also returns the gates of attention and MLP (diffusers' AdaLayerNormZero).
+
+    norm: the first norm.
+    attn: the output of attention.
+    mlp: the MLP.
+    middle: the module that is given the residual between attention and MLP.
+    gates: positions of both gates in what the norm returns.
+    linear: the projection inside the norm that makes the modulation; None: it has none.
+    """
     first, second = (PointSpec(norm, slot=slot) for slot in gates)
     return {
         **(modulation(PointSpec(f"{norm}.{linear}")) if linear else {}),
@@ -77,21 +110,9 @@ def adaln_zero(
     }
 
 
-FLUX_DOUBLE = {
-    "img": {
-        **adaln_zero("norm1", PointSpec("attn", slot=0), "ff", "norm2"),
-        **attention("attn"),
-    },
-    "txt": {
-        **adaln_zero("norm1_context", PointSpec("attn", slot=1), "ff_context", "norm2_context"),
-        **added(),
-    },
-}
-
-
 def side_by_side(projection: str, gate: PointSpec, layout: str | None = None) -> dict[str, PointSpec | str]:
     """What attention and MLP write where one projection adds them up, under one gate."""
-    write = PointSpec(projection, "input", 0, layout=layout, gate=gate)
+    write = replace(entering(projection), layout=layout, gate=gate)
     return {
         "attn_out": replace(write, half=(0, 1)),
         "mlp_out": replace(write, half=(1, None)),
@@ -100,7 +121,7 @@ def side_by_side(projection: str, gate: PointSpec, layout: str | None = None) ->
 
 
 def single(layout: str, z: PointSpec) -> Points:
-    """A stream of single blocks, in which both streams lie in one tensor; ``z``: what attention gives."""
+    """A stream of FLUX's single blocks, in which both streams lie in one tensor. z: the output of attention."""
     return {
         **modulation(PointSpec("norm.linear"), THREE),
         **attention("attn", layout=layout),
@@ -111,92 +132,15 @@ def single(layout: str, z: PointSpec) -> Points:
     }
 
 
-FLUX_SINGLE = both(single("text_first", PointSpec("attn", layout="text_first")))
-
-
-def flux2_stream(stream: str, suffix: str) -> Points:
-    """One stream of FLUX.2's double blocks, whose modulation is computed once for all blocks and passed in."""
-    mod = PointSpec("", "input", f"temb_mod_{stream}")
-    mlp = f"ff{suffix}"
+def double() -> Mapping[str, Points]:
+    """FLUX's double blocks: a tensor for each stream, which meet in attention."""
     return {
-        **modulation(mod),
-        "attn_out": gated("attn", replace(mod, span=(2, 3)), slot=0 if stream == "img" else 1),
-        "resid_mid": entering(f"norm2{suffix}"),
-        "mlp_out": gated(mlp, replace(mod, span=(5, 6))),
-        **neurons(mlp, "linear_in", "linear_out"),
+        "img": {**adaln_zero("norm1", PointSpec("attn", slot=0), "ff", "norm2"), **attention("attn")},
+        "txt": {
+            **adaln_zero("norm1_context", PointSpec("attn", slot=1), "ff_context", "norm2_context"),
+            **added_attention(),
+        },
     }
-
-
-FLUX2_DOUBLE = {
-    "img": {**flux2_stream("img", ""), **attention("attn")},
-    "txt": {
-        **flux2_stream("txt", "_context"),
-        **added(),
-    },
-}
-
-_PACKED = PointSpec("attn.to_qkv_mlp_proj")
-_FLUX2_INSIDE = {
-    **modulation(PointSpec("", "input", "temb_mod"), THREE),
-    **{f"attn.{name}": replace(_PACKED, span=(i, i + 1)) for i, name in enumerate("qkv")},
-    "attn.z": replace(entering("attn.to_out"), span=(0, 1)),
-    "mlp.pre": replace(_PACKED, span=(3, None)),
-    "mlp.post": replace(entering("attn.to_out"), span=(1, None)),
-    **side_by_side("attn.to_out", PointSpec("", "input", "temb_mod", span=(2, 3))),
-}
-FLUX2_SINGLE = both(_FLUX2_INSIDE)
-
-
-def qwen_stream(stream: str, slot: int) -> Points:
-    """One stream of Qwen-Image."""
-    mod = PointSpec(f"{stream}_mod")
-    return {
-        **modulation(mod),
-        "attn_out": gated("attn", replace(mod, span=(2, 3)), slot=slot),
-        "resid_mid": entering(f"{stream}_norm2"),
-        "mlp_out": gated(f"{stream}_mlp", replace(mod, span=(5, 6))),
-        **neurons(f"{stream}_mlp"),
-    }
-
-
-QWEN = {
-    "img": {**qwen_stream("img", 0), **attention("attn")},
-    "txt": {
-        **qwen_stream("txt", 1),
-        **added(),
-    },
-}
-
-SD3 = {
-    "img": {**FLUX_DOUBLE["img"], "attn2_out": gated("attn2", PointSpec("norm1", slot=6))},
-    "txt": FLUX_DOUBLE["txt"],
-}
-
-_SHARED = "the module is shared by both streams, and its second call, for the text, is not followed"
-COGVIEW4 = {
-    "img": {
-        "attn_out": gated("attn1", PointSpec("norm1", slot=1), slot=0),
-        "resid_mid": entering("norm2"),
-        "mlp_out": gated("ff", PointSpec("norm1", slot=4)),
-        **neurons("ff"),
-        **attention("attn1", layout="text_first"),
-    },
-    "txt": {
-        "attn_out": gated("attn1", PointSpec("norm1", slot=6), slot=1),
-        "resid_mid": entering("norm2_context"),
-        "mlp_out": _SHARED,
-        "mlp.pre": _SHARED,
-        "mlp.post": _SHARED,
-        **attention("attn1", layout="text_first"),
-    },
-}
-
-DIT = {
-    "img": {
-        **adaln_zero("norm1", PointSpec("attn1"), "ff", "norm3"),
-        **attention("attn1"),
-    }
-}
 
 
 def tabled(
@@ -210,8 +154,18 @@ def tabled(
     names: tuple[str, ...] = SIX,
     mlp_axes: str = "tokens",
 ) -> Points:
-    """Blocks whose modulation is a table of their own plus an argument; cross-attention is added ungated."""
-    table = PointSpec("", "input", argument, table="scale_shift_table")
+    """Blocks whose modulation is a table of their own plus an argument (PixArt's ``scale_shift_table``).
+
+    argument: of the block, to which its table is added.
+    attn: the attention.
+    mlp: the MLP.
+    middle: the module that is given the residual between attention and MLP.
+    inside: points inside the MLP.
+    cross: the cross-attention, which is added without a gate.
+    names: of the parts of the modulation.
+    mlp_axes: the axes of the MLP's output.
+    """
+    table = replace(entering("", argument), table="scale_shift_table")
     return {
         **modulation(table, names),
         "attn_out": gated(attn, replace(table, span=(2, 3))),
@@ -223,18 +177,17 @@ def tabled(
     }
 
 
-PIXART = {"img": tabled("timestep", "attn1", "ff", "norm2", neurons("ff"), cross="attn2")}
-_CONVOLUTIONS = {
-    "mlp.pre": PointSpec("ff.conv_inverted", axes="bchw"),
-    "mlp.post": replace(entering("ff.conv_point"), axes="bchw"),
-}
-SANA = {"img": tabled("timestep", "attn1", "ff", "norm2", _CONVOLUTIONS, cross="attn2", mlp_axes="bchw")}
-
-
 def sandwich(
     attn: str, attn_norm: str, mlp: str, gates: tuple[PointSpec, PointSpec] | None, hidden: tuple[str, str]
 ) -> Points:
-    """Blocks that normalise what attention and MLP give before they add it, under tanh gates or none."""
+    """Blocks that normalise the outputs of attention and MLP before they are added (Next-DiT's sandwich norms).
+
+    attn: the attention.
+    attn_norm: the norm of its output.
+    mlp: the MLP.
+    gates: whose hyperbolic tangent scales what both norms return; None: nothing does.
+    hidden: the first and the last projection of the MLP.
+    """
     first, second = gates or (None, None)
     return {
         "attn_out": PointSpec(attn_norm) if first is None else gated(attn_norm, first, tanh=True),
@@ -243,15 +196,3 @@ def sandwich(
         **attention(attn),
         **neurons(mlp, *hidden),
     }
-
-
-_Z_MOD = PointSpec("adaLN_modulation.0")
-_Z_GATES = (replace(_Z_MOD, span=(1, 2)), replace(_Z_MOD, span=(3, 4)))
-_Z_BLOCK = sandwich("attention", "attention_norm2", "feed_forward", _Z_GATES, ("w1", "w2"))
-_Z_MODULATED = {**_Z_BLOCK, **modulation(_Z_MOD, NO_SHIFTS)}
-ZIMAGE = both(_Z_MODULATED)
-ZIMAGE_TEXT = {"txt": sandwich("attention", "attention_norm2", "feed_forward", None, ("w1", "w2"))}
-
-LUMINA_GATES = (PointSpec("norm1", slot=1), PointSpec("norm1", slot=3))
-LUMINA2 = both(sandwich("attn", "norm2", "feed_forward", LUMINA_GATES, ("linear_1", "linear_2")))
-LUMINA2_TEXT = {"txt": sandwich("attn", "norm2", "feed_forward", None, ("linear_1", "linear_2"))}

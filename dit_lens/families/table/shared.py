@@ -1,17 +1,17 @@
-"""What many rows share: the shapes of blocks, the ways of guidance, and parts of the calls that check a row."""
+"""What many rows share: the shapes of blocks, how pipelines guide and encode, autoencoders, and parts of examples."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dit_lens.families.row import Guidance, Readout, Stack
+from dit_lens.families.row import Grid, Guidance, Latents, Prediction, Readout, Refusal
+from dit_lens.families.stack import Stack
 from dit_lens.families.table.points import Points
 
 Inside = Mapping[str, Points]
 NOTHING: Inside = {}
 
 BOTH = {"img": "hidden_states", "txt": "encoder_hidden_states"}
-JOINED = {"img": "hidden_states", "txt": "hidden_states"}
 TEXT_FIRST = {"txt": 0, "img": 1}
 IMAGE_FIRST = {"img": 0, "txt": 1}
 ONE = {"img": None, "txt": None}
@@ -26,19 +26,62 @@ CALLS = Guidance(TWO_CALLS)
 NEGATIVE = ("negative_prompt", "negative_prompt_embeds")
 TRUE_CFG = Guidance(TWO_CALLS, scale="true_cfg_scale", negative=NEGATIVE)
 
+PAG = Refusal(
+    "pag_scale", "it adds rows of perturbed attention to the transformer's calls, which are neither branch", off=0
+)
+
+# What encode_prompt returns, beside the usual prompt_embeds and negative_prompt_embeds.
+WITH_MASK = ("prompt_embeds", "prompt_embeds_mask")
+WITH_MASKS = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+
+# Why prompts cannot be encoded before a run.
+NO_ENCODER = "it has no encode_prompt"
+NO_EMBEDDINGS = "it takes no prompt_embeds="
+UNNAMED = "its encode_prompt returns values without names"
+WITH_IMAGES = "it encodes prompts together with images"
+
+
+def not_returned(*names: str) -> str:
+    """Why prompts cannot be encoded before a run: the pipeline needs more than its ``encode_prompt`` gives."""
+    return f"its encode_prompt does not return {', '.join(names)}"
+
+
+# Autoencoders, by the classes of diffusers.
+FLUX2_VAE = Latents(normalised="token")  # AutoencoderKLFlux2
+WAN_VAE = Latents(normalised="channel", channels="z_dim", frames=True)  # AutoencoderKLWan, AutoencoderKLQwenImage
+VIDEO_VAE = Latents(frames=True)  # AutoencoderKLHunyuanVideo, AutoencoderKLCogVideoX
+
 PACKED = Readout()
 PATCHED = Readout(order="yxc")
 
 HEADS = "num_attention_heads*attention_head_dim"
 PIXELS = "out_channels*patch_size*patch_size"
+
+IMAGE = Grid("bchw", patch="patch_size")
+IMAGE_OUT = Prediction(PIXELS, "bchw")
+
 SMALL = {"attention_head_dim": 16, "num_attention_heads": 2}
+LATENTS = "randn b in_channels h w"
 
 
 def image_stack(
     path: str, name: str = "block", argument: str = "hidden_states", points: Inside = NOTHING, attends: str = ""
 ) -> Stack:
-    """Blocks that hold image tokens only; text enters by cross-attention."""
+    """Blocks that hold image tokens only; text enters by cross-attention.
+
+    path, name, points, attends: as in :class:`~dit_lens.Stack`.
+    argument: the one that holds the image stream.
+    """
     return Stack(name, path, {"img": argument}, {"img": None}, points=points, attends=attends)
+
+
+def text_stack(path: str, name: str, argument: str = "hidden_states", points: Inside = NOTHING) -> Stack:
+    """Blocks that hold text tokens only.
+
+    path, name, points: as in :class:`~dit_lens.Stack`.
+    argument: the one that holds the text stream.
+    """
+    return Stack(name, path, {"txt": argument}, {"txt": None}, points=points)
 
 
 def joint_stack(
@@ -50,21 +93,23 @@ def joint_stack(
     *,
     sequence_first: bool = False,
 ) -> Stack:
-    """Blocks whose one tensor holds text and image tokens."""
+    """Blocks whose one tensor holds text and image tokens.
+
+    path, name, layout, points, sequence_first: as in :class:`~dit_lens.Stack`.
+    argument: the one that holds both streams.
+    """
     return Stack(name, path, {"img": argument, "txt": argument}, ONE, layout, sequence_first, points=points)
-
-
-def text_stack(path: str, name: str, argument: str = "hidden_states", points: Inside = NOTHING) -> Stack:
-    """Blocks that hold text tokens only."""
-    return Stack(name, path, {"txt": argument}, {"txt": None}, points=points)
 
 
 def double_stack(
     path: str = "transformer_blocks",
     name: str = "double",
-    outputs: dict = TEXT_FIRST,
+    outputs: Mapping[str, int | None] = TEXT_FIRST,
     points: Inside = NOTHING,
     attends: str = "text_first",
 ) -> Stack:
-    """Blocks with a tensor for each stream."""
+    """Blocks with a tensor for each stream.
+
+    path, name, outputs, points, attends: as in :class:`~dit_lens.Stack`.
+    """
     return Stack(name, path, BOTH, outputs, points=points, attends=attends)

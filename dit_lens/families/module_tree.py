@@ -1,0 +1,81 @@
+"""Modules of a live transformer by their paths: their arguments, and how wide they are."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import TYPE_CHECKING, Any
+
+from dit_lens.errors import FamilyError
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from torch import nn
+
+
+class ModuleTree:
+    """The modules of a transformer; FamilyError, with the name of the family, for what does not exist."""
+
+    def __init__(self, transformer: ModelMixin, family: str):
+        self.transformer, self.family = transformer, family
+
+    def get(self, path: str) -> nn.Module:
+        """The module at a path."""
+        module = self.find(path)
+        if module is None:
+            parts = ", ".join(name for name, _ in self.transformer.named_children())
+            raise FamilyError(
+                f"{self.family}: {type(self.transformer).__name__} has no module {path!r}; it has {parts}."
+            )
+        return module
+
+    def find(self, path: str) -> nn.Module | None:
+        """The module at a path, through names and numbers in lists; None where there is none."""
+        try:
+            return self.transformer.get_submodule(path)
+        except AttributeError:
+            return None
+
+    def find_parameter(self, path: str, asked: str | int) -> tuple[str, int | None]:
+        """Name and position of an argument of a module's forward, whose wrappers are looked through.
+
+        path: of the module.
+        asked: the name or the position. A name that only ``**kwargs`` takes has no position.
+        """
+        parameters = list(inspect.signature(type(self.get(path)).forward).parameters.values())[1:]
+        names = [parameter.name for parameter in parameters]
+        if isinstance(asked, int):
+            return names[asked], asked
+        if asked in names:
+            return asked, names.index(asked)
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return asked, None
+        raise FamilyError(
+            f"{self.family}: {path or 'the transformer'} takes no argument {asked!r}; it takes {', '.join(names)}."
+        )
+
+    def measure(self, name: str) -> int:
+        """A size from names joined by ``*``: attributes of the transformer, entries of its config, or numbers."""
+        return math.prod(self._measure_one(part) for part in name.split("*"))
+
+    def _measure_one(self, name: str) -> int:
+        if name.isdecimal():
+            return int(name)
+        entry = name.removeprefix("config.")
+        value = None if entry != name else vars(self.transformer).get(name)
+        value = self.transformer.config[entry] if not isinstance(value, int | tuple | list) else value
+        if value is None and entry == "out_channels":
+            value = self.transformer.config["in_channels"]
+        return math.prod(value) if isinstance(value, tuple | list) else int(value)
+
+
+def count_heads(module: Any) -> int | None:
+    """How many heads an attention says it has."""
+    counts = (getattr(module, name, None) for name in ("heads", "num_heads"))
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
+def measure_width(module: Any, side: str) -> int | None:
+    """Channels that enter (side "input") or leave ("output") a module, where it says so."""
+    names = ("in_features", "in_channels") if side == "input" else ("out_features", "out_channels")
+    return next((int(getattr(module, name)) for name in names if hasattr(module, name)), None)

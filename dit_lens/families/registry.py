@@ -1,0 +1,95 @@
+"""The families that are known, and which of them describes a pipeline."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING
+
+from dit_lens.errors import FamilyError
+from dit_lens.families.live import refuse_unsafe
+from dit_lens.families.row import Family
+from dit_lens.families.table import TABLE
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+REGISTERED: list[Family] = []  # by register_family, the latest last
+
+
+def known_families() -> tuple[Family, ...]:
+    """Every known family; rows registered at run time come first, the latest before the others."""
+    return (*reversed(REGISTERED), *TABLE)
+
+
+def register_family(family: Family) -> None:
+    """Adds a row for a DiT this library does not know. It is checked like the others when a pipeline is loaded."""
+    REGISTERED.append(family)
+
+
+def find(pipe: DiffusionPipeline) -> Family:
+    """The family of a pipeline's transformer; FamilyError names the nearest one where no row describes it."""
+    if any(base.__name__ == "ModularPipeline" for base in type(pipe).__mro__):
+        raise FamilyError(
+            f"{type(pipe).__name__} is a modular pipeline, put together at run time: it has no fixed call whose steps "
+            "and branches could be planned. Use the model's ordinary pipeline, where there is one (FLUX.3 has none)."
+        )
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        raise FamilyError(
+            f"{type(pipe).__name__} is not a diffusers pipeline. Pass one, such as FluxPipeline.from_pretrained(...)."
+        )
+    transformer = getattr(pipe, "transformer", None)
+    if transformer is None:
+        raise FamilyError(
+            f"{type(pipe).__name__} has no transformer (its parts are {', '.join(components)}), so it is not a DiT "
+            "pipeline."
+        )
+    refuse_unsafe(pipe)
+    classes = {base.__name__ for base in type(transformer).__mro__}
+    for family in known_families():
+        if family.transformer in classes:
+            return family
+    name = type(transformer).__name__
+    known = {family.transformer: family.name for family in known_families()}
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    nearest = next(family for family in known_families() if family.transformer == close)
+    raise FamilyError(
+        f"no family describes {name}. Known: {', '.join(f'{family} ({cls})' for cls, family in known.items())}. "
+        f"Nearest: {close} ({known[close]}). Describe it with dit_lens.register_family(row); a row like the nearest "
+        f"one, to start from:\n{write_template(nearest, name)}"
+    )
+
+
+def find_by_pipeline(kind: type) -> Family | None:
+    """The family of a pipeline class, without its transformer; None where no row lists the class or a parent of it."""
+    return next((family for family in known_families() if family.find_pipeline(kind) is not None), None)
+
+
+def write_template(family: Family, transformer: str) -> str:
+    """The source of a family's row, for another transformer, with "..." to fill in and no points inside blocks."""
+    stacks = tuple(replace(stack, points={}) for stack in family.stacks)
+    usual = replace(family.pipelines[0], name="...", refuses=())
+    return _source(replace(family, name="...", transformer=transformer, pipelines=(usual,), stacks=stacks, note=""), "")
+
+
+def _source(value: object, indent: str) -> str:
+    if isinstance(value, dict):
+        items = "".join(f"{indent}    {key!r}: {_source(item, '')},\n" for key, item in value.items())
+        return f"{{\n{items}{indent}}}" if items else "{}"
+    if not is_dataclass(value):
+        return "..." if callable(value) else repr(value)
+    inner = indent + "    "
+    lines = []
+    for one in fields(value):
+        own = getattr(value, one.name)
+        default = one.default_factory() if callable(one.default_factory) else one.default
+        if own == default:
+            continue
+        if isinstance(own, tuple) and any(is_dataclass(item) for item in own):
+            items = "".join(f"{inner}    {_source(item, inner + '    ')},\n" for item in own)
+            lines.append(f"{inner}{one.name}=(\n{items}{inner}),\n")
+        else:
+            lines.append(f"{inner}{one.name}={_source(own, inner)},\n")
+    inside = f"\n{''.join(lines)}{indent}" if lines else ""
+    return f"dit_lens.families.{type(value).__name__}({inside})"

@@ -1,0 +1,78 @@
+"""Where tensors are inside the blocks of a transformer, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class PointSpec:
+    """Where a tensor inside a block is.
+
+    module: path within the block; "" is the block itself.
+    side: "output" or "input" of that module.
+    slot: of an output its position in the tuple (None: a bare tensor); of an input the argument, by name or position.
+    span: which channels, in units of the hidden size: (start, stop), stop None for the end; None: all.
+    layout: where the stream's tokens lie in it, as in :class:`Stack`; None: as in the stack's tensors; "whole": it is
+      one vector per row, without tokens.
+    axes: "tokens", or those of an image, as in :class:`~dit_lens.Grid`.
+    batch_first: whether it is [row, token, channel] also where the stack's tensors are sequence_first.
+    half: of a module that projects attention and MLP at once, which part of its input belongs to one of them: (start,
+      stop) in units of the hidden size, stop None for the end. The tensor is what the module makes of that alone; a
+      bias counts with the last part.
+    gate: what it is multiplied by before it is added to the residual.
+    tanh: of a gate, whether its hyperbolic tangent is taken.
+    table: a parameter of the block, [part, channel], that is added to the argument.
+    """
+
+    module: str
+    side: str = "output"
+    slot: str | int | None = None
+    span: tuple[int, int | None] | None = None
+    layout: str | None = None
+    axes: str = "tokens"
+    batch_first: bool = False
+    half: tuple[int, int | None] | None = None
+    gate: PointSpec | None = None
+    tanh: bool = False
+    table: str | None = None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of equal blocks. Stacks run in the order in which the family lists them.
+
+    name: what people call it ("double").
+    path: the attribute of the transformer that holds it.
+    inputs: stream -> argument of the blocks.
+    outputs: stream -> position in their output tuple (None: a bare tensor).
+    layout: where a stream's tokens lie in that tensor: "own" (each stream has a tensor), or, of one tensor for both:
+      "text_first", "image_first" or "ragged" (text first, of another length in every row).
+    sequence_first: whether the blocks' tensors are [token, row, channel].
+    rewritten: streams that the model changes between blocks.
+    ends_without: streams that the last block does not return.
+    points: stream -> point -> where it is, or a text that says why these blocks have none.
+    attends: the order of the streams inside attention, "text_first" or "image_first"; "own" where the image attends
+      to itself; another text says why there is no attention pattern. "": as :attr:`attention` infers it.
+    """
+
+    name: str
+    path: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, int | None]
+    layout: str = "own"
+    sequence_first: bool = False
+    rewritten: tuple[str, ...] = ()
+    ends_without: tuple[str, ...] = ()
+    points: Mapping[str, Mapping[str, PointSpec | str]] = field(default_factory=dict)
+    attends: str = ""
+
+    @property
+    def attention(self) -> str:
+        """``attends``, which follows from the streams and their layout where the row does not say it."""
+        if self.attends:
+            return self.attends
+        if len(self.outputs) == 1:
+            return "own"
+        return "text_first" if self.layout in ("own", "ragged") else self.layout
