@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dit_lens.core.plan.cost import format_bytes, nbytes
-from dit_lens.core.runs.files import check_pipeline, read_json
-from dit_lens.errors import FamilyError, OpError, PromptError, StoreError
-from dit_lens.instruments.text_embeddings import ENCODER, returned_names
+from dit_lens.core.plan.cost import format_bytes
+from dit_lens.errors import FamilyError, OpError, PromptError
+from dit_lens.families import find_by_pipeline
+from dit_lens.instruments.loading_code import LoadingCode
+from dit_lens.instruments.text_embeddings import list_encoded
+from dit_lens.instruments.weights import BYTES, Part, measure_parts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,49 +24,17 @@ CONTEXT = 0.6 * GB  # CUDA itself
 # own benchmarks); its autoencoder takes about 4.7 GiB at the end, unless it decodes in tiles.
 DENOISING = 0.6 * GB
 DECODING = 5.0 * GB
-BYTES = {"bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}  # of a weight; NF4 has a scale of 4 bytes for 64 of them
-BF16 = "dtype=torch.bfloat16"
-QUANTISED = {  # weights -> what diffusers calls it, and how it is made
-    "int8": ("TorchAoConfig", "TorchAoConfig(Int8WeightOnlyConfig())"),
-    "nf4": (
-        "BitsAndBytesConfig",
-        'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)',
-    ),
-}
-SAFETENSORS = r"(diffusion_pytorch_model|model|pytorch_model)(-\d+-of-\d+)?\.safetensors"
-
-Shapes = list[tuple[str, tuple[int, ...], int]]  # name, shape and bytes of every weight
 
 
 @dataclass(frozen=True)
-class Part:
-    """The weights of one part of a pipeline.
-
-    parameters: all; matrices: those that quantisation shrinks; block: of the largest block. bytes: as they are stored.
-    quantised: whether they are so already.
-    """
-
-    name: str
-    kind: str
-    parameters: int
-    matrices: int
-    block: int
-    blocks: int
-    bytes: int
-    quantised: bool = False
-
-    def size(self, weights: str = "bf16") -> float:
-        """Bytes on the GPU, with matrices in bf16, int8 or nf4 and the rest in bf16."""
-        if self.quantised:
-            return self.bytes
-        return BYTES[weights] * self.matrices + BYTES["bf16"] * (self.parameters - self.matrices)
-
-
-@dataclass(frozen=True)
-class Choice:
+class LoadingChoice:
     """One way to load a pipeline, and the bytes on the GPU in each phase of a run.
 
-    exact: whether activations are those of the bf16 weights. lines: Python that loads it. note: what it costs.
+    name: what it is called.
+    encode, denoise, decode: bytes while prompts are encoded, while the transformer works, while images are drawn.
+    exact: whether activations are those of the bf16 weights.
+    note: what it costs.
+    lines: Python that loads it.
     """
 
     name: str
@@ -81,6 +47,7 @@ class Choice:
 
     @property
     def peak(self) -> float:
+        """The bytes of the phase that needs most."""
         return max(self.encode, self.denoise, self.decode)
 
 
@@ -88,24 +55,29 @@ class Choice:
 class Recommendation:
     """Ways to load a pipeline into ``gb`` gigabytes, the fastest first.
 
-    parts: what the pipeline is made of. best: the first choice that fits, exact: the first that fits and does not
-    change activations; None where none does. table, weights: the arithmetic.
+    model: the pipeline's folder or repository.
+    gb: of the GPU's memory.
+    parts: what the pipeline is made of.
+    choices: every way to load it.
     """
 
     model: str
     gb: float
     parts: tuple[Part, ...]
-    choices: tuple[Choice, ...]
+    choices: tuple[LoadingChoice, ...]
 
-    def fits(self, choice: Choice) -> bool:
+    def fits(self, choice: LoadingChoice) -> bool:
+        """Whether a choice fits into the GPU's memory."""
         return choice.peak <= self.gb * GB
 
     @property
-    def best(self) -> Choice | None:
+    def best(self) -> LoadingChoice | None:
+        """The fastest choice that fits; None if nothing does."""
         return next((choice for choice in self.choices if self.fits(choice)), None)
 
     @property
-    def exact(self) -> Choice | None:
+    def exact(self) -> LoadingChoice | None:
+        """The fastest that fits and does not change activations; None if there is none."""
         return next((choice for choice in self.choices if self.fits(choice) and choice.exact), None)
 
     @property
@@ -182,70 +154,73 @@ def recommend(
     import dit_lens as dl
     ...
 
-    path_or_pipe: a live pipeline, a folder that save_pretrained wrote (its weights' headers are read, or else its
-    configs), or a repository of the hub (its configs are fetched). gb: gigabytes of 10**9 bytes, as cards are sold: the
-    few per cent more that a card has stay free. images, side: how many are drawn together, and of how many pixels.
     The text encoders work on the CPU where they alone would not fit.
+
+    path_or_pipe: a live pipeline, a folder that save_pretrained wrote (its weights' headers are read, or else its
+      configs), or a repository of the hub (its configs are fetched).
+    gb: gigabytes of 10**9 bytes, as cards are sold: the few per cent more that a card has stay free.
+    images: how many are drawn together.
+    side: their height and width in pixels.
     """
     if gb <= 0:
         raise OpError(f"gb={gb!r} must be more than 0: the gigabytes of the GPU's memory.")
-    model, kind, parts = _measured(path_or_pipe)
-    if not any(_role(part) == "transformer" for part in parts):
+    model, kind, parts = measure_parts(path_or_pipe)
+    if not any(part.role == "transformer" for part in parts):
         raise FamilyError(
             f"{model} has no transformer (its parts are {', '.join(part.name for part in parts)}), so it is not a DiT "
             "pipeline."
         )
     scale = images * (side / 1024) ** 2
-    return Recommendation(model, gb, tuple(parts), tuple(_choices(model, kind, parts, gb, scale)))
+    return Recommendation(model, gb, tuple(parts), tuple(_list_choices(model, kind, parts, gb, scale)))
 
 
-def _choices(model: str, kind: type | None, parts: list[Part], gb: float, scale: float) -> Iterable[Choice]:
+def _list_choices(model: str, kind: type | None, parts: list[Part], gb: float, scale: float) -> Iterable[LoadingChoice]:
     """Every way, the fastest first."""
-    encoders = [part for part in parts if _role(part) == "encoder"]
-    denoisers = [part for part in parts if _role(part) == "transformer"]
-    others = sum(part.size() for part in parts if _role(part) == "other")
+    encoders = [part for part in parts if part.role == "encoder"]
+    denoisers = [part for part in parts if part.role == "transformer"]
+    others = sum(part.size() for part in parts if part.role == "other")
     texts, whole = sum(part.size() for part in encoders), sum(part.size() for part in denoisers)
     denoising, decoding = CONTEXT + scale * DENOISING, CONTEXT + scale * DECODING
-    load = _Lines(model, tuple(part.name for part in encoders), tuple(part.name for part in denoisers))
+    load = LoadingCode(model, tuple(part.name for part in encoders), tuple(part.name for part in denoisers))
 
     everything = texts + whole + others
-    yield Choice(
+    yield LoadingChoice(
         "all in bf16",
         everything + CONTEXT,
         everything + denoising,
         everything + decoding,
         exact=True,
         note="fastest",
-        lines=load.all(),
+        lines=load.load_whole(),
     )
     first = _can_encode(kind) and bool(encoders)
     device = "cuda" if texts + CONTEXT <= gb * GB else "cpu"
     encode = texts + CONTEXT if device == "cuda" else 0.0
     largest = max((part.size() for part in encoders), default=0.0) + CONTEXT
     if first:
-        yield Choice(
+        yield LoadingChoice(
             "texts first, then bf16",
             encode,
             whole + others + denoising,
             whole + others + decoding,
             exact=True,
             note="as fast; prompts are encoded beforehand",
-            lines=load.texts_first(device),
+            lines=load.load_after_texts(device),
         )
-    yield Choice(
+    yield LoadingChoice(
         "model CPU offload",
         largest,
         max(part.size() for part in denoisers) + denoising,
         others + decoding,
         exact=True,
         note="every run moves each part to the GPU and back",
-        lines=load.offloaded(),
+        lines=load.load_offloaded(),
     )
     for weights in ("int8", "nf4"):
         if any(part.quantised for part in denoisers):
             break
         small = sum(part.size(weights) for part in denoisers)
-        yield Choice(
+        yield LoadingChoice(
             f"{'texts first, then ' if first else ''}{weights} transformer{'' if first else ', model CPU offload'}",
             encode if first else largest,
             small + (others if first else 0) + denoising,
@@ -253,198 +228,25 @@ def _choices(model: str, kind: type | None, parts: list[Part], gb: float, scale:
             exact=False,
             note="activations differ from those of bf16; compare with an exact choice"
             + ("; float8 is as large" if weights == "int8" else ""),
-            lines=load.texts_first(device, weights) if first else load.offloaded(weights),
+            lines=load.load_after_texts(device, weights) if first else load.load_offloaded(weights),
         )
     streamed = sum(part.size() * (1 - part.blocks / part.parameters) for part in denoisers)
     streamed += 2 * max(part.size() * part.block / part.parameters for part in denoisers)
     if first:
-        yield Choice(
+        yield LoadingChoice(
             "texts first, group offload",
             encode,
             streamed + others + denoising,
             others + streamed + decoding,
             exact=True,
             note="every step moves every block to the GPU: slow, but nothing is rounded",
-            lines=load.texts_first(device, offload=True),
+            lines=load.load_after_texts(device, offload=True),
         )
-
-
-@dataclass(frozen=True)
-class _Lines:
-    """Python that loads a pipeline, for each choice."""
-
-    model: str
-    encoders: tuple[str, ...]
-    denoisers: tuple[str, ...]
-
-    def all(self) -> str:
-        return "\n".join([*_imports(), f'lens = {self._lens()}.to("cuda")'])
-
-    def offloaded(self, weights: str | None = None) -> str:
-        lens = self._lens(weights=weights)
-        return "\n".join([*_imports(weights), f"lens = {lens}", "lens.pipe.enable_model_cpu_offload()"])
-
-    def texts_first(self, device: str, weights: str | None = None, *, offload: bool = False) -> str:
-        """Encode with a pipeline of text encoders, then load the rest."""
-        absent = [f"{name}=None" for name in (*self.denoisers, "vae")]
-        encoders = _call("DiffusionPipeline.from_pretrained", [f'"{self.model}"', *absent, BF16])
-        lens = self._lens(tuple(f"{name}=None" for name in self.encoders), weights)
-        rest = [f'lens = {lens}.to("cuda")']
-        if offload:
-            blocks = ['onload_device=torch.device("cuda")', 'offload_type="block_level"', "num_blocks_per_group=1"]
-            streams = [
-                _call(f"lens.pipe.{name}.enable_group_offload", [*blocks, "use_stream=True"]) for name in self.denoisers
-            ]
-            rest = [f"lens = {lens}", 'lens.pipe.vae.to("cuda")', *streams]
-        return "\n".join(
-            [
-                *_imports(weights, "DiffusionPipeline"),
-                f'encoders = {encoders}.to("{device}")',
-                "texts = dl.encode_prompts(encoders, prompts)",
-                "del encoders",
-                *rest,
-                "run = lens.run(**texts, seed=0)",
-            ]
-        )
-
-    def _lens(self, absent: tuple[str, ...] = (), weights: str | None = None) -> str:
-        options = [f'"{self.model}"', *absent, BF16]
-        if weights is not None:
-            mapping = ", ".join(f'"{name}": {QUANTISED[weights][1]}' for name in self.denoisers)
-            options.append(f"quantization_config=PipelineQuantizationConfig(quant_mapping={{{mapping}}})")
-        return _call("dl.DiTLens.from_pretrained", options)
-
-
-def _imports(weights: str | None = None, *names: str) -> list[str]:
-    names = (*names, *(["PipelineQuantizationConfig", QUANTISED[weights][0]] if weights else []))
-    return [
-        "import torch",
-        "import dit_lens as dl",
-        *([f"from diffusers import {', '.join(sorted(names))}"] if names else []),
-        *(["from torchao.quantization import Int8WeightOnlyConfig"] if weights == "int8" else []),
-        "",
-    ]
-
-
-def _call(function: str, arguments: list[str]) -> str:
-    """A call on one line, or with a line for each argument."""
-    line = f"{function}({', '.join(arguments)})"
-    return line if len(line) <= 88 else "\n    ".join([f"{function}(", *(f"{one}," for one in arguments)]) + "\n)"
-
-
-def _measured(source: Any) -> tuple[str, type | None, list[Part]]:
-    """What a pipeline is called, its class, and its parts."""
-    import diffusers
-
-    if hasattr(source, "components"):
-        model = str(getattr(source, "name_or_path", "") or "") or "path/to/pipeline"
-        parts = [
-            _part(
-                name,
-                type(part).__name__,
-                _shapes_of(part),
-                quantised=getattr(part.config, "quantization_config", None) is not None,
-            )
-            for name, part in source.components.items()
-            if hasattr(part, "named_parameters")
-        ]
-        return model, type(source), parts
-    folder = _folder(source)
-    index = read_json(folder / "model_index.json", "the index of a diffusers pipeline")
-    parts = []
-    for name, entry in index.items():
-        if isinstance(entry, list) and entry[0] is not None and (folder / name / "config.json").is_file():
-            config = read_json(folder / name / "config.json", f"the config of {name}")
-            shapes = _headers(folder / name) or _from_config(folder / name, *entry)
-            parts.append(_part(name, entry[1], shapes, quantised="quantization_config" in config))
-    return str(source), getattr(diffusers, index.get("_class_name", ""), None), parts
-
-
-def _folder(source: str | Path) -> Path:
-    """The folder of a pipeline; a repository's configs are fetched into the hub's cache."""
-    folder = Path(source)
-    if check_pipeline(folder):
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=["model_index.json", "*/config.json"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as problem:
-        raise StoreError(
-            f"{source} is no folder, and its configs could not be fetched from the hub: {problem}"
-        ) from problem
-
-
-def _shapes_of(module: Any) -> Shapes:
-    return [(name, tuple(p.shape), nbytes(p)) for name, p in module.named_parameters()]
-
-
-def _headers(folder: Path) -> Shapes:
-    """Every weight of a part from the headers of its safetensors files; empty where there are none."""
-    found: Shapes = []
-    for file in sorted(folder.glob("*.safetensors")):
-        if not re.fullmatch(SAFETENSORS, file.name):
-            continue
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header: Mapping[str, Any] = json.loads(stream.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, stop = entry["data_offsets"]
-                found.append((name, tuple(entry["shape"]), stop - start))
-    return found
-
-
-def _from_config(folder: Path, library: str, kind: str) -> Shapes:
-    """Every weight of a part, from its class made without memory."""
-    import diffusers
-    import torch
-    import transformers
-
-    home: Any = {"diffusers": diffusers, "transformers": transformers}.get(library)
-    cls = getattr(home, kind, None)
-    if cls is None:
-        raise StoreError(
-            f"{folder} holds no safetensors file, and its class {library}.{kind} is not known here, so its size cannot "
-            "be told. Download the weights, or pass the loaded pipeline."
-        )
-    with torch.device("meta"):
-        if library == "transformers":
-            part = cls(cls.config_class.from_pretrained(folder))
-        else:
-            part = cls.from_config(cls.load_config(folder))
-    return _shapes_of(part)
-
-
-def _part(name: str, kind: str, shapes: Shapes, *, quantised: bool) -> Part:
-    blocks: dict[str, int] = {}
-    for weight, shape, _ in shapes:
-        listed = re.match(r"(.*?\.\d+)\.", weight)
-        if listed:
-            blocks[listed[1]] = blocks.get(listed[1], 0) + math.prod(shape)
-    return Part(
-        name=name,
-        kind=kind,
-        parameters=sum(math.prod(shape) for _, shape, _ in shapes),
-        matrices=sum(math.prod(shape) for _, shape, _ in shapes if len(shape) == 2),
-        block=max(blocks.values(), default=0),
-        blocks=sum(blocks.values()),
-        bytes=sum(size for *_, size in shapes),
-        quantised=quantised,
-    )
-
-
-def _role(part: Part) -> str:
-    """Transformer, encoder or other."""
-    if re.fullmatch(r"(\w+_)?transformer(_\d+)?", part.name):
-        return "transformer"
-    return "encoder" if re.fullmatch(ENCODER, part.name) else "other"
 
 
 def _can_encode(kind: type | None) -> bool:
     """Whether prompts of a pipeline class can be encoded beforehand."""
     try:
-        return kind is not None and bool(returned_names(kind))
-    except PromptError:
+        return kind is not None and bool(list_encoded(kind, find_by_pipeline(kind)))
+    except (FamilyError, PromptError):
         return False
