@@ -16,9 +16,10 @@ from dit_lens.commands.page import Section, write_figures, write_page
 from dit_lens.core.runs.files import whole_folder
 from dit_lens.errors import StoreError
 from dit_lens.lens import DiTLens
-from dit_lens.studies.shared.arms import kept_scores, score_ops, sets_of
-from dit_lens.studies.shared.result import readable
-from dit_lens.toys.scenes import Scene, describe, sample_scenes
+from dit_lens.studies.shared.arms import average_scores, make_score_reads, select_top_channels
+from dit_lens.studies.shared.keys import ImageKey
+from dit_lens.studies.shared.tables import format_summary
+from dit_lens.toys.scenes import Scene, recognise_scene, sample_scenes
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -45,7 +46,11 @@ LEAD = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """page: the index.html. headline: the numbers of the three claims."""
+    """What :func:`demo` leaves.
+
+    page: path of index.html.
+    headline: the numbers of the three claims.
+    """
 
     page: Path
     headline: pd.DataFrame
@@ -56,8 +61,14 @@ def demo(
 ) -> Outcome:
     """Draws, finds the massive channels, runs the three studies, and writes ``out/index.html``, PNGs and raw results.
 
-    prompt, source: scenes of the toy's grammar. Raises PromptError, before anything is drawn, for another sentence, and
-    StoreError when ``out`` holds something this command did not write.
+    Raises PromptError, before anything is drawn, for a prompt that is not a scene, and StoreError if ``out`` holds
+    something that this command did not write.
+
+    out: folder of the page.
+    prompt: a scene of the toy's grammar, to draw and to edit.
+    source: another, whose channels are moved into it.
+    seed: seed of the noise.
+    k: number of channels that count as massive.
     """
     prompt, source, k = prompt or PROMPT, source or SOURCE, k or K
     for scene in (prompt, source):
@@ -67,32 +78,32 @@ def demo(
     lens = DiTLens.toy()
     prompts = [prompt, source, *(scene.caption for scene in sample_scenes(OTHERS, seed=seed + 100))]
     with lens.quiet():
-        run = lens.run(prompts, score_ops("blocks.*.img", "|mean|", None), seed=seed)
-    massive = sets_of(kept_scores(run), k, "|mean|")[0]
+        run = lens.run(prompts, make_score_reads("blocks.*.img", "|mean|"), seed=seed)
+    massive = select_top_channels(average_scores(run), k, "|mean|")[0]
     disruption = studies.disruption(lens, prompts, k=k, seeds=[seed], draws=1)
     organisation = studies.organisation(lens, prompts, k=k, seeds=[seed], draws=2)
     transfer = studies.transfer(lens, [(source, prompt)], k=k, strengths=STRENGTHS, seeds=[seed], draws=2)
     sections = [
-        _drawn(run),
-        _massive(massive, k),
-        _disruption(disruption, k, seed),
-        _organisation(organisation, lens.anatomy.depth),
-        _transfer(transfer),
+        _show_images(run),
+        _show_massive(massive, k),
+        _show_disruption(disruption, k, seed),
+        _show_organisation(organisation, lens.anatomy.depth),
+        _show_transfer(transfer),
     ]
-    with whole_folder(out) as folder:
+    with whole_folder(out, mark=".dit-lens-demo") as folder:
         write_page(folder / "index.html", title=TITLE, lead=LEAD, sections=sections)
         run.save(folder / "run")
         for result in (disruption, organisation, transfer):
             result.save(folder / result.study)
         for i, image in enumerate(run.images):
             image.save(folder / f"image-{i}.png")
-        write_figures(_named(sections, folder))
-    return Outcome(out / "index.html", _headline(massive, disruption, organisation, transfer))
+        write_figures(_name_figures(sections, folder))
+    return Outcome(out / "index.html", _make_headline(massive, disruption, organisation, transfer))
 
 
-def _drawn(run: Run) -> Section:
+def _show_images(run: Run) -> Section:
     prompts = run.spec["prompt"]
-    read = [describe(image) for image in run.images]
+    read = [recognise_scene(image) for image in run.images]
     exact = sum(found.scene == Scene.parse(prompt) for found, prompt in zip(read, prompts, strict=True))
     sentence = f"Read back from their pixels, {exact} of {len(read)} images are exactly the scene that was asked for."
     table = pd.DataFrame({"asked": prompts, "read back (share of variance explained)": list(map(str, read))})
@@ -101,7 +112,7 @@ def _drawn(run: Run) -> Section:
     return Section("The images", sentence, (figure,), table, "run = lens.run(prompts, seed=0)\nrun.images")
 
 
-def _massive(massive: ChannelSet, k: int) -> Section:
+def _show_massive(massive: ChannelSet, k: int) -> Section:
     ratios = {site: top_median_ratio(scores) for site, scores in massive.scores.items()}
     site = max(ratios, key=lambda name: ratios[name])
     share = massive.energy_share().values()
@@ -119,9 +130,9 @@ def _massive(massive: ChannelSet, k: int) -> Section:
     return Section("Massive channels", sentence, figures, None, code)
 
 
-def _disruption(result: Result, k: int, seed: int) -> Section:
+def _show_disruption(result: Result, k: int, seed: int) -> Section:
     rows = result.summary.set_index("arm")
-    changed = {arm: _interval(rows.loc[arm], "rmse") for arm in rows.index}
+    changed = {arm: _format_interval(rows.loc[arm], "rmse") for arm in rows.index}
     against = ", ".join(f"{changed[arm]} for {arm}" for arm in CONTROLS)
     held = rows["energy_share"]
     sentence = (
@@ -134,15 +145,15 @@ def _disruption(result: Result, k: int, seed: int) -> Section:
         f"are raised as that norm would raise them, by {changed['rescaled']}."
     )
     arms = ["untouched", "top", *CONTROLS, "attenuated", "norm-kept", "rescaled"]
-    shown = [result.images[f"0/{seed}/{0 if arm == 'untouched' else k}/{arm}"] for arm in arms]
+    shown = [result.image(0, seed, k=0 if arm == "untouched" else k, arm=arm) for arm in arms]
     figures = (plots.strip(shown, arms, title="One image, different channels changed"), result.figure())
     code = f"result = studies.disruption(lens, prompts, k={k})\nresult.figure()"
     measures = ["rmse", "rmse_top_minus", "fidelity", "energy_share"]
     columns = ["arm", "n", *(name for measure in measures for name in (measure, f"{measure}_low", f"{measure}_high"))]
-    return Section("1. Are they critical?", sentence, figures, readable(result.summary[columns]), code)
+    return Section("1. Are they critical?", sentence, figures, format_summary(result.summary[columns]), code)
 
 
-def _organisation(result: Result, depth: int) -> Section:
+def _show_organisation(result: Result, depth: int) -> Section:
     summary = result.summary
     top = summary[summary["arm"] == "top"].set_index("block")
     best, step = int(top["iou"].idxmax()), int(top["step"].iloc[0])
@@ -152,25 +163,27 @@ def _organisation(result: Result, depth: int) -> Section:
         f"Two clusters of the tokens, made from the top channels alone, overlap with the subject best in block {best}: "
         f"IoU {others['top']:.2f}, against {others['random']:.2f} for random channels, {others['bottom']:.2f} for "
         f"bottom channels and {others['all']:.2f} for all; {others['component']:.2f} for the first principal component "
-        f"of all, {others['centre']:.2f} for a disc in the centre, {table.loc['top', 'others']:.2f} for the same "
-        f"masks on the other prompts' images and {table.loc['top', 'chance']:.2f} for equally large random masks. "
+        f"of all, {others['centre']:.2f} for a disc in the centre, {table.loc['top', 'iou_other_prompts']:.2f} for the "
+        f"same masks on the other prompts' images and {table.loc['top', 'chance']:.2f} for equally large random masks. "
         "The block is the best of several, so its IoU flatters."
     )
-    first = next(key.removesuffix("/truth") for key in result.masks if key.endswith("/truth"))
-    image, truth = result.images[first], result.masks[f"{first}/truth"]
-    blocks = {f"block {block}": result.masks[f"{first}/{step}/{block}/top"] for block in range(depth)}
-    arms = {arm: result.masks[f"{first}/{step}/{best}/{arm}"] for arm in table.index}
+    keys = [key for text in result.masks if (key := ImageKey.parse(text))]
+    first = next(key for key in keys if key.arm == "truth")  # some image that could be read back
+    item, seed, truth = first.item, first.seed, result.masks[str(first)]
+    blocks = {f"block {block}": result.mask(item, seed, step=step, block=block, arm="top") for block in range(depth)}
+    arms = {arm: result.mask(item, seed, step=step, block=best, arm=arm) for arm in table.index}
+    image = result.image(item, seed)
     overlays = (
         plots.overlay_grid(image, blocks, truth=truth, title="Clusters of the top channels"),
         plots.overlay_grid(image, arms, truth=truth, title=f"Block {best}: other channels, baselines and nulls"),
     )
     code = "result = studies.organisation(lens, prompts)\nresult.figure()"
-    columns = ["arm", "n", "iou", "low", "high", "chance", "others", "p", "size", "degenerate"]
+    columns = ["arm", "n", "iou", "low", "high", "chance", "iou_other_prompts", "p", "size", "degenerate"]
     shown = table.reset_index()[columns]
     return Section("2. Are they organised in space?", sentence, (*overlays, result.figure()), shown, code)
 
 
-def _transfer(result: Result) -> Section:
+def _show_transfer(result: Result) -> Section:
     full = result.summary[(result.summary["strength"] == 1.0) & ~result.summary["masked"]].set_index("arm")
     moved = {arm: f"{full.loc[arm, 'to_source']:.0f} and {full.loc[arm, 'to_target']:.0f}" for arm in full.index}
     sentence = (
@@ -182,11 +195,12 @@ def _transfer(result: Result) -> Section:
     arms = ("top", "random", "prompt-blend")
     strips = [plots.transfer_strips(result, masked=masked, arms=arms) for masked in (False, True)]
     code = "result = studies.transfer(lens, [(source, prompt)])\nresult.figure()\nplots.transfer_strips(result)"
-    columns = ["arm", "masked", "strength", "to_source", "to_target", "inside", "outside", "says_source", "says_target"]
+    columns = ["arm", "masked", "strength", "to_source", "to_target", "inside", "outside"]
+    columns += ["fidelity_source", "fidelity_target"]
     return Section("3. Can they be moved?", sentence, (*strips, result.figure()), result.summary[columns], code)
 
 
-def _headline(massive: ChannelSet, disruption: Result, organisation: Result, transfer: Result) -> pd.DataFrame:
+def _make_headline(massive: ChannelSet, disruption: Result, organisation: Result, transfer: Result) -> pd.DataFrame:
     damage = disruption.summary.set_index("arm")
     best = organisation.summary.groupby("arm")["iou"].max()
     moved = transfer.summary[(transfer.summary["strength"] == 1.0) & ~transfer.summary["masked"]].set_index("arm")
@@ -202,12 +216,12 @@ def _headline(massive: ChannelSet, disruption: Result, organisation: Result, tra
     )
 
 
-def _interval(row: pd.Series, measure: str) -> str:
+def _format_interval(row: pd.Series, measure: str) -> str:
     low, high = row[f"{measure}_low"], row[f"{measure}_high"]
     return f"{row[measure]:.0f}" + ("" if np.isnan(low) else f" ({low:.0f} to {high:.0f})")
 
 
-def _named(sections: list[Section], folder: Path) -> dict[Path, go.Figure]:
+def _name_figures(sections: list[Section], folder: Path) -> dict[Path, go.Figure]:
     """Every plotly figure of the page, under a file name of its own."""
     figures = [figure for section in sections for figure in section.figures if not isinstance(figure, Image)]
     return {folder / f"figure-{i}.png": figure for i, figure in enumerate(figures)}

@@ -6,28 +6,23 @@ Every sentence with a number is made from a result; whether a claim holds is dec
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from tqdm.auto import tqdm
 
-from dit_lens import studies
 from dit_lens.analysis.channels import gini, top_median_ratio
+from dit_lens.commands.chapters import CHAPTERS, Size
 from dit_lens.commands.page import write_figures
-from dit_lens.commands.sentences import CLAIMS, QUESTIONS
 from dit_lens.core.runs.files import read_json, whole_folder, write_text
-from dit_lens.lens import DEFAULTS_FILE, DiTLens
-from dit_lens.studies.shared.result import readable
+from dit_lens.core.session import DEFAULTS_FILE
+from dit_lens.lens import DiTLens
+from dit_lens.studies.shared.tables import format_summary
 from dit_lens.toys import path, train_command
-from dit_lens.toys.scenes import sample_scenes
 
 if TYPE_CHECKING:
     from dit_lens.studies import Result
-
-# The least images from which an interval says something, in about half an hour for a toy on two cores.
-PROMPTS, SEEDS, DRAWS, K = 16, 2, 10, 8
 
 INTRO = """# Findings
 
@@ -48,75 +43,62 @@ of the two. Iterations are those in which the transformer was trained.
 """
 
 
-@dataclass(frozen=True)
-class Size:
-    """How much is drawn: held-out prompts, seeds of each, draws of random controls, and k."""
+def findings(
+    out: Path,
+    *,
+    toys: Sequence[str] = ("flux",),
+    size: Size = Size(),  # noqa: B008 frozen
+    cells: Path | None = None,
+) -> Path:
+    """Runs every study on every toy; returns ``out/index.md``, about all toys whose pages are in ``out``.
 
-    prompts: int = PROMPTS
-    seeds: int = SEEDS
-    draws: int = DRAWS
-    k: int = K
-    call: dict[str, Any] = field(default_factory=dict)
-
-
-def findings(out: Path, *, toys: Sequence[str] = ("flux",), size: Size = Size(), cells: Path | None = None) -> Path:
-    """Runs every study on every toy; returns ``out/index.md``, about all toys whose pages lie in ``out``.
-
-    A toy's page, figures and tables lie in ``out/TOY``, which is replaced when its studies are done; other toys' stay.
-    cells: a folder for finished cells, from which an interrupted call goes on.
+    out: folder of the pages; a toy's page, figures and tables are in ``out/TOY``, which is replaced when its studies
+      are done. The folders of other toys stay.
+    toys: names of the toys.
+    size: how much is drawn.
+    cells: folder for finished cells, from which an interrupted call continues.
     """
-    # First of all: a name that does not exist costs no hour of the toys before it.
+    # First of all, so that a name that does not exist does not cost the hours of the toys before it.
     cards = {toy: read_json(path(toy) / DEFAULTS_FILE, "the card of a toy") for toy in toys}
     for toy, card in tqdm(cards.items(), desc="toys", disable=len(cards) == 1):
         lens = DiTLens.toy(toy)
-        concentration = _concentration(lens, DiTLens.toy(toy, untrained=True), size)
-        results = _results(lens, size, None if cells is None else cells / toy)
-        with whole_folder(out / toy) as fresh:
-            lines = [f"# Findings on {toy}", *_of_toy(fresh, card, lens, concentration, results, size)]
+        concentration = _measure_concentration(lens, DiTLens.toy(toy, untrained=True), size)
+        results = run_chapters(lens, size, None if cells is None else cells / toy)
+        with whole_folder(out / toy, mark="index.md") as fresh:
+            lines = [f"# Findings on {toy}", *_write_toy(fresh, card, lens, concentration, results, size)]
             (fresh / "index.md").write_text("\n".join(lines), encoding="utf-8")
-            _glance(toy, card, concentration, results).to_csv(fresh / "glance.csv", index=False)
+            _summarise_toy(toy, card, concentration, results).to_csv(fresh / "glance.csv", index=False)
         _write_overview(out)
     return out / "index.md"
 
 
 def _write_overview(out: Path) -> None:
-    """The page about all toys of a folder, from the line that each keeps beside its own page."""
+    """The page about all toys of a folder, from the row that each keeps beside its own page."""
     lines = [pd.read_csv(file, dtype=str) for file in sorted(out.glob("[!.]*/glance.csv"))]
     table = pd.concat(lines, ignore_index=True)
     table["toy"] = [f"[{toy}]({toy}/index.md)" for toy in table["toy"]]
-    write_text(out / "index.md", "\n".join([INTRO, *_table(table), ""]))
+    write_text(out / "index.md", "\n".join([INTRO, *_format_table(table), ""]))
 
 
-def _results(lens: DiTLens, size: Size, folder: Path | None) -> list[Result]:
-    prompts = [scene.caption for scene in sample_scenes(size.prompts, seed=100, held_out=True)]
-    pairs = list(zip(prompts[::2], prompts[1::2], strict=False))
-    shared = {"k": size.k, "seeds": list(range(size.seeds)), "batch_size": 8, **size.call}
-    controlled = {**shared, "draws": size.draws}
-    of_patching = {name: value for name, value in shared.items() if name != "batch_size"}
-    few = {**shared, "draws": min(size.draws, 3)}  # an image more for every draw, part and strength
-    plan = {
-        "stability": (prompts, shared),
-        "births": (prompts, shared),
-        "disruption": (prompts, controlled),
-        "organisation": (prompts, controlled),
-        "transfer": (pairs, {**few, "strengths": (0.5, 1.0), "mask_from": None}),
-        "patching": (pairs[:2], {**of_patching, "over": "block x channel group", "seeds": [0], "draws": 1}),
-        "carrier_or_detail": (prompts, few),
-    }
-    results = []
-    for name, (subjects, choices) in plan.items():
-        where = None if folder is None else folder / name
-        results.append(getattr(studies, name)(lens, subjects, out=where, **choices))
-    return results
+def run_chapters(lens: DiTLens, size: Size, folder: Path | None) -> list[Result]:
+    """Runs the study of every chapter.
+
+    lens: lens on the toy.
+    size: how much is drawn.
+    folder: folder for finished cells, or None to keep them in memory.
+    """
+    return [
+        chapter.study.function(lens, **chapter.arguments(size), out=folder and folder / chapter.name)
+        for chapter in CHAPTERS
+    ]
 
 
-def _concentration(lens: DiTLens, twin: DiTLens, size: Size) -> pd.DataFrame:
+def _measure_concentration(lens: DiTLens, twin: DiTLens, size: Size) -> pd.DataFrame:
     """How much the top channels of every block hold, in a toy and in its twin before training."""
-    prompts = [scene.caption for scene in sample_scenes(size.prompts, seed=100, held_out=True)]
     lines = []
     for name, one in (("trained", lens), ("untrained twin", twin)):
         with one.quiet():
-            found = one.massive_channels(prompts, size.k, seed=0, **size.call)
+            found = one.massive_channels(size.texts, size.k, seed=0, **size.call)
         shares = found.energy_share()
         for site, scores in found.scores.items():
             measures = {"top/median": top_median_ratio(scores), "Gini of energy": gini(found.energy[site])}
@@ -124,25 +106,33 @@ def _concentration(lens: DiTLens, twin: DiTLens, size: Size) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _glance(toy: str, card: Mapping[str, Any], concentration: pd.DataFrame, results: Sequence[Result]) -> pd.DataFrame:
-    """A toy in one line: how long it was trained, are there massive channels, and what became of the claims."""
+def _summarise_toy(
+    toy: str, card: Mapping[str, Any], concentration: pd.DataFrame, results: Sequence[Result]
+) -> pd.DataFrame:
+    """A toy in one row: how long it was trained, whether it has massive channels, and the verdicts on the claims.
+
+    toy: name of the toy.
+    card: its card.
+    concentration: what its top channels hold.
+    results: results of the chapters.
+    """
     found = {result.study: result for result in results}
     shares = concentration.groupby("model")["energy share"].mean()
-    line = {"toy": toy, "iterations": _iterations(card)}
+    line = {"toy": toy, "iterations": _count_iterations(card)}
     line["energy share (untrained)"] = f"{shares['trained']:.2f} ({shares['untrained twin']:.2f})"
-    line |= {column: contest(found[study]).brief for study, (column, contest) in CLAIMS.items()}
+    line |= {chapter.claim: chapter.compare(found[chapter.name]).brief for chapter in CHAPTERS if chapter.compare}
     rows = found["carrier_or_detail"].summary.set_index(["measure", "part"])
     return pd.DataFrame([{**line, "carrier or detail": rows.loc[("verdict", "overall"), "says"]}])
 
 
-def _iterations(card: Mapping[str, Any]) -> str:
-    """In how many of them the transformer of a toy was trained."""
+def _count_iterations(card: Mapping[str, Any]) -> str:
+    """The number of iterations in which the transformer of a toy was trained."""
     return f"{card['training']['stages']['transformer']['iterations']:,}"
 
 
-def _training(card: Mapping[str, Any]) -> str:
+def describe_training(card: Mapping[str, Any]) -> str:
     """The card of a toy in words: how it was trained and, where that was measured, how well it draws."""
-    said = f"Trained from seed {card['training']['seed']} for {_iterations(card)} iterations."
+    said = f"Trained from seed {card['training']['seed']} for {_count_iterations(card)} iterations."
     if "quality" not in card:
         return f"{said} How well it draws was not measured."
     quality = card["quality"]
@@ -168,7 +158,7 @@ def describe_retraining(card: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _of_toy(
+def _write_toy(
     folder: Path,
     card: Mapping[str, Any],
     lens: DiTLens,
@@ -176,7 +166,15 @@ def _of_toy(
     results: Sequence[Result],
     size: Size,
 ) -> list[str]:
-    """The page of one toy below its title; its figures and tables are written beside it."""
+    """The page of one toy below its title; its figures and tables are written beside it.
+
+    folder: folder of the page.
+    card: card of the toy.
+    lens: lens on the toy.
+    concentration: what its top channels hold.
+    results: results of the chapters, in their order.
+    size: how much was drawn.
+    """
     share = f"k = {size.k} of {lens.anatomy.width} channels ({size.k / lens.anatomy.width:.1%})"
     means = concentration.groupby("model", sort=False)[["energy share", "top/median", "Gini of energy"]].mean()
     lines = [
@@ -185,28 +183,28 @@ def _of_toy(
             f"{size.seeds} seeds, {size.draws} draws of random controls. [What the words mean](../index.md)."
         ),
         "",
-        _training(card),
+        describe_training(card),
         "",
         *describe_retraining(card),
         "Are there massive channels, and did training make them? Means over blocks:",
         "",
-        *_table(means.reset_index()),
+        *_format_table(means.reset_index()),
         "",
     ]
     drawn = write_figures({folder / f"{result.study}.webp": result.figure() for result in results})
-    for result in results:
-        name, question = result.study, QUESTIONS[result.study]
+    for chapter, result in zip(CHAPTERS, results, strict=True):
+        name, question = chapter.name, chapter.study.question
         result.summary.to_csv(folder / f"{name}.csv", index=False)
-        lines += [f"## {question.title}", question.say(result), "", f"*Published:* {question.published}", ""]
-        lines += [f"![{question.title}]({name}.webp)", ""] if folder / f"{name}.webp" in drawn else []
+        lines += [f"## {question}", chapter.describe(result), "", f"*Published:* {chapter.published}", ""]
+        lines += [f"![{question}]({name}.webp)", ""] if folder / f"{name}.webp" in drawn else []
         lines += [f"All numbers: [{name}.csv]({name}.csv)", ""]
         lines += [*(f"- {note}" for note in result.notes), ""]
     concentration.to_csv(folder / "concentration.csv", index=False)
     return lines
 
 
-def _table(frame: pd.DataFrame) -> list[str]:
+def _format_table(frame: pd.DataFrame) -> list[str]:
     """A small table in Markdown."""
-    text = readable(frame).astype(str)
+    text = format_summary(frame).astype(str)
     rows = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
     return [f"| {' | '.join(row)} |" for row in rows]

@@ -151,7 +151,7 @@ def export(pipe: DiffusionPipeline, out: Path, settings: Settings, history: dict
     settings: settings of the run.
     history: name of a stage -> its final progress, for the model card.
     """
-    with whole_folder(out / "pipeline") as folder:
+    with whole_folder(out / "pipeline", mark="model_index.json") as folder:
         pipe.save_pretrained(folder)
         pipe.transformer.half().save_pretrained(folder / "transformer")
         pipe.transformer.float()
@@ -233,7 +233,7 @@ def _save_checkpoint(
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in net.named_parameters()}
     moments = {f"{names[p]}|{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
-    with whole_folder(folder) as fresh:
+    with whole_folder(folder, mark="progress.json") as fresh:
         save_file({k: v.contiguous().clone() for k, v in net.state_dict().items()}, fresh / "weights.safetensors")
         save_file({k: v.contiguous() for k, v in ema.items()}, fresh / "ema.safetensors")
         save_file({k: v.contiguous() for k, v in moments.items()}, fresh / "optimizer.safetensors")

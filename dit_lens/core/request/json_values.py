@@ -72,12 +72,18 @@ def from_plain(value: Any) -> Any:
     if "array" in value:
         import numpy as np
 
-        return np.asarray(value["array"])
+        array = np.asarray(value["array"])
+        if array.dtype.kind not in "biuf":
+            raise OpError(f"an array of {array.dtype} is not a value of an op.")
+        return array
     if "run" in value:
         return Run.load(value["run"])
     if "tensor" in value:
         import torch
 
+        dtype = getattr(torch, value["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise OpError(f"{value['dtype']!r} is not a type of tensors.")
         flat = torch.frombuffer(bytearray(base64.b64decode(value["tensor"])), dtype=torch.uint8)
-        return flat.view(getattr(torch, value["dtype"])).reshape(value["shape"])
+        return flat.view(dtype).reshape(value["shape"])
     raise OpError(f"no op was ever written with a value like {value!r}; was the JSON changed by hand?")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dit_lens.core.request.json_values import SigmaInterval, from_plain, to_plain
 from dit_lens.core.request.reduce import parse
-from dit_lens.errors import OpError, nearest
+from dit_lens.errors import DitLensError, OpError, nearest
 from dit_lens.families.layout import PlanMismatchError
 from dit_lens.families.tensors import outer_index
 
@@ -396,15 +396,30 @@ def to_json(op: Op) -> dict[str, Any]:
 
 def from_json(data: Mapping[str, Any]) -> Op:
     """The op that :func:`to_json` wrote."""
+    if not isinstance(data, Mapping):
+        raise OpError(f"an op in JSON is a mapping, not {type(data).__name__}.")
     values = dict(data)
-    kind = values.pop("op", None)
+    kind = str(values.pop("op", None))
     if kind not in OPS:
-        raise OpError(f"{kind!r} is not an op.{nearest(str(kind), OPS)}")
+        raise OpError(f"{kind!r} is not an op.{nearest(kind, OPS)}")
     known = [f.name for f in fields(OPS[kind])]
     for name in values:
         if name not in known:
             raise OpError(f"{kind} takes no {name!r}.{nearest(name, known)}")
-    return OPS[kind](**{name: from_plain(value) for name, value in values.items()})
+    try:
+        return OPS[kind](**{name: from_plain(value) for name, value in values.items()})
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as damage:
+        if isinstance(damage, DitLensError):
+            raise
+        raise OpError(f"this {kind} cannot be read from JSON ({damage}). Was it changed by hand?") from damage
 
 
 def to_real_tensor(value: Any, what: str) -> Tensor:

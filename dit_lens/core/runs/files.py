@@ -1,39 +1,92 @@
-"""Folders that are written whole or not at all, and JSON that is read with an error a person can use."""
+"""Folders that are written whole or not at all, and data that is read with an error a person can use."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
+import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+from filelock import FileLock, Timeout
+
 from dit_lens.errors import StoreError
+
+LOCK = ".dit_lens.lock"  # in the folder in which something is being replaced
+PATIENCE = 60.0  # seconds to wait for another writer, who needs milliseconds
+LARGEST_JSON = 2**30  # bytes
 
 
 @contextmanager
-def whole_folder(path: str | Path, *, overwrite: bool = True) -> Generator[Path]:
+def whole_folder(path: str | Path, *, mark: str, overwrite: bool = True) -> Generator[Path]:
     """Yields an empty folder beside ``path``; when the block succeeds it takes the place of ``path``.
 
-    When the block raises (Ctrl-C included) ``path`` stays as it was.
+    When the block raises (Ctrl-C included) ``path`` stays as it was. Several processes may write the same folder: each
+    writes one of its own, and the last to finish stays.
+
+    path: the folder to write.
+    mark: a file that every folder of this kind has. An existing folder without it was not written by this library, and
+        is never replaced, unless it is empty.
+    overwrite: whether an existing folder of this kind may be replaced.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise StoreError(f"{path} exists already. Pass overwrite=True to replace it, or choose another folder.")
-    fresh, old = _beside(path, "partial"), _beside(path, "old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone_in(path.parent):
+        _check_replaceable(path, mark, overwrite)
+        _remove_leftovers(path)
+    fresh = _beside(path, f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+    fresh.mkdir()
     try:
         yield fresh
-    except BaseException:
+        (fresh / mark).touch()
+        with _alone_in(path.parent):
+            _check_replaceable(path, mark, overwrite)
+            old = _beside(path, "old")
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                path.rename(old)
+            fresh.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    fresh.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_replaceable(path: Path, mark: str, overwrite: bool) -> None:
+    if not path.exists() and not path.is_symlink():
+        return
+    if not path.is_dir() or path.is_symlink():
+        raise StoreError(f"{path} is a file or a link, which is never replaced. Choose another name.")
+    if not any(path.iterdir()):
+        return
+    if not (path / mark).is_file():
+        raise StoreError(f"{path} holds other files (it has no {mark}), so it is not replaced. Choose another folder.")
+    if not overwrite:
+        raise StoreError(f"{path} exists already. Pass overwrite=True to replace it, or choose another folder.")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes what writers that were killed on this machine have left of ``path``."""
+    start, end = f".{path.name}.{platform.node()}-", ".partial"
+    for entry in path.parent.iterdir():
+        if entry.name.startswith(start) and entry.name.endswith(end):
+            writer = entry.name[len(start) :].partition("-")[0]
+            if writer.isdecimal() and not psutil.pid_exists(int(writer)):
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Generator[None]:
+    """Keeps other writers of a folder waiting."""
+    try:
+        with FileLock(folder / LOCK, timeout=PATIENCE):
+            yield
+    except Timeout as waited:
+        raise StoreError(f"another process has been writing in {folder} for {PATIENCE:.0f} s. Try again.") from waited
 
 
 def check_pipeline(folder: Path) -> bool:
@@ -51,7 +104,14 @@ def check_pipeline(folder: Path) -> bool:
 def recovered(path: str | Path) -> Path:
     """The folder to read: ``path``, or what it replaced if the writer died between the two renames."""
     path = Path(path)
-    return _beside(path, "old") if not path.exists() and _beside(path, "old").exists() else path
+    try:
+        old = _beside(path, "old")
+        if path.exists() or not old.exists():
+            return path
+    except (OSError, ValueError) as problem:  # a name that no file can have
+        raise StoreError(f"{str(path)[:200]!r} cannot be read: {problem.__class__.__name__}.") from problem
+    with _alone_in(path.parent):  # a writer may be between the two
+        return path if path.exists() else old
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -62,7 +122,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def write_text(path: str | Path, text: str) -> Path:
     """Writes a file whole or not at all, and returns its path."""
     path = Path(path)
-    fresh = _beside(path, "partial")
+    fresh = _beside(path, f"{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
     try:
         fresh.write_text(text, encoding="utf-8")
         fresh.replace(path)
@@ -74,15 +134,19 @@ def write_text(path: str | Path, text: str) -> Path:
 def read_json(path: str | Path, what: str) -> Any:
     """Reads JSON; ``what`` names it in the error when it is missing or damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        text = Path(path).read_text(encoding="utf-8") if Path(path).stat().st_size <= LARGEST_JSON else None
+        value = None if text is None else json.loads(text)
+    except (FileNotFoundError, NotADirectoryError):
         raise StoreError(
             f"{path} does not exist, so {what} cannot be read from there. Check the folder's name."
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as damage:
+    except (OSError, ValueError, RecursionError) as damage:
         raise StoreError(
-            f"{path} is not readable as {what}: {damage}. Restore the folder or make it again."
+            f"{str(path)[:200]} is not readable as {what}: {damage}. Restore the folder or make it again."
         ) from damage
+    if text is None:
+        raise StoreError(f"{path} is larger than {LARGEST_JSON // 2**20} MiB, so it is not read as {what}.")
+    return value
 
 
 def read_versioned(path: Path, kind: str, version: int) -> dict[str, Any]:
@@ -93,6 +157,39 @@ def read_versioned(path: Path, kind: str, version: int) -> dict[str, Any]:
             f"{path.parent} holds no {kind} of format {version}. Was it written by another version of dit_lens?"
         )
     return data
+
+
+@contextmanager
+def told_of_damage(folder: Path, remedy: str) -> Generator[None]:
+    """Turns whatever damaged or foreign data causes inside into a StoreError. remedy: what to do, as a sentence."""
+    from PIL import Image, UnidentifiedImageError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except StoreError:
+        raise
+    except (
+        OSError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        SafetensorError,
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+    ) as damage:
+        raise StoreError(f"{folder} is incomplete or damaged: {damage}. {remedy}") from damage
+
+
+def file_inside(folder: Path, name: Any) -> Path:
+    """A file of a folder by its stored name; StoreError if the name leads elsewhere."""
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+        raise StoreError(f"{folder} names a file {name!r} outside itself, which is not read.")
+    return folder / name
 
 
 def _beside(path: Path, mark: str) -> Path:

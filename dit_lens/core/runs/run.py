@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from dit_lens.core.runs.files import read_versioned, recovered, whole_folder, write_json
+from dit_lens.core.runs.files import read_versioned, recovered, told_of_damage, whole_folder, write_json
 from dit_lens.core.runs.html import run_html
 from dit_lens.core.runs.receipt import Receipt
-from dit_lens.errors import OpError, SiteError, StoreError, nearest
+from dit_lens.errors import OpError, SiteError, nearest
 from dit_lens.families.sites import Site
 from dit_lens.old_names import OldName
 
@@ -240,7 +240,7 @@ class Run(Mapping[str, Any]):
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        with whole_folder(folder, overwrite=overwrite) as fresh:
+        with whole_folder(folder, mark="run.json", overwrite=overwrite) as fresh:
             tensors = {
                 f"{i}/{site}": value.contiguous()
                 for i, r in enumerate(self.readings)
@@ -259,32 +259,26 @@ class Run(Mapping[str, Any]):
     @classmethod
     def load(cls, folder: str | Path) -> Run:
         """Reads what :meth:`save` wrote; needs no model."""
-        from PIL import Image, UnidentifiedImageError
-        from safetensors import SafetensorError
+        from PIL import Image
         from safetensors.torch import load_file
 
         folder = recovered(folder)
         data = read_versioned(folder / "run.json", "run", FORMAT)
-        try:
+        with told_of_damage(folder, "Restore it from a copy, or run it again."):
             tensors = load_file(folder / "reads.safetensors")
             latents = load_file(folder / "latents.safetensors")["latents"] if data["latents"] else None
             images = [Image.open(folder / "images" / f"{i:03d}.png").copy() for i in range(data["images"])]
-            readings = [_reading_from(i, record, tensors) for i, record in enumerate(data["readings"])]
-        except (OSError, KeyError, SafetensorError, UnidentifiedImageError) as damage:
-            raise StoreError(
-                f"{folder} is incomplete or damaged: {damage}. Restore it from a copy, or run it again."
-            ) from damage
-        return cls(
-            images=images,
-            latents=latents,
-            readings=readings,
-            receipt=Receipt.from_json(data["receipt"]),
-            clock=[(int(step), timestep, level) for step, timestep, level in data["clock"]],
-            grid=tuple(data["grid"]),
-            spec=data["spec"],
-            provenance=data["provenance"],
-            folder=folder,
-        )
+            return cls(
+                images=images,
+                latents=latents,
+                readings=[_reading_from(i, record, tensors) for i, record in enumerate(data["readings"])],
+                receipt=Receipt.from_json(data["receipt"]),
+                clock=[(int(step), timestep, level) for step, timestep, level in data["clock"]],
+                grid=tuple(data["grid"]),
+                spec=dict(data["spec"]),
+                provenance=dict(data["provenance"]),
+                folder=folder,
+            )
 
     def rerun(self, lens: Reruns) -> Any:
         """Runs the same prompt, seed, call and ops on a lens; ``.differences`` and ``.table`` say what differs."""
@@ -340,11 +334,20 @@ def _array(value: Tensor) -> np.ndarray:
 
 
 def _reading_from(number: int, record: dict[str, Any], tensors: dict[str, Tensor]) -> Reading:
-    fields: dict[str, Any] = {
+    """A reading as it was saved; ValueError if a tensor has another shape than the record says."""
+    values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name != "sites"
     }
-    fields["channels"] = {site: None if kept is None else tuple(kept) for site, kept in record["channels"].items()}
-    return Reading(tensors={site: tensors[f"{number}/{site}"] for site in record["sites"]}, **fields)
+    values["channels"] = {site: None if kept is None else tuple(kept) for site, kept in record["channels"].items()}
+    reading = Reading(tensors={site: tensors[f"{number}/{site}"] for site in record["sites"]}, **values)
+    for site, tensor in reading.tensors.items():
+        said = [len(reading.steps), *([2] if reading.both else []), len(reading.rows)]
+        kept = reading.channels[site]
+        if list(tensor.shape[: len(said)]) != said or (
+            reading.reduce is None and kept is not None and tensor.shape[-1] != len(kept)
+        ):
+            raise ValueError(f"{site} has the shape {list(tensor.shape)}, which is not what the record says")
+    return reading
 
 
 def _long_form(reading: Reading, site: str, sigmas: list[float]) -> pd.DataFrame:
