@@ -3,7 +3,7 @@
 
     python3 dev.py demo [arguments]    the demo: dit-lens demo [arguments]
     python3 dev.py test [arguments]    lint, then pytest [arguments], such as tests/families -k pattern
-    python3 dev.py lint [--fix]        ruff check, ruff format, ty; --fix corrects what ruff can correct
+    python3 dev.py lint [--fix]        ruff check, ruff format, ty, import-linter; --fix corrects what ruff can correct
     python3 dev.py docs [arguments]    the documentation, into build/docs: sphinx-build [arguments]
 
 Which torch is installed: what UV_TORCH_BACKEND says (cpu, cu128, ...) if it is set; else the CPU wheel that
@@ -88,6 +88,7 @@ def linters(*, fix: bool = False) -> dict[str, tuple[str, ...]]:
         "ruff check": ("-m", "ruff", "check", *(["--fix"] if fix else [])),
         "ruff format": ("-m", "ruff", "format", *([] if fix else ["--check"])),
         "ty": ("-m", "ty", "check"),
+        "import-linter": ("-c", "from importlinter.cli import lint_imports_command; lint_imports_command(['--no-logo'])"),
     }
 
 
