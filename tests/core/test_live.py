@@ -14,7 +14,7 @@ from dit_lens import Read, Swap, Zero
 from dit_lens.errors import FamilyError, PromptError
 from tests import oracle, pipelines
 from tests.zoo import truth
-from tests.zoo.rest import autoencoder
+from tests.zoo.parts import autoencoder
 from tests.zoo.truth import ENTRIES
 
 CPU = torch.device("cpu")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
 
-from dit_lens import DiTLens, Read, Scale, Swap, Zero
-from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError
-from tests.zoo.rest import TOKENS
+from dit_lens import Read, Scale, Swap, Zero
+from dit_lens.errors import OpError, SiteError
+from tests.zoo.parts import TOKENS
 from tests.zoo.truth import ENTRIES, Zoo, zoo_of
 
 # Entry -> site -> module, side, which of its tokens, and which of its channels.
@@ -290,113 +286,3 @@ def test_modulation_from_a_table_is_read_only(name):
         assert torch.equal(found[:, 0], seen[call][rows.start : rows.stop])
     with pytest.raises(OpError, match="can only be read"):
         zoo.run([Zero("blocks.1.img.mod.mlp.gate")])
-
-
-def test_a_row_without_a_readout_has_no_x0_of_a_block(monkeypatch):
-    row = replace(zoo_of("sd3").lens.family, readout=None)
-    monkeypatch.setattr("dit_lens.families.registry.REGISTERED", [row])
-    lens = DiTLens(ENTRIES["sd3"].build(), defaults={})
-    with pytest.raises(SiteError, match="does not say how tokens are read out"):
-        lens.run(ops=[Read("blocks.-1.img.x0")], seed=0, **ENTRIES["sd3"].call(1))
-
-
-def test_x0_needs_a_prediction_it_can_be_computed_from():
-    zoo = Zoo(ENTRIES["pixart-alpha"])
-    zoo.lens.pipe.scheduler.register_to_config(prediction_type="sample")
-    with pytest.raises(OpError, match=r"x0 cannot be computed.*Read velocity instead"):
-        zoo.run([Read("x0")])
-
-
-@pytest.mark.parametrize(
-    ("name", "off"), [("sana-sprint", {}), ("cosmos2", {"guidance_scale": 1.0, "negative_prompt_embeds": None})]
-)
-def test_x0_of_rescaled_latents_is_the_schedulers_own(name, off):
-    """Their pipelines scale what the transformer sees, and turn its answer into what the scheduler wants."""
-    zoo = Zoo(ENTRIES[name])
-    zoo.call = {**zoo.call, **off}
-    run = zoo.run([Read("x0")])
-    scheduler, taken = zoo.pipe.scheduler, []
-    step = scheduler.step
-
-    @functools.wraps(step)
-    def stepping(output, timestep, sample, **rest):
-        stepped = step(output, timestep, sample, **rest)
-        if name == "cosmos2":
-            taken.append(sample - scheduler.sigmas[len(taken)] * output)
-        else:
-            taken.append(stepped[1] / scheduler.config.sigma_data)
-        return stepped
-
-    scheduler.step = stepping
-    zoo.plain_of(zoo.call)
-    for found, wanted in zip(run["x0"].as_subclass(torch.Tensor), taken, strict=True):
-        image = wanted.float().squeeze(2) if wanted.ndim == 5 else wanted.float()
-        patches = torch.nn.functional.pixel_unshuffle(image, image.shape[-1] // run.grid[-1])
-        torch.testing.assert_close(found, patches.flatten(2).transpose(1, 2), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("name", ENTRIES)
-def test_the_last_block_reads_out_the_models_own_x0(name):
-    """And on a flow without guidance the last step's x0 is what the pipeline returns."""
-    zoo = zoo_of(name)
-    (last,) = zoo.lens.sites("blocks.-1.img.x0")
-    run = zoo.run([Read([last, "x0"])])
-    torch.testing.assert_close(
-        run[last].as_subclass(torch.Tensor), run["x0"].as_subclass(torch.Tensor), rtol=1e-3, atol=1e-4
-    )
-    second_model = name == "ideogram4"  # it guides
-    if (
-        zoo.branches == ["cond"]
-        and not second_model
-        and run.latents is not None
-        and run.latents.shape == run["x0"][-1].shape
-    ):
-        torch.testing.assert_close(run["x0"][-1].as_subclass(torch.Tensor), run.latents, rtol=1e-3, atol=1e-3)
-
-
-def test_words_are_not_looked_for_where_the_text_stream_holds_more_than_the_prompt():
-    with pytest.raises(PromptError, match="more than the prompt's own tokens"):
-        zoo_of("qwen").lens.to_str_tokens("a house")
-
-
-def test_a_text_token_that_only_the_run_can_miss():
-    with pytest.raises(ExecutionError, match=r"token 7 does not exist at blocks\.0\.txt, which has 7, 0 to 6"):
-        zoo_of("qwen").run([Read("blocks.0.txt", tokens=[7])])
-
-
-def test_videos_are_kept_as_latents():
-    zoo = zoo_of("wan")
-    call = {**zoo.call, "output_type": "pil"}
-    with pytest.raises(PromptError, match="output_type='latent'"):
-        zoo.lens.run(None, **call)
-
-
-@pytest.mark.parametrize(
-    ("op", "reason"),
-    [
-        (lambda: Zero("blocks.1.img.mod.attn.gate", tokens=[0]), "one vector for each image, not tokens"),
-        (lambda: Zero("blocks.1.img", mask=np.zeros((4, 6), bool)), "chooses no token"),
-        (lambda: Zero("blocks.1.txt", tokens=[-1]), "only the run can tell. Count from 0"),
-        (lambda: Zero("blocks.1.txt", tokens=slice(2, None)), "a slice that says where it ends"),
-    ],
-)
-def test_selections_that_cannot_be_meant(op, reason):
-    with pytest.raises(OpError, match=reason):
-        zoo_of("sd3").run([op()])
-
-
-def test_a_slice_of_text_tokens_whose_number_only_the_run_knows():
-    run = zoo_of("sd3").run([Read("blocks.1.txt", tokens=slice(0, 3))])
-    assert run["blocks.1.txt"].shape[2] == 3
-
-
-def test_what_a_model_of_classes_is_asked():
-    lens = zoo_of("dit").lens
-    with pytest.raises(PromptError, match=r"takes no prompt.*class_labels"):
-        lens.run("cat")
-    with pytest.raises(PromptError, match="class 5000 does not exist: this model has 1000"):
-        lens.run(class_labels=[5000])
-    with pytest.raises(SiteError, match="means 3 sites"):
-        lens.heads("blocks.*.img.attn.z")
-    with pytest.raises(PromptError, match="no text stream"):
-        zoo_of("pixart-sigma").lens.to_str_tokens("a house")

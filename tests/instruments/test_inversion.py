@@ -16,8 +16,8 @@ from dit_lens.studies.shared.judges import scene_judge
 from dit_lens.toys import flux, flux2, qwen_image, sana
 from dit_lens.toys.scenes import Scene, draw
 from tests import pipelines, planted
-from tests.zoo.first import flux2_autoencoder
-from tests.zoo.rest import autoencoder
+from tests.zoo.flux import flux2_autoencoder
+from tests.zoo.parts import autoencoder
 from tests.zoo.truth import ENTRIES
 
 CAPTION = "a big red circle left on a plain blue background"

@@ -129,7 +129,7 @@ def test_pipelines_that_cannot_be_encoded_say_why(name, why):
 
 def test_guidance_by_rows_of_one_encoding():
     """Stable Diffusion 3 encodes prompt and negative prompt together, an empty one too."""
-    from tests.zoo import first
+    from tests.zoo import dual
 
     def clip():
         config = transformers.CLIPTextConfig(
@@ -145,7 +145,7 @@ def test_guidance_by_rows_of_one_encoding():
         return transformers.CLIPTextModelWithProjection(config).eval()
 
     torch.manual_seed(0)
-    bare = first.sd3()
+    bare = dual.sd3()
     parts = {"text_encoder": clip(), "text_encoder_2": clip(), "tokenizer": pipelines.tokenizer("<s> $A </s>")}
     parts["tokenizer_2"] = parts["tokenizer"]
     pipe = diffusers.StableDiffusion3Pipeline(**{**bare.components, **parts})

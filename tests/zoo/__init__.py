@@ -14,9 +14,15 @@ if TYPE_CHECKING:
 class Entry:
     """One pipeline to try.
 
-    name: of the entry. transformer: the class of its transformer. build: makes the pipeline. call: rows -> arguments of
-    the pipeline for so many prompts. grid: image tokens. branches: per step, per transformer call, in the order of its
-    rows. text_tokens: of the text stream; None where there is none. blocks: of all stacks. rows: prompts to try.
+    name: of the entry.
+    transformer: the class of its transformer.
+    build: makes the pipeline.
+    call: number of prompts -> arguments of the pipeline.
+    grid: image tokens, (h, w) or (frames, h, w).
+    branches: of one step: for each call of the transformer, those of its rows in order.
+    text_tokens: of the text stream; None where there is none.
+    blocks: of all stacks.
+    rows: prompts to try.
     """
 
     name: str
@@ -32,6 +38,7 @@ class Entry:
 
 def entries() -> tuple[Entry, ...]:
     """Every pipeline of the zoo."""
-    from tests.zoo import first, rest
+    from tests.zoo import cogview, cross, dual, flux, hunyuan, joint, next_dit, video
 
-    return (*first.ENTRIES, *rest.ENTRIES, *rest.VIDEOS)
+    groups = (flux, dual, cogview, hunyuan, next_dit, joint, cross, video)
+    return tuple(entry for group in groups for entry in group.ENTRIES)
