@@ -359,6 +359,6 @@ def test_damaged_runs(tmp_path):
         Run.load(folder)
 
 
-def test_a_word_the_toy_has_not_learnt(toy):
+def test_a_word_the_toy_has_not_learned(toy):
     with pytest.raises(PromptError, match=r"'pink' in 'a big pink circle'.*It knows: a, small, big, red"):
         toy.run("a big pink circle", [Scale("blocks.0.img", factor=2.0)])

@@ -210,7 +210,7 @@ def _check_words(texts: Sequence[str], vocabulary: Sequence[str]) -> None:
         for word in text.lower().split():
             if word not in vocabulary:
                 raise PromptError(
-                    f"{word!r} in {text!r} is not a word this toy has learnt.{nearest(word, vocabulary, 'It knows')}"
+                    f"{word!r} in {text!r} is not a word this toy has learned.{nearest(word, vocabulary, 'It knows')}"
                 )
 
 
