@@ -16,7 +16,7 @@ from dit_lens.core.plan.batches import run_in_batches
 from dit_lens.core.plan.compile import Plan, compile_plan
 from dit_lens.core.plan.cost import Cost, cost_of
 from dit_lens.core.plan.outline import Outline
-from dit_lens.core.plan.replay import call_values, record_answers, replay_answers
+from dit_lens.core.plan.replay import call_values, model_state, record_answers, replay_answers
 from dit_lens.core.plan.spill import reads_container
 from dit_lens.core.request.call import Call, prepare_call
 from dit_lens.core.request.ops import Apply, Op, Read, from_json, to_json
@@ -174,7 +174,8 @@ class Session:
         prepared, plan = self._plan(prompt, ops, seed=seed, num_inference_steps=num_inference_steps, **call)
         container = reads_container(cost_of(plan, ops, self.anatomy, self.pipe.transformer.dtype))
         if record:
-            plan = record_answers(plan, ops)
+            plan = record_answers(plan, ops, prepared)
+            called, state = call_values(prepared), model_state(self.pipe)
         if prefix is not None:
             plan = replay_answers(plan, prefix.recording, prepared, self.pipe, self.family)
 
@@ -187,7 +188,7 @@ class Session:
         provenance = {**describe(self.pipe, self.family), **self.engine.provenance}
         run = assemble(ops, plan, stores, outputs, self._spec(prepared, ops), provenance)
         if record:
-            run.recording = Recording(call_values(prepared), self.pipe.transformer, stores[0]["answers"])
+            run.recording = Recording(called, state, self.pipe.transformer, stores[0]["answers"])
         return run
 
     def trace(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Trace:

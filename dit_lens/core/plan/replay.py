@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from dit_lens.core.request.ops import Op, Read
+from dit_lens.core.runs.provenance import checksum
 from dit_lens.core.runs.run import Recording
 from dit_lens.errors import OpError
 
@@ -25,11 +27,12 @@ if TYPE_CHECKING:
     from dit_lens.families import Family
 
 
-def record_answers(plan: Plan, ops: Sequence[Op]) -> Plan:
-    """The plan of a run that keeps what the transformer answers; OpError if it edits."""
+def record_answers(plan: Plan, ops: Sequence[Op], call: Call) -> Plan:
+    """The plan of a run that keeps what the transformer answers; OpError if it edits, or cannot be repeated."""
     edits = [op for op in ops if not isinstance(op, Read)]
     if edits:
         raise OpError(f"record=True keeps a run without edits; this one has {edits[0]!r}. Record the run before it.")
+    _refuse_callbacks(call)
     return replace(plan, program={**plan.program, "record": True})
 
 
@@ -38,7 +41,7 @@ def replay_answers(
 ) -> Plan:
     """The plan of a run that takes what precedes its first op from a recording.
 
-    Raises OpError if the recording is of another run.
+    Raises OpError if the recording is of another run, or of a model that was changed since.
 
     plan: of the run that is to be drawn.
     recording: of a run without edits.
@@ -49,12 +52,16 @@ def replay_answers(
         raise OpError("prefix= needs a run that was recorded in this session. Make it with lens.run(..., record=True).")
     if recording.transformer is not pipe.transformer:
         raise OpError("the run of prefix= was made with another transformer. Record it again with this lens.")
+    _refuse_callbacks(call)
     before, now = recording.call, call_values(call)
     if odd := [name for name in {**before, **now} if not _same(before.get(name), now.get(name))]:
         raise OpError(
             f"the run of prefix= was called with other {', '.join(odd)}. Its prompts, seeds and arguments must be this "
             "run's own."
         )
+    state = model_state(pipe)
+    if odd := [name for name in state if state[name] != recording.state.get(name)]:
+        raise OpError(f"the {' and '.join(odd)} changed since the run of prefix= was recorded. Record it again.")
     forwards = plan.program["forwards"]
     first = next((number for number, forward in enumerate(forwards) if forward["visits"]), len(forwards))
     # A pipeline whose first step fills a cache has to compute it, or later steps would find the cache empty.
@@ -64,15 +71,58 @@ def replay_answers(
 
 
 def call_values(call: Call) -> dict[str, Any]:
-    """What decides the answers of the transformer: the prompts, seeds and arguments of a call."""
-    return {"prompts": call.prompts, "seeds": call.seeds, **call.arguments}
+    """Copies of what decides the answers of the transformer: the prompts, seeds and arguments of a call."""
+    return {
+        name: _copy(value) for name, value in {**call.arguments, "prompts": call.prompts, "seeds": call.seeds}.items()
+    }
+
+
+def model_state(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """What else decides them: weights, adapters and the scheduler. OpError where weights are not at hand."""
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    sums = {name: checksum(module) for name, module in modules.items()}
+    if absent := [name for name, value in sums.items() if value is None]:
+        raise OpError(
+            f"record= and prefix= compare the weights before and after, and those of {', '.join(absent)} are not at "
+            "hand: they are offloaded, or on a server. Run without them."
+        )
+    adapters = [
+        (name, *(str(getattr(layer, of, None)) for of in ("scaling", "active_adapters", "disable_adapters", "merged")))
+        for module in modules.values()
+        for name, layer in module.named_modules()
+        if hasattr(layer, "scaling")
+    ]
+    scheduler = (type(pipe.scheduler).__name__, repr(sorted(pipe.scheduler.config.items(), key=str)))
+    shift = getattr(pipe.scheduler, "shift", None)  # set_shift does not touch the configuration
+    return {"weights": sums, "adapters": adapters, "scheduler": (*scheduler, shift)}
+
+
+def _refuse_callbacks(call: Call) -> None:
+    """A callback may keep a state of its own, or change what the transformer is given."""
+    if functions := [f"{name}=" for name, value in call.arguments.items() if callable(value)]:
+        raise OpError(f"{', '.join(functions)} cannot be followed by record= and prefix=. Leave either out.")
+
+
+def _copy(value: Any) -> Any:
+    """A value that does not change with the original. A generator becomes the state it is in."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, list | tuple):
+        return [_copy(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return value.copy() if hasattr(value, "copy") else value  # images and arrays
 
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a is b or (a.shape == b.shape and a.device == b.device and torch.equal(a, b))
+        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return np.array_equal(a, b)
     return bool(a is b or a == b)

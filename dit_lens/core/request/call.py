@@ -45,10 +45,10 @@ class Call:
         return self.arguments.get("num_images_per_prompt") or 1
 
     def keywords(self) -> dict[str, Any]:
-        """The call as keyword arguments of the pipeline, generators made afresh."""
+        """The call as keyword arguments of the pipeline, whose own are all lists and generators: some write to them."""
         import torch
 
-        call = dict(self.arguments)
+        call = _with_own_lists(self.arguments)
         if self.prompts is not None:
             call["prompt"] = list(self.prompts)
         if self.seeds is not None:
@@ -144,6 +144,15 @@ def prepare_call(
         starts="strength" in signature,
         layered=layered,
     )
+
+
+def _with_own_lists(value: Any) -> Any:
+    """The same value, its lists and mappings copied; tensors, images and what else they hold are shared."""
+    if type(value) is list:
+        return [_with_own_lists(item) for item in value]
+    if type(value) is dict:
+        return {name: _with_own_lists(item) for name, item in value.items()}
+    return value
 
 
 def _check_classes(pipe: DiffusionPipeline, labels: Sequence[int] | None) -> None:

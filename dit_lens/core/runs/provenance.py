@@ -67,6 +67,35 @@ def fingerprint(module: nn.Module) -> str | None:
     return digest.hexdigest()[:16]
 
 
+@torch.no_grad()
+def checksum(module: nn.Module) -> str | None:
+    """A hash that any change of a single weight or buffer changes, from one pass over their bits.
+
+    >>> layer = torch.nn.Linear(4, 4)
+    >>> before = checksum(layer)
+    >>> _ = layer.weight.data[0, 0].nextafter_(torch.tensor(9.0))
+    >>> checksum(layer) == before
+    False
+
+    Sums are made where the weights lie, and fetched once. None where weights are not at hand.
+    """
+    tensors = [part for tensor in (*module.parameters(), *module.buffers()) for part in _plain_parts(tensor.detach())]
+    if any(tensor.device.type == "meta" for tensor in tensors):
+        return None
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = [tensor.contiguous().flatten().view(integers[tensor.element_size()]) for tensor in tensors]
+    sums = [str(int(total)) for total in [some.sum(dtype=torch.int64) for some in bits]]
+    return hashlib.sha256(" ".join(sums).encode()).hexdigest()[:16]
+
+
+def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """A tensor, or those that a quantised one is made of."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return [tensor]
+    return [part for name in flatten()[0] for part in _plain_parts(getattr(tensor, name))]
+
+
 def _config(part: Any) -> dict[str, Any]:
     """A part's configuration without diffusers' own notes: where it came from, and a list whose order changes."""
     return plain({name: value for name, value in part.config.items() if not name.startswith("_")})

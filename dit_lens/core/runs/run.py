@@ -126,12 +126,14 @@ class Reading(Mapping[str, Tensor]):
 class Recording:
     """What the transformer answered in every forward pass of a run without edits.
 
-    call: the prompts, seeds and arguments it was called with.
+    call: copies of the prompts, seeds and arguments it was called with.
+    state: what else decided the answers: weights, adapters, scheduler.
     transformer: the model that answered.
     answers: one for each forward pass, as the pipeline received them, on the model's device.
     """
 
     call: dict[str, Any]
+    state: dict[str, Any]
     transformer: nn.Module
     answers: list[Any]
 

@@ -1,7 +1,7 @@
 """A source's rows, tokens and channels are matched by their numbers, in any order.
 
-The oracle: what the run holds right after the edit, at the elements that were edited, is what the source run held at the
-elements of the same numbers. Elements that were not named are as in the untouched run.
+The oracle: what the run holds right after the edit, at the elements that were edited, is what the source run held at
+the elements of the same numbers. Elements that were not named are as in the untouched run.
 """
 
 import pytest

@@ -75,3 +75,95 @@ def test_a_prefix_of_another_run_is_refused(lens, tmp_path):
     other = DiTLens(pipelines.flux(), defaults=dict(pipelines.TRUE_CFG))
     with pytest.raises(OpError, match="another transformer"):
         other.run(PROMPTS, seed=3, num_inference_steps=2, prefix=base)
+
+
+def change_a_weight(pipe):
+    weight = pipe.transformer.transformer_blocks[1].ff.net[2].weight
+    weight.data[0, 0] = torch.nextafter(weight.data[0, 0], torch.tensor(9.0))
+
+
+def change_a_text_encoder(pipe):
+    with torch.no_grad():
+        next(pipe.text_encoder.parameters())[0, 0] += 0.1
+
+
+def change_the_schedule(pipe):
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=2.0)
+
+
+def change_the_shift(pipe):
+    pipe.scheduler.set_shift(2.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_a_weight, change_a_text_encoder, change_the_schedule, change_the_shift],
+    ids=lambda fn: fn.__name__,
+)
+def test_a_model_that_changed_since_is_refused(change):
+    lens = DiTLens(pipelines.flux(), defaults=dict(pipelines.TRUE_CFG))
+    base = lens.run(PROMPTS, seed=3, num_inference_steps=2, record=True)
+    change(lens.pipe)
+    with pytest.raises(OpError, match="changed since the run of prefix= was recorded"):
+        lens.run(PROMPTS, seed=3, num_inference_steps=2, prefix=base)
+
+
+def test_an_adapter_that_was_added_rescaled_or_disabled_is_refused():
+    from peft import LoraConfig
+
+    lens = DiTLens(pipelines.flux(), defaults=dict(pipelines.TRUE_CFG))
+    call = {"seed": 3, "num_inference_steps": 2}
+
+    def record():
+        return lens.run(PROMPTS, record=True, **call)
+
+    def refused(base):
+        with pytest.raises(OpError, match=r"changed since|another transformer"):
+            lens.run(PROMPTS, prefix=base, **call)
+
+    base = record()
+    lens.pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "one")
+    refused(base)
+    base = record()
+    assert lens.run(PROMPTS, prefix=base, **call).images
+    lens.pipe.set_adapters("one", adapter_weights=[0.5])
+    refused(base)
+    base = record()
+    lens.pipe.transformer.disable_adapters()
+    refused(base)
+
+
+@pytest.mark.parametrize("name", ["latents", "prompt_embeds", "pooled_prompt_embeds"])
+def test_a_tensor_that_was_changed_in_place_is_refused(name):
+    lens = DiTLens(pipelines.flux(), defaults=dict(pipelines.EMBEDDED))
+    texts = lens.encode(PROMPTS)
+    call = {**texts, "latents": torch.randn(2, 96, 16), "seed": 3, "num_inference_steps": 2}
+    base = lens.run(**call, record=True)
+    assert lens.run(**call, prefix=base).images
+    call[name][0, 0] += 1
+    with pytest.raises(OpError, match=f"other {name}"):
+        lens.run(**call, prefix=base)
+
+
+def test_a_generator_that_was_used_since_is_refused(cfg_lens):
+    generators = pipelines_generators()
+    call = {"generator": generators, "num_inference_steps": 2}
+    base = cfg_lens.run(PROMPTS, **call, record=True)
+    with pytest.raises(OpError, match="other generator"):
+        cfg_lens.run(PROMPTS, **call, prefix=base)
+    fresh = {**call, "generator": pipelines_generators()}
+    again = cfg_lens.run(PROMPTS, **fresh, prefix=base)
+    assert [a.tobytes() for a in again.images] == [b.tobytes() for b in base.images]
+
+
+def pipelines_generators():
+    return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+
+
+def test_a_callback_is_refused(cfg_lens):
+    call = {"seed": 3, "num_inference_steps": 2, "callback_on_step_end": lambda pipe, step, time, values: values}
+    with pytest.raises(OpError, match="callback_on_step_end= cannot be followed"):
+        cfg_lens.run(PROMPTS, record=True, **call)
+    base = cfg_lens.run(PROMPTS, seed=3, num_inference_steps=2, record=True)
+    with pytest.raises(OpError, match="callback_on_step_end= cannot be followed"):
+        cfg_lens.run(PROMPTS, prefix=base, **call)

@@ -186,3 +186,20 @@ def test_a_fingerprint_sees_every_row_and_column():
 def test_a_fingerprint_needs_weights_at_hand():
     assert fingerprint(torch.nn.Linear(4, 4, device="meta")) is None
     assert fingerprint(torch.nn.Linear(4, 4).to(torch.bfloat16)) is not None
+
+
+def test_what_a_pipeline_writes_into_its_lists_stays_with_it(cfg_lens, monkeypatch):
+    """Z-Image puts its template around negative prompts, in place."""
+    encode = type(cfg_lens.pipe).encode_prompt
+
+    def writing(self, prompt, **options):
+        result = encode(self, prompt=prompt, **options)
+        prompt[0] = f"template {prompt[0]}"
+        return result
+
+    monkeypatch.setattr(type(cfg_lens.pipe), "encode_prompt", writing)
+    prompts, negative = ["red"], ["ugly"]
+    run = cfg_lens.run(prompts, negative_prompt=negative, seed=1, output_type="latent")
+    assert (prompts, negative) == (["red"], ["ugly"])
+    assert run.spec["call"]["negative_prompt"] == ["ugly"]
+    assert torch.equal(cfg_lens.run_spec(run.spec).latents, run.latents)
