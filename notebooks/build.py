@@ -1,11 +1,11 @@
 """Writes the notebooks of the lessons, and executes lessons for the tests and the documentation.
 
     python notebooks/build.py            write notebooks/*.ipynb and notebooks/solutions/*.ipynb
-    python notebooks/build.py --check    write nothing; name the notebooks that are not what their source says
+    python notebooks/build.py --check    write nothing; list the notebooks that differ from their source
 
-The sources are the percent scripts beside this file. A cell tagged "solution" is blank in the notebook (its first
-comments, and `name = ...` for what it defines) and whole in the solutions; a cell tagged "check" tells a reader whether
-the exercise is solved. The same source always gives the same bytes.
+The sources are the percent scripts beside this file. A cell with the tag "solution" is blank in the notebook (its first
+comments, and `name = ...` for what it defines) and complete in the solutions; a cell with the tag "check" tests the
+solution of an exercise. The same source always gives the same bytes.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import nbformat
 from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
-REPOSITORY = "dit-lens/dit_lens"  # owner/name on GitHub, for Colab; a fork writes its own here
+REPOSITORY = "dit-lens/dit_lens"  # owner/name on GitHub, for Colab; to be changed in a fork
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-BADGE = "colab.svg"  # beside the notebooks
+BADGE = "colab.svg"  # in the folder of the notebooks
 EXECUTED = ROOT / "build" / "lessons"
-SECONDS = 300  # for one cell
+SECONDS = 300  # time limit of a cell
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -43,30 +43,30 @@ if "google.colab" in sys.modules:
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-def sources() -> list[Path]:
-    """The lessons."""
+def list_sources() -> list[Path]:
+    """Returns the sources of all lessons."""
     return sorted(path for path in HERE.glob("*.py") if path != Path(__file__).resolve())
 
 
-def notebooks(source: Path) -> dict[Path, nbformat.NotebookNode]:
-    """The two notebooks of a lesson, by where they belong: the one with blanks, and the one with solutions."""
-    whole = _notebook(source)
-    blank = copy.deepcopy(whole)
-    whole.cells[1].source = whole.cells[1].source.replace(BADGE, f"../{BADGE}")
+def make_notebooks(source: Path) -> dict[Path, nbformat.NotebookNode]:
+    """Returns the two notebooks of a lesson by their paths: the one with blanks, and the one with solutions."""
+    solved = _convert(source)
+    blank = copy.deepcopy(solved)
+    solved.cells[1].source = solved.cells[1].source.replace(BADGE, f"../{BADGE}")
     for cell in blank.cells:
         tags = cell.metadata.get("tags", [])
         if "solution" in tags:
-            cell.source = blanked(cell.source)
+            cell.source = blank_solution(cell.source)
         if "check" in tags:
             cell.metadata["jupyter"] = {"source_hidden": True}
     name = f"{source.stem}.ipynb"
-    return {HERE / name: blank, HERE / "solutions" / name: whole}
+    return {HERE / name: blank, HERE / "solutions" / name: solved}
 
 
-def blanked(code: str) -> str:
-    """A solution without what solves it.
+def blank_solution(code: str) -> str:
+    """Replaces the values in a solution by dots, and keeps its first comments.
 
-    >>> print(blanked("# The answer.\\nhalf = 0.5\\nanswer = 84 * half"))
+    >>> print(blank_solution("# The answer.\\nhalf = 0.5\\nanswer = 84 * half"))
     # The answer.
     half = ...
     answer = ...
@@ -78,11 +78,11 @@ def blanked(code: str) -> str:
     return "\n".join([*comments, *(f"{name} = ..." for name in defined)])
 
 
-def stale(*, write: bool = False) -> list[Path]:
-    """The notebooks that are not what their source says; ``write`` makes them so."""
+def find_outdated(*, write: bool = False) -> list[Path]:
+    """Returns the notebooks that differ from their source. write: whether to update them."""
     found = []
-    for source in sources():
-        for path, notebook in notebooks(source).items():
+    for source in list_sources():
+        for path, notebook in make_notebooks(source).items():
             text = nbformat.writes(notebook) + "\n"
             if path.is_file() and path.read_text("utf-8") == text:
                 continue
@@ -93,70 +93,72 @@ def stale(*, write: bool = False) -> list[Path]:
     return found
 
 
-def executed(source: Path) -> Path:
-    """The notebook of a lesson with its solutions and all outputs, in build/lessons.
+def execute_lesson(source: Path) -> Path:
+    """Returns the path of a lesson's notebook with solutions and all outputs, in build/lessons.
 
-    It is executed again when the lesson, this file or the package has changed; who comes second waits for the first.
-    Raises nbclient.exceptions.CellExecutionError where a cell fails.
+    Executes it if the lesson, this file or the package has changed; a second process waits for the first.
+    Raises nbclient.exceptions.CellExecutionError if a cell fails.
     """
-    path, digest = EXECUTED / f"{source.stem}.ipynb", _digest(source)
+    path, digest = EXECUTED / f"{source.stem}.ipynb", _compute_digest(source)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.is_file() or nbformat.read(path, as_version=4).metadata.get("made_from") != digest:
-            notebook = run(notebooks(source)[HERE / "solutions" / path.name])
+            notebook = run(make_notebooks(source)[HERE / "solutions" / path.name])
             notebook.metadata["made_from"] = digest
             nbformat.write(notebook, path)
     return path
 
 
 def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """A notebook with its outputs, executed in an empty folder; its metadata have the seconds that one core took."""
+    """Executes a notebook in an empty folder and returns it with its outputs; its metadata have the CPU seconds."""
     from nbclient import NotebookClient
 
     with tempfile.TemporaryDirectory() as folder:
-        place = {"metadata": {"path": folder}}
-        client = NotebookClient(notebook, timeout=SECONDS, resources=place, store_widget_state=False)
+        resources = {"metadata": {"path": folder}}
+        client = NotebookClient(notebook, timeout=SECONDS, resources=resources, store_widget_state=False)
         before = os.times()
         client.execute(env={**os.environ, "DIT_LENS_RENDER": "static"})  # explorers as pages that need no kernel
         notebook.metadata["seconds"] = os.times().children_user - before.children_user
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not _passing(output)]
+            cell.outputs = [output for output in cell.outputs if not _is_transient(output)]
     return notebook
 
 
-def _passing(output: nbformat.NotebookNode) -> bool:
-    """Whether an output says something of this machine or moment only: on stderr, or in a progress bar."""
+def _is_transient(output: nbformat.NotebookNode) -> bool:
+    """Returns whether an output depends on this machine or moment: on stderr, or a progress bar."""
     return output.get("name") == "stderr" or (output.output_type == "display_data" and WIDGET in output.data)
 
 
-def _notebook(source: Path) -> nbformat.NotebookNode:
+def _convert(source: Path) -> nbformat.NotebookNode:
+    """Converts a percent script to a notebook, with a link to Colab."""
     title, *rest = jupytext.read(source).cells
     address = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{source.stem}.ipynb"
     colab = [
         new_markdown_cell(f"[![Open in Colab]({BADGE})]({address})"),
-        new_code_cell(IN_COLAB, metadata={"tags": ["remove-cell"]}),  # from the pages of the documentation
+        new_code_cell(IN_COLAB, metadata={"tags": ["remove-cell"]}),  # not shown in the documentation
     ]
     cells = [title, *colab, *rest]
     for number, cell in enumerate(cells):
-        cell.id = f"cell-{number:03}"  # drawn at random otherwise
+        cell.id = f"cell-{number:03}"  # random by default
         cell.metadata = {name: value for name, value in cell.metadata.items() if name == "tags"}
     return nbformat.v4.new_notebook(cells=cells, metadata=METADATA)
 
 
-def _digest(source: Path) -> str:
+def _compute_digest(source: Path) -> str:
+    """Returns a hash of everything that the outputs of a lesson depend on."""
     package = (path for path in sorted((ROOT / "dit_lens").rglob("*")) if "__pycache__" not in path.parts)
     files = [source, Path(__file__), *filter(Path.is_file, package)]
     return hashlib.sha256(b"\0".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
 
 
 def main(arguments: list[str]) -> int:
-    """The command line."""
+    """Runs the command line and returns the exit code."""
     if arguments not in ([], ["--check"]):
         print(__doc__, file=sys.stderr)
         return 2
     check = bool(arguments)
-    found = stale(write=not check)
+    found = find_outdated(write=not check)
     for path in found:
         print(f"{'out of date' if check else 'written'}: {path.relative_to(ROOT)}")
     return 1 if check and found else 0

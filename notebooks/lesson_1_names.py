@@ -7,29 +7,30 @@
 # ---
 
 # %% [markdown]
-# # 1. What a Diffusion Transformer is, and how the lens names it
+# # 1. What a Diffusion Transformer is, and how the lens names its tensors
 #
-# **An image comes out of noise in twelve steps. What does the network hold in between, and how do you get at it?**
+# **A Diffusion Transformer turns noise into an image in twelve steps. What does the network compute in between, and how
+# can you read it?**
 #
 # You will learn
 #
 # - what happens between noise and image: steps, tokens, blocks, the residual stream;
-# - how a name such as `blocks.3.img` says which tensor is meant, in every model;
+# - how a name such as `blocks.3.img` identifies a tensor, in every model;
 # - how to read tensors while a model draws, and how to check that they are the right ones.
 #
-# You need PyTorch, and nothing else. Everything runs on a CPU: the model is a *toy*, a FLUX with 8 blocks of 128
-# channels that was trained on drawn scenes.
+# You need to know PyTorch, and nothing else. Everything runs on a CPU: the model is a *toy*, a FLUX with 8 blocks of
+# 128 channels that was trained on drawn scenes.
 
 # %%
 import dit_lens as dl
 from dit_lens import plots
 
 lens = dl.DiTLens.toy()
-lens.pipe.set_progress_bar_config(disable=True)  # the toy is quick
+lens.pipe.set_progress_bar_config(disable=True)  # the toy is fast
 lens
 
 # %% [markdown]
-# `lens` is a diffusers pipeline (`lens.pipe`) with names for what is inside. It draws as the pipeline would.
+# `lens` is a diffusers pipeline (`lens.pipe`) with names for its tensors. It draws the same images as the pipeline.
 
 # %%
 circle = "a big red circle left on a checkered blue background"
@@ -39,25 +40,25 @@ plots.strip(run.images, [circle])
 # %% [markdown]
 # ## From noise to an image
 #
-# A diffusion model never draws in one go. It is given noise and asked: *in which direction does an image lie?* A small
-# step is taken in that direction, and it is asked again. The answer at any step implies a guess of the finished
-# image, called `x0`. Here it is at some of the steps; σ (sigma) is the share of noise that is still there, from 1
-# down to 0.
+# A diffusion model draws step by step. Its input is a noisy image, and it predicts a direction towards a clean image.
+# A small step is taken in that direction, then it predicts again. The prediction at any step implies an estimate of the
+# finished image, called `x0`. Below are the estimates at some of the steps; σ (sigma) is the share of noise that is
+# still in the input, from 1 down to 0.
 
 # %%
 steps = [0, 2, 4, 6, 8, 11]
-guesses = lens.read_x0(circle, "blocks.-1.img", steps=steps, seed=0).images["x0"]
+estimates = lens.read_x0(circle, "blocks.-1.img", steps=steps, seed=0).images["x0"]
 labels = [f"step {step}<br>σ {run.sigmas[step]:.2f}" for step in steps]
-plots.strip([rows[0] for rows in guesses], labels, title="What the model expects the image to become")
+plots.strip([rows[0] for rows in estimates], labels, title="The model's estimate of the finished image")
 
 # %% [markdown]
-# The toy's scenes are so simple that its first guess is already close; later steps sharpen it. The first guesses of a
-# large model are blurs.
+# The toy's scenes are so simple that its first estimate is already close; later steps add details. The first estimates
+# of a large model are blurred.
 
 # %% [markdown]
 # ## Inside one step
 #
-# The network that answers is a transformer:
+# The network that predicts is a transformer:
 #
 # ```
 # noisy image ─ 16 × 16 patches ─> 256 image tokens ┐
@@ -65,19 +66,19 @@ plots.strip([rows[0] for rows in guesses], labels, title="What the model expects
 # prompt ─────────── text encoder ─>  16 text tokens  ┘
 # ```
 #
-# A token is a vector of 128 **channels**. Each block adds something to every token: attention brings in what other
-# tokens say, an MLP works on each token by itself. What is added to is the **residual stream**, and it is where to look
-# first: whatever one block tells a later one passes through it.
+# A token is a vector of 128 **channels**. Each block adds something to every token: attention adds information from
+# other tokens, an MLP processes each token separately. The sum is the **residual stream**. Look there first: all
+# information that one block passes to later ones is in it.
 #
-# In this family the first three blocks (*double*) have weights of their own for text, and the other five (*single*)
-# share them. The lens counts through, so you need not care.
+# In this family the first three blocks (*double*) have separate weights for text and image, and the other five
+# (*single*) use the same weights for both. The lens numbers all blocks consecutively.
 
 # %% [markdown]
 # ## Names
 #
 # `blocks.{i}.{stream}.{point}`: the block, the stream (`img` for the image's tokens, `txt` for the prompt's), and the
-# point inside the block. Without a point it is the residual stream as the block leaves it. Patterns work, and you can
-# ask what one means before anything runs.
+# point inside the block. Without a point it is the residual stream at the output of the block. A name may be a pattern,
+# and `lens.sites` lists the sites that it selects, before anything runs.
 
 # %%
 lens.sites("blocks[1:3].{img,txt}")
@@ -86,8 +87,8 @@ lens.sites("blocks[1:3].{img,txt}")
 lens.sites("blocks.1.img.{resid_pre,attn_out,resid_mid,mlp_out,resid_post}")
 
 # %% [markdown]
-# A model lacks some points. Then the lens says why, and does not guess. In the single blocks of FLUX nothing lies
-# between attention and MLP:
+# Not every block has every point. The lens then explains why, and never returns another tensor instead. In the single
+# blocks of FLUX, attention and MLP run in parallel, so there is no point between them:
 
 # %%
 try:
@@ -98,8 +99,8 @@ except dl.errors.SiteError as problem:
 # %% [markdown]
 # ## Reading
 #
-# What to read is said before the run, and found in it afterwards. A read is `[step, row, token, channel]`; a row is one
-# image of the batch. `.grid()` lays the image tokens out as they lie in the image.
+# You say before the run what to read, and find it in the run afterwards. A read is `[step, row, token, channel]`; a row
+# is one image of the batch. `.grid()` arranges the image tokens as in the image.
 
 # %%
 run = lens.run(circle, [dl.Read("blocks.*.img")], seed=0)
@@ -108,14 +109,14 @@ hidden.shape, hidden.grid().shape
 
 # %% [markdown]
 # Reading all tokens of all blocks at all steps is fine for a toy. For a large model `Read` takes `channels=`, `steps=`
-# and `reduce=`, and `lens.cost` says beforehand what a read would keep.
+# and `reduce=`, and `lens.cost` tells beforehand how much memory a read would take.
 
 # %%
 lens.cost(circle, dl.Read("blocks.*.img"), seed=0)
 
 # %% [markdown]
-# Now look around. Move through steps and blocks, click on a channel, and point at the image. Colours show one
-# channel's value at every token.
+# Now explore. Move through steps and blocks, click on a channel, and point at the image. Colours show the value of one
+# channel at every token.
 
 # %%
 dl.explore(run)
@@ -123,8 +124,8 @@ dl.explore(run)
 # %% [markdown]
 # ## Is it the right tensor?
 #
-# Never trust a tool on its word. A block of the pipeline is an ordinary `nn.Module`, so a forward hook of PyTorch sees
-# its output. With guidance the toy calls its transformer twice a step, once with the prompt and once without; a read is
+# Always check a tool. A block of the pipeline is an ordinary `nn.Module`, so a forward hook of PyTorch receives its
+# output. With guidance the toy calls its transformer twice per step, once with the prompt and once without; a read is
 # of the call with the prompt.
 
 # %%
@@ -134,7 +135,7 @@ seen = []
 
 
 def keep(_module, _inputs, outputs):
-    seen.append(outputs[1])  # text is the first, image tokens the second
+    seen.append(outputs[1])  # outputs are the text tokens and the image tokens
 
 
 handle = lens.pipe.transformer.transformer_blocks[1].register_forward_hook(keep)
@@ -149,7 +150,7 @@ print("same image, bit for bit:", plain.tobytes() == run.images[0].tobytes())
 # %% [markdown]
 # ## The prompt's tokens
 #
-# Text passes through the same blocks. On the `txt` stream a word can be named instead of its position.
+# Text passes through the same blocks. On the `txt` stream you can name a word instead of its position.
 
 # %%
 print(lens.to_str_tokens(circle))
@@ -158,20 +159,22 @@ lens.run(circle, [dl.Read("blocks.3.txt", tokens="circle")], seed=0)["blocks.3.t
 # %% [markdown]
 # ## What does a block know?
 #
-# A common trick: take the tokens as some block leaves them and treat them as if that block were the last. In language
-# models this is the *logit lens*. Rows are steps, columns are blocks, and the last column is the model itself.
+# A common technique: take the output of some block and apply the final layers to it, as if that block were the last. In
+# language models this is the *logit lens*. Rows are steps, columns are blocks, and the last column is the model's own
+# estimate.
 
 # %%
 lens.read_x0(circle, seed=0).figure()
 
 # %% [markdown]
-# Read it with care. The final projection was trained for the tokens of the last block alone. That an early block shows
-# nothing need not mean that it knows nothing: it may say it in a way that this projection does not read.
+# Be careful with conclusions. The final projection was trained for the output of the last block only. If an early block
+# shows nothing, it may still have the information, in a form that this projection does not read.
 
 # %% [markdown]
 # ## Exercises
 #
-# Fill in the cells with `...` and run them, then the check below each. It is folded, since it knows the answer.
+# Fill in the cells with `...` and run them, then the check below each. The checks are folded, since they contain the
+# answers.
 #
 # **Exercise 1.** Write the pattern for the *text* tokens that leave the last two blocks. Negative numbers count from
 # the end, also in `[a:b]`.
@@ -201,7 +204,7 @@ assert added is not ..., (
 )
 assert added.shape == (1, 1, 256, 128), f"Not yet: the shape is {list(added.shape)}. Does the read say steps=-1?"
 _expected = lens.run(circle, [dl.Read("blocks.1.img.attn_out")], seed=0)["blocks.1.img.attn_out"][-1:]
-assert torch.equal(added, _expected), "Not yet: the shape is right, the values are others. Is it block 1, and seed=0?"
+assert torch.equal(added, _expected), "Not yet: the shape is right, but the values differ. Is it block 1, and seed=0?"
 print("Exercise 2 is solved.")
 
 # %% [markdown]
@@ -224,10 +227,10 @@ print(f"Exercise 3 is solved: the residual stream adds up to within {gap:.1g}.")
 # %% [markdown]
 # ## What we know, and what we do not
 #
-# We know that a read is the very tensor that PyTorch passes on, that reading leaves the image as it was, and that a
-# block's output is a sum. All three were checked here; `docs/guarantees.md` lists what else is.
+# We know that a read is exactly the tensor that PyTorch computes, that reading does not change the image, and that a
+# block's output is a sum. All three were checked here; `docs/guarantees.md` lists what else is guaranteed.
 #
-# We do not know what any channel *means*. In the explorer, some channels seem to draw the subject. That is how a
-# question begins: with 128 channels, 8 blocks and 12 steps to choose from, something will look like something.
+# We do not know what any channel *means*. In the explorer, some channels seem to show the subject. That is a question,
+# not an answer: among 128 channels, 8 blocks and 12 steps, some maps will look meaningful by chance.
 #
 # Next: [lesson 2](lesson_2_massive.ipynb) asks which channels to look at first.

@@ -7,22 +7,22 @@
 # ---
 
 # %% [markdown]
-# # 3. Breaking the image, with fair controls
+# # 3. Ablation with fair controls
 #
-# **Zero a few massive channels and the image falls apart. Is that because they matter, or because so much was
-# removed?**
+# **If a few massive channels are set to zero, the image breaks. Is that because these channels matter, or because so
+# much was removed?**
 #
 # You will learn
 #
-# - how to edit activations while the model draws, and how to see what an edit touched;
-# - which other explanations an ablation has, and the control for each;
-# - how to turn one striking image into a measurement with an interval.
+# - how to edit activations while the model draws, and how to see what an edit changed;
+# - which other explanations the effect of an ablation can have, and the control for each;
+# - how to replace one impressive image by a measurement with a confidence interval.
 
 # %%
 import dit_lens as dl
 from dit_lens import plots, studies
 from dit_lens.metrics import rmse
-from dit_lens.toys.scenes import describe, sample_scenes
+from dit_lens.toys.scenes import recognise_scene, sample_scenes
 
 lens = dl.DiTLens.toy()
 lens.pipe.set_progress_bar_config(disable=True)
@@ -33,9 +33,10 @@ massive = lens.massive_channels(circle, k=8, seed=0)
 # %% [markdown]
 # ## The experiment of the paper
 #
-# Zero the eight loudest channels of every block, at every step. For comparison, do the same with the eight quietest,
-# and with eight random ones. Random channels are drawn *once*, and renamed alike in all blocks: massive sets repeat
-# from block to block, and a control that is drawn anew for each would touch many more channels of the residual stream.
+# Set the eight channels with the highest scores to zero, in every block and at every step. For comparison, do the same
+# with the eight lowest scores, and with eight random channels. The random control replaces every channel by the same
+# other one in all blocks: massive sets repeat from block to block, and random channels drawn separately for each block
+# would touch many more channels of the residual stream.
 
 # %%
 arms = {"top": massive, "bottom": massive.bottom(), "random": massive.random(seed=0)}
@@ -44,25 +45,26 @@ images = {"untouched": untouched, **{name: run.images[0] for name, run in runs.i
 plots.strip(list(images.values()), list(images), title="Eight channels zeroed in every block")
 
 # %% [markdown]
-# What exactly was touched? Every run carries a receipt: where, how many elements, and their norm before and after.
+# What exactly was changed? Every run has a receipt: where, how many elements, and their norm before and after.
 
 # %%
 runs["top"].receipt.table[["op", "site", "channels", "elements", "before", "after"]].head(4)
 
 # %% [markdown]
-# Less is left to zero after the first block: what is gone from the residual stream does not come back by itself, and
-# each later block adds its own part only.
+# After the first block less is left to remove: values that were removed from the residual stream do not come back, and
+# each later block only adds its own part.
 #
-# Looking is not measuring. Two numbers: the distance of an image from the untouched one (root mean square over grey
-# levels, 0 to 255), and what can still be read from it. Toy images come from a small grammar of scenes, and
-# `describe` finds the scene that fits an image best; an image that none fits is unreadable.
+# Looking at images is not a measurement. Two numbers are: the distance of an image from the untouched one (root mean
+# square difference in grey levels, 0 to 255), and what can still be recognised in it. Toy images come from a small
+# grammar of scenes, and `recognise_scene` finds the scene that fits an image best; an image that no scene fits is
+# unreadable.
 
 # %%
 for name, image in images.items():
-    print(f"{name:<10} {rmse(image, untouched):5.1f}   {describe(image)}")
+    print(f"{name:<10} {rmse(image, untouched):5.1f}   {recognise_scene(image)}")
 
 # %% [markdown]
-# So far the paper's claim stands. Now for the objections.
+# So far this agrees with the paper's claim. But there are objections.
 #
 # ## Objection 1: you removed more
 #
@@ -71,34 +73,34 @@ for name, image in images.items():
 # %%
 for name, channels in arms.items():
     shares = channels.energy_share().values()
-    print(f"{name:<10} holds {sum(shares) / len(shares):.1%} of the energy, averaged over blocks")
+    print(f"{name:<10} has {sum(shares) / len(shares):.1%} of the energy, averaged over blocks")
 
 # %% [markdown]
-# A fair control takes as much away. `energy_matched` looks for eight *other* channels that together hold as much, and
-# says when there are none.
+# A fair control removes as much. `energy_matched` searches for eight *other* channels that together have as much
+# energy, and reports if there are none.
 
 # %%
 matched = massive.energy_matched(seed=0)
 matched.matched, matched.note
 
 # %% [markdown]
-# That is a real limit, and no study can wish it away. So turn the question round: *weaken* the top channels only so far
-# that tokens move as much as they do when the energy-matched ones are zeroed. That arm is called **attenuated**. If it
-# does more damage than energy-matched, the channels matter beyond their size. A further arm, **random-direction**,
-# pushes every token as far as zeroing the top would, in one random direction.
+# That is a real limit: no other eight channels have so much energy. So match in the other direction: *weaken* the top
+# channels only so far that tokens move as much as they do when the energy-matched channels are zeroed. This arm is
+# called **attenuated**. If it does more damage than energy-matched, the channels matter beyond their size. Another arm,
+# **random-direction**, moves every token as far as zeroing the top channels would, in one random direction.
 #
-# ## Objection 2: the next norm did it
+# ## Objection 2: the next normalisation is the reason
 #
-# Every block begins with a normalisation: it divides a token by its length. Take the largest channels away, and all
-# others come out larger. Perhaps that breaks the image, and not the loss. Two arms separate it. **rescaled** removes
-# nothing and raises the others as the norm would. **norm-kept** overwrites the top channels by a fixed pattern with the
-# same statistics, so that the norm notices nothing.
+# Every block begins with a normalisation, which divides a token by its length. If the largest channels are removed, all
+# others become larger after it. Perhaps that breaks the image, and not the missing values. Two arms separate these
+# explanations. **rescaled** removes nothing, and scales the other channels up as the normalisation would. **norm-kept**
+# overwrites the top channels with a fixed pattern of the same statistics, so that the normalisation is unchanged.
 #
 # ## The study
 #
-# `studies.disruption` runs all these arms on the same prompts and noise. Each image's set comes from its own
-# untouched run. `no-op` is an edit of no channel: if it changed anything, nothing else could be believed. Intervals are
-# 95 % bootstrap intervals over prompts, then seeds and draws.
+# `studies.disruption` runs all these arms with the same prompts and noise. The set of each image comes from its own
+# untouched run. `no-op` is an edit without channels: it must not change anything, otherwise no other result is valid.
+# Intervals are 95 % bootstrap intervals over prompts, then seeds and draws.
 
 # %%
 prompts = [scene.caption for scene in sample_scenes(4, seed=0, held_out=True)]
@@ -110,9 +112,9 @@ summary = result.summary.set_index("arm")
 summary[["rmse", "rmse_low", "rmse_high", "fidelity", "energy_share"]].round(2)
 
 # %% [markdown]
-# `fidelity` is the share of the prompt's six attributes (size, colour, shape, place, texture, background) that can be
-# read from the image. Now a rule, fixed before looking: one arm does more damage than another where its whole
-# interval lies above the other's.
+# `fidelity` is the share of the prompt's six attributes (size, colour, shape, position, texture, background) that can
+# be recognised in the image. Now a rule, fixed before looking at the results: one arm does more damage than another if
+# its whole interval is above that of the other.
 
 
 # %%
@@ -130,19 +132,21 @@ for arm, than in [
     ("top", "random-direction"),
     ("top", "rescaled"),
 ]:
-    print(f"{arm} against {than}: {damage(arm, than)}")
+    print(f"damage of {arm}, compared with {than}: {damage(arm, than)}")
 
 # %% [markdown]
 # Read it line by line. The first two are the paper's claim. The third is a weak test, since energy-matched removes less
-# than top does; the fourth is the fair one. The fifth asks whether *any* push of that size breaks the image as well.
-# The last acquits or convicts the norm.
+# than top does; the fourth is the fair one. The fifth asks whether *any* change of that size breaks the image as well.
+# The last asks whether the normalisation is the reason.
 #
 # ## Exercises
 #
-# Fill in the cells with `...` and run them, then the check below each. It is folded, since it knows the answer.
+# Fill in the cells with `...` and run them, then the check below each. The checks are folded, since they contain the
+# answers.
 #
 # **Exercise 1.** Every edit takes `steps=`: an index, a list, or a pair of floats for a part of the run. Zero the
-# massive channels in the first half of the steps only, and in the second half only. When is the image decided?
+# massive channels in the first half of the steps only, and in the second half only. When is the content of the image
+# determined?
 
 # %% tags=["solution"]
 # Two images (PIL), with seed=0 and all 12 steps.
@@ -151,17 +155,17 @@ late = lens.run(circle, dl.Zero("blocks.*.img", channels=massive, steps=(0.5, 1.
 
 # %% tags=["check"]
 assert early is not ..., "Exercise 1 is blank: run dl.Zero with steps=(0.0, 0.5), and keep the image as `early`."
-assert late is not ..., "Exercise 1 is half done: run dl.Zero with steps=(0.5, 1.0), and keep the image as `late`."
+assert late is not ..., "Exercise 1 is incomplete: run dl.Zero with steps=(0.5, 1.0), and keep the image as `late`."
 for _image, _part in ((early, (0.0, 0.5)), (late, (0.5, 1.0))):
     _expected = lens.run(circle, dl.Zero("blocks.*.img", channels=massive, steps=_part), seed=0).images[0]
     assert rmse(_image, _expected) < 0.5, f"Not yet: this is not the image with steps={_part}."
 print(f"Exercise 1 is solved: {rmse(early, untouched):.0f} grey levels early, {rmse(late, untouched):.0f} late.")
 
 # %% [markdown]
-# **Exercise 2.** Build an attenuated arm yourself: `dl.Scale` multiplies channels by `factor`. Zeroing channels moves a
-# token by their length, the square root of their energy; scaling them by f moves it by (1 - f) times their length.
-# Which factor makes the top channels, with a share `large` of the energy, move tokens as far as zeroing a share `small`
-# does?
+# **Exercise 2.** Make an attenuated arm yourself: `dl.Scale` multiplies channels by `factor`. Zeroing channels moves a
+# token by their length, the square root of their energy; scaling them by f moves it by (1 - f) times their length. The
+# top channels have a share `large` of the energy. Which factor moves tokens as far as zeroing channels with a share
+# `small` does?
 
 # %%
 large = massive.energy_share()["blocks.5.img"]
@@ -179,9 +183,9 @@ assert abs((1 - factor) * large**0.5 - small**0.5) < 1e-4, (
 print(f"Exercise 2 is solved: keep {factor:.0%} of each value.")
 
 # %% [markdown]
-# **Exercise 3.** A control of your own: do the massive channels matter, or their *place* in the image? `dl.TokenMean`
-# with `keep="mean"` gives every token the channel's mean, so that the level stays and the pattern goes. Apply it to
-# `massive` in all blocks.
+# **Exercise 3.** Another control: does the level of the massive channels matter, or their *pattern* over the image?
+# `dl.TokenMean` with `keep="mean"` gives every token the mean of the channel, which keeps the level and removes the
+# pattern. Apply it to `massive` in all blocks.
 
 # %% tags=["solution"]
 # An image (PIL), with seed=0.
@@ -191,16 +195,17 @@ flat = lens.run(circle, dl.TokenMean("blocks.*.img", channels=massive, keep="mea
 assert flat is not ..., "Exercise 3 is blank: run dl.TokenMean('blocks.*.img', channels=massive, keep='mean')."
 _expected = lens.run(circle, dl.TokenMean("blocks.*.img", channels=massive, keep="mean"), seed=0).images[0]
 assert rmse(flat, _expected) < 0.5, "Not yet: this is another image. All blocks, all steps, keep='mean', seed=0?"
-print(f"Exercise 3 is solved: without the pattern the image reads: {describe(flat)}.")
+print(f"Exercise 3 is solved: without the pattern the image is recognised as: {recognise_scene(flat)}.")
 
 # %% [markdown]
 # ## What we know, and what we do not
 #
-# *The controls' verdict* is in the lines above, computed from this run of the study: four prompts, one seed. Over more
-# prompts and seeds, in `docs/findings`, the toy needs its massive channels and the next norm is not the reason; whether
-# they matter *for their size* is a closer call, and a random push of that size does much of the damage.
+# *The results of the controls* are in the lines above, from this run of the study: four prompts, one seed. With more
+# prompts and seeds, in `docs/findings`, the toy needs its massive channels, and the next normalisation is not the
+# reason; whether they matter *more than their size explains* is less clear, and a random change of that size does much
+# of the damage.
 #
-# We do not know why. An image that breaks shows that something was needed. It does not show *what for*: a car does not
-# drive without its battery, and the battery knows nothing of the way.
+# We do not know why. A broken image shows that something was needed. It does not show *what for*: a car does not drive
+# without its battery, but the battery does not know the way.
 #
 # Next: [lesson 4](lesson_4_clusters.ipynb) looks at where in the image the channels are large.

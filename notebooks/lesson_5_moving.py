@@ -7,16 +7,16 @@
 # ---
 
 # %% [markdown]
-# # 5. Moving meaning
+# # 5. Moving channels between images
 #
-# **If a few channels carry what is drawn, moving them into another image should carry it along. Does it, and is that
-# more than a blend?**
+# **If a few channels carry what is drawn, then moving them into another image should move the content with them. Does
+# it, and is the result more than a blend of the two images?**
 #
 # You will learn
 #
-# - how two generations run side by side, so that channels of one can be put into the other;
-# - how to weigh what arrives against what is kept, and why a plain blend is the control;
-# - how to move channels on a part of the image only, and out of an image that no prompt made.
+# - how two generations run side by side, so that channels of one can replace those of the other;
+# - how to compare what is gained from the source with what is kept of the target, and why a blend is the control;
+# - how to move channels in a part of the image only, and from an image that was not made from a prompt.
 
 # %%
 import numpy as np
@@ -25,11 +25,11 @@ from PIL import Image
 import dit_lens as dl
 from dit_lens import plots, studies
 from dit_lens.metrics import rmse
-from dit_lens.toys.scenes import Scene, describe, draw, sample_scenes
+from dit_lens.toys.scenes import Scene, draw, recognise_scene, sample_scenes
 
 lens = dl.DiTLens.toy()
 lens.pipe.set_progress_bar_config(disable=True)
-lens.defaults["num_inference_steps"] = 4  # a third of the usual: quick, and images are hardly worse
+lens.defaults["num_inference_steps"] = 4  # instead of 12: faster, and the images are hardly worse
 source = "a big red circle left on a checkered blue background"
 target = "a big yellow triangle right on a plain green background"
 massive = lens.massive_channels(source, k=8, seed=0)
@@ -37,7 +37,7 @@ massive = lens.massive_channels(source, k=8, seed=0)
 # %% [markdown]
 # ## Two rows of one batch
 #
-# Source and target are drawn together, as two rows of a batch and from the same noise (one `seed` for all rows). `Swap`
+# Source and target are drawn together, as two rows of a batch with the same noise (one `seed` for all rows). `Swap`
 # replaces channels of row 1 by those of row 0, at the same block and step, while both are drawn. Nothing has to be
 # stored.
 
@@ -48,7 +48,7 @@ before = lens.run([source, target], seed=0).images
 plots.strip([before[0], moved, before[1]], ["source", "target with the source's<br>massive channels", "target"])
 
 # %% [markdown]
-# `strength` goes between: `x <- (1 - strength) x + strength source`. All strengths are drawn in one batch here, each
+# `strength` interpolates: `x <- (1 - strength) x + strength source`. All strengths are drawn in one batch here, each
 # row with its own swap.
 
 # %%
@@ -61,49 +61,50 @@ swept = lens.run([source] + [target] * len(strengths), swaps, seed=0).images[1:]
 plots.strip([before[1], *swept, before[0]], ["target", *(f"strength {s}" for s in strengths), "source"])
 
 # %% [markdown]
-# ## What arrives, and what is kept?
+# ## What is gained, and what is kept?
 #
-# Nearness alone proves nothing. *Any* mixture of two images is nearer to the source than the target is, even a
-# mixture of pixels. So measure two sides. What does the image say of the source's prompt, and what of the target's?
-# `describe` reads an image back into the grammar; below are the shares of attributes (size, colour, shape, place,
-# texture, background) that agree with either prompt. The control is a pixel blend.
+# A small distance to the source alone proves nothing. *Any* mixture of two images is closer to the source than the
+# target is, even a mixture of pixels. So measure both: how much of the source's prompt can be recognised in the image,
+# and how much of the target's? `recognise_scene` finds the scene of the grammar that fits an image best; below are the
+# shares of its attributes (size, colour, shape, position, texture, background) that agree with each prompt. The control
+# is a pixel blend.
 
 # %%
 import pandas as pd
 
 
-def says(image, prompt):
-    agreement = Scene.parse(prompt).agreement(describe(image).scene)
+def fidelity(image, prompt):
+    agreement = Scene.parse(prompt).agreement(recognise_scene(image).scene)
     return sum(agreement.values()) / len(agreement)
 
 
-def weighed(image):
+def measure(image):
     distances = {"rmse to source": float(rmse(image, before[0])), "rmse to target": float(rmse(image, before[1]))}
-    return {**distances, "says source": says(image, source), "says target": says(image, target)}
+    return {**distances, "fidelity to source": fidelity(image, source), "fidelity to target": fidelity(image, target)}
 
 
 blends = {f"pixel blend {s}": Image.blend(before[1], before[0], s) for s in strengths}
 shown = {"target": before[1], **{f"swap {s}": p for s, p in zip(strengths, swept, strict=True)}, **blends}
-pd.DataFrame({name: weighed(image) for name, image in shown.items()}).T.round(2)
+pd.DataFrame({name: measure(image) for name, image in shown.items()}).T.round(2)
 
 # %% [markdown]
-# The two prompts share one attribute of six, so 0.17 is said of either from the start; a mixture that fits no scene
-# says 0 of both. Compare rows at an equal distance to the source: does the swap say more of it than the blend? And
-# which attributes are they?
+# The two prompts share one attribute of six, so each image begins with a fidelity of 0.17 to the other prompt; a
+# mixture that no scene fits has a fidelity of 0 to both. Compare rows at an equal distance to the source: does the swap
+# have a higher fidelity to it than the blend? And which attributes are they?
 
 # %%
 for name, image in shown.items():
-    print(f"{name:<16} {describe(image)}")
+    print(f"{name:<16} {recognise_scene(image)}")
 
 # %% [markdown]
-# Pixels and content are two things: a triangle that has gone to the circle's place has taken over an attribute, and may
-# be no nearer to the circle in grey levels.
+# Pixels and content are different: a triangle at the position of the circle has taken over an attribute, and may be no
+# closer to the circle in grey levels.
 #
 # ## Try it
 #
-# The panel redraws the target whenever you let go of a control, keeps what you drew, and shows the code of it. Do other
-# channels do the same? Switch from *top* to *random*, and take fewer blocks or steps. (The controls need a running
-# kernel.)
+# The panel draws the target again whenever you release a control, keeps all results, and shows their code. Do other
+# channels have the same effect? Switch from *top* to *random*, and use fewer blocks or steps. (The controls need a
+# running kernel.)
 
 # %%
 panel = dl.steer(lens, source, target, k=8)
@@ -113,8 +114,8 @@ panel
 # %% [markdown]
 # ## Only on the subject
 #
-# A mask over tokens limits the swap. `subject_mask` makes one from the clusters of lesson 4; a drawing of your own
-# works as well, as `bool [16, 16]`.
+# A mask over tokens limits the swap. `subject_mask` makes one from the clusters of lesson 4; a mask that you draw works
+# too, as `bool [16, 16]`.
 
 # %%
 subject = lens.subject_mask(source, massive, seed=0)
@@ -129,28 +130,28 @@ plots.strip(
 )
 
 # %% [markdown]
-# ## Out of an image
+# ## From an image
 #
-# The source can be an image that no prompt made: below, a drawing. A model sees images under noise only, so the
-# drawing is noised as it would be at each step, `(1 - σ) image + σ noise`, and row 0 is made to travel along that
-# way. Its channels are read as before.
+# The source can be an image that was not made from a prompt: below, a drawing. The model only processes noisy images,
+# so noise is added to the drawing as at each step, `(1 - σ) image + σ noise`, and row 0 is made to follow these noisy
+# images. Its channels are used as before.
 
 # %%
 drawing = draw(Scene("small", "white", "cross", "top", "striped", "purple")).image
-way = dl.inversion.noised_reference(lens, [drawing], seed=0)
-follow = dl.Swap("velocity", source=way, rows=0, branch="both")
+reference = dl.inversion.noised_reference(lens, [drawing], seed=0)
+follow = dl.Swap("velocity", source=reference, rows=0, branch="both")
 seen = lens.run(["", target], [follow, swap], seed=0).images
-plots.strip([drawing, *seen, before[1]], ["drawing", "as the model sees it", "target with its channels", "target"])
+plots.strip([drawing, *seen, before[1]], ["drawing", "as the model draws it", "target with its channels", "target"])
 
 # %% [markdown]
-# The channels moved here are those that are massive for the *circle*. Exercise 3 takes the drawing's own.
+# The channels moved here are those that are massive for the *circle*. Exercise 3 uses those of the drawing.
 #
 # ## The study
 #
-# `studies.transfer` does all of this over pairs, with every control: bottom, random and energy-matched channels, all
-# 128, and three blends, of pixels, of latents and of prompt embeddings. `top-early` leaves out the last quarter of the
-# blocks and `top-readout` has nothing but the last: what is moved there is hardly computed with any more, it is read
-# out.
+# `studies.transfer` does all of this for pairs of prompts, with every control: bottom, random and energy-matched
+# channels, all 128, and three blends, of pixels, of latents and of prompt embeddings. `top-early` leaves out the last
+# quarter of the blocks, and `top-readout` moves channels at the last block only, after which they are hardly processed
+# any more, only projected to the prediction.
 
 # %%
 scenes = [scene.caption for scene in sample_scenes(4, seed=0, held_out=True)]
@@ -159,18 +160,19 @@ result = studies.transfer(lens, pairs, k=8, draws=1, strengths=[0.5, 1.0], mask_
 result.figure()
 
 # %%
-columns = ["arm", "strength", "to_source", "says_source", "says_target", "matched_says_source", "matched_says_target"]
-result.summary[result.summary.strength > 0][columns].round(2)
+fidelities = ["fidelity_source", "fidelity_target", "matched_fidelity_source", "matched_fidelity_target"]
+result.summary[result.summary.strength > 0][["arm", "strength", "to_source", *fidelities]].round(2)
 
 # %% [markdown]
-# `matched_says_...` is what the arm of the line says where it comes as near to the source as `top` does at that
-# strength: the fair comparison. It is missing where an arm never comes so near.
+# `matched_fidelity_...` is the fidelity of the row's arm at the strength at which it is as close to the source as `top`
+# is at the row's strength: the fair comparison. It is missing if an arm never comes so close.
 #
 # ## Exercises
 #
-# Fill in the cells with `...` and run them, then the check below each. It is folded, since it knows the answer.
+# Fill in the cells with `...` and run them, then the check below each. The checks are folded, since they contain the
+# answers.
 #
-# **Exercise 1.** A sanity check that every swap has to pass: swap an image with *itself*. Draw `[target, target]` and
+# **Exercise 1.** A sanity check that every swap must pass: swap an image with *itself*. Draw `[target, target]` and
 # swap the massive channels of row 0 into row 1.
 
 # %% tags=["solution"]
@@ -184,8 +186,8 @@ assert np.array_equal(itself, _plain), "Not yet: the image differs from the targ
 print("Exercise 1 is solved: nothing changed, bit for bit.")
 
 # %% [markdown]
-# **Exercise 2.** Is it these channels, or any eight? Move as many *random* channels (`massive.random(seed=0)`) at full
-# strength, and measure how far from the source the image then is.
+# **Exercise 2.** Do these channels have the effect, or any eight? Move as many *random* channels
+# (`massive.random(seed=0)`) at full strength, and measure the distance of the image from the source.
 
 # %% tags=["solution"]
 # A number: the rmse to before[0].
@@ -203,13 +205,13 @@ print(
 )
 
 # %% [markdown]
-# **Exercise 3.** The drawing's own channels. `massive_channels` would draw for itself and never see the drawing. So
-# read `reduce="|mean|"` in a run of one row, with the prompt `""`, whose velocity is swapped for `way` in both
-# branches; then take the top 8 of each site.
+# **Exercise 3.** The massive channels of the drawing. `massive_channels` would draw an image of its own and not use the
+# drawing. So read `reduce="|mean|"` in a run of one row, with the prompt `""`, whose velocity is replaced by that of
+# `reference` in both branches; then take the top 8 of each site.
 
 # %% tags=["solution"]
 # A mapping from site to 8 channels.
-alone = dl.Swap("velocity", source=way, branch="both")
+alone = dl.Swap("velocity", source=reference, branch="both")
 read = lens.run("", [alone, dl.Read("blocks.*.img", reduce="|mean|")], seed=0)
 own = {site: read[site].mean((0, 1)).topk(8).indices.tolist() for site in lens.sites("blocks.*.img")}
 
@@ -218,7 +220,8 @@ assert own is not ..., (
     "Exercise 3 is blank: run '' with a swap of the velocity and a dl.Read, then topk(8) at each site."
 )
 assert sorted(own) == sorted(lens.sites("blocks.*.img")), "Not yet: `own` needs every site of blocks.*.img."
-_read = lens.run("", [dl.Swap("velocity", source=way, branch="both"), dl.Read("blocks.*.img", reduce="|mean|")], seed=0)
+_follow = dl.Swap("velocity", source=reference, branch="both")
+_read = lens.run("", [_follow, dl.Read("blocks.*.img", reduce="|mean|")], seed=0)
 for _site, _channels in own.items():
     assert set(_channels) == set(_read[_site].mean((0, 1)).topk(8).indices.tolist()), f"Not yet: {_site} has others."
 _overlap = np.mean(list(massive.jaccard(own).values()))
@@ -227,15 +230,17 @@ print(f"Exercise 3 is solved: the drawing's channels overlap with the circle's b
 # %% [markdown]
 # ## What we know, and what we do not
 #
-# *The controls' verdict* is in the table above. First: does `top` come nearer to the source than `random`, `bottom` and
-# `energy-matched`? Then: does it say more of the source than the blends do at an equal distance? The claim needs both.
-# Two pairs cannot settle it, and pairs differ; in `docs/findings`, over more of them, the toy's answer is "undecided".
+# *The results of the controls* are in the table above. First: does `top` come closer to the source than `random`,
+# `bottom` and `energy-matched`? Then: does it have a higher fidelity to the source than the blends at an equal
+# distance? The claim needs both. Two pairs cannot decide it, and pairs differ; in `docs/findings`, with more pairs, the
+# result for the toy is "undecided".
 #
-# We do not know how much of the change is computed, and how much merely read out by the last layer: a channel that the
-# final projection reads as colour moves colour, whatever it means. The study's notes state that share.
+# We do not know how much of the change is computed by the network, and how much is only projected by the last layer: if
+# the final projection maps a channel to colour, moving the channel moves colour, whatever it means. The study's notes
+# state that share.
 
 # %%
 result.notes
 
 # %% [markdown]
-# Next: [lesson 6](lesson_6_carrier.ipynb) splits the channels in two and asks which half says what.
+# Next: [lesson 6](lesson_6_carrier.ipynb) splits the channels into two parts and tests each.

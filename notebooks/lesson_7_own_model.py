@@ -7,20 +7,19 @@
 # ---
 
 # %% [markdown]
-# # 7. Your own model, and runs that travel
+# # 7. Your own model, on your own hardware
 #
-# **All of it worked on a toy. What changes with a FLUX of twelve billion parameters, on a GPU that is too small for
-# it?**
+# **All of this was done with a toy. What changes with a FLUX of twelve billion parameters, on a GPU that is too small
+# for it?**
 #
 # You will learn
 #
-# - how to put a lens on any diffusers pipeline, with a LoRA, quantised or offloaded;
-# - how to ask what fits into memory before loading, and what a read would keep before running;
-# - how to look into a model that is on a server, and how to write an experiment down as data, so that another machine
-#   can repeat it.
+# - how to use a lens with any diffusers pipeline, with a LoRA, quantised or offloaded;
+# - how to find out what fits into memory before loading, and how much a read takes before running;
+# - how to look into a model on a server, and how to save an experiment as data, so that another machine can repeat it.
 #
-# No GPU is needed here: a small FLUX is saved to a folder, and then treated as a stranger. What needs a GPU is shown as
-# text.
+# No GPU is needed here: a small FLUX is saved to a folder, and then loaded like any other model. What needs a GPU is
+# shown as text.
 
 # %%
 import json
@@ -42,8 +41,8 @@ sorted(path.name for path in folder.iterdir())
 # ## Will it fit?
 #
 # `recommend` reads configurations and the headers of weight files, loads nothing, and lists the ways to load the
-# pipeline into so many gigabytes, the fastest first. `exact` tells those that keep the activations of the bf16 weights
-# from those that do not. For the hub's FLUX.1-dev it is `dl.recommend("black-forest-labs/FLUX.1-dev", gb=24)`.
+# pipeline into a given number of gigabytes, the fastest first. `exact` says whether the activations are those of the
+# bf16 weights. For FLUX.1-dev on the Hub, call `dl.recommend("black-forest-labs/FLUX.1-dev", gb=24)`.
 
 # %%
 dl.recommend(folder, gb=24)
@@ -60,8 +59,8 @@ dl.recommend(folder, gb=24)
 # lens = dl.DiTLens(pipe)
 # ```
 #
-# The lens recognises the transformer by its class and compares its structure with what it expects. Look at the line
-# `checks`: nothing is guessed.
+# The lens identifies the transformer by its class and compares its structure with the expected one. The line `checks`
+# shows what was compared.
 
 # %%
 lens = dl.DiTLens.from_pretrained(folder)
@@ -69,9 +68,9 @@ lens.pipe.set_progress_bar_config(disable=True)
 lens
 
 # %% [markdown]
-# The folder holds weights, and not the habits of the toy: its size, steps and guidance were the lens's `defaults`.
-# Without them this FLUX would draw images of a size it never saw. Give your own, so that every call of an experiment
-# agrees.
+# The folder has the weights, but not the default arguments of the toy: its image size, steps and guidance were the
+# lens's `defaults`. Without them this FLUX would draw images of a size that it was not trained for. Set your own
+# defaults, so that all calls of an experiment agree.
 
 # %%
 lens.defaults = dict(toy.defaults)
@@ -87,10 +86,10 @@ from dit_lens.commands.doctor import examine
 examine(lens)
 
 # %% [markdown]
-# ## Prompts first, then the encoders may go
+# ## Encode prompts first, then release the text encoders
 #
-# The text encoders of FLUX.1 weigh two fifths of what its transformer does, and are needed for a moment. `encode` turns
-# prompts into embeddings; with `release=True` the encoders are given up.
+# The text encoders of FLUX.1 take two fifths of the memory of its transformer, and are needed only once. `encode`
+# converts prompts to embeddings; with `release=True` the encoders are removed from memory.
 
 # %%
 before = lens.run(circle, seed=0)
@@ -100,13 +99,13 @@ print("same image, bit for bit:", before.images[0].tobytes() == after.images[0].
 print("text encoder:", lens.pipe.text_encoder)
 
 # %% [markdown]
-# Words of a prompt can no longer be found in such a run (`tokens="circle"`); token numbers still work.
+# In such a run, words of a prompt cannot be found (`tokens="circle"`); token indices still work.
 #
-# ## What a read costs
+# ## How much memory a read takes
 #
-# Reads are kept in the computer's memory. `lens.cost` counts their bytes beforehand, and a run that would not fit is
-# refused. All of FLUX.1 at 1024 × 1024, 57 blocks and 28 steps, would be about 40 GB; the averages of all its channels
-# are about 20 MB. Here is the same comparison for the small one.
+# Reads are kept in the computer's memory. `lens.cost` computes their size beforehand, and a run that would not fit
+# raises an error. All hidden states of FLUX.1 at 1024 × 1024, 57 blocks and 28 steps, would take about 40 GB; the means
+# of all its channels take about 20 MB. Here is the same comparison for the small one.
 
 # %%
 lens.cost(**texts, ops=[dl.Read("blocks.*.img")], seed=0)
@@ -116,15 +115,15 @@ cheap = [dl.Read("blocks.*.img", reduce="|mean|", name="spectrum"), dl.Read("blo
 lens.cost(**texts, ops=cheap, seed=0)
 
 # %% [markdown]
-# `batch_size=` splits a run into batches; where a GPU runs out of memory, a batch is halved and begun again.
+# `batch_size=` splits a run into batches; if a GPU runs out of memory, the batch is halved and started again.
 #
 # ## A LoRA
 #
-# Load, unload or fuse one whenever you like: the lens looks again before each run. A LoRA changes activations, so find
-# the massive channels anew. Below, for want of a real one, a random LoRA on some of the attention.
+# You may load, unload or fuse one at any time: the lens checks the model before each run. A LoRA changes activations,
+# so find the massive channels again. The example uses a random LoRA on a part of the attention.
 
 # %%
-plain = lens.massive_channels(None, k=8, **texts, seed=0)
+original = lens.massive_channels(None, k=8, **texts, seed=0)
 try:
     from peft import LoraConfig
 except ImportError:
@@ -133,24 +132,24 @@ else:
     config = LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "to_k"], init_lora_weights=False)
     lens.pipe.transformer.add_adapter(config)
     tuned = lens.massive_channels(None, k=8, **texts, seed=0)
-    print({site: round(overlap, 2) for site, overlap in plain.jaccard(tuned).items()})
+    print({site: round(overlap, 2) for site, overlap in original.jaccard(tuned).items()})
     lens.pipe.transformer.delete_adapters("default")
 
 # %% [markdown]
-# The same question is due after quantisation. `plain.jaccard(...)` answers it for int8 or NF4 weights as well.
+# Check the same after quantisation: `original.jaccard(...)` works for int8 or NF4 weights as well.
 #
-# ## Runs that travel
+# ## Runs on other machines
 #
-# Where the model is on an nnsight server, `dl.DiTLens.remote(name, host="http://...")` makes a lens without its
-# weights: plans are made and checked here and carried out there, and a run comes back as if it had been made here
-# (`docs/how-to/remote.md`). No server is at hand in this lesson, but everything up to the request is:
+# If the model is on an nnsight server, `dl.DiTLens.remote(name, host="http://...")` makes a lens without its weights:
+# runs are planned and checked here and executed there, and a run is returned as if it had been made here
+# (`docs/how-to/remote.md`). This lesson has no server, but everything before the request works without one:
 
 # %%
-there = dl.DiTLens.remote(dl.toys.path("flux"), host="http://127.0.0.1:9")
-there.cost("a big red circle left on a plain blue background", [dl.Read("blocks.*.img", reduce="|mean|")])
+remote = dl.DiTLens.remote(dl.toys.path("flux"), host="http://127.0.0.1:9")
+remote.cost("a big red circle left on a plain blue background", [dl.Read("blocks.*.img", reduce="|mean|")])
 
 # %% [markdown]
-# The same experiment is portable as data. Ops go to JSON and back.
+# An experiment can also be saved as data. Ops can be converted to JSON and back.
 
 # %%
 massive = toy.massive_channels(circle, k=8, seed=0)
@@ -159,8 +158,8 @@ as_text = json.dumps([dl.ops.to_json(op) for op in ops])
 print(as_text[:200], "...")
 
 # %% [markdown]
-# A run is saved as safetensors, JSON and PNG, with all it takes to repeat it. It loads without a model: look at it on a
-# laptop, after it was made on a server.
+# A run is saved as safetensors, JSON and PNG, with everything that is needed to repeat it. It can be loaded without a
+# model: for example on a laptop, after it was made on a server.
 
 # %%
 run = toy.run(circle, ops, seed=0)
@@ -169,35 +168,36 @@ loaded = dl.Run.load(home / "run")
 loaded
 
 # %% [markdown]
-# `rerun` repeats it on a lens and names everything that differs: images, versions, device, model. Images are equal
-# bit for bit on the same machine, not across machines; `docs/guarantees.md` says what to expect.
+# `rerun` repeats it on a lens and lists everything that differs: images, versions, device, model. Images are equal bit
+# for bit on the same machine, but not on different machines; `docs/guarantees.md` says what to expect.
 
 # %%
 loaded.rerun(toy)
 
 # %% [markdown]
-# What cannot travel as data is a Python function (`dl.Apply`), and a run says so when it is repeated.
+# A Python function (`dl.Apply`) cannot be saved as data; a run that has one raises an error when it is repeated.
 #
 # ## Exercises
 #
-# Fill in the cells with `...` and run them, then the check below each. It is folded, since it knows the answer.
+# Fill in the cells with `...` and run them, then the check below each. The checks are folded, since they contain the
+# answers.
 #
-# **Exercise 1.** You want the spectrum of every block at every step, and have 100 kB. Write the read.
+# **Exercise 1.** You need the |mean| of all channels of every block at every step, in less than 100 kB. Write the read.
 
 # %% tags=["solution"]
-# A dl.Read of all blocks and steps that keeps less than 100 kB.
+# A dl.Read of all blocks and steps that takes less than 100 kB.
 small = dl.Read("blocks.*.img", reduce="|mean|")
 
 # %% tags=["check"]
 assert small is not ..., "Exercise 1 is blank: a dl.Read('blocks.*.img', ...) that is reduced over tokens."
 _cost = toy.cost(circle, small, seed=0)
-assert _cost.bytes < 100_000, f"Not yet: it would keep {_cost.bytes / 1000:.0f} kB. What does reduce= do?"
+assert _cost.bytes < 100_000, f"Not yet: it would take {_cost.bytes / 1000:.0f} kB. What does reduce= do?"
 _found = toy.run(circle, small, seed=0)
-assert _found["blocks.7.img"].shape == (12, 1, 128), "Not yet: every block, every step and all 128 channels are wanted."
+assert _found["blocks.7.img"].shape == (12, 1, 128), "Not yet: every block, every step and all 128 channels are needed."
 print(f"Exercise 1 is solved: {_cost.bytes / 1000:.0f} kB.")
 
 # %% [markdown]
-# **Exercise 2.** Bring `as_text` back to ops, as another machine would, and draw with them.
+# **Exercise 2.** Convert `as_text` back to ops, as another machine would, and run them.
 
 # %% tags=["solution"]
 # A run of `circle` with seed=0.
@@ -209,30 +209,30 @@ assert rmse(again.images[0], run.images[0]) == 0, "Not yet: the image differs fr
 print("Exercise 2 is solved: the same image, from a line of text.")
 
 # %% [markdown]
-# **Exercise 3.** A reader repeats your saved run with other weights: those of the untrained twin. Let `rerun` say what
-# differs. A surprise awaits: which difference is *not* among those it names?
+# **Exercise 3.** Repeat the saved run with other weights: those of the untrained toy. What does `rerun` list as
+# different? Which difference is *not* in its list?
 
 # %%
-twin = dl.DiTLens.toy(untrained=True)
+untrained = dl.DiTLens.toy(untrained=True)
 
 # %% tags=["solution"]
 # What Run.rerun returns.
-comparison = loaded.rerun(twin)
+comparison = loaded.rerun(untrained)
 
 # %% tags=["check"]
-assert comparison is not ..., "Exercise 3 is blank: call loaded.rerun with the lens of the twin."
+assert comparison is not ..., "Exercise 3 is blank: call loaded.rerun with the lens of the untrained toy."
 assert hasattr(comparison, "table"), "Not yet: keep what rerun returns, a comparison."
 assert not comparison.identical, "Not yet: the images are the same, so that was the trained toy."
 print(f"Exercise 3 is solved. {comparison}")
-print("A run writes down where its weights came from, not the weights: the twin is built on the same folder.")
+print("A run records where its weights came from, not the weights: the untrained toy uses the same folder.")
 
 # %% [markdown]
 # ## What we know, and what we do not
 #
-# We know that the lens treats a stranger as it treats the toy, that embeddings give the same image as prompts, and
-# that a run can be repeated from its folder. All of it was checked here, on a CPU.
+# We know that the lens works with another model as with the toy, that embeddings give the same image as prompts, and
+# that a run can be repeated from its folder. All of this was checked here, on a CPU.
 #
-# We do not know, from this notebook, anything about a large model. What holds in a toy need not hold there: begin with
-# lesson 2 on your model, take `k` with its share of the width, keep every control, and measure the subject's mask with
-# a segmenter of your own (`masks=`). `docs/models.md` lists what is supported, and for an unknown transformer the error
-# says how to describe it.
+# From this notebook we do not know anything about a large model. What holds in a toy need not hold there: begin with
+# lesson 2 on your model, choose `k` relative to the width, keep every control, and pass the subject's masks from a
+# segmentation model (`masks=`). `docs/models.md` lists what is supported, and for an unknown transformer the error says
+# how to describe it.

@@ -1,4 +1,4 @@
-"""Executed lessons as pages of the site: their figures are drawn by the site's one plotly."""
+"""Makes pages of the executed lessons, whose figures are drawn by one plotly.js for the whole site."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from typing import Any
 
 from sphinx.application import Sphinx
 
-from build import BADGE, HERE, executed, sources
+from build import BADGE, HERE, execute_lesson, list_sources
 
 PLOTLY = "application/vnd.plotly.v1+json"
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
-    app.connect("config-inited", lambda app, _: write(Path(app.srcdir, "lessons")))
+    app.connect("config-inited", lambda app, _: write_lessons(Path(app.srcdir, "lessons")))
     return {"parallel_read_safe": True}
 
 
-def write(folder: Path) -> None:
-    """Writes every lesson into a folder that holds nothing else."""
+def write_lessons(folder: Path) -> None:
+    """Writes every lesson to a folder, which is emptied first."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     shutil.copy(HERE / BADGE, folder)
-    for source in sources():
-        notebook = json.loads(executed(source).read_text("utf-8"))
+    for source in list_sources():
+        notebook = json.loads(execute_lesson(source).read_text("utf-8"))
         for cell in notebook["cells"]:
             if cell["cell_type"] == "markdown":
-                cell["source"] = "".join(cell["source"]).replace(f"](../{BADGE})", f"]({BADGE})")  # it lies here
+                # The badge was copied to the folder of the lessons.
+                cell["source"] = "".join(cell["source"]).replace(f"](../{BADGE})", f"]({BADGE})")
             for output in cell.get("outputs", []):
                 if PLOTLY in output.get("data", {}):
-                    output["data"] = {"text/html": _figure(output["data"][PLOTLY])}
+                    output["data"] = {"text/html": _to_script(output["data"][PLOTLY])}
         (folder / f"{source.stem}.ipynb").write_text(json.dumps(notebook), "utf-8")
 
 
-def _figure(figure: dict[str, Any]) -> str:
-    """A figure as data, which static/figures.js draws."""
+def _to_script(figure: dict[str, Any]) -> str:
+    """Returns a figure as data, which static/figures.js draws."""
     data = json.dumps(figure).replace("</", "<\\/")
     return f'<script type="application/json" data-plotly>{data}</script>'

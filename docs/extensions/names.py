@@ -1,4 +1,4 @@
-"""References by the short names that the package's own annotations and docstrings use."""
+"""Resolves references by the short names that the package's annotations and docstrings use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
 
 
 def _resolve(app: Sphinx, env: Any, node: Any, content: nodes.Element) -> nodes.Element | None:
-    """The one documented name of the package that ends as the reference does."""
+    """Returns a link to the only documented name of the package whose last part is that of the reference."""
     if node.get("refdomain") != "py":
         return None
     last = node["reftarget"].rpartition(".")[2]

@@ -55,7 +55,7 @@ def test_run_with_ops(tmp_path, capsys):
         (["info", "toy:fluks"], "Nearest: 'flux'"),
         (["info", "nowhere/at-all"], "could not be loaded"),
         (["run", "toy:flux", "a pink circle", "--out", "x"], "'pink'"),
-        (["demo", "--prompt", "a cat", "--out", "x"], "not a scene of the grammar"),
+        (["demo", "--prompt", "a cat", "--out", "x"], "not a sentence of the grammar"),
         (["train-toy", "flux"], "Pass --out DIR"),
     ],
 )

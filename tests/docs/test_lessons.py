@@ -9,7 +9,7 @@ import pytest
 
 from notebooks import build
 
-SOURCES = build.sources()
+SOURCES = build.list_sources()
 LESSONS = [source for source in SOURCES if source.stem.startswith("lesson_")]
 SECONDS = 120  # that a lesson may take on one core
 DRAWS = re.compile(r"^(plots\.\w+\(|dl\.(explore|steer)\(|.*\.figure\(\)$)", re.MULTILINE)
@@ -46,7 +46,7 @@ def test_a_notebook_that_was_changed_is_named_and_mended(tmp_path, monkeypatch, 
 
 def test_a_blank_keeps_the_first_comments_and_the_names():
     solution = "# An image.\n# With seed=0.\nrun = f()\n# no more\nearly, late = run[0], run[1]\nearly.x = 1"
-    assert build.blanked(solution) == "# An image.\n# With seed=0.\nrun = ...\nearly = ...\nlate = ..."
+    assert build.blank_solution(solution) == "# An image.\n# With seed=0.\nrun = ...\nearly = ...\nlate = ..."
 
 
 def test_a_lesson_is_executed_once_until_it_changes(tmp_path, monkeypatch):
@@ -56,7 +56,7 @@ def test_a_lesson_is_executed_once_until_it_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "run", lambda notebook: runs.append(notebook) or notebook)
     for text in ("# %%\n1\n", "# %%\n1\n", "# %%\n2\n"):
         source.write_text(text)
-        assert nbformat.read(build.executed(source), as_version=4).cells[0].source == text[5:-1]
+        assert nbformat.read(build.execute_lesson(source), as_version=4).cells[0].source == text[5:-1]
     assert len(runs) == 2
 
 
@@ -68,7 +68,7 @@ def test_what_is_said_of_this_machine_and_moment_is_left_out():
 
 @pytest.mark.parametrize("source", LESSONS, ids=named)
 def test_a_lesson_says_what_it_teaches_and_has_exercises(source):
-    whole = build.notebooks(source)[build.HERE / "solutions" / f"{source.stem}.ipynb"]
+    whole = build.make_notebooks(source)[build.HERE / "solutions" / f"{source.stem}.ipynb"]
     text = "\n".join(cell.source for cell in whole.cells if cell.cell_type == "markdown")
     assert text.startswith("# ")
     taught = text.split("You will learn\n\n")[1].split("\n\n")[0]
@@ -79,7 +79,7 @@ def test_a_lesson_says_what_it_teaches_and_has_exercises(source):
 
 @pytest.mark.parametrize("source", LESSONS, ids=named)
 def test_a_blank_exercise_fails_its_check_with_what_to_do(source):
-    blank = build.notebooks(source)[build.HERE / f"{source.stem}.ipynb"]
+    blank = build.make_notebooks(source)[build.HERE / f"{source.stem}.ipynb"]
     exercises = zip(tagged(blank, "solution"), tagged(blank, "check"), strict=True)
     for number, (answer, check) in enumerate(exercises, start=1):
         names = {}
@@ -91,7 +91,7 @@ def test_a_blank_exercise_fails_its_check_with_what_to_do(source):
 @pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=named)
 def test_a_lesson_runs_in_time_and_shows_its_figures(source):
-    notebook = nbformat.read(build.executed(source), as_version=4)
+    notebook = nbformat.read(build.execute_lesson(source), as_version=4)
     assert 0 < notebook.metadata.seconds < SECONDS
     figures = [cell for cell in notebook.cells if cell.cell_type == "code" and DRAWS.search(cell.source)]
     assert len(figures) > 1 or source.stem == "lesson_7_own_model"  # which has tables
