@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dit_lens.old_names import OldName
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -35,6 +37,8 @@ class Pane:
     name: str
     image: Image | None = None
     map_index: int | None = None
+
+    values = OldName("map_index")
 
 
 @dataclass(frozen=True)
