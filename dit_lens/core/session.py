@@ -288,7 +288,7 @@ class Session:
             defaults=self.defaults,
             vocabulary=self.vocabulary,
             call=call,
-            layered=self.family.text.layered,
+            conditioning=self.family.prompts,
         )
         grid = self.anatomy.plan_grid(self.pipe, prepared.arguments)
         tokens = None if grid is None else grid[0] * grid[1]

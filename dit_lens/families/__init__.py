@@ -19,9 +19,9 @@ from dit_lens.families.row import (
     Latents,
     Pipeline,
     Prediction,
+    Prompts,
     Readout,
     Refusal,
-    Text,
     Time,
 )
 from dit_lens.families.stack import PointSpec, Stack
@@ -38,10 +38,10 @@ __all__ = [
     "Pipeline",
     "PointSpec",
     "Prediction",
+    "Prompts",
     "Readout",
     "Refusal",
     "Stack",
-    "Text",
     "Time",
     "find",
     "find_by_pipeline",

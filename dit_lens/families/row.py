@@ -208,20 +208,24 @@ class Latents:
 
 
 @dataclass(frozen=True)
-class Text:
-    """How prompts become the text stream.
+class Prompts:
+    """How a pipeline is told what to draw, and what becomes of it.
 
     tokenizer: the part of the pipeline that cuts prompts into the tokens of the text stream.
     length: the pipeline argument that sets their number.
     plain: whether the text stream is the prompt's own tokens, padded to that length: no template around it, no second
       text encoder beside it.
     layered: embeddings whose first axis is that of the encoder's layers; the second is that of prompts.
+    offsets: arguments that say where each prompt's tokens begin, and where the last one's end.
+    classes: of a model of classes, the entry of the transformer's config that counts them.
     """
 
     tokenizer: str = "tokenizer"
     length: str = "max_sequence_length"
     plain: bool = False
     layered: tuple[str, ...] = ()
+    offsets: tuple[str, ...] = ()
+    classes: str | None = None
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,7 @@ class Family:
     final: where the image stream leaves the blocks.
     readout: what follows; None: unknown, so that blocks have no ``x0``.
     latents: how image tokens follow from the autoencoder's latents.
-    text: how prompts become the text stream.
+    prompts: how pipelines are told what to draw.
     guidance_flag: the entry of the config that says whether the transformer takes a guidance scale.
     without_gradient: methods of its modules that run under ``torch.no_grad``.
     note: what else its users must know.
@@ -271,7 +275,7 @@ class Family:
     final: Final = Final()
     readout: Readout | None = Readout()
     latents: Latents = Latents()
-    text: Text = Text()
+    prompts: Prompts = Prompts()
     guidance_flag: str | None = None
     without_gradient: tuple[str, ...] = ()
     note: str = ""

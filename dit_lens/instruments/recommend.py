@@ -246,7 +246,8 @@ def _list_choices(model: str, kind: type | None, parts: list[Part], gb: float, s
 
 def _can_encode(kind: type | None) -> bool:
     """Whether prompts of a pipeline class can be encoded beforehand."""
+    family = None if kind is None else find_by_pipeline(kind)
     try:
-        return kind is not None and bool(list_encoded(kind, find_by_pipeline(kind)))
+        return kind is not None and family is not None and bool(list_encoded(kind, family))
     except (FamilyError, PromptError):
         return False

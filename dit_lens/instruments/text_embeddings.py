@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dit_lens.core.plan.cost import format_bytes, nbytes
 from dit_lens.core.request.call import Call, needs_weights, prepare_call
 from dit_lens.errors import PromptError
-from dit_lens.families import find_by_pipeline
+from dit_lens.families import find, find_by_pipeline
 from dit_lens.families.arguments import IMAGES_PER_PROMPT, holds_text, is_text_encoder
 from dit_lens.families.sources import check_source
 
@@ -73,6 +73,10 @@ def encode_prompts(
     """
     needs_weights(pipe, "encoding prompts needs")
     family = find_by_pipeline(type(pipe))
+    if family is None and getattr(pipe, "transformer", None) is not None:
+        family = find(pipe)
+    if family is None:
+        raise _refuse(type(pipe), "no family describes it")
     names = list_encoded(type(pipe), family)
     prepared = prepare_call(
         pipe,
@@ -82,11 +86,11 @@ def encode_prompts(
         defaults=defaults or {},
         vocabulary=vocabulary,
         call=call,
-        layered=() if family is None else family.text.layered,
+        conditioning=family.prompts,
     )
     _check(pipe, prepared)
     arguments = _complete_arguments(pipe, prepared)
-    guidance = None if family is None else family.pipeline(type(pipe)).guidance
+    guidance = family.pipeline(type(pipe)).guidance
     with _move_encoders(pipe, device) as where:
         embeddings = _encode(pipe, names, arguments, guidance, where)
     texts = [name for name, value in arguments.items() if holds_text(name) and value is not None]
@@ -126,13 +130,11 @@ def release(pipe: DiffusionPipeline) -> Released:
     return Released(names, sizes)
 
 
-def list_encoded(kind: type[DiffusionPipeline], family: Family | None) -> tuple[str, ...]:
+def list_encoded(kind: type[DiffusionPipeline], family: Family) -> tuple[str, ...]:
     """What ``encode_prompt`` of a pipeline class returns, in order, as the row of its family says.
 
     Raises PromptError if that is not all that stands for the prompts of its call.
     """
-    if family is None:
-        raise _refuse(kind, "no family describes it")
     check_source(kind, family, "encodes")
     encodes = family.pipeline(kind).encodes
     if isinstance(encodes, str):

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import ExecutionError, PromptError, nearest
 from dit_lens.families.arguments import belongs_to_prompts, holds_text, stands_for_prompts
+from dit_lens.families.row import Prompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
 OUTPUTS = ("pil", "latent")
+USUAL = Prompts()  # of a pipeline whose row says nothing else
 IMAGES = ("image", "mask_image", "masked_image_latents")  # arguments that a batch may have one of for each image
 
 
@@ -29,7 +30,7 @@ class Call:
     rows: images in the batch.
     starts: whether image= holds what images are drawn from, one for each where it is a list, and not what all of them
       refer to.
-    layered: arguments whose first axis is that of an encoder's layers, and the second that of prompts.
+    conditioning: how the pipeline is told what to draw, from the family's row.
     """
 
     prompts: tuple[str, ...] | None
@@ -37,7 +38,7 @@ class Call:
     arguments: dict[str, Any]
     rows: int
     starts: bool = False
-    layered: tuple[str, ...] = ()
+    conditioning: Prompts = USUAL
 
     @property
     def images_per_prompt(self) -> int:
@@ -77,9 +78,9 @@ class Call:
         """What a pipeline argument is for some of the prompts."""
         if value is None or isinstance(value, str) or not (_per_prompt(name) or belongs_to_prompts(name)):
             return value
-        if name.endswith("cu_seqlens"):  # where each prompt's tokens begin, and where the last one's end
+        if name in self.conditioning.offsets:  # those of these prompts, from 0 up
             return value[span.start : span.stop + 1] - value[span.start]
-        return value[:, span] if name in self.layered else value[span]
+        return value[:, span] if name in self.conditioning.layered else value[span]
 
 
 def prepare_call(
@@ -91,7 +92,7 @@ def prepare_call(
     defaults: Mapping[str, Any],
     vocabulary: Sequence[str] | None,
     call: Mapping[str, Any],
-    layered: tuple[str, ...] = (),
+    conditioning: Prompts = USUAL,
 ) -> Call:
     """Checks and completes a call; PromptError says what is wrong with it.
 
@@ -102,7 +103,7 @@ def prepare_call(
     defaults: arguments of every call.
     vocabulary: the only words a prompt may have; None: any.
     call: the pipeline's own arguments.
-    layered: embeddings whose first axis is not that of prompts, as the family's :class:`~dit_lens.families.Text` says.
+    conditioning: how the pipeline is told what to draw, from the family's row.
     """
     signature = inspect.signature(type(pipe).__call__).parameters
     _check_arguments(type(pipe).__name__, signature, call, seed)
@@ -115,8 +116,8 @@ def prepare_call(
     arguments |= {name: _move(value, device) for name, value in arguments.items() if belongs_to_prompts(name)}
     if prompt is not None and "prompt" not in signature:
         raise PromptError(f"{type(pipe).__name__} takes no prompt. Pass what it draws, such as class_labels=[207].")
-    _check_classes(pipe, arguments.get("class_labels"))
-    given = _find_embeddings(arguments, layered)
+    _check_classes(pipe, conditioning, arguments.get("class_labels"))
+    given = _find_embeddings(arguments, conditioning)
     prompts = _check_prompts(prompt, given)
     count = len(arguments[given or ""]) if prompts is None else len(prompts)
     steps = num_inference_steps if num_inference_steps is not None else arguments.get("num_inference_steps")
@@ -142,7 +143,7 @@ def prepare_call(
         arguments,
         rows,
         starts="strength" in signature,
-        layered=layered,
+        conditioning=conditioning,
     )
 
 
@@ -155,10 +156,10 @@ def _with_own_lists(value: Any) -> Any:
     return value
 
 
-def _check_classes(pipe: DiffusionPipeline, labels: Sequence[int] | None) -> None:
-    if labels is None:
+def _check_classes(pipe: DiffusionPipeline, conditioning: Prompts, labels: Sequence[int] | None) -> None:
+    if labels is None or conditioning.classes is None:
         return
-    count = pipe.transformer.config.get("num_embeds_ada_norm") or math.inf
+    count = pipe.transformer.config[conditioning.classes]
     for label in labels:
         if not 0 <= label < count:
             raise PromptError(f"class {label} does not exist: this model has {count}, 0 to {count - 1}.")
@@ -200,9 +201,9 @@ def _check_prompts(prompt: str | Sequence[str] | None, given: str | None) -> lis
     return prompts
 
 
-def _find_embeddings(arguments: Mapping[str, Any], layered: tuple[str, ...]) -> str | None:
+def _find_embeddings(arguments: Mapping[str, Any], conditioning: Prompts) -> str | None:
     """The argument that stands for prompts, where one was passed: one entry for each."""
-    names = [name for name in arguments if stands_for_prompts(name) and name not in layered]
+    names = [name for name in arguments if stands_for_prompts(name) and name not in conditioning.layered]
     return min((name for name in names if arguments[name] is not None), default=None)
 
 

@@ -35,12 +35,12 @@ class TextTokens:
 
     def count(self, call: Call) -> int | None:
         """How many there are in a call; None if only the run can tell."""
-        if not self.family.text.plain:
+        if not self.family.prompts.plain:
             return None
         embeds = call.arguments.get("prompt_embeds")
         if embeds is not None:
             return int(embeds.shape[1])
-        return call.arguments.get(self.family.text.length) or default_argument(self.pipe, self.family.text.length)
+        return call.arguments.get(self.family.prompts.length) or default_argument(self.pipe, self.family.prompts.length)
 
     def find(self, call: Call, row: int, word: str) -> list[int]:
         """The tokens of every occurrence of a word in the prompt of a row."""
@@ -63,22 +63,24 @@ class TextTokens:
         """The tokenizer of the text stream; raises PromptError if words cannot be found in that stream."""
         if not any("txt" in stack.outputs for stack in self.family.stacks):
             raise PromptError(f"{self.family.name} has no text stream: its text enters by cross-attention.")
-        if not self.family.text.plain:
+        if not self.family.prompts.plain:
             raise PromptError(
                 f"the text stream of {self.family.name} holds more than the prompt's own tokens (a template or a "
                 "second encoder's), so words of a prompt cannot be found in it. Use token indices."
             )
-        tokenizer = getattr(self.pipe, self.family.text.tokenizer, None)
+        tokenizer = getattr(self.pipe, self.family.prompts.tokenizer, None)
         if tokenizer is None:
             raise PromptError(
-                f"this pipeline was loaded without {self.family.text.tokenizer}, so words of a prompt cannot be found. "
-                "Use token indices."
+                f"this pipeline was loaded without {self.family.prompts.tokenizer}, so words of a prompt cannot be "
+                "found. Use token indices."
             )
         return tokenizer
 
     def _tokenize(self, prompt: str, length: int | None = None) -> Any:
         length = (
-            length or self.defaults.get(self.family.text.length) or default_argument(self.pipe, self.family.text.length)
+            length
+            or self.defaults.get(self.family.prompts.length)
+            or default_argument(self.pipe, self.family.prompts.length)
         )
         return self.tokenizer(
             prompt, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True

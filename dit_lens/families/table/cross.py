@@ -6,7 +6,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dit_lens.families.row import Example, Family, Final, Grid, Guidance, Latents, Pipeline, Prediction, Readout, Time
+from dit_lens.families.row import (
+    Example,
+    Family,
+    Final,
+    Grid,
+    Guidance,
+    Latents,
+    Pipeline,
+    Prediction,
+    Prompts,
+    Readout,
+    Time,
+)
 from dit_lens.families.stack import PointSpec
 from dit_lens.families.table.points import (
     NO_SHIFTS,
@@ -58,6 +70,7 @@ DIT = Family(
     grid=IMAGE,
     prediction=IMAGE_OUT,
     readout=Readout(("proj_out_2",), "yxc", shift=("transformer_blocks.0.norm1.emb", None), projection="proj_out_1"),
+    prompts=Prompts(classes="num_embeds_ada_norm"),
     example=Example(
         config={
             **SMALL,

@@ -11,9 +11,9 @@ from dit_lens.families.row import (
     Grid,
     Pipeline,
     Prediction,
+    Prompts,
     Readout,
     Refusal,
-    Text,
     Time,
 )
 from dit_lens.families.stack import PointSpec
@@ -139,7 +139,7 @@ SD3 = Family(
     grid=IMAGE,
     prediction=IMAGE_OUT,
     readout=PATCHED,
-    text=Text("tokenizer_3"),
+    prompts=Prompts("tokenizer_3"),
     example=Example(
         config={
             **SMALL,
@@ -220,7 +220,7 @@ HIDREAM = Family(
     final=Final("final_layer"),
     prediction=replace(IMAGE_OUT, sign=-1),
     readout=Readout((), "yxc"),
-    text=Text(layered=("prompt_embeds_llama3", "negative_prompt_embeds_llama3")),
+    prompts=Prompts(layered=("prompt_embeds_llama3", "negative_prompt_embeds_llama3")),
     without_gradient=("MOEFeedForwardSwiGLU.moe_infer",),
     example=Example(
         config={

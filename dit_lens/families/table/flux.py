@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from dit_lens.families.row import Example, Family, Grid, Guidance, Latents, Pipeline, Prediction, Text, Time
+from dit_lens.families.row import Example, Family, Grid, Guidance, Latents, Pipeline, Prediction, Prompts, Time
 from dit_lens.families.stack import PointSpec
 from dit_lens.families.table.points import (
     THREE,
@@ -93,7 +93,7 @@ FLUX1 = Family(
     grid=Grid("ids", "img_ids"),
     prediction=Prediction("out_channels"),
     readout=PACKED,
-    text=Text("tokenizer_2", plain=True),
+    prompts=Prompts("tokenizer_2", plain=True),
     guidance_flag="guidance_embeds",
     example=_example(
         {"pooled_projection_dim": 8, "out_channels": None},
@@ -103,7 +103,7 @@ FLUX1 = Family(
 )
 
 # What the others share with FLUX.1.
-_LIKE_FLUX = replace(FLUX1, text=Text(), guidance_flag=None)
+_LIKE_FLUX = replace(FLUX1, prompts=Prompts(), guidance_flag=None)
 
 
 def _flux2_stream(stream: str, suffix: str) -> Points:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dit_lens.families.row import Example, Family, Final, Grid, Pipeline, Prediction, Readout, Time
+from dit_lens.families.row import Example, Family, Final, Grid, Pipeline, Prediction, Prompts, Readout, Time
 from dit_lens.families.stack import PointSpec
 from dit_lens.families.table.points import attention, entering, gated, modulation, neurons, tabled
 from dit_lens.families.table.shared import (
@@ -117,6 +117,7 @@ KANDINSKY5 = Family(
     width="config.model_dim",
     grid=Grid("bfhwc", patch="patch_size"),
     final=Final("out_layer", axes="bfhwc"),
+    prompts=Prompts(offsets=("prompt_cu_seqlens", "negative_prompt_cu_seqlens")),
     prediction=Prediction("config.out_visual_dim*patch_size", "bfhwc"),
     readout=Readout(()),
     example=Example(
