@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.plan.lowering import SiteLowering, check_allowed
@@ -232,7 +233,7 @@ class _Compiler:
                 acts = part["role"] in ("site", "readout") and part["name"] == site.name
                 forwards.setdefault(number, {})[rank] = (location, {**part, "actions": actions} if acts else part)
         for number, parts in sorted(forwards.items()):
-            yield number, [parts[rank] for rank in sorted(parts)]
+            yield number, list(_in_order_of_ops([parts[rank] for rank in sorted(parts)]))
 
     def _parts_of(self, site: Site) -> list[tuple[tuple, TensorLocation, Part]]:
         """What is to be done for a site in one forward pass: the rank in the model's order, the location, the part."""
@@ -261,6 +262,22 @@ class _Compiler:
         if shift is not None:
             found.append(((*self.anatomy.rank(shift), -1, ""), shift, _part("hold", "shift", shift)))
         return found
+
+
+def _in_order_of_ops(parts: list[tuple[TensorLocation, Part]]) -> Iterator[tuple[TensorLocation, Part]]:
+    """Neighbours that are one tensor under two names act in the order of the ops, as at one site.
+
+    A block of both streams has one modulation, which is ``img.mod.gate`` as well as ``txt.mod.gate``.
+    """
+    for location, run in itertools.groupby(parts, key=lambda one: replace(one[0], stream="")):
+        same = list(run)
+        if len(same) == 1 or location.layout != "whole" or any(part["role"] != "site" for _, part in same):
+            yield from same
+            continue
+        single: list[tuple[TensorLocation, Part]] = [
+            (at, {**part, "actions": [action]}) for at, part in same for action in part["actions"]
+        ]
+        yield from sorted(single, key=lambda one: one[1]["actions"][0]["op"])
 
 
 def _part(role: Any, name: str, location: TensorLocation, gate: str | None = None) -> Part:
