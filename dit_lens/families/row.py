@@ -65,10 +65,10 @@ class Pipeline:
     guidance: how it runs the branches; None: one conditional call in every step.
     time: what it passes as the transformer's time.
     encodes: what its ``encode_prompt`` returns, in order; a text says why its prompts cannot be encoded before a run.
-    latents: how its argument ``latents`` reaches the transformer: "unchanged", "flattened" (an image, each pixel of
-      which becomes a token), or None where it is made into something else, or not taken.
-    returns: what it returns as latents: "tokens" (packed, or an image of patches), "vae" (as the autoencoder takes
-      them), or None for images alone.
+    takes_latents: how its argument ``latents`` reaches the transformer: "unchanged", "flattened" (an image, each pixel
+      of which becomes a token), or None where it is made into something else, or not taken.
+    returns_latents: in which form it does: "tokens" (packed, or an image of patches), "vae" (as the autoencoder takes
+      them), or None where it returns images only.
     needs_image: whether it starts from an image.
     chooses_size: whether it chooses the size of the image itself.
     size_from_image: whether it takes the size from an image it is given, where none is asked for.
@@ -82,8 +82,8 @@ class Pipeline:
     guidance: Guidance | None
     time: Time = Time(scale=1e-3)
     encodes: tuple[str, ...] | str = ("prompt_embeds", "negative_prompt_embeds")
-    latents: str | None = "unchanged"
-    returns: str | None = "tokens"
+    takes_latents: str | None = "unchanged"
+    returns_latents: str | None = "tokens"
     needs_image: bool = False
     chooses_size: bool = False
     size_from_image: bool = False

@@ -52,7 +52,7 @@ def find_encoded(kind: type) -> tuple[str, ...] | str:
 
 
 def find_latents(kind: type) -> str | None:
-    """How ``latents`` reach the transformer: "unchanged", "flattened" or None, as in :attr:`Pipeline.latents`."""
+    """How ``latents`` reach the transformer: "unchanged", "flattened" or None, as ``Pipeline.takes_latents``."""
     prepare: Any = getattr(kind, "prepare_latents", None)
     source = "" if prepare is None else inspect.getsource(prepare)
     if re.search(_FLATTENED, source):
@@ -83,11 +83,11 @@ def find_without_gradient(transformer: nn.Module) -> tuple[str, ...]:
 def check_source(kind: type, family: Family, field: str) -> None:
     """FamilyError where the source of a pipeline class says something else than its row.
 
-    field: of :class:`~dit_lens.families.Pipeline`, "encodes" or "latents".
+    field: of :class:`~dit_lens.families.Pipeline`, "encodes" or "takes_latents".
     """
     declared = getattr(family.pipeline(kind), field)
     try:
-        found = {"encodes": find_encoded, "latents": find_latents}[field](kind)
+        found = {"encodes": find_encoded, "takes_latents": find_latents}[field](kind)
     except (OSError, SyntaxError):  # the source cannot be read
         return
     if found != declared:

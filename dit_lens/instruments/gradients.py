@@ -252,6 +252,6 @@ def check_differentiable(lens: Session) -> None:
 
 def check_latents(lens: Session) -> None:
     """Raises FamilyError if a pipeline does not return its final latents."""
-    if lens.family.pipeline(type(lens.pipe)).returns is None:
+    if lens.family.pipeline(type(lens.pipe)).returns_latents is None:
         name = type(lens.pipe).__name__
         raise FamilyError(f"{name} does not return latents. Take gradients with through='step'.")

@@ -139,8 +139,8 @@ def check_invertible(lens: Session) -> None:
             f"{'noise of its own' if euler else type(scheduler).__name__}. Exchange it, or use the noised reference "
             "(how='noised')."
         )
-    check_source(type(pipe), lens.family, "latents")
-    if lens.family.grid.axes not in ("tokens", "bchw", "list") or pipeline.latents is None:
+    check_source(type(pipe), lens.family, "takes_latents")
+    if lens.family.grid.axes not in ("tokens", "bchw", "list") or pipeline.takes_latents is None:
         raise FamilyError(
             f"{type(pipe).__name__} does not pass latents= to its transformer as they are, so inverted noise cannot be "
             "given to it. Use the noised reference (how='noised')."

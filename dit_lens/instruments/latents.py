@@ -124,7 +124,7 @@ def unpack_latents(lens: Session, tokens: Tensor, grid: tuple[int, ...]) -> Tens
 
 def read_latents(lens: Session, latents: Tensor | None, grid: tuple[int, ...]) -> Tensor:
     """What a run returned as latents, on its grid (h, w), as float32 tokens [b, n, d]."""
-    if latents is not None and lens.family.pipeline(type(lens.pipe)).returns == "vae":
+    if latents is not None and lens.family.pipeline(type(lens.pipe)).returns_latents == "vae":
         latents = pack_latents(lens, latents.float())
     elif latents is not None and latents.ndim == 4:
         side = latents.shape[-1] // grid[-1]
@@ -137,7 +137,7 @@ def read_latents(lens: Session, latents: Tensor | None, grid: tuple[int, ...]) -
 
 def as_latents_argument(lens: Session, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Tokens [b, n, d] on a grid (h, w) in the form in which the pipeline takes ``latents=``."""
-    if lens.family.pipeline(type(lens.pipe)).latents == "flattened":
+    if lens.family.pipeline(type(lens.pipe)).takes_latents == "flattened":
         return tokens.transpose(1, 2).unflatten(2, grid)
     rule = lens.anatomy.grid_rule
     axes = "bchw" if rule["axes"] == "list" else rule["axes"]  # the pipeline makes a list of one tensor in every step

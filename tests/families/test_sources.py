@@ -43,11 +43,19 @@ def test_what_is_declared_of_pipelines_is_what_their_source_says(name, classes):
         kind = classes[name][pipeline.name]
         parameters = inspect.signature(kind.__call__).parameters
         assert pipeline.encodes == sources.find_encoded(kind), kind
-        assert pipeline.latents == sources.find_latents(kind), kind
-        assert (pipeline.returns is not None) == sources.returns_latents(kind), kind
+        assert pipeline.takes_latents == sources.find_latents(kind), kind
+        assert (pipeline.returns_latents is not None) == sources.returns_latents(kind), kind
         assert ("pag_scale" in parameters) == any(one.argument == "pag_scale" for one in pipeline.refuses), kind
         assert all(one.argument in parameters for one in pipeline.refuses if pipeline.tested), kind
         assert not pipeline.needs_image or "image" in parameters, kind
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_declared_of_autoencoders_is_what_the_source_of_pipelines_says(name, classes):
+    usual = FAMILIES[name].pipelines[0]
+    source = inspect.getsource(inspect.getmodule(classes[name][usual.name]))
+    by = "token" if "vae.bn" in source else "channel" if "latents_mean" in source else "factor"
+    assert FAMILIES[name].latents.normalised == by
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -65,4 +73,4 @@ def test_a_pipeline_that_is_not_as_declared_is_refused():
     assert FAMILIES["FLUX.1"].pipeline(Mine).name == "FluxPipeline"
     with pytest.raises(FamilyError, match=r"encodes=.* is declared, and its source says .*pooled_prompt_embeds"):
         sources.check_source(Mine, FAMILIES["FLUX.1"], "encodes")
-    sources.check_source(Mine, FAMILIES["FLUX.1"], "latents")
+    sources.check_source(Mine, FAMILIES["FLUX.1"], "takes_latents")

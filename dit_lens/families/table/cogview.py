@@ -85,7 +85,7 @@ COGVIEW3 = replace(
     COGVIEW4,
     name="CogView3-Plus",
     transformer="CogView3PlusTransformer2DModel",
-    pipelines=(Pipeline("CogView3PlusPipeline", ROWS, latents=None),),
+    pipelines=(Pipeline("CogView3PlusPipeline", ROWS, takes_latents=None),),
     stacks=(double_stack(name="block", outputs=IMAGE_FIRST, points=_COGVIEW3_POINTS),),
     width="inner_dim",
     example=Example({**_CONFIG, "pos_embed_max_size": 16, "sample_size": 16}, _CALL),

@@ -64,7 +64,9 @@ _DIT_POINTS = {"img": {**adaln_zero("norm1", PointSpec("attn1"), "ff", "norm3"),
 DIT = Family(
     name="DiT",
     transformer="DiTTransformer2DModel",
-    pipelines=(Pipeline("DiTPipeline", Guidance(COND_UNCOND), encodes=NO_ENCODER, latents=None, returns=None),),
+    pipelines=(
+        Pipeline("DiTPipeline", Guidance(COND_UNCOND), encodes=NO_ENCODER, takes_latents=None, returns_latents=None),
+    ),
     stacks=(image_stack("transformer_blocks", points=_DIT_POINTS),),
     width="inner_dim",
     grid=IMAGE,
@@ -86,7 +88,7 @@ DIT = Family(
 )
 
 _PIXART_POINTS = {"img": tabled("timestep", "attn1", "ff", "norm2", neurons("ff"), cross="attn2")}
-_PIXART = Pipeline("PixArtAlphaPipeline", ROWS, encodes=WITH_MASKS, latents=None)
+_PIXART = Pipeline("PixArtAlphaPipeline", ROWS, encodes=WITH_MASKS, takes_latents=None)
 PIXART = Family(
     name="PixArt",
     transformer="PixArtTransformer2DModel",
@@ -189,7 +191,7 @@ _HUNYUAN_DIT = Pipeline(
     "HunyuanDiTPipeline",
     ROWS,
     encodes=not_returned("prompt_embeds_2", "prompt_attention_mask_2"),
-    latents=None,
+    takes_latents=None,
 )
 HUNYUAN_DIT = Family(
     name="Hunyuan-DiT",

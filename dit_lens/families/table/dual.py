@@ -129,10 +129,10 @@ SD3 = Family(
         _SD3,
         *_SD3.also("StableDiffusion3ControlNetPipeline", "StableDiffusion3ControlNetInpaintingPipeline"),
         *_SD3.also(
-            "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", latents=None, needs_image=True
+            "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", takes_latents=None, needs_image=True
         ),
         *_SD3.also("StableDiffusion3PAGPipeline", refuses=(_SKIPPED, PAG)),
-        *_SD3.also("StableDiffusion3PAGImg2ImgPipeline", latents=None, needs_image=True, refuses=(_SKIPPED, PAG)),
+        *_SD3.also("StableDiffusion3PAGImg2ImgPipeline", takes_latents=None, needs_image=True, refuses=(_SKIPPED, PAG)),
     ),
     stacks=(replace(double_stack(name="block", points=_SD3_POINTS, attends="image_first"), ends_without=("txt",)),),
     width="inner_dim",
@@ -324,7 +324,7 @@ JOY_IMAGE = Family(
             "JoyImageEditPipeline",
             CALLS,
             encodes="it also encodes by encode_prompt_multiple_images",
-            latents=None,
+            takes_latents=None,
             needs_image=True,
             chooses_size=True,
         ),

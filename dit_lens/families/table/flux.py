@@ -74,9 +74,9 @@ FLUX1 = Family(
     pipelines=(
         _FLUX,
         *_FLUX.also("FluxImg2ImgPipeline", needs_image=True, tested=True),
-        *_FLUX.also("FluxInpaintPipeline", latents=None, needs_image=True, tested=True),
+        *_FLUX.also("FluxInpaintPipeline", takes_latents=None, needs_image=True, tested=True),
         *_FLUX.also("FluxKontextPipeline", needs_image=True, chooses_size=True, tested=True),
-        *_FLUX.also("FluxKontextInpaintPipeline", latents=None, needs_image=True, chooses_size=True),
+        *_FLUX.also("FluxKontextInpaintPipeline", takes_latents=None, needs_image=True, chooses_size=True),
         *_FLUX.also("FluxControlPipeline", "FluxControlNetPipeline", "FluxFillPipeline"),
         *_FLUX.also(
             "FluxControlImg2ImgPipeline",
@@ -84,9 +84,9 @@ FLUX1 = Family(
             "FluxControlNetImg2ImgPipeline",
             needs_image=True,
         ),
-        *_FLUX.also("FluxControlNetInpaintPipeline", latents=None, needs_image=True),
-        *_FLUX.also("VisualClozeGenerationPipeline", encodes=UNNAMED, latents=None),
-        *_FLUX.also("VisualClozePipeline", encodes=NO_ENCODER, latents=None, returns=None),
+        *_FLUX.also("FluxControlNetInpaintPipeline", takes_latents=None, needs_image=True),
+        *_FLUX.also("VisualClozeGenerationPipeline", encodes=UNNAMED, takes_latents=None),
+        *_FLUX.also("VisualClozePipeline", encodes=NO_ENCODER, takes_latents=None, returns_latents=None),
     ),
     stacks=(DOUBLE, SINGLE),
     width="inner_dim",
@@ -134,10 +134,15 @@ _FLUX2_SINGLE = {
 }
 
 _FLUX2 = Pipeline(
-    "Flux2Pipeline", None, Time(), encodes=("prompt_embeds", "text_ids"), latents="flattened", size_from_image=True
+    "Flux2Pipeline",
+    None,
+    Time(),
+    encodes=("prompt_embeds", "text_ids"),
+    takes_latents="flattened",
+    size_from_image=True,
 )
 _KLEIN = replace(
-    _FLUX2, name="Flux2KleinPipeline", guidance=Guidance(TWO_CALLS, distilled="is_distilled"), returns="vae"
+    _FLUX2, name="Flux2KleinPipeline", guidance=Guidance(TWO_CALLS, distilled="is_distilled"), returns_latents="vae"
 )
 FLUX2 = replace(
     _LIKE_FLUX,
@@ -148,7 +153,7 @@ FLUX2 = replace(
         _KLEIN,
         *_KLEIN.also("Flux2KleinKVPipeline", guidance=None, caches=True, tested=True),
         *_KLEIN.also(
-            "Flux2KleinInpaintPipeline", latents=None, size_from_image=False, chooses_size=True, needs_image=True
+            "Flux2KleinInpaintPipeline", takes_latents=None, size_from_image=False, chooses_size=True, needs_image=True
         ),
     ),
     stacks=(replace(DOUBLE, points=_FLUX2_DOUBLE), replace(JOINED, points=both(_FLUX2_SINGLE))),
@@ -182,7 +187,7 @@ CHROMA = replace(
     pipelines=(
         _CHROMA,
         *_CHROMA.also("ChromaImg2ImgPipeline", needs_image=True),
-        *_CHROMA.also("ChromaInpaintPipeline", latents=None, needs_image=True),
+        *_CHROMA.also("ChromaInpaintPipeline", takes_latents=None, needs_image=True),
     ),
     stacks=(DOUBLE, JOINED),
     example=_example(

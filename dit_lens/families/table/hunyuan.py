@@ -43,7 +43,7 @@ _IMAGE = Pipeline(
 HUNYUAN_IMAGE = Family(
     name="HunyuanImage 2.1",
     transformer="HunyuanImageTransformer2DModel",
-    pipelines=(_IMAGE, *_IMAGE.also("HunyuanImageRefinerPipeline", encodes=WITH_MASK, latents=None)),
+    pipelines=(_IMAGE, *_IMAGE.also("HunyuanImageRefinerPipeline", encodes=WITH_MASK, takes_latents=None)),
     stacks=(
         text_stack("context_embedder.token_refiner.refiner_blocks", "refiner"),
         double_stack(outputs=IMAGE_FIRST, points=double(), attends="image_first"),
@@ -82,7 +82,7 @@ HUNYUAN_VIDEO = replace(
     pipelines=(
         _VIDEO,
         *_VIDEO.also("HunyuanSkyreelsImageToVideoPipeline"),
-        *_VIDEO.also("HunyuanVideoImageToVideoPipeline", encodes=WITH_IMAGES, latents=None),
+        *_VIDEO.also("HunyuanVideoImageToVideoPipeline", encodes=WITH_IMAGES, takes_latents=None),
     ),
     grid=Grid("bcfhw", patch="patch_size"),
     prediction=Prediction("config.out_channels*patch_size*patch_size", "bcfhw"),

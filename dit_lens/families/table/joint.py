@@ -220,7 +220,7 @@ _ERNIE_POINTS = {
 ERNIE = Family(
     name="ERNIE-Image",
     transformer="ErnieImageTransformer2DModel",
-    pipelines=(Pipeline("ErnieImagePipeline", ROWS, encodes=not_returned("prompt_embeds"), latents=None),),
+    pipelines=(Pipeline("ErnieImagePipeline", ROWS, encodes=not_returned("prompt_embeds"), takes_latents=None),),
     stacks=(joint_stack("layers", "layer", "image_first", "x", both(_ERNIE_POINTS), sequence_first=True),),
     width="hidden_size",
     grid=IMAGE,

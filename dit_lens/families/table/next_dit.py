@@ -129,7 +129,7 @@ ZIMAGE = Family(
     pipelines=(
         _ZIMAGE,
         *_ZIMAGE.also("ZImageImg2ImgPipeline", "ZImageControlNetInpaintPipeline", needs_image=True),
-        *_ZIMAGE.also("ZImageInpaintPipeline", latents=None, needs_image=True),
+        *_ZIMAGE.also("ZImageInpaintPipeline", takes_latents=None, needs_image=True),
         *_ZIMAGE.also("ZImageControlNetPipeline"),
         *_ZIMAGE.also("ZImageOmniPipeline", size_from_image=True),
     ),

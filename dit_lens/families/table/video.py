@@ -47,7 +47,7 @@ COSMOS = Family(
             "Cosmos2VideoToWorldPipeline",
             "Cosmos2_5_PredictBasePipeline",
             "Cosmos2_5_TransferPipeline",
-            latents=None,
+            takes_latents=None,
         ),
     ),
     stacks=(image_stack("transformer_blocks", points=_COSMOS_POINTS),),
@@ -152,7 +152,7 @@ WAN = Family(
     pipelines=(
         _WAN,
         *_WAN.also("WanVideoToVideoPipeline"),
-        *_WAN.also("WanImageToVideoPipeline", "LucyEditPipeline", latents=None),
+        *_WAN.also("WanImageToVideoPipeline", "LucyEditPipeline", takes_latents=None),
     ),
     stacks=(image_stack("blocks", points=_WAN_POINTS),),
     width=HEADS,
@@ -186,15 +186,15 @@ LTX = Family(
     transformer="LTXVideoTransformer3DModel",
     pipelines=(
         _LTX,
-        *_LTX.also("LTXConditionPipeline", "LTXImageToVideoPipeline", latents=None),
-        *_LTX.also("LTXI2VLongMultiPromptPipeline", encodes=NO_EMBEDDINGS, latents=None),
+        *_LTX.also("LTXConditionPipeline", "LTXImageToVideoPipeline", takes_latents=None),
+        *_LTX.also("LTXI2VLongMultiPromptPipeline", encodes=NO_EMBEDDINGS, takes_latents=None),
     ),
     stacks=(image_stack("transformer_blocks", points=_LTX_POINTS),),
     width=HEADS,
     grid=Grid("counts", "num_frames"),
     prediction=Prediction("out_channels"),
     readout=Readout(shift=("time_embed", 1), table="scale_shift_table"),
-    latents=replace(VIDEO_VAE, patch=1),
+    latents=replace(VIDEO_VAE, patch=1, normalised="channel"),
     example=Example(
         config={
             **SMALL,
@@ -226,7 +226,7 @@ _COGVIDEOX_POINTS = {
     }
     for stream, slot, gate in (("img", 0, 2), ("txt", 1, 3))
 }
-_COGVIDEOX = Pipeline("CogVideoXPipeline", ROWS, latents=None)
+_COGVIDEOX = Pipeline("CogVideoXPipeline", ROWS, takes_latents=None)
 COGVIDEOX = Family(
     name="CogVideoX",
     transformer="CogVideoXTransformer3DModel",
