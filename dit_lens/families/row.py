@@ -176,7 +176,7 @@ class Readout:
 class Prediction:
     """What the transformer returns.
 
-    width: the size of a predicted token, as :attr:`Family.width` is written.
+    width: the size of a predicted token, as ``Family.width`` is written.
     axes: "tokens", or those of an image, as in :class:`Grid`.
     layout: where image tokens lie in it, as in :class:`Stack`.
     sign: -1 where the pipeline negates it.
