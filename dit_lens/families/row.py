@@ -92,7 +92,7 @@ class Pipeline:
     refuses: tuple[Refusal, ...] = ()
     tested: bool = True
 
-    def also(self, *names: str, tested: bool = False, **changes: Any) -> tuple[Pipeline, ...]:
+    def copy_for(self, *names: str, tested: bool = False, **changes: Any) -> tuple[Pipeline, ...]:
         """Other classes that do the same, except for ``changes``."""
         return tuple(replace(self, name=name, tested=tested, **changes) for name in names)
 

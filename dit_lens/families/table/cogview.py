@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from dit_lens.families.row import Example, Family, Latents, Pipeline, Time
 from dit_lens.families.stack import PointSpec
-from dit_lens.families.table.points import attention, entering, gated, neurons
+from dit_lens.families.table.points import attention, gated_output, input_of, neurons
 from dit_lens.families.table.shared import (
     CALLS,
     HEADS,
@@ -42,15 +42,15 @@ _CALL = {
 _SHARED = "the module is shared by both streams, and its second call, for the text, is not followed"
 _COGVIEW4_POINTS = {
     "img": {
-        "attn_out": gated("attn1", PointSpec("norm1", slot=1), slot=0),
-        "resid_mid": entering("norm2"),
-        "mlp_out": gated("ff", PointSpec("norm1", slot=4)),
+        "attn_out": gated_output("attn1", PointSpec("norm1", slot=1), slot=0),
+        "resid_mid": input_of("norm2"),
+        "mlp_out": gated_output("ff", PointSpec("norm1", slot=4)),
         **neurons("ff"),
         **attention("attn1", layout="text_first"),
     },
     "txt": {
-        "attn_out": gated("attn1", PointSpec("norm1", slot=6), slot=1),
-        "resid_mid": entering("norm2_context"),
+        "attn_out": gated_output("attn1", PointSpec("norm1", slot=6), slot=1),
+        "resid_mid": input_of("norm2_context"),
         "mlp_out": _SHARED,
         "mlp.pre": _SHARED,
         "mlp.post": _SHARED,
@@ -62,7 +62,7 @@ _COGVIEW4 = Pipeline("CogView4Pipeline", CALLS)
 COGVIEW4 = Family(
     name="CogView4",
     transformer="CogView4Transformer2DModel",
-    pipelines=(_COGVIEW4, *_COGVIEW4.also("CogView4ControlPipeline")),
+    pipelines=(_COGVIEW4, *_COGVIEW4.copy_for("CogView4ControlPipeline")),
     stacks=(double_stack(name="block", outputs=IMAGE_FIRST, points=_COGVIEW4_POINTS),),
     width=HEADS,
     grid=IMAGE,
@@ -73,9 +73,9 @@ COGVIEW4 = Family(
 
 _COGVIEW3_POINTS = {
     stream: {
-        "attn_out": gated("attn1", PointSpec("norm1", slot=first), slot=slot),
-        "resid_mid": entering(norm),
-        "mlp_out": replace(gated("ff", PointSpec("norm1", slot=second)), layout="text_first"),
+        "attn_out": gated_output("attn1", PointSpec("norm1", slot=first), slot=slot),
+        "resid_mid": input_of(norm),
+        "mlp_out": replace(gated_output("ff", PointSpec("norm1", slot=second)), layout="text_first"),
         **neurons("ff", layout="text_first"),
         **attention("attn1", layout="text_first"),
     }

@@ -25,12 +25,12 @@ from dit_lens.families.table.points import (
     Points,
     adaln_zero,
     attention,
-    entering,
     fused_qkv,
-    gated,
+    gated_output,
+    input_of,
     modulation,
     neurons,
-    tabled,
+    table_block,
 )
 from dit_lens.families.table.shared import (
     COND_UNCOND,
@@ -87,15 +87,15 @@ DIT = Family(
     ),
 )
 
-_PIXART_POINTS = {"img": tabled("timestep", "attn1", "ff", "norm2", neurons("ff"), cross="attn2")}
+_PIXART_POINTS = {"img": table_block("timestep", "attn1", "ff", "norm2", neurons("ff"), cross="attn2")}
 _PIXART = Pipeline("PixArtAlphaPipeline", ROWS, encodes=WITH_MASKS, takes_latents=None)
 PIXART = Family(
     name="PixArt",
     transformer="PixArtTransformer2DModel",
     pipelines=(
         _PIXART,
-        *_PIXART.also("PixArtSigmaPipeline", tested=True),
-        *_PIXART.also("PixArtSigmaPAGPipeline", refuses=(PAG,)),
+        *_PIXART.copy_for("PixArtSigmaPipeline", tested=True),
+        *_PIXART.copy_for("PixArtSigmaPAGPipeline", refuses=(PAG,)),
     ),
     stacks=(image_stack("transformer_blocks", points=_PIXART_POINTS),),
     width="inner_dim",
@@ -124,9 +124,9 @@ PIXART = Family(
 
 _CONVOLUTIONS = {
     "mlp.pre": PointSpec("ff.conv_inverted", axes="bchw"),
-    "mlp.post": replace(entering("ff.conv_point"), axes="bchw"),
+    "mlp.post": replace(input_of("ff.conv_point"), axes="bchw"),
 }
-_SANA_POINTS = {"img": tabled("timestep", "attn1", "ff", "norm2", _CONVOLUTIONS, cross="attn2", mlp_axes="bchw")}
+_SANA_POINTS = {"img": table_block("timestep", "attn1", "ff", "norm2", _CONVOLUTIONS, cross="attn2", mlp_axes="bchw")}
 _SANA = Pipeline("SanaPipeline", ROWS, encodes=WITH_MASKS)
 _SPRINT = Pipeline("SanaSprintPipeline", None, Time(), encodes=("prompt_embeds", "prompt_attention_mask"))
 SANA = Family(
@@ -135,9 +135,9 @@ SANA = Family(
     pipelines=(
         _SANA,
         _SPRINT,
-        *_SPRINT.also("SanaSprintImg2ImgPipeline", needs_image=True),
-        *_SANA.also("SanaControlNetPipeline"),
-        *_SANA.also("SanaPAGPipeline", refuses=(PAG,)),
+        *_SPRINT.copy_for("SanaSprintImg2ImgPipeline", needs_image=True),
+        *_SANA.copy_for("SanaControlNetPipeline"),
+        *_SANA.copy_for("SanaPAGPipeline", refuses=(PAG,)),
     ),
     stacks=(image_stack("transformer_blocks", points=_SANA_POINTS, attends="its attention is linear and forms none"),),
     width=HEADS,
@@ -182,7 +182,7 @@ _HUNYUAN_DIT_POINTS: Mapping[str, Points] = {
         "attn_out": _SKIPS,
         "mlp_out": _SKIPS,
         "cross_out": PointSpec("attn2"),
-        "resid_mid": entering("norm3"),
+        "resid_mid": input_of("norm3"),
         **neurons("ff"),
         **attention("attn1"),
     }
@@ -198,8 +198,8 @@ HUNYUAN_DIT = Family(
     transformer="HunyuanDiT2DModel",
     pipelines=(
         _HUNYUAN_DIT,
-        *_HUNYUAN_DIT.also("HunyuanDiTControlNetPipeline"),
-        *_HUNYUAN_DIT.also("HunyuanDiTPAGPipeline", refuses=(PAG,)),
+        *_HUNYUAN_DIT.copy_for("HunyuanDiTControlNetPipeline"),
+        *_HUNYUAN_DIT.copy_for("HunyuanDiTPAGPipeline", refuses=(PAG,)),
     ),
     stacks=(image_stack("blocks", points=_HUNYUAN_DIT_POINTS),),
     width="inner_dim",
@@ -238,20 +238,20 @@ _PRX_MODULATION = PointSpec("modulation.lin")
 _PRX_POINTS = {
     "img": {
         **modulation(_PRX_MODULATION),
-        "attn_out": gated("attention", replace(_PRX_MODULATION, span=(2, 3))),
-        "resid_mid": entering("post_attention_layernorm"),
-        "mlp_out": gated("down_proj", replace(_PRX_MODULATION, span=(5, 6))),
+        "attn_out": gated_output("attention", replace(_PRX_MODULATION, span=(2, 3))),
+        "resid_mid": input_of("post_attention_layernorm"),
+        "mlp_out": gated_output("down_proj", replace(_PRX_MODULATION, span=(5, 6))),
         "mlp.pre": PointSpec("gate_proj"),
-        "mlp.post": entering("down_proj"),
+        "mlp.post": input_of("down_proj"),
         **fused_qkv("attention.img_qkv_proj"),
-        "attn.z": entering("attention.to_out.0"),
+        "attn.z": input_of("attention.to_out.0"),
     }
 }
 _PRX = Pipeline("PRXPipeline", ROWS, Time(), encodes=UNNAMED)
 PRX = Family(
     name="PRX",
     transformer="PRXTransformer2DModel",
-    pipelines=(_PRX, *_PRX.also("PRXPixelPipeline")),
+    pipelines=(_PRX, *_PRX.copy_for("PRXPixelPipeline")),
     stacks=(image_stack("blocks", points=_PRX_POINTS, attends="text_first"),),
     width="hidden_size",
     grid=IMAGE,
@@ -281,7 +281,7 @@ _NUCLEUS_POINTS = {
     "img": {
         "attn_out": _CLAMPED,
         "mlp_out": _CLAMPED,
-        "resid_mid": entering("pre_mlp_norm"),
+        "resid_mid": input_of("pre_mlp_norm"),
         **modulation(PointSpec("img_mod.1"), NO_SHIFTS),
         **attention("attn"),
     }

@@ -19,15 +19,15 @@ from dit_lens.families.row import (
 from dit_lens.families.stack import PointSpec
 from dit_lens.families.table.points import (
     Points,
-    added_attention,
     attention,
-    both,
-    double,
-    entering,
+    both_streams,
+    double_block,
     fused_qkv,
-    gated,
+    gated_output,
+    input_of,
     modulation,
     neurons,
+    text_attention,
 )
 from dit_lens.families.table.shared import (
     CALLS,
@@ -55,16 +55,16 @@ def _qwen(stream: str, slot: int) -> Points:
     mod = PointSpec(f"{stream}_mod")
     return {
         **modulation(mod),
-        "attn_out": gated("attn", replace(mod, span=(2, 3)), slot=slot),
-        "resid_mid": entering(f"{stream}_norm2"),
-        "mlp_out": gated(f"{stream}_mlp", replace(mod, span=(5, 6))),
+        "attn_out": gated_output("attn", replace(mod, span=(2, 3)), slot=slot),
+        "resid_mid": input_of(f"{stream}_norm2"),
+        "mlp_out": gated_output(f"{stream}_mlp", replace(mod, span=(5, 6))),
         **neurons(f"{stream}_mlp"),
     }
 
 
 _QWEN_POINTS = {
     "img": {**_qwen("img", 0), **attention("attn")},
-    "txt": {**_qwen("txt", 1), **added_attention()},
+    "txt": {**_qwen("txt", 1), **text_attention()},
 }
 _QWEN = Pipeline("QwenImagePipeline", TRUE_CFG, Time(), encodes=WITH_MASK)
 QWEN_IMAGE = Family(
@@ -72,7 +72,7 @@ QWEN_IMAGE = Family(
     transformer="QwenImageTransformer2DModel",
     pipelines=(
         _QWEN,
-        *_QWEN.also(
+        *_QWEN.copy_for(
             "QwenImageEditPipeline",
             "QwenImageEditPlusPipeline",
             encodes=WITH_IMAGES,
@@ -80,9 +80,11 @@ QWEN_IMAGE = Family(
             chooses_size=True,
             tested=True,
         ),
-        *_QWEN.also("QwenImageEditInpaintPipeline", encodes=WITH_IMAGES, needs_image=True, chooses_size=True),
-        *_QWEN.also("QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline", needs_image=True),
-        *_QWEN.also("QwenImageControlNetPipeline", "QwenImageControlNetInpaintPipeline", "QwenImageLayeredPipeline"),
+        *_QWEN.copy_for("QwenImageEditInpaintPipeline", encodes=WITH_IMAGES, needs_image=True, chooses_size=True),
+        *_QWEN.copy_for("QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline", needs_image=True),
+        *_QWEN.copy_for(
+            "QwenImageControlNetPipeline", "QwenImageControlNetInpaintPipeline", "QwenImageLayeredPipeline"
+        ),
     ),
     stacks=(double_stack(name="block", points=_QWEN_POINTS),),
     width="inner_dim",
@@ -109,7 +111,10 @@ QWEN_IMAGE = Family(
     ),
 )
 
-_SD3_POINTS = {**double(), "img": {**double()["img"], "attn2_out": gated("attn2", PointSpec("norm1", slot=6))}}
+_SD3_POINTS = {
+    **double_block(),
+    "img": {**double_block()["img"], "attn2_out": gated_output("attn2", PointSpec("norm1", slot=6))},
+}
 _SKIPPED = Refusal("skip_guidance_layers", "it adds a call of the transformer at some steps, whose blocks are skipped")
 _SD3 = Pipeline(
     "StableDiffusion3Pipeline",
@@ -127,12 +132,14 @@ SD3 = Family(
     transformer="SD3Transformer2DModel",
     pipelines=(
         _SD3,
-        *_SD3.also("StableDiffusion3ControlNetPipeline", "StableDiffusion3ControlNetInpaintingPipeline"),
-        *_SD3.also(
+        *_SD3.copy_for("StableDiffusion3ControlNetPipeline", "StableDiffusion3ControlNetInpaintingPipeline"),
+        *_SD3.copy_for(
             "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", takes_latents=None, needs_image=True
         ),
-        *_SD3.also("StableDiffusion3PAGPipeline", refuses=(_SKIPPED, PAG)),
-        *_SD3.also("StableDiffusion3PAGImg2ImgPipeline", takes_latents=None, needs_image=True, refuses=(_SKIPPED, PAG)),
+        *_SD3.copy_for("StableDiffusion3PAGPipeline", refuses=(_SKIPPED, PAG)),
+        *_SD3.copy_for(
+            "StableDiffusion3PAGImg2ImgPipeline", takes_latents=None, needs_image=True, refuses=(_SKIPPED, PAG)
+        ),
     ),
     stacks=(replace(double_stack(name="block", points=_SD3_POINTS, attends="image_first"), ends_without=("txt",)),),
     width="inner_dim",
@@ -177,9 +184,9 @@ def _hidream(suffix: str, slot: int | None, start: int, ends: str = "") -> Point
     mlp = f"block.ff{ends or '_i'}"
     return {
         **modulation(mod, start=start),
-        "attn_out": gated("block.attn1", replace(mod, span=(start + 2, start + 3)), slot=slot),
-        "resid_mid": entering(f"block.norm3{suffix}"),
-        "mlp_out": gated(mlp, replace(mod, span=(start + 5, start + 6))),
+        "attn_out": gated_output("block.attn1", replace(mod, span=(start + 2, start + 3)), slot=slot),
+        "resid_mid": input_of(f"block.norm3{suffix}"),
+        "mlp_out": gated_output(mlp, replace(mod, span=(start + 5, start + 6))),
         **(neurons(mlp, "w1", "w2") if ends else {"mlp.pre": _EXPERTS, "mlp.post": _EXPERTS}),
         **attention("block.attn1", f"to_q{ends}", f"to_k{ends}", f"to_v{ends}", f"to_out{ends}"),
     }
@@ -211,7 +218,7 @@ HIDREAM = Family(
             rewritten=("txt",),
         ),
         replace(
-            joint_stack("single_stream_blocks", "single", "image_first", points=both(_hidream("_i", None, 0))),
+            joint_stack("single_stream_blocks", "single", "image_first", points=both_streams(_hidream("_i", None, 0))),
             rewritten=("txt",),
         ),
     ),
@@ -257,7 +264,7 @@ def _aura_flow(suffix: str, projections: dict[str, PointSpec]) -> Points:
         **modulation(PointSpec(f"norm1{suffix}.linear")),
         "attn_out": _NO_WRITE,
         "resid_mid": _NO_WRITE,
-        "mlp_out": gated(mlp, PointSpec(f"norm1{suffix}", slot=4)),
+        "mlp_out": gated_output(mlp, PointSpec(f"norm1{suffix}", slot=4)),
         **neurons(mlp, "linear_1", "out_projection"),
         **projections,
     }
@@ -277,9 +284,9 @@ AURA_FLOW = Family(
     ),
     stacks=(
         double_stack(
-            "joint_transformer_blocks", points={"img": _AURA_FLOW, "txt": _aura_flow("_context", added_attention())}
+            "joint_transformer_blocks", points={"img": _AURA_FLOW, "txt": _aura_flow("_context", text_attention())}
         ),
-        joint_stack("single_transformer_blocks", "single", "text_first", points=both(_AURA_FLOW)),
+        joint_stack("single_transformer_blocks", "single", "text_first", points=both_streams(_AURA_FLOW)),
     ),
     width="inner_dim",
     grid=IMAGE,
@@ -307,12 +314,12 @@ AURA_FLOW = Family(
 
 _JOY_POINTS = {
     stream: {
-        "attn_out": gated("attn", PointSpec(f"{stream}_mod", slot=2), slot=slot),
-        "resid_mid": entering(f"{stream}_norm2"),
-        "mlp_out": gated(f"{stream}_mlp", PointSpec(f"{stream}_mod", slot=5)),
+        "attn_out": gated_output("attn", PointSpec(f"{stream}_mod", slot=2), slot=slot),
+        "resid_mid": input_of(f"{stream}_norm2"),
+        "mlp_out": gated_output(f"{stream}_mlp", PointSpec(f"{stream}_mod", slot=5)),
         **neurons(f"{stream}_mlp"),
         **fused_qkv(f"attn.{stream}_attn_qkv"),
-        "attn.z": entering(f"attn.{stream}_attn_proj"),
+        "attn.z": input_of(f"attn.{stream}_attn_proj"),
     }
     for stream, slot in IMAGE_FIRST.items()
 }

@@ -10,16 +10,16 @@ from dit_lens.families.stack import PointSpec
 from dit_lens.families.table.points import (
     THREE,
     Points,
-    added_attention,
     attention,
-    both,
-    double,
-    entering,
-    gated,
+    both_streams,
+    double_block,
+    gated_output,
+    input_of,
     modulation,
     neurons,
     side_by_side,
-    single,
+    single_stream,
+    text_attention,
 )
 from dit_lens.families.table.shared import (
     CALLS,
@@ -38,8 +38,8 @@ from dit_lens.families.table.shared import (
     joint_stack,
 )
 
-SINGLE_POINTS = both(single("text_first", PointSpec("attn", layout="text_first")))
-DOUBLE = double_stack(points=double())
+SINGLE_POINTS = both_streams(single_stream("text_first", PointSpec("attn", layout="text_first")))
+DOUBLE = double_stack(points=double_block())
 SINGLE = double_stack("single_transformer_blocks", "single", points=SINGLE_POINTS)
 JOINED = joint_stack("single_transformer_blocks", "single", "text_first", points=SINGLE_POINTS)
 
@@ -73,20 +73,20 @@ FLUX1 = Family(
     transformer="FluxTransformer2DModel",
     pipelines=(
         _FLUX,
-        *_FLUX.also("FluxImg2ImgPipeline", needs_image=True, tested=True),
-        *_FLUX.also("FluxInpaintPipeline", takes_latents=None, needs_image=True, tested=True),
-        *_FLUX.also("FluxKontextPipeline", needs_image=True, chooses_size=True, tested=True),
-        *_FLUX.also("FluxKontextInpaintPipeline", takes_latents=None, needs_image=True, chooses_size=True),
-        *_FLUX.also("FluxControlPipeline", "FluxControlNetPipeline", "FluxFillPipeline"),
-        *_FLUX.also(
+        *_FLUX.copy_for("FluxImg2ImgPipeline", needs_image=True, tested=True),
+        *_FLUX.copy_for("FluxInpaintPipeline", takes_latents=None, needs_image=True, tested=True),
+        *_FLUX.copy_for("FluxKontextPipeline", needs_image=True, chooses_size=True, tested=True),
+        *_FLUX.copy_for("FluxKontextInpaintPipeline", takes_latents=None, needs_image=True, chooses_size=True),
+        *_FLUX.copy_for("FluxControlPipeline", "FluxControlNetPipeline", "FluxFillPipeline"),
+        *_FLUX.copy_for(
             "FluxControlImg2ImgPipeline",
             "FluxControlInpaintPipeline",
             "FluxControlNetImg2ImgPipeline",
             needs_image=True,
         ),
-        *_FLUX.also("FluxControlNetInpaintPipeline", takes_latents=None, needs_image=True),
-        *_FLUX.also("VisualClozeGenerationPipeline", encodes=UNNAMED, takes_latents=None),
-        *_FLUX.also("VisualClozePipeline", encodes=NO_ENCODER, takes_latents=None, returns_latents=None),
+        *_FLUX.copy_for("FluxControlNetInpaintPipeline", takes_latents=None, needs_image=True),
+        *_FLUX.copy_for("VisualClozeGenerationPipeline", encodes=UNNAMED, takes_latents=None),
+        *_FLUX.copy_for("VisualClozePipeline", encodes=NO_ENCODER, takes_latents=None, returns_latents=None),
     ),
     stacks=(DOUBLE, SINGLE),
     width="inner_dim",
@@ -108,29 +108,29 @@ _LIKE_FLUX = replace(FLUX1, prompts=Prompts(), guidance_flag=None)
 
 def _flux2_stream(stream: str, suffix: str) -> Points:
     """One stream of FLUX.2's double blocks, whose modulation is computed once for all blocks and passed in."""
-    mod = entering("", f"temb_mod_{stream}")
+    mod = input_of("", f"temb_mod_{stream}")
     mlp = f"ff{suffix}"
     return {
         **modulation(mod),
-        "attn_out": gated("attn", replace(mod, span=(2, 3)), slot=0 if stream == "img" else 1),
-        "resid_mid": entering(f"norm2{suffix}"),
-        "mlp_out": gated(mlp, replace(mod, span=(5, 6))),
+        "attn_out": gated_output("attn", replace(mod, span=(2, 3)), slot=0 if stream == "img" else 1),
+        "resid_mid": input_of(f"norm2{suffix}"),
+        "mlp_out": gated_output(mlp, replace(mod, span=(5, 6))),
         **neurons(mlp, "linear_in", "linear_out"),
     }
 
 
 _FLUX2_DOUBLE = {
     "img": {**_flux2_stream("img", ""), **attention("attn")},
-    "txt": {**_flux2_stream("txt", "_context"), **added_attention()},
+    "txt": {**_flux2_stream("txt", "_context"), **text_attention()},
 }
 _FUSED = PointSpec("attn.to_qkv_mlp_proj")
 _FLUX2_SINGLE = {
-    **modulation(entering("", "temb_mod"), THREE),
+    **modulation(input_of("", "temb_mod"), THREE),
     **{f"attn.{name}": replace(_FUSED, span=(i, i + 1)) for i, name in enumerate("qkv")},
-    "attn.z": replace(entering("attn.to_out"), span=(0, 1)),
+    "attn.z": replace(input_of("attn.to_out"), span=(0, 1)),
     "mlp.pre": replace(_FUSED, span=(3, None)),
-    "mlp.post": replace(entering("attn.to_out"), span=(1, None)),
-    **side_by_side("attn.to_out", replace(entering("", "temb_mod"), span=(2, 3))),
+    "mlp.post": replace(input_of("attn.to_out"), span=(1, None)),
+    **side_by_side("attn.to_out", replace(input_of("", "temb_mod"), span=(2, 3))),
 }
 
 _FLUX2 = Pipeline(
@@ -151,12 +151,12 @@ FLUX2 = replace(
     pipelines=(
         _FLUX2,
         _KLEIN,
-        *_KLEIN.also("Flux2KleinKVPipeline", guidance=None, caches=True, tested=True),
-        *_KLEIN.also(
+        *_KLEIN.copy_for("Flux2KleinKVPipeline", guidance=None, caches=True, tested=True),
+        *_KLEIN.copy_for(
             "Flux2KleinInpaintPipeline", takes_latents=None, size_from_image=False, chooses_size=True, needs_image=True
         ),
     ),
-    stacks=(replace(DOUBLE, points=_FLUX2_DOUBLE), replace(JOINED, points=both(_FLUX2_SINGLE))),
+    stacks=(replace(DOUBLE, points=_FLUX2_DOUBLE), replace(JOINED, points=both_streams(_FLUX2_SINGLE))),
     latents=FLUX2_VAE,
     guidance_flag="guidance_embeds",
     example=_example(
@@ -186,8 +186,8 @@ CHROMA = replace(
     transformer="ChromaTransformer2DModel",
     pipelines=(
         _CHROMA,
-        *_CHROMA.also("ChromaImg2ImgPipeline", needs_image=True),
-        *_CHROMA.also("ChromaInpaintPipeline", takes_latents=None, needs_image=True),
+        *_CHROMA.copy_for("ChromaImg2ImgPipeline", needs_image=True),
+        *_CHROMA.copy_for("ChromaInpaintPipeline", takes_latents=None, needs_image=True),
     ),
     stacks=(DOUBLE, JOINED),
     example=_example(
@@ -214,7 +214,7 @@ BRIA_FIBO = replace(
     _LIKE_FLUX,
     name="Bria FIBO",
     transformer="BriaFiboTransformer2DModel",
-    pipelines=(_FIBO, *_FIBO.also("BriaFiboEditPipeline", needs_image=True, size_from_image=True)),
+    pipelines=(_FIBO, *_FIBO.copy_for("BriaFiboEditPipeline", needs_image=True, size_from_image=True)),
     stacks=(replace(DOUBLE, rewritten=("txt",)), replace(JOINED, rewritten=("txt",))),
     latents=replace(WAN_VAE, patch=1),
     example=_example(
@@ -244,7 +244,7 @@ LONGCAT = replace(
     _LIKE_FLUX,
     name="LongCat-Image",
     transformer="LongCatImageTransformer2DModel",
-    pipelines=(_LONGCAT, *_LONGCAT.also("LongCatImageEditPipeline", encodes=WITH_IMAGES, needs_image=True)),
+    pipelines=(_LONGCAT, *_LONGCAT.copy_for("LongCatImageEditPipeline", encodes=WITH_IMAGES, needs_image=True)),
     example=_example({"axes_dims_rope": [4, 6, 6], "pooled_projection_dim": 8}),
 )
 

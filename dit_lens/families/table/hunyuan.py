@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from dit_lens.families.row import Example, Family, Grid, Guidance, Latents, Pipeline, Prediction
 from dit_lens.families.stack import PointSpec
-from dit_lens.families.table.points import double, single
+from dit_lens.families.table.points import double_block, single_stream
 from dit_lens.families.table.shared import (
     HEADS,
     IMAGE,
@@ -33,7 +33,7 @@ _CONFIG = {
 _CALL = {"encoder_hidden_states": "randn b t text_embed_dim", "encoder_attention_mask": "ones_long b t"}
 
 _SINGLE_POINTS = {
-    stream: single("image_first", PointSpec("attn", slot=slot)) for stream, slot in (("img", 0), ("txt", 1))
+    stream: single_stream("image_first", PointSpec("attn", slot=slot)) for stream, slot in (("img", 0), ("txt", 1))
 }
 _IMAGE = Pipeline(
     "HunyuanImagePipeline",
@@ -43,10 +43,10 @@ _IMAGE = Pipeline(
 HUNYUAN_IMAGE = Family(
     name="HunyuanImage 2.1",
     transformer="HunyuanImageTransformer2DModel",
-    pipelines=(_IMAGE, *_IMAGE.also("HunyuanImageRefinerPipeline", encodes=WITH_MASK, takes_latents=None)),
+    pipelines=(_IMAGE, *_IMAGE.copy_for("HunyuanImageRefinerPipeline", encodes=WITH_MASK, takes_latents=None)),
     stacks=(
         text_stack("context_embedder.token_refiner.refiner_blocks", "refiner"),
-        double_stack(outputs=IMAGE_FIRST, points=double(), attends="image_first"),
+        double_stack(outputs=IMAGE_FIRST, points=double_block(), attends="image_first"),
         double_stack(
             "single_transformer_blocks",
             "single",
@@ -81,8 +81,8 @@ HUNYUAN_VIDEO = replace(
     transformer="HunyuanVideoTransformer3DModel",
     pipelines=(
         _VIDEO,
-        *_VIDEO.also("HunyuanSkyreelsImageToVideoPipeline"),
-        *_VIDEO.also("HunyuanVideoImageToVideoPipeline", encodes=WITH_IMAGES, takes_latents=None),
+        *_VIDEO.copy_for("HunyuanSkyreelsImageToVideoPipeline"),
+        *_VIDEO.copy_for("HunyuanVideoImageToVideoPipeline", encodes=WITH_IMAGES, takes_latents=None),
     ),
     grid=Grid("bcfhw", patch="patch_size"),
     prediction=Prediction("config.out_channels*patch_size*patch_size", "bcfhw"),

@@ -24,12 +24,12 @@ from dit_lens.families.table.points import (
     SCALE_FIRST,
     SIX,
     attention,
-    both,
-    entering,
+    both_streams,
+    input_of,
     modulation,
     neurons,
-    sandwich,
-    tabled,
+    sandwich_block,
+    table_block,
 )
 from dit_lens.families.table.shared import (
     CALLS,
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
 _OMNIGEN_POINTS = {
     "attn_out": PointSpec("self_attn"),
-    "resid_mid": entering("post_attention_layernorm"),
+    "resid_mid": input_of("post_attention_layernorm"),
     "mlp_out": PointSpec("mlp"),
     **neurons("mlp", "gate_up_proj", "down_proj"),
     **attention("self_attn"),
@@ -77,7 +77,7 @@ OMNIGEN = Family(
             refuses=(Refusal("input_images", "they add rows that see the images without the prompt"),),
         ),
     ),
-    stacks=(joint_stack("layers", "layer", "text_first", points=both(_OMNIGEN_POINTS)),),
+    stacks=(joint_stack("layers", "layer", "text_first", points=both_streams(_OMNIGEN_POINTS)),),
     width="hidden_size",
     grid=IMAGE,
     final=Final("norm", layout="text_first"),
@@ -111,7 +111,9 @@ OMNIGEN = Family(
     ),
 )
 
-_KREA2_POINTS = both(tabled("temb", "attn", "ff", "norm2", neurons("ff", "gate", "down"), names=SCALE_FIRST))
+_KREA2_POINTS = both_streams(
+    table_block("temb", "attn", "ff", "norm2", neurons("ff", "gate", "down"), names=SCALE_FIRST)
+)
 KREA2 = Family(
     name="Krea 2",
     transformer="Krea2Transformer2DModel",
@@ -163,7 +165,7 @@ def _marks(sizes: CallSizes) -> Tensor:
 _IDEOGRAM_MODULATION = PointSpec("adaln_modulation")
 _IDEOGRAM_GATES = (replace(_IDEOGRAM_MODULATION, span=(1, 2)), replace(_IDEOGRAM_MODULATION, span=(3, 4)))
 _IDEOGRAM_POINTS = {
-    **sandwich("attention", "attention_norm2", "feed_forward", _IDEOGRAM_GATES, ("w1", "w2")),
+    **sandwich_block("attention", "attention_norm2", "feed_forward", _IDEOGRAM_GATES, ("w1", "w2")),
     **modulation(_IDEOGRAM_MODULATION, NO_SHIFTS),
 }
 IDEOGRAM4 = Family(
@@ -178,7 +180,7 @@ IDEOGRAM4 = Family(
             second_model=True,
         ),
     ),
-    stacks=(joint_stack("layers", "layer", "text_first", points=both(_IDEOGRAM_POINTS)),),
+    stacks=(joint_stack("layers", "layer", "text_first", points=both_streams(_IDEOGRAM_POINTS)),),
     width=HEADS,
     grid=Grid("marks", "position_ids", layout="text_first", marks="indicator", marked=_IMAGE_MARK),
     final=Final("final_layer", layout="text_first"),
@@ -213,7 +215,7 @@ _ERNIE_POINTS = {
     **dict.fromkeys(SIX, _IN_A_LIST),
     "attn_out": _IN_A_LIST,
     "mlp_out": _IN_A_LIST,
-    "resid_mid": entering("adaLN_mlp_ln"),
+    "resid_mid": input_of("adaLN_mlp_ln"),
     **{name: replace(spec, batch_first=True) for name, spec in attention("self_attention").items()},
     **neurons("mlp", "gate_proj", "linear_fc2"),
 }
@@ -221,7 +223,7 @@ ERNIE = Family(
     name="ERNIE-Image",
     transformer="ErnieImageTransformer2DModel",
     pipelines=(Pipeline("ErnieImagePipeline", ROWS, encodes=not_returned("prompt_embeds"), takes_latents=None),),
-    stacks=(joint_stack("layers", "layer", "image_first", "x", both(_ERNIE_POINTS), sequence_first=True),),
+    stacks=(joint_stack("layers", "layer", "image_first", "x", both_streams(_ERNIE_POINTS), sequence_first=True),),
     width="hidden_size",
     grid=IMAGE,
     final=Final("final_norm", layout="image_first", sequence_first=True),
@@ -260,7 +262,7 @@ def _slots(sizes: CallSizes) -> Tensor:
 _QWEN21_POINTS = {
     "attn_out": PER_TOKEN,
     "mlp_out": PER_TOKEN,
-    "resid_mid": entering("img_norm2"),
+    "resid_mid": input_of("img_norm2"),
     **neurons("img_mlp", "proj", "out"),
     **attention("attn"),
 }
@@ -268,7 +270,7 @@ QWEN21 = Family(
     name="Qwen-Image 2.1",
     transformer="QwenImage21Transformer2DModel",
     pipelines=(Pipeline("QwenImage21Pipeline", TRUE_CFG, Time(), encodes=WITH_IMAGES, caches=True),),
-    stacks=(joint_stack("transformer_blocks", "block", "text_first", points=both(_QWEN21_POINTS)),),
+    stacks=(joint_stack("transformer_blocks", "block", "text_first", points=both_streams(_QWEN21_POINTS)),),
     width="inner_dim",
     grid=Grid("shapes", "img_shapes", target="last"),
     final=Final(layout="text_first"),
@@ -314,8 +316,8 @@ FIBO2 = Family(
         ),
     ),
     stacks=(
-        image_stack("noise_refiner", "noise_refiner", "x", points=both(_FIBO2_POINTS)),
-        joint_stack("layers", "layer", "text_first", "x", points=both(_FIBO2_POINTS)),
+        image_stack("noise_refiner", "noise_refiner", "x", points=both_streams(_FIBO2_POINTS)),
+        joint_stack("layers", "layer", "text_first", "x", points=both_streams(_FIBO2_POINTS)),
     ),
     width="config.dim",
     grid=IMAGE,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dit_lens.families.row import Example, Family, Final, Grid, Guidance, Pipeline, Prediction, Readout, Time
 from dit_lens.families.stack import PointSpec
-from dit_lens.families.table.points import NO_SHIFTS, both, entering, modulation, sandwich
+from dit_lens.families.table.points import NO_SHIFTS, both_streams, input_of, modulation, sandwich_block
 from dit_lens.families.table.shared import (
     COND_UNCOND,
     IMAGE,
@@ -40,8 +40,8 @@ def _rope(sizes: CallSizes) -> Tensor:
 
 _LUMINA_POINTS = {
     "img": {
-        **sandwich("attn1", "norm2", "feed_forward", _GATES, ("linear_1", "linear_2")),
-        "attn.z": entering("attn2.to_out.0"),  # self- and cross-attention are mixed before they are projected out
+        **sandwich_block("attn1", "norm2", "feed_forward", _GATES, ("linear_1", "linear_2")),
+        "attn.z": input_of("attn2.to_out.0"),  # self- and cross-attention are mixed before they are projected out
     }
 }
 LUMINA = Family(
@@ -76,8 +76,8 @@ LUMINA = Family(
 )
 
 _LUMINA2_INSIDE = ("attn", "norm2", "feed_forward")
-_LUMINA2 = both(sandwich(*_LUMINA2_INSIDE, _GATES, ("linear_1", "linear_2")))
-_LUMINA2_TEXT = {"txt": sandwich(*_LUMINA2_INSIDE, None, ("linear_1", "linear_2"))}
+_LUMINA2 = both_streams(sandwich_block(*_LUMINA2_INSIDE, _GATES, ("linear_1", "linear_2")))
+_LUMINA2_TEXT = {"txt": sandwich_block(*_LUMINA2_INSIDE, None, ("linear_1", "linear_2"))}
 LUMINA2 = Family(
     name="Lumina-Image 2.0",
     transformer="Lumina2Transformer2DModel",
@@ -118,8 +118,10 @@ LUMINA2 = Family(
 _MODULATION = PointSpec("adaLN_modulation.0")
 _ZIMAGE_GATES = (replace(_MODULATION, span=(1, 2)), replace(_MODULATION, span=(3, 4)))
 _ZIMAGE_INSIDE = ("attention", "attention_norm2", "feed_forward")
-_ZIMAGE_POINTS = both({**sandwich(*_ZIMAGE_INSIDE, _ZIMAGE_GATES, ("w1", "w2")), **modulation(_MODULATION, NO_SHIFTS)})
-_ZIMAGE_TEXT = {"txt": sandwich(*_ZIMAGE_INSIDE, None, ("w1", "w2"))}
+_ZIMAGE_POINTS = both_streams(
+    {**sandwich_block(*_ZIMAGE_INSIDE, _ZIMAGE_GATES, ("w1", "w2")), **modulation(_MODULATION, NO_SHIFTS)}
+)
+_ZIMAGE_TEXT = {"txt": sandwich_block(*_ZIMAGE_INSIDE, None, ("w1", "w2"))}
 _ZIMAGE = Pipeline(
     "ZImagePipeline", Guidance(COND_UNCOND, above=0, cut="cfg_truncation"), Time("t", offset=1.0, scale=-1.0)
 )
@@ -128,10 +130,10 @@ ZIMAGE = Family(
     transformer="ZImageTransformer2DModel",
     pipelines=(
         _ZIMAGE,
-        *_ZIMAGE.also("ZImageImg2ImgPipeline", "ZImageControlNetInpaintPipeline", needs_image=True),
-        *_ZIMAGE.also("ZImageInpaintPipeline", takes_latents=None, needs_image=True),
-        *_ZIMAGE.also("ZImageControlNetPipeline"),
-        *_ZIMAGE.also("ZImageOmniPipeline", size_from_image=True),
+        *_ZIMAGE.copy_for("ZImageImg2ImgPipeline", "ZImageControlNetInpaintPipeline", needs_image=True),
+        *_ZIMAGE.copy_for("ZImageInpaintPipeline", takes_latents=None, needs_image=True),
+        *_ZIMAGE.copy_for("ZImageControlNetPipeline"),
+        *_ZIMAGE.copy_for("ZImageOmniPipeline", size_from_image=True),
     ),
     stacks=(
         image_stack("noise_refiner", "noise_refiner", "x", points=_ZIMAGE_POINTS),

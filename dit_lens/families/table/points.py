@@ -20,7 +20,7 @@ NO_SHIFTS = tuple(f"mod.{part}.{name}" for part in ("attn", "mlp") for name in (
 PER_TOKEN = "its gates differ from token to token"
 
 
-def entering(module: str, slot: str | int = 0) -> PointSpec:
+def input_of(module: str, slot: str | int = 0) -> PointSpec:
     """An argument of a module, the first by default."""
     return PointSpec(module, "input", slot)
 
@@ -35,7 +35,7 @@ def attention(
     layout: where the stream's tokens lie, if not as in the stack.
     """
     specs = {f"attn.{name}": PointSpec(f"{module}.{path}") for name, path in zip("qkv", (q, k, v), strict=True)}
-    specs["attn.z"] = entering(f"{module}.{out}")
+    specs["attn.z"] = input_of(f"{module}.{out}")
     return {name: replace(spec, layout=layout) for name, spec in specs.items()}
 
 
@@ -44,7 +44,7 @@ def fused_qkv(projection: str) -> dict[str, PointSpec]:
     return {f"attn.{part}": PointSpec(projection, span=(i, i + 1)) for i, part in enumerate("qkv")}
 
 
-def added_attention(module: str = "attn") -> dict[str, PointSpec]:
+def text_attention(module: str = "attn") -> dict[str, PointSpec]:
     """The text stream's own projections in an attention of both streams."""
     return attention(module, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -60,11 +60,11 @@ def neurons(
     """
     return {
         "mlp.pre": PointSpec(f"{module}.{pre}", layout=layout),
-        "mlp.post": replace(entering(f"{module}.{post}"), layout=layout),
+        "mlp.post": replace(input_of(f"{module}.{post}"), layout=layout),
     }
 
 
-def both(inside: Points) -> Mapping[str, Points]:
+def both_streams(inside: Points) -> Mapping[str, Points]:
     """The same points for image and text, which lie in one tensor."""
     return {"img": inside, "txt": inside}
 
@@ -74,7 +74,7 @@ def modulation(spec: PointSpec, names: tuple[str, ...] = SIX, start: int = 0) ->
     return {name: replace(spec, span=(start + i, start + i + 1), layout=WHOLE) for i, name in enumerate(names)}
 
 
-def gated(
+def gated_output(
     module: str, gate: PointSpec, slot: int | None = None, axes: str = "tokens", *, tanh: bool = False
 ) -> PointSpec:
     """A module's output times a gate, as it is added to the residual.
@@ -104,15 +104,15 @@ def adaln_zero(
     return {
         **(modulation(PointSpec(f"{norm}.{linear}")) if linear else {}),
         "attn_out": replace(attn, gate=first),
-        "resid_mid": entering(middle),
-        "mlp_out": gated(mlp, second),
+        "resid_mid": input_of(middle),
+        "mlp_out": gated_output(mlp, second),
         **neurons(mlp),
     }
 
 
 def side_by_side(projection: str, gate: PointSpec, layout: str | None = None) -> dict[str, PointSpec | str]:
     """What attention and MLP write where one projection adds them up, under one gate."""
-    write = replace(entering(projection), layout=layout, gate=gate)
+    write = replace(input_of(projection), layout=layout, gate=gate)
     return {
         "attn_out": replace(write, half=(0, 1)),
         "mlp_out": replace(write, half=(1, None)),
@@ -120,7 +120,7 @@ def side_by_side(projection: str, gate: PointSpec, layout: str | None = None) ->
     }
 
 
-def single(layout: str, z: PointSpec) -> Points:
+def single_stream(layout: str, z: PointSpec) -> Points:
     """A stream of FLUX's single blocks, in which both streams lie in one tensor. z: the output of attention."""
     return {
         **modulation(PointSpec("norm.linear"), THREE),
@@ -132,18 +132,18 @@ def single(layout: str, z: PointSpec) -> Points:
     }
 
 
-def double() -> Mapping[str, Points]:
+def double_block() -> Mapping[str, Points]:
     """FLUX's double blocks: a tensor for each stream, which meet in attention."""
     return {
         "img": {**adaln_zero("norm1", PointSpec("attn", slot=0), "ff", "norm2"), **attention("attn")},
         "txt": {
             **adaln_zero("norm1_context", PointSpec("attn", slot=1), "ff_context", "norm2_context"),
-            **added_attention(),
+            **text_attention(),
         },
     }
 
 
-def tabled(
+def table_block(
     argument: str,
     attn: str,
     mlp: str,
@@ -165,19 +165,19 @@ def tabled(
     names: of the parts of the modulation.
     mlp_axes: the axes of the MLP's output.
     """
-    table = replace(entering("", argument), table="scale_shift_table")
+    table = replace(input_of("", argument), table="scale_shift_table")
     return {
         **modulation(table, names),
-        "attn_out": gated(attn, replace(table, span=(2, 3))),
+        "attn_out": gated_output(attn, replace(table, span=(2, 3))),
         **({} if cross is None else {"cross_out": PointSpec(cross)}),
-        "resid_mid": entering(middle),
-        "mlp_out": gated(mlp, replace(table, span=(5, 6)), axes=mlp_axes),
+        "resid_mid": input_of(middle),
+        "mlp_out": gated_output(mlp, replace(table, span=(5, 6)), axes=mlp_axes),
         **attention(attn),
         **inside,
     }
 
 
-def sandwich(
+def sandwich_block(
     attn: str, attn_norm: str, mlp: str, gates: tuple[PointSpec, PointSpec] | None, hidden: tuple[str, str]
 ) -> Points:
     """Blocks that normalise the outputs of attention and MLP before they are added (Next-DiT's sandwich norms).
@@ -190,9 +190,9 @@ def sandwich(
     """
     first, second = gates or (None, None)
     return {
-        "attn_out": PointSpec(attn_norm) if first is None else gated(attn_norm, first, tanh=True),
-        "resid_mid": entering("ffn_norm1"),
-        "mlp_out": PointSpec("ffn_norm2") if second is None else gated("ffn_norm2", second, tanh=True),
+        "attn_out": PointSpec(attn_norm) if first is None else gated_output(attn_norm, first, tanh=True),
+        "resid_mid": input_of("ffn_norm1"),
+        "mlp_out": PointSpec("ffn_norm2") if second is None else gated_output("ffn_norm2", second, tanh=True),
         **attention(attn),
         **neurons(mlp, *hidden),
     }

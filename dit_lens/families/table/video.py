@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from dit_lens.families.row import Example, Family, Final, Grid, Pipeline, Prediction, Prompts, Readout, Time
 from dit_lens.families.stack import PointSpec
-from dit_lens.families.table.points import attention, entering, gated, modulation, neurons, tabled
+from dit_lens.families.table.points import attention, gated_output, input_of, modulation, neurons, table_block
 from dit_lens.families.table.shared import (
     CALLS,
     HEADS,
@@ -27,10 +27,10 @@ from dit_lens.families.table.shared import (
 
 _COSMOS_POINTS = {
     "img": {
-        "attn_out": gated("attn1", PointSpec("norm1", slot=1)),
-        "cross_out": gated("attn2", PointSpec("norm2", slot=1)),
-        "resid_mid": entering("norm3"),
-        "mlp_out": gated("ff", PointSpec("norm3", slot=1)),
+        "attn_out": gated_output("attn1", PointSpec("norm1", slot=1)),
+        "cross_out": gated_output("attn2", PointSpec("norm2", slot=1)),
+        "resid_mid": input_of("norm3"),
+        "mlp_out": gated_output("ff", PointSpec("norm3", slot=1)),
         **neurons("ff"),
         **attention("attn1"),
     }
@@ -41,8 +41,8 @@ COSMOS = Family(
     transformer="CosmosTransformer3DModel",
     pipelines=(
         _COSMOS,
-        *_COSMOS.also("CosmosTextToWorldPipeline"),
-        *_COSMOS.also(
+        *_COSMOS.copy_for("CosmosTextToWorldPipeline"),
+        *_COSMOS.copy_for(
             "CosmosVideoToWorldPipeline",
             "Cosmos2VideoToWorldPipeline",
             "Cosmos2_5_PredictBasePipeline",
@@ -85,19 +85,19 @@ _VISUAL_MODULATION = PointSpec("visual_modulation.out_layer")
 _TEXT_MODULATION = PointSpec("text_modulation.out_layer")
 _VISUAL_POINTS = {
     "img": {
-        "attn_out": gated("self_attention", replace(_VISUAL_MODULATION, span=(2, 3))),
-        "cross_out": gated("cross_attention", replace(_VISUAL_MODULATION, span=(5, 6))),
-        "resid_mid": entering("feed_forward_norm"),
-        "mlp_out": gated("feed_forward", replace(_VISUAL_MODULATION, span=(8, 9))),
+        "attn_out": gated_output("self_attention", replace(_VISUAL_MODULATION, span=(2, 3))),
+        "cross_out": gated_output("cross_attention", replace(_VISUAL_MODULATION, span=(5, 6))),
+        "resid_mid": input_of("feed_forward_norm"),
+        "mlp_out": gated_output("feed_forward", replace(_VISUAL_MODULATION, span=(8, 9))),
         **_KANDINSKY_INSIDE,
     }
 }
 _TEXT_POINTS = {
     "txt": {
         **modulation(_TEXT_MODULATION),
-        "attn_out": gated("self_attention", replace(_TEXT_MODULATION, span=(2, 3))),
-        "resid_mid": entering("feed_forward_norm"),
-        "mlp_out": gated("feed_forward", replace(_TEXT_MODULATION, span=(5, 6))),
+        "attn_out": gated_output("self_attention", replace(_TEXT_MODULATION, span=(2, 3))),
+        "resid_mid": input_of("feed_forward_norm"),
+        "mlp_out": gated_output("feed_forward", replace(_TEXT_MODULATION, span=(5, 6))),
         **_KANDINSKY_INSIDE,
     }
 }
@@ -107,8 +107,8 @@ KANDINSKY5 = Family(
     transformer="Kandinsky5Transformer3DModel",
     pipelines=(
         _KANDINSKY,
-        *_KANDINSKY.also("Kandinsky5I2IPipeline", encodes=WITH_IMAGES),
-        *_KANDINSKY.also("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline", chooses_size=False),
+        *_KANDINSKY.copy_for("Kandinsky5I2IPipeline", encodes=WITH_IMAGES),
+        *_KANDINSKY.copy_for("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline", chooses_size=False),
     ),
     stacks=(
         text_stack("text_transformer_blocks", "text", "x", points=_TEXT_POINTS),
@@ -144,15 +144,15 @@ KANDINSKY5 = Family(
     ),
 )
 
-_WAN_POINTS = {"img": tabled("temb", "attn1", "ffn", "norm3", neurons("ffn"), cross="attn2")}
+_WAN_POINTS = {"img": table_block("temb", "attn1", "ffn", "norm3", neurons("ffn"), cross="attn2")}
 _WAN = Pipeline("WanPipeline", CALLS)
 WAN = Family(
     name="Wan 2.1",
     transformer="WanTransformer3DModel",
     pipelines=(
         _WAN,
-        *_WAN.also("WanVideoToVideoPipeline"),
-        *_WAN.also("WanImageToVideoPipeline", "LucyEditPipeline", takes_latents=None),
+        *_WAN.copy_for("WanVideoToVideoPipeline"),
+        *_WAN.copy_for("WanImageToVideoPipeline", "LucyEditPipeline", takes_latents=None),
     ),
     stacks=(image_stack("blocks", points=_WAN_POINTS),),
     width=HEADS,
@@ -179,15 +179,15 @@ WAN = Family(
     ),
 )
 
-_LTX_POINTS = {"img": tabled("temb", "attn1", "ff", "norm2", neurons("ff"), cross="attn2")}
+_LTX_POINTS = {"img": table_block("temb", "attn1", "ff", "norm2", neurons("ff"), cross="attn2")}
 _LTX = Pipeline("LTXPipeline", ROWS, encodes=WITH_MASKS)
 LTX = Family(
     name="LTX-Video",
     transformer="LTXVideoTransformer3DModel",
     pipelines=(
         _LTX,
-        *_LTX.also("LTXConditionPipeline", "LTXImageToVideoPipeline", takes_latents=None),
-        *_LTX.also("LTXI2VLongMultiPromptPipeline", encodes=NO_EMBEDDINGS, takes_latents=None),
+        *_LTX.copy_for("LTXConditionPipeline", "LTXImageToVideoPipeline", takes_latents=None),
+        *_LTX.copy_for("LTXI2VLongMultiPromptPipeline", encodes=NO_EMBEDDINGS, takes_latents=None),
     ),
     stacks=(image_stack("transformer_blocks", points=_LTX_POINTS),),
     width=HEADS,
@@ -218,9 +218,9 @@ LTX = Family(
 
 _COGVIDEOX_POINTS = {
     stream: {
-        "attn_out": gated("attn1", PointSpec("norm1", slot=gate), slot=slot),
+        "attn_out": gated_output("attn1", PointSpec("norm1", slot=gate), slot=slot),
         "resid_mid": PointSpec("norm2", "input", slot),
-        "mlp_out": replace(gated("ff", PointSpec("norm2", slot=gate)), layout="text_first"),
+        "mlp_out": replace(gated_output("ff", PointSpec("norm2", slot=gate)), layout="text_first"),
         **neurons("ff", layout="text_first"),
         **attention("attn1", layout="text_first"),
     }
@@ -232,7 +232,7 @@ COGVIDEOX = Family(
     transformer="CogVideoXTransformer3DModel",
     pipelines=(
         _COGVIDEOX,
-        *_COGVIDEOX.also(
+        *_COGVIDEOX.copy_for(
             "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline", "CogVideoXFunControlPipeline"
         ),
     ),
