@@ -38,7 +38,7 @@ def explorer_reads(massive: ChannelSet, *, seed: int = 0) -> list[Read]:
     >>> lens, prompt = dl.DiTLens.toy(), "a big red circle left on a plain blue background"
     >>> massive = lens.massive_channels(prompt, k=4, seed=0, num_inference_steps=2)
     >>> run = lens.run(prompt, dl.explorer_reads(massive), seed=0, num_inference_steps=2)
-    >>> run.keys(), run["top"]["blocks.3.img"].shape
+    >>> list(run), run["top"]["blocks.3.img"].shape
     (['top', 'bottom', 'random'], torch.Size([2, 1, 256, 4]))
 
     For FLUX.1 with 1024 pixels, 28 steps and k = 8 they take 0.6 GB in bfloat16; whole hidden states would take 40 GB.
