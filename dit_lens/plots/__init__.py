@@ -1,15 +1,18 @@
-"""Figures: data in, a plotly ``go.Figure`` out. Nothing is shown or printed; a figure shows itself in a notebook.
+"""Figures: data in, a plotly ``go.Figure`` out; nothing is shown or printed. Studies and the explorer import from here.
 
     massive = lens.massive_channels(prompt, k=12)
     channel_spectrum(massive.scores["blocks.3.img"], massive["blocks.3.img"])
     block_channel_map(massive.scores, massive)
     result.figure()                                        # of a study: disruption, organisation, transfer
 
-Every figure has a transparent background and colours that read on white and on black; an arm has the same colour,
-marker and name everywhere (theme.ARMS).
+A figure shows itself in a notebook. It has a transparent background and colours that are legible on white and on black;
+an arm has the same colour, marker and name everywhere (theme.ARMS).
 """
 
-from dit_lens.plots.births import births_figure
+import sys
+from typing import Any
+
+from dit_lens.old_names import warn_of_old_name
 from dit_lens.plots.carrier_or_detail import carrier_or_detail_figure
 from dit_lens.plots.channels import block_channel_map, channel_histogram, channel_spectrum
 from dit_lens.plots.disruption import disruption_figure
@@ -20,11 +23,11 @@ from dit_lens.plots.stability import stability_figure
 from dit_lens.plots.sweep import sweep_figure
 from dit_lens.plots.theme import ARMS, TEMPLATE, looks
 from dit_lens.plots.transfer import transfer_figure, transfer_image_figure, transfer_strips
+from dit_lens.plots.write_attribution import write_attribution_figure
 
 __all__ = [
     "ARMS",
     "TEMPLATE",
-    "births_figure",
     "block_channel_map",
     "carrier_or_detail_figure",
     "channel_histogram",
@@ -42,4 +45,15 @@ __all__ = [
     "transfer_figure",
     "transfer_image_figure",
     "transfer_strips",
+    "write_attribution_figure",
 ]
+
+_OLD_NAMES = {"births_figure": "write_attribution_figure"}
+
+
+def __getattr__(name: str) -> Any:
+    """A figure under its name of an earlier release."""
+    if name not in _OLD_NAMES:
+        raise AttributeError(f"module 'dit_lens.plots' has no attribute {name!r}")
+    warn_of_old_name(f"dit_lens.plots.{name}", f"dit_lens.plots.{_OLD_NAMES[name]}", stacklevel=3)
+    return getattr(sys.modules[__name__], _OLD_NAMES[name])

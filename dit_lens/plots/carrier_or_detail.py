@@ -8,8 +8,8 @@ import plotly.graph_objects as go
 
 from dit_lens.errors import OpError
 from dit_lens.plots.code import carries_code
-from dit_lens.plots.tables import checked, errors
-from dit_lens.plots.theme import CI, INK, MASSIVE, Look, faded, titled
+from dit_lens.plots.tables import check_summary, error_bars
+from dit_lens.plots.theme import CI, INK, MASSIVE, Look, fade, set_title
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,10 +39,12 @@ def carrier_or_detail_figure(summary: pd.DataFrame, *, carrier: float = 0.3, det
     >>> carrier_or_detail_figure(pd.DataFrame(lines)).layout.title.text
     '<b>Carrier or detail knob? Verdict: carrier</b>'
 
-    summary: of the study. carrier, detail: its thresholds, shaded.
+    summary: of ``studies.carrier_or_detail``; columns measure, part, value (with _low and _high), control, says.
+    carrier: threshold from which on an edit speaks for a carrier, shaded.
+    detail: threshold up to which an edit speaks for a detail knob, shaded.
     """
     numbers = ["value", "value_low", "value_high", "control"]
-    table = summary[["measure", "part", "says"]].join(checked(summary[numbers], numbers))
+    table = summary[["measure", "part", "says"]].join(check_summary(summary[numbers], numbers))
     lines = table[table["measure"] != "verdict"].iloc[::-1]
     if lines.empty:
         raise OpError("The summary has no evidence to draw yet: finish at least one cell of every arm.")
@@ -50,7 +52,7 @@ def carrier_or_detail_figure(summary: pd.DataFrame, *, carrier: float = 0.3, det
     names = [f"{_MEASURES[m]}<br><b>{_PARTS[p]}</b>" for m, p in zip(lines["measure"], lines["part"], strict=True)]
     figure = go.Figure()
     for low, high, colour in ((-0.1, detail, _CONTROL.colour), (carrier, 1.05, MASSIVE)):
-        figure.add_vrect(x0=low, x1=high, fillcolor=faded(colour, 0.08), line_width=0, layer="below")
+        figure.add_vrect(x0=low, x1=high, fillcolor=fade(colour, 0.08), line_width=0, layer="below")
     figure.add_scatter(
         x=lines["control"].clip(-0.1, 1.05).to_numpy(),
         y=names,
@@ -62,7 +64,7 @@ def carrier_or_detail_figure(summary: pd.DataFrame, *, carrier: float = 0.3, det
     figure.add_scatter(
         x=lines["value"].clip(-0.1, 1.05).to_numpy(),
         y=names,
-        error_x=errors(lines, "value", Look("", MASSIVE, "")),
+        error_x=error_bars(lines, "value", Look("", MASSIVE, "")),
         mode="markers",
         name="massive channels",
         marker={"symbol": "circle", "size": 9, "color": MASSIVE},
@@ -75,4 +77,4 @@ def carrier_or_detail_figure(summary: pd.DataFrame, *, carrier: float = 0.3, det
     )
     figure.update_yaxes(tickfont={"size": 10})
     small = f"blue: speaks for detail, or information absent; red: for a carrier, or present; {CI}"
-    return titled(figure, f"Carrier or detail knob? Verdict: {found.get('overall', 'none yet')}", small, height=520)
+    return set_title(figure, f"Carrier or detail knob? Verdict: {found.get('overall', 'none yet')}", small, height=520)

@@ -13,9 +13,9 @@ import torch
 from dit_lens.analysis.channels import top_median_ratio
 from dit_lens.errors import OpError
 from dit_lens.plots.code import carries_code
-from dit_lens.plots.theme import INK, LINE, MASSIVE, WIDTH, faded, label_width, placed, short, titled
+from dit_lens.plots.theme import INK, LINE, MASSIVE, WIDTH, fade, label_width, place_labels, set_title, shorten_site
 
-# More labels than this are a thicket; the hover text names the rest.
+# More labels than this are unreadable; the hover text names the rest.
 _LABELS = 24
 
 # The plot area of a figure in a notebook, in pixels, for which labels are laid out.
@@ -32,10 +32,13 @@ def channel_spectrum(
     >>> [trace.name for trace in figure.data], figure.layout.title.subtitle.text
     (['4 channels', '1 massive'], 'highest score 60 times the median')
 
-    scores: [d], an array or tensor. massive: channels to mark. site, score: names for title and axis.
-    by_rank: False has channels in their order, on linear axes; True has them by falling score, on logarithmic axes.
+    scores: [d], an array or tensor.
+    massive: channels to mark.
+    site: name of the site, for the title.
+    score: name of the score, for the axis.
+    by_rank: False shows channels in their order, on linear axes; True by falling score, on logarithmic axes.
     """
-    values = _vector(scores, massive)
+    values = _as_vector(scores, massive)
     order = np.argsort(-values, kind="stable")
     rank = np.empty(len(values), int)
     rank[order] = np.arange(1, len(values) + 1)
@@ -53,7 +56,7 @@ def channel_spectrum(
             # One filled staircase is a bar chart that stays legible, and fast, with thousands of bars.
             line={"shape": "hvh", "width": 1, "color": INK},
             fill="tozeroy",
-            fillcolor=faded(INK, 0.35),
+            fillcolor=fade(INK, 0.35),
             hovertemplate=hover,
         )
     )
@@ -80,12 +83,12 @@ def channel_spectrum(
             },
             hovertemplate=hover,
         )
-    _limit(figure, values, by_rank=by_rank)
+    _set_ranges(figure, values, by_rank=by_rank)
     place = (np.log10(x[marked]), np.log10(values[marked])) if by_rank else (x[marked], values[marked])
-    _label(figure, *place, marked, stems=not by_rank)
+    _add_labels(figure, *place, marked, stems=not by_rank)
     figure.update_xaxes(title="rank of the channel" if by_rank else "channel")
     figure.update_yaxes(title=f"{score} over image tokens")
-    return titled(figure, _title("Score of every channel", site), _ratio(values), height=340)
+    return set_title(figure, _make_title("Score of every channel", site), _describe_ratio(values), height=340)
 
 
 @carries_code
@@ -98,10 +101,13 @@ def channel_histogram(
     >>> int(figure.data[0].y.sum()), figure.data[1].marker.color
     (4, '#D55E00')
 
-    scores: [d], an array or tensor, not negative; zeros have no place on the scale, and are counted in the subtitle.
-    massive: channels to mark. site, score: names for title and axis. bins: of equal width in log10(score).
+    scores: [d], an array or tensor, not negative; zeros are not on the scale, and are counted in the subtitle.
+    massive: channels to mark.
+    site: name of the site, for the title.
+    score: name of the score, for the axis.
+    bins: number of bins, of equal width in log10(score).
     """
-    values = _vector(scores, massive)
+    values = _as_vector(scores, massive)
     positive = values > 0
     logs = np.log10(values[positive]) if positive.any() else np.zeros(0)
     counts, edges = np.histogram(logs, bins=bins)
@@ -113,7 +119,7 @@ def channel_histogram(
             width=np.diff(edges)[kept],
             customdata=10 ** np.stack([edges[:-1], edges[1:]], axis=1)[kept],
             name=f"{len(values)} channels",
-            marker={"color": faded(INK, 0.6), "line": {"width": 0}},
+            marker={"color": fade(INK, 0.6), "line": {"width": 0}},
             hovertemplate=f"%{{y}} channels<br>{score} %{{customdata[0]:.3g}} to %{{customdata[1]:.3g}}<extra></extra>",
         )
     )
@@ -133,16 +139,16 @@ def channel_histogram(
     figure.update_yaxes(type="log", range=[np.log10(0.7), np.log10(top * 2)], dtick=1, title="channels (log scale)")
     low, high = (float(edges[0]), float(edges[-1])) if len(logs) else (-1.0, 0.0)
     margin = 0.03 * (high - low)
-    ticks = _decades(low, high)
+    ticks = _choose_ticks(low, high)
     figure.update_xaxes(
         title=f"{score} over image tokens (log scale)",
         range=[low - margin, high + margin],
         tickvals=np.log10(ticks),
         ticktext=[f"{tick:g}" for tick in ticks],
     )
-    _label(figure, np.log10(values[marked]), np.full(len(marked), np.log10(1.5)), marked)
+    _add_labels(figure, np.log10(values[marked]), np.full(len(marked), np.log10(1.5)), marked)
     zeros = f"; {int((~positive).sum())} channels at 0 are not drawn" if not positive.all() else ""
-    return titled(figure, _title("Distribution of scores", site), _ratio(values) + zeros, height=340)
+    return set_title(figure, _make_title("Distribution of scores", site), _describe_ratio(values) + zeros, height=340)
 
 
 @carries_code
@@ -157,13 +163,16 @@ def block_channel_map(
     >>> figure.data[0].z.tolist(), figure.data[1].y
     ([[0.0, 1.0], [0.0, 2.0]], ('blocks.1.img',))
 
-    scores: site -> [d], an array or tensor; sites may differ in d. massive: site -> channels, such as a ChannelSet.
     Channels that are massive at half of the sites or more are named above the map. Sites run downwards, as depth does.
+
+    scores: site -> [d], an array or tensor; sites may differ in d.
+    massive: site -> channels to mark, such as a ChannelSet.
+    score: name of the score, for the colour bar.
     """
     if not scores:
         raise OpError("A map needs the scores of at least one site: {site: [d]}.")
     chosen = {site: [int(c) for c in massive[site]] if massive and site in massive else [] for site in scores}
-    rows = {site: _vector(values, chosen[site]) for site, values in scores.items()}
+    rows = {site: _as_vector(values, chosen[site]) for site, values in scores.items()}
     width = max(map(len, rows.values()))
     table = np.full((len(rows), width), np.nan)
     for i, row in enumerate(rows.values()):
@@ -173,7 +182,7 @@ def block_channel_map(
     # Zeros, which have no logarithm, take the darkest colour.
     logs = np.log10(np.where(table < floor, floor, table))
     low, high = (float(np.nanmin(logs)), float(np.nanmax(logs)))
-    ticks = _decades(low, high)
+    ticks = _choose_ticks(low, high)
     figure = go.Figure(
         go.Heatmap(
             z=logs,
@@ -205,23 +214,25 @@ def block_channel_map(
     height = int(np.clip(20 * len(rows), 160, 560)) + 150
     figure.update_xaxes(title="channel", range=[-0.5, width - 0.5], showline=False)
     figure.update_yaxes(
-        title="block", range=[len(rows) - 0.5, -0.5], showgrid=False, showline=False, **_block_ticks(list(rows))
+        title="block", range=[len(rows) - 0.5, -0.5], showgrid=False, showline=False, **_make_block_ticks(list(rows))
     )
-    recurring = _runs([c for c, n in Counter(c for _, c, _ in marks).items() if 2 * n >= len(rows)])
+    recurring = _find_runs([c for c, n in Counter(c for _, c, _ in marks).items() if 2 * n >= len(rows)])
     middle = np.array([(first + last) / 2 for first, last in recurring])
     names = [f"{first}" if first == last else f"{first}–{last}" for first, last in recurring]
-    _label(figure, middle, np.full(len(names), -0.5), names, leaders=False, levels=3)
+    _add_labels(figure, middle, np.full(len(names), -0.5), names, leaders=False, levels=3)
     ratios = [top_median_ratio(torch.from_numpy(row)) for row in rows.values()]
-    subtitle = f"highest score {_times(min(ratios))} to {_times(max(ratios))} times the median of its block"
+    subtitle = (
+        f"highest score {_format_ratio(min(ratios))} to {_format_ratio(max(ratios))} times the median of its block"
+    )
     if marks:
         subtitle += "; dots: massive channels"
     if recurring:
         subtitle += ", named where they recur"
-    titled(figure, f"Score of every channel at {len(rows)} sites", subtitle, height=height)
+    set_title(figure, f"Score of every channel at {len(rows)} sites", subtitle, height=height)
     return figure.update_layout(margin={"t": 104 if recurring else 60})
 
 
-def _vector(scores: Any, massive: Sequence[int]) -> np.ndarray:
+def _as_vector(scores: Any, massive: Sequence[int]) -> np.ndarray:
     """float64 [d] on the CPU, after checking that the massive channels are among them."""
     values = torch.as_tensor(np.asarray(scores) if isinstance(scores, list | tuple) else scores)
     values = values.detach().cpu().double().numpy()
@@ -234,19 +245,19 @@ def _vector(scores: Any, massive: Sequence[int]) -> np.ndarray:
     return values
 
 
-def _title(what: str, site: str) -> str:
+def _make_title(what: str, site: str) -> str:
     return f"{what}, {site}" if site else what
 
 
-def _ratio(values: np.ndarray) -> str:
-    return f"highest score {_times(top_median_ratio(torch.from_numpy(values)))} times the median"
+def _describe_ratio(values: np.ndarray) -> str:
+    return f"highest score {_format_ratio(top_median_ratio(torch.from_numpy(values)))} times the median"
 
 
-def _times(ratio: float) -> str:
+def _format_ratio(ratio: float) -> str:
     return "infinitely many" if np.isinf(ratio) else f"{ratio:.3g}"
 
 
-def _decades(low: float, high: float) -> np.ndarray:
+def _choose_ticks(low: float, high: float) -> np.ndarray:
     """Round numbers between 10**low and 10**high: powers of ten, with 2 and 5 between where there are few."""
     steps = (1, 2, 5) if high - low < 2.5 else (1,)
     found = [m * 10.0**e for e in range(int(np.floor(low)), int(np.ceil(high)) + 1) for m in steps]
@@ -254,7 +265,7 @@ def _decades(low: float, high: float) -> np.ndarray:
     return np.array(inside or [10.0 ** ((low + high) / 2)])
 
 
-def _limit(figure: go.Figure, values: np.ndarray, *, by_rank: bool) -> None:
+def _set_ranges(figure: go.Figure, values: np.ndarray, *, by_rank: bool) -> None:
     """Axis ranges with headroom for labels; fixed, because labels are laid out for them."""
     top = float(values.max()) or 1.0
     if not by_rank:
@@ -267,13 +278,17 @@ def _limit(figure: go.Figure, values: np.ndarray, *, by_rank: bool) -> None:
     figure.update_yaxes(type="log", range=[np.log10(floor) - room / 4, np.log10(top) + room], dtick=1)
 
 
-def _label(
+def _add_labels(
     figure: go.Figure, x: np.ndarray, y: np.ndarray, names: Sequence[Any], *, leaders: bool = True, **how: Any
 ) -> None:
-    """Names over points, the first first, those that find no room left out. Axis ranges must be set.
+    """Writes names over points, the first first; those for which there is no room are left out.
 
-    x, y: in the units of the ranges, which on a logarithmic axis are powers of ten. leaders: lines from names that had
-    to rise to their points. how: see ``placed``.
+    figure: a figure whose axis ranges are set.
+    x: positions in the units of the range, which on a logarithmic axis are powers of ten.
+    y: the same, upwards.
+    names: one per point.
+    leaders: whether names that had to rise get lines to their points.
+    how: see ``place_labels``.
     """
     spans = (figure.layout.xaxis.range, figure.layout.yaxis.range)
     across, up = (
@@ -282,7 +297,7 @@ def _label(
     )
     points = list(zip(across.tolist(), up.tolist(), strict=True))[:_LABELS]
     texts = [str(name) for name in names[:_LABELS]]
-    for i, offset in enumerate(placed(points, [label_width(text) for text in texts], **how)):
+    for i, offset in enumerate(place_labels(points, [label_width(text) for text in texts], **how)):
         if offset is None:
             continue
         place = {"x": float(x[i]), "y": float(y[i]), "text": texts[i], "font": {"size": 11}}
@@ -293,14 +308,14 @@ def _label(
             figure.add_annotation(**place, showarrow=False, xshift=offset[0], yshift=offset[1])
 
 
-def _runs(channels: Sequence[int]) -> list[tuple[int, int]]:
+def _find_runs(channels: Sequence[int]) -> list[tuple[int, int]]:
     """Channels as first and last of every run of neighbours."""
     ordered = np.sort(np.asarray(channels, int))
     runs = np.split(ordered, np.flatnonzero(np.diff(ordered) > 1) + 1) if len(ordered) else []
     return [(int(run[0]), int(run[-1])) for run in runs]
 
 
-def _block_ticks(sites: Sequence[str]) -> dict[str, Any]:
-    names = [short(site) for site in sites]
+def _make_block_ticks(sites: Sequence[str]) -> dict[str, Any]:
+    names = [shorten_site(site) for site in sites]
     every = max(1, -(-len(sites) // 30))
     return {"type": "category", "tickvals": list(sites)[::every], "ticktext": names[::every]}

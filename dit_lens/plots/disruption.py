@@ -10,8 +10,8 @@ from plotly.subplots import make_subplots
 
 from dit_lens.errors import OpError
 from dit_lens.plots.code import carries_code
-from dit_lens.plots.tables import checked, errors, floats, n_of
-from dit_lens.plots.theme import ARMS, CI, INK, Look, faded, looks, titled
+from dit_lens.plots.tables import check_summary, column_values, describe_n, error_bars
+from dit_lens.plots.theme import ARMS, CI, INK, Look, fade, looks, set_title
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 
 class _Panel(NamedTuple):
-    """One measure of a study: its column, what its axis says, and how its values are written."""
+    """One measure of a study.
+
+    column: column of the summary.
+    axis: title of the axis.
+    form: format of its values.
+    """
 
     column: str
     axis: str
@@ -45,30 +50,32 @@ def disruption_figure(summary: pd.DataFrame) -> go.Figure:
     >>> [(bar.name, bar.x.tolist()) for bar in figure.data]
     [('top (massive)', [60.0]), ('bottom', [2.0])]
 
-    summary: columns k, arm, n, rmse, rmse_low, rmse_high (0 to 255), energy_share, and, where a judge spoke, fidelity
-    or clip with their bounds. What the top arm has more of (``rmse_top_minus``) shows on hovering. Bars for one k,
-    lines over several; the no-op arm, which has k = 0, is a dotted line.
+    Bars for one k, lines over several; the no-op arm, which has k = 0, is a dotted line. By how much the top arm
+    exceeds another (``rmse_top_minus``) shows on hovering.
+
+    summary: of ``studies.disruption``; columns k, arm, n, rmse, rmse_low, rmse_high (0 to 255), energy_share, and, with
+      a judge, fidelity or clip with their bounds.
     """
-    table = checked(summary, ("k", "arm", "n", "rmse", "rmse_low", "rmse_high"))
-    panels = [panel for panel in (_RMSE, _FIDELITY, _CLIP) if np.isfinite(floats(table, panel.column)).any()]
+    table = check_summary(summary, ("k", "arm", "n", "rmse", "rmse_low", "rmse_high"))
+    panels = [panel for panel in (_RMSE, _FIDELITY, _CLIP) if np.isfinite(column_values(table, panel.column)).any()]
     ks = sorted(k for k in table["k"].unique() if k > 0)
     if not ks or not panels:
         raise OpError("The summary has no edited images to draw: it needs rows with k > 0 and an rmse.")
     if len(ks) == 1:
         share = "; %: energy in the arm's channels" if "energy_share" in table else ""
-        figure, what = _bars(table, panels, ks[0]), f"Zeroing {ks[0]:g} channels"
+        figure, what = _draw_bars(table, panels, ks[0]), f"Zeroing {ks[0]:g} channels"
     else:
-        figure, what, share = _lines(table, panels, ks), "Zeroing k channels", ""
-    return titled(figure, what, f"{n_of(table)}; {CI}{share}", height=420)
+        figure, what, share = _draw_lines(table, panels, ks), "Zeroing k channels", ""
+    return set_title(figure, what, f"{describe_n(table)}; {CI}{share}", height=420)
 
 
-def _bars(table: pd.DataFrame, panels: Sequence[_Panel], k: float) -> go.Figure:
+def _draw_bars(table: pd.DataFrame, panels: Sequence[_Panel], k: float) -> go.Figure:
     """One bar per arm for a single k, the arms' names beside them."""
     figure = make_subplots(1, len(panels), shared_yaxes=True, horizontal_spacing=0.04)
     rows = table[table["k"] == k].set_index("arm", drop=False)
     drawn = looks(rows["arm"])
     for column, panel in enumerate(panels, start=1):
-        levels = _levels(table, panel)
+        levels = _find_levels(table, panel)
         for i, (arm, look) in enumerate(drawn.items()):
             row = rows.loc[[arm]]
             figure.add_bar(
@@ -76,39 +83,41 @@ def _bars(table: pd.DataFrame, panels: Sequence[_Panel], k: float) -> go.Figure:
                 x=row[panel.column].to_numpy(),
                 orientation="h",
                 name=look.name,
-                error_x=errors(row, panel.column, Look("", INK, "")),
+                error_x=error_bars(row, panel.column, Look("", INK, "")),
                 # Pale, so that error bars show on them.
-                marker={"color": faded(look.colour, 0.55), "line": {"color": look.colour, "width": 1.5}},
-                customdata=_facts(row, panel),
-                hovertemplate=_hover(look, panel, "x"),
+                marker={"color": fade(look.colour, 0.55), "line": {"color": look.colour, "width": 1.5}},
+                customdata=_hover_data(row, panel),
+                hovertemplate=_hover_text(look, panel, "x"),
                 showlegend=False,
                 width=0.7,
                 row=1,
                 col=column,
             )
         for arm, level in levels.items():
-            figure.add_scatter(x=[level] * 2, y=[-0.5, len(drawn) - 0.5], **_level(arm, panel, column, "x"))
+            figure.add_scatter(x=[level] * 2, y=[-0.5, len(drawn) - 0.5], **_style_level(arm, panel, column, "x"))
         figure.update_xaxes(title=panel.axis, showgrid=True, rangemode="tozero", row=1, col=column)
     if _FIDELITY in panels:
         figure.update_xaxes(range=[0, 1.05], row=1, col=panels.index(_FIDELITY) + 1)
-    shares = dict(zip(rows["arm"], floats(rows, "energy_share"), strict=True))
-    names = [look.name + (f": {_percent(shares[arm])}" if shares[arm] >= 0 else "") for arm, look in drawn.items()]
+    shares = dict(zip(rows["arm"], column_values(rows, "energy_share"), strict=True))
+    names = [
+        look.name + (f": {_format_percent(shares[arm])}" if shares[arm] >= 0 else "") for arm, look in drawn.items()
+    ]
     return figure.update_yaxes(
         tickvals=list(range(len(names))), ticktext=names, range=[len(names) - 0.5, -0.5], showgrid=False
     )
 
 
-def _percent(share: float) -> str:
+def _format_percent(share: float) -> str:
     return "under 0.1 %" if 0 < share < 0.001 else f"{100 * share:.3g} %"
 
 
-def _lines(table: pd.DataFrame, panels: Sequence[_Panel], ks: Sequence[float]) -> go.Figure:
-    """One line per arm over several k, side by side where they would hide each other."""
+def _draw_lines(table: pd.DataFrame, panels: Sequence[_Panel], ks: Sequence[float]) -> go.Figure:
+    """One line per arm over several k, side by side if they would hide each other."""
     figure = make_subplots(1, len(panels), horizontal_spacing=0.14)
     drawn = looks(table.loc[table["k"] > 0, "arm"])
     for column, panel in enumerate(panels, start=1):
-        for arm, level in _levels(table, panel).items():
-            figure.add_scatter(x=[-0.3, len(ks) - 0.7], y=[level] * 2, **_level(arm, panel, column, "y"))
+        for arm, level in _find_levels(table, panel).items():
+            figure.add_scatter(x=[-0.3, len(ks) - 0.7], y=[level] * 2, **_style_level(arm, panel, column, "y"))
         for i, (arm, look) in enumerate(drawn.items()):
             rows = table[(table["arm"] == arm) & (table["k"] > 0)].sort_values("k")
             figure.add_scatter(
@@ -120,9 +129,9 @@ def _lines(table: pd.DataFrame, panels: Sequence[_Panel], ks: Sequence[float]) -
                 mode="lines+markers",
                 line={"color": look.colour, "width": 2},
                 marker={"symbol": look.symbol, "size": 8, "color": look.colour},
-                error_y=errors(rows, panel.column, look),
-                customdata=_facts(rows, panel),
-                hovertemplate=_hover(look, panel, "y"),
+                error_y=error_bars(rows, panel.column, look),
+                customdata=_hover_data(rows, panel),
+                hovertemplate=_hover_text(look, panel, "y"),
                 row=1,
                 col=column,
             )
@@ -137,13 +146,13 @@ def _lines(table: pd.DataFrame, panels: Sequence[_Panel], ks: Sequence[float]) -
     )
 
 
-def _levels(table: pd.DataFrame, panel: _Panel) -> dict[str, float]:
-    """Arms that zero nothing are a level, not a point."""
+def _find_levels(table: pd.DataFrame, panel: _Panel) -> dict[str, float]:
+    """Arms that zero nothing, which are drawn as a level: arm -> value."""
     rows = table[table["k"] == 0]
     return dict(zip(rows["arm"], rows[panel.column], strict=True))
 
 
-def _level(arm: str, panel: _Panel, column: int, axis: str) -> dict[str, Any]:
+def _style_level(arm: str, panel: _Panel, column: int, axis: str) -> dict[str, Any]:
     look = looks([arm])[arm]
     return {
         "name": f"{look.name} (nothing zeroed)",
@@ -157,13 +166,13 @@ def _level(arm: str, panel: _Panel, column: int, axis: str) -> dict[str, Any]:
     }
 
 
-def _facts(rows: pd.DataFrame, panel: _Panel) -> np.ndarray:
+def _hover_data(rows: pd.DataFrame, panel: _Panel) -> np.ndarray:
     more = f"{panel.column}_top_minus"
     columns = ("k", "n", f"{panel.column}_low", f"{panel.column}_high", "energy_share", more, f"{more}_low")
-    return np.stack([floats(rows, name) for name in (*columns, f"{more}_high")], axis=1)
+    return np.stack([column_values(rows, name) for name in (*columns, f"{more}_high")], axis=1)
 
 
-def _hover(look: Look, panel: _Panel, axis: str) -> str:
+def _hover_text(look: Look, panel: _Panel, axis: str) -> str:
     form, arm = panel.form, look.name
     compared = (
         ""

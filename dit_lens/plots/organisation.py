@@ -10,14 +10,14 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from dit_lens.plots.code import carries_code
-from dit_lens.plots.tables import checked, floats, n_of
-from dit_lens.plots.theme import ARMS, CI, INK, Look, faded, looks, titled
+from dit_lens.plots.tables import check_summary, column_values, describe_n
+from dit_lens.plots.theme import ARMS, CI, INK, Look, fade, looks, set_title
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# What top is compared with besides other channels; nulls, which know nothing of the block, are dashed.
-BESIDES = {
+# What top is compared with besides other channels; nulls, which do not depend on the block, are dashed.
+BASELINES = {
     "attention": Look("attention to the word", "#0072B2", "square"),
     "norm": Look("norm of the token", "#009E73", "diamond"),
     "component": Look("first principal component", "#CC79A7", "triangle-up"),
@@ -27,8 +27,8 @@ BESIDES = {
 }
 NULLS = ("centre", "noisy latent", "x0")
 # Pixels: the height of a panel, and the room below it for ticks, title and legend (or scale).
-PANEL, BELOW = 270, {"channels": 112, "besides": 150, "map": 95}
-OTHERS = Look("top, subjects of other prompts", ARMS["top"].colour, "circle")
+PANEL, BELOW = 270, {"channels": 112, "baselines": 150, "map": 95}
+OTHER_PROMPTS = Look("top, subjects of other prompts", ARMS["top"].colour, "circle")
 
 
 @carries_code
@@ -45,36 +45,38 @@ def organisation_figure(summary: pd.DataFrame) -> go.Figure:
     >>> [trace.name for trace in figure.data]
     ['top (massive), 95 % CI', 'top (massive)', 'chance: random masks of equal size']
 
-    summary: columns block, arm, n, iou, low, high, chance (all IoU, 0 to 1), degenerate (the share of masks of which a
-    cluster holds under 1 % of the tokens); optionally step and others. Arms of channels are in the first panel; where
-    there are baselines and nulls, a second one sets them against top. Of several steps the last is drawn, and a map
-    shows how far top is above chance at every step. A hollow marker says that half of the masks or more are degenerate.
-    Chance is dotted: one line where all arms of a panel share it, else one per arm in its colour.
+    Arms of channels are in the first panel; if there are baselines and nulls, a second one sets them against top. Of
+    several steps the last is drawn, and a map shows how far top is above chance at every step. A hollow marker means
+    that half of the masks or more are degenerate. Chance is dotted: one line if all arms of a panel share it, else one
+    per arm in its colour.
+
+    summary: of ``studies.organisation``; columns block, arm, n, iou, low, high, chance (all IoU, 0 to 1), degenerate
+      (share of masks with a cluster under 1 % of the tokens); optionally step and iou_other_prompts.
     """
-    table = checked(summary, ("block", "arm", "n", "iou", "low", "high", "chance", "degenerate"))
+    table = check_summary(summary, ("block", "arm", "n", "iou", "low", "high", "chance", "degenerate"))
     steps = sorted(table["step"].unique()) if "step" in table else []
     last = table[table["step"] == steps[-1]] if steps else table
-    names = list(BESIDES)
-    channels, besides = last[~last["arm"].isin(names)], last[last["arm"].isin([*names, "top"])]
+    names = list(BASELINES)
+    channels, beside = last[~last["arm"].isin(names)], last[last["arm"].isin([*names, "top"])]
     panels = {"channels": (channels, looks(channels["arm"]))}
-    if besides["arm"].isin(names).any():
-        drawn = {arm: look for arm, look in {"top": ARMS["top"], **BESIDES}.items() if arm in set(besides["arm"])}
-        panels["besides"] = (besides, drawn)
+    if beside["arm"].isin(names).any():
+        drawn = {arm: look for arm, look in {"top": ARMS["top"], **BASELINES}.items() if arm in set(beside["arm"])}
+        panels["baselines"] = (beside, drawn)
     hollow = "; hollow: half of the masks or more are degenerate" if (last["degenerate"] >= 0.5).any() else ""
     when = f"step {steps[-1]:g}; " if len(steps) > 1 else ""
-    small = f"{when}{n_of(last)}; shaded {CI}{hollow}"
+    small = f"{when}{describe_n(last)}; shaded {CI}{hollow}"
     kinds = [*panels, *(["map"] if len(steps) > 1 else [])]
     figure = make_subplots(len(kinds), 1) if len(kinds) > 1 else go.Figure()
-    titled(figure, "Do the channels find the subject?", small, height=420)
-    _stack(figure, kinds)
+    set_title(figure, "Do the channels find the subject?", small, height=420)
+    _stack_panels(figure, kinds)
     for number, (rows, looked) in enumerate(panels.values(), start=1):
-        _panel(figure, rows, looked, number if len(kinds) > 1 else None)
+        _draw_panel(figure, rows, looked, number if len(kinds) > 1 else None)
     if len(steps) > 1:
-        _over_steps(figure, table, steps, len(kinds))
+        _draw_steps(figure, table, steps, len(kinds))
     return figure
 
 
-def _stack(figure: go.Figure, kinds: list[str]) -> None:
+def _stack_panels(figure: go.Figure, kinds: list[str]) -> None:
     """Panels below each other, each with the room its legend needs; a figure of one panel is left as it is."""
     if len(kinds) == 1:
         return
@@ -90,28 +92,34 @@ def _stack(figure: go.Figure, kinds: list[str]) -> None:
         top = bottom - BELOW[kind] / inner
 
 
-def _panel(figure: go.Figure, table: pd.DataFrame, drawn: Mapping[str, Look], row: int | None) -> None:
-    """Lines over blocks with their intervals, and what chance would reach."""
+def _draw_panel(figure: go.Figure, table: pd.DataFrame, drawn: Mapping[str, Look], row: int | None) -> None:
+    """Lines over blocks with their intervals, and what chance would reach.
+
+    figure: gets the lines.
+    table: rows of the panel.
+    drawn: arm -> look.
+    row: number of the panel; None in a figure of one panel.
+    """
     cell = {} if row is None else {"row": row, "col": 1}
     group: dict[str, Any] = {} if row is None else {"legend": "legend" if row == 1 else f"legend{row}"}
     for arm, look in drawn.items():
         rows = table[table["arm"] == arm].sort_values("block")
-        if rows[["low", "high"]].notna().any(axis=None) and (arm == "top" or arm not in BESIDES):
-            figure.add_scatter(**_band(rows, arm, look), **group, **cell)
+        if rows[["low", "high"]].notna().any(axis=None) and (arm == "top" or arm not in BASELINES):
+            figure.add_scatter(**_make_band(rows, arm, look), **group, **cell)
     for arm, look in drawn.items():
         rows = table[table["arm"] == arm].sort_values("block")
-        figure.add_scatter(**_line(rows, arm, look), **group, **cell)
-    for trace in _references(table, drawn):
+        figure.add_scatter(**_make_line(rows, arm, look), **group, **cell)
+    for trace in _make_references(table, drawn):
         figure.add_scatter(**trace, **group, **cell)
     blocks = table["block"].unique()
-    figure.update_xaxes(title="block", **({"dtick": 1} if len(blocks) <= 32 and _whole(blocks) else {}), **cell)
+    figure.update_xaxes(title="block", **({"dtick": 1} if len(blocks) <= 32 and _are_whole(blocks) else {}), **cell)
     unit = "mean IoU with the subject (0 to 1)" if row is None else "mean IoU with the subject"
     figure.update_yaxes(title=unit, range=[0, 1], **cell)
 
 
-def _line(rows: pd.DataFrame, arm: str, look: Look) -> dict[str, Any]:
+def _make_line(rows: pd.DataFrame, arm: str, look: Look) -> dict[str, Any]:
     hollow = (rows["degenerate"] >= 0.5).to_numpy()
-    facts = [floats(rows, name) for name in ("low", "high", "n", "chance", "degenerate", "others")]
+    facts = [column_values(rows, name) for name in ("low", "high", "n", "chance", "degenerate", "iou_other_prompts")]
     return {
         "x": rows["block"].to_numpy(),
         "y": rows["iou"].to_numpy(),
@@ -132,10 +140,10 @@ def _line(rows: pd.DataFrame, arm: str, look: Look) -> dict[str, Any]:
     }
 
 
-def _references(table: pd.DataFrame, drawn: Mapping[str, Look]) -> list[dict[str, Any]]:
+def _make_references(table: pd.DataFrame, drawn: Mapping[str, Look]) -> list[dict[str, Any]]:
     """Dotted lines: chance, shared or per arm; and, beside baselines, top against the other prompts' subjects."""
     shared = bool(table.groupby("block", sort=False)["chance"].agg(np.ptp).max() < 1e-9)
-    beside = any(arm in BESIDES for arm in drawn)
+    beside = any(arm in BASELINES for arm in drawn)
     arms = list(drawn.items())[: 1 if shared or beside else None]
     traces = []
     for arm, look in arms:
@@ -157,23 +165,29 @@ def _references(table: pd.DataFrame, drawn: Mapping[str, Look]) -> list[dict[str
         line = {"color": INK, "width": 1.5, "dash": "dot"}
         traces.append({"x": [None], "y": [None], "name": "chance of equal-sized masks", "mode": "lines", "line": line})
     top = table[table["arm"] == "top"].sort_values("block")
-    if beside and np.isfinite(floats(top, "others")).any():
+    if beside and np.isfinite(column_values(top, "iou_other_prompts")).any():
         traces.append(
             {
                 "x": top["block"].to_numpy(),
-                "y": floats(top, "others"),
-                "name": OTHERS.name,
+                "y": column_values(top, "iou_other_prompts"),
+                "name": OTHER_PROMPTS.name,
                 "mode": "lines+markers",
-                "line": {"color": OTHERS.colour, "width": 1.5, "dash": "dot"},
-                "marker": {"symbol": f"{OTHERS.symbol}-open", "size": 6},
-                "hovertemplate": f"{OTHERS.name}: %{{y:.3f}}<extra></extra>",
+                "line": {"color": OTHER_PROMPTS.colour, "width": 1.5, "dash": "dot"},
+                "marker": {"symbol": f"{OTHER_PROMPTS.symbol}-open", "size": 6},
+                "hovertemplate": f"{OTHER_PROMPTS.name}: %{{y:.3f}}<extra></extra>",
             }
         )
     return traces
 
 
-def _over_steps(figure: go.Figure, table: pd.DataFrame, steps: list[Any], row: int) -> None:
-    """A map over steps and blocks of how far top lies above chance."""
+def _draw_steps(figure: go.Figure, table: pd.DataFrame, steps: list[Any], row: int) -> None:
+    """A map over steps and blocks of how far top lies above chance.
+
+    figure: gets the map.
+    table: the summary.
+    steps: steps of the map.
+    row: number of its panel.
+    """
     top = table[table["arm"] == "top"].assign(above=lambda rows: rows["iou"] - rows["chance"])
     grid = top.pivot_table(index="step", columns="block", values="above")
     reach = max(0.01, float(np.nanmax(np.abs(grid.to_numpy()))))
@@ -204,7 +218,7 @@ def _over_steps(figure: go.Figure, table: pd.DataFrame, steps: list[Any], row: i
     figure.update_yaxes(title="step", type="category", tickvals=ticks, autorange="reversed", row=row, col=1)
 
 
-def _band(rows: pd.DataFrame, arm: str, look: Look) -> dict[str, Any]:
+def _make_band(rows: pd.DataFrame, arm: str, look: Look) -> dict[str, Any]:
     """The interval as a closed area for every stretch without gaps, as keywords of a scatter trace."""
     x, low, high = (rows[name].to_numpy() for name in ("block", "low", "high"))
     known = np.isfinite(low) & np.isfinite(high)
@@ -224,10 +238,10 @@ def _band(rows: pd.DataFrame, arm: str, look: Look) -> dict[str, Any]:
         "line": {"width": 0},
         "fill": "toself",
         # Controls overlap: theirs are paler, so that the one in question stays readable.
-        "fillcolor": faded(look.colour, 0.18 if arm == "top" else 0.08),
+        "fillcolor": fade(look.colour, 0.18 if arm == "top" else 0.08),
         "hoverinfo": "skip",
     }
 
 
-def _whole(blocks: Any) -> bool:
+def _are_whole(blocks: Any) -> bool:
     return all(isinstance(block, int | np.integer) for block in blocks)

@@ -16,12 +16,12 @@ from dit_lens.analysis.clusters import iou, upsample
 from dit_lens.core.runs.html import data_url
 from dit_lens.errors import OpError
 from dit_lens.plots.code import carries_code
-from dit_lens.plots.theme import INK, WIDTH, short, titled
+from dit_lens.plots.theme import INK, WIDTH, set_title, shorten_site
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Magenta, because images seldom have it; truth is white on black, which shows on anything.
+# Magenta, because images seldom have it; the truth is white on black, which is visible on anything.
 MASK = "#FF00C8"
 
 # Images a row, and the pixels beyond which an image is made smaller before it is put into a figure.
@@ -40,19 +40,24 @@ def cluster_overlay(
     >>> figure.layout.title.subtitle.text
     'magenta: mask, 1 of 2 x 2 tokens; dashed: true subject; IoU 1.00'
 
-    image: PIL, H x W pixels. mask: bool [h, w], enlarged by nearest neighbour. truth: bool [H, W] or None.
-    opacity: of the mask, 0 to 1. Clicking on the legend hides and shows mask and outline.
+    Clicking on the legend hides and shows mask and outline.
+
+    image: PIL image, H x W pixels.
+    mask: bool [h, w], enlarged by nearest neighbour.
+    truth: mask of the subject, bool [H, W], or None.
+    title: title of the figure.
+    opacity: opacity of the mask, 0 to 1.
     """
-    found, true = _mask(mask, "mask"), None if truth is None else _mask(truth, "truth")
+    found, true = _check_mask(mask, "mask"), None if truth is None else _check_mask(truth, "truth")
     facts = [f"magenta: mask, {int(found.sum())} of {found.shape[0]} x {found.shape[1]} tokens"]
-    facts += [] if true is None else ["dashed: true subject", f"IoU {_iou(image, found, true):.2f}"]
-    figure = go.Figure([_image(image), *_layers(image.size, found, true, opacity)])
+    facts += [] if true is None else ["dashed: true subject", f"IoU {_measure_iou(image, found, true):.2f}"]
+    figure = go.Figure([_draw_image(image), *_draw_layers(image.size, found, true, opacity)])
     # Keys of their own, in colours that show on any page; a click hides the layer.
     keys = {"mask": {"color": MASK, "width": 2}, "true subject": {"color": INK, "width": 2, "dash": "3px,3px"}}
     for name, line in list(keys.items())[: 1 if true is None else 2]:
         figure.add_scatter(x=[None], y=[None], mode="lines", name=name, legendgroup=name, line=line, showlegend=True)
-    _bare(figure, image.size)
-    return titled(figure, title, "; ".join(facts), height=460)
+    _hide_axes(figure, image.size)
+    return set_title(figure, title, "; ".join(facts), height=460)
 
 
 @carries_code
@@ -67,22 +72,31 @@ def overlay_grid(
     >>> [label.text for label in figure.layout.annotations]
     ['block 0', 'block 1']
 
-    masks: name -> bool [h, w]. The rest as in ``cluster_overlay``; labels tell the IoU where the truth is known.
+    Labels say the IoU if the truth is known.
+
+    image: PIL image, H x W pixels.
+    masks: name -> bool [h, w].
+    truth: mask of the subject, bool [H, W], or None.
+    title: title of the figure.
+    opacity: opacity of the masks, 0 to 1.
     """
     if not masks:
         raise OpError("There are no masks to lay over the image. Give at least one: {name: bool [h, w]}.")
-    found = {name: _mask(mask, f"the mask of {name}") for name, mask in masks.items()}
-    true = None if truth is None else _mask(truth, "truth")
-    labels = [f"block {short(name)}" if short(name).isdecimal() else name for name in found]
+    found = {name: _check_mask(mask, f"the mask of {name}") for name, mask in masks.items()}
+    true = None if truth is None else _check_mask(truth, "truth")
+    labels = [f"block {shorten_site(name)}" if shorten_site(name).isdecimal() else name for name in found]
     if true is not None:
-        labels = [f"{label}<br>IoU {_iou(image, m, true):.2f}" for label, m in zip(labels, found.values(), strict=True)]
-    figure, cells = _cells([image.size] * len(found), labels)
-    small = _image(image)
+        labels = [
+            f"{label}<br>IoU {_measure_iou(image, m, true):.2f}"
+            for label, m in zip(labels, found.values(), strict=True)
+        ]
+    figure, cells = _make_cells([image.size] * len(found), labels)
+    small = _draw_image(image)
     for mask, (row, column) in zip(found.values(), cells, strict=True):
-        for trace in (small, *_layers(image.size, mask, true, opacity)):
+        for trace in (small, *_draw_layers(image.size, mask, true, opacity)):
             figure.add_trace(trace, row=row, col=column)
     subtitle = "magenta: mask" + ("" if true is None else "; dashed: true subject")
-    return titled(figure, title, subtitle, height=figure.layout.height)
+    return set_title(figure, title, subtitle, height=figure.layout.height)
 
 
 @carries_code
@@ -94,16 +108,19 @@ def strip(images: Sequence[Image], labels: Sequence[str], *, title: str = "", su
     >>> len(figure.data), [label.text for label in figure.layout.annotations]
     (3, ['target', 'strength 0.5', 'source'])
 
-    images: PIL, of any sizes. labels: one per image; may hold <br>.
+    images: PIL images, of any sizes.
+    labels: one per image; may hold <br>.
+    title: title of the figure.
+    subtitle: the small print below it.
     """
     if not images or len(images) != len(labels):
         raise OpError(f"A strip takes one label per image, and got {len(images)} images and {len(labels)} labels.")
-    figure, cells = _cells([image.size for image in images], labels)
+    figure, cells = _make_cells([image.size for image in images], labels)
     for image, (row, column) in zip(images, cells, strict=True):
-        figure.add_trace(_image(image), row=row, col=column)
+        figure.add_trace(_draw_image(image), row=row, col=column)
     headed = bool(title or subtitle)
     figure.update_layout(margin={"t": 60 if headed else 8})
-    return titled(figure, title, subtitle, height=figure.layout.height - (0 if headed else 52))
+    return set_title(figure, title, subtitle, height=figure.layout.height - (0 if headed else 52))
 
 
 @carries_code
@@ -122,7 +139,11 @@ def sheet(
     >>> [label.text for label in figure.layout.annotations]
     ['block 0', 'block 1', 'step 0']
 
-    images: [row][column], PIL. rows, columns: their labels.
+    images: [row][column], PIL images.
+    rows: labels of the rows.
+    columns: labels of the columns.
+    title: title of the figure.
+    subtitle: the small print below it.
     """
     if not images or any(len(line) != len(columns) for line in images) or len(images) != len(rows):
         raise OpError(
@@ -131,9 +152,9 @@ def sheet(
         )
     labels = [column for _ in rows for column in columns]
     flat = [image for line in images for image in line]
-    figure, cells = _cells([image.size for image in flat], labels, len(columns))
+    figure, cells = _make_cells([image.size for image in flat], labels, len(columns))
     for image, (row, column) in zip(flat, cells, strict=True):
-        figure.add_trace(_image(image), row=row, col=column)
+        figure.add_trace(_draw_image(image), row=row, col=column)
     for number, label in enumerate(rows, start=1):
         domain = figure.get_subplot(number, 1).yaxis.domain
         figure.add_annotation(
@@ -150,13 +171,13 @@ def sheet(
             font={"size": 11},
         )
     figure.update_layout(margin={"l": 42})
-    return titled(figure, title, subtitle, height=figure.layout.height)
+    return set_title(figure, title, subtitle, height=figure.layout.height)
 
 
-def outline(mask: np.ndarray) -> tuple[list[float | None], list[float | None]]:
+def trace_outline(mask: np.ndarray) -> tuple[list[float | None], list[float | None]]:
     """The border of a mask as line segments x, y with None between them; pixel (0, 0) spans 0 to 1.
 
-    >>> outline(np.array([[True]]))
+    >>> trace_outline(np.array([[True]]))
     ([0, 1, None, 0, 1, None, 0, 0, None, 1, 1, None], [0, 0, None, 1, 1, None, 0, 1, None, 0, 1, None])
 
     mask: bool [H, W]. Neighbouring edges on one line are joined.
@@ -177,7 +198,7 @@ def outline(mask: np.ndarray) -> tuple[list[float | None], list[float | None]]:
     return x, y
 
 
-def _image(image: Image) -> go.Image:
+def _draw_image(image: Image) -> go.Image:
     """The image as a trace whose coordinates are the pixels of the original."""
     small = image.convert("RGB")
     scale = max(1.0, max(image.size) / _PIXELS)
@@ -187,10 +208,16 @@ def _image(image: Image) -> go.Image:
     return go.Image(source=data_url(small), x0=dx / 2, y0=dy / 2, dx=dx, dy=dy, zsmooth=False, hoverinfo="skip")
 
 
-def _layers(
+def _draw_layers(
     size: tuple[int, int], mask: np.ndarray, truth: np.ndarray | None, opacity: float
 ) -> list[go.Heatmap | go.Scatter]:
-    """The mask, its border and the border of the truth, in pixels of an image of ``size`` (W, H)."""
+    """The mask, its border and the border of the truth, in pixels of the image.
+
+    size: of the image, (W, H).
+    mask: bool [h, w].
+    truth: bool [H, W], or None.
+    opacity: opacity of the mask, 0 to 1.
+    """
     dx, dy = size[0] / mask.shape[1], size[1] / mask.shape[0]
     tokens = go.Heatmap(
         z=np.where(mask, 1.0, np.nan),
@@ -206,17 +233,24 @@ def _layers(
         customdata=np.moveaxis(np.indices(mask.shape), 0, -1),
         hovertemplate="token row %{customdata[0]}, column %{customdata[1]}<extra></extra>",
     )
-    layers = [tokens, _border(size, mask, "mask", {"color": MASK, "width": 2})]
+    layers = [tokens, _draw_border(size, mask, "mask", {"color": MASK, "width": 2})]
     if truth is not None:
         layers += [
-            _border(size, truth, "true subject", {"color": "black", "width": 2.5}),
-            _border(size, truth, "true subject", {"color": "white", "width": 1.5, "dash": "3px,3px"}),
+            _draw_border(size, truth, "true subject", {"color": "black", "width": 2.5}),
+            _draw_border(size, truth, "true subject", {"color": "white", "width": 1.5, "dash": "3px,3px"}),
         ]
     return layers
 
 
-def _border(size: tuple[int, int], mask: np.ndarray, name: str, line: dict[str, Any]) -> go.Scatter:
-    x, y = outline(mask)
+def _draw_border(size: tuple[int, int], mask: np.ndarray, name: str, line: dict[str, Any]) -> go.Scatter:
+    """The border of a mask, in pixels of the image.
+
+    size: of the image, (W, H).
+    mask: bool, of any shape.
+    name: name in the legend.
+    line: style of the line, as plotly takes it.
+    """
+    x, y = trace_outline(mask)
     dx, dy = size[0] / mask.shape[1], size[1] / mask.shape[0]
     return go.Scatter(
         x=[None if value is None else value * dx for value in x],
@@ -230,7 +264,7 @@ def _border(size: tuple[int, int], mask: np.ndarray, name: str, line: dict[str, 
     )
 
 
-def _cells(
+def _make_cells(
     sizes: Sequence[tuple[int, int]], labels: Sequence[str], columns: int | None = None
 ) -> tuple[go.Figure, list[tuple[int, int]]]:
     """Empty cells for images (W, H), wrapped into even rows, labels below; and the (row, column) of each."""
@@ -248,7 +282,7 @@ def _cells(
     for i in range(rows * columns):
         row, column = 1 + i // columns, 1 + i % columns
         if i < len(sizes):
-            _bare(figure, sizes[i], row=row, col=column)
+            _hide_axes(figure, sizes[i], row=row, col=column)
             axes = figure.get_subplot(row, column)
             figure.add_annotation(
                 text=labels[i],
@@ -269,7 +303,7 @@ def _cells(
     return figure, cells
 
 
-def _bare(figure: go.Figure, size: tuple[int, int], **cell: int) -> None:
+def _hide_axes(figure: go.Figure, size: tuple[int, int], **cell: int) -> None:
     """No axes, square pixels, row 0 on top."""
     x = figure.get_subplot(**cell).yaxis.anchor if cell else "x"
     figure.update_xaxes(visible=False, range=[0, size[0]], constrain="domain", **cell)
@@ -280,7 +314,7 @@ def _bare(figure: go.Figure, size: tuple[int, int], **cell: int) -> None:
         figure.update_layout(margin={"l": 8, "r": 8, "b": 34})
 
 
-def _iou(image: Image, mask: np.ndarray, truth: np.ndarray) -> float:
+def _measure_iou(image: Image, mask: np.ndarray, truth: np.ndarray) -> float:
     if truth.shape != (image.height, image.width):
         raise OpError(
             f"The truth has shape {truth.shape} and the image {image.height} x {image.width} pixels. "
@@ -289,7 +323,7 @@ def _iou(image: Image, mask: np.ndarray, truth: np.ndarray) -> float:
     return iou(upsample(mask, truth.shape), truth)
 
 
-def _mask(mask: Any, what: str) -> np.ndarray:
+def _check_mask(mask: Any, what: str) -> np.ndarray:
     array = np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask)
     if array.ndim != 2 or array.dtype != bool:
         raise OpError(f"{what} must be bool and two-dimensional, and is {array.dtype} {list(array.shape)}.")

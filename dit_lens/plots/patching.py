@@ -10,8 +10,8 @@ from plotly.subplots import make_subplots
 
 from dit_lens.errors import OpError
 from dit_lens.plots.code import carries_code
-from dit_lens.plots.tables import checked, floats, n_of
-from dit_lens.plots.theme import CI, INK, short, titled
+from dit_lens.plots.tables import check_summary, column_values, describe_n
+from dit_lens.plots.theme import CI, INK, set_title, shorten_site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,24 +40,28 @@ def patching_figure(summary: pd.DataFrame) -> go.Figure:
     >>> figure.data[0].z.tolist()
     [[0.9], [0.1]]
 
-    summary: of studies.patching; columns over, row, column, n, effect (with _low and _high), and attribution_run and
-    attribution_step where they were taken; says_source goes into the hover text. Every map has a colour scale of its
-    own, symmetric about 0, and its correlation with the patched one in its title. Blocks run downwards, as depth does.
+    Every map has a colour scale of its own, symmetric about 0, and its correlation with the patched one in its title.
+    Blocks run downwards, as depth does.
+
+    summary: of ``studies.patching``; columns over, row, column, n, effect (with _low and _high), and attribution_run
+      and attribution_step if they were measured; fidelity_source is shown on hovering.
     """
     places = ("row", "column", "over")
-    numbers = checked(summary.drop(columns=["row", "column", "over"], errors="ignore"), ("n", "effect", "effect_low"))
+    numbers = check_summary(
+        summary.drop(columns=["row", "column", "over"], errors="ignore"), ("n", "effect", "effect_low")
+    )
     if missing := [name for name in places if name not in summary]:
         raise OpError(f"The summary lacks {', '.join(missing)}. Pass the summary of studies.patching.")
     table = numbers.assign(**{name: summary[name] for name in places})
     over = str(table["over"].iloc[0])
     beside, cells = table[table["row"] == "subject"], table[table["row"] != "subject"]
     panels = [name for name in _PANELS if name in cells and cells[name].notna().any()]
-    titles = [_PANELS[name] + _correlation(cells, name) for name in panels]
+    titles = [_PANELS[name] + _describe_correlation(cells, name) for name in panels]
     gap = 0.05
     figure = make_subplots(1, len(panels), shared_yaxes=True, subplot_titles=titles, horizontal_spacing=gap)
     width = (1 - gap * (len(panels) - 1)) / len(panels)
     for i, name in enumerate(panels):
-        figure.add_trace(_map(cells, name, over, bar=(i * (width + gap) + width / 2, width)), row=1, col=i + 1)
+        figure.add_trace(_draw_map(cells, name, over, bar=(i * (width + gap) + width / 2, width)), row=1, col=i + 1)
     down, along = _AXES.get(over, ("row", "column"))
     rows = list(dict.fromkeys(cells["row"]))
     figure.update_xaxes(title=along, type="category", showgrid=False, showline=False, nticks=16)
@@ -65,21 +69,27 @@ def patching_figure(summary: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(
         title=down,
         tickvals=rows[:: max(1, len(rows) // 30)],
-        ticktext=[short(row) for row in rows][:: max(1, len(rows) // 30)],
+        ticktext=[shorten_site(row) for row in rows][:: max(1, len(rows) // 30)],
         showticklabels=True,
         row=1,
         col=1,
     )
     figure.update_annotations(font={"size": 12, "color": INK})
-    told = [f"{line.column} the subject {line.effect:.2f}" for line in beside.itertuples()]
-    small = "; ".join(["effect: 0 is the untouched target, 1 the source", *told, n_of(cells), CI])
+    notes = [f"{line.column} the subject {line.effect:.2f}" for line in beside.itertuples()]
+    small = "; ".join(["effect: 0 is the untouched target, 1 the source", *notes, describe_n(cells), CI])
     height = int(np.clip(24 * len(rows), 160, 560)) + 210
-    titled(figure, f"Patches from source to target, {over}", small, height=height)
+    set_title(figure, f"Patches from source to target, {over}", small, height=height)
     return figure.update_layout(margin={"t": 88, "b": 100})
 
 
-def _map(cells: pd.DataFrame, name: str, over: str, bar: tuple[float, float]) -> go.Heatmap:
-    """One panel. bar: the middle and the width of its colour bar, in parts of the figure."""
+def _draw_map(cells: pd.DataFrame, name: str, over: str, bar: tuple[float, float]) -> go.Heatmap:
+    """One panel.
+
+    cells: rows of the summary that are cells of the map.
+    name: column to draw.
+    over: what a cell of the map swaps.
+    bar: middle and width of the colour bar, as shares of the figure.
+    """
     grid = {
         column: cells.pivot(index="row", columns="column", values=column)
         for column in (name, *_FACTS)
@@ -112,16 +122,16 @@ def _map(cells: pd.DataFrame, name: str, over: str, bar: tuple[float, float]) ->
         },
         hovertemplate=f"{down} %{{y}}, {along} %{{x}}<br>{_PANELS[name]}: %{{z:.3f}}"
         "<br>patched %{customdata[1]:.3f} (%{customdata[2]:.3f} to %{customdata[3]:.3f}), n = %{customdata[0]:.0f}"
-        "<br>says the source %{customdata[4]:.0%}<extra></extra>",
+        "<br>shows the source's prompt %{customdata[4]:.0%}<extra></extra>",
     )
 
 
-_FACTS = ("n", "effect", "effect_low", "effect_high", "says_source")
+_FACTS = ("n", "effect", "effect_low", "effect_high", "fidelity_source")
 
 
-def _correlation(cells: pd.DataFrame, name: str) -> str:
+def _describe_correlation(cells: pd.DataFrame, name: str) -> str:
     """How the mean map of an attribution correlates with the patched one."""
     if name == "effect" or len(cells) < 2:
         return ""
-    found = np.corrcoef(floats(cells, "effect"), floats(cells, name))[0, 1]
+    found = np.corrcoef(column_values(cells, "effect"), column_values(cells, name))[0, 1]
     return "" if np.isnan(found) else f" (r = {found:.2f})"

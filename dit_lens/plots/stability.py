@@ -8,8 +8,8 @@ from plotly.subplots import make_subplots
 
 from dit_lens.errors import OpError
 from dit_lens.plots.code import carries_code
-from dit_lens.plots.tables import checked, errors
-from dit_lens.plots.theme import CI, INK, MASSIVE, Look, short, titled
+from dit_lens.plots.tables import check_summary, error_bars
+from dit_lens.plots.theme import CI, INK, MASSIVE, Look, set_title, shorten_site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,27 +38,27 @@ def stability_figure(summary: pd.DataFrame) -> go.Figure:
     >>> [trace.name for trace in figure.data]
     ['other prompts', 'chance', 'running aggregate']
 
-    summary: of studies.stability; columns over, site, a, b, n, jaccard (0 to 1), chance, and intervals where known.
+    summary: of ``studies.stability``; columns over, site, a, b, n, jaccard (0 to 1), chance, and intervals if known.
     """
     words = [name for name in _TEXT if name in summary]
-    numbers = checked(summary.assign(**dict.fromkeys(words, 0.0)), (*_TEXT, "n", "jaccard", "chance"))
+    numbers = check_summary(summary.assign(**dict.fromkeys(words, 0.0)), (*_TEXT, "n", "jaccard", "chance"))
     table = numbers.assign(**summary[words])
     if not table["over"].isin([*_LINES, "running"]).any():
         raise OpError("The summary compares no sets: the study had one prompt, seed, step, site and score.")
     titles = ("by site", "of the set over the first prompts with the set before", "of two steps", "of two sites")
     figure = make_subplots(2, 2, vertical_spacing=0.2, horizontal_spacing=0.14, subplot_titles=titles)
     figure.update_annotations(font={"size": 12, "color": INK})
-    _curves(figure, table)
-    _running(figure, table[table["over"] == "running"])
+    _draw_curves(figure, table)
+    _draw_running(figure, table[table["over"] == "running"])
     for column, over in ((1, "step x step"), (2, "site x site")):
-        _matrix(figure, table[table["over"] == over], column)
+        _draw_matrix(figure, table[table["over"] == over], column)
     for column in (1, 2):
         figure.update_yaxes(title="Jaccard overlap (0 to 1)", range=[0, 1.05], row=1, col=column)
-    titled(figure, "How stable are the massive channels?", f"Jaccard overlap of their sets; {CI}", height=720)
+    set_title(figure, "How stable are the massive channels?", f"Jaccard overlap of their sets; {CI}", height=720)
     return figure.update_layout(margin={"t": 88})
 
 
-def _curves(figure: go.Figure, table: pd.DataFrame) -> None:
+def _draw_curves(figure: go.Figure, table: pd.DataFrame) -> None:
     sites = list(dict.fromkeys(table["site"].dropna()))
     for over, look in _LINES.items():
         for other, rows in table[table["over"] == over].groupby("b", dropna=False, sort=False):
@@ -66,7 +66,7 @@ def _curves(figure: go.Figure, table: pd.DataFrame) -> None:
             figure.add_scatter(
                 x=[sites.index(site) for site in rows["site"]],
                 y=rows["jaccard"].to_numpy(),
-                error_y=errors(rows, "jaccard", look),
+                error_y=error_bars(rows, "jaccard", look),
                 name=name,
                 mode="lines+markers",
                 line={"color": look.colour, "width": 2},
@@ -89,10 +89,10 @@ def _curves(figure: go.Figure, table: pd.DataFrame) -> None:
         )
     every = max(1, -(-len(sites) // 16))
     ticks = list(range(0, len(sites), every))
-    figure.update_xaxes(title="block", tickvals=ticks, ticktext=[short(sites[i]) for i in ticks], row=1, col=1)
+    figure.update_xaxes(title="block", tickvals=ticks, ticktext=[shorten_site(sites[i]) for i in ticks], row=1, col=1)
 
 
-def _running(figure: go.Figure, rows: pd.DataFrame) -> None:
+def _draw_running(figure: go.Figure, rows: pd.DataFrame) -> None:
     rows = rows.assign(a=rows["a"].astype(float)).sort_values("a")
     figure.add_scatter(
         x=rows["a"].to_numpy(),
@@ -107,14 +107,14 @@ def _running(figure: go.Figure, rows: pd.DataFrame) -> None:
     figure.update_xaxes(title="prompts", row=1, col=2)
 
 
-def _matrix(figure: go.Figure, rows: pd.DataFrame, column: int) -> None:
+def _draw_matrix(figure: go.Figure, rows: pd.DataFrame, column: int) -> None:
     what = "step" if column == 1 else "block"
     figure.update_xaxes(title=what, type="category", row=2, col=column)
     figure.update_yaxes(title=what, type="category", autorange="reversed", row=2, col=column)
     if rows.empty:
         return
     names = list(dict.fromkeys(rows["a"]))
-    labels = [short(name) for name in names]
+    labels = [shorten_site(name) for name in names]
     figure.add_heatmap(
         z=rows["jaccard"].to_numpy().reshape(len(names), len(names)),
         x=labels,

@@ -10,14 +10,14 @@ from plotly.subplots import make_subplots
 
 from dit_lens.errors import OpError, nearest
 from dit_lens.plots.code import carries_code
-from dit_lens.plots.tables import errors, floats, n_of
-from dit_lens.plots.theme import CI, Look, looks, titled
+from dit_lens.plots.tables import column_values, describe_n, error_bars
+from dit_lens.plots.theme import CI, Look, looks, set_title
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-NOTHING = ("no-op", "untouched")  # arms that edit nothing are no line
+NOTHING = ("no-op", "untouched")  # arms that edit nothing are not drawn
 PANELS = 12
 
 
@@ -31,14 +31,16 @@ def sweep_figure(summary: pd.DataFrame, over: Sequence[str], measure: str | None
     >>> [(line.name, line.y.tolist()) for line in figure.data]
     [('top (massive)', [9.0, 5.0]), ('top (massive)', [12.0, 8.0])]
 
-    summary: of a sweep; what a study tells apart itself (columns before n, such as its blocks) adds to the panels.
-    over: the swept arguments. measure: the column to draw; by default the first that has an interval.
-    Raises OpError for a measure the summary lacks, and for more than 12 panels.
+    Raises OpError for a measure that the summary lacks, and for more than 12 panels.
+
+    summary: of a sweep; further columns before n, such as the blocks of a study, add to the panels.
+    over: the swept arguments.
+    measure: column to draw; by default the first that has an interval.
     """
-    table, measure = _table(summary, measure)
+    table, measure = _prepare(summary, measure)
     x, *others = dict.fromkeys([*over, *(name for name in table.columns[: list(table).index("n")] if name != "arm")])
     facets = [name for name in others if table[name].nunique() > 1]
-    panels = _panels(table, facets)
+    panels = _split_panels(table, facets)
     if len(panels) > PANELS:
         sizes = ", ".join(f"{name} ({table[name].nunique()})" for name in facets)
         raise OpError(
@@ -51,17 +53,17 @@ def sweep_figure(summary: pd.DataFrame, over: Sequence[str], measure: str | None
     values = list(dict.fromkeys(table[x]))
     for number, rows in enumerate(panels.values()):
         place = {"row": number // across + 1, "col": number % across + 1, "showlegend": number == 0}
-        _panel(figure, rows, looks(table["arm"]), x, values, measure, place)
+        _draw_panel(figure, rows, looks(table["arm"]), x, values, measure, place)
     figure.update_xaxes(
         tickvals=list(range(len(values))), ticktext=[str(value) for value in values], range=[-0.4, len(values) - 0.6]
     )
     figure.update_xaxes(title=x, row=down).update_yaxes(title=measure, col=1)
     figure.update_layout(margin={"t": 90})  # titles of panels stand below the figure's own
-    return titled(figure, f"{measure} over {x}", f"{n_of(table)}; {CI}", height=220 + 240 * down)
+    return set_title(figure, f"{measure} over {x}", f"{describe_n(table)}; {CI}", height=220 + 240 * down)
 
 
-def _panels(table: pd.DataFrame, facets: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """The lines of every combination of values, under a title."""
+def _split_panels(table: pd.DataFrame, facets: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """The rows of every combination of values: title -> rows."""
     if not facets:
         return {"": table}
     titles = [
@@ -70,7 +72,7 @@ def _panels(table: pd.DataFrame, facets: Sequence[str]) -> dict[str, pd.DataFram
     return {str(title): rows for title, rows in table.groupby(titles, sort=False)}
 
 
-def _panel(
+def _draw_panel(
     figure: go.Figure,
     rows: pd.DataFrame,
     drawn: dict[str, Look],
@@ -79,7 +81,16 @@ def _panel(
     measure: str,
     place: dict[str, Any],
 ) -> None:
-    """One line per arm, side by side where they would hide each other."""
+    """Draws one line per arm, side by side if they would hide each other.
+
+    figure: gets the lines.
+    rows: rows of the panel.
+    drawn: arm -> look.
+    x: the argument on the horizontal axis.
+    values: its values, in order.
+    measure: column to draw.
+    place: row and column of the panel, as keywords of plotly.
+    """
     for i, (arm, look) in enumerate(drawn.items()):
         line = rows[rows["arm"] == arm]
         figure.add_scatter(
@@ -90,15 +101,15 @@ def _panel(
             mode="lines+markers",
             line={"color": look.colour, "width": 2},
             marker={"symbol": look.symbol, "size": 7, "color": look.colour},
-            error_y=errors(line, measure, look),
-            customdata=_facts(line, x, measure),
-            hovertemplate=_hover(look, x, measure),
+            error_y=error_bars(line, measure, look),
+            customdata=_hover_data(line, x, measure),
+            hovertemplate=_hover_text(look, x, measure),
             **place,
         )
 
 
-def _table(summary: pd.DataFrame, asked: str | None) -> tuple[pd.DataFrame, str]:
-    """What is drawn, with the bounds of the measure under its name; and which measure it is."""
+def _prepare(summary: pd.DataFrame, asked: str | None) -> tuple[pd.DataFrame, str]:
+    """The rows to draw, with the bounds of the measure named after it; and the name of the measure."""
     columns = list(summary)
     if "low" in columns:  # of the column before it
         main = columns[columns.index("low") - 1]
@@ -113,12 +124,12 @@ def _table(summary: pd.DataFrame, asked: str | None) -> tuple[pd.DataFrame, str]
     return table.assign(**{measure: table[measure].astype(float)}), measure
 
 
-def _facts(line: pd.DataFrame, x: str, measure: str) -> np.ndarray:
-    bounds = [floats(line, name) for name in ("n", f"{measure}_low", f"{measure}_high")]
+def _hover_data(line: pd.DataFrame, x: str, measure: str) -> np.ndarray:
+    bounds = [column_values(line, name) for name in ("n", f"{measure}_low", f"{measure}_high")]
     return np.stack([line[x].astype(str).to_numpy(object), *bounds], axis=1)
 
 
-def _hover(look: Look, x: str, measure: str) -> str:
+def _hover_text(look: Look, x: str, measure: str) -> str:
     return (
         f"{look.name}, {x} %{{customdata[0]}}, n = %{{customdata[1]:.0f}}<br>{measure} %{{y:.3g}} "
         "(%{customdata[2]:.3g} to %{customdata[3]:.3g})<extra></extra>"

@@ -1,6 +1,6 @@
 """What the figures of studies share: summaries checked, intervals as error bars, n in words.
 
-``summary`` is a study's ``result.summary``; where an interval is NaN (a single sample) none is drawn.
+``summary`` is a study's ``result.summary``; an interval that is NaN (of a single sample) is not drawn.
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def errors(rows: pd.DataFrame, column: str, look: Look) -> dict[str, Any] | None:
-    """Error bars for a column with bounds; none at all where every bound is missing."""
-    mean, low, high = (floats(rows, name) for name in (column, f"{column}_low", f"{column}_high"))
+def error_bars(rows: pd.DataFrame, column: str, look: Look) -> dict[str, Any] | None:
+    """The error bars of a column with bounds; None if every bound is missing.
+
+    rows: rows of a summary.
+    column: the column; its bounds are ``column_low`` and ``column_high``.
+    look: look of the arm, for the colour.
+    """
+    mean, low, high = (column_values(rows, name) for name in (column, f"{column}_low", f"{column}_high"))
     if not np.isfinite(high - low).any():
         return None
     return {
@@ -33,13 +38,17 @@ def errors(rows: pd.DataFrame, column: str, look: Look) -> dict[str, Any] | None
     }
 
 
-def floats(rows: pd.DataFrame, name: str) -> np.ndarray:
-    """A column as float64, NaN where the summary lacks it."""
+def column_values(rows: pd.DataFrame, name: str) -> np.ndarray:
+    """A column as float64; NaN if the summary lacks it."""
     return rows[name].to_numpy(float) if name in rows else np.full(len(rows), np.nan)
 
 
-def checked(summary: pd.DataFrame, needed: Sequence[str]) -> pd.DataFrame:
-    """A copy with numbers as floats (a loaded result has None for NaN), after checking that the columns are there."""
+def check_summary(summary: pd.DataFrame, needed: Sequence[str]) -> pd.DataFrame:
+    """A copy of a summary with numbers as floats (a loaded result has None for NaN); OpError if columns are missing.
+
+    summary: summary of a study.
+    needed: columns that the figure needs.
+    """
     if missing := [name for name in needed if name not in summary]:
         raise OpError(
             f"The summary lacks {', '.join(missing)}; it has {', '.join(map(str, summary.columns))}. "
@@ -51,7 +60,7 @@ def checked(summary: pd.DataFrame, needed: Sequence[str]) -> pd.DataFrame:
     return summary.assign(**{name: summary[name].astype(float) for name in summary if name not in text})
 
 
-def n_of(table: pd.DataFrame) -> str:
+def describe_n(table: pd.DataFrame) -> str:
     """How many measurements a point stands for, in words."""
     low, high = int(table["n"].min()), int(table["n"].max())
     return f"n = {low} per point" if low == high else f"n = {low} to {high} per point"

@@ -1,7 +1,7 @@
-"""The one look of all figures: template, colours and names of the arms, labels that keep out of each other's way.
+"""The one look of all figures: template, colours and names of the arms, labels that do not overlap.
 
-Colours are those of Okabe & Ito, which colour-blind readers tell apart. Text and lines that carry no meaning are greys
-of equal contrast on white and on near-black, so one figure serves light and dark pages.
+Colours are those of Okabe & Ito, which colour-blind readers can distinguish. Text and lines that carry no meaning are
+greys of equal contrast on white and on near-black, so one figure serves light and dark pages.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ CI = "CI: 95 % bootstrap"
 
 
 class Look(NamedTuple):
-    """How an arm appears: its name in legends, its colour, and its marker for readers who see no colour.
+    """How an arm appears.
 
-    The name begins with the arm's name in tables.
+    name: name in legends; it begins with the arm's name in tables.
+    colour: colour, as hex.
+    symbol: marker, for readers who see no colour.
     """
 
     name: str
@@ -125,37 +127,47 @@ def looks(arms: Iterable[str]) -> dict[str, Look]:
     return {arm: look for arm, look in ARMS.items() if arm in found} | spare
 
 
-def titled(figure: go.Figure, title: str, subtitle: str = "", *, height: int = 360) -> go.Figure:
-    """The same figure with the template, a title, a line of small print and a height; the width is the page's.
+def set_title(figure: go.Figure, title: str, subtitle: str = "", *, height: int = 360) -> go.Figure:
+    """Gives a figure the template, a title, a line of small print and a height, and returns it.
 
-    >>> titled(go.Figure(), "Scores", "n = 3").layout.title.subtitle.text
+    >>> set_title(go.Figure(), "Scores", "n = 3").layout.title.subtitle.text
     'n = 3'
+
+    figure: the figure; its width is the page's.
+    title: title.
+    subtitle: the small print below it.
+    height: height in pixels.
     """
     return figure.update_layout(
         template=TEMPLATE, height=height, title={"text": f"<b>{title}</b>", "subtitle": {"text": subtitle}}
     )
 
 
-def faded(colour: str, opacity: float) -> str:
-    """A hex colour with an opacity, for areas.
+def fade(colour: str, opacity: float) -> str:
+    """A hex colour with an opacity (0 to 1), for areas.
 
-    >>> faded("#0072B2", 0.2)
+    >>> fade("#0072B2", 0.2)
     'rgba(0, 114, 178, 0.2)'
     """
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, {opacity:g})"
 
 
-def placed(
+def place_labels(
     points: Sequence[tuple[float, float]], widths: Sequence[float], *, stems: bool = False, levels: int = 5
 ) -> list[tuple[float, float] | None]:
-    """Where labels go so that none covers another: the offset of each from its point, right and up; None: no room.
+    """Finds places for labels so that none covers another: the offset of each from its point, right and up, or None.
 
-    >>> placed([(0, 0), (5, 0), (50, 0)], widths=[20, 20, 20])
+    >>> place_labels([(0, 0), (5, 0), (50, 0)], widths=[20, 20, 20])
     [(0, 13), (0, 26), (0, 13)]
 
-    points: (x, y) in pixels, y upwards, the most important first. widths: of the labels, in pixels. stems: points stand
-    on lines from below, which labels must not cross either; they may then go beside their point. levels: lines to try.
+    A label for which there is no room has None.
+
+    points: (x, y) in pixels, y upwards, the most important first.
+    widths: widths of the labels, in pixels.
+    stems: whether points stand on lines from below, which labels must not cross either; they may then stand beside
+      their point.
+    levels: number of heights to try.
     """
     boxes = [(x - 1, x + 1, -math.inf, y + 4) for x, y in points] if stems else []
     found: list[tuple[float, float] | None] = []
@@ -174,14 +186,14 @@ def placed(
 
 
 def label_width(text: str) -> float:
-    """About how wide a label of 11 pixel type is, in pixels, with a little room."""
+    """The approximate width of a label of 11 pixel type, in pixels, with a little room."""
     return 6.6 * len(text) + 4
 
 
-def short(site: object) -> str:
-    """The block number of a site's name, where that says it all.
+def shorten_site(site: object) -> str:
+    """The block number of a site, if that identifies it; else its name.
 
-    >>> short("blocks.3.img"), short("final.img"), short(3)
+    >>> shorten_site("blocks.3.img"), shorten_site("final.img"), shorten_site(3)
     ('3', 'final.img', '3')
     """
     parts = str(site).split(".")
