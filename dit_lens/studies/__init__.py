@@ -1,34 +1,32 @@
-"""Studies: experiments on a lens whose results are data. Controls run by default, on the same seeds."""
+"""Studies: experiments on a lens whose results are data. Controls run by default, on the same seeds.
 
-from dit_lens.studies.births import births
+A study is one file here that registers itself; its line below makes it public.
+"""
+
+from typing import Any
+
+from dit_lens.old_names import warn_of_old_name
 from dit_lens.studies.carrier_or_detail import carrier_or_detail
 from dit_lens.studies.disruption import disruption
 from dit_lens.studies.organisation import organisation
 from dit_lens.studies.parts.evidence import Thresholds
 from dit_lens.studies.patching import patching
+from dit_lens.studies.shared.keys import ImageKey
+from dit_lens.studies.shared.registry import find_study, study_names
 from dit_lens.studies.shared.result import Result
 from dit_lens.studies.stability import stability
 from dit_lens.studies.sweep import sweep
 from dit_lens.studies.transfer import transfer
 from dit_lens.studies.transfer_image import transfer_image
+from dit_lens.studies.write_attribution import write_attribution
 
-STUDIES = (
-    "births",
-    "carrier_or_detail",
-    "disruption",
-    "organisation",
-    "patching",
-    "stability",
-    "sweep",
-    "transfer",
-    "transfer_image",
-)
+STUDIES = study_names()
 
 __all__ = [
     "STUDIES",
+    "ImageKey",
     "Result",
     "Thresholds",
-    "births",
     "carrier_or_detail",
     "disruption",
     "organisation",
@@ -37,4 +35,14 @@ __all__ = [
     "sweep",
     "transfer",
     "transfer_image",
+    "write_attribution",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A study under its name of an earlier release."""
+    record = find_study(name)
+    if record is None:
+        raise AttributeError(f"module 'dit_lens.studies' has no attribute {name!r}")
+    warn_of_old_name(f"dit_lens.studies.{name}", f"dit_lens.studies.{record.name}", stacklevel=3)
+    return record.function

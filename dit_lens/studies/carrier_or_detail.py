@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,29 +13,31 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dit_lens.analysis.channels import ChannelSet, top_channels
+from dit_lens.analysis.channels import ChannelSet
 from dit_lens.analysis.metrics import rmse
 from dit_lens.core.request.ops import Apply, Op, Read, Swap, TokenMean, Zero
 from dit_lens.errors import OpError, PromptError
+from dit_lens.plots import carrier_or_detail_figure
 from dit_lens.studies.parts.evidence import (
     PARTS,
     Thresholds,
-    decoding_evidence,
-    edit_evidence,
-    variance_evidence,
-    verdict,
+    decide_verdict,
+    weigh_decoding,
+    weigh_edits,
+    weigh_variance,
 )
-from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_k, share_of_width
-from dit_lens.studies.shared.arms import Arm, control_arms, kept_scores, score_ops
+from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_k, describe_k
+from dit_lens.studies.shared.arms import Arm, add_controls, average_scores, make_score_reads, select_common_channels
+from dit_lens.studies.shared.batches import PromptBatch, make_batches
 from dit_lens.studies.shared.cells import Cell
-from dit_lens.studies.shared.checkpoints import Cells
-from dit_lens.studies.shared.drawing import Batch, batches
-from dit_lens.studies.shared.judges import Judge, judge_for, judged, scene_judge
+from dit_lens.studies.shared.checkpoints import StudyCheckpoints
+from dit_lens.studies.shared.judges import Judge, ask_judge, choose_judge, scene_judge
+from dit_lens.studies.shared.keys import ImageKey
+from dit_lens.studies.shared.registry import study
 from dit_lens.studies.shared.result import Result
+from dit_lens.toys.scenes import Scene
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from dit_lens.core.request.ops import Pattern
     from dit_lens.lens import DiTLens
 
@@ -45,6 +47,41 @@ PROBED_BLOCKS, PROBED_STEPS = 4, 4
 COLUMNS = ["measure", "part", "value", "value_low", "value_high", "control", "strongest control", "says", "n"]
 
 
+def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
+    """The evidence of the cells so far, and the verdict."""
+    thresholds = Thresholds(**settings["thresholds"])
+    table = pd.DataFrame([line for cell in cells for line in cell.lines])
+    evidence: list[dict[str, Any]] = []
+    for measure in ("ablation", "transport"):
+        lines = table[table["measure"] == measure]
+        if len(lines):
+            evidence += [{"measure": measure, **one} for one in weigh_edits(lines, "effect", thresholds)]
+    evidence += _weigh_information(settings, cells, thresholds)
+    summary = pd.DataFrame(evidence, columns=COLUMNS)
+    ablated = table[(table["measure"] == "ablation") & (table["arm"] == "top")]
+    changes = ablated.groupby("part")["rmse"].mean().to_dict() if len(ablated) else {}
+    found = decide_verdict(summary, changes, thresholds)
+    rows = pd.DataFrame([{"measure": "verdict", "part": part, "says": says} for part, says in found.items()])
+    notes = [
+        f"verdict: {found['overall']} (mean: {found['mean']}, residual: {found['residual']})",
+        (
+            f"rules: carrier from {thresholds.carrier:g} and above every control, detail up to {thresholds.detail:g}, "
+            f"of edits that change the image by rmse {thresholds.change:g} or more"
+        ),
+        describe_k(settings["k"], settings["width"]),
+    ]
+    if len(settings["seeds"]) == 1:
+        notes.append("variance was not measured: of one seed all that varies depends on the prompt")
+    images = {name: image for cell in cells for name, image in cell.images.items()}
+    summary = pd.concat([summary, rows], ignore_index=True)
+    return Result("carrier_or_detail", table, summary, dict(settings), images, notes=notes)
+
+
+@study(
+    question="Carrier or detail knob?",
+    assemble=assemble,
+    figure=carrier_or_detail_figure,
+)
 def carrier_or_detail(
     lens: DiTLens,
     prompts: str | Sequence[str],
@@ -86,16 +123,29 @@ def carrier_or_detail(
     evidence, the rows "verdict" last: carrier, detail, both or undecided, by rules fixed beforehand (``thresholds``;
     dit_lens.studies.parts.evidence). Decoding needs prompts that share attributes; without them its lines are missing.
 
-    judge: ``fn(image, prompt)`` with a "fidelity" in [0, 1]; attributes: ``fn(prompt) -> {attribute: value}``; toys
-    know both. Two prompts at least in every batch. Sources: arXiv 2605.13974, 2510.11538, 2607.02968.
+    lens: lens on the model.
+    prompts: two prompts or more, at least two in every batch.
+    k: number of channels per site.
+    seeds: seeds of the noise; every prompt is run with each.
+    draws: number of random controls.
+    score: reduction by which channels are ranked.
+    site: sites whose channels are edited.
+    thresholds: what counts as evidence.
+    judge: function (image, prompt) -> {"fidelity": number in [0, 1], ...}; toys have one.
+    attributes: function prompt -> {attribute: value}; toys have one.
+    batch_size: number of prompts that run together; all by default.
+    out: folder for finished cells, from which the same call continues.
+    call: other arguments of the pipeline.
+
+    Sources: arXiv 2605.13974, 2510.11538, 2607.02968.
     """
     prompts, seeds = as_prompts(prompts), as_seeds(seeds)
     check_k(lens, site, [k])
-    parts = batches(prompts, seeds, batch_size)
-    judge = _checked(judge_for(lens, prompts, judge), parts)
-    of_prompts = [_attributes_of(prompt, attributes, judge) for prompt in prompts]
-    steps = _spread(range(lens.planned(prompts[0], **call)[0].steps), PROBED_STEPS)
-    places = _spread(lens.sites(site), PROBED_BLOCKS)
+    batches = make_batches(prompts, seeds, batch_size)
+    judge = _check_judge(choose_judge(lens, prompts, judge), batches)
+    attributes_of = [_read_attributes(prompt, attributes, judge) for prompt in prompts]
+    steps = _space_evenly(range(lens.outline(prompts[0], **call).steps), PROBED_STEPS)
+    sites = _space_evenly(lens.sites(site), PROBED_BLOCKS)
     settings = {
         "prompts": prompts,
         "k": k,
@@ -105,35 +155,35 @@ def carrier_or_detail(
         "site": site,
         "thresholds": asdict(thresholds),
         "judge": judge,
-        "attributes": of_prompts,
+        "attributes": attributes_of,
         "batch_size": batch_size,
         "call": call,
         "width": lens.anatomy.width,
-        "probed": {"steps": steps, "sites": places},
+        "probed": {"steps": steps, "sites": sites},
     }
-    arms = 6 + draws
-    with Cells("carrier_or_detail", settings, lens=lens, total=len(parts) * (2 * arms), out=out) as cells:
-        look = partial(_clean, lens, site=site, score=score, judge=judge, call=call)
-        clean = [cells.get(f"{part.key}/clean", partial(look, part)) for part in parts]
-        edits = _edits(control_arms([_aggregate(clean, k, score)], draws, 0))
-        for part, cell in zip(parts, clean, strict=True):
-            cells.get(f"{part.key}/values", partial(_values, lens, part, edits, steps, places, call))
-            for arm, kept in edits:
-                ablate = partial(_ablation, lens, part, cell, arm, kept, site, judge, call)
-                cells.get(f"{part.key}/ablation/{arm.name}/{kept}/{arm.draw}", ablate)
-                move = partial(_transport, lens, part, cell, arm, kept, site, judge, call)
-                cells.get(f"{part.key}/transport/{arm.name}/{kept}/{arm.draw}", move)
+    edit = EditStudy(lens=lens, site=site, score=score, judge=judge, call=call)
+    total = len(batches) * 2 * (6 + draws)
+    with StudyCheckpoints("carrier_or_detail", settings, lens=lens, total=total, out=out) as cells:
+        clean = [cells.get(f"{batch.key}/clean", partial(edit.run_clean, batch)) for batch in batches]
+        common = select_common_channels([cell.arrays for cell in clean], k, score)
+        edits = _list_edits(add_controls([common], draws, 0))
+        for batch, cell in zip(batches, clean, strict=True):
+            cells.get(f"{batch.key}/values", partial(edit.read_values, batch, edits, steps, sites))
+            for arm, part in edits:
+                name = f"{arm.name}/{part}/{arm.draw}"
+                cells.get(f"{batch.key}/ablation/{name}", partial(edit.ablate, batch, cell, arm, part))
+                cells.get(f"{batch.key}/transport/{name}", partial(edit.transport, batch, cell, arm, part))
         return cells.result()
 
 
-def _checked(judge: Judge | None, parts: Sequence[Batch]) -> Judge:
-    """The judge, where there is one, and another prompt to move channels from in every batch."""
+def _check_judge(judge: Judge | None, batches: Sequence[PromptBatch]) -> Judge:
+    """The judge, if there is one, and another prompt to move channels from in every batch."""
     if judge is None:
         raise OpError(
             "whether an image still shows its prompt must be judged: pass judge=, a function of image and prompt "
             'that returns {"fidelity": number from 0 to 1}.'
         )
-    if any(len(part.prompts) < 2 for part in parts):
+    if any(len(batch.prompts) < 2 for batch in batches):
         raise PromptError(
             "channels are moved between prompts of one batch, and one batch has a single prompt. Pass more prompts, or "
             "another batch_size."
@@ -141,177 +191,136 @@ def _checked(judge: Judge | None, parts: Sequence[Batch]) -> Judge:
     return judge
 
 
-def _attributes_of(prompt: str, attributes: Attributes | None, judge: Judge | None) -> dict[str, str]:
-    """What a prompt asks for, by attribute; nothing where nobody knows."""
-    from dit_lens.toys.scenes import Scene
-
+def _read_attributes(prompt: str, attributes: Attributes | None, judge: Judge | None) -> dict[str, str]:
+    """What a prompt asks for, by attribute; empty if nothing says so."""
     if attributes is not None:
         return dict(attributes(prompt))
-    return dict(vars(Scene.parse(prompt))) if judge is scene_judge else {}
+    return asdict(Scene.parse(prompt)) if judge is scene_judge else {}
 
 
-def _spread(items: Sequence[Any], n: int) -> list[Any]:
+def _space_evenly(items: Sequence[Any], n: int) -> list[Any]:
     """At most n of them, evenly spaced, the last included."""
     return [items[i] for i in sorted({round((j + 1) * len(items) / n) - 1 for j in range(n)} - {-1})]
 
 
-def _clean(lens: DiTLens, part: Batch, *, site: Pattern, score: str, judge: Judge, call: Mapping[str, Any]) -> Cell:
-    run = lens.run(part.prompts, score_ops(site, score), seed=part.seed, **call)
-    cell = Cell(arrays={**kept_scores(run), "grid": np.array(run.grid)})
-    for row, prompt, image in zip(part.rows, part.prompts, run.images, strict=True):
-        cell.images[f"{row}/{part.seed}/untouched"] = image
-        cell.lines.append(
-            _line("untouched", Arm("untouched", 0), "whole", prompt, part.seed, judged(judge, image, prompt))
-        )
-    return cell
-
-
-def _aggregate(clean: Sequence[Cell], k: int, score: str) -> ChannelSet:
-    """The top k of the scores averaged over everything the study draws."""
-    sums: dict[str, dict[str, list[np.ndarray]]] = {"score": {}, "energy": {}}
-    for cell in clean:
-        for key, value in cell.arrays.items():
-            if key != "grid":
-                _, name, site = key.split("/", 2)
-                sums[name].setdefault(site, []).append(value)
-    scores, energy = (
-        {site: torch.from_numpy(np.mean(found, 0)) for site, found in sums[name].items()}
-        for name in ("score", "energy")
-    )
-    return top_channels(scores, energy, k, score)
-
-
-def _edits(arms: Sequence[Arm]) -> list[tuple[Arm, str]]:
-    """The arm and the part that each edit concerns: the massive channels in all parts, their controls as wholes."""
+def _list_edits(arms: Sequence[Arm]) -> list[tuple[Arm, str]]:
+    """The arm and the part of each edit: the massive channels in all parts, their controls as wholes."""
     return [(arm, part) for arm in arms for part in (PARTS if arm.name == "top" else PARTS[:1])]
 
 
-def _values(
-    lens: DiTLens,
-    part: Batch,
-    edits: Sequence[tuple[Arm, str]],
-    steps: Sequence[int],
-    places: Sequence[str],
-    call: Mapping[str, Any],
-) -> Cell:
-    """The channels of every arm at the probed sites and steps, [s, b, n, k]."""
-    arms = {arm.name: arm.sets[0].restrict(places) for arm, kept in edits if kept == "whole" and arm.draw == 0}
-    reads = [Read(list(places), channels=one, steps=steps, name=name) for name, one in arms.items()]
-    run = lens.run(part.prompts, reads, seed=part.seed, **call)
-    found = {f"{name}/{site}": value.float().numpy() for name in arms for site, value in run[name].items()}
-    return Cell(arrays=found)
+@dataclass(frozen=True, kw_only=True)
+class EditStudy:
+    """What every cell of one study shares.
+
+    lens: lens on the model.
+    site: sites whose channels are edited.
+    score: reduction by which channels are ranked.
+    judge: what says how far an image shows a prompt.
+    call: other arguments of the pipeline.
+    """
+
+    lens: DiTLens
+    site: Pattern
+    score: str
+    judge: Judge
+    call: Mapping[str, Any]
+
+    def run_clean(self, batch: PromptBatch) -> Cell:
+        """The untouched images of a batch, and the scores of their channels."""
+        run = self.lens.run(batch.prompts, make_score_reads(self.site, self.score), seed=batch.seed, **self.call)
+        cell = Cell(arrays={**average_scores(run), "grid": np.array(run.grid)})
+        for row, prompt, image in zip(batch.rows, batch.prompts, run.images, strict=True):
+            cell.images[_name_untouched(row, batch)] = image
+            measures = ask_judge(self.judge, image, prompt)
+            cell.lines.append(_line("untouched", Arm("untouched", 0), "whole", prompt, batch.seed, measures))
+        return cell
+
+    def read_values(
+        self, batch: PromptBatch, edits: Sequence[tuple[Arm, str]], steps: Sequence[int], sites: Sequence[str]
+    ) -> Cell:
+        """The channels of every arm at the probed sites and steps, [s, b, n, k]."""
+        arms = {arm.name: arm.sets[0].restrict(sites) for arm, part in edits if part == "whole" and arm.draw == 0}
+        reads = [Read(list(sites), channels=one, steps=steps, name=name) for name, one in arms.items()]
+        run = self.lens.run(batch.prompts, reads, seed=batch.seed, **self.call)
+        found = {f"{name}/{site}": value.float().numpy() for name in arms for site, value in run[name].items()}
+        return Cell(arrays=found)
+
+    def ablate(self, batch: PromptBatch, clean: Cell, arm: Arm, part: str) -> Cell:
+        """Removes a part of an arm's channels from every image of a batch."""
+        op: Op = Zero(self.site, channels=arm.sets[0])
+        if part != "whole":
+            op = TokenMean(self.site, channels=arm.sets[0], keep="residual" if part == "mean" else "mean")
+        run = self.lens.run(batch.prompts, op, seed=batch.seed, **self.call)
+        cell = Cell()
+        for row, prompt, image, before in zip(batch.rows, batch.prompts, run.images, clean.lines, strict=True):
+            measures = ask_judge(self.judge, image, prompt)
+            changed = float(rmse(clean.images[_name_untouched(row, batch)], image))
+            measures |= {"effect": before["fidelity"] - measures["fidelity"], "rmse": changed}
+            cell.lines.append(_line("ablation", arm, part, prompt, batch.seed, measures))
+            if arm.draw == 0:
+                key = ImageKey(row, batch.seed, edit="ablation", arm=arm.name, part=part)
+                cell.images[str(key)] = image
+        return cell
+
+    def transport(self, batch: PromptBatch, clean: Cell, arm: Arm, part: str) -> Cell:
+        """Moves a part of an arm's channels from every image of a batch into the one before it."""
+        n = len(batch.prompts)
+        sources = [(row + 1) % n for row in range(n)]
+        prompts = [*batch.prompts, *(batch.prompts[row] for row in sources)]
+        ops = [make_move(self.site, arm.sets[0], part, row, n + row) for row in range(n)]
+        images = self.lens.run(prompts, ops, seed=batch.seed, **self.call).images
+        untouched = [clean.images[_name_untouched(row, batch)] for row in batch.rows]
+        cell = Cell()
+        for i, (row, prompt) in enumerate(zip(batch.rows, batch.prompts, strict=True)):
+            source = batch.prompts[sources[i]]
+            before = ask_judge(self.judge, untouched[i], source)["fidelity"]
+            after = ask_judge(self.judge, images[i], source)["fidelity"]
+            measures = {
+                "effect": (after - before) / (1 - before) if before < 1 else np.nan,
+                "fidelity": ask_judge(self.judge, images[i], prompt)["fidelity"],
+                "source": source,
+                "rmse": float(rmse(untouched[i], images[i])),
+                "to_source": float(rmse(untouched[sources[i]], images[i])),
+            }
+            cell.lines.append(_line("transport", arm, part, prompt, batch.seed, measures))
+            if arm.draw == 0:
+                key = ImageKey(row, batch.seed, edit="transport", arm=arm.name, part=part)
+                cell.images[str(key)] = images[i]
+        return cell
 
 
-def _ablation(
-    lens: DiTLens,
-    part: Batch,
-    clean: Cell,
-    arm: Arm,
-    kept: str,
-    site: Pattern,
-    judge: Judge,
-    call: Mapping[str, Any],
-) -> Cell:
-    op: Op = Zero(site, channels=arm.sets[0])
-    if kept != "whole":
-        op = TokenMean(site, channels=arm.sets[0], keep="residual" if kept == "mean" else "mean")
-    run = lens.run(part.prompts, op, seed=part.seed, **call)
-    cell = Cell()
-    for row, prompt, image, before in zip(part.rows, part.prompts, run.images, clean.lines, strict=True):
-        says = judged(judge, image, prompt)
-        changed = float(rmse(clean.images[f"{row}/{part.seed}/untouched"], image))
-        effect = {"effect": before["fidelity"] - says["fidelity"], "rmse": changed}
-        cell.lines.append(_line("ablation", arm, kept, prompt, part.seed, {**says, **effect}))
-        if arm.draw == 0:
-            cell.images[f"{row}/{part.seed}/ablation/{arm.name}/{kept}"] = image
-    return cell
+def make_move(site: Pattern, channels: ChannelSet, part: str, target: int, source: int) -> Op:
+    """The op that replaces a part of the target's channels by the source's, on the conditional branch.
 
-
-def _transport(
-    lens: DiTLens,
-    part: Batch,
-    clean: Cell,
-    arm: Arm,
-    kept: str,
-    site: Pattern,
-    judge: Judge,
-    call: Mapping[str, Any],
-) -> Cell:
-    n = len(part.prompts)
-    sources = [(row + 1) % n for row in range(n)]
-    prompts = [*part.prompts, *(part.prompts[row] for row in sources)]
-    ops = [_move(site, arm.sets[0], kept, row, n + row) for row in range(n)]
-    images = lens.run(prompts, ops, seed=part.seed, **call).images
-    untouched: list[Image] = [clean.images[f"{row}/{part.seed}/untouched"] for row in part.rows]
-    cell = Cell()
-    for i, (row, prompt) in enumerate(zip(part.rows, part.prompts, strict=True)):
-        source = part.prompts[sources[i]]
-        before = judged(judge, untouched[i], source)["fidelity"]
-        after = judged(judge, images[i], source)["fidelity"]
-        measures = {
-            "effect": (after - before) / (1 - before) if before < 1 else np.nan,
-            "fidelity": judged(judge, images[i], prompt)["fidelity"],
-            "source": source,
-            "rmse": float(rmse(untouched[i], images[i])),
-            "to_source": float(rmse(untouched[sources[i]], images[i])),
-        }
-        cell.lines.append(_line("transport", arm, kept, prompt, part.seed, measures))
-        if arm.draw == 0:
-            cell.images[f"{row}/{part.seed}/transport/{arm.name}/{kept}"] = images[i]
-    return cell
-
-
-def _move(site: Pattern, channels: ChannelSet, kept: str, target: int, source: int) -> Op:
-    """Puts a part of the source's channels in the place of the target's, on the conditional branch."""
-    if kept == "whole":
+    site: sites of the channels.
+    channels: channels of every site.
+    part: "whole", "mean" or "residual".
+    target: row of the batch that is edited.
+    source: row of the batch from which the part comes.
+    """
+    if part == "whole":
         return Swap(site, channels=channels, rows=target, source=f"row:{source}", branch="cond")
 
     def exchange(x: Tensor, _: Any) -> Tensor:
         mean = x.mean(1, keepdim=True, dtype=torch.float32).to(x.dtype)
-        x[0] = x[0] - mean[0] + mean[1] if kept == "mean" else mean[0] + x[1] - mean[1]
+        x[0] = x[0] - mean[0] + mean[1] if part == "mean" else mean[0] + x[1] - mean[1]
         return x
 
     return Apply(site, channels=channels, rows=[target, source], fn=exchange, branch="cond")
 
 
-def _line(measure: str, arm: Arm, kept: str, prompt: str, seed: int, measures: Mapping[str, Any]) -> dict[str, Any]:
-    where = {"measure": measure, "arm": arm.name, "part": kept, "draw": arm.draw, "prompt": prompt, "seed": seed}
+def _name_untouched(row: int, batch: PromptBatch) -> str:
+    return str(ImageKey(row, batch.seed, arm="untouched"))
+
+
+def _line(measure: str, arm: Arm, part: str, prompt: str, seed: int, measures: Mapping[str, Any]) -> dict[str, Any]:
+    where = {"measure": measure, "arm": arm.name, "part": part, "draw": arm.draw, "prompt": prompt, "seed": seed}
     return {**where, **measures}
 
 
-def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
-    """The evidence of the cells so far, and the verdict."""
-    thresholds = Thresholds(**settings["thresholds"])
-    table = pd.DataFrame([line for cell in cells for line in cell.lines])
-    evidence: list[dict[str, Any]] = []
-    for measure in ("ablation", "transport"):
-        lines = table[table["measure"] == measure]
-        if len(lines):
-            found = edit_evidence(lines, "effect", thresholds)
-            evidence += [{"measure": measure, **one} for one in found]
-    evidence += _information(settings, cells, thresholds)
-    summary = pd.DataFrame(evidence, columns=COLUMNS)
-    ablated = table[(table["measure"] == "ablation") & (table["arm"] == "top")]
-    changes = ablated.groupby("part")["rmse"].mean().to_dict() if len(ablated) else {}
-    found = verdict(summary, changes, thresholds)
-    rows = pd.DataFrame([{"measure": "verdict", "part": part, "says": says} for part, says in found.items()])
-    notes = [
-        f"verdict: {found['overall']} (mean: {found['mean']}, residual: {found['residual']})",
-        (
-            f"rules: carrier from {thresholds.carrier:g} and above every control, detail up to {thresholds.detail:g}, "
-            f"of edits that change the image by rmse {thresholds.change:g} or more"
-        ),
-        share_of_width(settings["k"], settings["width"]),
-    ]
-    if len(settings["seeds"]) == 1:
-        notes.append("variance was not measured: of one seed all that varies depends on the prompt")
-    images = {name: image for cell in cells for name, image in cell.images.items()}
-    return Result(
-        "carrier_or_detail", table, pd.concat([summary, rows], ignore_index=True), dict(settings), images, notes=notes
-    )
-
-
-def _information(settings: Mapping[str, Any], cells: Sequence[Cell], thresholds: Thresholds) -> list[dict[str, Any]]:
+def _weigh_information(
+    settings: Mapping[str, Any], cells: Sequence[Cell], thresholds: Thresholds
+) -> list[dict[str, Any]]:
     """Decoding and variance, of the images whose values are all there: batches of a seed one after the other."""
     kept = [cell.arrays for cell in cells if any(key.startswith("top/") for key in cell.arrays)]
     prompts, seeds = len(settings["prompts"]), len(settings["seeds"])
@@ -327,9 +336,9 @@ def _information(settings: Mapping[str, Any], cells: Sequence[Cell], thresholds:
         numbers = list(range(prompts)) * seeds
         attributes = [settings["attributes"][i] for i in numbers]
         same = [settings["prompts"].index(settings["prompts"][i]) for i in numbers]  # a prompt given twice is one
-        lines = decoding_evidence(values, attributes, same, grid, thresholds)
+        lines = weigh_decoding(values, attributes, same, grid, thresholds)
         found += [{"measure": "decoding", **line} for line in lines]
     if prompts > 1 and seeds > 1:  # of one seed all that varies depends on the prompt
-        lines = variance_evidence(values, prompts, thresholds)
+        lines = weigh_variance(values, prompts, thresholds)
         found += [{"measure": "variance", "n": prompts * seeds, **line} for line in lines]
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,20 +15,22 @@ from dit_lens.analysis.channels import ChannelSet
 from dit_lens.analysis.metrics import Distance
 from dit_lens.analysis.metrics.distances import distances as distances_of
 from dit_lens.core.request.ops import MeanAblate, Op, Read, Scale, Swap, Zero
-from dit_lens.errors import OpError, PromptError, nearest
-from dit_lens.studies.parts.confounds import fill_ops, push_ops, rescale_ops
-from dit_lens.studies.shared.arguments import as_prompts, as_seeds, as_tuple, check_k, share_of_width
-from dit_lens.studies.shared.arms import DRAWS, Arm, control_arms, kept_scores, score_ops, sets_of
+from dit_lens.errors import PromptError
+from dit_lens.plots import disruption_figure
+from dit_lens.studies.parts.confounds import make_fill_ops, make_push_ops, make_raise_ops
+from dit_lens.studies.shared.arguments import as_prompts, as_seeds, as_tuple, check_choice, check_k, describe_k
+from dit_lens.studies.shared.arms import DRAWS, Arm, add_controls, average_scores, make_score_reads, select_top_channels
+from dit_lens.studies.shared.batches import BatchRunner, PromptBatch, make_batches, skips_first_step
 from dit_lens.studies.shared.cells import Cell
-from dit_lens.studies.shared.checkpoints import Cells
-from dit_lens.studies.shared.drawing import Batch, Drawing, batches, begins_late
-from dit_lens.studies.shared.judges import Judge, judge_for, judged
+from dit_lens.studies.shared.checkpoints import StudyCheckpoints
+from dit_lens.studies.shared.judges import Judge, ask_judge, choose_judge
+from dit_lens.studies.shared.keys import ImageKey
 from dit_lens.studies.shared.protocols import with_protocols
-from dit_lens.studies.shared.result import Result, paired, readable, summarise
+from dit_lens.studies.shared.registry import study
+from dit_lens.studies.shared.result import Result
+from dit_lens.studies.shared.tables import compare_arms, format_summary, summarise
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from dit_lens.core.request.ops import Pattern, Steps
     from dit_lens.lens import DiTLens
 
@@ -36,6 +39,27 @@ Distances = Sequence["str | Distance"]
 CONFOUNDS = ("attenuated", "norm-kept", "rescaled", "random-direction")
 
 
+def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
+    """The result of the cells so far."""
+    table = pd.DataFrame([line for cell in cells for line in cell.lines])
+    table.insert(3, "k_share", table["k"] / settings["width"])
+    images = {name: image for cell in cells for name, image in cell.images.items()}
+    edited = table[table["arm"] != "untouched"]
+    # A psnr has no mean where some images are equal.
+    measured = [name for name in settings["distances"] if name != "psnr" and name in table]
+    judged = ["fidelity"] if "fidelity" in table else _list_judged(table)
+    held = ["energy_share"] if "energy_share" in table else []
+    summary = summarise(edited, ("k", "k_share", "arm"), [*measured, *judged, *held])
+    if len(contrasts := compare_arms(edited, ("k",), [*measured, *judged])):
+        summary = summary.merge(contrasts, on=["k", "arm"], how="left")
+    return Result("disruption", table, summary, dict(settings), images, notes=_notes(table, edited, settings))
+
+
+@study(
+    question="Claim 1: are they critical?",
+    assemble=assemble,
+    figure=disruption_figure,
+)
 @with_protocols
 def disruption(
     lens: DiTLens,
@@ -74,23 +98,37 @@ def disruption(
     - rescaled: nothing removed, all other channels raised as the next norm would raise them;
     - random-direction: every token pushed in one random direction, as far as zeroing would move it.
 
-    k: one or several sizes. steps: when channels are ablated. ablation: "zero"; "mean", in every branch by the
-    channel's mean over the study's own prompts and seeds at that step (conditional branch); "resample", by the values
-    of another prompt of the batch under the same noise. Confounds are of zeroing, so they run with it alone, and where
-    ``site`` is the output of blocks. distances: to the untouched image, names or functions of two images (see
-    ``metrics.distances``); rmse is always among them. judge: ``fn(image, prompt) -> {name: number}``, such as
-    ``metrics.clip_judge``; toys read scenes back by themselves. batch_size: prompts that run together. out: a folder
-    for finished cells, from which the same call goes on.
-
     The table has the distances (rmse in grey levels, psnr in dB and missing for equal images), k over the width, the
     share of energy the ablated channels held, and what the judge says. The summary has the means with their intervals,
-    and ``..._top_minus``: by how much the top arm exceeds the arm of the line, over the same prompts and seeds. Raises
-    OpError or PromptError before anything is drawn. Source: arXiv 2605.13974.
+    and ``..._top_minus``: by how much the top arm exceeds the arm of the line, over the same prompts and seeds.
+    Confounds are of zeroing, so they run with it alone, and only if ``site`` is the output of blocks.
+    Raises OpError or PromptError before anything is drawn.
+
+    lens: lens on the model.
+    prompts: one prompt or several.
+    k: one or several numbers of channels.
+    seeds: seeds of the noise; every prompt is run with each.
+    draws: number of random controls.
+    score: reduction by which channels are ranked.
+    site: sites whose channels are ablated.
+    steps: denoising steps at which channels are ablated; all by default.
+    ablation: "zero"; "mean", in every branch by the channel's mean over the study's own prompts and seeds at that step
+      (conditional branch); or "resample", by the values of another prompt of the batch under the same noise.
+    confounds: whether the arms for other explanations run.
+    distances: to the untouched image, names or functions of two images (see ``metrics.distances``); rmse is always
+      among them.
+    judge: function (image, prompt) -> {name: number}, such as ``metrics.clip_judge``; toys read scenes back by
+      themselves.
+    batch_size: number of prompts that run together; all by default.
+    out: folder for finished cells, from which the same call continues.
+    call: other arguments of the pipeline.
+
+    Source: arXiv 2605.13974.
     """
     prompts, seeds, ks = as_prompts(prompts), as_seeds(seeds), sorted(as_tuple(k))
     check_k(lens, site, ks)
     _check_ablation(ablation, prompts, batch_size)
-    judge, measures = judge_for(lens, prompts, judge), distances_of(["rmse", *distances])
+    judge, measures = choose_judge(lens, prompts, judge), distances_of(["rmse", *distances])
     sites = lens.sites(site)
     extra = CONFOUNDS if confounds and ablation == "zero" and all(name.count(".") == 2 for name in sites) else ()
     settings = {
@@ -109,51 +147,82 @@ def disruption(
         "call": call,
         "width": lens.anatomy.width,
     }
-    parts = batches(prompts, seeds, batch_size)
-    total = len(parts) * (2 + len(ks) * (3 + draws + len(extra)))
-    with Cells("disruption", settings, lens=lens, total=total, out=out) as cells:
-        draw = Drawing(lens, call, twice=ablation == "resample", late=begins_late(lens, prompts[0], steps, call))
-        reads = [*score_ops(site, score), *([Read(site, reduce="mean", name="mean")] if ablation == "mean" else [])]
-        clean = [cells.get(f"{part.key}/clean", partial(_clean, draw, part, reads, judge)) for part in parts]
-        means = _means(clean) if ablation == "mean" else {}
-        ablate = partial(_ablate, ablation=ablation, site=site, steps=steps, sites=set(lens.sites()), means=means)
-        for part, cell in zip(parts, clean, strict=True):
+    batches = make_batches(prompts, seeds, batch_size)
+    total = len(batches) * (2 + len(ks) * (3 + draws + len(extra)))
+    with StudyCheckpoints("disruption", settings, lens=lens, total=total, out=out) as cells:
+        late = skips_first_step(lens, prompts[0], steps, call)
+        runner = BatchRunner(lens=lens, call=call, twice=ablation == "resample", late=late)
+        measure = Measure(runner=runner, distances=measures, judge=judge)
+        reads = make_score_reads(site, score)
+        reads += [Read(site, reduce="mean", name="mean")] if ablation == "mean" else []
+        clean = [cells.get(f"{batch.key}/clean", partial(measure.run_clean, batch, reads)) for batch in batches]
+        means = average_means(clean) if ablation == "mean" else {}
+        make = partial(make_ops, ablation=ablation, site=site, steps=steps, sites=set(lens.sites()), means=means)
+        for batch, cell in zip(batches, clean, strict=True):
             arms = [(0, Arm("no-op", 0))]
-            arms += [
-                (size, a) for size in ks for a in _arms(sets_of(cell.arrays, size, score), draws, part.seed, extra)
-            ]
+            for size in ks:
+                top = select_top_channels(cell.arrays, size, score)
+                controlled = [*add_controls(top, draws, batch.seed), *(Arm(name, 0, tuple(top)) for name in extra)]
+                arms += [(size, arm) for arm in controlled]
             for size, arm in arms:
-                make = partial(_edited, draw, part, ablate(arm, part.seed), cell.images, measures, judge, size, arm)
-                cells.get(f"{part.key}/{size}/{arm.name}/{arm.draw}", make)
+                edit = partial(measure.run_edited, batch, make(arm, batch.seed), cell, size, arm)
+                cells.get(f"{batch.key}/{size}/{arm.name}/{arm.draw}", edit)
         return cells.result()
 
 
 def _check_ablation(ablation: str, prompts: Sequence[str], batch_size: int | None) -> None:
-    if ablation not in ("zero", "mean", "resample"):
-        raise OpError(f"ablation={ablation!r} does not exist.{nearest(ablation, ('zero', 'mean', 'resample'))}")
-    if ablation == "resample" and any(len(part.prompts) < 2 for part in batches(prompts, [0], batch_size)):
+    check_choice("ablation", ablation, ("zero", "mean", "resample"))
+    if ablation == "resample" and any(len(batch.prompts) < 2 for batch in make_batches(prompts, [0], batch_size)):
         raise PromptError(
             "ablation='resample' takes values from another prompt of the same batch, and one batch has a single "
             "prompt. Pass more prompts, or another batch_size."
         )
 
 
-def _arms(top: Sequence[ChannelSet], draws: int, seed: int, extra: Sequence[str]) -> list[Arm]:
-    return [*control_arms(top, draws, seed), *(Arm(name, 0, tuple(top)) for name in extra)]
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Runs batches and measures their images.
+
+    runner: what runs them.
+    distances: name -> distance of two images.
+    judge: what says how far an image shows its prompt, if anything does.
+    """
+
+    runner: BatchRunner
+    distances: Mapping[str, Distance]
+    judge: Judge | None
+
+    def run_clean(self, batch: PromptBatch, reads: Sequence[Read]) -> Cell:
+        """The untouched images of a batch, and the scores of their channels."""
+        run = self.runner.run(batch, reads)
+        cell = Cell(arrays=average_scores(run, len(batch.prompts)))
+        if "mean" in run.keys():  # noqa: SIM118 a Run is no mapping
+            cell.arrays |= {f"all/mean/{name}": value.float().numpy() for name, value in run["mean"].items()}
+        for row, prompt, image in zip(batch.rows, batch.prompts, run.images, strict=False):
+            cell.images[_name_image(row, batch, 0, "untouched")] = image
+            measures = ask_judge(self.judge, image, prompt)
+            cell.lines.append(_line(prompt, batch.seed, 0, Arm("untouched", 0), measures))
+        return cell
+
+    def run_edited(self, batch: PromptBatch, ops: Sequence[Op], clean: Cell, k: int, arm: Arm) -> Cell:
+        """The images of a batch under the edits of an arm."""
+        cell, images = Cell(), self.runner.run_edited(batch, ops).images
+        for i, (row, prompt) in enumerate(zip(batch.rows, batch.prompts, strict=True)):
+            before, after = clean.images[_name_image(row, batch, 0, "untouched")], images[i]
+            measures: dict[str, Any] = {
+                name: _drop_infinity(distance(before, after)) for name, distance in self.distances.items()
+            }
+            if arm.sets:
+                held = float(np.mean(list(arm.sets[i].energy_share().values())))
+                measures |= {"energy_share": held, "matched": arm.sets[i].matched}
+            measures |= ask_judge(self.judge, after, prompt)
+            cell.lines.append(_line(prompt, batch.seed, k, arm, measures))
+            if arm.draw == 0:
+                cell.images[_name_image(row, batch, k, arm.name)] = after
+        return cell
 
 
-def _clean(draw: Drawing, part: Batch, reads: Sequence[Read], judge: Judge | None) -> Cell:
-    run = draw.clean(part, reads)
-    cell = Cell(arrays=kept_scores(run, len(part.prompts)))
-    if "mean" in run.keys():  # noqa: SIM118 a Run is no mapping
-        cell.arrays |= {f"all/mean/{name}": value.float().numpy() for name, value in run["mean"].items()}
-    for row, prompt, image in zip(part.rows, part.prompts, run.images, strict=False):
-        cell.images[f"{row}/{part.seed}/0/untouched"] = image
-        cell.lines.append(_line(prompt, part.seed, 0, Arm("untouched", 0), **judged(judge, image, prompt)))
-    return cell
-
-
-def _means(clean: Iterable[Cell]) -> dict[str, Any]:
+def average_means(clean: Iterable[Cell]) -> dict[str, Any]:
     """The mean of every channel at every step over all prompts and seeds: site -> [s, d]."""
     import torch
 
@@ -163,7 +232,7 @@ def _means(clean: Iterable[Cell]) -> dict[str, Any]:
     return {site: torch.from_numpy(mean) for site, mean in means.items()}
 
 
-def _ablate(
+def make_ops(
     arm: Arm,
     seed: int,
     *,
@@ -173,19 +242,28 @@ def _ablate(
     sites: set[str],
     means: Mapping[str, Any],
 ) -> list[Op]:
-    """The ops of an arm, for every image of a batch."""
+    """The ops of an arm, for every image of a batch.
+
+    arm: the arm, with a set of channels for every image.
+    seed: seed of the batch.
+    ablation: "zero", "mean" or "resample".
+    site: sites whose channels are ablated.
+    steps: denoising steps at which they are ablated.
+    sites: names of all sites of the model.
+    means: site -> [s, d], for ablation by the mean.
+    """
     if not arm.sets:
         return [Zero(site, channels=[], steps=steps)]
     ops: list[Op] = []
     for row, one in enumerate(arm.sets):
         if arm.name == "attenuated":
-            ops += _attenuated(one, seed, row, steps)
+            ops += attenuate(one, seed, row, steps)
         elif arm.name == "norm-kept":
-            ops += fill_ops(one, row, seed, steps)
+            ops += make_fill_ops(one, row, seed, steps)
         elif arm.name == "rescaled":
-            ops += rescale_ops(one, row, steps, sites)
+            ops += make_raise_ops(one, row, steps, sites)
         elif arm.name == "random-direction":
-            ops += push_ops(one, row, seed, steps)
+            ops += make_push_ops(one, row, seed, steps)
         elif ablation == "mean":
             ops.append(MeanAblate(site, channels=one, rows=row, steps=steps, mean=means))
         elif ablation == "resample":
@@ -196,9 +274,11 @@ def _ablate(
     return ops
 
 
-def _attenuated(top: ChannelSet, seed: int, row: int, steps: Steps) -> list[Scale]:
-    """The top channels, scaled down as far as zeroing the energy-matched control moves the tokens."""
+def attenuate(top: ChannelSet, seed: int, row: int, steps: Steps) -> list[Scale]:
+    """Scales the top channels down as far as zeroing the energy-matched control moves the tokens."""
     held, reached = top.energy_share(), top.energy_matched(seed).energy_share()
+    # Zeroing channels that hold a share e of a token's energy moves it by sqrt(e) of its norm; scaling them by a factor
+    # f moves it by (1 - f) sqrt(e).
     return [
         Scale(site, channels=chosen, rows=row, steps=steps, factor=1 - min(1.0, reached[site] / held[site]) ** 0.5)
         for site, chosen in top.items()
@@ -206,71 +286,33 @@ def _attenuated(top: ChannelSet, seed: int, row: int, steps: Steps) -> list[Scal
     ]
 
 
-def _edited(
-    draw: Drawing,
-    part: Batch,
-    ops: Sequence[Op],
-    untouched: Mapping[str, Image],
-    distances: Mapping[str, Distance],
-    judge: Judge | None,
-    k: int,
-    arm: Arm,
-) -> Cell:
-    cell, images = Cell(), draw.edited(part, ops).images
-    for i, (row, prompt) in enumerate(zip(part.rows, part.prompts, strict=True)):
-        before, after = untouched[f"{row}/{part.seed}/0/untouched"], images[i]
-        measures: dict[str, Any] = {name: _finite(distance(before, after)) for name, distance in distances.items()}
-        if arm.sets:
-            held = float(np.mean(list(arm.sets[i].energy_share().values())))
-            measures |= {"energy_share": held, "matched": arm.sets[i].matched}
-        cell.lines.append(_line(prompt, part.seed, k, arm, **measures, **judged(judge, after, prompt)))
-        if arm.draw == 0:
-            cell.images[f"{row}/{part.seed}/{k}/{arm.name}"] = after
-    return cell
+def _name_image(row: int, batch: PromptBatch, k: int, arm: str) -> str:
+    return str(ImageKey(row, batch.seed, k=k, arm=arm))
 
 
-def _line(prompt: str, seed: int, k: int, arm: Arm, **measures: Any) -> dict[str, Any]:
+def _line(prompt: str, seed: int, k: int, arm: Arm, measures: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt, "seed": seed, "k": k, "arm": arm.name, "draw": arm.draw, **measures}
 
 
-def _finite(distance: Any) -> float:
-    """A distance; missing where it is infinite, as the psnr of equal images."""
+def _drop_infinity(distance: Any) -> float:
+    """A distance; missing if it is infinite, as the psnr of equal images."""
     return float(distance) if np.isfinite(distance) else np.nan
 
 
-def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
-    """The result of the cells so far."""
-    table = pd.DataFrame([line for cell in cells for line in cell.lines])
-    table.insert(3, "k_share", table["k"] / settings["width"])
-    images = {name: image for cell in cells for name, image in cell.images.items()}
-    edited = table[table["arm"] != "untouched"]
-    # A psnr has no mean where some images are equal.
-    measured = [name for name in settings["distances"] if name != "psnr" and name in table]
-    said = ["fidelity"] if "fidelity" in table else _said(table)
-    summary = summarise(edited, ("k", "k_share", "arm"), [*measured, *said, *_kept(table, "energy_share")])
-    if len(contrasts := paired(edited, ("k",), [*measured, *said])):
-        summary = summary.merge(contrasts, on=["k", "arm"], how="left")
-    return Result("disruption", table, summary, dict(settings), images, notes=_notes(table, edited, settings))
-
-
-def _said(table: pd.DataFrame) -> list[str]:
+def _list_judged(table: pd.DataFrame) -> list[str]:
     """What a judge measured: all numbers of the untouched images."""
-    ours = ("prompt", "seed", "k", "k_share", "arm", "draw")
-    heard = table.loc[table["arm"] == "untouched"].dropna(axis="columns", how="all")
-    return [name for name in heard if name not in ours]
-
-
-def _kept(table: pd.DataFrame, *names: str) -> list[str]:
-    return [name for name in names if name in table]
+    own = ("prompt", "seed", "k", "k_share", "arm", "draw")
+    measured = table.loc[table["arm"] == "untouched"].dropna(axis="columns", how="all")
+    return [name for name in measured if name not in own]
 
 
 def _notes(table: pd.DataFrame, edited: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
-    notes = [share_of_width(k, settings["width"]) for k in settings["k"]]
+    notes = [describe_k(k, settings["width"]) for k in settings["k"]]
     if edited.empty:
         return [*notes, "no image was edited yet"]
     floor = edited.loc[edited["arm"] == "no-op", "rmse"].max()
     notes.append(f"noise floor: an edit of no channel changes images by rmse {floor:g}")
-    notes += _differences(edited, "top", ("bottom", "random", "energy-matched"))
+    notes += _describe_differences(edited, "top", ("bottom", "random", "energy-matched"))
     matched = edited[edited["arm"] == "energy-matched"]
     if len(matched) and not matched["matched"].astype(bool).all():
         reached = matched["energy_share"].mean()
@@ -279,7 +321,7 @@ def _notes(table: pd.DataFrame, edited: pd.DataFrame, settings: Mapping[str, Any
             f"no other k channels hold the energy of the top k: energy-matched reaches a share of {reached:.3f}, top "
             f"has {wanted:.3f}; compare energy-matched with attenuated, which moves tokens just as far"
         )
-        notes += _differences(edited, "attenuated", ("energy-matched",))
+        notes += _describe_differences(edited, "attenuated", ("energy-matched",))
     if "norm-kept" in settings["confounds"] and min(settings["k"]) < 3:
         notes.append("norm-kept leaves two numbers per token, which is all that one or two channels held: take k >= 3")
     if "fidelity" in table:
@@ -287,12 +329,12 @@ def _notes(table: pd.DataFrame, edited: pd.DataFrame, settings: Mapping[str, Any
     return notes
 
 
-def _differences(edited: pd.DataFrame, base: str, others: Sequence[str]) -> list[str]:
+def _describe_differences(edited: pd.DataFrame, base: str, others: Sequence[str]) -> list[str]:
     """By how much one arm changes images more than others, on the same prompts and seeds: a note for every k."""
-    found = paired(edited[edited["arm"].isin([base, *others])], ("k",), ["rmse"], base)
+    found = compare_arms(edited[edited["arm"].isin([base, *others])], ("k",), ["rmse"], base)
     if found.empty:
         return []
-    shown = readable(found).rename(columns={f"rmse_{base}_minus": "more"})
+    shown = format_summary(found).rename(columns={f"rmse_{base}_minus": "more"})
     return [
         f"k={k}: {base} changes images by rmse "
         + ", ".join(f"{more} more than {arm}" for arm, more in zip(group["arm"], group["more"], strict=True))

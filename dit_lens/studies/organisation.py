@@ -7,35 +7,38 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 
-from dit_lens.analysis import clusters
 from dit_lens.analysis.channels import ChannelSet, top_channels
-from dit_lens.analysis.clusters import DEGENERATE_SHARE, chance_iou, ious, permutation_p, segment, upsample
+from dit_lens.analysis.clusters import upsample
 from dit_lens.core.request.ops import Read
-from dit_lens.errors import ExecutionError, FamilyError, OpError, PromptError, SiteError, nearest
+from dit_lens.errors import ExecutionError, FamilyError, OpError, PromptError, SiteError
+from dit_lens.plots import organisation_figure
+from dit_lens.studies.parts.clustering import ClusteringOptions, TokenMask
 from dit_lens.studies.parts.saliency import (
     centred_disc,
+    choose_words,
+    count_heads,
     first_component,
-    heads_of,
-    largest,
     noisy_latent,
-    subject_words,
+    read_word_attention,
     token_norm,
-    word_attention,
 )
-from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_k, share_of_width
-from dit_lens.studies.shared.arms import DRAWS, Arm, control_arms, score_ops
+from dit_lens.studies.parts.subject_overlap import assemble, name_mask
+from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_k
+from dit_lens.studies.shared.arms import DRAWS, Arm, add_controls, make_score_reads
+from dit_lens.studies.shared.batches import PromptBatch, make_batches
 from dit_lens.studies.shared.cells import Cell
-from dit_lens.studies.shared.checkpoints import Cells
-from dit_lens.studies.shared.drawing import Batch, batches
-from dit_lens.studies.shared.judges import judge_for
+from dit_lens.studies.shared.checkpoints import StudyCheckpoints
+from dit_lens.studies.shared.judges import choose_judge
+from dit_lens.studies.shared.keys import ImageKey
 from dit_lens.studies.shared.protocols import with_protocols
-from dit_lens.studies.shared.result import Result, summarise
+from dit_lens.studies.shared.registry import study
+from dit_lens.studies.shared.result import Result
+from dit_lens.toys import scenes
 
 if TYPE_CHECKING:
     from dit_lens.core.request.ops import Pattern, Steps
@@ -45,14 +48,12 @@ if TYPE_CHECKING:
 Mask = np.ndarray | Image.Image
 Masks = Sequence[Mask] | Callable[[Image.Image, str], Mask]
 
-ARMS = ("top", "bottom", "random", "energy-matched", "all")
-BASELINES = ("attention", "norm", "component")
-NULLS = ("centre", "noisy latent", "x0")
-POLARITIES = (*clusters.POLARITIES, "oracle")
-SUMMARY = ("step", "block", "arm", "n", "iou", "low", "high", "chance", "others", "p", "behind")
-SUMMARY += ("behind_low", "behind_high", "size", "degenerate", "energy_share")
 
-
+@study(
+    question="Claim 2: are they organised in space?",
+    assemble=assemble,
+    figure=organisation_figure,
+)
 @with_protocols
 def organisation(
     lens: DiTLens,
@@ -94,22 +95,36 @@ def organisation(
     K-means of the noisy latent and of the predicted clean one (x0); the last two stand beside every block. Maps and the
     disc become masks of as many tokens as the top channels' mask, so that they differ from it in place alone.
 
-    steps: which denoising steps are clustered; channels are chosen at the same step. n_clusters: at least 2.
-    method: "minmax" (as reproduced) or "robust" (quantile clip). polarity: what is in front: the "heat"-iest cluster,
-    all but the one at the "border", or, as "oracle", the heat mask or its complement, whichever fits the truth better;
-    then chance is that of the better of a random mask and its complement.
-    masks: where the subject truly is: one bool [H, W] or PIL image (white is subject) per prompt, or
-    ``fn(image, prompt)`` that returns one; toys read the image back (unreadable ones are left out and counted).
-    words: of the subject, one for all prompts or one each, for the attention baseline; toys take the shape's; [] leaves
-    it out. batch_size: prompts that run together. out: a folder for finished cells, from which the same call goes on.
+    The table has one row per prompt, seed, step, block and arm: iou; chance, of an equally large random mask;
+    iou_other_prompts, the same mask's IoU with the subjects of all other prompts, which a smooth mask in the centre has
+    as well; iou_gap, how far the IoU lies below that of top on the same image; size, the share of tokens in front;
+    clusters, the tokens of each, from cold to hot; degenerate, a cluster under 1 %; energy_share, of the channels that
+    were looked at. The summary adds p: the share of orders of the prompts in which masks and subjects fit as well (of
+    one arm, block and step, not corrected for their number). Intervals are 95 %.
+
     Memory: all channels of every token are read, tokens x channels per block, step and image of a batch.
 
-    The table has one line per prompt, seed, step, block and arm: iou; chance, of an equally large random mask; others,
-    the same mask's IoU with the subjects of all other prompts, which a smooth mask in the centre has as well; behind,
-    how far the IoU lies below that of top on the same image; size, the share of tokens in front; clusters, the tokens
-    of each, from cold to hot; degenerate, a cluster under 1 %; energy_share, of the channels that were looked at.
-    The summary adds p: the share of orders of the prompts in which masks and subjects fit as well (of one arm, block
-    and step, not corrected for their number). Intervals are 95 %.
+    lens: lens on the model.
+    prompts: one prompt or several.
+    k: number of channels of an arm.
+    seeds: seeds of the noise; every prompt is run with each.
+    steps: denoising steps whose tokens are clustered; channels are chosen at the same step.
+    draws: number of random controls.
+    score: reduction by which channels are ranked.
+    site: one site of image tokens per block.
+    n_clusters: number of clusters, at least 2.
+    method: "minmax" (as reproduced) or "robust" (quantile clip).
+    polarity: what is in front: the "heat"-iest cluster, all but the one at the "border", or, as "oracle", the heat mask
+      or its complement, whichever fits the truth better; then chance is that of the better of a random mask and its
+      complement.
+    masks: where the subject truly is: one bool [H, W] or PIL image (white is subject) per prompt, or a function
+      (image, prompt) that returns one; toys read the image back (unreadable ones are left out and counted).
+    words: word of the subject, one for all prompts or one each, for the attention baseline; toys take the shape's; []
+      leaves it out.
+    batch_size: number of prompts that run together; all by default.
+    out: folder for finished cells, from which the same call continues.
+    call: other arguments of the pipeline.
+
     Source: arXiv 2605.13974; the procedure is the public reproduction's.
 
     A segmenter for real images, as ``masks=birefnet``; its weights come with code of their own, so look at it first::
@@ -125,13 +140,13 @@ def organisation(
     """
     prompts, seeds = as_prompts(prompts), as_seeds(seeds)
     check_k(lens, site, [k])
-    blocks = _blocks(lens, site)
-    way = Way(n_clusters, method, polarity)
-    masks = _checked(masks, lens, prompts)
-    words = subject_words(lens, prompts, words)
-    extra, left_out = _extra_reads(lens, prompts, words, list(blocks.values()), call)
-    when, plan = lens.planned(prompts, **call)
-    if len(plan.program["expected"] or (0, 0)) != 2:
+    blocks = _find_blocks(lens, site)
+    options = ClusteringOptions(n_clusters=n_clusters, method=method, polarity=polarity)
+    masks = _check_masks(masks, lens, prompts)
+    words = choose_words(lens, prompts, words)
+    extra, left_out = _choose_extra_reads(lens, prompts, words, list(blocks.values()), call)
+    outline = lens.outline(prompts, **call)
+    if len(outline.grid or (0, 0)) != 2:
         raise OpError("the tokens of a video have no grid (h, w) to cluster; organisation is of images.")
     settings = {
         "prompts": prompts,
@@ -151,14 +166,27 @@ def organisation(
         "call": call,
         "width": lens.anatomy.width,
     }
-    reads = [Read(site, steps=steps, name="x"), *score_ops(site, score, steps)]
+    reads = [Read(site, steps=steps, name="x"), *make_score_reads(site, score, steps)]
     reads += [Read(name, steps=steps, name=name) for name in ("x0", "velocity") if name in extra]
-    heads = heads_of(lens, list(blocks.values())) if "attention" in extra else {}
-    study = _Study(lens, blocks, reads, way, masks, words if heads else [], heads, k, score, draws, when.kind, call)
-    parts = batches(prompts, seeds, batch_size)
-    with Cells("organisation", settings, lens=lens, total=len(parts), out=out) as cells:
-        for part in parts:
-            cells.get(part.key, partial(study.cell, part))
+    heads = count_heads(lens, list(blocks.values())) if "attention" in extra else {}
+    cluster = ClusterStudy(
+        lens=lens,
+        blocks=blocks,
+        reads=reads,
+        options=options,
+        masks=masks,
+        words=words if heads else [],
+        heads=heads,
+        k=k,
+        score=score,
+        draws=draws,
+        kind=outline.kind,
+        call=call,
+    )
+    batches = make_batches(prompts, seeds, batch_size)
+    with StudyCheckpoints("organisation", settings, lens=lens, total=len(batches), out=out) as cells:
+        for batch in batches:
+            cells.get(batch.key, partial(cluster.run_batch, batch))
     result = cells.result()
     if result.table.empty:
         raise OpError(
@@ -168,10 +196,7 @@ def organisation(
     return result
 
 
-# What can be wrong, before anything runs
-
-
-def _blocks(lens: DiTLens, site: Pattern) -> dict[str, int]:
+def _find_blocks(lens: DiTLens, site: Pattern) -> dict[str, int]:
     """Site -> block; every site holds image tokens of a block of its own."""
     blocks: dict[str, int] = {}
     for name in lens.sites(site):
@@ -184,10 +209,10 @@ def _blocks(lens: DiTLens, site: Pattern) -> dict[str, int]:
     return blocks
 
 
-def _checked(masks: Masks | None, lens: DiTLens, prompts: Sequence[str]) -> list[np.ndarray] | Callable | None:
-    """Masks as bool arrays, one per prompt; a function as it is; None where a toy reads its images back."""
+def _check_masks(masks: Masks | None, lens: DiTLens, prompts: Sequence[str]) -> list[np.ndarray] | Callable | None:
+    """Masks as bool arrays, one per prompt; a function as it is; None if a toy reads its images back."""
     if masks is None:
-        if judge_for(lens, prompts, None) is None:
+        if choose_judge(lens, prompts, None) is None:
             raise OpError(
                 "where the subject is must be told: pass masks=, a list of bool arrays or a function of image and "
                 "prompt."
@@ -197,10 +222,10 @@ def _checked(masks: Masks | None, lens: DiTLens, prompts: Sequence[str]) -> list
         return masks
     if len(masks) != len(prompts):
         raise OpError(f"masks= takes one mask for every prompt, and got {len(masks)} for {len(prompts)} prompts.")
-    return [_plain_mask(mask, f"masks[{i}]") for i, mask in enumerate(masks)]
+    return [_as_mask(mask, f"masks[{i}]") for i, mask in enumerate(masks)]
 
 
-def _plain_mask(mask: Any, name: str) -> np.ndarray:
+def _as_mask(mask: Any, name: str) -> np.ndarray:
     if isinstance(mask, Image.Image):
         return np.asarray(mask.convert("L")) > 127
     array = np.asarray(mask)
@@ -216,7 +241,7 @@ def _digest(mask: np.ndarray) -> str:
     return f"{mask.shape} {hashlib.sha256(mask.tobytes()).hexdigest()[:16]}"
 
 
-def _extra_reads(
+def _choose_extra_reads(
     lens: DiTLens, prompts: Sequence[str], words: Sequence[str], blocks: list[int], call: Mapping[str, Any]
 ) -> tuple[set[str], dict[str, str]]:
     """Which of attention, x0 and velocity this model offers; and baseline -> why it is left out."""
@@ -226,8 +251,8 @@ def _extra_reads(
         left_out["attention"] = "no word for the subject was given"
     try:
         if words:
-            heads_of(lens, blocks)
-            lens.cost(prompts, _word_reads(words), **call)
+            count_heads(lens, blocks)
+            lens.cost(prompts, _make_word_reads(words), **call)
     except (ExecutionError, FamilyError, SiteError, PromptError) as problem:
         extra.discard("attention")
         left_out["attention"] = str(problem)
@@ -239,7 +264,7 @@ def _extra_reads(
     return extra, left_out
 
 
-def _word_reads(words: Sequence[str]) -> list[Read]:
+def _make_word_reads(words: Sequence[str]) -> list[Read]:
     """One number per token of each row's word: a read tells which tokens these are."""
     return [
         Read("blocks.0.txt", tokens=word, rows=row, channels=[0], steps=0, name=f"word/{row}")
@@ -247,82 +272,28 @@ def _word_reads(words: Sequence[str]) -> list[Read]:
     ]
 
 
-# From tokens to masks
+@dataclass(frozen=True, kw_only=True)
+class ClusterStudy:
+    """What every batch of one study shares.
 
-
-class Found(NamedTuple):
-    """A mask, bool [h, w], and the tokens of each cluster it was made from, from cold to hot."""
-
-    mask: np.ndarray
-    sizes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Way:
-    """How tokens become a mask: the study's n_clusters, method and polarity."""
-
-    n_clusters: int
-    method: str
-    polarity: str
-
-    def __post_init__(self) -> None:
-        choices = (("method", self.method, clusters.METHODS), ("polarity", self.polarity, POLARITIES))
-        for name, asked, known in choices:
-            if asked not in known:
-                raise OpError(f"There is no {name} {asked!r}.{nearest(str(asked), known)}")
-        if self.n_clusters < 2:
-            raise OpError(f"n_clusters={self.n_clusters} separates nothing. Choose 2 or more.")
-
-    @property
-    def side(self) -> str:
-        """The rule that finds the front without the truth."""
-        return "heat" if self.polarity == "oracle" else self.polarity
-
-    def clustered(self, x: Any, grid: tuple[int, ...]) -> Found:
-        """K-means of tokens [n, k]."""
-        found = segment(x, grid, n_clusters=self.n_clusters, method=self.method, polarity=self.side)
-        return Found(found.mask, found.sizes)
-
-    def thresholded(self, values: np.ndarray, size: int, grid: tuple[int, ...]) -> Found:
-        """As many tokens of a map [n] as another mask has."""
-        return Found(largest(values, size, grid, self.side), (values.size - size, size))
-
-    def lines(self, found: Mapping[tuple[str, int], Found], truth: np.ndarray) -> list[dict[str, Any]]:
-        """What the table says of every mask."""
-        masks = np.stack([one.mask for one in found.values()])
-        score = scored(masks, truth[None], self.polarity)[:, 0]
-        front = [int(upsample(mask, truth.shape).sum()) for mask in masks]
-        return [
-            {
-                "arm": arm,
-                "draw": draw,
-                "iou": float(score[i]),
-                "chance": chance_iou(truth, front[i], oracle=self.polarity == "oracle"),
-                "size": float(masks[i].mean()),
-                "clusters": list(one.sizes),
-                "degenerate": float(min(one.sizes) < DEGENERATE_SHARE * masks[i].size),
-            }
-            for i, ((arm, draw), one) in enumerate(found.items())
-        ]
-
-
-def scored(masks: np.ndarray, truths: np.ndarray, polarity: str) -> np.ndarray:
-    """IoU [m, t]; of an oracle, that of the mask or of its complement, whichever is larger."""
-    score = ious(masks, truths)
-    return np.maximum(score, ious(~masks, truths)) if polarity == "oracle" else score
-
-
-# One batch
-
-
-@dataclass(frozen=True)
-class _Study:
-    """What every batch of one study shares. heads: of the blocks whose patterns are read; words: of the rows."""
+    lens: lens on the model.
+    blocks: site -> block.
+    reads: what every run reads.
+    options: how tokens become a mask.
+    masks: where the subject truly is: one per prompt, a function, or None if a toy reads its images back.
+    words: word of every prompt's subject; empty without the attention baseline.
+    heads: number of heads of every block whose attention patterns are read.
+    k: number of channels of an arm.
+    score: reduction by which channels are ranked.
+    draws: number of random controls.
+    kind: what the model predicts, such as "flow"; None if that is not known.
+    call: other arguments of the pipeline.
+    """
 
     lens: DiTLens
     blocks: Mapping[str, int]
     reads: Sequence[Read]
-    way: Way
+    options: ClusteringOptions
     masks: list[np.ndarray] | Callable | None
     words: Sequence[str]
     heads: dict[int, int]
@@ -332,86 +303,93 @@ class _Study:
     kind: str | None
     call: Mapping[str, Any]
 
-    def cell(self, part: Batch) -> Cell:
-        words = self.words[part.rows.start : part.rows.stop]
-        run = self.lens.run(part.prompts, [*self.reads, *_word_reads(words)], seed=part.seed, **self.call)
+    def run_batch(self, batch: PromptBatch) -> Cell:
+        """Draws a batch, and clusters its tokens at every step and block."""
+        words = self.words[batch.rows.start : batch.rows.stop]
+        run = self.lens.run(batch.prompts, [*self.reads, *_make_word_reads(words)], seed=batch.seed, **self.call)
         steps = run["x"].steps
         maps: dict[int, np.ndarray] = {}
         if words:
             tokens = [run[f"word/{row}"].tokens or () for row in range(len(words))]
-            maps = word_attention(
-                self.lens, part.prompts, tokens, self.heads, steps, run.grid, seed=part.seed, **self.call
+            maps = read_word_attention(
+                self.lens, batch.prompts, tokens, self.heads, steps, run.grid, seed=batch.seed, **self.call
             )
         cell = Cell()
-        truths = {i: self._truth(run.images[i], prompt, part.rows[i]) for i, prompt in enumerate(part.prompts)}
+        truths = {i: self._find_truth(run.images[i], prompt, batch.rows[i]) for i, prompt in enumerate(batch.prompts)}
         for i, truth in truths.items():
-            key = f"{part.rows[i]}/{part.seed}"
-            cell.images[key] = run.images[i]
+            cell.images[str(ImageKey(batch.rows[i], batch.seed))] = run.images[i]
             if truth is not None:
-                cell.masks[f"{key}/truth"] = truth
+                cell.masks[str(ImageKey(batch.rows[i], batch.seed, arm="truth"))] = truth
         for s, step in enumerate(steps):
-            arms = control_arms(_sets(run, s, self.k, self.score), self.draws, part.seed)
+            arms = add_controls(_select_channels(run, s, self.k, self.score), self.draws, batch.seed)
             for i, truth in truths.items():
                 if truth is not None:
-                    self._image(cell, part, run, (s, step, i), arms, maps, truth)
+                    self._cluster_image(cell, batch, run, (s, step, i), arms, maps, truth)
         return cell
 
-    def _image(
+    def _cluster_image(
         self,
         cell: Cell,
-        part: Batch,
+        batch: PromptBatch,
         run: Run,
         where: tuple[int, int, int],
         arms: Sequence[Arm],
         maps: Mapping[int, np.ndarray],
         truth: np.ndarray,
     ) -> None:
-        """All blocks of one image at one step, into the cell."""
+        """All blocks of one image at one step, into the cell.
+
+        cell: gets rows of the table and masks.
+        batch: the batch of the image.
+        run: the run of the batch.
+        where: index of the step among those read, number of the step, row of the image.
+        arms: arms of channels at this step.
+        maps: block -> attention to the subject's word, [step, row, n].
+        truth: mask of the subject, bool [H, W].
+        """
         s, step, i = where
-        latents = self._latents(run, s, step, i)
+        latents = self._cluster_latents(run, s, step, i)
         for site, block in self.blocks.items():
             x = run["x"][site][s, i].float().numpy()
-            found = {(arm.name, arm.draw): self.way.clustered(x[:, arm.sets[i][site]], run.grid) for arm in arms}
-            found["all", 0] = self.way.clustered(x, run.grid)
+            found = {(arm.name, arm.draw): self.options.cluster(x[:, arm.sets[i][site]], run.grid) for arm in arms}
+            found["all", 0] = self.options.cluster(x, run.grid)
             size = int(found["top", 0].mask.sum())
             saliency = {"attention": maps[block][s, i]} if maps else {}
             saliency |= {"norm": token_norm(x), "component": first_component(x)}
-            found |= {(name, 0): self.way.thresholded(values, size, run.grid) for name, values in saliency.items()}
-            found["centre", 0] = Found(centred_disc(size, run.grid), (len(x) - size, size))
+            found |= {(name, 0): self.options.threshold(values, size, run.grid) for name, values in saliency.items()}
+            found["centre", 0] = TokenMask(centred_disc(size, run.grid), (len(x) - size, size))
             found |= latents
-            named = {"prompt": part.prompts[i], "seed": part.seed, "step": step, "block": block}
+            named = {"prompt": batch.prompts[i], "seed": batch.seed, "step": step, "block": block}
             whole = dict.fromkeys((("all", 0), ("norm", 0), ("component", 0)), 1.0)
             energy = whole | {(arm.name, arm.draw): arm.sets[i].energy_share()[site] for arm in arms}
-            for line in self.way.lines(found, truth):
+            for line in self.options.measure(found, truth):
                 share = energy.get((line["arm"], line["draw"]), 0.0)
-                cell.lines.append({"row": part.rows[i], **named, **line, "energy_share": share})
-            key = f"{part.rows[i]}/{part.seed}/{step}/{block}"
-            cell.masks |= {f"{key}/{_called(*name)}": one.mask for name, one in found.items()}
+                cell.lines.append({"row": batch.rows[i], **named, **line, "energy_share": share})
+            for (arm, draw), one in found.items():
+                cell.masks[name_mask(batch.rows[i], batch.seed, step, block, arm, draw)] = one.mask
 
-    def _latents(self, run: Run, s: int, step: int, i: int) -> dict[tuple[str, int], Found]:
-        """K-means of what enters the model and of the clean latents it predicts, where these are known."""
+    def _cluster_latents(self, run: Run, s: int, step: int, i: int) -> dict[tuple[str, int], TokenMask]:
+        """K-means of what enters the model and of the clean latents it predicts, if these are known."""
         if "x0" not in run.keys():  # noqa: SIM118 a Run is no mapping
             return {}
         clean = run["x0"].tensor[s, i].float()
-        predicted = run["velocity"].tensor[s, i].float()[:, : clean.shape[-1]] * self.lens.family.sign
+        predicted = run["velocity"].tensor[s, i].float()[:, : clean.shape[-1]] * self.lens.family.prediction.sign
         noisy = noisy_latent(clean, predicted, run.sigmas[step], self.kind or "flow")
-        return {(name, 0): self.way.clustered(x, run.grid) for name, x in (("noisy latent", noisy), ("x0", clean))}
+        return {(name, 0): self.options.cluster(x, run.grid) for name, x in (("noisy latent", noisy), ("x0", clean))}
 
-    def _truth(self, image: Image.Image, prompt: str, row: int) -> np.ndarray | None:
-        """The subject's mask in an image, in its pixels; None when a toy's image is unreadable."""
+    def _find_truth(self, image: Image.Image, prompt: str, row: int) -> np.ndarray | None:
+        """The subject's mask in an image, in its pixels; None if a toy's image is unreadable."""
         if self.masks is None:
-            from dit_lens.toys.scenes import describe
-
-            found = describe(image)
+            found = scenes.recognise_scene(image)
             return None if found.scene is None else found.mask
         if isinstance(self.masks, list):
             mask = self.masks[row]
         else:
-            mask = _plain_mask(self.masks(image, prompt), "what masks= returned")
+            mask = _as_mask(self.masks(image, prompt), "what masks= returned")
         return upsample(mask, (image.height, image.width))
 
 
-def _sets(run: Run, s: int, k: int, score: str) -> list[ChannelSet]:
+def _select_channels(run: Run, s: int, k: int, score: str) -> list[ChannelSet]:
     """Every image's own top-k channels at one of the steps that were read."""
     scores, rms = ({site: value[s].float() for site, value in run[name].items()} for name in ("score", "rms"))
     rows = len(next(iter(scores.values())))
@@ -424,83 +402,3 @@ def _sets(run: Run, s: int, k: int, score: str) -> list[ChannelSet]:
         )
         for row in range(rows)
     ]
-
-
-# The result
-
-
-def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
-    """The result of the cells so far."""
-    images = {name: image for cell in cells for name, image in cell.images.items()}
-    masks = {name: mask for cell in cells for name, mask in cell.masks.items()}
-    table = pd.DataFrame([line for cell in cells for line in cell.lines])
-    if table.empty:
-        return Result("organisation", table, pd.DataFrame(columns=list(SUMMARY)), dict(settings), images, masks)
-    others, p = _other_prompts(table, masks, settings["polarity"])
-    pair = ["row", "seed", "step", "block"]
-    top = table.loc[table["arm"] == "top", [*pair, "iou"]].rename(columns={"iou": "behind"})
-    table = table.assign(others=others).merge(top, on=pair)
-    table["behind"] -= table["iou"]
-    notes = _notes(table, settings, len(images) - sum(name.endswith("/truth") for name in masks))
-    table = table.drop(columns="row")
-    return Result("organisation", table, _summary(table, p), dict(settings), images, masks, notes)
-
-
-def _called(arm: str, draw: int) -> str:
-    """An arm in the key of a mask."""
-    return f"{arm}/{draw}" if draw else arm
-
-
-def _other_prompts(
-    table: pd.DataFrame, masks: Mapping[str, np.ndarray], polarity: str
-) -> tuple[pd.Series, dict[tuple[int, int, str], float]]:
-    """Line by line the mean IoU with the other prompts' subjects; and (step, block, arm) -> p. NaN for one prompt."""
-    others = pd.Series(np.nan, table.index)
-    p: dict[tuple[int, int, str], float] = {}
-    for where, group in table.groupby(["step", "block"], sort=False):
-        step, block = cast("tuple[int, int]", where)
-        fits = []
-        for seed, own in group.groupby("seed", sort=False):
-            rows = own["row"].unique()
-            called = zip(own["row"], own["arm"], own["draw"], strict=True)
-            found = [masks[f"{row}/{seed}/{step}/{block}/{_called(arm, draw)}"] for row, arm, draw in called]
-            truths = [masks[f"{row}/{seed}/truth"] for row in rows]
-            fit = pd.DataFrame(scored(np.stack(found), np.stack(truths), polarity), own.index, rows)
-            fits.append(fit)
-            if len(rows) > 1:
-                others[own.index] = (fit.sum(axis=1) - own["iou"]) / (len(rows) - 1)
-        mean = pd.concat(fits).groupby([group["arm"], group["row"]]).mean()  # over seeds and draws
-        for arm in group["arm"].unique():
-            square = mean.loc[arm]
-            square = square[square.index].to_numpy()
-            p[step, block, arm] = permutation_p(square) if len(square) > 1 and np.isfinite(square).all() else np.nan
-    return others, p
-
-
-def _summary(table: pd.DataFrame, p: Mapping[tuple[int, int, str], float]) -> pd.DataFrame:
-    by = ["step", "block", "arm"]
-    summary = summarise(table, by, ("iou", "behind")).rename(columns={"iou_low": "low", "iou_high": "high"})
-    plain = table.groupby([*by, "prompt"])[["chance", "others", "size", "degenerate", "energy_share"]].mean()
-    summary = summary.merge(plain.groupby(level=by).mean().reset_index(), on=by)
-    summary["p"] = [p[key] for key in summary[by].itertuples(index=False, name=None)]
-    place = {arm: i for i, arm in enumerate((*ARMS, *BASELINES, *NULLS))}
-    summary = summary.sort_values(by, key=lambda column: column.map(place) if column.name == "arm" else column)
-    return summary[list(SUMMARY)].reset_index(drop=True)
-
-
-def _notes(table: pd.DataFrame, settings: Mapping[str, Any], unreadable: int) -> list[str]:
-    notes = [share_of_width(settings["k"], settings["width"])]
-    if settings["polarity"] == "oracle":
-        notes.append(
-            "polarity oracle: every mask is the better of itself and its complement, chosen with the truth in hand; "
-            "chance is that of the same choice between a random mask and its complement"
-        )
-    held = table.groupby("arm")["energy_share"].mean()
-    notes.append(
-        f"the top channels hold {held['top']:.1%} of the energy, the energy-matched ones {held['energy-matched']:.1%}"
-    )
-    notes.append("attention, norm, component and centre are masks of as many tokens as the top channels' mask")
-    notes += [f"left out: {name}: {why}" for name, why in settings["left_out"].items()]
-    if unreadable:
-        notes.append(f"{unreadable} images were unreadable and are left out")
-    return notes

@@ -15,12 +15,15 @@ import torch
 from dit_lens.analysis.channels.statistics import RunningStats, chance_jaccard, overlaps
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import OpError
-from dit_lens.studies.shared.arguments import as_prompts, as_seeds, share_of_width
+from dit_lens.plots import stability_figure
+from dit_lens.studies.shared.arguments import as_prompts, as_seeds, describe_k
+from dit_lens.studies.shared.batches import PromptBatch, make_batches
 from dit_lens.studies.shared.cells import Cell
-from dit_lens.studies.shared.checkpoints import Cells
-from dit_lens.studies.shared.drawing import Batch, batches
+from dit_lens.studies.shared.checkpoints import StudyCheckpoints
 from dit_lens.studies.shared.protocols import with_protocols
-from dit_lens.studies.shared.result import Result, summarise
+from dit_lens.studies.shared.registry import study
+from dit_lens.studies.shared.result import Result
+from dit_lens.studies.shared.tables import summarise
 
 if TYPE_CHECKING:
     from dit_lens.core.request.ops import Pattern, Steps
@@ -31,6 +34,34 @@ STABLE = 0.9
 COLUMNS = ["over", "site", "a", "b", "prompt", "seed", "jaccard"]
 
 
+def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
+    """The result of the cells so far."""
+    images = pd.DataFrame([line for cell in cells for line in cell.lines])
+    steps, whole, running = (
+        np.concatenate([cell.arrays[name] for cell in cells]) for name in ("steps", "whole", "running")
+    )
+    by_site, by_pair = _compare_by_site(settings, images, steps, whole), _compare_pairs(settings, steps, whole)
+    settling = _compare_successive(images, running)
+    summary = pd.concat(
+        [
+            summarise(by_site, ("over", "site", "a", "b"), ("jaccard",)),
+            by_pair.assign(n=len(images)),
+            settling.groupby(["over", "a"], as_index=False).agg(jaccard=("jaccard", "mean"), n=("jaccard", "size")),
+        ],
+        ignore_index=True,
+    ).assign(chance=chance_jaccard(settings["k"], settings["width"]))
+    summary = summary.reindex(
+        columns=["over", "site", "a", "b", "n", "jaccard", "jaccard_low", "jaccard_high", "chance"]
+    )
+    table = pd.concat([by_site, by_pair, settling], ignore_index=True)[COLUMNS]
+    return Result("stability", table, summary, dict(settings), notes=_notes(settings, summary, settling, running))
+
+
+@study(
+    question="Are they the same channels everywhere?",
+    assemble=assemble,
+    figure=stability_figure,
+)
 @with_protocols
 def stability(
     lens: DiTLens,
@@ -66,9 +97,21 @@ def stability(
     say which that is. A running mean moves less with every prompt, so this tells when the aggregate is known, and
     ``prompts`` whether prompts agree. Read every overlap beside ``chance``, that of two random sets.
 
-    k: 1 to the width. scores: reductions that give one number per channel, the first the one that is asked about.
-    stable: in (0, 1]. batch_size, out: see :func:`disruption`. Scores are kept only as running statistics, so memory
-    does not grow with them; of every image the sets stay. Source of the rule: SPARK; of the score: arXiv 2605.13974.
+    Scores are kept only as running statistics, so memory does not grow with them; of every image the sets stay.
+
+    lens: lens on the model.
+    prompts: one prompt or several.
+    k: number of channels, 1 to the width.
+    seeds: seeds of the noise; every prompt is run with each.
+    scores: reductions that give one number per channel; the first is the one in question.
+    site: sites that are compared.
+    steps: denoising steps that are read; all by default.
+    stable: overlap in (0, 1] from which on the set counts as stable.
+    batch_size: number of prompts that run together; all by default.
+    out: folder for finished cells, from which the same call continues.
+    call: other arguments of the pipeline.
+
+    Source of the rule: SPARK; of the score: arXiv 2605.13974.
     """
     prompts, seeds = as_prompts(prompts), as_seeds(seeds)
     sites = lens.sites(site)
@@ -86,14 +129,14 @@ def stability(
         "call": call,
         "width": width,
     }
-    parts = batches(prompts, seeds, batch_size)
+    batches = make_batches(prompts, seeds, batch_size)
     seen: dict[int, RunningStats] = defaultdict(RunningStats)
-    with Cells("stability", settings, lens=lens, total=len(parts), out=out) as cells:
+    with StudyCheckpoints("stability", settings, lens=lens, total=len(batches), out=out) as cells:
         reads = [Read(site, reduce=score, steps=steps, name=score) for score in scores]
-        for part in parts:
-            cell = cells.get(part.key, partial(_observed, lens, part, reads, k, seen[part.seed], call))
+        for batch in batches:
+            cell = cells.get(batch.key, partial(_find_sets, lens, batch, reads, k, seen[batch.seed], call))
             # What the next aggregates need is in the statistics; a thousand prompts' own scores would be gigabytes.
-            _add(seen[part.seed], cell.arrays.pop("score"))
+            _add(seen[batch.seed], cell.arrays.pop("score"))
         return cells.result()
 
 
@@ -115,11 +158,11 @@ def _check(lens: DiTLens, sites: Sequence[str], k: int, scores: Sequence[str], s
     return width
 
 
-def _observed(
-    lens: DiTLens, part: Batch, reads: Sequence[Read], k: int, seen: RunningStats, call: Mapping[str, Any]
+def _find_sets(
+    lens: DiTLens, batch: PromptBatch, reads: Sequence[Read], k: int, seen: RunningStats, call: Mapping[str, Any]
 ) -> Cell:
     """The sets of a batch: ``steps`` [b, sites, s, k], ``whole`` [b, sites, scores, k], ``running`` [b, sites, k]."""
-    run = lens.run(part.prompts, reads, seed=part.seed, **call)
+    run = lens.run(batch.prompts, reads, seed=batch.seed, **call)
     found = {
         str(read.name): np.stack([value.float().numpy() for value in run[str(read.name)].values()]) for read in reads
     }  # each [sites, s, b, d]
@@ -130,7 +173,10 @@ def _observed(
         _add(seen, row[None])
         running.append(_top(seen.mean.reshape(row.shape).numpy(), k))
     return Cell(
-        lines=[{"row": row, "prompt": p, "seed": part.seed} for row, p in zip(part.rows, part.prompts, strict=True)],
+        lines=[
+            {"row": row, "prompt": prompt, "seed": batch.seed}
+            for row, prompt in zip(batch.rows, batch.prompts, strict=True)
+        ],
         arrays={
             "steps": _top(by_step, k).transpose(2, 0, 1, 3),
             "whole": np.stack([_top(one.mean(1), k) for one in found.values()]).transpose(2, 1, 0, 3),
@@ -161,38 +207,19 @@ def stable_after(running: Sequence[float], stable: float = STABLE) -> int | None
     >>> stable_after([0.5, 0.95, 0.8, 0.9, 1.0])
     5
 
-    running: the overlap of the aggregate over 2, 3, ... prompts with the one before. Returns the least number of
-    prompts from which on every overlap is at least ``stable``, or None where the last is not.
+    Returns the least number of prompts from which on every overlap is at least ``stable``, or None if the last is not.
+
+    running: overlap of the aggregate over 2, 3, ... prompts with the one before.
+    stable: overlap that counts as stable.
     """
     below = [i for i, overlap in enumerate(running) if overlap < stable]
     first = below[-1] + 1 if below else 0
     return None if first == len(running) else first + 2
 
 
-def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
-    """The result of the cells so far."""
-    images = pd.DataFrame([line for cell in cells for line in cell.lines])
-    steps, whole, running = (
-        np.concatenate([cell.arrays[name] for cell in cells]) for name in ("steps", "whole", "running")
-    )
-    by_site, by_pair = _by_site(settings, images, steps, whole), _by_pair(settings, steps, whole)
-    settling = _settling(images, running)
-    summary = pd.concat(
-        [
-            summarise(by_site, ("over", "site", "a", "b"), ("jaccard",)),
-            by_pair.assign(n=len(images)),
-            settling.groupby(["over", "a"], as_index=False).agg(jaccard=("jaccard", "mean"), n=("jaccard", "size")),
-        ],
-        ignore_index=True,
-    ).assign(chance=chance_jaccard(settings["k"], settings["width"]))
-    summary = summary.reindex(
-        columns=["over", "site", "a", "b", "n", "jaccard", "jaccard_low", "jaccard_high", "chance"]
-    )
-    table = pd.concat([by_site, by_pair, settling], ignore_index=True)[COLUMNS]
-    return Result("stability", table, summary, dict(settings), notes=_notes(settings, summary, settling, running))
-
-
-def _by_site(settings: Mapping[str, Any], images: pd.DataFrame, steps: np.ndarray, whole: np.ndarray) -> pd.DataFrame:
+def _compare_by_site(
+    settings: Mapping[str, Any], images: pd.DataFrame, steps: np.ndarray, whole: np.ndarray
+) -> pd.DataFrame:
     """For every image and site, the mean overlap of its set with each kind of others."""
     sets, found = whole[:, :, 0], []  # [images, sites, k]
 
@@ -203,37 +230,37 @@ def _by_site(settings: Mapping[str, Any], images: pd.DataFrame, steps: np.ndarra
     for over, same in (("prompts", "seed"), ("seeds", "row")):
         for rows in images.groupby(same, sort=False).indices.values():
             if len(rows) > 1:
-                add(over, rows, _with_others(sets[rows].swapaxes(0, 1)).T)
+                add(over, rows, _overlap_with_others(sets[rows].swapaxes(0, 1)).T)
     for row in range(len(images)):
         if steps.shape[2] > 1:
-            add("steps", [row], _with_others(steps[row]).mean(1))
+            add("steps", [row], _overlap_with_others(steps[row]).mean(1))
         if len(settings["sites"]) > 1:
-            add("sites", [row], _with_others(sets[row]))
+            add("sites", [row], _overlap_with_others(sets[row]))
         for i, other in enumerate(settings["scores"][1:], start=1):
             add("scores", [row], overlaps(sets[row], whole[row, :, i]), a=settings["scores"][0], b=other)
     return pd.concat(found, ignore_index=True).reindex(columns=COLUMNS) if found else pd.DataFrame(columns=COLUMNS)
 
 
-def _with_others(sets: np.ndarray) -> np.ndarray:
+def _overlap_with_others(sets: np.ndarray) -> np.ndarray:
     """Every set's mean overlap with the others: [..., m, k] -> [..., m]."""
     every = overlaps(sets[..., :, None, :], sets[..., None, :, :])
     return (every.sum(-1) - 1) / (sets.shape[-2] - 1)
 
 
-def _by_pair(settings: Mapping[str, Any], steps: np.ndarray, whole: np.ndarray) -> pd.DataFrame:
+def _compare_pairs(settings: Mapping[str, Any], steps: np.ndarray, whole: np.ndarray) -> pd.DataFrame:
     """The overlap of every two steps, averaged over images and sites, and of every two sites, over images."""
     between_steps = np.mean([overlaps(one[:, :, None], one[:, None]).mean(0) for one in steps], 0)
     between_sites = np.mean([overlaps(one[:, None], one[None]) for one in whole[:, :, 0]], 0)
     return pd.concat(
         [
-            _pairs("step x step", range(steps.shape[2]), between_steps),
-            _pairs("site x site", settings["sites"], between_sites),
+            _pair_rows("step x step", range(steps.shape[2]), between_steps),
+            _pair_rows("site x site", settings["sites"], between_sites),
         ],
         ignore_index=True,
     )
 
 
-def _pairs(over: str, names: Sequence[Any], matrix: np.ndarray) -> pd.DataFrame:
+def _pair_rows(over: str, names: Sequence[Any], matrix: np.ndarray) -> pd.DataFrame:
     names = list(names)
     return pd.DataFrame(
         {"over": over, "a": np.repeat(np.array(names, object), len(names)), "b": names * len(names)}
@@ -241,7 +268,7 @@ def _pairs(over: str, names: Sequence[Any], matrix: np.ndarray) -> pd.DataFrame:
     )
 
 
-def _settling(images: pd.DataFrame, running: np.ndarray) -> pd.DataFrame:
+def _compare_successive(images: pd.DataFrame, running: np.ndarray) -> pd.DataFrame:
     """For every seed the overlap of each aggregate with the one before, averaged over sites; a: prompts so far."""
     found = []
     for rows in images.groupby("seed", sort=False).indices.values():
@@ -254,7 +281,7 @@ def _notes(
     settings: Mapping[str, Any], summary: pd.DataFrame, settling: pd.DataFrame, running: np.ndarray
 ) -> list[str]:
     notes = [
-        share_of_width(settings["k"], settings["width"])
+        describe_k(settings["k"], settings["width"])
         + f"; two random sets of {settings['k']} overlap by {summary['chance'].iloc[0]:.3f}"
     ]
     after = [

@@ -11,7 +11,11 @@ import pandas as pd
 
 from dit_lens.core.request.ops import SigmaInterval
 from dit_lens.errors import OpError, StudyInterrupted, nearest
-from dit_lens.studies.shared import cells, checkpoints
+from dit_lens.plots import sweep_figure
+from dit_lens.studies.shared.checkpoints import check_arguments_only, share_progress_bar
+from dit_lens.studies.shared.folders import claim_folder, to_plain_data
+from dit_lens.studies.shared.registry import StudyRecord, find_study, study_names
+from dit_lens.studies.shared.registry import study as register
 from dit_lens.studies.shared.result import Result
 
 if TYPE_CHECKING:
@@ -20,6 +24,29 @@ if TYPE_CHECKING:
 Study = Callable[..., Result]
 
 
+def assemble(settings: Mapping[str, Any], parts: Sequence[Result]) -> Result:
+    """The result of the combinations so far, from the result of each."""
+    over = settings["over"]
+    points = [dict(zip(over, values, strict=True)) for values in product(*over.values())][: len(parts)]
+    names = [", ".join(f"{argument}={value}" for argument, value in point.items()) for point in points]
+    named = list(zip(names, parts, strict=True))
+    return Result(
+        "sweep",
+        _join([part.table for part in parts], points),
+        _join([part.summary for part in parts], points),
+        dict(settings),
+        {f"{name}/{key}": image for name, part in named for key, image in part.images.items()},
+        {f"{name}/{key}": mask for name, part in named for key, mask in part.masks.items()},
+        _notes(parts, names),
+    )
+
+
+@register(
+    question="What does a study find over a grid of its arguments?",
+    assemble=assemble,
+    figure=sweep_figure,
+    figure_options=lambda settings: {"over": list(settings["over"])},
+)
 def sweep(
     study: str | Study,
     lens: DiTLens,
@@ -44,36 +71,39 @@ def sweep(
     >>> result.summary.loc[result.summary["arm"] == "top", ["site", "k"]].values.tolist()
     [['blocks[0:4].img', 4], ['blocks[4:8].img', 4]]
 
-    study: its name or the function. prompts: as the study takes them. over: argument -> values; the last argument
-    changes fastest. fixed: the study's other arguments. out: a folder with one folder per combination, from which the
-    same call goes on.
-
     The table and the summary are the study's own, with one column per swept argument in front (it replaces a column of
     that name); intervals are of one combination each. ``figure()`` has lines over the first argument and a panel for
     every combination of the others; ``figure(measure="fidelity")`` draws another column. Every combination is checked
     before the first is drawn. Raises OpError for arguments that cannot be swept, and what the study raises.
+
+    study: name of the study, or its function.
+    lens: lens on the model.
+    prompts: prompts or pairs, as the study takes them.
+    over: argument -> values; the last argument changes fastest.
+    out: folder with one folder per combination, from which the same call continues.
+    fixed: the study's other arguments.
     """
-    name = study if isinstance(study, str) else getattr(study, "__name__", str(study))
-    run, points = _named(name), _points(over, fixed)
-    settings = cells.plain(
+    swept, points = _find_swept(study), _list_points(over, fixed)
+    settings = to_plain_data(
         {
-            "study": name,
+            "study": swept.name,
             "prompts": prompts,
             "over": {argument: [label(value) for value in values] for argument, values in over.items()},
             "fixed": fixed,
         }
     )
     for point in points:
-        with checkpoints.rehearsal():
-            run(lens, prompts, **fixed, **point)
+        with check_arguments_only():
+            swept.function(lens, prompts, **fixed, **point)
     folder = None if out is None else Path(out)
     if folder is not None:
-        cells.claim(folder, "sweep", settings, lens)
+        claim_folder(folder, "sweep", settings, lens)
     parts: list[Result] = []
-    with checkpoints.one_bar("sweep", len(points)):
+    with share_progress_bar("sweep", len(points)):
         for i, point in enumerate(points):
+            part = folder and folder / "parts" / f"{i:06d}"
             try:
-                parts.append(run(lens, prompts, **fixed, **point, out=folder and folder / "parts" / f"{i:06d}"))
+                parts.append(swept.function(lens, prompts, **fixed, **point, out=part))
             except StudyInterrupted as stop:
                 found = [*parts, *([stop.result] if stop.result else [])]
                 whole = assemble(settings, found) if found else None
@@ -81,25 +111,8 @@ def sweep(
     return assemble(settings, parts)
 
 
-def assemble(settings: Mapping[str, Any], parts: Sequence[Result]) -> Result:
-    """The result of the combinations so far, from the result of each."""
-    over = settings["over"]
-    points = [dict(zip(over, values, strict=True)) for values in product(*over.values())][: len(parts)]
-    names = [", ".join(f"{argument}={value}" for argument, value in point.items()) for point in points]
-    named = list(zip(names, parts, strict=True))
-    return Result(
-        "sweep",
-        _joined([part.table for part in parts], points),
-        _joined([part.summary for part in parts], points),
-        dict(settings),
-        {f"{name}/{key}": image for name, part in named for key, image in part.images.items()},
-        {f"{name}/{key}": mask for name, part in named for key, mask in part.masks.items()},
-        _notes(parts, names),
-    )
-
-
 def label(value: Any) -> Any:
-    """A swept value as it stands in a column: numbers and words as they are, ranges in words.
+    """A swept value as it stands in a column: numbers and text as they are, ranges in words.
 
     >>> [label(value) for value in (4, (0.0, 0.5), slice(2, 5), ["blocks.0.img", "blocks.3.img"], None)]
     [4, '0 to 0.5', '2:5', 'blocks.0.img, blocks.3.img', 'all']
@@ -119,16 +132,16 @@ def label(value: Any) -> Any:
     return getattr(value, "__qualname__", str(value))
 
 
-def _named(name: str) -> Study:
-    from dit_lens import studies
-
-    known = [one for one in studies.STUDIES if one != "sweep"]
-    if name not in known:
+def _find_swept(study: str | Study) -> StudyRecord:
+    name = study if isinstance(study, str) else getattr(study, "__name__", str(study))
+    record = find_study(name)
+    if record is None or record.name == "sweep":
+        known = [other for other in study_names() if other != "sweep"]
         raise OpError(f"There is no study {name!r} to sweep.{nearest(name, known)}")
-    return getattr(studies, name)
+    return record
 
 
-def _points(over: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _list_points(over: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not over:
         raise OpError('over={} asks for nothing. Name an argument and its values, as in over={"k": [4, 8, 12]}.')
     for argument, values in over.items():
@@ -141,7 +154,7 @@ def _points(over: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> list
     return [dict(zip(over, values, strict=True)) for values in product(*over.values())]
 
 
-def _joined(tables: Sequence[pd.DataFrame], points: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def _join(tables: Sequence[pd.DataFrame], points: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """The tables of all combinations under each other, with the swept arguments in front."""
     marked = [
         table.assign(**point)[[*point, *(name for name in table if name not in point)]]

@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from dit_lens.core.request.ops import Branch
-from dit_lens.studies.parts.blends import why_no_prompt_blend
-from dit_lens.studies.parts.nearness import MATCHED, with_matched
-from dit_lens.studies.parts.transport import ChannelsFrom, Lockstep, Transport, carry_out
-from dit_lens.studies.shared.arguments import as_pairs, as_seeds, as_tuple, share_of_width
+from dit_lens.plots import transfer_figure
+from dit_lens.studies.parts.blends import explain_no_prompt_blend
+from dit_lens.studies.parts.transport import ChannelsFrom, PairBatch, plan_transport
+from dit_lens.studies.parts.transport_cells import run_transport
+from dit_lens.studies.parts.transport_measures import MATCHED, add_matched_measures
+from dit_lens.studies.shared.arguments import as_pairs, as_seeds, describe_k
 from dit_lens.studies.shared.arms import DRAWS
+from dit_lens.studies.shared.batches import make_batches
 from dit_lens.studies.shared.cells import Cell
-from dit_lens.studies.shared.checkpoints import Cells
-from dit_lens.studies.shared.drawing import batches
-from dit_lens.studies.shared.judges import Judge, judge_for
+from dit_lens.studies.shared.checkpoints import StudyCheckpoints
+from dit_lens.studies.shared.judges import Judge, choose_judge
 from dit_lens.studies.shared.protocols import with_protocols
-from dit_lens.studies.shared.result import Result, summarise
+from dit_lens.studies.shared.registry import study
+from dit_lens.studies.shared.result import Result
+from dit_lens.studies.shared.tables import summarise
 
 if TYPE_CHECKING:
     from dit_lens.core.request.ops import Mask, Pattern, Steps
@@ -33,8 +37,8 @@ _MEASURES = (
     "to_target",
     "inside",
     "outside",
-    "says_source",
-    "says_target",
+    "fidelity_source",
+    "fidelity_target",
     "reached",
     *(f"matched_{name}" for name in MATCHED),
     "direct_share",
@@ -43,6 +47,37 @@ _MEASURES = (
 )
 
 
+def assemble(settings: Mapping[str, Any], cells: Sequence[Cell], name: str = "transfer") -> Result:
+    """The result of the cells so far.
+
+    settings: settings of the study.
+    cells: its finished cells.
+    name: name of the study.
+    """
+    lines = [line for cell in cells for line in cell.lines]
+    measured = [line for line in lines if "to_source" in line]
+    table = pd.DataFrame(measured, columns=None if measured else [*_KEY, *_MEASURES, "redrawn"])
+    direct = pd.DataFrame([line for line in lines if "direct_share" in line])
+    table = add_matched_measures(table)
+    if len(direct):
+        table = table.merge(direct, how="left", on=_KEY)
+    measures = [measure for measure in _MEASURES if measure in table]
+    return Result(
+        name,
+        table,
+        summarise(table, ("k", "arm", "masked", "strength"), measures),
+        dict(settings),
+        {key: image for cell in cells for key, image in cell.images.items()},
+        {key: mask for cell in cells for key, mask in cell.masks.items()},
+        _notes(table, settings),
+    )
+
+
+@study(
+    question="Claim 3: can they be moved?",
+    assemble=assemble,
+    figure=transfer_figure,
+)
 @with_protocols
 def transfer(
     lens: DiTLens,
@@ -85,84 +120,78 @@ def transfer(
     - pixel-blend and latent-blend: the two images, or their final latents, blended; prompt-blend: the target drawn
       from embeddings between the two prompts' (everywhere only; left out where a pipeline takes no embeddings).
 
-    pairs: (source prompt, target prompt). k: one or several sizes, up to the width; those above half of it have no
-    controls. strengths: in (0, 1], at every site: after n blocks a residual stream keeps (1 - strength)^n of what the
-    target had there, so that half the strength at all blocks is nearly all of it. channels_from: whose top channels are
-    moved; "union" moves both. mask_from: whose subject is the mask: K-means of the row's own values of the moved
-    channels (of the smallest k) at ``mask_block``, by default two thirds down, at the last step; "both" is the union;
-    or a drawing, bool [H, W] of any size; None leaves masked arms out. branch: "cond" (default) or "both". batch_size:
-    pairs that run together. out: a folder for finished cells, from which the same call goes on.
-
     The table has, per image, rmse (0 to 255) to the untouched source and target, the change inside and outside the
-    mask (the source's, where there is none), and what the judge says of it as an image of either prompt.
-    ``matched_*`` are the same arm's measures where it comes as near to the source as top does at that strength;
-    ``reached`` says whether it ever does. In rmse no image is kept better at equal nearness than a pixel blend (the
-    triangle inequality), so compare what the images say. ``direct_share``, of top and random at full strength: along
-    the target's own trajectory, how much of the change of the predicted velocity remains when the channels are swapped
-    for the final norm and projection alone (1 - squared error; 1: a transport that is read out and no more).
-    ``distinct`` counts the channels an arm touches at any site. Source: arXiv 2605.13974; the controls are ours.
+    mask (the source's, if there is none), and ``fidelity_source`` and ``fidelity_target``: how far the judge finds
+    either prompt in it. ``matched_*`` are the same arm's measures where it comes as near to the source as top does at
+    that strength; ``reached`` says whether it ever does. In rmse no image is kept better at equal distance than a pixel
+    blend (the triangle inequality), so compare what the images show. ``direct_share``, of top and random at full
+    strength: along the target's own trajectory, how much of the change of the predicted velocity remains when the
+    channels are swapped for the final norm and projection alone (1 - squared error; 1: a transport that is read out and
+    no more). ``distinct`` counts the channels an arm touches at any site.
+
+    lens: lens on the model.
+    pairs: pairs (source prompt, target prompt).
+    k: one or several numbers of channels, up to the width; those above half of it have no controls.
+    strengths: one or several in (0, 1], at every site: after n blocks a residual stream keeps (1 - strength)^n of what
+      the target had there, so that half the strength at all blocks is nearly all of it.
+    seeds: seeds of the noise; every pair is run with each.
+    draws: number of random controls.
+    channels_from: whose top channels are moved; "union" moves both.
+    mask_from: whose subject is the mask: K-means of the row's own values of the moved channels (of the smallest k) at
+      ``mask_block``, at the last step; "both" is the union; or a drawing, bool [H, W] of any size; None leaves masked
+      arms out.
+    mask_block: block whose tokens are clustered for the mask; two thirds down by default.
+    score: reduction by which channels are ranked.
+    site: sites whose channels are moved.
+    steps: denoising steps at which they are moved; all by default.
+    branch: "cond" or "both".
+    judge: function (image, prompt) -> {"fidelity": number, ...}; toys read scenes back by themselves.
+    batch_size: number of pairs that run together; all by default.
+    out: folder for finished cells, from which the same call continues.
+    call: other arguments of the pipeline.
+
+    Source: arXiv 2605.13974; the controls are ours.
     """
     pairs = as_pairs(pairs)
     seeds = as_seeds(seeds)
     prompts = [prompt for pair in pairs for prompt in pair]
-    ks = tuple(sorted(as_tuple(k)))
-    judge = judge_for(lens, prompts, judge)
-    transport = Transport(
-        lens, ks, as_tuple(strengths), draws, score, site, steps, branch, channels_from, mask_from, mask_block, judge
-    )
-    transport.check(prompts, call)
-    why = why_no_prompt_blend(lens, pairs[0], call)
+    judge = choose_judge(lens, prompts, judge)
+    transport = plan_transport(
+        prompts, call, lens=lens, k=k, strengths=strengths, draws=draws, score=score, site=site, steps=steps,
+        branch=branch, channels_from=channels_from, mask_from=mask_from, mask_block=mask_block, judge=judge,
+    )  # fmt: skip
+    why = explain_no_prompt_blend(lens, pairs[0], call)
     transport = replace(transport, prompt_blend=not why)
     settings = {"pairs": pairs, "seeds": seeds, "batch_size": batch_size, "call": call, "no_prompt_blend": why}
-    parts = batches([source for source, _ in pairs], seeds, batch_size)
-    total = len(parts) * transport.count
-    with Cells("transfer", {**settings, **transport.settings()}, lens=lens, total=total, out=out) as cells:
-        for part in parts:
-            some = [pairs[i] for i in part.rows]
-            batch = Lockstep(
-                part.key,
-                part.seed,
-                part.rows,
+    settings |= transport.settings()
+    batches = make_batches([source for source, _ in pairs], seeds, batch_size)
+    total = len(batches) * transport.cells_per_batch
+    with StudyCheckpoints("transfer", settings, lens=lens, total=total, out=out) as cells:
+        for batch in batches:
+            some = [pairs[i] for i in batch.rows]
+            pair_batch = PairBatch(
+                key=batch.key,
+                seed=batch.seed,
+                numbers=batch.rows,
                 prompts=tuple(prompt for pair in some for prompt in pair),
                 labels=tuple(f"{source} -> {target}" for source, target in some),
-                captions=part.prompts,
+                captions=batch.prompts,
                 call=call,
             )
-            carry_out(cells, transport, batch)
+            run_transport(cells, transport, pair_batch)
         return cells.result()
 
 
-def assemble(settings: Mapping[str, Any], cells: Sequence[Cell], study: str = "transfer") -> Result:
-    """The result of the cells so far."""
-    lines = [line for cell in cells for line in cell.lines]
-    measured = [line for line in lines if "to_source" in line]
-    table = pd.DataFrame(measured, columns=None if measured else [*_KEY, *_MEASURES, "redrawn"])
-    direct = pd.DataFrame([line for line in lines if "direct_share" in line])
-    table = with_matched(table)
-    if len(direct):
-        table = table.merge(direct, how="left", on=_KEY)
-    measures = [name for name in _MEASURES if name in table]
-    return Result(
-        study,
-        table,
-        summarise(table, ("k", "arm", "masked", "strength"), measures),
-        dict(settings),
-        {name: image for cell in cells for name, image in cell.images.items()},
-        {name: mask for cell in cells for name, mask in cell.masks.items()},
-        _notes(table, settings),
-    )
-
-
 def _notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
-    notes = [share_of_width(k, settings["width"]) for k in settings["k"]]
+    notes = [describe_k(k, settings["width"]) for k in settings["k"]]
     whole = table[~table["masked"].astype(bool) & (table["strength"] == max(settings["strengths"]))]
     arms = whole.groupby(["k", "arm"], sort=False)
     if "distinct" in whole:
         touched = arms["distinct"].mean().dropna()
-        notes.append("distinct channels touched at any site: " + _listed(touched[touched > 0], "{:.0f}"))
+        notes.append("distinct channels touched at any site: " + _format_arms(touched[touched > 0], "{:.0f}"))
     if "direct_share" in table and table["direct_share"].notna().any():
         shares = arms["direct_share"].mean().dropna()
-        notes.append("share of the change that is read out directly: " + _listed(shares, "{:.2f}"))
+        notes.append("share of the change that is read out directly: " + _format_arms(shares, "{:.2f}"))
     matched = whole[whole["arm"] == "energy-matched"]
     if len(matched) and not matched["matched"].astype(bool).all():
         held = whole.groupby("arm")["energy_share"].mean()
@@ -176,6 +205,6 @@ def _notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _listed(values: pd.Series, form: str) -> str:
+def _format_arms(values: pd.Series, form: str) -> str:
     parts = zip(values.index.to_list(), values.to_list(), strict=True)
     return ", ".join(f"{arm} (k={k}) {form.format(value)}" for (k, arm), value in parts)

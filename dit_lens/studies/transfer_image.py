@@ -9,21 +9,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 
 from dit_lens.analysis.metrics import rmse
 from dit_lens.core.request.ops import Branch, Swap
-from dit_lens.errors import OpError, nearest
-from dit_lens.instruments.inversion import check_flow, check_invertible, invert, latents_of, noised_reference
-from dit_lens.instruments.latents import decode
-from dit_lens.studies.parts.transport import ChannelsFrom, Lockstep, Transport, carry_out
-from dit_lens.studies.shared.arguments import as_pairs, as_seeds, as_tuple
+from dit_lens.errors import OpError
+from dit_lens.instruments.inversion import check_flow, check_invertible, invert, noised_reference
+from dit_lens.instruments.latents import decode_latents, encode_images
+from dit_lens.plots import transfer_image_figure
+from dit_lens.studies.parts.transport import ChannelsFrom, PairBatch, plan_transport
+from dit_lens.studies.parts.transport_cells import run_transport
+from dit_lens.studies.shared.arguments import as_pairs, as_seeds, check_choice
 from dit_lens.studies.shared.arms import DRAWS
+from dit_lens.studies.shared.batches import PromptBatch, make_batches
 from dit_lens.studies.shared.cells import Cell
-from dit_lens.studies.shared.checkpoints import Cells
-from dit_lens.studies.shared.drawing import Batch, batches
-from dit_lens.studies.shared.judges import Judge, judge_for
+from dit_lens.studies.shared.checkpoints import StudyCheckpoints
+from dit_lens.studies.shared.judges import Judge, choose_judge
 from dit_lens.studies.shared.protocols import with_protocols
+from dit_lens.studies.shared.registry import study
 from dit_lens.studies.transfer import assemble as assemble_transfer
 
 if TYPE_CHECKING:
@@ -38,6 +42,26 @@ How = Literal["noised", "inverted"]
 _ERRORS = ("autoencoder_error", "latent_error", "image_error")
 
 
+def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
+    """The result of the cells so far."""
+    result = assemble_transfer(settings, cells, name="transfer_image")
+    lines = pd.DataFrame([line for cell in cells for line in cell.lines if line.get("arm") == "reconstruction"])
+    result.table = pd.concat([result.table, lines], ignore_index=True)
+    means = lines[[name for name in _ERRORS if name in lines]].mean()
+    if settings["how"] == "inverted":
+        result.notes.append(
+            f"inverted and run forward again, latents are off by {means['latent_error']:.1%} of their size and "
+            f"images by rmse {means['image_error']:.1f}"
+        )
+    result.notes.append(f"the autoencoder alone gives the images back with rmse {means['autoencoder_error']:.1f}")
+    return result
+
+
+@study(
+    question="Can they be moved from an image?",
+    assemble=assemble,
+    figure=transfer_image_figure,
+)
 @with_protocols
 def transfer_image(
     lens: DiTLens,
@@ -71,15 +95,39 @@ def transfer_image(
     >>> result.notes[-1]
     'the autoencoder alone gives the images back with rmse ...'
 
-    pairs: (PIL image of the run's size, target prompt). how: where the image's latents lie at each step. "noised":
-    the noised reference, x_t = (1 - s) x_0 + s noise with the scheduler's own s and the target's own noise. "inverted":
-    the flow run backwards from the image without guidance; source and target then start from the noise it ends at,
-    so there is one seed. captions: what the model, and a judge, is told of each image; nothing by default.
-    The rest, the arms and the table are those of :func:`dit_lens.studies.transfer`, without prompt-blend; ``to_source``
-    is the distance to the image as the autoencoder gives it back. Lines of the arm "reconstruction" hold, per
-    image, ``autoencoder_error`` (rmse to the image given) and, for inversion, how far going forward again ends from
-    the image: ``latent_error`` (over the rms of the latents) and ``image_error`` (rmse, 0 to 255).
-    Raises OpError or FamilyError, before any denoising, where the model is no flow, or cannot be inverted.
+    At each step the image's latents lie under the noise of that step. ``how`` they come there:
+
+    - "noised": the noised reference, x_t = (1 - s) x_0 + s noise with the scheduler's own s and the target's own noise;
+    - "inverted": the flow run backwards from the image without guidance; source and target then start from the noise it
+      ends at, so there is one seed.
+
+    Arms and table are those of :func:`dit_lens.studies.transfer`, without prompt-blend; ``to_source`` is the distance
+    to the image as the autoencoder gives it back. Rows of the arm "reconstruction" hold, per image,
+    ``autoencoder_error`` (rmse to the image given) and, for inversion, how far going forward again ends from the image:
+    ``latent_error`` (over the rms of the latents) and ``image_error`` (rmse, 0 to 255).
+    Raises OpError or FamilyError, before any denoising, if the model is not a flow, or cannot be inverted.
+
+    lens: lens on the model.
+    pairs: pairs (PIL image of the run's size, target prompt).
+    how: "noised" or "inverted".
+    captions: prompt of each image, for the model and for a judge; "" by default.
+    k: one or several numbers of channels, up to the width; those above half of it have no controls.
+    strengths: one or several in (0, 1].
+    seeds: seeds of the noise; every pair is run with each.
+    draws: number of random controls.
+    channels_from: whose top channels are moved; "union" moves both.
+    mask_from: whose subject is the mask: "source", "target" or "both"; or a drawing, bool [H, W]; None leaves masked
+      arms out.
+    mask_block: block whose tokens are clustered for the mask; two thirds down by default.
+    score: reduction by which channels are ranked.
+    site: sites whose channels are moved.
+    steps: denoising steps at which they are moved; all by default.
+    branch: "cond" or "both".
+    judge: function (image, prompt) -> {"fidelity": number, ...}; toys read scenes back by themselves.
+    batch_size: number of pairs that run together; all by default.
+    out: folder for finished cells, from which the same call continues.
+    call: other arguments of the pipeline.
+
     Source: the image-conditioned application of arXiv 2605.13974, which does not say how the image is noised.
     """
     pairs = as_pairs(pairs, "image")
@@ -90,24 +138,11 @@ def transfer_image(
     seeds = as_seeds(seeds)
     prompts = [prompt for pair in zip(captions, targets, strict=True) for prompt in pair]
     _check(lens, how, images, captions, prompts, seeds, call)
-    ks = tuple(sorted(as_tuple(k)))
-    judge = judge_for(lens, [prompt for prompt in prompts if prompt], judge)
-    transport = Transport(
-        lens,
-        ks,
-        as_tuple(strengths),
-        draws,
-        score,
-        site,
-        steps,
-        branch,
-        channels_from,
-        mask_from,
-        mask_block,
-        judge,
-        False,
-    )
-    transport.check(prompts, call)
+    judge = choose_judge(lens, [prompt for prompt in prompts if prompt], judge)
+    transport = plan_transport(
+        prompts, call, lens=lens, k=k, strengths=strengths, draws=draws, score=score, site=site, steps=steps,
+        branch=branch, channels_from=channels_from, mask_from=mask_from, mask_block=mask_block, judge=judge,
+    )  # fmt: skip
     settings = {
         "images": [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in images],
         "targets": targets,
@@ -118,32 +153,17 @@ def transfer_image(
         "call": call,
         **transport.settings(),
     }
-    parts = batches(targets, seeds, batch_size)
-    with Cells("transfer_image", settings, lens=lens, total=len(parts) * (1 + transport.count), out=out) as cells:
-        for part in parts:
-            told = [captions[i] for i in part.rows]
-            labels = tuple(f"{captions[i] or f'image {i}'} -> {targets[i]}" for i in part.rows)
-            make = partial(_way, lens, how, [images[i] for i in part.rows], told, part, labels, call)
-            way = cells.get(f"{part.key}/way", make)
-            carry_out(cells, transport, _lockstep(part, way, told, labels, call))
+    batches = make_batches(targets, seeds, batch_size)
+    total = len(batches) * (1 + transport.cells_per_batch)
+    with StudyCheckpoints("transfer_image", settings, lens=lens, total=total, out=out) as cells:
+        for batch in batches:
+            some = [images[i] for i in batch.rows]
+            texts = [captions[i] for i in batch.rows]
+            labels = tuple(f"{captions[i] or f'image {i}'} -> {targets[i]}" for i in batch.rows)
+            make = partial(_find_way, lens, how, some, texts, batch, labels, call)
+            way = cells.get(f"{batch.key}/way", make)
+            run_transport(cells, transport, _make_pairs(batch, way, texts, labels, call))
         return cells.result()
-
-
-def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
-    """The result of the cells so far."""
-    import pandas as pd
-
-    result = assemble_transfer(settings, cells, study="transfer_image")
-    lines = pd.DataFrame([line for cell in cells for line in cell.lines if line.get("arm") == "reconstruction"])
-    result.table = pd.concat([result.table, lines], ignore_index=True)
-    means = lines[[name for name in _ERRORS if name in lines]].mean()
-    if settings["how"] == "inverted":
-        result.notes.append(
-            f"inverted and run forward again, latents are off by {means['latent_error']:.1%} of their size and "
-            f"images by rmse {means['image_error']:.1f}"
-        )
-    result.notes.append(f"the autoencoder alone gives the images back with rmse {means['autoencoder_error']:.1f}")
-    return result
 
 
 def _check(
@@ -155,58 +175,57 @@ def _check(
     seeds: Sequence[int],
     call: Mapping[str, Any],
 ) -> None:
-    if how not in ("noised", "inverted"):
-        raise OpError(f"how={how!r} does not exist.{nearest(str(how), ('noised', 'inverted'))}")
+    check_choice("how", how, ("noised", "inverted"))
     check_flow(lens, prompts, call)
     if how == "inverted":
         check_invertible(lens)
         if len(seeds) > 1:
             raise OpError("an inverted image brings its own noise, so seeds change nothing. Pass one.")
-    latents_of(lens, images, captions, call)
+    encode_images(lens, images, captions, call)
 
 
-def _way(
+def _find_way(
     lens: DiTLens,
     how: How,
     images: Sequence[Image],
     captions: Sequence[str],
-    part: Batch,
+    batch: PromptBatch,
     labels: Sequence[str],
     call: Mapping[str, Any],
 ) -> Cell:
     """The images' way through the steps, and how well it ends at the images."""
-    latents, grid = latents_of(lens, images, captions, call)
-    drawn = decode(lens, latents, grid)
-    errors: dict[str, Any] = {"autoencoder_error": rmse(drawn, [one.convert("RGB") for one in images])}
+    latents, grid = encode_images(lens, images, captions, call)
+    decoded = decode_latents(lens, latents, grid)
+    errors: dict[str, Any] = {"autoencoder_error": rmse(decoded, [one.convert("RGB") for one in images])}
     if how == "inverted":
         found = invert(lens, images, captions, **call)
         arrays = {"velocity": found.velocity.float().numpy(), "noise": found.noise.float().cpu().numpy()}
         errors |= {"latent_error": found.latent_error, "image_error": found.image_error}
     else:
-        velocity = noised_reference(lens, images, seed=part.seed, prompts=part.prompts, **call)
+        velocity = noised_reference(lens, images, seed=batch.seed, prompts=batch.prompts, **call)
         arrays = {"velocity": velocity.numpy()}
     lines = [
-        {"prompt": label, "seed": part.seed, "arm": "reconstruction"}
+        {"prompt": label, "seed": batch.seed, "arm": "reconstruction"}
         | {name: float(values[i]) for name, values in errors.items()}
         for i, label in enumerate(labels)
     ]
     return Cell(lines, arrays=arrays)
 
 
-def _lockstep(
-    part: Batch, way: Cell, captions: Sequence[str], labels: tuple[str, ...], call: Mapping[str, Any]
-) -> Lockstep:
+def _make_pairs(
+    batch: PromptBatch, way: Cell, captions: Sequence[str], labels: tuple[str, ...], call: Mapping[str, Any]
+) -> PairBatch:
     """Source rows that go the images' way, whatever the model predicts for them, beside their targets."""
     velocity = torch.from_numpy(way.arrays["velocity"])  # [s or 1, b, n, d]
     ops = [Swap("velocity", source=velocity[:, i : i + 1], rows=2 * i, branch="both") for i in range(velocity.shape[1])]
     start = {}
     if "noise" in way.arrays:
         start["latents"] = torch.from_numpy(np.repeat(way.arrays["noise"], 2, axis=0))
-    return Lockstep(
-        part.key,
-        part.seed,
-        part.rows,
-        prompts=tuple(prompt for pair in zip(captions, part.prompts, strict=True) for prompt in pair),
+    return PairBatch(
+        key=batch.key,
+        seed=batch.seed,
+        numbers=batch.rows,
+        prompts=tuple(prompt for pair in zip(captions, batch.prompts, strict=True) for prompt in pair),
         labels=labels,
         captions=tuple(captions),
         ops=tuple(ops),

@@ -1,4 +1,4 @@
-"""Edits that answer the two plain objections to zeroing massive channels: the next norm, and the size of the change.
+"""Edits that answer two objections to zeroing massive channels: the next norm, and the size of the change.
 
 Tensors are [row, token, channel]; ``top`` are the channels that would be zeroed. The functions are pure; the ops that
 carry them out remember, within one transformer call, what they did at the site before.
@@ -18,16 +18,20 @@ if TYPE_CHECKING:
     from dit_lens.core.request.ops import Steps
 
 
-def filled(x: Tensor, top: Sequence[int], seed: int = 0) -> Tensor:
-    """The top channels hold a fixed pattern with their own mean and variance, token by token.
+def fill_top(x: Tensor, top: Sequence[int], seed: int = 0) -> Tensor:
+    """Replaces the top channels by a fixed pattern with their own mean and variance, token by token.
 
     >>> x = torch.tensor([[[9.0, -3.0, 6.0, 4.0, 1.0]]])
-    >>> new = filled(x, [0, 1, 2, 3])
+    >>> new = fill_top(x, [0, 1, 2, 3])
     >>> new[..., 4].item(), torch.allclose(new.mean(), x.mean()), torch.allclose(new.square().mean(), x.square().mean())
     (1.0, True, True)
 
-    A norm after it (LayerNorm or RMSNorm) sees the statistics of before, so the other channels leave it unchanged. Two
-    numbers per token remain of what the top channels said; with two channels that is nearly all, so take more.
+    A norm after it (LayerNorm or RMSNorm) sees the same statistics as before, so the other channels leave it unchanged.
+    Two numbers per token remain of the top channels; with two channels that is nearly all, so take more.
+
+    x: [row, token, channel].
+    top: the channels that would be zeroed.
+    seed: seed of the pattern.
     """
     old = x[..., list(top)].float()
     mean, spread = old.mean(-1, keepdim=True), old.std(-1, keepdim=True, correction=0)
@@ -39,10 +43,10 @@ def filled(x: Tensor, top: Sequence[int], seed: int = 0) -> Tensor:
     return new
 
 
-def rescaled(x: Tensor, top: Sequence[int]) -> Tensor:
-    """The top channels stay; all others are raised as much as the next norm raises them when the top are zeroed.
+def raise_others(x: Tensor, top: Sequence[int]) -> Tensor:
+    """Raises all channels but the top, as much as the next norm raises them when the top are zeroed.
 
-    >>> rescaled(torch.tensor([[[4.0, 3.0, 0.0]]]), [0])[0, 0].tolist()
+    >>> raise_others(torch.tensor([[[4.0, 3.0, 0.0]]]), [0])[0, 0].tolist()
     [4.0, 5.0, 0.0]
 
     The factor of a token is its norm over the norm of what the zeroing leaves: that of RMSNorm, and of LayerNorm but
@@ -59,70 +63,94 @@ def rescaled(x: Tensor, top: Sequence[int]) -> Tensor:
     return new
 
 
-def pushed(x: Tensor, top: Sequence[int], seed: int = 0) -> Tensor:
-    """What every token is pushed by: one random direction, as far as zeroing the top channels would move the token.
+def make_push(x: Tensor, top: Sequence[int], seed: int = 0) -> Tensor:
+    """A push for every token: in one random direction, as far as zeroing the top channels would move the token.
 
-    >>> shift = pushed(torch.tensor([[[3.0, 4.0, 1.0, 0.0]]]), [0, 1])
+    >>> shift = make_push(torch.tensor([[[3.0, 4.0, 1.0, 0.0]]]), [0, 1])
     >>> round(shift.norm().item(), 4)
     5.0
+
+    x: [row, token, channel].
+    top: the channels that would be zeroed.
+    seed: seed of the direction.
     """
     direction = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(seed)).to(x.device)
     size = torch.linalg.vector_norm(x[..., list(top)].float(), dim=-1, keepdim=True)
     return (size * direction / direction.norm()).to(x.dtype)
 
 
-def fill_ops(channels: Mapping[str, Sequence[int]], row: int, seed: int, steps: Steps) -> list[Apply]:
-    """Zeroing with the norm's statistics kept: see :func:`filled`."""
+def make_fill_ops(channels: Mapping[str, Sequence[int]], row: int, seed: int, steps: Steps) -> list[Apply]:
+    """Zeroing with the norm's statistics kept: see :func:`fill_top`.
+
+    channels: site -> channels that would be zeroed.
+    row: row of the batch that is edited.
+    seed: seed of the pattern.
+    steps: denoising steps.
+    """
     return [
-        Apply(site, rows=row, steps=steps, fn=lambda x, _, top=top: filled(x, top, seed))
+        Apply(site, rows=row, steps=steps, fn=lambda x, _, top=top: fill_top(x, top, seed))
         for site, top in channels.items()
     ]
 
 
-def push_ops(channels: Mapping[str, Sequence[int]], row: int, seed: int, steps: Steps) -> list[Apply]:
-    """Keeps every token as far from where it would be as zeroing would, in a random direction: see :func:`pushed`.
+def make_push_ops(channels: Mapping[str, Sequence[int]], row: int, seed: int, steps: Steps) -> list[Apply]:
+    """Keeps every token as far from where it would be as zeroing would, in a random direction: see :func:`make_push`.
 
     Blocks pass on what they receive, so each site takes back the push of the site before.
+
+    channels: site -> channels that would be zeroed.
+    row: row of the batch that is edited.
+    seed: seed of the direction.
+    steps: denoising steps.
     """
-    return [op for part in _streams(channels) for op in _push_ops(part, row, seed, steps)]
+    return [op for part in _split_streams(channels) for op in _make_push_ops(part, row, seed, steps)]
 
 
-def _push_ops(channels: Mapping[str, Sequence[int]], row: int, seed: int, steps: Steps) -> list[Apply]:
+def _make_push_ops(channels: Mapping[str, Sequence[int]], row: int, seed: int, steps: Steps) -> list[Apply]:
     first = next(iter(channels))
     pushes: dict[str, Tensor] = {}  # by branch, since branches take turns within a site
 
     def push(x: Tensor, hook: Any) -> Tensor:
         if hook.name != first:
             x = x - pushes[hook.branch]
-        pushes[hook.branch] = pushed(x, channels[hook.name], seed)
+        pushes[hook.branch] = make_push(x, channels[hook.name], seed)
         return x + pushes[hook.branch]
 
     return [Apply(site, rows=row, steps=steps, fn=push) for site in channels]
 
 
-def rescale_ops(channels: Mapping[str, Sequence[int]], row: int, steps: Steps, sites: Collection[str]) -> list[Apply]:
-    """What reads a site sees the others raised as zeroing would raise them, and the top left: see :func:`rescaled`.
+def make_raise_ops(
+    channels: Mapping[str, Sequence[int]], row: int, steps: Steps, sites: Collection[str]
+) -> list[Apply]:
+    """What reads a site sees the others raised as zeroing would raise them, and the top kept: see :func:`raise_others`.
 
     The residual stream itself stays: a block's output is given without what its input was raised by, so that factors
-    do not pile up from block to block. sites: the model's, of which the next block's input and the final norm's count.
+    do not pile up from block to block.
+
+    channels: site -> channels that would be zeroed.
+    row: row of the batch that is edited.
+    steps: denoising steps.
+    sites: names of the model's sites; the next block's input and the final norm's are edited.
     """
-    return [op for part in _streams(channels) for op in _rescale_ops(part, row, steps, sites)]
+    return [op for part in _split_streams(channels) for op in _make_raise_ops(part, row, steps, sites)]
 
 
-def _rescale_ops(channels: Mapping[str, Sequence[int]], row: int, steps: Steps, sites: Collection[str]) -> list[Apply]:
+def _make_raise_ops(
+    channels: Mapping[str, Sequence[int]], row: int, steps: Steps, sites: Collection[str]
+) -> list[Apply]:
     raised: dict[str, Tensor] = {}  # by branch
     ops = []
     for site, top in channels.items():
 
         def lift(x: Tensor, hook: Any, top: Sequence[int] = top) -> Tensor:
-            new = rescaled(x, top)
+            new = raise_others(x, top)
             raised[hook.branch] = new - x
             return new
 
         def lower(x: Tensor, hook: Any) -> Tensor:
             return x - raised[hook.branch]
 
-        reader, after = _reader(site, sites)
+        reader, after = find_reader(site, sites)
         if reader:
             ops.append(Apply(reader, rows=row, steps=steps, fn=lift))
         if after:
@@ -130,13 +158,13 @@ def _rescale_ops(channels: Mapping[str, Sequence[int]], row: int, steps: Steps, 
     return ops
 
 
-def _streams(channels: Mapping[str, Sequence[int]]) -> list[dict[str, Sequence[int]]]:
+def _split_streams(channels: Mapping[str, Sequence[int]]) -> list[dict[str, Sequence[int]]]:
     """The channels of image and text sites apart: their tokens are others, and so is what is remembered of them."""
     names = dict.fromkeys(site.split(".")[2] for site in channels)
     return [{site: top for site, top in channels.items() if site.split(".")[2] == name} for name in names]
 
 
-def _reader(site: str, sites: Collection[str]) -> tuple[str | None, str | None]:
+def find_reader(site: str, sites: Collection[str]) -> tuple[str | None, str | None]:
     """What reads a block's output, and where that is passed on: the next block with the stream, or the final norm.
 
     The last block's text is read by nothing.

@@ -1,6 +1,6 @@
 """From measurements to a verdict: is a part of the massive channels a carrier of the prompt, or a knob of detail?
 
-Knows no model. The rules are fixed before the numbers are seen: see :class:`Thresholds` and :func:`verdict`.
+Knows no model. The rules are fixed before the numbers are seen: see :class:`Thresholds` and :func:`decide_verdict`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ POOLED = 4  # the residual is decoded on a grid of this many cells a side
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What counts, stated beforehand; every line of evidence is 1 at most, and 0 where there is no effect.
+    """What counts, stated beforehand; every piece of evidence is at most 1, and 0 without an effect.
 
     carrier: from here on an edit speaks for a carrier (if its excess over the strongest control has an interval above
-    0), and information is present. detail: up to here an edit speaks for a detail knob, and information is absent.
-    change: the least effect of an ablation on the image (rmse, 0 to 255) that makes channels a knob of anything.
+      0), and information is present.
+    detail: up to here an edit speaks for a detail knob, and information is absent.
+    change: least change of the image by an ablation (rmse, 0 to 255) that makes channels a knob of anything.
     """
 
     carrier: float = 0.3
@@ -38,7 +39,7 @@ class Thresholds:
 
 
 def split(values: np.ndarray, part: str) -> np.ndarray:
-    """A part of channels [..., n, k]: the token mean [..., 1, k], the residual around it, or the whole.
+    """A part of channels [..., n, k]: their token mean [..., 1, k], the residual around it, or the whole.
 
     >>> split(np.array([[1.0], [3.0]]), "mean").tolist(), split(np.array([[1.0], [3.0]]), "residual").tolist()
     ([[2.0]], [[-1.0], [1.0]])
@@ -47,11 +48,14 @@ def split(values: np.ndarray, part: str) -> np.ndarray:
     return {"whole": values, "mean": mean, "residual": values - mean}[part]
 
 
-def edit_evidence(lines: pd.DataFrame, column: str, thresholds: Thresholds, seed: int = 0) -> list[dict[str, Any]]:
+def weigh_edits(lines: pd.DataFrame, column: str, thresholds: Thresholds, seed: int = 0) -> list[dict[str, Any]]:
     """For every part what an edit of it does, beside the control that does most.
 
-    lines: arm, part, draw, prompt, seed and ``column``, the effect, for the arm "top" in its parts and for the controls
-    as wholes.
+    lines: columns arm, part, draw, prompt, seed and the effect, of the arm "top" in its parts and of the controls as
+      wholes.
+    column: column of the effect.
+    thresholds: what counts.
+    seed: seed of the bootstrap.
     """
     effects = lines.dropna(subset=[column]).groupby(["arm", "part", "prompt", "seed"])[column].mean()
     controls = [arm for arm in lines["arm"].unique() if arm != "top"]
@@ -70,31 +74,36 @@ def edit_evidence(lines: pd.DataFrame, column: str, thresholds: Thresholds, seed
             over = bootstrap_ci((top - control).to_numpy(), groups=top.index.get_level_values("prompt"), seed=seed)
             excess = over.mean if np.isnan(over.low) else over.low
             line |= {"control": control.mean(), "strongest control": strongest}
-        found.append({**line, "says": _says(value, excess, high, thresholds)})
+        found.append({**line, "says": _rate_effect(value, excess, high, thresholds)})
     return found
 
 
-def decoding_evidence(
+def weigh_decoding(
     values: Mapping[str, Mapping[str, np.ndarray]],
     attributes: Sequence[Mapping[str, str]],
     groups: Sequence[int],
     grid: tuple[int, ...],
     thresholds: Thresholds,
 ) -> list[dict[str, Any]]:
-    """For every part how well the attributes of prompts never seen can be read from it: mean skill at the best place.
+    """For every part how well attributes of unseen prompts can be read from it: mean skill at the best site and step.
 
-    values: arm -> site -> [s, m, n, k] of m images. attributes: of every image. groups: its prompt's number.
     Every arm may choose its best site and step, so the choice favours none.
+
+    values: arm -> site -> [s, m, n, k] of m images.
+    attributes: attributes of every image's prompt, name -> value.
+    groups: number of every image's prompt; a prompt is never in training and test at once.
+    grid: token grid, (h, w).
+    thresholds: what counts.
     """
     found = []
     for part in PARTS:
         skills = {
             arm: [
                 _skill(_features(x[step], part, grid), attributes, groups)
-                for x in of.values()
+                for x in sites.values()
                 for step in range(len(x))
             ]
-            for arm, of in values.items()
+            for arm, sites in values.items()
         }
         best = {arm: float(np.nanmax(some)) for arm, some in skills.items() if not np.all(np.isnan(some))}
         if "top" not in best:
@@ -103,36 +112,46 @@ def decoding_evidence(
         line: dict[str, Any] = {"part": part, "value": best["top"], "n": len(groups)}
         if strongest is not None:
             line |= {"control": best[strongest], "strongest control": strongest}
-        found.append({**line, "says": _information(best["top"], thresholds)})
+        found.append({**line, "says": _rate_information(best["top"], thresholds)})
     return found
 
 
-def variance_evidence(
+def weigh_variance(
     values: Mapping[str, Mapping[str, np.ndarray]], prompts: int, thresholds: Thresholds
 ) -> list[dict[str, Any]]:
     """For every part the share of its variance, within a step, that depends on the prompt, alone or with the seed.
 
-    values: arm -> site -> [s, seed * prompt, n, k]. Layout that follows from prompt and noise together lives in the
-    interaction, so it counts. The main effect of the step is left out: that channels grow over the steps says nothing.
+    Layout that follows from prompt and noise together is in their interaction, so it counts. The main effect of the
+    step is left out: that channels grow over the steps says nothing.
+
+    values: arm -> site -> [s, seed * prompt, n, k].
+    prompts: number of prompts.
+    thresholds: what counts.
     """
     found = []
     for part in PARTS:
-        shares = {arm: np.mean([_prompt_share(x, part, prompts) for x in of.values()]) for arm, of in values.items()}
+        shares = {
+            arm: np.mean([_prompt_share(x, part, prompts) for x in sites.values()]) for arm, sites in values.items()
+        }
         strongest = max((arm for arm in shares if arm != "top"), key=lambda arm: shares[arm], default=None)
         line: dict[str, Any] = {"part": part, "value": float(shares["top"])}
         if strongest is not None:
             line |= {"control": float(shares[strongest]), "strongest control": strongest}
-        found.append({**line, "says": _information(line["value"], thresholds)})
+        found.append({**line, "says": _rate_information(line["value"], thresholds)})
     return found
 
 
-def verdict(evidence: pd.DataFrame, changes: Mapping[str, float], thresholds: Thresholds) -> dict[str, str]:
+def decide_verdict(evidence: pd.DataFrame, changes: Mapping[str, float], thresholds: Thresholds) -> dict[str, str]:
     """The verdict on every part, and "overall".
 
-    evidence: measure, part, says. changes: part -> rmse of its ablation. A part is a carrier when both edits say so and
-    the prompt's information is present in it by some measure; a detail knob when both edits say so and its ablation
-    changes the image at all; else it is undecided. Information alone decides nothing: a channel may hold what no
-    later block reads. Overall it is "both" when one part is a carrier and another a detail knob.
+    A part is a carrier when both edits say so and the prompt's information is present in it by some measure; a detail
+    knob when both edits say so and its ablation changes the image at all; else it is undecided. Information alone
+    decides nothing: a channel may hold what no later block reads. Overall it is "both" when one part is a carrier and
+    another a detail knob.
+
+    evidence: columns measure, part, says.
+    changes: part -> rmse of its ablation.
+    thresholds: what counts.
     """
     parts = {}
     for part in PARTS:
@@ -149,14 +168,14 @@ def verdict(evidence: pd.DataFrame, changes: Mapping[str, float], thresholds: Th
     return {**parts, "overall": "both" if both else parts["whole"]}
 
 
-def _says(value: float, excess: float, high: float, thresholds: Thresholds) -> str:
+def _rate_effect(value: float, excess: float, high: float, thresholds: Thresholds) -> str:
     if value >= thresholds.carrier and excess > 0:
         return "carrier"
     upper = value if np.isnan(high) else high
     return "detail" if upper <= thresholds.detail else "neither"
 
 
-def _information(value: float, thresholds: Thresholds) -> str:
+def _rate_information(value: float, thresholds: Thresholds) -> str:
     if value >= thresholds.carrier:
         return "present"
     return "absent" if value <= thresholds.detail else "weak"

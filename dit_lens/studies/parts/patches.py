@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Patch:
-    """What one cell swaps.
+    """What one cell of a map swaps.
 
-    row, column: its place in the map. sites, steps: all of them together. channels, tokens: some, or all (None).
-    draw: of a random column.
+    row: row of the map.
+    column: column of the map.
+    sites: sites that are swapped together.
+    steps: denoising steps at which they are swapped.
+    channels: channels that are swapped; None for all.
+    tokens: image tokens that are swapped; None for all.
+    draw: number of the draw of a random column.
     """
 
     row: str | int
@@ -31,7 +36,7 @@ class Patch:
     tokens: tuple[int, ...] | None = None
     draw: int = 0
 
-    def op(self, row: int, branch: Branch) -> Swap:
+    def make_op(self, row: int, branch: Branch) -> Swap:
         """The swap into a row of a batch whose first row is the source."""
         return Swap(
             self.sites,
@@ -43,24 +48,36 @@ class Patch:
             branch=branch,
         )
 
-    def attributed(self, shares: Mapping[str, np.ndarray], steps: Sequence[int]) -> float:
-        """The attribution of all that it swaps. shares: channels/site -> [s, d] and tokens/site -> [s, n]."""
+    def sum_attribution(self, shares: Mapping[str, np.ndarray], steps: Sequence[int]) -> float:
+        """The attribution of all that it swaps.
+
+        shares: "channels/site" -> [s, d] and "tokens/site" -> [s, n].
+        steps: denoising steps of the first axis of the shares.
+        """
         axis, chosen = ("channels", self.channels) if self.tokens is None else ("tokens", self.tokens)
         which = slice(None) if chosen is None else list(chosen)
         at = [list(steps).index(step) for step in self.steps]
         return float(sum(shares[f"{axis}/{site}"][at][:, which].sum() for site in self.sites))
 
 
-def by_step(sites: Sequence[str], steps: Sequence[int]) -> list[Patch]:
+def patch_steps(sites: Sequence[str], steps: Sequence[int]) -> list[Patch]:
     """One site at one step, with every channel and token; patches of a step stand together."""
     return [Patch(site, step, (site,), (step,)) for step in steps for site in sites]
 
 
-def by_group(top: ChannelSet | None, sites: Sequence[str], steps: Sequence[int], draws: int, seed: int) -> list[Patch]:
+def patch_groups(
+    top: ChannelSet | None, sites: Sequence[str], steps: Sequence[int], draws: int, seed: int
+) -> list[Patch]:
     """One group of channels of one site, at all steps.
 
     Groups: top, bottom, random (``draws`` of them, each one map for all sites), and rest: all that are not top. Without
     a set the patches are there, with no channels.
+
+    top: the massive channels of every site, or None.
+    sites: rows of the map.
+    steps: denoising steps of every patch.
+    draws: number of random groups.
+    seed: seed of the random groups.
     """
     columns = [("top", 0), ("bottom", 0), *(("random", draw) for draw in range(draws)), ("rest", 0)]
 
@@ -79,7 +96,7 @@ def by_group(top: ChannelSet | None, sites: Sequence[str], steps: Sequence[int],
     ]
 
 
-def by_head(heads: Mapping[str, Sequence[range]], steps: Sequence[int]) -> list[Patch]:
+def patch_heads(heads: Mapping[str, Sequence[range]], steps: Sequence[int]) -> list[Patch]:
     """One head of one site, at all steps."""
     return [
         Patch(site, number, (site,), tuple(steps), channels=tuple(head))
@@ -88,10 +105,13 @@ def by_head(heads: Mapping[str, Sequence[range]], steps: Sequence[int]) -> list[
     ]
 
 
-def by_region(sites: Sequence[str], steps: Sequence[int], subject: np.ndarray, tiles: int) -> list[Patch]:
+def patch_regions(sites: Sequence[str], steps: Sequence[int], subject: np.ndarray, tiles: int) -> list[Patch]:
     """Tokens of one tile of the grid, or inside or outside of the subject, at all sites and steps.
 
-    subject: bool [h, w]. tiles: of each side.
+    sites: sites that are swapped together.
+    steps: denoising steps of every patch.
+    subject: mask of the subject, bool [h, w].
+    tiles: number of tiles along each side.
     """
     numbers = np.arange(subject.size).reshape(subject.shape)
     regions: list[tuple[str | int, str | int, np.ndarray]] = [
@@ -106,10 +126,10 @@ def by_region(sites: Sequence[str], steps: Sequence[int], subject: np.ndarray, t
     ]
 
 
-def chunks(patches: Sequence[Patch], size: int) -> Iterator[list[Patch]]:
+def chunk_patches(patches: Sequence[Patch], size: int) -> Iterator[list[Patch]]:
     """Patches that run together: neighbours at the same steps, ``size`` at most.
 
-    >>> [len(some) for some in chunks(by_step(["a", "b", "c"], [0, 1]), 2)]
+    >>> [len(some) for some in chunk_patches(patch_steps(["a", "b", "c"], [0, 1]), 2)]
     [2, 1, 2, 1]
     """
     for _, same in groupby(patches, key=lambda patch: patch.steps):

@@ -14,6 +14,8 @@ from scipy.sparse.linalg import svds
 
 from dit_lens.core.request.call import needs_weights
 from dit_lens.errors import OpError, nearest
+from dit_lens.studies.shared.judges import choose_judge
+from dit_lens.toys.scenes import Scene
 
 if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
@@ -47,14 +49,19 @@ def first_component(x: np.ndarray) -> np.ndarray:
     return centred @ weights[0] * (1.0 if weights[0].sum() >= 0 else -1.0)
 
 
-def largest(values: np.ndarray, size: int, grid: tuple[int, ...], polarity: str = "heat") -> np.ndarray:
+def select_largest(values: np.ndarray, size: int, grid: tuple[int, ...], polarity: str = "heat") -> np.ndarray:
     """The mask of the ``size`` tokens that stand out most: bool [h, w].
 
-    >>> largest(np.array([0.1, 0.9, 0.7, 0.2]), 1, (2, 2)).tolist()
+    >>> select_largest(np.array([0.1, 0.9, 0.7, 0.2]), 1, (2, 2)).tolist()
     [[False, True], [False, False]]
 
-    values: [n]. polarity: "heat": the largest values stand out. "border": the largest or the smallest, whichever end
-    the border of the grid is farther from on average. Of equal values the first tokens are taken.
+    Of equal values the first tokens are taken.
+
+    values: [n].
+    size: number of tokens.
+    grid: token grid, (h, w).
+    polarity: "heat": the largest values stand out; "border": the largest or the smallest, whichever end the border of
+      the grid is farther from on average.
     """
     if polarity not in POLARITIES:
         raise OpError(f"There is no polarity {polarity!r}.{nearest(polarity, POLARITIES)}")
@@ -67,41 +74,45 @@ def largest(values: np.ndarray, size: int, grid: tuple[int, ...], polarity: str 
 
 
 def centred_disc(size: int, grid: tuple[int, ...]) -> np.ndarray:
-    """The mask of the ``size`` tokens nearest to the centre of the image: what needs no look at it. bool [h, w].
+    """The mask of the ``size`` tokens nearest to the centre, which needs no look at the image: bool [h, w].
 
     >>> centred_disc(4, (4, 4)).astype(int).tolist()
     [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
     """
     rows, columns = (np.arange(n) - (n - 1) / 2 for n in grid)
-    return largest(-np.hypot(rows[:, None], columns).ravel(), size, grid)
+    return select_largest(-np.hypot(rows[:, None], columns).ravel(), size, grid)
 
 
 def noisy_latent(clean: Any, predicted: Any, sigma: float, kind: str) -> Any:
-    """The latents a transformer was given, from what it predicts ("velocity") and the clean latents that means ("x0").
+    """The latents that a transformer was given, from what it predicts and the clean latents that follow from it.
 
     >>> noisy_latent(np.array([1.0]), np.array([2.0]), 0.5, "flow").tolist()
     [2.0]
 
-    kind: "flow" (x0 = x - sigma v), "v_prediction" or "epsilon".
+    clean: predicted clean latents, read at "x0".
+    predicted: prediction of the transformer, read at "velocity".
+    sigma: noise level of the step.
+    kind: "flow", "v_prediction" or "epsilon".
     """
     if kind == "flow":
-        return clean + sigma * predicted
+        return clean + sigma * predicted  # x0 = x - sigma v
+    # x = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1, and v = alpha eps - sigma x0 (arXiv 2202.00512, appendix D).
     kept = (1 - sigma**2) ** 0.5
     return (clean + sigma * predicted) / kept if kind == "v_prediction" else kept * clean + sigma * predicted
 
 
-def heads_of(lens: DiTLens, blocks: Sequence[int]) -> dict[int, int]:
-    """How many heads attend in every block; SiteError where one forms no pattern or does not count its heads.
+def count_heads(lens: DiTLens, blocks: Sequence[int]) -> dict[int, int]:
+    """Counts the heads of every block; SiteError if one forms no pattern or its heads cannot be counted.
 
-    ExecutionError where patterns cannot be read here, the model being on a server.
+    Raises ExecutionError if patterns cannot be read because the model is on a server.
     """
     needs_weights(lens.pipe, "patterns of attention need")
     for block in blocks:
-        lens.anatomy.attention(block)
+        lens.anatomy.find_attention(block)
     return {block: len(lens.heads(f"blocks.{block}.img.attn.q")) for block in blocks}
 
 
-def word_attention(
+def read_word_attention(
     lens: DiTLens,
     prompts: Sequence[str],
     words: Sequence[Sequence[int]],
@@ -113,10 +124,16 @@ def word_attention(
     """How much of its attention to text every image token gives to a word: block -> [step, row, n].
 
     The mean over heads and the word's tokens. A share, because how much a token attends to text at all would otherwise
-    outweigh which word it attends to.
-    words: the text tokens of each row's word. heads: of every block that is read, as ``heads_of`` counts them.
-    call: as of the run that the maps are to go with, its seed included. Only as many blocks are read in one run as
-    ``PATTERN_BYTES`` hold; of each pattern nothing but the word's columns is kept.
+    outweigh which word it attends to. One run reads as many blocks as ``PATTERN_BYTES`` hold; of each pattern only the
+    word's columns are kept.
+
+    lens: lens on the model.
+    prompts: prompts of the batch.
+    words: text tokens of each row's word.
+    heads: block -> number of heads, for every block that is read.
+    steps: denoising steps that are read.
+    grid: token grid, (h, w).
+    call: arguments of the run that the maps belong to, its seed included.
     """
     size = 4 * len(steps) * len(prompts) * (np.prod(grid) + 512) ** 2  # of one head; 512: room for text tokens
     maps: dict[int, np.ndarray] = {}
@@ -135,15 +152,16 @@ def word_attention(
     return maps
 
 
-def subject_words(lens: DiTLens, prompts: Sequence[str], words: str | Sequence[str] | None) -> list[str]:
-    """The word for the subject of every prompt: given; of a toy's scene its shape; none where nobody says."""
-    from dit_lens.studies.shared.judges import judge_for
+def choose_words(lens: DiTLens, prompts: Sequence[str], words: str | Sequence[str] | None) -> list[str]:
+    """The word for the subject of every prompt: as given; of a toy's scene its shape; else an empty list.
 
+    lens: lens of the study.
+    prompts: all prompts of the study.
+    words: what the user gave.
+    """
     if words is None:
-        if judge_for(lens, prompts, None) is None:
+        if choose_judge(lens, prompts, None) is None:
             return []
-        from dit_lens.toys.scenes import Scene
-
         return [Scene.parse(prompt).shape for prompt in prompts]
     given = [words] * len(prompts) if isinstance(words, str) else list(words)
     if given and len(given) != len(prompts):

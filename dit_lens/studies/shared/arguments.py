@@ -1,4 +1,4 @@
-"""What the studies share: channel sets per image, the arms, and how images are judged."""
+"""Arguments that studies share: checked before anything runs, and in one form afterwards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numbers import Integral, Number
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.request.call import as_seed
-from dit_lens.errors import OpError, PromptError
+from dit_lens.errors import OpError, PromptError, nearest
 from dit_lens.families.sites import match
 
 if TYPE_CHECKING:
@@ -16,14 +16,19 @@ if TYPE_CHECKING:
 
 
 def check_k(lens: DiTLens, site: Pattern, ks: Sequence[int]) -> None:
-    """Every k fits every site, with room for a control of the same size; raised before anything runs."""
+    """Raises OpError if a k does not fit a site, with room for a control of the same size.
+
+    lens: the lens whose sites are meant.
+    site: sites of the study.
+    ks: numbers of channels.
+    """
     if not ks:
         raise OpError("k=[] asks for no set of channels. Give at least one k.")
     for found in match(site, lens.anatomy.sites, lens.anatomy.stacks):
         width = lens.anatomy.channels(found)
         for k in ks:
             if not isinstance(k, Integral):
-                raise OpError(f"k={k!r} is no number of channels. Give a whole number from 1 to {width // 2}.")
+                raise OpError(f"k={k!r} is not a valid number of channels. Give a whole number from 1 to {width // 2}.")
             if not 1 <= k <= width // 2:
                 raise OpError(
                     f"k={k} leaves no control of equal size: {found} has {width} channels. "
@@ -31,8 +36,19 @@ def check_k(lens: DiTLens, site: Pattern, ks: Sequence[int]) -> None:
                 )
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises OpError if an argument is none of its choices.
+
+    name: name of the argument.
+    value: what was given.
+    choices: what can be given.
+    """
+    if value not in choices:
+        raise OpError(f"{name}={value!r} does not exist.{nearest(str(value), choices)}")
+
+
 def as_prompts(prompts: str | Sequence[str]) -> list[str]:
-    """One or several prompts as a list; an empty list is an error."""
+    """One or several prompts as a list; PromptError if it is empty."""
     found = [prompts] if isinstance(prompts, str) else list(prompts)
     if not found:
         raise PromptError("the list of prompts is empty. Pass at least one prompt.")
@@ -40,7 +56,7 @@ def as_prompts(prompts: str | Sequence[str]) -> list[str]:
 
 
 def as_seeds(seeds: int | Sequence[int]) -> list[int]:
-    """One or several seeds as a list. None, or one twice, which would count one image as two, is an error."""
+    """One or several seeds as a list; PromptError if it is empty or names a seed twice."""
     found = [as_seed(seed) for seed in as_tuple(seeds)]
     if not found:
         raise PromptError("the list of seeds is empty. Pass at least one seed.")
@@ -50,20 +66,26 @@ def as_seeds(seeds: int | Sequence[int]) -> list[int]:
 
 
 def as_tuple(values: Any) -> tuple[Any, ...]:
-    """One or several numbers."""
+    """One or several numbers as a tuple."""
     return (values,) if isinstance(values, Number) else tuple(values)
 
 
 def as_pairs(pairs: Sequence[tuple[Any, str]], source: str = "source prompt") -> list[tuple[Any, str]]:
-    """Pairs of a source and a target prompt; anything else is an error."""
+    """Pairs of a source and a target prompt as a list; OpError if one is not a pair.
+
+    pairs: what the user gave.
+    source: what the first of a pair is, for the message.
+    """
     if not pairs:
         raise OpError(f"there are no pairs. Give at least one ({source}, target prompt).")
     for i, pair in enumerate(pairs):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[1], str):
-            raise OpError(f"pairs[{i}] is {pair!r}, which is no pair. Give a list of ({source}, target prompt).")
+            raise OpError(
+                f"pairs[{i}] is {pair!r}, which is not a valid pair. Give a list of ({source}, target prompt)."
+            )
     return [(pair[0], pair[1]) for pair in pairs]
 
 
-def share_of_width(k: int, width: int) -> str:
+def describe_k(k: int, width: int) -> str:
     """The note that belongs beside every k: 12 of 3,072 and 12 of 128 are different things."""
     return f"k={k} is {k / width:.1%} of {width} channels"

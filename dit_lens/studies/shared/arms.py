@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from dit_lens.analysis.channels import ChannelSet, top_channels
 from dit_lens.core.request.ops import Read
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from dit_lens.core.request.ops import Pattern, Steps
     from dit_lens.core.runs.run import Run
 
@@ -22,22 +21,38 @@ DRAWS = 10  # of a random control, so that the variance between them is inside t
 
 @dataclass(frozen=True)
 class Arm:
-    """A set of channels per image, under the name of the arm and its draw."""
+    """What is done to the images of a batch, as one arm of a study.
+
+    name: name of the arm, such as "top" or "random".
+    draw: number of the draw of a random arm; 0 for others.
+    sets: a set of channels for every image; empty for an arm without one.
+    """
 
     name: str
     draw: int
     sets: tuple[ChannelSet, ...] = ()
 
+    @property
+    def key_draw(self) -> int | None:
+        """The draw as it stands in an :class:`ImageKey`, where the first has none."""
+        return self.draw or None
 
-def score_ops(site: Pattern, score: str, steps: Steps = None) -> list[Read]:
-    """The reads from which channel sets are made."""
+
+def make_score_reads(site: Pattern, score: str, steps: Steps = None) -> list[Read]:
+    """The reads from which channel sets are made.
+
+    site: sites that are read.
+    score: reduction that gives one number per channel, such as "|mean|".
+    steps: denoising steps that are read; all by default.
+    """
     return [Read(site, reduce=score, steps=steps, name="score"), Read(site, reduce="rms", steps=steps, name="rms")]
 
 
-def kept_scores(run: Run, rows: int | None = None) -> dict[str, np.ndarray]:
-    """What :func:`sets_of` needs of a run: per image and site the score and the energy, averaged over steps.
+def average_scores(run: Run, rows: int | None = None) -> dict[str, np.ndarray]:
+    """The score and the energy of every image and site, averaged over steps: "row/score/site" -> [d].
 
-    rows: how many of the first images are wanted; all by default.
+    run: a run with the reads of :func:`make_score_reads`.
+    rows: number of images that are wanted, from the first; all by default.
     """
     found = {"score": run["score"], "energy": {site: rms.float().square() for site, rms in run["rms"].items()}}
     return {
@@ -48,18 +63,50 @@ def kept_scores(run: Run, rows: int | None = None) -> dict[str, np.ndarray]:
     }
 
 
-def sets_of(kept: Mapping[str, np.ndarray], k: int, score: str) -> list[ChannelSet]:
-    """For every image its own top-k channels per site, from what :func:`kept_scores` returned."""
+def select_top_channels(scores: Mapping[str, np.ndarray], k: int, score: str) -> list[ChannelSet]:
+    """For every image its own top-k channels per site.
+
+    scores: what :func:`average_scores` returned, perhaps among other arrays.
+    k: number of channels per site.
+    score: name of the score.
+    """
     rows: dict[int, dict[str, dict[str, torch.Tensor]]] = {}
-    for key, value in kept.items():
-        row, name, site = key.split("/", 2)
-        if name in ("score", "energy"):
-            rows.setdefault(int(row), {"score": {}, "energy": {}})[name][site] = torch.from_numpy(value)
+    for row, name, site, value in _read_scores(scores):
+        rows.setdefault(row, {"score": {}, "energy": {}})[name][site] = torch.from_numpy(value)
     return [top_channels(rows[row]["score"], rows[row]["energy"], k, score) for row in sorted(rows)]
 
 
-def control_arms(top: Sequence[ChannelSet], draws: int, seed: int) -> list[Arm]:
-    """A top-k family and its controls: bottom, random (every draw one map for all sites), energy-matched."""
+def select_common_channels(scores: Sequence[Mapping[str, np.ndarray]], k: int, score: str) -> ChannelSet:
+    """The top-k channels per site by scores averaged over all images.
+
+    scores: for every batch what :func:`average_scores` returned, perhaps among other arrays.
+    k: number of channels per site.
+    score: name of the score.
+    """
+    found: dict[str, dict[str, list[np.ndarray]]] = {"score": {}, "energy": {}}
+    for batch in scores:
+        for _, name, site, value in _read_scores(batch):
+            found[name].setdefault(site, []).append(value)
+    means = {
+        name: {site: torch.from_numpy(np.mean(values, 0)) for site, values in sites.items()}
+        for name, sites in found.items()
+    }
+    return top_channels(means["score"], means["energy"], k, score)
+
+
+def add_controls(top: Sequence[ChannelSet], draws: int, seed: int) -> list[Arm]:
+    """The arm of the top channels and its controls: bottom, random and energy-matched.
+
+    top: the top channels of every image.
+    draws: number of random arms; each is one map of channels for all sites.
+    seed: seed of the random arms.
+    """
     random = [Arm("random", draw, tuple(one.random(seed + draw) for one in top)) for draw in range(draws)]
     matched = Arm("energy-matched", 0, tuple(one.energy_matched(seed) for one in top))
     return [Arm("top", 0, tuple(top)), Arm("bottom", 0, tuple(one.bottom() for one in top)), *random, matched]
+
+
+def _read_scores(arrays: Mapping[str, np.ndarray]) -> list[tuple[int, str, str, np.ndarray]]:
+    """(row, "score" or "energy", site, [d]) of every score among a cell's arrays."""
+    parts = [(*key.split("/", 2), value) for key, value in arrays.items() if key.count("/") >= 2]
+    return [(int(row), name, site, value) for row, name, site, value in parts if name in ("score", "energy")]

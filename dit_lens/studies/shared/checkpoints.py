@@ -1,4 +1,8 @@
-"""A study as it runs: cells are taken from its folder or made, under one progress bar."""
+"""A study as it runs: its cells are read from its folder or made, under one progress bar.
+
+A study is a loop over cells in a fixed order. ``cells.get(key, make)`` returns a finished cell, or makes it and keeps
+it: in memory, or in a folder that outlives Ctrl-C and kill -9.
+"""
 
 from __future__ import annotations
 
@@ -12,40 +16,45 @@ from tqdm.auto import tqdm
 
 from dit_lens.core.runs.files import recovered
 from dit_lens.errors import StudyInterrupted
-from dit_lens.studies.shared.cells import Cell, _read, _valid, _write, claim, plain
-from dit_lens.studies.shared.registry import assembled
+from dit_lens.studies.shared.cells import Cell, read_cell, write_cell
+from dit_lens.studies.shared.folders import claim_folder, to_plain_data
+from dit_lens.studies.shared.registry import get_study
 
 if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
     from dit_lens.studies.shared.result import Result
 
-# The bar that studies inside `one_bar` advance instead of showing their own.
+# The bar that studies inside `share_progress_bar` advance instead of showing their own.
 _BAR: ContextVar[tqdm | None] = ContextVar("bar", default=None)
 
 # Whether a study is only to check its arguments, which it does before its first cell.
-_REHEARSING: ContextVar[bool] = ContextVar("rehearsing", default=False)
+_CHECKING: ContextVar[bool] = ContextVar("checking", default=False)
 
 
-class Cells:
+class StudyCheckpoints:
     """The finished cells of one study on one lens; a context with one progress bar.
 
-    study: its name, which is also its module's. settings: every choice that decides a number, as plain data; functions
-    among them count by their names. total: cells of the whole study. out: a folder, or None to keep them in memory.
-    Raises StoreError where ``out`` holds another study, other settings or another model.
+    Raises StoreError if ``out`` holds another study, other settings or another model.
+
+    study: name of the study.
+    settings: every choice that decides a number, as plain data; functions among them count by their names.
+    lens: the lens that the study runs on.
+    total: number of cells of the whole study.
+    out: folder for the cells, or None to keep them in memory.
     """
 
     def __init__(
         self, study: str, settings: Mapping[str, Any], *, lens: DiTLens, total: int, out: str | Path | None = None
     ):
         self.study = study
-        self.settings: dict[str, Any] = plain(settings)
+        self.settings: dict[str, Any] = to_plain_data(settings)
         self.folder = None if out is None else Path(out)
         self.finished: list[Cell] = []
         self._lens, self._total = lens, total
-        if _REHEARSING.get():
-            raise _RehearsedError
+        if _CHECKING.get():
+            raise _CheckedError
         if self.folder is not None:
-            claim(self.folder, study, self.settings, lens)
+            claim_folder(self.folder, study, self.settings, lens)
 
     def __enter__(self) -> Self:
         self._quiet = self._lens.quiet()
@@ -64,42 +73,42 @@ class Cells:
             raise StudyInterrupted(self.study, done, self._total, self.folder, self.result() if done else None)
 
     def get(self, key: str, make: Callable[[], Cell]) -> Cell:
-        """The cell under a key: the one that is kept, else what ``make`` returns, which is kept before this returns."""
+        """Returns the cell of a key: the one that is kept, else what ``make`` returns, which is kept first."""
         folder = None if self.folder is None else self.folder / "cells" / f"{len(self.finished):06d}"
         if folder is not None and recovered(folder).exists():
-            cell = _read(folder, key)
+            cell = read_cell(folder, self.study, key)
         else:
             cell = make()
-            cell.lines = [_valid(line) for line in cell.lines]
+            cell.clean_lines()
             if folder is not None:
-                _write(folder, key, cell)
+                write_cell(folder, key, cell)
         self.finished.append(cell)
         self._bar.update(self._unit)
         return cell
 
     def result(self) -> Result:
         """The result of the cells so far."""
-        return assembled(self.study, self.settings, self.finished)
+        return get_study(self.study).assemble(self.settings, self.finished)
 
 
-class _RehearsedError(Exception):
-    """A study's arguments are in order."""
+class _CheckedError(Exception):
+    """The arguments of a study are valid."""
 
 
 @contextmanager
-def rehearsal() -> Generator[None]:
-    """A study inside it checks its arguments, and ends before it draws."""
-    outer = _REHEARSING.set(True)
+def check_arguments_only() -> Generator[None]:
+    """A study inside this context checks its arguments, and ends before it draws."""
+    outer = _CHECKING.set(True)
     try:
-        with suppress(_RehearsedError):
+        with suppress(_CheckedError):
             yield
     finally:
-        _REHEARSING.reset(outer)
+        _CHECKING.reset(outer)
 
 
 @contextmanager
-def one_bar(study: str, total: int) -> Generator[None]:
-    """One bar for ``total`` studies that run inside; every cell of theirs advances it by its share of one study."""
+def share_progress_bar(study: str, total: int) -> Generator[None]:
+    """Shows one bar for ``total`` studies that run inside; each advances it by one, cell by cell."""
     # Shares are fractions, so only the percentage is worth showing.
     with tqdm(total=total, desc=study, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
         outer = _BAR.set(bar)

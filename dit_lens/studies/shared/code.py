@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from dit_lens.studies import Result
+from dit_lens.studies.shared.registry import get_study
 
-# How a study names the judge it takes where none is given.
+# Name of the judge that a study takes if none is given.
 STOCK_JUDGE = "scene_judge"
 
-# Arguments of a study that are no choices of what it finds, or that its prompts and judge decide.
+# Arguments of a study that do not change what it finds, or that its prompts and judge decide.
 LEFT_OUT = ("call", "batch_size", "judge", "attributes")
 
 
-def code_of_result(result: Result) -> str:
+def write_call(study: str, settings: Mapping[str, Any]) -> str:
     """The call of a study, with every choice that differs from its defaults.
 
-    >>> from dit_lens.studies import Result
     >>> settings = {"prompts": ["a red circle"], "k": [8], "seeds": [0, 1], "draws": 3, "steps": "None", "call": {}}
-    >>> print(code_of_result(Result("disruption", None, None, settings)))
+    >>> print(write_call("disruption", settings))
     import dit_lens as dl
     <BLANKLINE>
     result = dl.studies.disruption(
@@ -35,27 +34,25 @@ def code_of_result(result: Result) -> str:
 
     What JSON cannot hold, such as a judge of your own, stands as a comment.
     """
-    from dit_lens import studies
-
-    lines = []
-    for name, parameter in inspect.signature(getattr(studies, result.study)).parameters.items():
-        if name in result.settings and name not in LEFT_OUT:
-            value = _argument(name, result.settings[name], parameter.default)
+    record, lines = get_study(study), []
+    for name, parameter in inspect.signature(record.function).parameters.items():
+        if name in settings and name not in LEFT_OUT:
+            value = _write_argument(name, settings[name], parameter.default)
             lines += [] if value is None else [value if parameter.default is parameter.empty else f"{name}={value}"]
-    if (judge := result.settings.get("judge", STOCK_JUDGE)) != STOCK_JUDGE:
+    if (judge := settings.get("judge", STOCK_JUDGE)) != STOCK_JUDGE:
         lines.append(f"judge=...,  # {judge}")
-    lines += [f"{name}={value!r}" for name, value in result.settings.get("call", {}).items()]
+    lines += [f"{name}={value!r}" for name, value in settings.get("call", {}).items()]
     arguments = "".join(f"    {line},\n" for line in lines)
-    return f"import dit_lens as dl\n\nresult = dl.studies.{result.study}(\n    lens,\n{arguments})\nresult.figure()"
+    return f"import dit_lens as dl\n\nresult = dl.studies.{record.name}(\n    lens,\n{arguments})\nresult.figure()"
 
 
-def _argument(name: str, value: Any, default: Any) -> str | None:
-    """A setting, as JSON keeps it, in code; None where it is the argument's default."""
+def _write_argument(name: str, value: Any, default: Any) -> str | None:
+    """A setting, as JSON keeps it, in code; None if it is the argument's default."""
     if default is inspect.Parameter.empty:
         return repr(value)
     if is_dataclass(default) and not isinstance(default, type):
-        words = ", ".join(f"{name}={number!r}" for name, number in value.items())
-        return None if value == asdict(default) else f"dl.studies.{type(default).__name__}({words})"
+        fields = ", ".join(f"{name}={number!r}" for name, number in value.items())
+        return None if value == asdict(default) else f"dl.studies.{type(default).__name__}({fields})"
     if callable(default):
         return None if value == default.__name__ else f"...  # {value}"
     if str(value) == str(default) or (isinstance(default, tuple) and value == list(default)):

@@ -27,20 +27,25 @@ COLUMNS = ("id", "prompt", "subject", "pair", "role")
 
 
 class Prompt(str):
-    """One prompt: a text, which knows what is known of it.
+    """One prompt: a text, with what is known about it.
 
     >>> prompt = Prompt("a red fox in snow", id="fox-1", subject="fox")
     >>> prompt.title(), prompt.subject
     ('A Red Fox In Snow', 'fox')
 
-    id: its name, once in a list. subject: the word of the text that names what is drawn. pair, role: the contrastive
-    pair that it belongs to, and whether it is the "source" or the "target" there. What is not known is "".
+    What is not known is "".
+
+    text: the text.
+    id: its name, unique in a list.
+    subject: the word of the text that names what is drawn.
+    pair: the contrastive pair that it belongs to.
+    role: whether it is the "source" or the "target" of that pair.
     """
 
     __slots__ = ("id", "pair", "role", "subject")
 
     def __new__(cls, text: str, *, id: str, subject: str = "", pair: str = "", role: str = "") -> Self:  # noqa: A002
-        """A text with what is known of it."""
+        """A text with what is known about it."""
         found = super().__new__(cls, text)
         found.id, found.subject, found.pair, found.role = id, subject, pair, role
         return found
@@ -53,7 +58,7 @@ class Prompt(str):
 
 @dataclass(frozen=True)
 class PromptList(Sequence[Prompt]):
-    """Prompts in their order; a slice is a list again.
+    """Prompts in order; a slice is a list of prompts again.
 
     >>> prompts = bundled()
     >>> prompts[0].subject, len(prompts[:3].texts), len(prompts.pairs)
@@ -81,12 +86,12 @@ class PromptList(Sequence[Prompt]):
 
     @property
     def subjects(self) -> list[str]:
-        """The subject of every text, "" where it is not known."""
+        """The subject of every text; "" if it is not known."""
         return [prompt.subject for prompt in self.prompts]
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """(source text, target text) of every pair that is whole here, in the order of the sources."""
+        """(source text, target text) of every pair of which both are here, in the order of the sources."""
         targets = {prompt.pair: prompt.text for prompt in self.prompts if prompt.role == "target"}
         sources = [prompt for prompt in self.prompts if prompt.role == "source" and prompt.pair in targets]
         return [(prompt.text, targets[prompt.pair]) for prompt in sources]
@@ -103,7 +108,7 @@ class PromptList(Sequence[Prompt]):
 
 
 def load(path: str | Path) -> PromptList:
-    r"""Reads prompts from a CSV file with a header, or from JSONL, one object a line.
+    r"""Reads prompts from a CSV file with a header, or from JSONL with one object per line.
 
     >>> from tempfile import TemporaryDirectory
     >>> folder = TemporaryDirectory()
@@ -112,10 +117,10 @@ def load(path: str | Path) -> PromptList:
     >>> load(file).pairs
     [('a cat', 'a dog')]
 
-    Columns: ``prompt``, and if you like ``id`` (else the number of the line), ``subject`` (a word of the prompt) and,
+    Columns: ``prompt``, and optionally ``id`` (else the number of the line), ``subject`` (a word of the prompt) and,
     both or neither, ``pair`` and ``role`` ("source" or "target"; a pair has one of each). UTF-8.
-    Raises StoreError for a file that is not there or of another kind, and PromptError, which names line and column,
-    for one that does not read so.
+    Raises StoreError if the file does not exist or is of another kind, and PromptError, which names line and column, if
+    it cannot be read so.
     """
     file = Path(path)
     readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
@@ -123,7 +128,7 @@ def load(path: str | Path) -> PromptList:
         raise StoreError(f"{file} is neither .csv nor .jsonl. Save the prompts as one of these.")
     if not file.is_file():
         raise StoreError(f"there is no file {file}.")
-    return _checked(file.name, readers[file.suffix.lower()](file))
+    return _check_rows(file.name, readers[file.suffix.lower()](file))
 
 
 def bundled() -> PromptList:
@@ -134,16 +139,18 @@ def bundled() -> PromptList:
     (60, ('A photograph of a cat asleep on a red sofa', 'A photograph of a dog asleep on a red sofa'))
     """
     file = resources.files("dit_lens.studies.shared") / "prompts_bundled.jsonl"
-    return _checked(file.name, _jsonl_rows(file))
+    return _check_rows(file.name, _jsonl_rows(file))
 
 
 def scenes(n: int, seed: int, *, held_out: bool = False) -> PromptList:
-    """``n`` captions of the scenes that the toys draw; the subject is the shape.
+    """Captions of scenes that the toys draw; the subject is the shape.
 
     >>> scenes(2, seed=0).subjects
     ['...', '...']
 
-    held_out: only combinations that training never showed, else only those it did. See ``dit_lens.toys.scenes``.
+    n: number of captions.
+    seed: seed of the choice.
+    held_out: True for combinations that were not in training, False for those that were; see ``dit_lens.toys.scenes``.
     """
     from dit_lens.toys.scenes import sample_scenes
 
@@ -156,7 +163,7 @@ def scenes(n: int, seed: int, *, held_out: bool = False) -> PromptList:
 
 @dataclass(frozen=True)
 class _Row:
-    """What stands on one line of a file."""
+    """The content of one line of a file, column by column."""
 
     line: int
     id: str = ""
@@ -185,7 +192,7 @@ def _csv_rows(file: Path) -> Iterator[_Row]:
                 )
             yield _Row(reader.line_num, **{name: (value or "").strip() for name, value in row.items()})
     except csv.Error as problem:
-        raise PromptError(f"{file.name}, line {reader.line_num}: no CSV: {problem}.") from problem
+        raise PromptError(f"{file.name}, line {reader.line_num}: not valid CSV: {problem}.") from problem
 
 
 def _jsonl_rows(file: Path | Traversable) -> Iterator[_Row]:
@@ -195,13 +202,13 @@ def _jsonl_rows(file: Path | Traversable) -> Iterator[_Row]:
         try:
             row = json.loads(text)
         except ValueError as problem:
-            raise PromptError(f"{file.name}, line {number}: no JSON: {problem}.") from problem
+            raise PromptError(f"{file.name}, line {number}: not valid JSON: {problem}.") from problem
         if not isinstance(row, dict):
-            raise PromptError(f'{file.name}, line {number}: no JSON object. Write {{"prompt": "a cat"}}.')
+            raise PromptError(f'{file.name}, line {number}: not a JSON object. Write {{"prompt": "a cat"}}.')
         _check_columns(file.name, number, row)
         for name, value in row.items():
             if not isinstance(value, str | int | None) or isinstance(value, bool):
-                raise PromptError(f"{file.name}, line {number}, column {name}: {value!r} is no text.")
+                raise PromptError(f"{file.name}, line {number}, column {name}: {value!r} is not a text.")
         yield _Row(number, **{name: "" if value is None else str(value).strip() for name, value in row.items()})
 
 
@@ -216,8 +223,8 @@ def _check_columns(name: str, line: int, found: Iterable[str]) -> None:
         raise PromptError(f"{name}, line {line}: the column 'prompt' is missing; there are: {', '.join(columns)}.")
 
 
-def _checked(name: str, rows: Iterable[_Row]) -> PromptList:
-    """The prompts of rows that make sense."""
+def _check_rows(name: str, rows: Iterable[_Row]) -> PromptList:
+    """The prompts of the rows of a file; PromptError if a row is not valid."""
     lines: dict[str, int] = {}
     roles: dict[tuple[str, str], int] = {}
     found = []
@@ -229,7 +236,7 @@ def _checked(name: str, rows: Iterable[_Row]) -> PromptList:
         if known in lines:
             raise PromptError(f"{at} id: {known!r} is that of line {lines[known]} already. Give every prompt its own.")
         if row.subject and not re.search(rf"(?<!\w){re.escape(row.subject)}(?!\w)", row.prompt, re.IGNORECASE):
-            raise PromptError(f"{at} subject: {row.subject!r} is no word of the prompt {row.prompt!r}.")
+            raise PromptError(f"{at} subject: {row.subject!r} is not a word of the prompt {row.prompt!r}.")
         if bool(row.pair) != bool(row.role):
             missing = "role" if row.pair else "pair"
             raise PromptError(f"{at} {missing}: it is empty. Give pair and role together, or neither.")

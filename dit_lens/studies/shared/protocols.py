@@ -17,6 +17,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from dit_lens.errors import OpError, nearest
+from dit_lens.studies.shared.folders import add_remarks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +31,14 @@ ORIGINS = {"paper": "the authors'", "repro": "the reproduction's", "ours": "this
 
 @dataclass(frozen=True)
 class Choice:
-    """One free choice of a study: the argument that holds it, "" where it is part of the procedure, and its origin."""
+    """One free choice of a study.
+
+    study: name of the study.
+    argument: argument that holds the choice; "" if it is part of the procedure.
+    value: what was chosen.
+    origin: whose choice it is, a key of ORIGINS.
+    why: reason, or what the source says.
+    """
 
     study: str
     argument: str
@@ -47,6 +55,10 @@ class Protocol:
     12
     >>> get("turri2026").table.query("study == 'disruption' and argument == 'ablation'")["origin"].item()
     'paper'
+
+    name: name of the protocol.
+    about: what it follows.
+    choices: its choices, for every study that it covers.
     """
 
     name: str
@@ -55,25 +67,25 @@ class Protocol:
 
     @property
     def studies(self) -> list[str]:
-        """The studies of which it says something."""
+        """The names of the studies that it covers."""
         return list(dict.fromkeys(choice.study for choice in self.choices))
 
     @property
     def table(self) -> pd.DataFrame:
-        """A line per choice: study, argument, value, origin ("paper", "repro", "ours"), why."""
+        """One row per choice: study, argument, value, origin ("paper", "repro", "ours"), why."""
         import pandas as pd
 
         return pd.DataFrame([asdict(choice) for choice in self.choices])
 
     def arguments(self, study: str) -> dict[str, Any]:
-        """The keywords that it sets of a study. Raises OpError where it says nothing of the study."""
+        """The arguments that it sets for a study; OpError if it does not cover the study."""
         if study not in self.studies:
             raise OpError(
                 f"the protocol {self.name!r} says nothing of {study}: {self.about} It sets {', '.join(self.studies)}."
             )
         return {choice.argument: choice.value for choice in self.choices if choice.study == study and choice.argument}
 
-    def chosen(self, study: str, given: Mapping[str, Any]) -> list[Choice]:
+    def apply(self, study: str, given: Mapping[str, Any]) -> list[Choice]:
         """Its choices for a study, after what was given explicitly."""
         return [
             replace(choice, value=given[choice.argument], origin="yours", why="")
@@ -190,14 +202,14 @@ NAMES = tuple(_PROTOCOLS)
 
 
 def get(name: str) -> Protocol:
-    """The protocol of a name, "turri2026" or "fig3-reproduction"; OpError, with the nearest, for another."""
+    """The protocol of a name, "turri2026" or "fig3-reproduction"; OpError for another name."""
     if name not in _PROTOCOLS:
         raise OpError(f"there is no protocol {name!r}.{nearest(str(name), NAMES)}")
     return _PROTOCOLS[name]
 
 
 def with_protocols(study: Study) -> Study:
-    """A study that also takes ``protocol=``: a name that sets what is not given explicitly.
+    """Adds an argument ``protocol=`` to a study: a name that sets every argument not given explicitly.
 
     The result's ``settings["protocol"]`` has the name and every choice with its origin, and a note sums them up.
     """
@@ -208,34 +220,32 @@ def with_protocols(study: Study) -> Study:
             return study(*args, **given)
         chosen, name = get(protocol), called.__name__
         result = study(*args, **{**chosen.arguments(name), **given})
-        choices = chosen.chosen(name, given)
+        choices = chosen.apply(name, given)
         settings = {"protocol": {"name": protocol, "choices": [asdict(choice) for choice in choices]}}
-        notes = [_note(protocol, choices)]
+        notes = [_write_note(protocol, choices)]
         if given.get("out") is not None:
-            from dit_lens.studies.shared.cells import remark  # the studies import this module
-
-            remark(given["out"], settings, notes)
+            add_remarks(given["out"], settings, notes)
         result.settings |= settings
         result.notes += notes
         return result
 
-    vars(called)["__signature__"] = _signature(study)
+    vars(called)["__signature__"] = _add_protocol(study)
     return cast("Study", called)
 
 
-def _note(protocol: str, choices: list[Choice]) -> str:
+def _write_note(protocol: str, choices: list[Choice]) -> str:
     parts = [
-        f"{words}: {', '.join(found)}"
-        for origin, words in ORIGINS.items()
+        f"{whose}: {', '.join(found)}"
+        for origin, whose in ORIGINS.items()
         if (found := [f"{c.argument}={c.value!r}" if c.argument else c.value for c in choices if c.origin == origin])
     ]
     return f"protocol {protocol}; {'; '.join(parts)}"
 
 
-def _signature(study: Callable[..., Any]) -> inspect.Signature:
-    """The study's own, with ``protocol`` before its other keywords' catch-all."""
+def _add_protocol(study: Callable[..., Any]) -> inspect.Signature:
+    """The study's own signature, with ``protocol`` before ``**call``."""
     signature = inspect.signature(study)
     own = list(signature.parameters.values())
-    place = len(own) - (own[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    position = len(own) - (own[-1].kind is inspect.Parameter.VAR_KEYWORD)
     extra = inspect.Parameter("protocol", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None")
-    return signature.replace(parameters=[*own[:place], extra, *own[place:]])
+    return signature.replace(parameters=[*own[:position], extra, *own[position:]])

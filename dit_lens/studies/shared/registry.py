@@ -1,41 +1,102 @@
-"""The studies by name: how each turns its cells into a result."""
+"""The studies by name. Each one registers itself with :func:`study`; whatever needs a study by name asks here."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from dit_lens.core.runs.files import read_versioned
 from dit_lens.errors import StoreError
-from dit_lens.studies.shared.cells import FORMAT, _numbered, _read
 
 if TYPE_CHECKING:
-    from dit_lens.studies.shared.result import Result
+    import plotly.graph_objects as go
 
 
-def load(folder: str | Path) -> Result:
-    """The result of what a study has finished in its ``out`` folder, without the model."""
-    folder = Path(folder)
-    data = read_versioned(folder / "study.json", "study", FORMAT)
-    found = [load(part) for part in _numbered(folder / "parts") if any(_numbered(part / "cells"))]
-    found = found or [_read(cell) for cell in _numbered(folder / "cells")]
-    if not found:
-        raise StoreError(f"{folder} holds a {data['study']} study with nothing finished yet. Call it again to go on.")
-    result = assembled(data["study"], data["settings"], found)
-    remarks = data.get("remarks", {"settings": {}, "notes": []})
-    result.settings |= remarks["settings"]
-    result.notes += remarks["notes"]
-    return result
+class StudyFunction(Protocol):
+    """A function that runs a study."""
+
+    __name__: str
+
+    def __call__(self, *args: Any, **options: Any) -> Any: ...
 
 
-def assembled(study: str, settings: dict[str, Any], cells: Sequence[Any]) -> Result:
-    """What a study's own module makes of its cells; a sweep's, of the results of its parts."""
-    from dit_lens.studies import STUDIES
+Function = TypeVar("Function", bound=StudyFunction)
 
-    if study not in STUDIES:
-        raise StoreError(
-            f"there is no study {study!r} in this version of dit_lens. It has: {', '.join(sorted(STUDIES))}."
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRecord:
+    """What the library knows about one study.
+
+    name: name of the study in ``dl.studies``, in saved results and in ``sweep``.
+    function: the function that runs the study.
+    question: the question that it answers about massive channels, in one line.
+    assemble: function (settings, cells) -> result; it needs no model, so that a folder of cells can be loaded.
+    figure: function (summary, **options) -> plotly figure.
+    figure_options: function settings -> options of the figure, where the settings decide some; else None.
+    old_names: names in earlier releases; results and folders that were saved then still have them.
+    """
+
+    name: str
+    function: StudyFunction
+    question: str
+    assemble: Callable[[Mapping[str, Any], Sequence[Any]], Any]
+    figure: Callable[..., go.Figure]
+    figure_options: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    old_names: tuple[str, ...] = ()
+
+
+_records: dict[str, StudyRecord] = {}
+
+
+def study(
+    *,
+    question: str,
+    assemble: Callable[[Mapping[str, Any], Sequence[Any]], Any],
+    figure: Callable[..., go.Figure],
+    figure_options: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
+    old_names: tuple[str, ...] = (),
+) -> Callable[[Function], Function]:
+    """Registers the function below it as a study, under the function's own name.
+
+        @study(question="Claim 1: are they critical?", assemble=assemble, figure=disruption_figure)
+        def disruption(lens, prompts, ...): ...
+
+    The arguments are the other fields of :class:`StudyRecord`.
+    """
+
+    def register(function: Function) -> Function:
+        record = StudyRecord(
+            name=function.__name__,
+            function=function,
+            question=question,
+            assemble=assemble,
+            figure=figure,
+            figure_options=figure_options,
+            old_names=old_names,
         )
-    return importlib.import_module(f"dit_lens.studies.{study}").assemble(settings, cells)
+        _records[record.name] = record
+        return function
+
+    return register
+
+
+def study_names() -> tuple[str, ...]:
+    """The names of all studies, in alphabetical order."""
+    return tuple(sorted(_records))
+
+
+def find_study(name: str) -> StudyRecord | None:
+    """The study of a name, which may be its name in an earlier release; None if there is none.
+
+    >>> find_study("births").name
+    'write_attribution'
+    """
+    return next((record for record in _records.values() if name in (record.name, *record.old_names)), None)
+
+
+def get_study(name: str) -> StudyRecord:
+    """The study of a name; StoreError if this version does not have it."""
+    record = find_study(name)
+    if record is None:
+        raise StoreError(f"there is no study {name!r} in this version of dit_lens. It has: {', '.join(study_names())}.")
+    return record

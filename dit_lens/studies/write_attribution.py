@@ -1,4 +1,4 @@
-"""Where are massive channels born? What every attention and MLP writes into them, and whether their gates stand out."""
+"""Where are massive channels written? What every attention and MLP adds to them, and whether their gates stand out."""
 
 from __future__ import annotations
 
@@ -14,24 +14,41 @@ from scipy.stats import rankdata
 
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import SiteError
-from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_k, share_of_width
-from dit_lens.studies.shared.arms import kept_scores, score_ops, sets_of
+from dit_lens.plots import write_attribution_figure
+from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_k, describe_k
+from dit_lens.studies.shared.arms import average_scores, make_score_reads, select_top_channels
+from dit_lens.studies.shared.batches import PromptBatch, make_batches
 from dit_lens.studies.shared.cells import Cell
-from dit_lens.studies.shared.checkpoints import Cells
-from dit_lens.studies.shared.drawing import Batch, batches
-from dit_lens.studies.shared.result import Result, summarise
+from dit_lens.studies.shared.checkpoints import StudyCheckpoints
+from dit_lens.studies.shared.registry import study
+from dit_lens.studies.shared.result import Result
+from dit_lens.studies.shared.tables import summarise
 
 if TYPE_CHECKING:
     from dit_lens.core.request.ops import Pattern, Steps
     from dit_lens.core.runs.run import Run
     from dit_lens.lens import DiTLens
 
-# What is neither written by a block that was read nor there before the first one.
-INPUT, REST = "input", "rest"
-WHOLE = "block"
+INPUT = "input"  # what is there before the first block
+REST = "rest"  # what no block that was read explains
+WHOLE = "block"  # all that a block adds
 
 
-def births(
+def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
+    """The result of the cells so far."""
+    table = pd.DataFrame([line for cell in cells for line in cell.lines])
+    measures = [name for name in ("share", "gate", "percentile") if name in table]
+    summary = summarise(table, ("arm", "block", "point"), measures)
+    return Result("write_attribution", table, summary, dict(settings), notes=_notes(settings, summary))
+
+
+@study(
+    question="Where are they written?",
+    assemble=assemble,
+    figure=write_attribution_figure,
+    old_names=("births",),
+)
+def write_attribution(
     lens: DiTLens,
     prompts: str | Sequence[str],
     *,
@@ -46,7 +63,8 @@ def births(
     """Which attention or MLP writes the channels that are massive at the end, and the AdaLN gates they pass.
 
     >>> from dit_lens import DiTLens
-    >>> result = births(DiTLens.toy(), "a big red circle left on a plain blue background", k=4, num_inference_steps=2)
+    >>> prompt = "a big red circle left on a plain blue background"
+    >>> result = write_attribution(DiTLens.toy(), prompt, k=4, num_inference_steps=2)
     >>> rest = result.table.loc[result.table["point"] == "rest", "share"]
     >>> bool(rest.abs().max() < 1e-3)  # what no write explains
     True
@@ -55,66 +73,81 @@ def births(
     write added. ``share`` is a write's part of it, over all steps: sum_s(write x final) / sum_s(final^2); the parts add
     up to 1, and a write against the final sign is negative. This is the direct contribution: what a write causes by way
     of later blocks is counted there. Points are attn_out, cross_out and mlp_out where a family has them, else "block",
-    the whole of what a block adds; "input" is what enters the first block, and "rest" what no write read here explains.
+    all that a block adds; "input" is what enters the first block, and "rest" what no write read here explains.
 
     ``gate`` is |gate| of the channel over the median of that gate's channels, averaged over steps, and ``percentile``
     the share of the other channels whose |gate| is smaller (0.5 by chance; ties count half). The arm "random" has the
     same for other channels, one random map of the set.
 
-    k: channels per image, by |mean| at ``site``, averaged over steps. site: one site at a block's end. steps: which
-    denoising steps count. batch_size, out: see :func:`disruption`. Notes say what a family lacks, and why.
+    lens: lens on the model.
+    prompts: one prompt or several.
+    k: number of channels per image, by |mean| at ``site``, averaged over steps.
+    seeds: seeds of the noise; every prompt is run with each.
+    site: one site at the end of a block.
+    steps: denoising steps that count; all by default.
+    batch_size: number of prompts that run together; all by default.
+    out: folder for finished cells, from which the same call continues.
+    call: other arguments of the pipeline.
+
+    Notes say what a family lacks, and why.
     Sources: direct contributions as in TransformerLens; gate spikes, arXiv 2510.11538.
     """
     prompts, seeds = as_prompts(prompts), as_seeds(seeds)
     check_k(lens, site, [k])
-    end = _end(lens, site)
-    tree = _writes(lens, end)
+    end = _find_end(lens, site)
+    writes = _list_writes(lens, end)
+    gates = _list_gates(lens, end)
     settings = {
         "prompts": prompts,
         "k": k,
         "seeds": seeds,
         "site": end,
         "steps": str(steps),
-        "writes": [asdict(write) for write in tree],
-        "gates": _gates(lens, end),
-        "lacks": _lacks(lens, tree),
+        "writes": [asdict(write) for write in writes],
+        "gates": gates,
+        "lacks": _explain_gaps(lens, writes),
         "batch_size": batch_size,
         "call": call,
         "width": lens.anatomy.channels(lens.anatomy.site(end)),
     }
-    reads = [
-        *score_ops(end, "|mean|", steps),
-        Read(sorted({end, *(site for write in tree for site in write.sites)}), reduce="mean", steps=steps, name="mean"),
-        *([Read(settings["gates"], reduce="mean|x|", steps=steps, name="gate")] if settings["gates"] else []),
-    ]
-    parts = batches(prompts, seeds, batch_size)
-    with Cells("births", settings, lens=lens, total=len(parts), out=out) as cells:
-        for part in parts:
-            cells.get(part.key, partial(_traced, lens, part, reads, tree, end, k, call))
+    terms = sorted({end, *(site for write in writes for site in write.sites)})
+    reads = [*make_score_reads(end, "|mean|", steps), Read(terms, reduce="mean", steps=steps, name="mean")]
+    if gates:
+        reads.append(Read(gates, reduce="mean|x|", steps=steps, name="gate"))
+    batches = make_batches(prompts, seeds, batch_size)
+    with StudyCheckpoints("write_attribution", settings, lens=lens, total=len(batches), out=out) as cells:
+        for batch in batches:
+            cells.get(batch.key, partial(_trace_batch, lens, batch, reads, writes, end, k, call))
         return cells.result()
 
 
 @dataclass(frozen=True)
 class _Write:
-    """One term of the residual stream: the site that holds it, or the two whose difference it is (later, earlier)."""
+    """One term of the residual stream.
+
+    block: number of the block that adds it; None for the input.
+    point: what adds it, such as "mlp_out".
+    sites: the site that holds it, or the two whose difference it is (later, earlier).
+    """
 
     block: int | None
     point: str
     sites: tuple[str, ...]
 
 
-def _end(lens: DiTLens, site: Pattern) -> str:
+def _find_end(lens: DiTLens, site: Pattern) -> str:
+    """The one site that a pattern means; SiteError if it is not the end of a block."""
     names = lens.sites(site)
-    place = lens.anatomy.site(names[0])
-    if len(names) != 1 or place.block is None or place.point != "resid_post":
+    found = lens.anatomy.site(names[0])
+    if len(names) != 1 or found.block is None or found.point != "resid_post":
         raise SiteError(
-            f"{site!r} means {', '.join(names[:4])}. Births are traced from the end of one block: "
+            f"{site!r} means {', '.join(names[:4])}. Writes are traced from the end of one block: "
             "name one such as 'blocks.-1.img'."
         )
     return names[0]
 
 
-def _writes(lens: DiTLens, end: str) -> list[_Write]:
+def _list_writes(lens: DiTLens, end: str) -> list[_Write]:
     """What adds up to the residual stream at ``end``: the input, and what every block writes."""
     last, stream = lens.anatomy.site(end).block or 0, lens.anatomy.site(end).stream
     have = set(lens.sites())
@@ -133,7 +166,7 @@ def _writes(lens: DiTLens, end: str) -> list[_Write]:
     return found
 
 
-def _gates(lens: DiTLens, end: str) -> list[str]:
+def _list_gates(lens: DiTLens, end: str) -> list[str]:
     """The gates of the blocks up to ``end``, on its stream."""
     last, stream = lens.anatomy.site(end).block or 0, lens.anatomy.site(end).stream
     return [
@@ -143,83 +176,90 @@ def _gates(lens: DiTLens, end: str) -> list[str]:
     ]
 
 
-def _lacks(lens: DiTLens, tree: Sequence[_Write]) -> list[str]:
+def _explain_gaps(lens: DiTLens, writes: Sequence[_Write]) -> list[str]:
     """Why blocks are not split into attention and MLP, and why there are no gates; each reason once."""
-    why, stream = lens.anatomy.why_not, tree[-1].sites[0].split(".")[2] if tree else "img"
+    why, stream = lens.anatomy.why_not, writes[-1].sites[0].split(".")[2] if writes else "img"
     reasons = [
         why(write.block, stream, point)
-        for write in tree
+        for write in writes
         if write.block is not None and write.point == WHOLE
         for point in ("attn_out", "mlp_out")
     ]
     gates = ("mod.gate", "mod.attn.gate", "mod.mlp.gate")
-    for block in sorted({write.block for write in tree if write.block is not None}):
+    for block in sorted({write.block for write in writes if write.block is not None}):
         whys = [why(block, stream, point) for point in gates]
         reasons += [whys[1]] if all(whys) else []
     return list(dict.fromkeys(reason for reason in reasons if reason))
 
 
-def _traced(
-    lens: DiTLens, part: Batch, reads: Sequence[Read], tree: Sequence[_Write], end: str, k: int, call: Mapping[str, Any]
+def _trace_batch(
+    lens: DiTLens,
+    batch: PromptBatch,
+    reads: Sequence[Read],
+    writes: Sequence[_Write],
+    end: str,
+    k: int,
+    call: Mapping[str, Any],
 ) -> Cell:
-    run, cell = lens.run(part.prompts, reads, seed=part.seed, **call), Cell()
+    run, cell = lens.run(batch.prompts, reads, seed=batch.seed, **call), Cell()
     final = run["mean"][end].float().numpy()  # [s, b, d]
-    added = np.stack([_added(run, write) for write in tree])  # [w, s, b, d]
-    for row, (prompt, top) in enumerate(zip(part.prompts, sets_of(kept_scores(run), k, "|mean|"), strict=True)):
+    added = np.stack([_token_means(run, write) for write in writes])  # [w, s, b, d]
+    sets = select_top_channels(average_scores(run), k, "|mean|")
+    for row, (prompt, top) in enumerate(zip(batch.prompts, sets, strict=True)):
         share = shares(added[:, :, row], final[:, row])  # [w, d]
-        gates = _passed(run, row)
-        for arm in (top, top.random(part.seed)):
+        gates = _measure_gates(run, row)
+        for arm in (top, top.random(batch.seed)):
             chosen = list(arm[end])
-            about = {"prompt": prompt, "seed": part.seed, "arm": arm.arm}
-            cell.lines += _share_lines(about, chosen, tree, share[:, chosen])
+            about = {"prompt": prompt, "seed": batch.seed, "arm": arm.arm}
+            cell.lines += _share_lines(about, chosen, writes, share[:, chosen])
             cell.lines += [
-                {**about, "channel": c, **place, "gate": float(gate[c]), "percentile": float(percentile[c])}
-                for place, gate, percentile in gates
+                {**about, "channel": c, **where, "gate": float(gate[c]), "percentile": float(percentile[c])}
+                for where, gate, percentile in gates
                 for c in chosen
             ]
     return cell
 
 
-def _added(run: Run, write: _Write) -> np.ndarray:
+def _token_means(run: Run, write: _Write) -> np.ndarray:
     """The token means of a write, [s, b, d]."""
     values = [run["mean"][site].float().numpy() for site in write.sites]
     return values[0] - values[1] if len(values) == 2 else values[0]
 
 
 def shares(writes: np.ndarray, final: np.ndarray) -> np.ndarray:
-    """The part that every write has of the sum of all.
+    """The share that every write has in the sum of all: its projection on the sum over s; 0 where the sum is 0.
 
     >>> shares(np.array([[[1.0]], [[3.0]]]), np.array([[4.0]])).tolist()
     [[0.25], [0.75]]
 
-    writes: [w, s, d]. final: [s, d], their sum where nothing is missing. Returns [w, d], the projection of each write
-    on the final values over s; 0 where these are all 0.
+    writes: [w, s, d].
+    final: [s, d], the sum of the writes if none is missing.
     """
     energy = (final.astype(float) ** 2).sum(0)
     along = (writes.astype(float) * final).sum(1)
-    return np.divide(along, energy, out=np.zeros_like(along), where=energy > 0)
+    return np.divide(along, energy, out=np.zeros_like(along), where=energy > 0)  # [w, d]
 
 
 def _share_lines(
-    about: Mapping[str, Any], chosen: Sequence[int], tree: Sequence[_Write], share: np.ndarray
+    about: Mapping[str, Any], chosen: Sequence[int], writes: Sequence[_Write], share: np.ndarray
 ) -> list[dict[str, Any]]:
-    places = [*((write.block, write.point) for write in tree), (None, REST)]
+    terms = [*((write.block, write.point) for write in writes), (None, REST)]
     whole = np.concatenate([share, 1 - share.sum(0, keepdims=True)])
     return [
         {**about, "channel": c, "block": block, "point": point, "share": float(whole[w, i])}
-        for w, (block, point) in enumerate(places)
+        for w, (block, point) in enumerate(terms)
         for i, c in enumerate(chosen)
     ]
 
 
-def _passed(run: Run, row: int) -> list[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
-    """Per gate its place, every channel's |gate| over the median, and the percentile of that; [d] each."""
+def _measure_gates(run: Run, row: int) -> list[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
+    """Per gate its block and point, every channel's |gate| over the median, and the percentile of that; [d] each."""
     found = []
     for site, value in run["gate"].items() if "gate" in run.keys() else ():  # noqa: SIM118 a Run is no mapping
         size = value[:, row].float().mean(0).numpy()
         _, block, _, point = site.split(".", 3)
-        middle = float(np.median(size))
-        gate = size / middle if middle else np.full(len(size), np.nan)
+        median = float(np.median(size))
+        gate = size / median if median else np.full(len(size), np.nan)
         found.append(({"block": int(block), "point": point.removeprefix("mod.")}, gate, percentiles(size)))
     return found
 
@@ -233,31 +273,23 @@ def percentiles(values: np.ndarray) -> np.ndarray:
     return (rankdata(values) - 1) / max(len(values) - 1, 1)
 
 
-def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
-    """The result of the cells so far."""
-    table = pd.DataFrame([line for cell in cells for line in cell.lines])
-    measures = [name for name in ("share", "gate", "percentile") if name in table]
-    summary = summarise(table, ("arm", "block", "point"), measures)
-    return Result("births", table, summary, dict(settings), notes=_notes(settings, summary))
-
-
 def _notes(settings: Mapping[str, Any], summary: pd.DataFrame) -> list[str]:
-    notes = [share_of_width(settings["k"], settings["width"])]
+    notes = [describe_k(settings["k"], settings["width"])]
     top = summary[summary["arm"] == "top"]
     written = top[top["share"].notna() & (top["point"] != REST)].nlargest(3, "share")
-    notes.append(f"most of what is massive at {settings['site']} is written by: {_listed(written, 'share')}")
+    notes.append(f"most of what is massive at {settings['site']} is written by: {_format_points(written, 'share')}")
     rest = float(top.loc[top["point"] == REST, "share"].iloc[0])
     if abs(rest) > 0.01:
         notes.append(f"a share of {rest:.2f} is explained by no write read here")
     if settings["gates"]:
         notes.append(
             "gates in which massive channels stand out most, by the share of channels with a smaller gate: "
-            f"{_listed(top.nlargest(3, 'percentile'), 'percentile')}"
+            f"{_format_points(top.nlargest(3, 'percentile'), 'percentile')}"
         )
     return [*notes, *settings["lacks"]]
 
 
-def _listed(rows: pd.DataFrame, measure: str) -> str:
+def _format_points(rows: pd.DataFrame, measure: str) -> str:
     return ", ".join(
         f"{point if pd.isna(block) else f'blocks.{block:g} {point}'} ({value:.2f})"
         for block, point, value in zip(rows["block"], rows["point"], rows[measure], strict=True)

@@ -1,4 +1,4 @@
-"""How far a transport went: what changed and where, arms compared at equal nearness, and what is only read out."""
+"""How far a transport went: what changed and where, arms compared at equal distance, and what is only read out."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ if TYPE_CHECKING:
     import pandas as pd
     from PIL.Image import Image
 
-MATCHED = ("to_target", "says_source", "says_target")
+MATCHED = ("to_target", "fidelity_source", "fidelity_target")
 _CURVE = ["prompt", "seed", "masked", "k", "arm", "draw"]
 
 
-def at_nearness(nearness: Any, measure: Any, wanted: Any) -> np.ndarray:
-    """What a measure is where a curve first comes as near as is wanted.
+def interpolate_at_distance(distance: Any, measure: Any, wanted: Any) -> np.ndarray:
+    """The value of a measure where a curve first comes as near as is wanted.
 
-    >>> at_nearness([80.0, 40.0, 0.0], [0.0, 10.0, 60.0], [60.0, 20.0, -1.0]).tolist()
+    >>> interpolate_at_distance([80.0, 40.0, 0.0], [0.0, 10.0, 60.0], [60.0, 20.0, -1.0]).tolist()
     [5.0, 35.0, nan]
 
-    Returns float64 [w]: linear between the points of the curve, NaN where it never comes so near.
-    nearness, measure: [m], along the curve, from strength 0 up; small is near. wanted: [w].
-    Raises OpError for curves of unequal or no length.
+    Returns float64 [w]: linear between the points of the curve, NaN if it never comes so near. Raises OpError for
+    curves of unequal length, or without points.
+
+    distance: [m], along the curve, from strength 0 up.
+    measure: [m], at the same points.
+    wanted: distances, [w].
     """
-    near, values, goal = (np.atleast_1d(np.asarray(x, dtype=np.float64)) for x in (nearness, measure, wanted))
+    near, values, goal = (np.atleast_1d(np.asarray(x, dtype=np.float64)) for x in (distance, measure, wanted))
     if near.shape != values.shape or near.ndim != 1 or not near.size:
         raise OpError(f"A curve is two equal lists of numbers, and got {list(near.shape)} and {list(values.shape)}.")
     reached = near[None, :] <= goal[:, None]  # [w, m]
@@ -39,13 +42,13 @@ def at_nearness(nearness: Any, measure: Any, wanted: Any) -> np.ndarray:
     return np.where(reached.any(1), found, np.nan)
 
 
-def explained(change: Any, part: Any) -> float:
+def explained_share(change: Any, part: Any) -> float:
     """The share of a change that a part of it explains: 1 - |change - part|^2 / |change|^2.
 
-    >>> explained([3.0, 4.0], [3.0, 0.0])
+    >>> explained_share([3.0, 4.0], [3.0, 0.0])
     0.36
 
-    1 where the part is all of it; below 0 where the part leads elsewhere; NaN where nothing changed.
+    1 if the part is all of it; below 0 if the part leads elsewhere; NaN if nothing changed.
     change, part: arrays of one shape.
     """
     whole, some = (np.asarray(x, dtype=np.float64) for x in (change, part))
@@ -55,13 +58,17 @@ def explained(change: Any, part: Any) -> float:
     return 1 - float(np.square(whole - some).sum()) / size if size else float("nan")
 
 
-def change_within(result: Image, untouched: Image, mask: np.ndarray) -> tuple[float, float]:
-    """Rmse between two images inside and outside a mask [h, w] of the token grid; NaN where a part is empty.
+def measure_change(result: Image, untouched: Image, mask: np.ndarray) -> tuple[float, float]:
+    """Rmse between two images, inside and outside a mask; NaN if there is no inside or outside.
 
     >>> from PIL import Image
     >>> black, grey = Image.new("RGB", (4, 2)), Image.new("RGB", (4, 2), (10, 10, 10))
-    >>> change_within(grey, black, np.array([[True, False]]))
+    >>> measure_change(grey, black, np.array([[True, False]]))
     (10.0, 10.0)
+
+    result: the image after an edit.
+    untouched: the image before it.
+    mask: mask of the token grid, bool [h, w].
     """
     difference = (np.asarray(result, float) - np.asarray(untouched, float)) ** 2
     where = upsample(mask, difference.shape[:2])
@@ -69,12 +76,13 @@ def change_within(result: Image, untouched: Image, mask: np.ndarray) -> tuple[fl
     return inside, outside
 
 
-def with_matched(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with every arm read off where it comes as near to the source as the top arm does at that strength.
+def add_matched_measures(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with every arm measured where it comes as near to the source as the top arm does at that strength.
 
-    Adds ``reached`` (1.0 or 0.0) and ``matched_to_target``, ``matched_says_source``, ``matched_says_target``, NaN where
-    the arm never comes so near. An arm without a k of its own is compared with the smallest.
-    table: lines of a transport, the untouched ones (strength 0, where every curve begins) included.
+    Adds ``reached`` (1.0 or 0.0) and ``matched_to_target``, ``matched_fidelity_source``, ``matched_fidelity_target``,
+    NaN if the arm never comes so near. An arm without a k of its own is compared with the smallest.
+
+    table: rows of a transport, the untouched ones (strength 0, where every curve begins) included.
     """
     measures = [name for name in MATCHED if name in table]
     start = table[table["arm"] == "untouched"].set_index(["prompt", "seed"])
@@ -95,5 +103,5 @@ def with_matched(table: pd.DataFrame) -> pd.DataFrame:
         found.loc[rows.index, "reached"] = (near.min() <= wanted).astype(float)
         for name in measures:
             curve = np.array([start.loc[(prompt, seed), name], *rows[name]], float)
-            found.loc[rows.index, f"matched_{name}"] = at_nearness(near, curve, wanted)
+            found.loc[rows.index, f"matched_{name}"] = interpolate_at_distance(near, curve, wanted)
     return found

@@ -1,0 +1,108 @@
+"""Tables of measurements: means with intervals, differences between arms, and a summary as people read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dit_lens.analysis.metrics import bootstrap_ci
+
+
+def summarise(table: pd.DataFrame, by: Sequence[str], measures: Sequence[str], seed: int = 0) -> pd.DataFrame:
+    """Means of measures per group, with 95 % bootstrap intervals over prompts, then the seeds and draws within them.
+
+    Returns one row per group: ``by``, n (number of measurements) and, for every measure, columns ``measure``,
+    ``measure_low`` and ``measure_high``. Measurements that are missing everywhere in a group stay missing.
+
+    table: one row per measurement; columns prompt, ``by`` and the measures.
+    by: columns whose values a group shares.
+    measures: columns to average.
+    seed: seed of the bootstrap.
+    """
+    lines = []
+    for _, group in table.groupby(list(by), sort=False, dropna=False):
+        line: dict[str, Any] = {name: group[name].iloc[0] for name in by} | {"n": len(group)}
+        for measure in measures:
+            values = group[[measure, "prompt"]].dropna()
+            line |= _bounds(measure, values[measure], values["prompt"], seed)
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def compare_arms(
+    table: pd.DataFrame, by: Sequence[str], measures: Sequence[str], base: str = "top", seed: int = 0
+) -> pd.DataFrame:
+    """By how much one arm exceeds every other, over pairs that share prompt and seed.
+
+    >>> table = pd.DataFrame({"arm": ["top", "random", "random"], "draw": [0, 0, 1], "rmse": [9.0, 2.0, 4.0]})
+    >>> compare_arms(table.assign(prompt="a", seed=0, k=4), ["k"], ["rmse"])[
+    ...     ["k", "arm", "rmse_top_minus"]
+    ... ].values.tolist()
+    [[4, 'random', 6.0]]
+
+    An arm's draws are averaged within a pair; the interval (95 %) is bootstrapped over prompts, then the seeds within
+    them. Returns one row per group and arm: ``by``, arm, and for every measure ``measure_{base}_minus`` with its
+    ``_low`` and ``_high``, missing if the arms share no pair.
+
+    table: one row per measurement; columns prompt, seed, arm, ``by`` and the measures.
+    by: columns whose values a group shares, besides prompt and seed.
+    measures: columns to compare.
+    base: the arm that is compared with the others.
+    seed: seed of the bootstrap.
+    """
+    lines = []
+    for _, group in table.groupby(list(by), sort=False):
+        pairs = group.groupby(["prompt", "seed", "arm"], sort=False)[list(measures)].mean().unstack("arm")
+        for arm in group["arm"].unique():
+            if arm == base or base not in group["arm"].to_numpy():
+                continue
+            line: dict[str, Any] = {name: group[name].iloc[0] for name in by} | {"arm": arm}
+            for measure in measures:
+                excess = (pairs[measure, base] - pairs[measure, arm]).dropna()
+                line |= _bounds(f"{measure}_{base}_minus", excess, excess.index.get_level_values("prompt"), seed)
+            lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def format_summary(summary: pd.DataFrame) -> pd.DataFrame:
+    """Formats a summary for people: three digits, and a mean with its bounds in one column.
+
+    >>> format_summary(pd.DataFrame({"arm": ["top"], "rmse": [77.123], "rmse_low": [75.0], "rmse_high": [82.04]}))
+       arm           rmse
+    0  top  77 (75 to 82)
+    """
+    names, bounds = list(summary), {}
+    for i, name in enumerate(names):
+        if tuple(names[i + 1 : i + 3]) in ((f"{name}_low", f"{name}_high"), ("low", "high")):
+            bounds[name] = names[i + 1 : i + 3]
+    inside = {bound for pair in bounds.values() for bound in pair}
+    return pd.DataFrame(
+        {
+            name: [_format(*line) for line in summary[[name, *bounds.get(name, [])]].itertuples(index=False, name=None)]
+            for name in names
+            if name not in inside
+        }
+    )
+
+
+def _format(value: Any, low: Any = None, high: Any = None) -> str:
+    return _format_number(value) + (
+        "" if pd.isna(low) or pd.isna(high) else f" ({_format_number(low)} to {_format_number(high)})"
+    )
+
+
+def _format_number(value: Any) -> str:
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return "" if np.isnan(value) else f"{value:.0f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+def _bounds(name: str, values: pd.Series, prompts: Any, seed: int) -> dict[str, float]:
+    """The mean of a measure with its interval, as three columns; missing where there are no values."""
+    found: tuple[float, ...] = (np.nan,) * 3
+    if len(values):
+        found = bootstrap_ci(values.to_numpy(float), groups=np.asarray(prompts), seed=seed)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), map(float, found), strict=True))
