@@ -7,10 +7,10 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_lens import __version__
 from dit_lens.errors import DitLensError
 from dit_lens.toys.kinds import KINDS
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; mistakes of the user are one line on standard error and exit code 2."""
-    # Threads that wait must not spin: beside another busy program torch would take ten times as long, or more.
+    """Runs one command; a mistake of the user is one line on standard error and exit code 2."""
+    # Waiting threads must not spin: beside another busy program torch would take ten times as long, or more.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dit-lens", description="Look inside Diffusion Transformers.")
-    parser.add_argument("--version", action="version", version=f"dit-lens {__version__}")
+    parser.add_argument("--version", action="version", version=f"dit-lens {version('dit-lens')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_pages(commands)
     _add_work(commands)
@@ -124,7 +124,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _findings(options: argparse.Namespace) -> int:
-    from dit_lens.commands.findings import Size, findings
+    from dit_lens.commands.chapters import Size
+    from dit_lens.commands.findings import findings
 
     given = {name: getattr(options, name) for name in ("prompts", "seeds", "draws")}
     size = Size(**{name: value for name, value in given.items() if value is not None})
@@ -136,7 +137,7 @@ def _atlas(options: argparse.Namespace) -> int:
     from dit_lens.explorer import atlas
     from dit_lens.studies.shared import prompts
 
-    device, dtype = _placement(options)
+    device, dtype = _choose_placement(options)
     lens = _load(options.pipeline, dtype=dtype).to(device)
     if options.prompts is not None:
         texts = prompts.load(options.prompts).texts
@@ -158,10 +159,10 @@ def _doctor(options: argparse.Namespace) -> int:
     """Exit code 1 where something does not work."""
     from dit_lens.commands.doctor import examine
 
-    device, dtype = _placement(options)
+    device, dtype = _choose_placement(options)
     diagnosis = examine(_load(options.pipeline, dtype=dtype), device=device)
     print(json.dumps(diagnosis.to_json(), indent=1) if options.json else diagnosis)
-    return 0 if diagnosis.well else 1
+    return 0 if diagnosis.ok else 1
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -206,13 +207,13 @@ def _train_toy(options: argparse.Namespace) -> int:
     return 0
 
 
-def _placement(options: argparse.Namespace) -> tuple[str, Any]:
-    """The device and precision that were asked for, or the usual ones of this machine."""
+def _choose_placement(options: argparse.Namespace) -> tuple[str, Any]:
+    """The device and precision that were asked for, or the defaults of this machine."""
     import torch
 
-    from dit_lens.commands.doctor import usual_device
+    from dit_lens.commands.doctor import default_device
 
-    device = options.device or usual_device()
+    device = options.device or default_device()
     return device, getattr(torch, options.dtype or ("float32" if device == "cpu" else "bfloat16"))
 
 

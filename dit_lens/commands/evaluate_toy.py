@@ -1,4 +1,4 @@
-"""How well a toy draws what it is told: prompts it never saw, images read back, and the card that says so."""
+"""Measures how well a toy follows prompts that it never saw, and writes its model card."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from tqdm.auto import tqdm
 
 from dit_lens.analysis.metrics import wilson
 from dit_lens.core.runs.files import read_json, write_json
-from dit_lens.lens import DEFAULTS_FILE, DiTLens
+from dit_lens.core.session import DEFAULTS_FILE
+from dit_lens.lens import DiTLens
 from dit_lens.toys.kinds import Kind, kind
-from dit_lens.toys.scenes import ATTRIBUTES, Scene, describe, draw, sample_scenes
-from dit_lens.toys.train import pixels
+from dit_lens.toys.scenes import ATTRIBUTES, Scene, draw, recognise_scene, sample_scenes
+from dit_lens.toys.stages import draw_batch
 
 PROMPTS = 200
 BATCH = 8
-# The least share of held-out prompts in which an attribute must be right; size is reported without a bar.
+# The least share of held-out prompts in which an attribute must be right; size has no such bar.
 BAR = {"colour": 0.95, "background": 0.95, "position": 0.95, "texture": 0.90, "shape": 0.85}
 CARD = "README.md"
 
@@ -28,10 +29,14 @@ CARD = "README.md"
 def evaluate(folder: Path, *, prompts: int = PROMPTS, seed: int = 0) -> dict[str, Any]:
     """Shares of attributes right over held-out prompts, and how well images can be read back at all.
 
-    folder: a toy's pipeline. Image i is drawn from noise seed ``seed + i`` with the toy's own call defaults.
+    Image i is drawn from noise seed ``seed + i`` with the toy's own default arguments.
+
+    folder: folder of the toy's pipeline.
+    prompts: number of held-out prompts.
+    seed: seed of the first image.
     """
     lens = DiTLens.from_pretrained(folder)
-    toy = kind(_toy(read_json(folder / DEFAULTS_FILE, "the defaults of a toy")))
+    toy = kind(_name_toy(read_json(folder / DEFAULTS_FILE, "the defaults of a toy")))
     scenes = sample_scenes(prompts, seed=seed + 1, held_out=True)
     images: list[Image.Image] = []
     with lens.quiet():
@@ -43,15 +48,15 @@ def evaluate(folder: Path, *, prompts: int = PROMPTS, seed: int = 0) -> dict[str
     return {
         "prompts": prompts,
         "steps": lens.defaults["num_inference_steps"],
-        "generated": _shares(scenes, images),
-        "drawn": _shares(scenes, drawn),
-        "round trip": _shares(scenes, _round_trips(toy, lens, scenes, seed)),
+        "generated": _measure_shares(scenes, images),
+        "drawn": _measure_shares(scenes, drawn),
+        "round trip": _measure_shares(scenes, _encode_and_decode(toy, lens, scenes, seed)),
         "bar": BAR,
     }
 
 
 def report(quality: dict[str, Any]) -> str:
-    """The evaluation as a table in plain text; a missed bar says by how much."""
+    """The evaluation as a table in plain text; it says by how much a bar was missed."""
     lines = [
         f"{quality['prompts']} held-out prompts, {quality['steps']} steps",
         f"{'attribute':<12}{'right':>7}{'95 % CI':>16}{'bar':>7}",
@@ -69,17 +74,17 @@ def report(quality: dict[str, Any]) -> str:
 
 
 def write_card(folder: Path, quality: dict[str, Any]) -> None:
-    """Adds the measured quality to the toy's JSON file and writes the model card beside it."""
+    """Adds the measured quality to the toy's JSON file, and writes the model card beside it."""
     stored = read_json(folder / DEFAULTS_FILE, "the defaults of a toy")
     stored["quality"] = quality
     write_json(folder / DEFAULTS_FILE, stored)
-    training, name = stored["training"], _toy(stored)
+    training, name = stored["training"], _name_toy(stored)
     toy = kind(name)
     stages = "\n".join(
         f"| {name} | {s['iterations']} | {s['seconds']} | {s['loss']} |" for name, s in training["stages"].items()
     )
     rows = "\n".join(
-        f"| {name} | {share:.3f} | {low:.3f} to {high:.3f} | {_verdict(name, share)} |"
+        f"| {name} | {share:.3f} | {low:.3f} to {high:.3f} | {_compare_to_bar(name, share)} |"
         for name, (share, low, high) in quality["generated"].items()
     )
     (folder / CARD).write_text(
@@ -112,7 +117,7 @@ Trained with `dit-lens train-toy {name}` (seed {seed}, batch {batch}, rate {rate
 Text encoders learn the grammar's attributes; the autoencoder minimises L1 with a small KL term; the transformer is
 trained by rectified flow with 10 % caption dropout, and its weights are averaged (EMA) and stored in half precision.
 
-Measured over {n} held-out prompts at {steps} steps, images read back by `describe`:
+Measured over {n} held-out prompts at {steps} steps, images read back by `recognise_scene`:
 
 | attribute | share right | 95 % interval | bar |
 | --- | --- | --- | --- |
@@ -120,38 +125,38 @@ Measured over {n} held-out prompts at {steps} steps, images read back by `descri
 """
 
 
-def _toy(stored: dict[str, Any]) -> str:
+def _name_toy(stored: dict[str, Any]) -> str:
     """The kind of a toy; the first one was written before there were others."""
     return stored.get("toy", "flux")
 
 
-def _verdict(name: str, share: float) -> str:
+def _compare_to_bar(name: str, share: float) -> str:
     if name not in BAR:
         return "none"
     return f"{BAR[name]:.2f}, {'reached' if share >= BAR[name] else f'missed by {BAR[name] - share:.3f}'}"
 
 
-def _shares(scenes: Sequence[Scene], images: Sequence[Image.Image]) -> dict[str, tuple[float, float, float]]:
+def _measure_shares(scenes: Sequence[Scene], images: Sequence[Image.Image]) -> dict[str, tuple[float, float, float]]:
     """For every attribute, and for readability, the share of images that are right, with its Wilson interval."""
-    found = [describe(image).scene for image in images]
+    found = [recognise_scene(image).scene for image in images]
     right = [scene.agreement(read) for scene, read in zip(scenes, found, strict=True)]
     counts = {name: sum(one[name] for one in right) for name in ATTRIBUTES} | {
         "readable": sum(read is not None for read in found)
     }
-    return {name: _share(count, len(images)) for name, count in counts.items()}
+    return {name: _measure_share(count, len(images)) for name, count in counts.items()}
 
 
-def _share(count: int, n: int) -> tuple[float, float, float]:
+def _measure_share(count: int, n: int) -> tuple[float, float, float]:
     share, low, high = wilson(count, n)
     return float(share), float(low), float(high)
 
 
 @torch.no_grad()
-def _round_trips(toy: Kind, lens: DiTLens, scenes: Sequence[Scene], seed: int) -> list[Image.Image]:
-    """Drawn images through the toy's autoencoder and back."""
+def _encode_and_decode(toy: Kind, lens: DiTLens, scenes: Sequence[Scene], seed: int) -> list[Image.Image]:
+    """Drawn images, encoded and decoded again by the toy's autoencoder."""
     images = []
     for start in range(0, len(scenes), BATCH):
-        drawn = pixels(list(scenes[start : start + BATCH]), seed + start, lens.pipe.vae.device)
+        drawn = draw_batch(list(scenes[start : start + BATCH]), seed + start, lens.pipe.vae.device)
         decoded = toy.decode(lens.pipe, toy.posterior(lens.pipe, drawn).mode())
         arrays = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         images += [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,10 +36,12 @@ class Section:
     >>> Section("Spectrum", "Three channels stand out.").figures
     ()
 
+    heading: title of the section.
+    sentence: the sentence that states the finding.
     figures: plotly figures and PIL images, in reading order; neighbouring images share a row.
-    table: numbers, with the units of columns in ``table.attrs["units"]``, a dict, where the names do not tell them.
-    code: what made this, shown to be copied. captions: one per figure, or none; an image's is also its alternative
-    text.
+    table: numbers, with the units of columns in ``table.attrs["units"]``, a dict, if the names do not say them.
+    code: what made this, shown to be copied.
+    captions: one per figure, or none; that of an image is also its alternative text.
     """
 
     heading: str
@@ -75,8 +78,12 @@ def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Se
     The file is written whole or not at all, folders included; plotly.js is inside, once, if there is a plotly figure
     (5 MB). The page loads nothing: its own security policy forbids it. It follows the reader's light or dark setting.
 
-    title, lead: the heading and the paragraph under it. sections: in order; each is in the table of contents.
-    Text is text: nothing in it is read as HTML.
+    Nothing in a text is read as HTML.
+
+    path: path of the file.
+    title: heading of the page.
+    lead: paragraph under the heading.
+    sections: sections in order; each is in the table of contents.
     """
     path = Path(path)
     page = _page(title, lead, sections)
@@ -85,13 +92,15 @@ def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Se
 
 
 def write_figures(figures: Mapping[Path, go.Figure], *, width: int = 760, scale: float = 2) -> list[Path]:
-    """Writes plotly figures as image files, dark on white; returns their paths, or [] where none can be drawn here.
+    """Writes plotly figures as image files, dark on white; returns their paths, or [] if none can be drawn here.
 
     The suffix of a path chooses the format: .png, .svg, .pdf, or .webp, which is lossless and a third as large as PNG.
     It takes the package kaleido (``pip install 'dit-lens[png]'``) and a browser that ``find_browser`` finds, which is
-    started once for all figures. Where both are there and drawing fails, that is an error.
+    started once for all figures. If both are there and drawing fails, that is an error.
 
-    figures: path -> figure. width: in CSS pixels; a figure keeps its own height. scale: image pixels per CSS pixel.
+    figures: path -> figure.
+    width: width in CSS pixels; a figure keeps its own height.
+    scale: image pixels per CSS pixel.
     """
     browser = find_browser()
     if browser is None or find_spec("kaleido") is None or not figures:
@@ -111,7 +120,13 @@ def write_figures(figures: Mapping[Path, go.Figure], *, width: int = 760, scale:
 
 
 def _drawing(figure: go.Figure, path: Path, width: int, scale: float) -> dict[str, Any]:
-    """What kaleido is to draw: the figure, dark on white, and where it is to lie."""
+    """What kaleido draws: the figure, dark on white, and the file it writes.
+
+    figure: the figure.
+    path: path of the file; its suffix is the format.
+    width: width in CSS pixels.
+    scale: image pixels per CSS pixel.
+    """
     import plotly.graph_objects as go
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,8 +149,6 @@ def find_browser() -> str | None:
 
 
 def _page(title: str, lead: str, sections: Sequence[Section]) -> str:
-    from dit_lens import __version__
-
     names = _anchors([section.heading for section in sections])
     contents = "".join(
         f'<li><a href="#{name}">{_text(section.heading)}</a></li>'
@@ -166,7 +179,7 @@ def _page(title: str, lead: str, sections: Sequence[Section]) -> str:
 <nav aria-label="Contents"><ul>{contents}</ul></nav>
 <noscript><p>The figures are drawn by JavaScript inside this file; images and tables show without it.</p></noscript>
 {body}
-<footer>Made with dit_lens {__version__}. This file is complete: it loads nothing from elsewhere.</footer>
+<footer>Made with dit_lens {version("dit-lens")}. This file is complete: it loads nothing from elsewhere.</footer>
 </main>
 <script>{_COPY}</script>
 {script}

@@ -1,0 +1,151 @@
+"""The chapters of the findings: which studies they tell of, how each is run, and what is published about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dit_lens.commands import sentences
+from dit_lens.studies.shared.registry import StudyRecord, get_study
+from dit_lens.toys.scenes import sample_scenes
+
+if TYPE_CHECKING:
+    from dit_lens.commands.sentences import ControlComparison
+    from dit_lens.studies import Result
+
+# The least images from which an interval says something, in about half an hour for a toy on two cores.
+PROMPTS, SEEDS, DRAWS, K = 16, 2, 10, 8
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is drawn.
+
+    prompts: number of held-out prompts.
+    seeds: number of seeds of each.
+    draws: number of random controls.
+    k: number of channels that count as massive.
+    call: other arguments of the pipeline.
+    """
+
+    prompts: int = PROMPTS
+    seeds: int = SEEDS
+    draws: int = DRAWS
+    k: int = K
+    call: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts."""
+        return [scene.caption for scene in sample_scenes(self.prompts, seed=100, held_out=True)]
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Pairs of neighbouring prompts: source, target."""
+        return list(zip(self.texts[::2], self.texts[1::2], strict=False))
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The arguments that all studies share."""
+        return {"k": self.k, "seeds": list(range(self.seeds)), "batch_size": 8, **self.call}
+
+    @property
+    def few_draws(self) -> int:
+        """The draws of studies that draw an image more for each, and for every part and strength."""
+        return min(self.draws, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chapter:
+    """What the findings say about one study.
+
+    name: name of the study.
+    arguments: function size -> arguments of the study, besides lens and folder.
+    describe: function result -> what it found, in Markdown.
+    published: what others found, and how far it can be compared.
+    claim: heading of the claim that the study tests; "" without one.
+    compare: function result -> the comparison that decides the claim.
+    """
+
+    name: str
+    arguments: Callable[[Size], dict[str, Any]]
+    describe: Callable[[Result], str]
+    published: str
+    claim: str = ""
+    compare: Callable[[Result], ControlComparison] | None = None
+
+    @property
+    def study(self) -> StudyRecord:
+        """The study."""
+        return get_study(self.name)
+
+
+def _patch_groups(size: Size) -> dict[str, Any]:
+    # Rows of one batch are patches here, so the batch size of the other studies does not apply.
+    shared = {name: value for name, value in size.shared.items() if name != "batch_size"}
+    return {**shared, "pairs": size.pairs[:2], "over": "block x channel group", "seeds": [0], "draws": 1}
+
+
+CHAPTERS = (
+    Chapter(
+        name="stability",
+        arguments=lambda size: {"prompts": size.texts, **size.shared},
+        describe=sentences.describe_stability,
+        published="SPARK calls a set stable from a mean overlap of 0.9 of successive aggregates on.",
+    ),
+    Chapter(
+        name="write_attribution",
+        arguments=lambda size: {"prompts": size.texts, **size.shared},
+        describe=sentences.describe_write_attribution,
+        published="2510.11538 finds AdaLN gates that spike at massive dimensions (SD3: 810).",
+    ),
+    Chapter(
+        name="disruption",
+        arguments=lambda size: {"prompts": size.texts, **size.shared, "draws": size.draws},
+        describe=sentences.describe_disruption,
+        published="The paper: zeroing the top channels collapses the image, zeroing low-statistic ones hardly matters. "
+        "Its k, layers and steps are not stated.",
+        claim="claim 1, critical: RMSE of ablation",
+        compare=sentences.compare_damage,
+    ),
+    Chapter(
+        name="organisation",
+        arguments=lambda size: {"prompts": size.texts, **size.shared, "draws": size.draws},
+        describe=sentences.describe_organisation,
+        published="The reproduction aims, on FLUX.2-klein, at a peak mIoU of about 0.5 near layer 10 and bottom-k flat "
+        "at about 0.2; its one stored measurement (FLUX.1-schnell, 4 prompts) did not show it: top 0.082, random "
+        "0.186, bottom 0.184.",
+        claim="claim 2, organised: IoU with the subject",
+        compare=sentences.compare_overlap,
+    ),
+    Chapter(
+        name="transfer",
+        arguments=lambda size: {
+            "pairs": size.pairs,
+            **size.shared,
+            "draws": size.few_draws,
+            "strengths": (0.5, 1.0),
+            "mask_from": None,
+        },
+        describe=sentences.describe_transfer,
+        published="The paper: moving the channels takes the image towards the source and keeps much of the target. "
+        "Strength, layers and steps are not stated.",
+        claim="claim 3, movable: RMSE to the source",
+        compare=sentences.compare_distance,
+    ),
+    Chapter(
+        name="patching",
+        arguments=_patch_groups,
+        describe=sentences.describe_patching,
+        published="Attribution patching is a first-order estimate of patching (Syed et al., arXiv 2310.10348); where "
+        "the two disagree, patching is right.",
+    ),
+    Chapter(
+        name="carrier_or_detail",
+        arguments=lambda size: {"prompts": size.texts, **size.shared, "draws": size.few_draws},
+        describe=sentences.describe_carrier_or_detail,
+        published="2605.13974: massive channels carry the prompt. 2510.11538 and 2607.02968: they are nearly "
+        "independent of it and tune detail.",
+    ),
+)
