@@ -19,7 +19,7 @@ def lens(embedded):
 
 def test_what_is_found(lens, embedded):
     diagnosis = examine(lens)
-    assert diagnosis.well
+    assert diagnosis.ok
     assert [finding.name for finding in diagnosis.findings] == [
         "family",
         "machine",
@@ -43,7 +43,7 @@ def test_what_is_found(lens, embedded):
     assert "published" not in diagnosis["massive"].data
     for finding in diagnosis.findings:
         assert finding.says in repr(diagnosis)
-    assert json.loads(json.dumps(diagnosis.to_json()))["well"] is True
+    assert json.loads(json.dumps(diagnosis.to_json()))["ok"] is True
     assert not any(module._forward_hooks for module in lens.pipe.transformer.modules())
 
 
@@ -74,7 +74,7 @@ def test_a_machine_that_does_not_repeat_itself(lens):
 
     lens.pipe.transformer.forward = shaky
     diagnosis = examine(lens)
-    assert not diagnosis.well
+    assert not diagnosis.ok
     assert diagnosis["identity"].state == "failed"
     assert "this machine does not repeat itself" in diagnosis["identity"].says
     assert "not all is well" in repr(diagnosis)
@@ -105,7 +105,7 @@ def test_a_pipeline_that_does_not_fit_is_not_moved(lens, monkeypatch):
     assert diagnosis["memory"].state == "failed"
     assert "dit_lens.recommend" in diagnosis["memory"].says
     assert diagnosis["drawing"].state == "skipped"
-    assert not diagnosis.well
+    assert not diagnosis.ok
     assert lens.pipe.device.type == "cpu"
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dit_lens.commands import sentences as words
-from dit_lens.commands.findings import Size, _training, describe_retraining, findings
+from dit_lens.commands import sentences
+from dit_lens.commands.chapters import CHAPTERS, Size
+from dit_lens.commands.findings import describe_retraining, describe_training, findings
 from dit_lens.errors import StoreError
 from dit_lens.studies import Result
 
@@ -44,19 +45,20 @@ def result(study, summary, table=None, notes=()):
 def test_a_claim_is_decided_by_differences_within_prompts(top, word):
     table = measured(["rmse"], [("top", top), ("bottom", 8.0), ("random", 10.0), ("norm", 99.0)])
     over = ["bottom", "random"]
-    assert words.beyond(table, "rmse", over=over) == word
-    assert words.beyond(table.assign(rmse=-table["rmse"]), "rmse", over=over, larger=False) == word
+    assert sentences.decide_claim(table, "rmse", over=over) == word
+    assert sentences.decide_claim(table.assign(rmse=-table["rmse"]), "rmse", over=over, larger=False) == word
     shuffled = table.assign(prompt=table["arm"] + table["prompt"])  # nothing to compare: no prompt has two arms
-    assert words.beyond(shuffled, "rmse", over=over) == "is undecided"
+    assert sentences.decide_claim(shuffled, "rmse", over=over) == "is undecided"
 
 
-def test_a_contest_names_the_strongest_control():
+def test_a_comparison_names_the_strongest_control():
     arms = [("top", 5.0), ("bottom", 2.0), ("random", 5.01), ("energy-matched", 3.0)]
-    contest = words.Contest(summary(["x"], arms).set_index("arm"), measured(["x"], arms), "x")
-    assert contest.brief.startswith("is undecided: 5.0 (4.0 to 6.0); random 5.0 (4.0 to 6.0); difference -0.0 (-0.")
-    assert contest._replace(larger=False).brief.startswith(
-        "fails: 5.0 (4.0 to 6.0); bottom 2.0 (1.0 to 3.0); difference +3.0 (+2."
+    comparison = sentences.ControlComparison(summary(["x"], arms).set_index("arm"), measured(["x"], arms), "x")
+    assert comparison.brief.startswith("is undecided: 5.0 (4.0 to 6.0); random 5.0 (4.0 to 6.0); difference -0.0 (-0.")
+    falling = sentences.ControlComparison(
+        summary(["x"], arms).set_index("arm"), measured(["x"], arms), "x", larger=False
     )
+    assert falling.brief.startswith("fails: 5.0 (4.0 to 6.0); bottom 2.0 (1.0 to 3.0); difference +3.0 (+2.")
 
 
 ARMS = ("bottom", "random", "energy-matched", "attenuated", "rescaled", "norm-kept", "random-direction")
@@ -70,7 +72,9 @@ def test_claim_1_in_words(rescaled, kept, reason):
     values = dict.fromkeys(ARMS, 10.0) | {"rescaled": rescaled, "norm-kept": kept, "attenuated": 40.0}
     columns = ["rmse", "fidelity", "energy_share"]
     rows = [("top", 70.0, 0.1, 0.5), *((arm, value, 0.9, 0.02) for arm, value in values.items())]
-    said = words.critical(result("disruption", summary(columns, rows).assign(k=8), measured(columns, rows)))
+    said = sentences.describe_disruption(
+        result("disruption", summary(columns, rows).assign(k=8), measured(columns, rows))
+    )
     assert "The claim holds" in said
     assert f"The next norm {reason}" in said
     assert "for their size holds by the change of pixels and is undecided by the attributes" in said
@@ -80,7 +84,9 @@ def test_claim_1_in_words(rescaled, kept, reason):
 
 def test_what_enters_the_first_block_writes_too():
     rows = summary(["share"], [("top", (0.5, 0.4, 0.6)), ("top", (0.3, 0.2, 0.4))])
-    said = words.born(result("births", rows.assign(point=["input", "mlp_out"], block=[float("nan"), 3.0])))
+    said = sentences.describe_write_attribution(
+        result("write_attribution", rows.assign(point=["input", "mlp_out"], block=[float("nan"), 3.0]))
+    )
     assert said.endswith("what enters the first block 0.50 (0.40 to 0.60), mlp_out of block 3 0.30 (0.20 to 0.40).")
 
 
@@ -88,17 +94,17 @@ def test_claim_2_in_words():
     arms = [("top", 0.5), ("bottom", 0.2), ("random", 0.45), ("energy-matched", 0.3), ("norm", 0.6)]
     rows = summary(["iou"], [(arm, (iou, iou - 0.1, iou + 0.1)) for arm, iou in arms])
     table = pd.concat([rows.assign(block=3), rows.assign(block=4, iou=0.1)])
-    table = table.rename(columns={"iou_low": "low", "iou_high": "high"}).assign(chance=0.21, others=0.25)
+    table = table.rename(columns={"iou_low": "low", "iou_high": "high"}).assign(chance=0.21, iou_other_prompts=0.25)
     lines = measured(["iou"], arms)
     lines = pd.concat([lines.assign(block=3), lines.assign(block=4, iou=0.1)])
-    said = words.organised(result("organisation", table, lines))
+    said = sentences.describe_organisation(result("organisation", table, lines))
     assert "best block (3) the claim is undecided" in said  # 0.05 apart, beside noise of 0.3
     assert "norm 0.60 (0.50 to 0.70)" in said
     assert "chance 0.21" in said
 
 
 def test_a_misspelt_toy_is_found_before_anything_is_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr("dit_lens.commands.findings._results", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr("dit_lens.commands.findings.run_chapters", lambda *_: pytest.fail("drawn"))
     with pytest.raises(StoreError, match="no toy called 'fluks'"):
         findings(tmp_path / "page", toys=["flux", "fluks"])
     assert not (tmp_path / "page").exists()
@@ -106,7 +112,7 @@ def test_a_misspelt_toy_is_found_before_anything_is_drawn(tmp_path, monkeypatch)
 
 def test_a_toy_that_was_never_measured_is_said_to_be_so():
     card = {"training": {"seed": 3, "stages": {"transformer": {"iterations": 1234}}}}
-    assert _training(card) == "Trained from seed 3 for 1,234 iterations. How well it draws was not measured."
+    assert describe_training(card) == "Trained from seed 3 for 1,234 iterations. How well it draws was not measured."
 
 
 def test_weights_that_are_not_in_the_repository_can_be_trained():
@@ -124,16 +130,17 @@ def test_a_toy_has_its_page_and_all_toys_have_one(tmp_path):
     earlier.mkdir(parents=True)
     (earlier / "glance.csv").write_text('toy,iterations\nanother,"1,234"\n')
     (out / "flux").mkdir()
+    (out / "flux" / "index.md").write_text("an earlier page")
     (out / "flux" / "old.csv").write_text("of a toy that was trained anew")
 
     page = findings(out, size=size, cells=tmp_path / "cells")
 
     of_toy = (out / "flux" / "index.md").read_text(encoding="utf-8")
-    for study, question in words.QUESTIONS.items():
-        assert f"## {question.title}" in of_toy
-        assert f"({study}.webp)" in of_toy
-        assert (out / "flux" / f"{study}.webp").stat().st_size > 10_000
-        assert len(pd.read_csv(out / "flux" / f"{study}.csv"))
+    for chapter in CHAPTERS:
+        assert f"## {chapter.study.question}" in of_toy
+        assert f"({chapter.name}.webp)" in of_toy
+        assert (out / "flux" / f"{chapter.name}.webp").stat().st_size > 10_000
+        assert len(pd.read_csv(out / "flux" / f"{chapter.name}.csv"))
     assert "untrained twin" in of_toy
     assert "Trained from seed 0 for 8,716 iterations. Shares right in images of 200 held-out prompts: " in of_toy
     assert not (out / "flux" / "old.csv").exists()
@@ -145,5 +152,5 @@ def test_a_toy_has_its_page_and_all_toys_have_one(tmp_path):
         ["| [another](another/index.md)", "1,234"],
         ["| [flux](flux/index.md)", "8,716"],
     ]
-    assert all(column in said for column, _ in words.CLAIMS.values())
+    assert all(chapter.claim in said for chapter in CHAPTERS)
     assert "nan" not in of_toy

@@ -18,7 +18,7 @@ MADE = {
     "organisation": ([PROMPTS], {"draws": 1, "site": "blocks[4:6].img", "polarity": "border", **CALL}),
     "transfer": ([[(CROSS, CIRCLE)]], {"draws": 1, "strengths": [0.5], "mask_from": None, "steps": (0.0, 0.5), **CALL}),
     "stability": ([PROMPTS], {"seeds": [0, 3], "site": "blocks[6:8].img", **CALL}),
-    "births": ([PROMPTS], {"site": "blocks.2.img", **CALL}),
+    "write_attribution": ([PROMPTS], {"site": "blocks.2.img", **CALL}),
     "patching": ([[(CROSS, CIRCLE)]], {"over": "block x step", "attribute": (), **CALL}),
 }
 

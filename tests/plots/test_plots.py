@@ -16,9 +16,9 @@ from PIL import Image
 from dit_lens import plots
 from dit_lens.analysis.clusters import upsample
 from dit_lens.errors import OpError
-from dit_lens.plots.overlays import outline
-from dit_lens.plots.theme import ARMS, INK, MASSIVE, label_width, placed
-from dit_lens.plots.transfer import _OWN as TRANSFER_ARMS
+from dit_lens.plots.overlays import trace_outline
+from dit_lens.plots.theme import ARMS, INK, MASSIVE, label_width, place_labels
+from dit_lens.plots.transfer import TRANSFER_ARMS
 
 ARMS_OF_STUDIES = ("top", "bottom", "random", "energy-matched")
 
@@ -65,7 +65,7 @@ def test_labels_never_cover_one_another():
     rng = np.random.default_rng(0)
     points = [(float(x), float(y)) for x, y in rng.uniform(0, 120, size=(24, 2))]
     widths = [label_width(str(int(c))) for c in rng.integers(0, 3072, 24)]
-    found = placed(points, widths, stems=True)
+    found = place_labels(points, widths, stems=True)
     boxes = [(x + o[0], y + o[1], w) for (x, y), w, o in zip(points, widths, found, strict=True) if o is not None]
     assert 5 < len(boxes) < 24
     for i, (x, y, w) in enumerate(boxes):
@@ -182,13 +182,13 @@ def image():
 
 def test_outline_is_the_border_of_the_mask():
     mask = np.random.default_rng(0).random((7, 9)) > 0.5
-    x, y = outline(mask)
+    x, y = trace_outline(mask)
     ends = [(x[i], y[i], x[i + 1], y[i + 1]) for i in range(0, len(x), 3)]
     length = sum(abs(x1 - x0) + abs(y1 - y0) for x0, y0, x1, y1 in ends)
     padded = np.pad(mask, 1).astype(int)
     assert length == np.abs(np.diff(padded, axis=0)).sum() + np.abs(np.diff(padded, axis=1)).sum()
     assert all((x0 == x1) != (y0 == y1) for x0, y0, x1, y1 in ends)
-    assert outline(np.zeros((3, 3), bool)) == ([], [])
+    assert trace_outline(np.zeros((3, 3), bool)) == ([], [])
 
 
 def test_overlay_lies_on_the_image_and_tells_the_iou(image):
@@ -372,7 +372,7 @@ def test_a_band_is_broken_where_an_interval_is_missing():
 def transfer(*, masked=(False, True), start=True, intervals=True):
     lines = [
         {"arm": arm, "masked": where, "strength": s, "n": 6, "to_source": 90 - 60 * s / (i + 1), "to_target": 50.0 * s}
-        | {"says_source": s, "says_target": np.nan}
+        | {"fidelity_source": s, "fidelity_target": np.nan}
         for i, arm in enumerate((*ARMS_OF_STUDIES, "all"))
         for where in masked
         for s in (1.0, 0.5)

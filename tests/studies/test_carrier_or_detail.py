@@ -10,11 +10,11 @@ from dit_lens import DiTLens, studies
 from dit_lens.errors import OpError, PromptError
 from dit_lens.studies.parts.evidence import (
     Thresholds,
-    decoding_evidence,
-    edit_evidence,
+    decide_verdict,
     split,
-    variance_evidence,
-    verdict,
+    weigh_decoding,
+    weigh_edits,
+    weigh_variance,
 )
 from dit_lens.studies.shared.judges import scene_judge
 from tests import planted
@@ -51,12 +51,12 @@ def test_of_one_seed_variance_is_not_asked(toy):
 
 def test_moving_a_part_moves_that_part_and_no_other(lens):
     from dit_lens import Read
-    from dit_lens.studies.carrier_or_detail import _move
+    from dit_lens.studies.carrier_or_detail import make_move
 
     site, prompts = "blocks.1.img", ["a cat", "two dogs"]
     clean = lens.run(prompts, Read(site, steps=0), seed=0)[site][0]
     for part in ("mean", "residual", "whole"):
-        op = _move(site, {site: (2, 5)}, part, 0, 1)
+        op = make_move(site, {site: (2, 5)}, part, 0, 1)
         got = lens.run(prompts, [op, Read(site, steps=0)], seed=0)[site][0]
         other = {"mean": "residual", "residual": "mean", "whole": None}[part]
         target, source, moved = (x[..., [2, 5]].numpy() for x in (clean[0], clean[1], got[0]))
@@ -89,7 +89,7 @@ def lines(**effects):
     ],
 )
 def test_an_edit_speaks_by_its_interval_and_its_strongest_control(effects, says):
-    (found,) = edit_evidence(lines(**effects), "effect", Thresholds())
+    (found,) = weigh_edits(lines(**effects), "effect", Thresholds())
     assert found["says"] == says
 
 
@@ -109,7 +109,7 @@ def evidence(**says):
     ],
 )
 def test_the_rules(says, change, expected):
-    assert verdict(evidence(**says), {"whole": change}, Thresholds())["overall"] == expected
+    assert decide_verdict(evidence(**says), {"whole": change}, Thresholds())["overall"] == expected
 
 
 def test_both_is_said_of_parts_that_differ():
@@ -120,7 +120,7 @@ def test_both_is_said_of_parts_that_differ():
             for measure in ("ablation", "transport")
         ]
     )
-    assert verdict(table, {"mean": 3.0}, Thresholds())["overall"] == "both"
+    assert decide_verdict(table, {"mean": 3.0}, Thresholds())["overall"] == "both"
 
 
 @pytest.fixture
@@ -146,12 +146,12 @@ def images():
 def test_information_is_found_in_the_part_that_holds_it(images):
     attributes, groups, values = images
     both = {"top": values(colour=2, side=0), "bottom": values(colour=0, side=0)}
-    found = {f["part"]: f for f in decoding_evidence(both, attributes, groups, (4, 4), Thresholds())}
+    found = {f["part"]: f for f in weigh_decoding(both, attributes, groups, (4, 4), Thresholds())}
     assert found["mean"]["value"] > 0.3 > found["residual"]["value"]  # the colour alone: at most half of the skill
-    shares = {f["part"]: f["value"] for f in variance_evidence(both, 8, Thresholds())}
+    shares = {f["part"]: f["value"] for f in weigh_variance(both, 8, Thresholds())}
     assert shares["mean"] > 0.9
     both = {"top": values(colour=0, side=2), "bottom": values(colour=0, side=0)}
-    found = {f["part"]: f for f in decoding_evidence(both, attributes, groups, (4, 4), Thresholds())}
+    found = {f["part"]: f for f in weigh_decoding(both, attributes, groups, (4, 4), Thresholds())}
     assert found["residual"]["value"] > 0.3 > found["mean"]["value"]
 
 

@@ -15,10 +15,10 @@ from dit_lens.analysis.metrics import paired_difference_ci, rmse
 from dit_lens.errors import OpError, PromptError
 from dit_lens.studies import Result, disruption
 from dit_lens.studies.parts import confounds
-from dit_lens.studies.shared.arms import kept_scores, score_ops, sets_of
+from dit_lens.studies.shared.arms import average_scores, make_score_reads, select_top_channels
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.judges import scene_judge
-from dit_lens.studies.shared.result import paired
+from dit_lens.studies.shared.tables import compare_arms
 from tests import oracle, pipelines, planted
 
 module = importlib.import_module("dit_lens.studies.disruption")  # the function of this name hides it
@@ -43,10 +43,10 @@ def hidden(draw):
 
 @settings(max_examples=30, deadline=None)
 @given(hidden())
-def test_filled_keeps_what_either_norm_makes_of_the_others(case):
+def test_filling_keeps_what_either_norm_makes_of_the_others(case):
     x, top, others = case
     before = x.clone()
-    new = confounds.filled(x, top)
+    new = confounds.fill_top(x, top)
     assert torch.equal(x, before)
     assert torch.equal(new[..., others], x[..., others])
     assert not torch.allclose(new[..., top], x[..., top])
@@ -55,16 +55,16 @@ def test_filled_keeps_what_either_norm_makes_of_the_others(case):
     # Which top channel held what is gone; only a mean and a spread per token are left.
     shuffled = x.clone()
     shuffled[..., top] = x[..., top[::-1]]
-    torch.testing.assert_close(confounds.filled(shuffled, top), new, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(confounds.fill_top(shuffled, top), new, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=30, deadline=None)
 @given(hidden())
-def test_rescaled_raises_the_others_by_what_zeroing_would_and_keeps_the_top(case):
+def test_raising_raises_the_others_by_what_zeroing_would_and_keeps_the_top(case):
     x, top, others = case
     before, zeroed = x.clone(), x.clone()
     zeroed[..., top] = 0
-    new = confounds.rescaled(x, top)
+    new = confounds.raise_others(x, top)
     assert torch.equal(x, before)
     assert torch.equal(new[..., top], x[..., top])
     raised = F.rms_norm(zeroed, [16], eps=0)[..., others] / F.rms_norm(x, [16], eps=0)[..., others]
@@ -78,27 +78,27 @@ def test_rescaled_raises_the_others_by_what_zeroing_would_and_keeps_the_top(case
 
 def test_tokens_that_are_all_massive_stay_numbers():
     x = torch.tensor([[[3.0, 0.0], [0.0, 0.0]]])
-    assert torch.equal(confounds.rescaled(x, [0]), x)
-    assert torch.isfinite(confounds.filled(x, [0])).all()
+    assert torch.equal(confounds.raise_others(x, [0]), x)
+    assert torch.isfinite(confounds.fill_top(x, [0])).all()
 
 
 @settings(max_examples=20, deadline=None)
 @given(hidden(), st.integers(0, 100))
-def test_pushed_moves_every_token_as_far_as_zeroing_in_one_direction(case, seed):
+def test_a_push_moves_every_token_as_far_as_zeroing_in_one_direction(case, seed):
     x, top, _ = case
-    shift = confounds.pushed(x, top, seed)
+    shift = confounds.make_push(x, top, seed)
     torch.testing.assert_close(shift.norm(dim=-1), x[..., top].norm(dim=-1))
     directions = F.normalize(shift, dim=-1).reshape(-1, 16)
     torch.testing.assert_close(directions, directions[:1].expand_as(directions))
-    assert not torch.allclose(directions[0], F.normalize(confounds.pushed(x, top, seed + 1), dim=-1)[0, 0])
+    assert not torch.allclose(directions[0], F.normalize(confounds.make_push(x, top, seed + 1), dim=-1)[0, 0])
 
 
 # The edits inside a pipeline.
 
 
 def sets_for(lens, prompts=PROMPTS, site="blocks.*.img", steps=STEPS):
-    clean = lens.run(prompts, score_ops(site, "|mean|"), seed=SEED, num_inference_steps=steps)
-    return sets_of(kept_scores(clean), K, "|mean|")
+    clean = lens.run(prompts, make_score_reads(site, "|mean|"), seed=SEED, num_inference_steps=steps)
+    return select_top_channels(average_scores(clean), K, "|mean|")
 
 
 def watched(lens, ops, sites, prompts=PROMPTS, steps=STEPS):
@@ -118,7 +118,7 @@ def watched(lens, ops, sites, prompts=PROMPTS, steps=STEPS):
 
 def test_pushes_do_not_pile_up(lens, embedded):
     top = sets_for(lens)[1]
-    seen = watched(lens, confounds.push_ops(top, 1, 0, None), SITES)
+    seen = watched(lens, confounds.make_push_ops(top, 1, 0, None), SITES)
     assert len({branch for _, branch, _ in seen}) == (1 if embedded else 2)
     for step, branch in {key[:2] for key in seen}:
         carried = 0
@@ -133,27 +133,27 @@ def test_pushes_do_not_pile_up(lens, embedded):
 def test_rescaling_shows_to_readers_and_stays_out_of_the_residual(lens, embedded):
     top = sets_for(lens)[1]
     readers = [f"blocks.{i}.img.resid_pre" for i in range(1, pipelines.DEPTH)]
-    seen = watched(lens, confounds.rescale_ops(top, 1, None, lens.sites()), [*readers, *SITES, "final.img"])
+    seen = watched(lens, confounds.make_raise_ops(top, 1, None, lens.sites()), [*readers, *SITES, "final.img"])
     assert len({branch for _, branch, _ in seen}) == (1 if embedded else 2)
     for (step, branch, site), (raw, edited) in seen.items():
         if site in readers:
             block = int(site.split(".")[1])
-            assert torch.equal(edited[None], confounds.rescaled(raw[None], top[f"blocks.{block - 1}.img"]))
+            assert torch.equal(edited[None], confounds.raise_others(raw[None], top[f"blocks.{block - 1}.img"]))
             assert not torch.equal(edited, raw)
             # The block's output leaves out what its input was raised by.
             passed = seen[step, branch, f"blocks.{block}.img"]
             torch.testing.assert_close(passed[1], passed[0] - (edited - raw))
         elif site == "final.img":
-            assert torch.equal(edited[None], confounds.rescaled(raw[None], top[SITES[-1]]))
+            assert torch.equal(edited[None], confounds.raise_others(raw[None], top[SITES[-1]]))
         elif site == SITES[0]:
             assert torch.equal(edited, raw)
 
 
 def test_the_reader_is_the_next_block_with_the_stream():
     sites = ["blocks.0.img.resid_pre", "blocks.1.txt.resid_pre", "blocks.2.img.resid_pre", "blocks.2.txt.resid_pre"]
-    assert confounds._reader("blocks.0.img", [*sites, "final.img"]) == ("blocks.2.img.resid_pre", "blocks.2.img")
-    assert confounds._reader("blocks.2.img", [*sites, "final.img"]) == ("final.img", None)
-    assert confounds._reader("blocks.2.txt", [*sites, "final.img"]) == (None, None)
+    assert confounds.find_reader("blocks.0.img", [*sites, "final.img"]) == ("blocks.2.img.resid_pre", "blocks.2.img")
+    assert confounds.find_reader("blocks.2.img", [*sites, "final.img"]) == ("final.img", None)
+    assert confounds.find_reader("blocks.2.txt", [*sites, "final.img"]) == (None, None)
 
 
 def test_attenuated_moves_tokens_as_far_as_energy_matched(toy):
@@ -161,7 +161,7 @@ def test_attenuated_moves_tokens_as_far_as_energy_matched(toy):
     site, prompts = "blocks.3.img", [scene.caption for scene in planted.SCENES[:2]]
     one = sets_for(toy, prompts, site, steps=1)[1]
     edits = {"top": Zero(site, channels=one, rows=1), "matched": Zero(site, channels=one.energy_matched(SEED), rows=1)}
-    edits["attenuated"] = module._attenuated(one, SEED, 1, None)[0]
+    edits["attenuated"] = module.attenuate(one, SEED, 1, None)[0]
     moved = {}
     for name, op in edits.items():
         raw, edited = watched(toy, [op], [site], prompts, steps=1)[0, "cond", site]
@@ -237,7 +237,7 @@ def test_an_arm_is_what_hooks_do(lens, plain, embedded, name):
 def test_means_are_over_all_prompts_and_seeds():
     values = np.random.default_rng(0).normal(size=(STEPS, 5, 8)).astype(np.float32)  # five images in two batches
     cells = [Cell(arrays={"all/mean/blocks.0.img": part}) for part in (values[:, :3], values[:, 3:])]
-    np.testing.assert_allclose(module._means(cells)["blocks.0.img"].numpy(), values.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(module.average_means(cells)["blocks.0.img"].numpy(), values.mean(1), rtol=1e-5)
 
 
 def test_a_batch_size_changes_no_arm(lens):
@@ -271,7 +271,7 @@ def test_late_edits_start_from_a_recorded_run_and_change_no_number(lens, monkeyp
     try:
         quick = disruption(lens, PROMPTS[:2], **call)
         few = len(passes)
-        monkeypatch.setattr(module, "begins_late", lambda *_: False)
+        monkeypatch.setattr(module, "skips_first_step", lambda *_: False)
         slow = disruption(lens, PROMPTS[:2], **call)
     finally:
         handle.remove()
@@ -335,7 +335,7 @@ def nothing(a, b):
         ({"seeds": []}, PromptError, "list of seeds is empty"),
         ({"seeds": [1, 2, 1]}, PromptError, "names a seed twice"),
         ({"seeds": [1.5]}, PromptError, "seed 1.5 is not a whole number"),
-        ({"k": "8"}, OpError, "k='8' is no number of channels"),
+        ({"k": "8"}, OpError, "k='8' is not a valid number of channels"),
     ],
 )
 def test_mistakes_raise_before_anything_is_drawn(lens, monkeypatch, choice, error, said):
@@ -356,7 +356,7 @@ def test_paired_differences_equal_the_loops(prompts, seeds, draws, seed):
     ]
     lines.append({"k": 0, "arm": "no-op", "prompt": "0", "seed": 0, "rmse": 0.0})
     table = pd.DataFrame(lines).sample(frac=1, random_state=seed)
-    found = paired(table, ["k"], ["rmse"])
+    found = compare_arms(table, ["k"], ["rmse"])
     assert found[["k", "arm"]].to_numpy().tolist() == [[4, "random"]]
     expected = paired_difference_ci(top, other.mean(2))
     assert found["rmse_top_minus"].item() == pytest.approx(expected.mean)
@@ -367,7 +367,7 @@ def test_paired_differences_equal_the_loops(prompts, seeds, draws, seed):
 
 def test_unpaired_images_are_left_out_of_a_difference():
     table = pd.DataFrame({"k": 4, "arm": ["top", "top", "random"], "prompt": ["a", "b", "a"], "seed": 0})
-    assert paired(table.assign(rmse=[5.0, 100.0, 2.0]), ["k"], ["rmse"])["rmse_top_minus"].tolist() == [3.0]
+    assert compare_arms(table.assign(rmse=[5.0, 100.0, 2.0]), ["k"], ["rmse"])["rmse_top_minus"].tolist() == [3.0]
 
 
 # What it says on models whose truth is known.

@@ -15,14 +15,14 @@ from dit_lens.analysis.clusters import chance_iou, iou, segment, upsample
 from dit_lens.errors import OpError, PromptError, StudyInterrupted
 from dit_lens.studies.parts.saliency import (
     centred_disc,
+    count_heads,
     first_component,
-    heads_of,
-    largest,
     noisy_latent,
+    read_word_attention,
+    select_largest,
     token_norm,
-    word_attention,
 )
-from dit_lens.toys.scenes import Description, Scene
+from dit_lens.toys.scenes import Recognition, Scene
 from tests import planted
 
 PROMPTS = [scene.caption for scene in planted.SCENES]
@@ -65,8 +65,8 @@ def test_a_carrier_is_organised_by_its_massive_channels(carried):
     rows = last(carried)
     top = rows.loc["top"]
     assert top["iou"] > 0.6
-    assert rows.loc[["bottom", "random", "energy-matched"], "behind_low"].min() > 0.3
-    assert top["iou"] > max(top["others"], rows.loc["centre", "iou"], top["chance"]) + 0.3
+    assert rows.loc[["bottom", "random", "energy-matched"], "iou_gap_low"].min() > 0.3
+    assert top["iou"] > max(top["iou_other_prompts"], rows.loc["centre", "iou"], top["chance"]) + 0.3
     assert top["p"] == pytest.approx(1 / 24)  # the true order alone, of 4 prompts
 
 
@@ -74,9 +74,9 @@ def test_a_detail_model_is_not(detailed):
     rows = last(detailed)
     top = rows.loc["top"]
     assert top["iou"] < top["chance"] + 0.1
-    assert abs(top["iou"] - top["others"]) < 0.05
+    assert abs(top["iou"] - top["iou_other_prompts"]) < 0.05
     assert top["p"] > 0.5
-    assert rows.loc["random", "behind_high"] < -0.3
+    assert rows.loc["random", "iou_gap_high"] < -0.3
     assert rows.loc["random", "p"] == pytest.approx(1 / 24)
 
 
@@ -98,7 +98,7 @@ def test_what_a_line_says_follows_from_its_mask(carried):
         large = upsample(mask, (64, 64))
         assert line.iou == pytest.approx(iou(large, MASKS[row]))
         assert line.chance == pytest.approx(chance_iou(MASKS[row], int(large.sum())))
-        assert line.others == pytest.approx(np.mean([iou(large, MASKS[i]) for i in range(4) if i != row]))
+        assert line.iou_other_prompts == pytest.approx(np.mean([iou(large, MASKS[i]) for i in range(4) if i != row]))
         assert line.size == mask.mean()
         assert sum(line.clusters) == mask.size
 
@@ -172,7 +172,7 @@ def test_masks_are_made_of_what_the_run_had(toy, batch_size):
     )  # fmt: skip
     run = toy.run([SCENE, OTHER], [Read("blocks.5.img"), Read("x0"), Read("velocity")], **call)
     words = [[SCENE.split().index("circle")], [OTHER.split().index("cross")]]
-    attention = word_attention(toy, [SCENE, OTHER], words, {5: 4}, [0, 1], run.grid, **call)[5]
+    attention = read_word_attention(toy, [SCENE, OTHER], words, {5: 4}, [0, 1], run.grid, **call)[5]
     for step, row in itertools.product((0, 1), (0, 1)):
         x, clean = run["blocks.5.img"][step, row].numpy(), run["x0"][step, row]
         noisy = clean + run.sigmas[step] * run["velocity"][step, row]
@@ -183,8 +183,8 @@ def test_masks_are_made_of_what_the_run_had(toy, batch_size):
             "noisy latent": segment(noisy, run.grid).mask,
         }
         size = int(expected["top"].sum())
-        expected["norm"] = largest(token_norm(x), size, run.grid)
-        expected["attention"] = largest(attention[step, row], size, run.grid)
+        expected["norm"] = select_largest(token_norm(x), size, run.grid)
+        expected["attention"] = select_largest(attention[step, row], size, run.grid)
         for arm, mask in expected.items():
             found = result.masks[f"{row}/0/{step}/5/{arm}"]
             assert (found == mask).mean() > 0.98, (step, row, arm)  # batches of one differ in the last bit
@@ -212,7 +212,7 @@ def test_a_threshold_keeps_the_size_and_the_order(grid, data, polarity):
     n = grid[0] * grid[1]
     size = data.draw(st.integers(0, n))
     values = np.random.default_rng(data.draw(seeds)).integers(0, 5, n).astype(float)
-    mask = largest(values, size, grid, polarity).ravel()
+    mask = select_largest(values, size, grid, polarity).ravel()
     assert mask.sum() == size
     if 0 < size < n:
         inside, outside = values[mask], values[~mask]
@@ -223,11 +223,11 @@ def test_the_border_is_never_in_front():
     values = np.zeros((6, 6))
     values[2:4, 2:4] = 1
     for sign in (1, -1):
-        found = largest(sign * values.ravel(), 4, (6, 6), "border")
+        found = select_largest(sign * values.ravel(), 4, (6, 6), "border")
         np.testing.assert_array_equal(found, values > 0)
-    assert not largest(-values.ravel(), 4, (6, 6))[2:4, 2:4].any()
+    assert not select_largest(-values.ravel(), 4, (6, 6))[2:4, 2:4].any()
     with pytest.raises(OpError, match=r"no polarity 'boarder'\. Nearest: 'border'"):
-        largest(values.ravel(), 4, (6, 6), "boarder")
+        select_largest(values.ravel(), 4, (6, 6), "boarder")
 
 
 def test_a_centred_disc_is_round_and_in_the_centre():
@@ -250,11 +250,11 @@ def test_the_noisy_latent_is_what_entered_the_transformer(toy):
         run = toy.run(SCENE, [Read("x0"), Read("velocity")], seed=0, num_inference_steps=3)
     finally:
         hook.remove()
-    when, _ = toy.planned(SCENE, num_inference_steps=3)
-    assert when.branches == ("cond", "uncond")  # in two calls, which are given the same
+    outline = toy.outline(SCENE, num_inference_steps=3)
+    assert outline.branches == ("cond", "uncond")  # in two calls, which are given the same
     for step in range(3):
-        predicted = toy.family.sign * run["velocity"][step]
-        found = noisy_latent(run["x0"][step], predicted, run.sigmas[step], when.kind)
+        predicted = toy.family.prediction.sign * run["velocity"][step]
+        found = noisy_latent(run["x0"][step], predicted, run.sigmas[step], outline.kind)
         torch.testing.assert_close(torch.as_tensor(found), entered[2 * step], atol=1e-5, rtol=1e-5)
 
 
@@ -268,10 +268,10 @@ def test_the_noisy_latent_of_other_predictions(kind):
 
 def test_attention_to_a_word_is_its_share_of_attention_to_text(toy, monkeypatch):
     call = {"seed": 0, "num_inference_steps": 2}
-    heads = heads_of(toy, [2, 5])
+    heads = count_heads(toy, [2, 5])
     assert heads == {2: 4, 5: 4}
     words = [[2], [1, 2]]
-    maps = word_attention(toy, [SCENE, OTHER], words, heads, [0, 1], (16, 16), **call)
+    maps = read_word_attention(toy, [SCENE, OTHER], words, heads, [0, 1], (16, 16), **call)
     found = toy.read_pattern([SCENE, OTHER], [2, 5], heads=range(4), steps=[0, 1], **call)
     for block in (2, 5):
         text = found.between(block, "img", "txt")
@@ -279,7 +279,7 @@ def test_attention_to_a_word_is_its_share_of_attention_to_text(toy, monkeypatch)
         np.testing.assert_allclose(maps[block][:, 1], share[:, 1, :, 1:3].mean(-1), rtol=1e-6)
         assert maps[block].shape == (2, 2, 256)
     monkeypatch.setattr("dit_lens.studies.parts.saliency.PATTERN_BYTES", 1)  # a run for each block
-    apart = word_attention(toy, [SCENE, OTHER], words, heads, [0, 1], (16, 16), **call)
+    apart = read_word_attention(toy, [SCENE, OTHER], words, heads, [0, 1], (16, 16), **call)
     assert all(np.array_equal(apart[block], maps[block]) for block in maps)
 
 
@@ -327,11 +327,11 @@ def test_a_study_goes_on_where_it_was_stopped(carrier, tmp_path, monkeypatch):
 
 def test_images_that_cannot_be_read_are_left_out(toy, monkeypatch):
     call = {"k": 4, "draws": 1, "num_inference_steps": 1, "site": "blocks.2.img", "words": []}
-    answers = [Description(None, 0.1, np.zeros((64, 64), bool)), Description(Scene.parse(OTHER), 0.9, MASKS[0])]
-    monkeypatch.setattr("dit_lens.toys.scenes.describe", lambda image: answers[0])
+    answers = [Recognition(None, 0.1, np.zeros((64, 64), bool)), Recognition(Scene.parse(OTHER), 0.9, MASKS[0])]
+    monkeypatch.setattr("dit_lens.toys.scenes.recognise_scene", lambda image: answers[0])
     with pytest.raises(OpError, match="no image could be read back"):
         studies.organisation(toy, SCENE, **call)
-    monkeypatch.setattr("dit_lens.toys.scenes.describe", lambda image: answers.pop(0))
+    monkeypatch.setattr("dit_lens.toys.scenes.recognise_scene", lambda image: answers.pop(0))
     result = studies.organisation(toy, [SCENE, OTHER], **call)
     assert set(result.table["prompt"]) == {OTHER}
     assert "1 images were unreadable and are left out" in result.notes

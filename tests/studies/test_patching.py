@@ -13,7 +13,7 @@ from dit_lens.analysis.channels import top_channels
 from dit_lens.errors import FamilyError, OpError, PromptError, SiteError
 from dit_lens.instruments.gradients import nearness
 from dit_lens.plots import patching_figure
-from dit_lens.studies.parts.patches import by_group, by_region, by_step, chunks
+from dit_lens.studies.parts.patches import chunk_patches, patch_groups, patch_regions, patch_steps
 from dit_lens.studies.patching import OVER, agreement
 from dit_lens.studies.shared.judges import scene_judge
 from tests import pipelines, planted
@@ -100,7 +100,7 @@ def test_the_map_points_to_the_massive_channels_of_a_carrier_only(model, groups)
     for measure in ("effect", "attribution_run"):
         assert rows.loc[carried, measure].min() > 0.9
         assert rows.loc[list(idle), measure].max() < 0.3
-    assert rows.loc[carried, "says_source"].min() == 1
+    assert rows.loc[carried, "fidelity_source"].min() == 1
     assert rows.loc["top", "effect_low"].min() > 0.9 or name == "detail"
     found = agreement(groups.table).set_index("attribution")
     assert found.loc["run", "cells"] == 4 * 5
@@ -121,7 +121,7 @@ def test_blocks_and_steps_of_a_carrier(model):
     steps = result.summary.pivot(index="row", columns="column", values="attribution_step")
     assert steps.to_numpy() == pytest.approx(np.tile([1, 3 / 2, 3], (4, 1)), abs=1e-2)
     untouched = result.table[result.table["row"] == "untouched"].set_index("column")
-    assert untouched.loc["source", ["effect", "says_source"]].tolist() == [1, 1]
+    assert untouched.loc["source", ["effect", "fidelity_source"]].tolist() == [1, 1]
     assert untouched.loc["target", "effect"] == 0
     assert len(result.images) == 4
 
@@ -133,7 +133,7 @@ def test_the_extreme_images_are_those_of_the_table(groups):
         best = one.loc[one["effect"].idxmax()]
         key = f"{pair}/0/{best['row']}/{best['column']}/{best['draw']}"
         said = scene_judge(groups.images[key], best["prompt"].split(" -> ")[0])["fidelity"]
-        assert said == best["says_source"]
+        assert said == best["fidelity_source"]
     assert len(groups.images) == 2 * 4
 
 
@@ -203,20 +203,20 @@ def test_agreement_is_scipys():
 def test_groups_share_out_the_channels():
     energy = {site: torch.rand(12, generator=torch.Generator().manual_seed(i)) for i, site in enumerate("ab")}
     top = top_channels(energy, energy, k=3)
-    found = {(p.row, p.column, p.draw): set(p.channels) for p in by_group(top, ["a", "b"], [0, 1], 2, seed=0)}
+    found = {(p.row, p.column, p.draw): set(p.channels) for p in patch_groups(top, ["a", "b"], [0, 1], 2, seed=0)}
     for site in "ab":
         assert found[site, "top", 0] == set(top[site])
         assert found[site, "top", 0] | found[site, "rest", 0] == set(range(12))
         assert not found[site, "top", 0] & found[site, "rest", 0]
         assert {len(found[site, name, 0]) for name in ("top", "bottom", "random")} == {3}
     assert found["a", "random", 0] != found["a", "random", 1]
-    assert len(by_group(None, ["a", "b"], [0, 1], 2, seed=0)) == len(found)
+    assert len(patch_groups(None, ["a", "b"], [0, 1], 2, seed=0)) == len(found)
 
 
 def test_regions_share_out_the_tokens():
     subject = np.zeros((5, 6), bool)
     subject[1:3, 2:4] = True
-    *tiles, inside, outside = by_region(["a"], [0], subject, 2)
+    *tiles, inside, outside = patch_regions(["a"], [0], subject, 2)
     assert sorted(token for tile in tiles for token in tile.tokens) == list(range(30))
     assert [len(tile.tokens) for tile in tiles] == [9, 9, 6, 6]
     assert set(inside.tokens) == {8, 9, 14, 15}
@@ -226,17 +226,17 @@ def test_regions_share_out_the_tokens():
 def test_what_is_attributed_to_a_patch_is_the_sum_of_its_elements():
     rng = np.random.default_rng(0)
     shares = {f"{axis}/{site}": rng.normal(size=(2, 4)) for axis in ("channels", "tokens") for site in "ab"}
-    whole, *_ = by_step(["a"], [5])
-    assert whole.attributed(shares, [3, 5]) == pytest.approx(shares["channels/a"][1].sum())
-    region = by_region(["a", "b"], [3, 5], np.eye(2, dtype=bool), 1)[1]
+    whole, *_ = patch_steps(["a"], [5])
+    assert whole.sum_attribution(shares, [3, 5]) == pytest.approx(shares["channels/a"][1].sum())
+    region = patch_regions(["a", "b"], [3, 5], np.eye(2, dtype=bool), 1)[1]
     total = sum(shares[f"tokens/{site}"][:, [0, 3]].sum() for site in "ab")
-    assert region.attributed(shares, [3, 5]) == pytest.approx(total)
+    assert region.sum_attribution(shares, [3, 5]) == pytest.approx(total)
 
 
 def test_chunks_keep_steps_apart():
-    found = list(chunks(by_step(["a", "b", "c"], [0, 1]), 2))
+    found = list(chunk_patches(patch_steps(["a", "b", "c"], [0, 1]), 2))
     assert [len({patch.steps for patch in some}) for some in found] == [1, 1, 1, 1]
-    assert [patch for some in found for patch in some] == by_step(["a", "b", "c"], [0, 1])
+    assert [patch for some in found for patch in some] == patch_steps(["a", "b", "c"], [0, 1])
 
 
 @pytest.mark.parametrize(

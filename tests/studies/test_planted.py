@@ -83,14 +83,14 @@ def test_transfer(model):
     if name == "carrier":
         assert top["to_source"] < 0.1 * top["to_target"]
         assert random["to_target"] < 0.1 * random["to_source"]
-        assert top["says_source"] == 1
+        assert top["fidelity_source"] == 1
         half = rows.loc[("top", False, 0.5)]
         assert top["to_source"] < half["to_source"] < half["to_source"] + half["to_target"] < 1.2 * top["to_target"]
         inside = rows.loc[("top", True, 1.0)]
         assert inside["inside"] > 2 * inside["outside"]
     else:
         assert top["to_target"] < 0.1 * top["to_source"]
-        assert top["says_target"] == 1
+        assert top["fidelity_target"] == 1
         assert random["to_target"] > 5 * top["to_target"]
 
 

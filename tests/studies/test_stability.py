@@ -11,6 +11,7 @@ import torch
 from dit_lens import DiTLens, Read, studies
 from dit_lens.analysis.channels import RunningStats, jaccard, top_channels
 from dit_lens.errors import OpError, PromptError, StudyInterrupted
+from dit_lens.studies.shared.checkpoints import StudyCheckpoints
 from dit_lens.studies.stability import stable_after
 from tests import pipelines, planted
 
@@ -115,8 +116,8 @@ def test_goes_on_from_its_folder_with_the_same_numbers(lens, result, tmp_path, m
 
 def test_scores_do_not_pile_up_in_memory(lens, monkeypatch):
     kept = []
-    plain = studies.cells.Cells.result
-    monkeypatch.setattr(studies.cells.Cells, "result", lambda self: kept.extend(self.finished) or plain(self))
+    plain = StudyCheckpoints.result
+    monkeypatch.setattr(StudyCheckpoints, "result", lambda self: kept.extend(self.finished) or plain(self))
     studies.stability(lens, PROMPTS, k=2, batch_size=1)
     assert len(kept) == 4
     assert all(array.dtype == np.int32 for cell in kept for array in cell.arrays.values())

@@ -7,7 +7,7 @@ import pytest
 from dit_lens import DiTLens, plots, sigma
 from dit_lens.errors import OpError, SiteError, StoreError, StudyInterrupted
 from dit_lens.studies import Result, disruption, sweep
-from dit_lens.studies.shared import cells
+from dit_lens.studies.shared import checkpoints
 from tests import pipelines
 
 PROMPTS = ["a cat", "two dogs"]
@@ -71,7 +71,7 @@ def test_a_sweep_loads_without_the_model_and_has_nothing_left_to_do(lens, whole,
 
 @pytest.mark.parametrize("done", [0, 5, 9])
 def test_ctrl_c_in_a_combination_leaves_the_others_and_its_cells(lens, whole, done, tmp_path, monkeypatch):
-    write, written = cells._write, []
+    write, written = checkpoints.write_cell, []
 
     def interrupted(*args):
         if len(written) == done:
@@ -79,7 +79,7 @@ def test_ctrl_c_in_a_combination_leaves_the_others_and_its_cells(lens, whole, do
         written.append(1)
         write(*args)
 
-    monkeypatch.setattr(cells, "_write", interrupted)
+    monkeypatch.setattr(checkpoints, "write_cell", interrupted)
     with pytest.raises(StudyInterrupted, match=f"sweep was interrupted after {done // 6} of 4") as stop:
         sweep("disruption", lens, PROMPTS, over=OVER, out=tmp_path, **FIXED)
     part = stop.value.result
@@ -90,7 +90,7 @@ def test_ctrl_c_in_a_combination_leaves_the_others_and_its_cells(lens, whole, do
     else:
         assert len(part.table) == done * 2
         assert_same(Result.load(tmp_path), part)
-    monkeypatch.setattr(cells, "_write", lambda *args: written.append(1) or write(*args))
+    monkeypatch.setattr(checkpoints, "write_cell", lambda *args: written.append(1) or write(*args))
     assert_same(sweep("disruption", lens, PROMPTS, over=OVER, out=tmp_path, **FIXED), whole)
     assert len(written) == 4 * 6  # no cell twice: untouched, no-op, top, bottom, random, energy-matched
 

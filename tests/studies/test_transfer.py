@@ -14,8 +14,13 @@ from dit_lens.analysis.metrics import rmse
 from dit_lens.errors import OpError, PromptError
 from dit_lens.studies import Result
 from dit_lens.studies.parts.blends import blend_images, blend_texts
-from dit_lens.studies.parts.nearness import at_nearness, change_within, explained, with_matched
-from dit_lens.studies.parts.transport import chosen, read_out
+from dit_lens.studies.parts.transport import choose_channels, keep_readout
+from dit_lens.studies.parts.transport_measures import (
+    add_matched_measures,
+    explained_share,
+    interpolate_at_distance,
+    measure_change,
+)
 from dit_lens.studies.shared.judges import scene_judge
 from tests import pipelines, planted
 
@@ -35,7 +40,7 @@ values = st.lists(st.floats(0, 100), min_size=2, max_size=6, unique=True)
 def test_a_falling_curve_is_read_as_numpy_does(near, kept, wanted):
     near = sorted(near[: len(kept)], reverse=True)
     kept = kept[: len(near)]
-    found = at_nearness(near, kept, [wanted])[0]
+    found = interpolate_at_distance(near, kept, [wanted])[0]
     if wanted < near[-1]:
         assert np.isnan(found)
     else:
@@ -43,27 +48,27 @@ def test_a_falling_curve_is_read_as_numpy_does(near, kept, wanted):
 
 
 def test_a_curve_that_turns_back_counts_where_it_first_comes_near():
-    assert at_nearness([80, 40, 60, 20], [0, 10, 20, 30], [50, 30]).tolist() == [7.5, 27.5]
+    assert interpolate_at_distance([80, 40, 60, 20], [0, 10, 20, 30], [50, 30]).tolist() == [7.5, 27.5]
     with pytest.raises(OpError, match="two equal lists"):
-        at_nearness([1.0], [1.0, 2.0], [1.0])
+        interpolate_at_distance([1.0], [1.0, 2.0], [1.0])
 
 
 @given(st.integers(0, 100), st.floats(-2, 2))
 def test_what_a_part_explains(seed, share):
     change = np.random.default_rng(seed).normal(size=(3, 4, 5))
-    assert np.isclose(explained(change, change), 1)
-    assert np.isclose(explained(change, 0 * change), 0, atol=1e-12)
-    assert np.isclose(explained(change, share * change), 1 - (1 - share) ** 2)
-    assert np.isnan(explained(0 * change, change))
+    assert np.isclose(explained_share(change, change), 1)
+    assert np.isclose(explained_share(change, 0 * change), 0, atol=1e-12)
+    assert np.isclose(explained_share(change, share * change), 1 - (1 - share) ** 2)
+    assert np.isnan(explained_share(0 * change, change))
     with pytest.raises(OpError, match="one shape"):
-        explained(change, change[0])
+        explained_share(change, change[0])
 
 
 def test_change_is_measured_where_the_mask_is():
     before = Image.new("RGB", (4, 2))
     after = Image.fromarray(np.pad(np.full((2, 2, 3), 30, np.uint8), ((0, 0), (0, 2), (0, 0))))
-    assert change_within(after, before, np.array([[True, False]])) == (30, 0)
-    assert np.isnan(change_within(after, before, np.array([[True, True]]))[1])
+    assert measure_change(after, before, np.array([[True, False]])) == (30, 0)
+    assert np.isnan(measure_change(after, before, np.array([[True, True]]))[1])
 
 
 def test_arms_are_compared_where_they_are_as_near_as_top():
@@ -76,12 +81,12 @@ def test_arms_are_compared_where_they_are_as_near_as_top():
             {**line, "k": 0, "arm": "pixel-blend", "strength": 1.0, "to_source": 0.0, "to_target": 100.0},
         ]
     )
-    rows = with_matched(table).set_index("arm")
+    rows = add_matched_measures(table).set_index("arm")
     assert rows.loc["top", "matched_to_target"] == 60
     assert rows.loc["pixel-blend", "matched_to_target"] == 50
     assert np.isnan(rows.loc["random", "matched_to_target"])
     assert rows["reached"].tolist()[1:] == [1, 0, 1]
-    alone = with_matched(table[table["arm"] == "untouched"])  # a study that was interrupted at once
+    alone = add_matched_measures(table[table["arm"] == "untouched"])  # a study that was interrupted at once
     assert alone["reached"].isna().all()
 
 
@@ -108,12 +113,12 @@ def test_texts_are_blended_row_by_row():
 def test_channels_of_source_target_and_both():
     scores = [{"a": torch.tensor(s), "b": torch.tensor(s)} for s in ([9.0, 1, 2, 3, 0, 0], [0.0, 9, 1, 2, 0, 0])]
     source, target = (top_channels(s, s, k=2) for s in scores)
-    assert chosen(source, target, "source") == source
-    assert chosen(source, target, "target") == target
-    both = chosen(source, target, "union")
+    assert choose_channels(source, target, "source") == source
+    assert choose_channels(source, target, "target") == target
+    both = choose_channels(source, target, "union")
     assert both["a"] == (0, 3, 1)
     assert both.scores["a"].tolist() == [4.5, 5, 1.5, 2.5, 0, 0]
-    assert dict(read_out(both)) == {"final.img": both["b"]}
+    assert dict(keep_readout(both)) == {"final.img": both["b"]}
 
 
 # On models whose truth is known
@@ -139,9 +144,9 @@ def rows(result, masked=False, strength=1.0):
 def test_a_carrier_carries_and_a_detail_does_not(results):
     carrier, detail = rows(results["Carrier"]), rows(results["DetailOnly"])
     assert carrier.loc["top", "to_source"] < 0.1 * carrier.loc["top", "to_target"]
-    assert carrier.loc["top", "says_source"] == 1
+    assert carrier.loc["top", "fidelity_source"] == 1
     assert detail.loc["top", "to_target"] < 0.1 * detail.loc["top", "to_source"]
-    assert detail.loc["top", "says_target"] == 1
+    assert detail.loc["top", "fidelity_target"] == 1
     assert carrier.loc["random", "to_target"] < 0.1 * carrier.loc["random", "to_source"]
     assert (detail["to_source"] > 5 * detail.loc["all", "to_source"]).loc[["top", "bottom"]].all()
 
@@ -243,7 +248,7 @@ def test_late_swaps_start_from_a_recorded_run_and_change_no_number(tiny, monkeyp
     try:
         quick = studies.transfer(tiny, LETTERS, **choices)
         few = len(passes)
-        monkeypatch.setattr("dit_lens.studies.parts.transport.begins_late", lambda *_: False)
+        monkeypatch.setattr("dit_lens.studies.parts.transport_cells.skips_first_step", lambda *_: False)
         slow = studies.transfer(tiny, LETTERS, **choices)
     finally:
         handle.remove()
@@ -291,7 +296,7 @@ def test_the_share_that_is_read_out_is_what_two_swaps_say(tiny):
     clean, moved = velocity(), velocity(Swap(site, source="row:0", rows=1, channels=massive, steps=0, branch="cond"))
     last = massive["blocks.4.img"]
     read = velocity(Swap("final.img", source="row:0", rows=1, channels=last, steps=0, branch="cond"))
-    by_hand = explained(moved - clean, read - clean)
+    by_hand = explained_share(moved - clean, read - clean)
     result = studies.transfer(tiny, [pair], k=3, draws=1, strengths=[1.0], steps=0, mask_from=None)
     assert rows(result).loc["top", "direct_share"] == pytest.approx(by_hand, abs=1e-3)
     assert 0.01 < by_hand < 0.999
@@ -322,7 +327,7 @@ def test_a_curve_over_k_up_to_the_width(tiny):
         ({"strengths": [0.0]}, "must be numbers above 0"),
         ({"strengths": []}, "must be numbers above 0"),
         ({"steps": 99}, "step 99 does not exist"),
-        ({"branch": "half"}, "branch='half' is no branch"),
+        ({"branch": "half"}, "branch='half' is not a valid branch"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(tiny, monkeypatch, choice, words):
@@ -332,8 +337,8 @@ def test_mistakes_are_told_before_anything_runs(tiny, monkeypatch, choice, words
 
 
 @pytest.mark.parametrize("study", [studies.transfer, studies.transfer_image, studies.patching])
-def test_what_is_no_pair_is_told_before_anything_runs(tiny, study, monkeypatch):
+def test_what_is_not_a_pair_is_told_before_anything_runs(tiny, study, monkeypatch):
     monkeypatch.setattr(DiTLens, "run", None)
-    for pairs, words in (([], "there are no pairs"), (LETTERS[0], r"pairs\[0\] is '.*', which is no pair")):
+    for pairs, words in (([], "there are no pairs"), (LETTERS[0], r"pairs\[0\] is '.*', which is not a valid pair")):
         with pytest.raises(OpError, match=words):
             study(tiny, pairs)

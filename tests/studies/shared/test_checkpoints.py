@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 from dit_lens import DiTLens
+from dit_lens.core.runs.files import LOCK
 from dit_lens.errors import PromptError, StoreError, StudyInterrupted
 from dit_lens.studies import Result, disruption
-from dit_lens.studies.shared import cells as module
+from dit_lens.studies.shared.batches import make_batches
 from dit_lens.studies.shared.cells import Cell
-from dit_lens.studies.shared.checkpoints import Cells
-from dit_lens.studies.shared.drawing import batches
+from dit_lens.studies.shared.checkpoints import StudyCheckpoints
+from dit_lens.studies.shared.folders import claim_folder, to_plain_data
 from tests import pipelines
 
 PROMPTS = ["a cat", "two dogs", "red"]
@@ -68,9 +69,10 @@ def assert_same(one, other):
 DYING = """
 import os, signal, sys, torch
 from dit_lens import DiTLens
-from dit_lens.studies import cells
+from dit_lens.core.runs.files import LOCK
+from dit_lens.studies.shared import cells
 from tests import pipelines
-from tests.test_cells import study
+from tests.studies.shared.test_checkpoints import study
 
 torch.set_num_threads(1)
 write, written = cells.write_json, []
@@ -99,7 +101,7 @@ def test_a_killed_study_goes_on_without_losing_or_repeating_a_cell(lens, whole, 
     pd.testing.assert_frame_equal(part.table, whole.table.head(len(part.table)), check_exact=True)
     result = study(lens, out=out)
     assert len(runs) == CELLS - 9
-    assert not list((out / "cells").glob(".*"))
+    assert [file.name for file in (out / "cells").glob(".*")] == [LOCK]  # nothing is left of the half-written cell
     assert_same(result, whole)
     assert_same(Result.load(out), whole)
     assert_same(study(lens, out=out), whole)
@@ -158,7 +160,7 @@ def test_an_error_is_not_swallowed_and_leaves_the_pipeline_as_it_was(lens):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"k": [2, 5]}, r"another setting; k: \[2, 4\] there, \[2, 5\] now\. Call it as before to go on"),
+        ({"k": [2, 5]}, r"another setting; k: \[2, 4\] there, \[2, 5\] now\. Call it as before to continue it"),
         ({"num_inference_steps": 3}, r'call: .*"num_inference_steps": 2'),
         ({"seeds": [0, 2], "draws": 2}, r"draws: 1 there, 2 now; seeds: \[0, 1\] there, \[0, 2\] now"),
         ({"judge": None}, r'judge: "brightness" there, null now'),
@@ -172,7 +174,7 @@ def test_other_settings_are_refused_with_what_differs(lens, whole, folder, runs,
 
 
 def test_a_folder_of_something_else_is_refused(lens, tmp_path):
-    with Cells("organisation", {"k": 3}, lens=lens, total=1, out=tmp_path / "other"):
+    with StudyCheckpoints("organisation", {"k": 3}, lens=lens, total=1, out=tmp_path / "other"):
         pass
     with pytest.raises(StoreError, match=r"holds the study 'organisation'\. Choose another folder"):
         study(lens, out=tmp_path / "other")
@@ -182,18 +184,18 @@ def test_a_folder_of_something_else_is_refused(lens, tmp_path):
 
 def test_another_model_is_refused(lens, tmp_path):
     settings = {"k": 3}
-    module.claim(tmp_path, "disruption", settings, lens)
-    module.claim(tmp_path, "disruption", settings, DiTLens(pipelines.flux()))  # the same weights, loaded again
+    claim_folder(tmp_path, "disruption", settings, lens)
+    claim_folder(tmp_path, "disruption", settings, DiTLens(pipelines.flux()))  # the same weights, loaded again
     with pytest.raises(StoreError, match="another model; weights: "):
-        module.claim(tmp_path, "disruption", settings, DiTLens(pipelines.flux(seed=1)))
+        claim_folder(tmp_path, "disruption", settings, DiTLens(pipelines.flux(seed=1)))
     with pytest.raises(StoreError, match='another model; dtype: "float32" there, "bfloat16" now'):
-        module.claim(tmp_path, "disruption", settings, DiTLens(pipelines.flux(dtype=torch.bfloat16)))
+        claim_folder(tmp_path, "disruption", settings, DiTLens(pipelines.flux(dtype=torch.bfloat16)))
 
 
 def test_a_folder_that_died_before_its_first_file_is_taken(lens, tmp_path):
     (tmp_path / ".study.json.partial").write_text("{")
-    module.claim(tmp_path, "disruption", {}, lens)
-    module.claim(tmp_path, "disruption", {}, lens)
+    claim_folder(tmp_path, "disruption", {}, lens)
+    claim_folder(tmp_path, "disruption", {}, lens)
 
 
 def full_cell():
@@ -208,9 +210,9 @@ def full_cell():
 
 def test_a_kept_cell_is_the_cell_that_was_made(lens, tmp_path):
     for folder in (None, tmp_path):
-        with Cells("disruption", {}, lens=lens, total=1, out=folder) as cells:
+        with StudyCheckpoints("disruption", {}, lens=lens, total=1, out=folder) as cells:
             made = cells.get("only", full_cell)
-    with Cells("disruption", {}, lens=lens, total=1, out=tmp_path) as cells:
+    with StudyCheckpoints("disruption", {}, lens=lens, total=1, out=tmp_path) as cells:
         found = cells.get("only", lambda: pytest.fail("it was there"))
     assert made.lines == found.lines == [{"prompt": "é", "rmse": 0.1 + 0.2, "psnr": None, "n": 3, "matched": True}]
     assert found.images["a/b"].tobytes() == made.images["a/b"].tobytes()
@@ -221,11 +223,11 @@ def test_a_kept_cell_is_the_cell_that_was_made(lens, tmp_path):
 
 @pytest.mark.parametrize("damage", ["0000.png", "arrays.safetensors", "cell.json"])
 def test_a_damaged_cell_is_named(lens, damage, tmp_path):
-    with Cells("disruption", {}, lens=lens, total=1, out=tmp_path) as cells:
+    with StudyCheckpoints("disruption", {}, lens=lens, total=1, out=tmp_path) as cells:
         cells.get("only", full_cell)
     file = tmp_path / "cells" / "000000" / damage
     file.write_bytes(file.read_bytes()[:20])
-    cells = Cells("disruption", {}, lens=lens, total=1, out=tmp_path)
+    cells = StudyCheckpoints("disruption", {}, lens=lens, total=1, out=tmp_path)
     with cells, pytest.raises(StoreError, match="000000"):
         cells.get("only", full_cell)
     with pytest.raises(StoreError, match="000000"):
@@ -236,15 +238,15 @@ def test_a_damaged_cell_is_named(lens, damage, tmp_path):
 
 
 def test_cells_in_another_order_are_refused(lens, tmp_path):
-    with Cells("disruption", {}, lens=lens, total=1, out=tmp_path) as cells:
+    with StudyCheckpoints("disruption", {}, lens=lens, total=1, out=tmp_path) as cells:
         cells.get("first", Cell)
-    again = Cells("disruption", {}, lens=lens, total=1, out=tmp_path)
+    again = StudyCheckpoints("disruption", {}, lens=lens, total=1, out=tmp_path)
     with again, pytest.raises(StoreError, match="is the cell 'first', and 'other' was to come here"):
         again.get("other", Cell)
 
 
 def test_a_study_of_another_version_is_named(lens, tmp_path):
-    with Cells("phrenology", {}, lens=lens, total=1, out=tmp_path) as cells:
+    with StudyCheckpoints("phrenology", {}, lens=lens, total=1, out=tmp_path) as cells:
         cells.get("only", Cell)
     with pytest.raises(StoreError, match=r"no study 'phrenology' in this version .* disruption"):
         Result.load(tmp_path)
@@ -253,23 +255,23 @@ def test_a_study_of_another_version_is_named(lens, tmp_path):
 def test_settings_are_told_apart_by_their_content():
     one, other = torch.zeros(2), torch.ones(2)
     image = Image.new("RGB", (2, 2))
-    told = module.plain({"a": one, "b": other, "c": image, "d": np.float32(0.5), "e": brightness, "f": (1, 2)})
+    told = to_plain_data({"a": one, "b": other, "c": image, "d": np.float32(0.5), "e": brightness, "f": (1, 2)})
     assert told["a"] != told["b"]
-    assert told["a"] == module.plain({"a": one.clone()})["a"]
-    assert told["c"] == module.plain({"c": image.copy()})["c"]
+    assert told["a"] == to_plain_data({"a": one.clone()})["a"]
+    assert told["c"] == to_plain_data({"c": image.copy()})["c"]
     assert (told["d"], told["e"], told["f"]) == (0.5, "brightness", [1, 2])
 
 
 def test_batches_go_seed_by_seed():
-    assert [(part.seed, list(part.rows), part.prompts) for part in batches("abc", [5, 6], 2)] == [
+    assert [(part.seed, list(part.rows), part.prompts) for part in make_batches("abc", [5, 6], 2)] == [
         (5, [0, 1], ("a", "b")),
         (5, [2], ("c",)),
         (6, [0, 1], ("a", "b")),
         (6, [2], ("c",)),
     ]
-    assert [part.prompts for part in batches("abc", [5], None)] == [("a", "b", "c")]
+    assert [part.prompts for part in make_batches("abc", [5], None)] == [("a", "b", "c")]
     with pytest.raises(PromptError, match="batch_size=0"):
-        batches("abc", [5], 0)
+        make_batches("abc", [5], 0)
 
 
 def test_a_result_is_saved_and_loaded_whole(whole, tmp_path):

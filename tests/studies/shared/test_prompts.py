@@ -68,7 +68,7 @@ def test_pairs_and_subjects(tmp_path):
         ("prompt\n", r"p\.csv holds no prompts"),
         ("id,prompt\na,a cat\nb,\n", r"p\.csv, line 3, column prompt: it is empty"),
         ("id,prompt\na,a cat\na,a dog\n", r"line 3, column id: 'a' is that of line 2 already"),
-        ("prompt,subject\na caterpillar,cat\n", r"line 2, column subject: 'cat' is no word of the prompt"),
+        ("prompt,subject\na caterpillar,cat\n", r"line 2, column subject: 'cat' is not a word of the prompt"),
         ("prompt,pair,role\na cat,1,sauce\n", r"line 2, column role: there is no role 'sauce'\. Nearest: 'source'"),
         ("prompt,pair,role\na cat,1,\n", r"line 2, column role: it is empty\. Give pair and role together"),
         ("prompt,pair,role\na cat,,source\n", r"line 2, column pair: it is empty"),
@@ -88,9 +88,9 @@ def test_mistakes_in_a_table_name_line_and_column(tmp_path, text, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"prompt": "a cat"}\n\n{"prompt": }\n', r"p\.jsonl, line 3: no JSON: "),
-        ('["a cat"]\n', r"line 1: no JSON object\. Write \{\"prompt\": \"a cat\"\}"),
-        ('{"prompt": ["a"]}\n', r"line 1, column prompt: \['a'\] is no text"),
+        ('{"prompt": "a cat"}\n\n{"prompt": }\n', r"p\.jsonl, line 3: not valid JSON: "),
+        ('["a cat"]\n', r"line 1: not a JSON object\. Write \{\"prompt\": \"a cat\"\}"),
+        ('{"prompt": ["a"]}\n', r"line 1, column prompt: \['a'\] is not a text"),
         ('{"promt": "a"}\n', r"line 1: there is no column 'promt'\. Nearest: 'prompt'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Births: the shares of all writes are the whole, and a channel planted by one MLP is traced to it and to its gate."""
+"""The shares of all writes are the whole, and a channel planted by one MLP is traced to it and to its gate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from dit_lens import DiTLens, Read, studies
 from dit_lens.errors import OpError, SiteError
-from dit_lens.studies.births import percentiles, shares
+from dit_lens.studies.write_attribution import percentiles, shares
 from tests import pipelines
 from tests.zoo.truth import zoo_of
 
@@ -28,7 +28,7 @@ def planted():
 
 
 def test_a_planted_channel_is_traced_to_its_mlp_and_gate(planted):
-    result = studies.births(planted, ["a cat", "two dogs"], k=1, seeds=[0, 1])
+    result = studies.write_attribution(planted, ["a cat", "two dogs"], k=1, seeds=[0, 1])
     top = result.table[result.table["arm"] == "top"]
     assert set(top["channel"]) == {CHANNEL}
     share = result.summary[result.summary["arm"] == "top"].set_index(["block", "point"])["share"]
@@ -46,7 +46,7 @@ def test_a_planted_channel_is_traced_to_its_mlp_and_gate(planted):
 
 
 def test_shares_are_those_of_the_plain_reads(planted):
-    result = studies.births(planted, "a cat", k=3, site="blocks.2.img", steps=slice(1, 3))
+    result = studies.write_attribution(planted, "a cat", k=3, site="blocks.2.img", steps=slice(1, 3))
     names = ["blocks.0.img.resid_pre", "blocks.0.img.mlp_out", "blocks.2.img.attn_out", "blocks.2.img"]
     run = planted.run("a cat", [Read(names, steps=slice(1, 3))], seed=0)
     start, write, single, after = (run[name].float().mean(2)[:, 0].double().numpy() for name in names)  # [s, d]
@@ -71,7 +71,7 @@ def test_shares_are_the_whole_in_every_kind_of_family(name, monkeypatch):
             return zoo.run(reads)
 
     monkeypatch.setattr(zoo.lens, "run", embedded, raising=False)
-    result = studies.births(zoo.lens, [f"prompt {row}" for row in range(zoo.rows)], k=2)
+    result = studies.write_attribution(zoo.lens, [f"prompt {row}" for row in range(zoo.rows)], k=2)
     top = result.table[result.table["share"].notna()]
     rest = top.loc[top["point"] == "rest", "share"]
     # Skips over several blocks (Hunyuan-DiT) are written by none.
@@ -84,8 +84,8 @@ def test_shares_are_the_whole_in_every_kind_of_family(name, monkeypatch):
 
 
 def test_a_study_is_reloaded_and_drawn_without_the_model(planted, tmp_path):
-    whole = studies.births(planted, ["a cat", "two dogs"], k=2, batch_size=1)
-    result = studies.births(planted, ["a cat", "two dogs"], k=2, batch_size=1, out=tmp_path / "b")
+    whole = studies.write_attribution(planted, ["a cat", "two dogs"], k=2, batch_size=1)
+    result = studies.write_attribution(planted, ["a cat", "two dogs"], k=2, batch_size=1, out=tmp_path / "b")
     loaded = studies.Result.load(tmp_path / "b")
     assert loaded.notes == result.notes == whole.notes
     assert np.allclose(loaded.table["share"].astype(float), whole.table["share"].astype(float), equal_nan=True)
@@ -95,12 +95,12 @@ def test_a_study_is_reloaded_and_drawn_without_the_model(planted, tmp_path):
 
 def test_mistakes_are_told_before_anything_runs(planted, monkeypatch):
     monkeypatch.setattr(DiTLens, "run", None)
-    with pytest.raises(SiteError, match=r"blocks\.0\.img, .*Births are traced from the end of one block"):
-        studies.births(planted, "a cat", k=2, site="blocks.*.img")
-    with pytest.raises(SiteError, match=r"means final\.img\. Births are traced"):
-        studies.births(planted, "a cat", k=2, site="final.img")
+    with pytest.raises(SiteError, match=r"blocks\.0\.img, .*Writes are traced from the end of one block"):
+        studies.write_attribution(planted, "a cat", k=2, site="blocks.*.img")
+    with pytest.raises(SiteError, match=r"means final\.img\. Writes are traced"):
+        studies.write_attribution(planted, "a cat", k=2, site="final.img")
     with pytest.raises(OpError, match="k=17 leaves no control of equal size"):
-        studies.births(planted, "a cat", k=17)
+        studies.write_attribution(planted, "a cat", k=17)
 
 
 def test_shares_add_up_to_one_where_nothing_is_missing():
