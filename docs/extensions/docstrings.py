@@ -51,7 +51,9 @@ def _split_paragraphs(lines: list[str]) -> Iterator[list[str]]:
 
 def _convert(paragraph: list[str], names: set[str]) -> Iterator[str]:
     """Yields a paragraph as lines of reStructuredText."""
-    if paragraph[0].startswith((">>>", "    ")):
+    if paragraph[0].startswith("    "):
+        yield from ["::", "", *paragraph]
+    elif paragraph[0].startswith(">>>"):
         yield from paragraph
     elif paragraph[0].startswith("- "):
         yield from map(_escape, paragraph)
