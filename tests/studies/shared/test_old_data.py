@@ -9,7 +9,7 @@ from dit_lens.studies.shared.old_data import update_cell, update_study
 COLUMNS = ["prompt", "says_source", "matched_says_target_low", "behind", "others"]
 
 
-def saved(study, **settings):
+def saved(study, /, **settings):
     table = {"data": [["picture 0 -> a cat", 0.5, 0.25, 0.1, 0.2]], "columns": COLUMNS}
     return {"format": 1, "study": study, "settings": settings, "table": table, "pictures": {"0/0": "0000.png"}}
 
