@@ -293,11 +293,11 @@ def _templates(shape: str) -> tuple[list[tuple[float, float, float]], NDArray[np
     """Returns every candidate (x, y, radius) of a shape, and their coverages of squares of 2 x 2 pixels, [c, P / 4]."""
     centres = _CANDIDATE_CENTRES
     candidates = [(x, y, radius) for radius in _CANDIDATE_RADII for y in centres for x in centres]
-    masks = _sum_squares_of_pixels(coverage(shape, *np.array(candidates).T)).reshape(len(candidates), -1)
+    masks = _sum_2x2(coverage(shape, *np.array(candidates).T)).reshape(len(candidates), -1)
     return candidates, np.true_divide(masks, 4, dtype=np.float32)
 
 
-def _sum_squares_of_pixels(x: NDArray[np.float32]) -> NDArray[np.float32]:
+def _sum_2x2(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """Sums [*, 64, 64] over squares of 2 x 2 pixels: [*, 32, 32]."""
     return x.reshape(*x.shape[:-2], PIXELS // 2, 2, PIXELS // 2, 2).sum((-3, -1))
 
@@ -307,7 +307,7 @@ def _candidates(
 ) -> Iterator[tuple[str, int, int, float, float, float]]:
     """Yields for each shape its best (shape, colour, background, x, y, radius), at half the resolution."""
     subject, backdrops = (
-        _sum_squares_of_pixels(x.reshape(-1, PIXELS, PIXELS)).reshape(len(x), -1) for x in (to_subject, to_backdrop)
+        _sum_2x2(x.reshape(-1, PIXELS, PIXELS)).reshape(len(x), -1) for x in (to_subject, to_backdrop)
     )
     # A scene never has a subject in the colour of its background.
     same_colour = np.arange(len(_BACKDROPS)) % len(COLOURS) == np.arange(len(COLOURS))[:, None]  # [8, 32]
