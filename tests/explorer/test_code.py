@@ -59,5 +59,5 @@ def test_the_code_of_a_figure_makes_it_again():
 def test_every_plot_has_its_code():
     figures = [getattr(dl.plots, name) for name in dl.plots.__all__]
     plots = [one for one in figures if inspect.isfunction(one) and one is not dl.plots.looks]
-    assert len(plots) == 17
+    assert len(plots) >= 17
     assert all(hasattr(one, "__wrapped__") for one in plots)
