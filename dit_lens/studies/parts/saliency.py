@@ -45,7 +45,9 @@ def first_component(x: np.ndarray) -> np.ndarray:
     centred = x.astype(np.float64) - x.mean(0, dtype=np.float64)
     if min(centred.shape) == 1 or not centred.any():
         return centred.sum(1)
-    _, _, weights = svds(centred, k=1, v0=np.ones(min(centred.shape)), solver="arpack")
+    # Any fixed start but a constant one, which centred tokens map to zero.
+    start = np.random.default_rng(0).normal(size=min(centred.shape))
+    _, _, weights = svds(centred, k=1, v0=start, solver="arpack")
     return centred @ weights[0] * (1.0 if weights[0].sum() >= 0 else -1.0)
 
 
