@@ -196,7 +196,7 @@ class Measure:
         """The untouched images of a batch, and the scores of their channels."""
         run = self.runner.run(batch, reads)
         cell = Cell(arrays=average_scores(run, len(batch.prompts)))
-        if "mean" in run.keys():  # noqa: SIM118 a Run is no mapping
+        if "mean" in run:
             cell.arrays |= {f"all/mean/{name}": value.float().numpy() for name, value in run["mean"].items()}
         for row, prompt, image in zip(batch.rows, batch.prompts, run.images, strict=False):
             cell.images[_name_image(row, batch, 0, "untouched")] = image

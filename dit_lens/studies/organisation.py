@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from PIL import Image
 
 from dit_lens.analysis.channels import ChannelSet, top_channels
 from dit_lens.analysis.clusters import upsample
@@ -27,13 +23,13 @@ from dit_lens.studies.parts.saliency import (
     read_word_attention,
     token_norm,
 )
+from dit_lens.studies.parts.subject_masks import as_mask, check_masks, digest_mask
 from dit_lens.studies.parts.subject_overlap import assemble, name_mask
 from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_k
 from dit_lens.studies.shared.arms import DRAWS, Arm, add_controls, make_score_reads
 from dit_lens.studies.shared.batches import PromptBatch, make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
-from dit_lens.studies.shared.judges import choose_judge
 from dit_lens.studies.shared.keys import ImageKey
 from dit_lens.studies.shared.protocols import with_protocols
 from dit_lens.studies.shared.registry import study
@@ -41,12 +37,13 @@ from dit_lens.studies.shared.result import Result
 from dit_lens.toys import scenes
 
 if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
     from dit_lens.core.request.ops import Pattern, Steps
     from dit_lens.core.runs.run import Run
     from dit_lens.lens import DiTLens
-
-Mask = np.ndarray | Image.Image
-Masks = Sequence[Mask] | Callable[[Image.Image, str], Mask]
+    from dit_lens.studies.parts.subject_masks import Masks
 
 
 @study(
@@ -142,7 +139,7 @@ def organisation(
     check_k(lens, site, [k])
     blocks = _find_blocks(lens, site)
     options = ClusteringOptions(n_clusters=n_clusters, method=method, polarity=polarity)
-    masks = _check_masks(masks, lens, prompts)
+    masks = check_masks(masks, lens, prompts)
     words = choose_words(lens, prompts, words)
     extra, left_out = _choose_extra_reads(lens, prompts, words, list(blocks.values()), call)
     outline = lens.outline(prompts, **call)
@@ -159,7 +156,7 @@ def organisation(
         "n_clusters": n_clusters,
         "method": method,
         "polarity": polarity,
-        "masks": [_digest(mask) for mask in masks] if isinstance(masks, list) else masks,
+        "masks": [digest_mask(mask) for mask in masks] if isinstance(masks, list) else masks,
         "words": words,
         "left_out": left_out,
         "batch_size": batch_size,
@@ -207,38 +204,6 @@ def _find_blocks(lens: DiTLens, site: Pattern) -> dict[str, int]:
             raise OpError(f"{name} is a second site of block {found.block}. Run the study once for each point.")
         blocks[name] = found.block
     return blocks
-
-
-def _check_masks(masks: Masks | None, lens: DiTLens, prompts: Sequence[str]) -> list[np.ndarray] | Callable | None:
-    """Masks as bool arrays, one per prompt; a function as it is; None if a toy reads its images back."""
-    if masks is None:
-        if choose_judge(lens, prompts, None) is None:
-            raise OpError(
-                "where the subject is must be told: pass masks=, a list of bool arrays or a function of image and "
-                "prompt."
-            )
-        return None
-    if callable(masks):
-        return masks
-    if len(masks) != len(prompts):
-        raise OpError(f"masks= takes one mask for every prompt, and got {len(masks)} for {len(prompts)} prompts.")
-    return [_as_mask(mask, f"masks[{i}]") for i, mask in enumerate(masks)]
-
-
-def _as_mask(mask: Any, name: str) -> np.ndarray:
-    if isinstance(mask, Image.Image):
-        return np.asarray(mask.convert("L")) > 127
-    array = np.asarray(mask)
-    if array.dtype != bool or array.ndim != 2:
-        raise OpError(
-            f"{name} must be a bool array [H, W] or a PIL image, and is {array.dtype} {list(array.shape)}. "
-            "Compare it first: mask > 0."
-        )
-    return array
-
-
-def _digest(mask: np.ndarray) -> str:
-    return f"{mask.shape} {hashlib.sha256(mask.tobytes()).hexdigest()[:16]}"
 
 
 def _choose_extra_reads(
@@ -370,14 +335,14 @@ class ClusterStudy:
 
     def _cluster_latents(self, run: Run, s: int, step: int, i: int) -> dict[tuple[str, int], TokenMask]:
         """K-means of what enters the model and of the clean latents it predicts, if these are known."""
-        if "x0" not in run.keys():  # noqa: SIM118 a Run is no mapping
+        if "x0" not in run:
             return {}
         clean = run["x0"].tensor[s, i].float()
         predicted = run["velocity"].tensor[s, i].float()[:, : clean.shape[-1]] * self.lens.family.prediction.sign
         noisy = noisy_latent(clean, predicted, run.sigmas[step], self.kind or "flow")
         return {(name, 0): self.options.cluster(x, run.grid) for name, x in (("noisy latent", noisy), ("x0", clean))}
 
-    def _find_truth(self, image: Image.Image, prompt: str, row: int) -> np.ndarray | None:
+    def _find_truth(self, image: Image, prompt: str, row: int) -> np.ndarray | None:
         """The subject's mask in an image, in its pixels; None if a toy's image is unreadable."""
         if self.masks is None:
             found = scenes.recognise_scene(image)
@@ -385,7 +350,7 @@ class ClusterStudy:
         if isinstance(self.masks, list):
             mask = self.masks[row]
         else:
-            mask = _as_mask(self.masks(image, prompt), "what masks= returned")
+            mask = as_mask(self.masks(image, prompt), "what masks= returned")
         return upsample(mask, (image.height, image.width))
 
 

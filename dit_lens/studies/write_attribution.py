@@ -255,7 +255,7 @@ def _share_lines(
 def _measure_gates(run: Run, row: int) -> list[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
     """Per gate its block and point, every channel's |gate| over the median, and the percentile of that; [d] each."""
     found = []
-    for site, value in run["gate"].items() if "gate" in run.keys() else ():  # noqa: SIM118 a Run is no mapping
+    for site, value in run["gate"].items() if "gate" in run else ():
         size = value[:, row].float().mean(0).numpy()
         _, block, _, point = site.split(".", 3)
         median = float(np.median(size))

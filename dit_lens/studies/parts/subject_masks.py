@@ -1,0 +1,62 @@
+"""Where the subject truly is: the masks that users give, checked and in one form."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from dit_lens.errors import OpError
+from dit_lens.studies.shared.judges import choose_judge
+
+if TYPE_CHECKING:
+    from dit_lens.lens import DiTLens
+
+Mask = np.ndarray | Image.Image
+Masks = Sequence[Mask] | Callable[[Image.Image, str], Mask]
+
+
+def check_masks(masks: Masks | None, lens: DiTLens, prompts: Sequence[str]) -> list[np.ndarray] | Callable | None:
+    """Masks as bool arrays, one per prompt; a function as it is; None if a toy reads its images back.
+
+    masks: what the user gave.
+    lens: lens of the study.
+    prompts: all prompts of the study.
+    """
+    if masks is None:
+        if choose_judge(lens, prompts, None) is None:
+            raise OpError(
+                "the study must know where the subject is: pass masks=, a list of bool arrays or a function of image "
+                "and prompt."
+            )
+        return None
+    if callable(masks):
+        return masks
+    if len(masks) != len(prompts):
+        raise OpError(f"masks= takes one mask for every prompt, and got {len(masks)} for {len(prompts)} prompts.")
+    return [as_mask(mask, f"masks[{i}]") for i, mask in enumerate(masks)]
+
+
+def as_mask(mask: Any, name: str) -> np.ndarray:
+    """A mask as a bool array; OpError if it is neither one nor an image.
+
+    mask: bool [H, W] or a PIL image, of which white is the subject.
+    name: what the mask is called in the message.
+    """
+    if isinstance(mask, Image.Image):
+        return np.asarray(mask.convert("L")) > 127
+    array = np.asarray(mask)
+    if array.dtype != bool or array.ndim != 2:
+        raise OpError(
+            f"{name} must be a bool array [H, W] or a PIL image, and is {array.dtype} {list(array.shape)}. "
+            "Compare it first: mask > 0."
+        )
+    return array
+
+
+def digest_mask(mask: np.ndarray) -> str:
+    """The shape of a mask and a digest of what is in it, for the settings of a study."""
+    return f"{mask.shape} {hashlib.sha256(mask.tobytes()).hexdigest()[:16]}"
