@@ -88,7 +88,10 @@ def linters(*, fix: bool = False) -> dict[str, tuple[str, ...]]:
         "ruff check": ("-m", "ruff", "check", *(["--fix"] if fix else [])),
         "ruff format": ("-m", "ruff", "format", *([] if fix else ["--check"])),
         "ty": ("-m", "ty", "check"),
-        "import-linter": ("-c", "from importlinter.cli import lint_imports_command; lint_imports_command(['--no-logo'])"),
+        "import-linter": (
+            "-c",
+            "from importlinter.cli import lint_imports_command; lint_imports_command(['--no-logo'])",
+        ),
     }
 
 
