@@ -16,7 +16,7 @@ from dit_lens.core.plan.batches import run_in_batches
 from dit_lens.core.plan.compile import Plan, compile_plan
 from dit_lens.core.plan.cost import Cost, cost_of
 from dit_lens.core.plan.outline import Outline
-from dit_lens.core.plan.replay import call_values, model_state, record_answers, replay_answers
+from dit_lens.core.plan.replay import call_values, record_answers, replay_answers
 from dit_lens.core.plan.spill import reads_container
 from dit_lens.core.request.call import Call, prepare_call
 from dit_lens.core.request.ops import Apply, Op, Read, from_json, to_json
@@ -173,11 +173,12 @@ class Session:
         ops = [ops] if isinstance(ops, Op) else list(ops)
         prepared, plan = self._plan(prompt, ops, seed=seed, num_inference_steps=num_inference_steps, **call)
         container = reads_container(cost_of(plan, ops, self.anatomy, self.pipe.transformer.dtype))
+        state = self.engine.state() if record or prefix is not None else {}
         if record:
             plan = record_answers(plan, ops, prepared)
-            called, state = call_values(prepared), model_state(self.pipe)
+            called = call_values(prepared)
         if prefix is not None:
-            plan = replay_answers(plan, prefix.recording, prepared, self.pipe, self.family)
+            plan = replay_answers(plan, prefix.recording, prepared, state, self.pipe, self.family)
 
         def draw(batch: Call, piece: Plan) -> tuple[Store, Any]:
             """The bar of the pipeline shows for a run in one batch only."""

@@ -16,6 +16,7 @@ from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule
 
 from dit_lens.core.execution.execute import execute
 from dit_lens.core.execution.turns import Turn, turn_of
+from dit_lens.core.plan.replay import model_state
 from dit_lens.errors import ExecutionError
 from dit_lens.families.layout import PlanMismatchError
 
@@ -106,6 +107,10 @@ class Engine:
                 self.pipe.scheduler = scheduler
                 for weight in weights:
                     weight.requires_grad_(True)
+
+    def state(self) -> dict[str, Any]:
+        """What decides the transformer's answers beside the call."""
+        return model_state(self.pipe)
 
     def _parts(self) -> list[nn.Module]:
         return list(_Pipeline(self.pipe).modules())[1:]

@@ -96,6 +96,10 @@ class RemoteEngine:
             reads[key] = store["reads"].pop(key)
         return {**store, "reads": reads}, results[0]
 
+    def state(self) -> dict[str, Any]:
+        """What decides the transformer's answers beside the call: the server's model, as far as its name tells."""
+        return {"server": (self.host, self.key)}
+
     @contextmanager
     def differentiable(self) -> Generator[None]:
         """Gradients are computed here only."""

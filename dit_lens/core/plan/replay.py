@@ -6,7 +6,7 @@ with the same numbers, whatever the scheduler remembers of them. A recording is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,12 @@ def record_answers(plan: Plan, ops: Sequence[Op], call: Call) -> Plan:
 
 
 def replay_answers(
-    plan: Plan, recording: Recording | None, call: Call, pipe: DiffusionPipeline, family: Family
+    plan: Plan,
+    recording: Recording | None,
+    call: Call,
+    state: Mapping[str, Any],
+    pipe: DiffusionPipeline,
+    family: Family,
 ) -> Plan:
     """The plan of a run that takes what precedes its first op from a recording.
 
@@ -46,6 +51,7 @@ def replay_answers(
     plan: of the run that is to be drawn.
     recording: of a run without edits.
     call: of the run that is to be drawn; the recorded one must be equal.
+    state: what else decides the answers now, as the engine says.
     pipe, family: the pipeline, and the family of its transformer.
     """
     if recording is None:
@@ -59,7 +65,6 @@ def replay_answers(
             f"the run of prefix= was called with other {', '.join(odd)}. Its prompts, seeds and arguments must be this "
             "run's own."
         )
-    state = model_state(pipe)
     if odd := [name for name in state if state[name] != recording.state.get(name)]:
         raise OpError(f"the {' and '.join(odd)} changed since the run of prefix= was recorded. Record it again.")
     forwards = plan.program["forwards"]
