@@ -209,7 +209,7 @@ class Latents:
 
 @dataclass(frozen=True)
 class Prompts:
-    """How a pipeline is told what to draw, and what becomes of it.
+    """How prompts enter a pipeline, and what they become.
 
     tokenizer: the part of the pipeline that cuts prompts into the tokens of the text stream.
     length: the pipeline argument that sets their number.
@@ -258,7 +258,7 @@ class Family:
     final: where the image stream leaves the blocks.
     readout: what follows; None: unknown, so that blocks have no ``x0``.
     latents: how image tokens follow from the autoencoder's latents.
-    prompts: how pipelines are told what to draw.
+    prompts: how they enter a pipeline, and what they become.
     guidance_flag: the entry of the config that says whether the transformer takes a guidance scale.
     without_gradient: methods of its modules that run under ``torch.no_grad``.
     note: what else its users must know.

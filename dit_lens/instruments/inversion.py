@@ -64,7 +64,7 @@ def invert(lens: Session, images: Sequence[Image], prompts: Sequence[str] | str 
     to the pipeline.
 
     images: PIL, of the run's size.
-    prompts: what the model is told of them, one for all or one each; None where ``call`` has embeddings.
+    prompts: of the images, one for all or one each; None where ``call`` has embeddings.
     call: the pipeline's arguments.
     """
     check_invertible(lens)

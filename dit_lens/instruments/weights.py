@@ -135,7 +135,7 @@ def _make_from_config(folder: Path, library: str, kind: str) -> Shapes:
     if cls is None:
         raise StoreError(
             f"{folder} holds no safetensors file, and its class {library}.{kind} is not known here, so its size cannot "
-            "be told. Download the weights, or pass the loaded pipeline."
+            "be computed. Download the weights, or pass the loaded pipeline."
         )
     with torch.device("meta"):
         if library == "transformers":

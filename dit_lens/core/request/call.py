@@ -30,7 +30,7 @@ class Call:
     rows: images in the batch.
     starts: whether image= holds what images are drawn from, one for each where it is a list, and not what all of them
       refer to.
-    conditioning: how the pipeline is told what to draw, from the family's row.
+    conditioning: how prompts enter the pipeline, from the family's row.
     """
 
     prompts: tuple[str, ...] | None
@@ -103,7 +103,7 @@ def prepare_call(
     defaults: arguments of every call.
     vocabulary: the only words a prompt may have; None: any.
     call: the pipeline's own arguments.
-    conditioning: how the pipeline is told what to draw, from the family's row.
+    conditioning: how prompts enter the pipeline, from the family's row.
     """
     signature = inspect.signature(type(pipe).__call__).parameters
     _check_arguments(type(pipe).__name__, signature, call, seed)
