@@ -88,6 +88,15 @@ def test_final_latents_are_drawn_as_the_pipeline_draws_them(name):
     assert np.asarray(drawn).std() > 10
 
 
+@pytest.mark.parametrize(("name", "words"), [("qwen", "count their channels as z_dim"), ("klein", "each token")])
+def test_an_autoencoder_of_another_model_is_refused(name, words):
+    pipe = ENTRIES[name].build()
+    pipe.register_modules(vae=autoencoder())
+    lens = DiTLens(pipe, defaults={})
+    with pytest.raises(FamilyError, match=rf"the autoencoder of .* must .*{words}.*AutoencoderKL of this pipeline"):
+        decode_latents(lens, torch.zeros(1, 24, lens.anatomy.latent_width), (4, 6))
+
+
 def test_latents_are_drawn_as_the_image(toy, image):
     latents, grid = encode_images(toy, [image], [CAPTION], {})
     assert rmse(decode_latents(toy, latents, grid)[0], image) < 10
