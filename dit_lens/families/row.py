@@ -13,7 +13,7 @@ from dit_lens.families.stack import Stack
 class Guidance:
     """How a pipeline runs the conditional and the unconditional branch.
 
-    calls: the transformer calls of one step when guidance is on; each lists the branches of its rows in order.
+    forwards: the forward passes of one step when guidance is on; each lists the branches of its rows in order.
     scale: the pipeline argument that turns guidance on; None: it is always on.
     above: the value that argument must exceed.
     negative: pipeline arguments of which one must be given as well.
@@ -21,7 +21,7 @@ class Guidance:
     cut: the argument that ends guidance before the last step, where it is below 1; runs with it are refused.
     """
 
-    calls: tuple[tuple[str, ...], ...]
+    forwards: tuple[tuple[str, ...], ...]
     scale: str | None = "guidance_scale"
     above: float = 1
     negative: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class Time:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A pipeline argument that changes which calls are made inside a run, so that they do not fit the plan.
+    """A pipeline argument that changes which forward passes are made inside a run, so that they do not fit the plan.
 
     argument: its name.
     reason: what it does; the message continues with it.
@@ -74,7 +74,7 @@ class Pipeline:
     size_from_image: whether it takes the size from an image it is given, where none is asked for.
     caches: whether its first step fills a cache that later steps read.
     second_model: whether another transformer computes its unconditional branch.
-    refuses: arguments with which its calls cannot be followed.
+    refuses: arguments with which its forward passes cannot be followed.
     tested: whether the row was tested with it.
     """
 

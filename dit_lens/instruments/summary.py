@@ -41,6 +41,7 @@ def describe_guidance(guidance: Guidance | None) -> str:
     """How the branches run, in words."""
     if guidance is None:
         return "one conditional call per step"
-    calls = ", then ".join(" and ".join(call) + (" rows" if len(call) > 1 else "") for call in guidance.calls)
+    rows = (" and ".join(branches) + (" rows" if len(branches) > 1 else "") for branches in guidance.forwards)
+    passes = ", then ".join(rows)
     when = "always" if guidance.scale is None else f"{guidance.scale} > {guidance.above:g}"
-    return f"{when}{' with a negative prompt' if guidance.negative else ''} runs {calls}"
+    return f"{when}{' with a negative prompt' if guidance.negative else ''} runs {passes}"

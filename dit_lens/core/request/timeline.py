@@ -158,7 +158,7 @@ def _plan_forwards(
     if guidance is None or (guidance.distilled is not None and pipe.config.get(guidance.distilled)):
         return (("cond",),)
     negative = not guidance.negative or any(call.get(name) is not None for name in guidance.negative)
-    return guidance.calls if negative and _guidance_scale(pipe, guidance, call) > guidance.above else (("cond",),)
+    return guidance.forwards if negative and _guidance_scale(pipe, guidance, call) > guidance.above else (("cond",),)
 
 
 def _guidance_scale(pipe: DiffusionPipeline, guidance: Guidance, call: Mapping[str, Any]) -> float:
