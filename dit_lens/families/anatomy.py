@@ -363,12 +363,12 @@ class Anatomy:
 
     def rank(self, location: TensorLocation) -> tuple[int, int]:
         """Sorts locations as the model computes them: blocks by their number, modules of a block as they were seen."""
-        if self.family.readout and self.family.readout.shift and location == self.shift:
-            return -1, 0
         for number, (stack, index) in enumerate(self._blocks):
             path = f"transformer.{stack.path}.{index}"
             if location.module == path or location.module.startswith(f"{path}."):
                 return number, self.order[stack.name, location.module[len(path) :], location.side]
+        if self.family.readout and self.family.readout.shift and location == self.shift:
+            return -1, 0  # what all blocks are given is computed before them
         return self.depth, ["input", "output"].index(location.side)
 
 

@@ -195,8 +195,7 @@ def read_out_held(envoy: Any, inputs: tuple[tuple, dict], part: Part, context: C
 def apply_actions(value: Any, part: Part, context: Context) -> Any | None:
     """Carries out a part's actions in order; returns the edited value, or None when it was only read."""
     location = part["location"]
-    tensor = to_tokens(value, location)
-    check_rows(tensor, part, context)
+    tensor = match_rows(to_tokens(value, location), part, context)
     edited, gate = None, context.gates.get(part["gate"])
     for action in part["actions"]:
         if edited is None and action["kind"] != "Read":
@@ -222,7 +221,7 @@ def apply_actions(value: Any, part: Part, context: Context) -> Any | None:
 
 def keep_computed(computed: Tensor, part: Part, context: Context) -> None:
     """Stores reads of what is computed on the way and cannot be written: modulations from tables, x0 of a block."""
-    check_rows(computed, part, context)
+    computed = match_rows(computed, part, context)
     for action in part["actions"]:
         rows = branch_rows(action, context)
         stream = computed[rows.start : rows.stop]
@@ -239,11 +238,17 @@ def check_tokens(stream: Tensor, action: Action, part: Part) -> None:
         )
 
 
-def check_rows(tensor: Tensor, part: Part, context: Context) -> None:
-    """Fails where a forward pass has other rows than the program's images times its branches."""
+def match_rows(tensor: Tensor, part: Part, context: Context) -> Tensor:
+    """Fails where a forward pass has other rows than the program's images times its branches.
+
+    What is computed once for all rows, such as the modulation of PRX without guidance, can be read in each of them.
+    """
     rows = context.program["rows"] * len(context.moment.branches)
+    if tensor.shape[0] == 1 and all(action["kind"] == "Read" for action in part["actions"]):
+        return tensor.expand(rows, *tensor.shape[1:])
     if tensor.shape[0] != rows:
         raise PlanMismatchError(f"the plan expects {rows} rows at {part['name']}, but the call has {tensor.shape[0]}")
+    return tensor
 
 
 def branch_rows(action: Action, context: Context) -> range:
