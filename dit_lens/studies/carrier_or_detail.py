@@ -238,7 +238,13 @@ class EditStudy:
     def read_values(
         self, batch: PromptBatch, edits: Sequence[tuple[Arm, str]], steps: Sequence[int], sites: Sequence[str]
     ) -> Cell:
-        """The channels of every arm at the probed sites and steps, [s, b, n, k]."""
+        """The channels of every arm at the probed sites and steps: "arm/site" -> [s, b, n, k].
+
+        batch: the prompts and their seed.
+        edits: arms and the parts that are edited.
+        steps: denoising steps that are probed.
+        sites: sites that are probed.
+        """
         arms = {arm.name: arm.sets[0].restrict(sites) for arm, part in edits if part == "whole" and arm.draw == 0}
         reads = [Read(list(sites), channels=one, steps=steps, name=name) for name, one in arms.items()]
         run = self.lens.run(batch.prompts, reads, seed=batch.seed, **self.call)
@@ -246,7 +252,13 @@ class EditStudy:
         return Cell(arrays=found)
 
     def ablate(self, batch: PromptBatch, clean: Cell, arm: Arm, part: str) -> Cell:
-        """Removes a part of an arm's channels from every image of a batch."""
+        """Removes a part of an arm's channels from every image of a batch.
+
+        batch: the prompts and their seed.
+        clean: cell of the untouched images.
+        arm: the arm.
+        part: "whole", "mean" or "residual".
+        """
         op: Op = Zero(self.site, channels=arm.sets[0])
         if part != "whole":
             op = TokenMean(self.site, channels=arm.sets[0], keep="residual" if part == "mean" else "mean")
@@ -263,7 +275,13 @@ class EditStudy:
         return cell
 
     def transport(self, batch: PromptBatch, clean: Cell, arm: Arm, part: str) -> Cell:
-        """Moves a part of an arm's channels from every image of a batch into the one before it."""
+        """Moves a part of an arm's channels from every image of a batch into the one before it.
+
+        batch: the prompts and their seed.
+        clean: cell of the untouched images.
+        arm: the arm.
+        part: "whole", "mean" or "residual".
+        """
         n = len(batch.prompts)
         sources = [(row + 1) % n for row in range(n)]
         prompts = [*batch.prompts, *(batch.prompts[row] for row in sources)]

@@ -205,7 +205,14 @@ class Measure:
         return cell
 
     def run_edited(self, batch: PromptBatch, ops: Sequence[Op], clean: Cell, k: int, arm: Arm) -> Cell:
-        """The images of a batch under the edits of an arm."""
+        """The images of a batch under the edits of an arm.
+
+        batch: the prompts and their seed.
+        ops: the edits.
+        clean: cell of the untouched images.
+        k: number of channels of the arm.
+        arm: the arm.
+        """
         cell, images = Cell(), self.runner.run_edited(batch, ops).images
         for i, (row, prompt) in enumerate(zip(batch.rows, batch.prompts, strict=True)):
             before, after = clean.images[_name_image(row, batch, 0, "untouched")], images[i]
@@ -275,7 +282,13 @@ def make_ops(
 
 
 def attenuate(top: ChannelSet, seed: int, row: int, steps: Steps) -> list[Scale]:
-    """Scales the top channels down as far as zeroing the energy-matched control moves the tokens."""
+    """Scales the top channels down as far as zeroing the energy-matched control moves the tokens.
+
+    top: the top channels of an image.
+    seed: seed of the control.
+    row: row of the batch that is edited.
+    steps: denoising steps.
+    """
     held, reached = top.energy_share(), top.energy_matched(seed).energy_share()
     # Zeroing channels that hold a share e of a token's energy moves it by sqrt(e) of its norm; scaling them by a factor
     # f moves it by (1 - f) sqrt(e).

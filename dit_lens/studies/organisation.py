@@ -73,6 +73,7 @@ def organisation(
 ) -> Result:
     """K-means of the image tokens on k channels, per block and step, against the subject in the generated image.
 
+    >>> import numpy as np
     >>> from dit_lens import DiTLens
     >>> whole = lambda image, prompt: np.ones((64, 64), bool)
     >>> result = organisation(
@@ -209,7 +210,14 @@ def _find_blocks(lens: DiTLens, site: Pattern) -> dict[str, int]:
 def _choose_extra_reads(
     lens: DiTLens, prompts: Sequence[str], words: Sequence[str], blocks: list[int], call: Mapping[str, Any]
 ) -> tuple[set[str], dict[str, str]]:
-    """Which of attention, x0 and velocity this model offers; and baseline -> why it is left out."""
+    """Which of attention, x0 and velocity this model offers; and baseline -> why it is left out.
+
+    lens: lens on the model.
+    prompts: all prompts of the study.
+    words: word of every prompt's subject.
+    blocks: blocks that are clustered.
+    call: other arguments of the pipeline.
+    """
     extra, left_out = {"attention", "x0", "velocity"}, {}
     if not words:
         extra.discard("attention")

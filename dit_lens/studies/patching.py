@@ -92,7 +92,7 @@ def patching(
     (3, 2)
 
     Denoising in the sense of TransformerLens: source (clean) and target (corrupt) are rows of one batch from the same
-    noise, and the target's activations are replaced by the source's in lockstep. over: what a cell of the map swaps:
+    noise, and the target's activations are replaced by the source's at the same step. What a cell of the map swaps:
 
     - "block x step": a block's whole output at one step;
     - "block x channel group": the source's top-k channels of one block, bottom, random (``draws`` of them) or the rest;
@@ -100,7 +100,7 @@ def patching(
     - "token region": one of ``tiles`` x ``tiles`` parts of the grid, or what is inside or outside the source's subject
       (K-means of its massive channels), in all blocks of ``site``.
 
-    ``effect`` is the metric's way from the untouched target (0) to the source (1). ``fidelity_source`` and
+    ``effect`` is how far the metric moves from the untouched target (0) to the source (1). ``fidelity_source`` and
     ``fidelity_target`` say how far the judge finds either prompt in an image. Beside the swaps stands what attribution
     patching (see :func:`attribution`) foretells: through "run" of the same metric, through "step" of the nearness of
     what each step predicts. The notes say how well it agrees with the swaps; :func:`agreement` as a table.
@@ -190,7 +190,15 @@ def _check(
     tiles: int,
     call: Mapping[str, Any],
 ) -> None:
-    """Raises what is wrong with the arguments, whatever the model."""
+    """Raises what is wrong with the arguments, whatever the model.
+
+    pairs: pairs of prompts.
+    over: what a cell of the map swaps.
+    attribute: attributions that are asked for.
+    batch_size: number of rows that run together.
+    tiles: number of tiles along each side of the grid.
+    call: other arguments of the pipeline.
+    """
     if same := [source for source, target in pairs if source == target]:
         raise PromptError(f"source and target are both {same[0]!r}, so no patch can move one to the other.")
     check_choice("over", over, OVER)

@@ -141,7 +141,14 @@ def stability(
 
 
 def _check(lens: DiTLens, sites: Sequence[str], k: int, scores: Sequence[str], stable: float) -> int:
-    """The width of all sites, after checking what was asked."""
+    """The width of all sites; OpError if it differs, or another argument is not valid.
+
+    lens: lens on the model.
+    sites: names of the sites.
+    k: number of channels of a set.
+    scores: reductions.
+    stable: overlap that counts as stable.
+    """
     widths = {name: lens.anatomy.channels(lens.anatomy.site(name)) for name in sites}
     width = widths[sites[0]]
     if odd := [name for name in sites if widths[name] != width]:
@@ -161,7 +168,15 @@ def _check(lens: DiTLens, sites: Sequence[str], k: int, scores: Sequence[str], s
 def _find_sets(
     lens: DiTLens, batch: PromptBatch, reads: Sequence[Read], k: int, seen: RunningStats, call: Mapping[str, Any]
 ) -> Cell:
-    """The sets of a batch: ``steps`` [b, sites, s, k], ``whole`` [b, sites, scores, k], ``running`` [b, sites, k]."""
+    """The sets of a batch: ``steps`` [b, sites, s, k], ``whole`` [b, sites, scores, k], ``running`` [b, sites, k].
+
+    lens: lens on the model.
+    batch: the prompts and their seed.
+    reads: one read per score.
+    k: number of channels of a set.
+    seen: statistics of the scores of earlier prompts.
+    call: other arguments of the pipeline.
+    """
     run = lens.run(batch.prompts, reads, seed=batch.seed, **call)
     found = {
         str(read.name): np.stack([value.float().numpy() for value in run[str(read.name)].values()]) for read in reads
@@ -220,7 +235,13 @@ def stable_after(running: Sequence[float], stable: float = STABLE) -> int | None
 def _compare_by_site(
     settings: Mapping[str, Any], images: pd.DataFrame, steps: np.ndarray, whole: np.ndarray
 ) -> pd.DataFrame:
-    """For every image and site, the mean overlap of its set with each kind of others."""
+    """For every image and site, the mean overlap of its set with each kind of others.
+
+    settings: settings of the study.
+    images: row, prompt and seed of every image.
+    steps: sets of single steps, [image, site, s, k].
+    whole: sets over all steps, [image, site, score, k].
+    """
     sets, found = whole[:, :, 0], []  # [images, sites, k]
 
     def add(over: str, rows: Any, jaccard: np.ndarray, **names: str) -> None:

@@ -85,7 +85,7 @@ def transfer_image(
     out: str | Path | None = None,
     **call: Any,
 ) -> Result:
-    """Moves k channels of each image, as the model sees it on its way out of noise, into a target prompt's drawing.
+    """Moves k channels of each image, under the noise of every step, into the generation of a target prompt.
 
     >>> from dit_lens import DiTLens
     >>> lens = DiTLens.toy()
@@ -160,9 +160,9 @@ def transfer_image(
             some = [images[i] for i in batch.rows]
             texts = [captions[i] for i in batch.rows]
             labels = tuple(f"{captions[i] or f'image {i}'} -> {targets[i]}" for i in batch.rows)
-            make = partial(_find_way, lens, how, some, texts, batch, labels, call)
-            way = cells.get(f"{batch.key}/way", make)
-            run_transport(cells, transport, _make_pairs(batch, way, texts, labels, call))
+            make = partial(_find_trajectory, lens, how, some, texts, batch, labels, call)
+            trajectory = cells.get(f"{batch.key}/way", make)
+            run_transport(cells, transport, _make_pairs(batch, trajectory, texts, labels, call))
         return cells.result()
 
 
@@ -175,6 +175,16 @@ def _check(
     seeds: Sequence[int],
     call: Mapping[str, Any],
 ) -> None:
+    """Raises what would go wrong, before anything is drawn.
+
+    lens: lens on the model.
+    how: "noised" or "inverted".
+    images: the images.
+    captions: prompt of each image.
+    prompts: captions and targets in turn.
+    seeds: seeds of the noise.
+    call: other arguments of the pipeline.
+    """
     check_choice("how", how, ("noised", "inverted"))
     check_flow(lens, prompts, call)
     if how == "inverted":
@@ -184,7 +194,7 @@ def _check(
     encode_images(lens, images, captions, call)
 
 
-def _find_way(
+def _find_trajectory(
     lens: DiTLens,
     how: How,
     images: Sequence[Image],
@@ -193,7 +203,16 @@ def _find_way(
     labels: Sequence[str],
     call: Mapping[str, Any],
 ) -> Cell:
-    """The images' way through the steps, and how well it ends at the images."""
+    """The velocities that lead to the images at every step, and how well they end there.
+
+    lens: lens on the model.
+    how: "noised" or "inverted".
+    images: the images.
+    captions: prompt of each image.
+    batch: the target prompts that run beside them, and the seed.
+    labels: names of the pairs in the table.
+    call: other arguments of the pipeline.
+    """
     latents, grid = encode_images(lens, images, captions, call)
     decoded = decode_latents(lens, latents, grid)
     errors: dict[str, Any] = {"autoencoder_error": rmse(decoded, [one.convert("RGB") for one in images])}
@@ -213,14 +232,21 @@ def _find_way(
 
 
 def _make_pairs(
-    batch: PromptBatch, way: Cell, captions: Sequence[str], labels: tuple[str, ...], call: Mapping[str, Any]
+    batch: PromptBatch, trajectory: Cell, captions: Sequence[str], labels: tuple[str, ...], call: Mapping[str, Any]
 ) -> PairBatch:
-    """Source rows that go the images' way, whatever the model predicts for them, beside their targets."""
-    velocity = torch.from_numpy(way.arrays["velocity"])  # [s or 1, b, n, d]
+    """Source rows that follow the images' trajectory, whatever the model predicts for them, beside their targets.
+
+    batch: the target prompts, and the seed.
+    trajectory: what :func:`_find_trajectory` returned.
+    captions: prompt of each image.
+    labels: names of the pairs in the table.
+    call: other arguments of the pipeline.
+    """
+    velocity = torch.from_numpy(trajectory.arrays["velocity"])  # [s or 1, b, n, d]
     ops = [Swap("velocity", source=velocity[:, i : i + 1], rows=2 * i, branch="both") for i in range(velocity.shape[1])]
     start = {}
-    if "noise" in way.arrays:
-        start["latents"] = torch.from_numpy(np.repeat(way.arrays["noise"], 2, axis=0))
+    if "noise" in trajectory.arrays:
+        start["latents"] = torch.from_numpy(np.repeat(trajectory.arrays["noise"], 2, axis=0))
     return PairBatch(
         key=batch.key,
         seed=batch.seed,

@@ -201,6 +201,16 @@ def _trace_batch(
     k: int,
     call: Mapping[str, Any],
 ) -> Cell:
+    """Runs a batch, and traces the massive channels of its images.
+
+    lens: lens on the model.
+    batch: the prompts and their seed.
+    reads: what is read.
+    writes: the terms of the residual stream.
+    end: the site at which channels are massive.
+    k: number of channels.
+    call: other arguments of the pipeline.
+    """
     run, cell = lens.run(batch.prompts, reads, seed=batch.seed, **call), Cell()
     final = run["mean"][end].float().numpy()  # [s, b, d]
     added = np.stack([_token_means(run, write) for write in writes])  # [w, s, b, d]
@@ -243,6 +253,13 @@ def shares(writes: np.ndarray, final: np.ndarray) -> np.ndarray:
 def _share_lines(
     about: Mapping[str, Any], chosen: Sequence[int], writes: Sequence[_Write], share: np.ndarray
 ) -> list[dict[str, Any]]:
+    """One row of the table per write and channel, and per channel what no write explains.
+
+    about: columns that all rows share.
+    chosen: the channels.
+    writes: the terms of the residual stream.
+    share: share of every write in every channel, [w, channel].
+    """
     terms = [*((write.block, write.point) for write in writes), (None, REST)]
     whole = np.concatenate([share, 1 - share.sum(0, keepdims=True)])
     return [

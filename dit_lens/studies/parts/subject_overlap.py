@@ -42,7 +42,15 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
 
 
 def name_mask(row: int, seed: int, step: int, block: int, arm: str, draw: int) -> str:
-    """The text of the key of a mask; see :class:`ImageKey` for its parts."""
+    """The text of the key of a mask.
+
+    row: number of the prompt.
+    seed: seed of the noise.
+    step: denoising step.
+    block: block of the transformer.
+    arm: name of the arm.
+    draw: number of the draw; the key of the first does not name it.
+    """
     return str(ImageKey(row, seed, step=step, block=block, arm=arm, draw=draw or None))
 
 
