@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dit_lens import families
 from dit_lens.core.execution.assemble import assemble
 from dit_lens.core.execution.blocks import Blocks
-from dit_lens.core.execution.engine import Engine
+from dit_lens.core.execution.engine import Engine, quiet_bar
 from dit_lens.core.plan.batches import run_in_batches
 from dit_lens.core.plan.compile import Plan, compile_plan
 from dit_lens.core.plan.cost import Cost, cost_of
@@ -260,14 +260,8 @@ class Session:
     @contextmanager
     def quiet(self) -> Generator[None]:
         """Without the pipeline's own progress bar, which is put back as it was."""
-        attributes, name = vars(self.pipe), "_progress_bar_config"
-        before = {name: attributes[name]} if name in attributes else {}
-        self.pipe.set_progress_bar_config(disable=True)
-        try:
+        with quiet_bar(self.pipe):
             yield
-        finally:
-            attributes.pop(name, None)
-            attributes.update(before)
 
     def _plan(
         self,
@@ -293,7 +287,10 @@ class Session:
         )
         grid = self.anatomy.plan_grid(self.pipe, prepared.arguments)
         tokens = None if grid is None else grid[0] * grid[1]
-        timeline = make_timeline(self.pipe, self.family, prepared.arguments, tokens)
+        measure = self.engine.measure_sigmas(
+            prepared, self.anatomy.time_rule(self.family.pipeline(type(self.pipe)).time)
+        )
+        timeline = make_timeline(self.pipe, self.family, prepared.arguments, tokens, measure)
         text = self._text
         outline = Outline(prepared.rows, grid, text.count(prepared), timeline, partial(text.find, prepared))
         return prepared, compile_plan(ops, self.anatomy, outline)

@@ -15,6 +15,7 @@ from nnsight.intervention.source import STATE, Controller, module_body
 from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule
 
 from dit_lens.core.execution.execute import execute
+from dit_lens.core.execution.schedule import measure_sigmas
 from dit_lens.core.execution.turns import Turn, turn_of
 from dit_lens.core.plan.replay import model_state
 from dit_lens.errors import ExecutionError
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dit_lens.core.plan.program import Program, Store
+    from dit_lens.core.request.call import Call
+    from dit_lens.core.request.timeline import Measure
+    from dit_lens.families.locations import TimeRule
 
 
 class _Pipeline(_PipelineModule):
@@ -108,6 +112,15 @@ class Engine:
                 for weight in weights:
                     weight.requires_grad_(True)
 
+    def measure_sigmas(self, call: Call, time: TimeRule) -> Measure | None:
+        """What reads the noise levels of a call off the pipeline. time: how the transformer's time is read."""
+
+        def measure(steps: int, skipped: int) -> tuple[float, ...] | None:
+            with self.turn.run(), quiet_bar(self.pipe):
+                return measure_sigmas(self.pipe, call.keywords(), time, steps, skipped)
+
+        return measure
+
     def state(self) -> dict[str, Any]:
         """What decides the transformer's answers beside the call."""
         return model_state(self.pipe)
@@ -146,6 +159,19 @@ class Engine:
                 f"{len(store['clock'])}. Was the run interrupted, or are steps skipped by a cache or a callback?"
             )
         return store, results[0]
+
+
+@contextmanager
+def quiet_bar(pipe: DiffusionPipeline) -> Generator[None]:
+    """Without the pipeline's own progress bar, which is put back as it was."""
+    attributes, name = vars(pipe), "_progress_bar_config"
+    before = {name: attributes[name]} if name in attributes else {}
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        attributes.pop(name, None)
+        attributes.update(before)
 
 
 def _lost_hooks(module: nn.Module) -> bool:

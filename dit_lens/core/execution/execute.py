@@ -132,11 +132,9 @@ def read_clock(arguments: tuple[tuple, dict], program: Program, clock: list[tupl
     step, branches = forward["step"], forward["branches"]
     if clock:
         last_step, _, last, _ = clock[-1]
-        # Neighbouring timesteps may be equal once they are rounded to half precision.
-        exact = not isinstance(value, Tensor) or value.dtype not in (torch.float16, torch.bfloat16)
         repeated = step in program["repeats"]
         if (last_step == step and last != timestep) or (
-            last_step != step and last == timestep and exact and not repeated
+            last_step != step and last == timestep and is_exact(value) and not repeated
         ):
             raise PlanMismatchError(
                 f"the plan expects call {len(clock)} to be step {step} ({' and '.join(branches)}), but its time "
@@ -145,8 +143,19 @@ def read_clock(arguments: tuple[tuple, dict], program: Program, clock: list[tupl
             )
     levels = time["levels"]
     sigma = time["offset"] + time["scale"] * timestep if levels is None else levels[round(timestep)]
+    planned = program["sigmas"]
+    if planned is not None and abs(planned[step] - sigma) > (1e-4 if is_exact(value) else 1e-2):
+        raise PlanMismatchError(
+            f"the plan expects step {step} at a noise level of {planned[step]:.6g}, by which ops chose their steps, "
+            f"but it runs at {sigma:.6g}"
+        )
     clock.append((step, branches[0], timestep, sigma))
     return Moment(step, branches, timestep, sigma)
+
+
+def is_exact(value: Any) -> bool:
+    """Whether a time is not rounded to half precision, in which neighbouring timesteps may be equal."""
+    return not isinstance(value, Tensor) or value.dtype not in (torch.float16, torch.bfloat16)
 
 
 def at_module(envoy: Any, visit: Visit, context: Context) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from nnsight.modeling.diffusion import DiffusionModel
 
     from dit_lens.core.plan.program import Program, Store
+    from dit_lens.core.request.call import Call
+    from dit_lens.families.locations import TimeRule
 
 
 def pipeline_without_weights(path: str | Path, revision: str | None = None) -> DiffusionModel:
@@ -95,6 +97,10 @@ class RemoteEngine:
         for key in list(store["reads"]):
             reads[key] = store["reads"].pop(key)
         return {**store, "reads": reads}, results[0]
+
+    def measure_sigmas(self, call: Call, time: TimeRule) -> None:  # noqa: ARG002 as an Engine's
+        """The pipeline cannot be asked from here."""
+        return
 
     def state(self) -> dict[str, Any]:
         """What decides the transformer's answers beside the call: the server's model, as far as its name tells."""

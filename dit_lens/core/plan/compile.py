@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.plan.lowering import SiteLowering, check_allowed
 from dit_lens.core.plan.selection import Group, select_channels, select_groups
-from dit_lens.core.request.ops import OPS, Op, Read
+from dit_lens.core.request.ops import OPS, Op, Read, SigmaInterval
 from dit_lens.errors import OpError
 from dit_lens.families import Anatomy
 from dit_lens.families.sites import Site, match
@@ -89,6 +89,7 @@ class _Compiler:
     selections: dict[tuple[int, str, int], tuple[tuple[int, ...] | None, ...]] = field(default_factory=dict)
     # (number of the forward pass, site) -> actions in the order of the ops
     actions: dict[tuple[int, Site], list[Action]] = field(default_factory=dict)
+    by_sigma: bool = False  # whether an op chose its steps by their noise
 
     def add(self, number: int, op: Op) -> None:
         """Lays one op out at all of its sites."""
@@ -97,6 +98,7 @@ class _Compiler:
         for site in sites:
             check_allowed(op, site, anatomy, timeline.kind)
         steps = timeline.select(op.steps)
+        self.by_sigma |= isinstance(op.steps, SigmaInterval)
         groups = select_groups(op, sites, self.outline)
         self.visits[number] = 0
         channels = {site: select_channels(op, site, anatomy.channels(site)) for site in sites}
@@ -215,6 +217,7 @@ class _Compiler:
             "rows": self.outline.rows,
             "time": anatomy.time_rule(timeline.time, timeline.levels, timeline.kind),
             "repeats": list(timeline.repeats),
+            "sigmas": list(timeline.sigmas or ()) if self.by_sigma else None,
             "grid": anatomy.grid_rule,
             "readout": anatomy.readout_rule,
             "expected_grid": None if grid is None else list(grid),

@@ -90,6 +90,7 @@ class Program(TypedDict):
     rows: images of one branch.
     time, grid, readout: rules of the family.
     repeats: steps at the same timestep as the one before.
+    sigmas: the noise level of every step, where ops chose their steps by it.
     expected_grid: (h, w) image tokens, where they are known beforehand.
     record: whether the transformer's answers are kept.
     replayed: the forward passes whose answers are in the payload already.
@@ -100,6 +101,7 @@ class Program(TypedDict):
     rows: int
     time: TimeRule
     repeats: list[int]
+    sigmas: list[float] | None
     grid: GridRule
     readout: ReadoutRule | None
     expected_grid: list[int] | None

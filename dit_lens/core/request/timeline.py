@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dit_lens.core.request.call import default_argument
 from dit_lens.core.request.json_values import SigmaInterval
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from dit_lens.core.request.ops import Steps
     from dit_lens.families import Family, Guidance, Pipeline, Time
 
+Measure: TypeAlias = "Callable[[int, int], tuple[float, ...] | None]"
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -25,20 +28,30 @@ class Timeline:
 
     steps: how many denoising steps run (evaluations of the model, for a scheduler of second order).
     forwards: the forward passes of one step, each the branches of its rows in order.
-    sigmas: the noise level of each step, where the scheduler tells it beforehand.
+    known_sigmas: the noise level of each step, where the scheduler has a table of them.
     repeats: steps at the same timestep as the one before.
     levels: the noise level of every timestep, where the scheduler has a table of them.
     kind: what is predicted: "flow", "epsilon", "v_prediction", or None for anything else.
     time: the timestep argument passed to the transformer; None: as its family says.
+    measure: reads the noise levels off the pipeline, where they are not known.
     """
 
     steps: int
     forwards: tuple[tuple[str, ...], ...]
-    sigmas: tuple[float, ...] | None = None
+    known_sigmas: tuple[float, ...] | None = None
     repeats: tuple[int, ...] = ()
     levels: list[float] | None = None
     kind: str | None = None
     time: Time | None = None
+    measure: Callable[[], tuple[float, ...] | None] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def sigmas(self) -> tuple[float, ...] | None:
+        """The noise level of each step; None where it cannot be told before the run.
+
+        The first look may take as long as the encoding of a prompt: the pipeline is called up to its first step.
+        """
+        return self.known_sigmas if self.known_sigmas is not None or self.measure is None else self.measure()
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -60,7 +73,7 @@ class Timeline:
         if not chosen:
             levels = (
                 ""
-                if self.sigmas is None
+                if not isinstance(steps, SigmaInterval) or self.sigmas is None
                 else f" with noise levels {', '.join(f'{level:.3f}' for level in self.sigmas)}"
             )
             raise OpError(
@@ -121,13 +134,17 @@ class Timeline:
         return [asked]
 
 
-def make_timeline(pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any], tokens: int | None) -> Timeline:
+def make_timeline(
+    pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any], tokens: int | None, measure: Measure | None
+) -> Timeline:
     """How a pipeline will denoise.
 
     pipe: the pipeline.
     family: of its transformer.
     call: its own keyword arguments, ``num_inference_steps`` included.
     tokens: the number of image tokens, on which some schedules depend; None if unknown.
+    measure: (steps, steps before them) -> the noise levels of a flow, as the pipeline sets them; None where the
+      pipeline cannot be asked, as its model is on a server: then they are computed as FLUX does.
     """
     pipeline = family.pipeline(type(pipe))
     _refuse(pipe, pipeline, call)
@@ -146,7 +163,11 @@ def make_timeline(pipe: DiffusionPipeline, family: Family, call: Mapping[str, An
         times = _set_timesteps(pipe.scheduler, total)[skipped * order :]
         repeats = tuple(i for i in range(1, len(times)) if times[i] == times[i - 1])
         sigmas = None if levels is None else tuple(levels[round(time)] for time in times)
-        return Timeline(len(times), forwards, sigmas, repeats, levels, kind, time)
+        asked = None if measure is None else partial(measure, len(times), skipped * order)
+        return Timeline(len(times), forwards, sigmas, repeats, levels, kind, time, asked)
+    if measure is not None:
+        asked = partial(measure, total - skipped, skipped)
+        return Timeline(total - skipped, forwards, None, (), levels, kind, time, asked)
     sigmas = _compute_sigmas(pipe, call, total, tokens)
     return Timeline(total - skipped, forwards, None if sigmas is None else sigmas[skipped:], (), levels, kind, time)
 

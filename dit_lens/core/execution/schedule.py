@@ -1,0 +1,101 @@
+"""The noise levels of a run before it runs: read off the pipeline itself, which is stopped at its first step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dit_lens.families.layout import argument
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dit_lens.families.locations import TimeRule
+
+# How pipelines make the transformer's time of a scheduler's timestep.
+FORMS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    lambda t: t,
+    lambda t: t - 1,  # GLM-Image
+    lambda t: t / 1000,
+    lambda t: 1 - t / 1000,
+)
+
+
+class _Stop(Exception):  # noqa: N818 not an error: it ends the call at its first step
+    pass
+
+
+def measure_sigmas(
+    pipe: DiffusionPipeline, call: Mapping[str, Any], time: TimeRule, steps: int, skipped: int
+) -> tuple[float, ...] | None:
+    """The noise level of every step; None where the first step does not tell how the others follow.
+
+    The pipeline encodes its texts and images and sets its scheduler up with its own arguments; then the transformer is
+    called, and the call ends. Nothing is drawn, and pipeline and random numbers are left as they were.
+
+    pipe: the pipeline.
+    call: its keyword arguments; generators among them are copied.
+    time: how the transformer's time is read.
+    steps: how many steps run.
+    skipped: how many of the scheduler's come before them, as with ``strength=``.
+    """
+    seen: list[tuple[torch.Tensor, torch.Tensor, Any]] = []
+
+    def stop(_: Any, args: tuple, kwargs: dict) -> None:
+        value = torch.as_tensor(argument((args, kwargs), time["argument"], time["position"]))
+        scheduler = pipe.scheduler
+        seen.append((value.flatten()[0], scheduler.timesteps, getattr(scheduler, "sigmas", None)))
+        raise _Stop
+
+    handle = pipe.transformer.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    try:
+        with _undisturbed(pipe), suppress(_Stop):
+            pipe(**{name: _copy_generators(value) for name, value in call.items()})
+    finally:
+        handle.remove()
+        pipe.maybe_free_model_hooks()
+    if not seen:
+        return None
+    first, timesteps, sigmas = seen[0]
+    return _follow(first, timesteps[skipped : skipped + steps].double().cpu(), sigmas, time, skipped)
+
+
+def _follow(
+    first: torch.Tensor, timesteps: torch.Tensor, sigmas: torch.Tensor | None, time: TimeRule, skipped: int
+) -> tuple[float, ...] | None:
+    """The levels by the one form that gives the first time, and the scheduler's own levels where they are the same."""
+    within = 5e-3 if first.dtype in (torch.float16, torch.bfloat16) else 1e-5
+    value = float(first)
+    found = {
+        tuple((time["offset"] + time["scale"] * form(timesteps)).tolist())
+        for form in FORMS
+        if len(timesteps) and abs(float(form(timesteps[0])) - value) <= within * max(1.0, abs(value))
+    }
+    if len(found) > 1 and isinstance(sigmas, torch.Tensor):  # in the middle t and 1 - t are equal
+        own = sigmas[skipped : skipped + len(timesteps)].double().cpu()
+        found = {levels for levels in found if torch.allclose(torch.tensor(levels).double(), own, atol=5e-3)}
+    return found.pop() if len(found) == 1 else None
+
+
+@contextmanager
+def _undisturbed(pipe: DiffusionPipeline) -> Generator[None]:
+    """A copy stands for the scheduler, and random numbers are put back."""
+    scheduler = pipe.scheduler
+    pipe.scheduler = copy.deepcopy(scheduler)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        pipe.scheduler = scheduler
+
+
+def _copy_generators(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_copy_generators(one) for one in value]
+    if not isinstance(value, torch.Generator):
+        return value
+    return torch.Generator(value.device).set_state(value.get_state())
