@@ -36,7 +36,7 @@ class FamilyError(DitLensError, TypeError):
 
 
 class ExecutionError(DitLensError, RuntimeError):
-    """A run that did not go as planned: an op that never fired, or transformer calls that do not match the plan."""
+    """A run that did not go as planned: an op that never fired, or forward passes that do not match the plan."""
 
 
 class StoreError(DitLensError, OSError):
@@ -70,7 +70,7 @@ class StudyInterrupted(KeyboardInterrupt):
 def check_choice(value: object, known: Collection[str], name: str) -> None:
     """Raises OpError if a value is not one of the known ones. name: what the value is called, such as "arm"."""
     if value not in known:
-        raise OpError(f"There is no {name} {value!r}.{nearest(str(value), known)}")
+        raise OpError(f"{value!r} is not a valid {name}.{nearest(str(value), known)}")
 
 
 def nearest(asked: str, known: Iterable[str], what: str = "There are") -> str:

@@ -33,7 +33,7 @@ second and touches none of the model's own weights. The checks:
 | write | a write to a block's image tokens reaches the prediction |
 | readout | final norm and projection of the last block's tokens are the model's prediction |
 
-During every run the number of rows, the grid, and the time of every transformer call are compared with the plan, and a
+During every run the number of rows, the grid, and the time of every forward pass are compared with the plan, and a
 run that differs fails. Which rows or calls are conditional is data of the row; the tests prove it for every family by
 changing the prompt.
 

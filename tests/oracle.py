@@ -15,7 +15,7 @@ def generators(seeds):
 
 
 def draw(pipe, prompts, seeds, call, edit=None):
-    """Runs the plain pipeline; returns its images and, for every transformer call, what passed through.
+    """Runs the plain pipeline; returns its images and, for every forward pass, what passed through.
 
     A record maps (block, "img" | "txt", "pre" | "post"), "final", "velocity" and "timestep" to clones.
     edit: fn(call, block, stream, tensor) -> tensor or None, applied to block outputs.

@@ -226,7 +226,7 @@ def _choose_call(lens: DiTLens) -> tuple[str | None, dict[str, Any]]:
 
 @contextmanager
 def _measure_times(transformer: torch.nn.Module) -> Generator[list[float]]:
-    """Yields the seconds of every call of the transformer."""
+    """Yields the seconds of every forward pass of the transformer."""
     times: list[float] = []
     began = 0.0
 
@@ -305,8 +305,8 @@ def _examine_channels(lens: DiTLens, run: Run) -> Finding:
     known = PUBLISHED.get((lens.family.name, lens.anatomy.width))
     if known is not None:
         channels, where = known
-        places = ", ".join(f"{c} ({leads[c]} of {blocks} blocks)" for c in channels)
-        says += f". Published: {places} ({where})"
+        listed = ", ".join(f"{c} ({leads[c]} of {blocks} blocks)" for c in channels)
+        says += f". Published: {listed} ({where})"
         data["published"] = [{"channel": c, "blocks": leads[c]} for c in channels]
     return Finding("massive", "info", says, data)
 

@@ -157,7 +157,7 @@ class Anatomy:
     def time_rule(
         self, time: Time | None = None, levels: list[float] | None = None, kind: str | None = None
     ) -> TimeRule:
-        """What the executor needs to tell the time of a call, and what its prediction is.
+        """What the executor needs to tell the time of a forward pass, and what its prediction is.
 
         time: the family's own by default.
         levels: noise by timestep, where it is a table.
@@ -176,7 +176,7 @@ class Anatomy:
 
     @cached_property
     def grid_rule(self) -> GridRule:
-        """What the executor needs to find image tokens in a call."""
+        """What the executor needs to find image tokens in a forward pass."""
         grid = self.family.grid
         return {
             "rule": grid.rule,

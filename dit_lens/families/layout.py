@@ -1,4 +1,4 @@
-"""Where tokens are: in the arguments of a transformer call, in images, and in the tensors of blocks.
+"""Where tokens are: in the arguments of the transformer, in images, and in the tensors of blocks.
 
 Torch and plain data only, as ``execute``, with which it travels.
 """
@@ -23,7 +23,7 @@ class PlanMismatchError(RuntimeError):
 
 
 def argument(arguments: tuple[tuple, dict], name: str, position: Any) -> Any:
-    """An argument of a call by name, or by position where it was passed so."""
+    """An argument of a forward pass by name, or by position where it was passed so."""
     args, kwargs = arguments
     return kwargs[name] if name in kwargs else args[position]
 
@@ -56,7 +56,7 @@ def replace_tensor(value: Any, side: str, location: Location, tensor: Any) -> An
 
 
 def find_image_tokens(arguments: tuple[tuple, dict], rule: GridRule) -> ImageTokens:
-    """Where the image tokens of a transformer call are, by the rule of its family."""
+    """Where the image tokens of a forward pass are, by the rule of its family."""
     value = argument(arguments, rule["argument"], rule["position"])
     latents = argument(arguments, rule["latents"], rule["latents_position"])
     if rule["rule"] in ("ids", "positions", "marks"):
@@ -67,8 +67,8 @@ def find_image_tokens(arguments: tuple[tuple, dict], rule: GridRule) -> ImageTok
             marks = argument(arguments, rule["marks"], None)[0]
             ids = ids[marks == rule["marked"]]
         target = ids[:, 0] == ids[:, 0].amin()
-        places = ids[target][:, 1:3]
-        grid = [int(extent) + 1 for extent in places.amax(0) - places.amin(0)]
+        positions = ids[target][:, 1:3]
+        grid = [int(extent) + 1 for extent in positions.amax(0) - positions.amin(0)]
         first, total = int(target.to(torch.uint8).argmax()), len(ids)
     elif rule["rule"] == "shapes":
         shapes = value[0] if isinstance(value[0], list) else [value[0]]
@@ -169,7 +169,7 @@ def from_tokens(tensor: Tensor, value: Any, location: Location) -> Any:
 
 
 def stream_tokens(value: Any, location: Location, image: ImageTokens) -> Tensor:
-    """The tokens of a location's stream in every row of a call."""
+    """The tokens of a location's stream in every row of a forward pass."""
     tensor = to_tokens(value, location)
     return select_stream(tensor, location, image, range(len(tensor)))[0]
 

@@ -62,7 +62,7 @@ class Pipeline:
     """What a pipeline class of diffusers does around the transformer of a family.
 
     name: the class.
-    guidance: how it runs the branches; None: one conditional call in every step.
+    guidance: how it runs the branches; None: one conditional forward pass in every step.
     time: what it passes as the transformer's time.
     encodes: what its ``encode_prompt`` returns, in order; a text says why its prompts cannot be encoded before a run.
     takes_latents: how its argument ``latents`` reaches the transformer: "unchanged", "flattened" (an image, each pixel
@@ -99,7 +99,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Grid:
-    """How the image tokens of a transformer call follow from its arguments.
+    """How the image tokens of a forward pass follow from its arguments.
 
     rule: "ids" (rows of an argument hold reference, y, x), "positions" (the same, after the text's rows), "marks" (the
       same, in the rows that another argument marks), "shapes" (a list of (f, h, w)), "counts" (arguments num_frames,

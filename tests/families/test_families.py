@@ -133,7 +133,7 @@ def test_a_guidance_that_the_pipeline_does_not_follow_is_noticed(monkeypatch):
     wrong = replace(usual, guidance=replace(usual.guidance, calls=(("cond",),)))
     dl.register_family(replace(ROW, pipelines=(wrong,)))
     lens = dl.DiTLens(pipelines.flux(), defaults=dict(pipelines.TRUE_CFG))
-    with pytest.raises(ExecutionError, match="another number of transformer calls per step than the plan"):
+    with pytest.raises(ExecutionError, match="another number of forward passes per step than the plan"):
         lens.run("red", [dl.Read("blocks.0.img")])
 
 
@@ -143,6 +143,6 @@ def test_a_run_that_is_cut_short_is_noticed():
         return tensors
 
     lens = dl.DiTLens(pipelines.flux(), defaults=dict(pipelines.TRUE_CFG))
-    with pytest.raises(ExecutionError, match=r"expects 6 calls of the transformer, but the pipeline made 2"):
+    with pytest.raises(ExecutionError, match=r"expects 6 forward passes of the transformer, but the pipeline made 2"):
         lens.run("red", [dl.Read("blocks.0.img")], callback_on_step_end=stop)
     assert lens.run("red", [dl.Read("blocks.0.img")], seed=0).images

@@ -19,7 +19,7 @@ class Entry:
     build: makes the pipeline.
     call: number of prompts -> arguments of the pipeline.
     grid: image tokens, (h, w) or (frames, h, w).
-    branches: of one step: for each call of the transformer, those of its rows in order.
+    branches: of one step: for each forward pass, those of its rows in order.
     text_tokens: of the text stream; None where there is none.
     blocks: of all stacks.
     rows: prompts to try.

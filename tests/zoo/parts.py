@@ -16,7 +16,7 @@ SIZE = {"height": 64, "width": 96, "num_inference_steps": 3, "output_type": "lat
 PROMPTS = ["a house", "3 birds"]
 HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
 
-# The branches of one step: those of each call of the transformer, in the order of its rows.
+# The branches of one step: those of each forward pass, in the order of its rows.
 COND = (("cond",),)
 JOINT = (("uncond", "cond"),)
 COND_UNCOND = (("cond", "uncond"),)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dit_lens.core.plan.compile import Plan, PlannedRead
     from dit_lens.core.plan.program import Store
 
-BRANCHES = ("cond", "uncond")  # the order of a read of both, whatever the order of the calls
+BRANCHES = ("cond", "uncond")  # the order of a read of both, whatever the order of the forward passes
 
 
 def assemble(

@@ -55,7 +55,7 @@ class Engine:
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
         self._gradients = False
-        self._modules = self._parts()
+        self._modules = self._modules_now()
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             _restore_hooks(self._modules)
             self.model = DiffusionModel(_Pipeline(pipe))
@@ -70,13 +70,13 @@ class Engine:
     @property
     def stale(self) -> bool:
         """Whether modules changed since wrapping (LoRA, another transformer), or lost nnsight's hook."""
-        parts = self._parts()
-        return parts != self._modules or any(map(_lost_hooks, parts))
+        modules = self._modules_now()
+        return modules != self._modules or any(map(_lost_hooks, modules))
 
     def follow(self) -> None:
         """Wraps the modules there are now."""
         with self.turn.hold(), warnings.catch_warnings(action="ignore", category=UserWarning):
-            self._modules = self._parts()
+            self._modules = self._modules_now()
             _restore_hooks(self._modules)
             for model in (self.model, self.promptless):
                 model._update(_Pipeline(self.pipe))
@@ -99,7 +99,7 @@ class Engine:
         """
         with self.turn.hold():
             scheduler = self.pipe.scheduler
-            weights = [p for part in self._parts() for p in part.parameters(recurse=False) if p.requires_grad]
+            weights = [p for module in self._modules_now() for p in module.parameters(recurse=False) if p.requires_grad]
             for weight in weights:
                 weight.requires_grad_(False)
             self._gradients = True
@@ -125,7 +125,7 @@ class Engine:
         """What decides the transformer's answers beside the call."""
         return model_state(self.pipe)
 
-    def _parts(self) -> list[nn.Module]:
+    def _modules_now(self) -> list[nn.Module]:
         return list(_Pipeline(self.pipe).modules())[1:]
 
     def generate(
@@ -155,15 +155,15 @@ class Engine:
                 raise ExecutionError(f"{mismatch}. Nothing was kept of this run.") from mismatch
         if not results:
             raise ExecutionError(
-                f"the plan expects {len(program['forwards'])} calls of the transformer, but the pipeline made "
-                f"{len(store['clock'])}. Was the run interrupted, or are steps skipped by a cache or a callback?"
+                f"the plan expects {len(program['forwards'])} forward passes of the transformer, but the pipeline "
+                f"made {len(store['clock'])}. Was the run interrupted, or are steps skipped by a cache or a callback?"
             )
         return store, results[0]
 
 
 @contextmanager
 def quiet_bar(pipe: DiffusionPipeline) -> Generator[None]:
-    """Without the pipeline's own progress bar, which is put back as it was."""
+    """Hides the pipeline's own progress bar, and puts it back as it was."""
     attributes, name = vars(pipe), "_progress_bar_config"
     before = {name: attributes[name]} if name in attributes else {}
     pipe.set_progress_bar_config(disable=True)
@@ -197,7 +197,7 @@ def _restore_hooks(modules: list[nn.Module]) -> None:
 def traced(
     open_trace: Any, model: Any, program: Program, payload: dict[str, Any], call: dict[str, Any], reads: dict
 ) -> tuple[Store, list[Any]]:
-    """One trace, one invoke, containers saved empty and filled inside: what holds for local and for remote runs.
+    """Runs one trace with one invoke, containers saved empty and filled inside, for local and for remote runs.
 
     open_trace: the model's method that opens the trace.
     model: of nnsight.

@@ -48,7 +48,7 @@ class Moment:
 
 
 class Hook:
-    """What an applied function is told of where and when it is called."""
+    """Where and when an applied function is called."""
 
     def __init__(self, name: str, moment: Moment, branch: str):
         self.name, self.branch = name, branch
@@ -113,7 +113,7 @@ def execute(model: Any, tracer: Any, program: Program, payload: dict[str, Any], 
 
 
 def replayed_answer(recorded: Any, arguments: tuple[tuple, dict]) -> Any:
-    """A recorded answer on the device of the forward pass: a recording from a server lies in main memory."""
+    """Moves a recorded answer to the device of the forward pass: a recording from a server lies in main memory."""
     device = next(value.device for value in tree_leaves(arguments) if isinstance(value, Tensor) and value.ndim > 1)
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), recorded)
 
@@ -137,8 +137,8 @@ def read_clock(arguments: tuple[tuple, dict], program: Program, clock: list[tupl
             last_step != step and last == timestep and is_exact(value) and not repeated
         ):
             raise PlanMismatchError(
-                f"the plan expects call {len(clock)} to be step {step} ({' and '.join(branches)}), but its time "
-                f"{timestep:.6g} follows {last:.6g}: the pipeline makes another number of transformer calls per step "
+                f"the plan expects forward pass {len(clock)} to be step {step} ({' and '.join(branches)}), but its "
+                f"time {timestep:.6g} follows {last:.6g}: the pipeline makes another number of forward passes per step "
                 "than the plan"
             )
     levels = time["levels"]
@@ -256,7 +256,9 @@ def match_rows(tensor: Tensor, part: Part, context: Context) -> Tensor:
     if tensor.shape[0] == 1 and all(action["kind"] == "Read" for action in part["actions"]):
         return tensor.expand(rows, *tensor.shape[1:])
     if tensor.shape[0] != rows:
-        raise PlanMismatchError(f"the plan expects {rows} rows at {part['name']}, but the call has {tensor.shape[0]}")
+        raise PlanMismatchError(
+            f"the plan expects {rows} rows at {part['name']}, but the forward pass has {tensor.shape[0]}"
+        )
     return tensor
 
 

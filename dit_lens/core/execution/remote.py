@@ -161,7 +161,7 @@ def _gist(answer: str) -> str:
 
 
 def _key(model: DiffusionModel) -> str:
-    """How a server knows a model; the folder of a server of one's own is named as it is."""
+    """How a server knows a model; a local folder, as of a server that its user runs, keeps its name."""
     from httpx import HTTPError
 
     if Path(str(model.repo_id)).is_dir():

@@ -52,7 +52,7 @@ class Outline:
 
     @property
     def sigmas(self) -> tuple[float, ...] | None:
-        """The noise level of each step; None where it cannot be told before the run."""
+        """The noise level of each step; None where it is not known before the run."""
         return self.timeline.sigmas
 
     def select(self, steps: Steps) -> list[int]:

@@ -47,7 +47,7 @@ class Timeline:
 
     @cached_property
     def sigmas(self) -> tuple[float, ...] | None:
-        """The noise level of each step; None where it cannot be told before the run.
+        """The noise level of each step; None where it is not known before the run.
 
         The first look may take as long as the encoding of a prompt: the pipeline is called up to its first step.
         """
@@ -191,7 +191,7 @@ def _guidance_scale(pipe: DiffusionPipeline, guidance: Guidance, call: Mapping[s
 
 
 def _refuse(pipe: DiffusionPipeline, pipeline: Pipeline, call: Mapping[str, Any]) -> None:
-    """Refuses, before a run starts, what would change the transformer calls inside it."""
+    """Refuses, before a run starts, what would change the forward passes inside it."""
     for one in pipeline.refuses:
         value = call.get(one.argument, default_argument(pipe, one.argument))
         if value is not None and (one.off is None or value != one.off):

@@ -115,7 +115,9 @@ _SD3_POINTS = {
     **double_block(),
     "img": {**double_block()["img"], "attn2_out": gated_output("attn2", PointSpec("norm1", slot=6))},
 }
-_SKIPPED = Refusal("skip_guidance_layers", "it adds a call of the transformer at some steps, whose blocks are skipped")
+_SKIPPED = Refusal(
+    "skip_guidance_layers", "it adds a forward pass of the transformer at some steps, whose blocks are skipped"
+)
 _SD3 = Pipeline(
     "StableDiffusion3Pipeline",
     ROWS,

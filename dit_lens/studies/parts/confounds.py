@@ -1,7 +1,7 @@
 """Edits that answer two objections to zeroing massive channels: the next norm, and the size of the change.
 
 Tensors are [row, token, channel]; ``top`` are the channels that would be zeroed. The functions are pure; the ops that
-carry them out remember, within one transformer call, what they did at the site before.
+carry them out remember, within one forward pass, what they did at the site before.
 """
 
 from __future__ import annotations
