@@ -126,16 +126,16 @@ def _check_final(clone: HookedClone) -> Check:
 
 
 def _check_grid(clone: HookedClone) -> Check:
-    """Changing one latent token changes exactly the row-major place y w + x of the first image block's input."""
+    """Changing one latent token changes exactly the row-major position y w + x of the first image block's input."""
     family, rule = clone.anatomy.family, clone.rule
     h, w = family.example.grid
-    place, latents, axes = w + 1, clone.call[rule["latents"]], family.grid.axes
+    position, latents, axes = w + 1, clone.call[rule["latents"]], family.grid.axes
     tokens = pack(latents, axes, rule["patch"]).clone()
-    tokens[:, tokens.shape[1] - clone.image.count + place if axes == "tokens" else place] += 1
+    tokens[:, tokens.shape[1] - clone.image.count + position if axes == "tokens" else position] += 1
     moved = clone.watch({**clone.call, rule["latents"]: unpack(tokens, latents, axes, rule["patch"])})
     first = next(site.name for site in clone.points if site.point == "resid_pre" and site.stream == "img")
     changed = (moved[first] != clone.seen[first]).any(-1)[0]
-    if changed.nonzero().flatten().tolist() != [place] or clone.image.grid[-2:] != (h, w):
+    if changed.nonzero().flatten().tolist() != [position] or clone.image.grid[-2:] != (h, w):
         raise FamilyError(
             f"{clone.name}: image tokens are not where the rule {family.grid.rule!r} and the layout of the stacks put "
             "them."

@@ -61,7 +61,7 @@ class HookedClone:
         return found
 
     def order(self) -> dict[tuple[str, str, str], int]:
-        """When the modules of a block are entered and left: (stack, path, side) -> place."""
+        """When the modules of a block are entered and left: (stack, path, side) -> position."""
         lines: dict[tuple[str, int], dict[tuple[str, str], None]] = {}
         handles = []
         for stack in self.anatomy.family.stacks:
@@ -74,8 +74,8 @@ class HookedClone:
         self.run(self.call, handles)
         order: dict[tuple[str, str, str], int] = {}
         for (stack, _), line in sorted(lines.items(), key=lambda item: -len(item[1])):
-            for place, (path, side) in enumerate(line):
-                order.setdefault((stack, path, side), place)
+            for position, (path, side) in enumerate(line):
+                order.setdefault((stack, path, side), position)
         return order
 
     def read_out(self, tokens: Tensor) -> Tensor:

@@ -84,8 +84,8 @@ def channel_spectrum(
             hovertemplate=hover,
         )
     _set_ranges(figure, values, by_rank=by_rank)
-    place = (np.log10(x[marked]), np.log10(values[marked])) if by_rank else (x[marked], values[marked])
-    _add_labels(figure, *place, marked, stems=not by_rank)
+    position = (np.log10(x[marked]), np.log10(values[marked])) if by_rank else (x[marked], values[marked])
+    _add_labels(figure, *position, marked, stems=not by_rank)
     figure.update_xaxes(title="rank of the channel" if by_rank else "channel")
     figure.update_yaxes(title=f"{score} over image tokens")
     return set_title(figure, _make_title("Score of every channel", site), _describe_ratio(values), height=340)
@@ -300,12 +300,12 @@ def _add_labels(
     for i, offset in enumerate(place_labels(points, [label_width(text) for text in texts], **how)):
         if offset is None:
             continue
-        place = {"x": float(x[i]), "y": float(y[i]), "text": texts[i], "font": {"size": 11}}
+        label = {"x": float(x[i]), "y": float(y[i]), "text": texts[i], "font": {"size": 11}}
         if leaders and offset[1] > LINE:
             leader = {"arrowhead": 0, "arrowwidth": 1, "arrowcolor": INK, "standoff": 4}
-            figure.add_annotation(**place, **leader, ax=0, ay=-offset[1])
+            figure.add_annotation(**label, **leader, ax=0, ay=-offset[1])
         else:
-            figure.add_annotation(**place, showarrow=False, xshift=offset[0], yshift=offset[1])
+            figure.add_annotation(**label, showarrow=False, xshift=offset[0], yshift=offset[1])
 
 
 def _find_runs(channels: Sequence[int]) -> list[tuple[int, int]]:

@@ -46,13 +46,13 @@ def patching_figure(summary: pd.DataFrame) -> go.Figure:
     summary: of ``studies.patching``; columns over, row, column, n, effect (with _low and _high), and attribution_run
       and attribution_step if they were measured; fidelity_source is shown on hovering.
     """
-    places = ("row", "column", "over")
+    axes = ("row", "column", "over")
     numbers = check_summary(
         summary.drop(columns=["row", "column", "over"], errors="ignore"), ("n", "effect", "effect_low")
     )
-    if missing := [name for name in places if name not in summary]:
+    if missing := [name for name in axes if name not in summary]:
         raise OpError(f"The summary lacks {', '.join(missing)}. Pass the summary of studies.patching.")
-    table = numbers.assign(**{name: summary[name] for name in places})
+    table = numbers.assign(**{name: summary[name] for name in axes})
     over = str(table["over"].iloc[0])
     beside, cells = table[table["row"] == "subject"], table[table["row"] != "subject"]
     panels = [name for name in _PANELS if name in cells and cells[name].notna().any()]
@@ -95,7 +95,7 @@ def _draw_map(cells: pd.DataFrame, name: str, over: str, bar: tuple[float, float
         for column in (name, *_FACTS)
         if column in cells
     }
-    order = [list(dict.fromkeys(cells[place])) for place in ("row", "column")]
+    order = [list(dict.fromkeys(cells[axis])) for axis in ("row", "column")]
     laid = {column: values.loc[order[0], order[1]].to_numpy(float) for column, values in grid.items()}
     values = laid[name]
     largest = float(np.nanmax(np.abs(values))) or 1.0

@@ -52,8 +52,8 @@ def sweep_figure(summary: pd.DataFrame, over: Sequence[str], measure: str | None
     figure = make_subplots(down, across, shared_yaxes=True, subplot_titles=list(panels), horizontal_spacing=0.04)
     values = list(dict.fromkeys(table[x]))
     for number, rows in enumerate(panels.values()):
-        place = {"row": number // across + 1, "col": number % across + 1, "showlegend": number == 0}
-        _draw_panel(figure, rows, looks(table["arm"]), x, values, measure, place)
+        position = {"row": number // across + 1, "col": number % across + 1, "showlegend": number == 0}
+        _draw_panel(figure, rows, looks(table["arm"]), x, values, measure, position)
     figure.update_xaxes(
         tickvals=list(range(len(values))), ticktext=[str(value) for value in values], range=[-0.4, len(values) - 0.6]
     )
@@ -79,7 +79,7 @@ def _draw_panel(
     x: str,
     values: Sequence[object],
     measure: str,
-    place: dict[str, Any],
+    position: dict[str, Any],
 ) -> None:
     """Draws one line per arm, side by side if they would hide each other.
 
@@ -89,7 +89,7 @@ def _draw_panel(
     x: the argument on the horizontal axis.
     values: its values, in order.
     measure: column to draw.
-    place: row and column of the panel, as keywords of plotly.
+    position: row and column of the panel, as keywords of plotly.
     """
     for i, (arm, look) in enumerate(drawn.items()):
         line = rows[rows["arm"] == arm]
@@ -104,7 +104,7 @@ def _draw_panel(
             error_y=error_bars(line, measure, look),
             customdata=_hover_data(line, x, measure),
             hovertemplate=_hover_text(look, x, measure),
-            **place,
+            **position,
         )
 
 

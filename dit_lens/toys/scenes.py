@@ -9,7 +9,7 @@
 >>> recognise_scene(drawing.image).scene == scene
 True
 
-Letters: c candidate place of a subject, P pixels of an image.
+Letters: c candidate position of a subject, P pixels of an image.
 """
 
 from __future__ import annotations

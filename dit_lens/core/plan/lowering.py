@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class SiteLowering:
     """What an op may ask while it is laid out (``dit_lens.core.request.ops.Lowering``).
 
-    op, number: the op, and its place in the list of ops.
+    op, number: the op, and its index in the list of ops.
     where: the site.
     steps: the steps it acts at.
     group: its rows and tokens.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Entry:
     """One op at one site and branch.
 
-    op: its place in the list of ops.
+    op: its index in the list of ops.
     kind: its name.
     site, branch: where it acted.
     steps: those it ran at.
