@@ -12,7 +12,7 @@ from dit_lens.errors import FamilyError, OpError, PromptError
 from dit_lens.families import find_by_pipeline
 from dit_lens.instruments.loading_code import LoadingCode
 from dit_lens.instruments.text_embeddings import list_encoded
-from dit_lens.instruments.weights import BYTES, Part, measure_parts
+from dit_lens.instruments.weights import BYTES, Component, measure_parts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +63,7 @@ class Recommendation:
 
     model: str
     gb: float
-    parts: tuple[Part, ...]
+    parts: tuple[Component, ...]
     choices: tuple[LoadingChoice, ...]
 
     def fits(self, choice: LoadingChoice) -> bool:
@@ -174,7 +174,9 @@ def recommend(
     return Recommendation(model, gb, tuple(parts), tuple(_list_choices(model, kind, parts, gb, scale)))
 
 
-def _list_choices(model: str, kind: type | None, parts: list[Part], gb: float, scale: float) -> Iterable[LoadingChoice]:
+def _list_choices(
+    model: str, kind: type | None, parts: list[Component], gb: float, scale: float
+) -> Iterable[LoadingChoice]:
     """Every way, the fastest first."""
     encoders = [part for part in parts if part.role == "encoder"]
     denoisers = [part for part in parts if part.role == "transformer"]

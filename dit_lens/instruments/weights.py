@@ -24,7 +24,7 @@ Shapes = list[tuple[str, tuple[int, ...], int]]  # name, shape and bytes of ever
 
 
 @dataclass(frozen=True)
-class Part:
+class Component:
     """The weights of one part of a pipeline.
 
     name: of the part.
@@ -60,7 +60,7 @@ class Part:
         return "encoder" if is_text_encoder(self.name) else "other"
 
 
-def measure_parts(source: Any) -> tuple[str, type | None, list[Part]]:
+def measure_parts(source: Any) -> tuple[str, type | None, list[Component]]:
     """What a pipeline is called, its class, and its parts."""
     import diffusers
 
@@ -145,13 +145,13 @@ def _make_from_config(folder: Path, library: str, kind: str) -> Shapes:
     return _list_shapes(part)
 
 
-def _make_part(name: str, kind: str, shapes: Shapes, *, quantised: bool) -> Part:
+def _make_part(name: str, kind: str, shapes: Shapes, *, quantised: bool) -> Component:
     blocks: dict[str, int] = {}
     for weight, shape, _ in shapes:
         listed = re.match(r"(.*?\.\d+)\.", weight)
         if listed:
             blocks[listed[1]] = blocks.get(listed[1], 0) + math.prod(shape)
-    return Part(
+    return Component(
         name=name,
         kind=kind,
         parameters=sum(math.prod(shape) for _, shape, _ in shapes),
