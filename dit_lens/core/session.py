@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dit_lens import families
 from dit_lens.core.execution.assemble import assemble
 from dit_lens.core.execution.blocks import Blocks
-from dit_lens.core.execution.engine import Engine, quiet_bar
+from dit_lens.core.execution.engine import Engine, hide_progress_bar
 from dit_lens.core.plan.batches import run_in_batches
 from dit_lens.core.plan.compile import Plan, compile_plan
 from dit_lens.core.plan.cost import Cost, cost_of
@@ -24,7 +24,7 @@ from dit_lens.core.request.text_tokens import TextTokens
 from dit_lens.core.request.timeline import Timeline, make_timeline
 from dit_lens.core.runs.comparison import Comparison, compare
 from dit_lens.core.runs.files import read_json
-from dit_lens.core.runs.provenance import describe, plain, unsaved
+from dit_lens.core.runs.provenance import describe, holds_unsaved, to_plain_data
 from dit_lens.core.runs.run import Recording, Run
 from dit_lens.core.trace import Trace
 from dit_lens.errors import PromptError, SiteError
@@ -226,7 +226,7 @@ class Session:
 
     def run_spec(self, spec: Mapping[str, Any]) -> Run:
         """Runs what a saved run's ``spec`` describes."""
-        if unsaved(spec):
+        if holds_unsaved(spec):
             raise PromptError(
                 "this run was made with values that JSON cannot keep, so it cannot be repeated from its spec: "
                 f"{', '.join(_unkept(spec))}. Call lens.run again with them."
@@ -259,8 +259,8 @@ class Session:
 
     @contextmanager
     def quiet(self) -> Generator[None]:
-        """Without the pipeline's own progress bar, which is put back as it was."""
-        with quiet_bar(self.pipe):
+        """Hides the pipeline's own progress bar, and puts it back as it was."""
+        with hide_progress_bar(self.pipe):
             yield
 
     def _plan(
@@ -301,7 +301,7 @@ class Session:
         ]
         seed = None if call.seeds is None else list(call.seeds)
         prompt = None if call.prompts is None else list(call.prompts)
-        return {"prompt": prompt, "seed": seed, "call": plain(call.arguments), "ops": described}
+        return {"prompt": prompt, "seed": seed, "call": to_plain_data(call.arguments), "ops": described}
 
     @property
     def _text(self) -> TextTokens:
@@ -317,8 +317,8 @@ def _stored_defaults(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 def _unkept(spec: Mapping[str, Any]) -> list[str]:
     """What of a spec was not kept, by name."""
-    arguments = [f"{name}=" for name, value in spec["call"].items() if unsaved(value)]
-    return [*arguments, *(f"ops[{i}]" for i, op in enumerate(spec["ops"]) if unsaved(op))]
+    arguments = [f"{name}=" for name, value in spec["call"].items() if holds_unsaved(value)]
+    return [*arguments, *(f"ops[{i}]" for i, op in enumerate(spec["ops"]) if holds_unsaved(op))]
 
 
 def _from_unsaved_run(op: Op) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.core.runs.provenance import unsaved
+from dit_lens.core.runs.provenance import holds_unsaved
 
 if TYPE_CHECKING:
     from dit_lens.core.runs.run import Run
@@ -57,7 +57,7 @@ def code_of_lens(run: Run) -> str:
 def _code_of_run(run: Run, name: str) -> str:
     if run.folder is not None:
         return f"{name} = dl.Run.load({str(run.folder)!r})"
-    if unsaved(run.spec):
+    if holds_unsaved(run.spec):
         return f"# {name}: made with values that cannot be written as code; run.save(folder) keeps it"
     spec = run.spec
     call = {"seed": spec["seed"], **spec["call"]}

@@ -72,7 +72,7 @@ def invert(lens: Session, images: Sequence[Image], prompts: Sequence[str] | str 
     call = {**call, **_turn_off_guidance(lens)}
     latents, grid = encode_images(lens, images, prompts, call)
     call |= {"seed": 0, "output_type": "latent"}
-    with lens.quiet(), _reversed_scheduler(lens.pipe):
+    with lens.quiet(), _reverse_scheduler(lens.pipe):
         back = lens.run(prompts, [Read("velocity")], latents=as_latents_argument(lens, latents, grid), **call)
     noise = as_latents_argument(lens, read_latents(lens, back.latents, grid), grid)
     with lens.quiet():
@@ -166,8 +166,8 @@ def _turn_off_guidance(lens: Session) -> dict[str, Any]:
 
 
 @contextmanager
-def _reversed_scheduler(pipe: DiffusionPipeline) -> Generator[None]:
-    """The pipeline with its scheduler's steps in reverse order, from clean to noise."""
+def _reverse_scheduler(pipe: DiffusionPipeline) -> Generator[None]:
+    """Puts the steps of the pipeline's scheduler in reverse order, from clean to noise."""
     forward = pipe.scheduler
     scheduler = type(forward).from_config(forward.config)  # of the same class: pipelines ask for it
     ahead = scheduler.set_timesteps

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dit_lens.core.request.call import prepare_call
-from dit_lens.core.runs.files import read_json, recovered, whole_folder, write_json
+from dit_lens.core.runs.files import find_folder, read_json, whole_folder, write_json
 from dit_lens.errors import DitLensError, StoreError
 from dit_lens.toys.kinds import SHARES, kind
 from dit_lens.toys.scenes import VOCABULARY, sample_scenes
@@ -81,7 +81,7 @@ def train(out: Path, settings: Settings, *, resume: bool = False) -> DiffusionPi
     settings: settings of the run.
     resume: continues from the checkpoints in ``out``. Without it, StoreError is raised if there are any.
     """
-    if not resume and any(recovered(out / f"checkpoint-{name}").exists() for name in SHARES):
+    if not resume and any(find_folder(out / f"checkpoint-{name}").exists() for name in SHARES):
         raise StoreError(
             f"{out} holds the checkpoints of a training run. Pass --resume to continue it, or choose another folder."
         )
@@ -111,7 +111,7 @@ def fit(stage: Stage, pipe: DiffusionPipeline, out: Path, settings: Settings, *,
     folder = out / f"checkpoint-{stage.name}"
     optimizer = torch.optim.AdamW(stage.net.parameters(), settings.rate, betas=(0.9, 0.99), weight_decay=0.01)
     ema = {name: value.clone() for name, value in stage.net.state_dict().items()}
-    progress = _restore(recovered(folder), stage.net, ema, optimizer, settings)
+    progress = _restore(find_folder(folder), stage.net, ema, optimizer, settings)
     budget = 60 * settings.minutes * toy.SHARES[stage.name]
     saved = progress.seconds
     stage.net.train()

@@ -116,7 +116,7 @@ class Engine:
         """What reads the noise levels of a call off the pipeline. time: how the transformer's time is read."""
 
         def measure(steps: int, skipped: int) -> tuple[float, ...] | None:
-            with self.turn.run(), quiet_bar(self.pipe):
+            with self.turn.run(), hide_progress_bar(self.pipe):
                 return measure_sigmas(self.pipe, call.keywords(), time, steps, skipped)
 
         return measure
@@ -143,7 +143,7 @@ class Engine:
             try:
                 model = self.model if call.get("prompt") is not None else self.promptless
                 arguments = call | {"gradients": True} if self._gradients else call
-                store, results = traced(model.trace, model, program, payload, arguments, reads)
+                store, results = run_traced(model.trace, model, program, payload, arguments, reads)
             except torch.OutOfMemoryError as full:
                 if not self._gradients:
                     raise
@@ -162,7 +162,7 @@ class Engine:
 
 
 @contextmanager
-def quiet_bar(pipe: DiffusionPipeline) -> Generator[None]:
+def hide_progress_bar(pipe: DiffusionPipeline) -> Generator[None]:
     """Hides the pipeline's own progress bar, and puts it back as it was."""
     attributes, name = vars(pipe), "_progress_bar_config"
     before = {name: attributes[name]} if name in attributes else {}
@@ -194,7 +194,7 @@ def _restore_hooks(modules: list[nn.Module]) -> None:
         vars(module)["forward"] = Controller(module, state)
 
 
-def traced(
+def run_traced(
     open_trace: Any, model: Any, program: Program, payload: dict[str, Any], call: dict[str, Any], reads: dict
 ) -> tuple[Store, list[Any]]:
     """Runs one trace with one invoke, containers saved empty and filled inside, for local and for remote runs.

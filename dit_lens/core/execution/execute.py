@@ -103,7 +103,7 @@ def execute(model: Any, tracer: Any, program: Program, payload: dict[str, Any], 
         image = find_image_tokens(arguments, program["grid"])
         check_grid(image.grid, program["expected_grid"])
         if number in program["replayed"]:
-            model.get(denoiser).skip(replayed_answer(payload["answers"][number], arguments))
+            model.get(denoiser).skip(move_answer(payload["answers"][number], arguments))
         store["grid"][:] = image.grid
         context = Context(model, program, payload, store, indices, arguments, moment, image)
         for visit in forward["visits"]:
@@ -112,7 +112,7 @@ def execute(model: Any, tracer: Any, program: Program, payload: dict[str, Any], 
             store["answers"].append(model.get(denoiser).output)
 
 
-def replayed_answer(recorded: Any, arguments: tuple[tuple, dict]) -> Any:
+def move_answer(recorded: Any, arguments: tuple[tuple, dict]) -> Any:
     """Moves a recorded answer to the device of the forward pass: a recording from a server lies in main memory."""
     device = next(value.device for value in tree_leaves(arguments) if isinstance(value, Tensor) and value.ndim > 1)
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), recorded)

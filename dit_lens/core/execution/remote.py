@@ -86,14 +86,14 @@ class RemoteEngine:
         call: the keyword arguments of the pipeline.
         reads: receives what is read.
         """
-        from dit_lens.core.execution.engine import traced
+        from dit_lens.core.execution.engine import run_traced
 
         _check_prompts(call)
         with self.lock, self._translate_errors():
             _register()
             _check_functions([*call.values(), *payload.values()])
             call = {**call, "backend": self.backend(self.host)}
-            store, results = traced(self.model.generate, self.model, program, payload, call, {})
+            store, results = run_traced(self.model.generate, self.model, program, payload, call, {})
         for key in list(store["reads"]):
             reads[key] = store["reads"].pop(key)
         return {**store, "reads": reads}, results[0]
@@ -134,7 +134,7 @@ class RemoteEngine:
         try:
             yield
         except RemoteError as failure:
-            gist = _gist(str(failure))
+            gist = _shorten_answer(str(failure))
             advice = f"{_MISSING} {_LOST}" if "ModuleNotFoundError" in gist else _LOST
             self._failed(f"answered: {gist}", advice, failure)
         except WebSocketBadStatusException as refusal:
@@ -147,12 +147,12 @@ class RemoteEngine:
         raise ExecutionError(f"the nnsight server {self.host} {how}. {advice}") from cause
 
 
-def _gist(answer: str) -> str:
+def _shorten_answer(answer: str) -> str:
     r"""What a server says before a traceback, or what the traceback is of; the error's cause shows all of it.
 
-    >>> _gist("Could not deploy this model.\nTraceback (most recent call last):\n  File ...")
+    >>> _shorten_answer("Could not deploy this model.\nTraceback (most recent call last):\n  File ...")
     'Could not deploy this model'
-    >>> _gist("Traceback (most recent call last):\n  File ...\nValueError: no such thing")
+    >>> _shorten_answer("Traceback (most recent call last):\n  File ...\nValueError: no such thing")
     'ValueError: no such thing'
     """
     answer = answer.strip()

@@ -53,7 +53,7 @@ def measure_sigmas(
 
     handle = pipe.transformer.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
-        with _undisturbed(pipe), suppress(_Stop):
+        with _keep_pipeline_as_it_is(pipe), suppress(_Stop):
             pipe(**{name: _copy_generators(value) for name, value in call.items()})
     finally:
         handle.remove()
@@ -82,8 +82,8 @@ def _follow(
 
 
 @contextmanager
-def _undisturbed(pipe: DiffusionPipeline) -> Generator[None]:
-    """A copy stands for the scheduler, and random numbers are put back."""
+def _keep_pipeline_as_it_is(pipe: DiffusionPipeline) -> Generator[None]:
+    """Puts a copy in place of the scheduler, and puts the scheduler and random numbers back."""
     scheduler = pipe.scheduler
     pipe.scheduler = copy.deepcopy(scheduler)
     try:

@@ -148,13 +148,13 @@ def _positions(wanted: Wanted, asked: list[int], kept: Any, what: str) -> list[i
     missing = [index for index in asked if index not in position]
     if missing:
         raise OpError(
-            f"{wanted.op}: the source run read {wanted.name} without {what} {_some(missing)}; it has "
-            f"{_some(list(kept))}. Read more, or narrow {what}=."
+            f"{wanted.op}: the source run read {wanted.name} without {what} {_list_some(missing)}; it has "
+            f"{_list_some(list(kept))}. Read more, or narrow {what}=."
         )
     return [position[index] for index in asked]
 
 
-def _some(values: list[int]) -> str:
+def _list_some(values: list[int]) -> str:
     return ", ".join(map(str, values[:8])) + (f" ... ({len(values)} in all)" if len(values) > 8 else "")
 
 

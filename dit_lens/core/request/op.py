@@ -119,8 +119,8 @@ class Op:
         return at.on_branches(kind=type(self).__name__)
 
     def __repr__(self) -> str:
-        set_ = [(f.name, getattr(self, f.name)) for f in _ordered(self) if getattr(self, f.name) is not f.default]
-        return f"{type(self).__name__}({', '.join(f'{name}={_brief(value)}' for name, value in set_)})"
+        set_ = [(f.name, getattr(self, f.name)) for f in _order_fields(self) if getattr(self, f.name) is not f.default]
+        return f"{type(self).__name__}({', '.join(f'{name}={_shorten(value)}' for name, value in set_)})"
 
 
 OPS: dict[str, type[Op]] = {}  # every op by its name
@@ -157,12 +157,12 @@ def to_real_tensor(value: Any, what: str) -> Tensor:
     return tensor
 
 
-def _ordered(op: Op) -> list[Any]:
+def _order_fields(op: Op) -> list[Any]:
     first = ("site",)
     return sorted(fields(op), key=lambda f: f.name not in first)
 
 
-def _brief(value: Any) -> str:
+def _shorten(value: Any) -> str:
     shape = getattr(value, "shape", None)
     if shape is not None:
         return f"<{type(value).__name__.lower()} {list(shape)}>"

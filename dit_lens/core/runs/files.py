@@ -39,14 +39,14 @@ def whole_folder(path: str | Path, *, mark: str, overwrite: bool = True) -> Gene
     with _alone_in(path.parent):
         _check_replaceable(path, mark, overwrite)
         _remove_leftovers(path)
-    fresh = _beside(path, f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+    fresh = _name_beside(path, f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
     fresh.mkdir()
     try:
         yield fresh
         (fresh / mark).touch()
         with _alone_in(path.parent):
             _check_replaceable(path, mark, overwrite)
-            old = _beside(path, "old")
+            old = _name_beside(path, "old")
             shutil.rmtree(old, ignore_errors=True)
             if path.exists():
                 path.rename(old)
@@ -101,11 +101,11 @@ def check_pipeline(folder: Path) -> bool:
     return False
 
 
-def recovered(path: str | Path) -> Path:
+def find_folder(path: str | Path) -> Path:
     """The folder to read: ``path``, or what it replaced if the writer died between the two renames."""
     path = Path(path)
     try:
-        old = _beside(path, "old")
+        old = _name_beside(path, "old")
         if path.exists() or not old.exists():
             return path
     except (OSError, ValueError) as problem:  # a name that no file can have
@@ -122,7 +122,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def write_text(path: str | Path, text: str) -> Path:
     """Writes a file whole or not at all, and returns its path."""
     path = Path(path)
-    fresh = _beside(path, f"{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+    fresh = _name_beside(path, f"{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
     try:
         fresh.write_text(text, encoding="utf-8")
         fresh.replace(path)
@@ -160,7 +160,7 @@ def read_versioned(path: Path, kind: str, version: int) -> dict[str, Any]:
 
 
 @contextmanager
-def told_of_damage(folder: Path, remedy: str) -> Generator[None]:
+def report_damage(folder: Path, remedy: str) -> Generator[None]:
     """Turns whatever damaged or foreign data causes inside into a StoreError. remedy: what to do, as a sentence."""
     from PIL import Image, UnidentifiedImageError
     from safetensors import SafetensorError
@@ -192,5 +192,5 @@ def file_inside(folder: Path, name: Any) -> Path:
     return folder / name
 
 
-def _beside(path: Path, mark: str) -> Path:
+def _name_beside(path: Path, mark: str) -> Path:
     return path.with_name(f".{path.name}.{mark}")

@@ -30,10 +30,10 @@ def describe(pipe: DiffusionPipeline, family: Family) -> dict[str, Any]:
         "revision": pipe.config.get("_commit_hash"),
         "transformer": _config(transformer),
         "scheduler": {"class": type(pipe.scheduler).__name__, **_config(pipe.scheduler)},
-        "lora": plain(getattr(transformer, "peft_config", None) and list(transformer.peft_config)) or [],
+        "lora": to_plain_data(getattr(transformer, "peft_config", None) and list(transformer.peft_config)) or [],
         "dtype": str(transformer.dtype).removeprefix("torch."),
         "weights": fingerprint(transformer),
-        "quantization": plain(getattr(transformer.config, "quantization_config", None)),
+        "quantization": to_plain_data(getattr(transformer.config, "quantization_config", None)),
         "attention": str(getattr(transformer, "_attention_backend", None) or "native"),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -98,26 +98,26 @@ def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def _config(part: Any) -> dict[str, Any]:
     """A part's configuration without diffusers' own notes: where it came from, and a list whose order changes."""
-    return plain({name: value for name, value in part.config.items() if not name.startswith("_")})
+    return to_plain_data({name: value for name, value in part.config.items() if not name.startswith("_")})
 
 
-def plain(value: Any) -> Any:
+def to_plain_data(value: Any) -> Any:
     """A value as JSON can hold it; tensors, images and other objects become a word that says what they were."""
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_plain_data(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_plain_data(item) for item in value]
     shape = getattr(value, "shape", None) or getattr(value, "size", None)
     return {"unsaved": f"{type(value).__name__}{'' if shape is None else ' ' + str(list(shape))}"}
 
 
-def unsaved(value: Any) -> bool:
-    """Whether plain data holds, anywhere, the place of something that could not be kept."""
+def holds_unsaved(value: Any) -> bool:
+    """Whether plain data holds, anywhere, the name of something that could not be kept."""
     if isinstance(value, dict):
-        return "unsaved" in value or any(unsaved(item) for item in value.values())
-    return isinstance(value, list) and any(unsaved(item) for item in value)
+        return "unsaved" in value or any(holds_unsaved(item) for item in value.values())
+    return isinstance(value, list) and any(holds_unsaved(item) for item in value)
 
 
 def _version(package: str) -> str:

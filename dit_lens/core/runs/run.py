@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from dit_lens.core.runs.files import read_versioned, recovered, told_of_damage, whole_folder, write_json
+from dit_lens.core.runs.files import find_folder, read_versioned, report_damage, whole_folder, write_json
 from dit_lens.core.runs.html import run_html
 from dit_lens.core.runs.receipt import Receipt
 from dit_lens.errors import OpError, SiteError, nearest
@@ -264,9 +264,9 @@ class Run(Mapping[str, Any]):
         from PIL import Image
         from safetensors.torch import load_file
 
-        folder = recovered(folder)
+        folder = find_folder(folder)
         data = read_versioned(folder / "run.json", "run", FORMAT)
-        with told_of_damage(folder, "Restore it from a copy, or run it again."):
+        with report_damage(folder, "Restore it from a copy, or run it again."):
             tensors = load_file(folder / "reads.safetensors")
             latents = load_file(folder / "latents.safetensors")["latents"] if data["latents"] else None
             images = [Image.open(folder / "images" / f"{i:03d}.png").copy() for i in range(data["images"])]

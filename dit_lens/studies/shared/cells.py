@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dit_lens.core.runs.files import read_json, recovered, whole_folder, write_json
+from dit_lens.core.runs.files import find_folder, read_json, whole_folder, write_json
 from dit_lens.errors import StoreError
 from dit_lens.studies.shared.old_data import update_cell
 
@@ -72,7 +72,7 @@ def read_cell(folder: Path, study: str, key: str | None = None) -> Cell:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    folder = recovered(folder)
+    folder = find_folder(folder)
     data = read_json(folder / "cell.json", "a cell of a study")
     try:
         data = update_cell(data, study)
@@ -88,7 +88,7 @@ def read_cell(folder: Path, study: str, key: str | None = None) -> Cell:
 def number_folders(folder: Path) -> Iterator[Path]:
     """The folders 000000, 000001 ... inside a folder, as far as they go without a gap."""
     number = 0
-    while recovered(numbered := folder / f"{number:06d}").exists():
+    while find_folder(numbered := folder / f"{number:06d}").exists():
         yield numbered
         number += 1
 

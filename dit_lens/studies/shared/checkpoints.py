@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tqdm.auto import tqdm
 
-from dit_lens.core.runs.files import recovered
+from dit_lens.core.runs.files import find_folder
 from dit_lens.errors import StudyInterrupted
 from dit_lens.studies.shared.cells import Cell, read_cell, write_cell
 from dit_lens.studies.shared.folders import claim_folder, to_plain_data
@@ -75,7 +75,7 @@ class StudyCheckpoints:
     def get(self, key: str, make: Callable[[], Cell]) -> Cell:
         """Returns the cell of a key: the one that is kept, else what ``make`` returns, which is kept first."""
         folder = None if self.folder is None else self.folder / "cells" / f"{len(self.finished):06d}"
-        if folder is not None and recovered(folder).exists():
+        if folder is not None and find_folder(folder).exists():
             cell = read_cell(folder, self.study, key)
         else:
             cell = make()

@@ -99,7 +99,7 @@ class Protocol:
         return f"Protocol {self.name}: {self.about}\n{self.table.to_string(index=False, justify='left')}"
 
 
-def _of(study: str, *choices: tuple[Any, ...]) -> tuple[Choice, ...]:
+def _make_choices(study: str, *choices: tuple[Any, ...]) -> tuple[Choice, ...]:
     return tuple(Choice(study, *choice) for choice in choices)
 
 
@@ -109,7 +109,7 @@ _REPRODUCED_SETS = (("score", "mean|x|", "repro", "absolute values first, then t
 _DRAWS = ("draws", 10, "ours", "random controls, each one map of channels for all blocks")
 _STABLE = ("stable", 0.9, "ours", "SPARK's stopping rule")
 
-_STABILITY = _of(
+_STABILITY = _make_choices(
     "stability",
     _K,
     ("scores", ("|mean|", "mean|x|"), "paper", "the authors' score, and beside it the reproduction's"),
@@ -118,7 +118,7 @@ _STABILITY = _of(
     _STABLE,
 )
 
-_REPRODUCED_STABILITY = _of(
+_REPRODUCED_STABILITY = _make_choices(
     "stability",
     _K,
     ("scores", ("mean|x|", "p99.9"), "repro", "the second finds channels that are massive at few tokens"),
@@ -138,16 +138,16 @@ _PROCEDURE = (
     ("", "energy-matched arm, chance level, nulls", "ours", "what a smooth, centred subject demands"),
 )
 
-_ORGANISATION = _of("organisation", *_SETS, *_PROCEDURE, _DRAWS)
+_ORGANISATION = _make_choices("organisation", *_SETS, *_PROCEDURE, _DRAWS)
 
-_REPRODUCED_ORGANISATION = _of(
+_REPRODUCED_ORGANISATION = _make_choices(
     "organisation",
     *_REPRODUCED_SETS,
     *_PROCEDURE,
     ("draws", 5, "repro", "random controls; here each is one map of channels for all blocks"),
 )
 
-_DISRUPTION = _of(
+_DISRUPTION = _make_choices(
     "disruption",
     *_SETS,
     ("ablation", "zero", "paper", "channels are set to 0"),
@@ -174,9 +174,9 @@ _TRANSPORT = (
     ("", "one noise for source and target", "ours", "not stated"),
 )
 
-_TRANSFER = _of("transfer", *_TRANSPORT)
+_TRANSFER = _make_choices("transfer", *_TRANSPORT)
 
-_TRANSFER_IMAGE = _of(
+_TRANSFER_IMAGE = _make_choices(
     "transfer_image",
     *_TRANSPORT,
     ("how", "noised", "ours", "how an image's trajectory is had is not stated; inversion is the other way"),

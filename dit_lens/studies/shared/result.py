@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from dit_lens.core.runs.files import read_versioned, recovered, whole_folder, write_json
+from dit_lens.core.runs.files import find_folder, read_versioned, whole_folder, write_json
 from dit_lens.errors import OpError, StoreError
 from dit_lens.old_names import OldName
 from dit_lens.studies.shared.code import write_call
@@ -121,7 +121,7 @@ class Result:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        folder = recovered(folder)
+        folder = find_folder(folder)
         if (folder / "study.json").exists():
             return load_study(folder)
         data = read_versioned(folder / "result.json", "result", FORMAT)

@@ -16,7 +16,7 @@ from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
 
 import dit_lens as dl
 from dit_lens import Apply, DiTLens, Read, Swap, Zero, toys
-from dit_lens.core.execution.execute import replayed_answer
+from dit_lens.core.execution.execute import move_answer
 from dit_lens.core.execution.remote import RemoteEngine, pipeline_without_weights
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, StoreError
 from tests import pipelines
@@ -129,7 +129,7 @@ def test_a_recorded_run_goes_there_and_back(lenses, served):
         return lens.run("red", Zero("blocks.2.img", channels=[1], steps=[2]), seed=0, prefix=base)
 
     same(*map(edited, lenses))
-    assert replayed_answer((torch.ones(1),), ((), {"hidden": torch.ones(1, 1, device="meta")}))[0].device.type == "meta"
+    assert move_answer((torch.ones(1),), ((), {"hidden": torch.ones(1, 1, device="meta")}))[0].device.type == "meta"
 
 
 def test_methods_and_studies_that_are_made_of_runs_work_there(lenses, served):

@@ -15,7 +15,7 @@ import torch
 
 import dit_lens as dl
 from dit_lens import Read, Run
-from dit_lens.core.runs.files import read_json, recovered, whole_folder, write_text
+from dit_lens.core.runs.files import find_folder, read_json, whole_folder, write_text
 from dit_lens.errors import StoreError
 
 SECONDS = float(os.environ.get("DIT_LENS_RACE", "6"))
@@ -55,7 +55,7 @@ def test_racing_writers_and_a_reader_never_see_half_a_run(saved, tmp_path):
     writers = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in "abc"]
     whole, seen = Run.load(saved), set()
     while any(writer.poll() is None for writer in writers):
-        if recovered(out).exists():
+        if find_folder(out).exists():
             found = load_or_none(out)
             if found is None:
                 continue
