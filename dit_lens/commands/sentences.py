@@ -235,7 +235,7 @@ def describe_transfer(result: Result) -> str:
 
 
 def describe_patching(result: Result) -> str:
-    """What a patching found: the strongest cells, and how well attribution foretells the map."""
+    """What a patching found: the strongest cells, and how well attribution predicts the map."""
     best = result.summary.nlargest(3, "effect")
     cells = ", ".join(
         f"{row['column']} at {row['row']} {format_interval(row, 'effect', '.2f')}" for _, row in best.iterrows()

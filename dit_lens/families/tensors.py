@@ -41,7 +41,7 @@ def compute_gate(value: Tensor, location: Location, module: Any) -> Tensor:
 
 
 def apply_to_part(module: Any, tensor: Tensor, location: Location) -> Tensor:
-    """What a linear module makes of some channels of its input alone; its bias counts with the last of them.
+    """Applies a linear module to some channels of its input alone; its bias counts with the last of them.
 
     W [a, b] + bias = (W [a, 0]) + (W [0, b] + bias), so that the parts add up to what the module writes.
     """

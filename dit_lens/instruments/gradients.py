@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from dit_lens.core.request.ops import Apply
-from dit_lens.errors import ExecutionError, FamilyError, OpError, PromptError, SiteError, nearest
+from dit_lens.errors import ExecutionError, FamilyError, OpError, PromptError, SiteError, check_choice, nearest
 from dit_lens.families.sources import find_without_gradient
 
 if TYPE_CHECKING:
@@ -82,8 +82,7 @@ def gradients(
     **call: Any,
 ) -> Gradients:
     """See :meth:`dit_lens.DiTLens.gradients`."""
-    if through not in THROUGH:
-        raise OpError(f"through={through!r} does not exist.{nearest(str(through), THROUGH)}")
+    check_choice(through, THROUGH, "value of through")
     if branch not in ("cond", "uncond"):
         raise OpError(f"branch={branch!r}: gradients are of one branch, 'cond' or 'uncond'.")
     if odd := [name for name in ("batch_size", "record", "prefix") if name in call]:

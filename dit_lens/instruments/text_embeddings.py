@@ -145,9 +145,9 @@ def list_encoded(kind: type[DiffusionPipeline], family: Family) -> tuple[str, ..
 def _check(pipe: DiffusionPipeline, prepared: Call) -> None:
     """Refuses what this very pipeline or call cannot do."""
     if not find_encoders(pipe):
-        gone = any(is_text_encoder(name) for name in pipe.components)
+        released = any(is_text_encoder(name) for name in pipe.components)
         raise PromptError(
-            f"{type(pipe).__name__} holds no text encoder{' any more' if gone else ''}. Encode prompts before the "
+            f"{type(pipe).__name__} holds no text encoder{' any more' if released else ''}. Encode prompts before the "
             "encoders are released, or load a pipeline with them."
         )
     if any((prepared.arguments.get(name) or 1) > 1 for name in IMAGES_PER_PROMPT):
@@ -255,7 +255,7 @@ def _complete_arguments(pipe: DiffusionPipeline, prepared: Call) -> dict[str, An
 def _move_encoders(pipe: DiffusionPipeline, device: str | torch.device | None) -> Generator[Any]:
     """The text encoders on a device for a while; yields the device."""
     if device is None:
-        yield pipe._execution_device  # noqa: SLF001 diffusers offers no public way
+        yield pipe._execution_device
         return
     before = {name: part.device for name, part in find_encoders(pipe).items()}
     try:

@@ -15,10 +15,10 @@ from dit_lens.analysis.channels import ChannelSet
 from dit_lens.analysis.metrics import Distance
 from dit_lens.analysis.metrics.distances import distances as distances_of
 from dit_lens.core.request.ops import MeanAblate, Op, Read, Scale, Swap, Zero
-from dit_lens.errors import PromptError
+from dit_lens.errors import PromptError, check_choice
 from dit_lens.plots import disruption_figure
 from dit_lens.studies.parts.confounds import make_fill_ops, make_push_ops, make_raise_ops
-from dit_lens.studies.shared.arguments import as_prompts, as_seeds, as_tuple, check_choice, check_k, describe_k
+from dit_lens.studies.shared.arguments import as_prompts, as_seeds, as_tuple, check_k, describe_k
 from dit_lens.studies.shared.arms import DRAWS, Arm, add_controls, average_scores, make_score_reads, select_top_channels
 from dit_lens.studies.shared.batches import BatchRunner, PromptBatch, make_batches, skips_first_step
 from dit_lens.studies.shared.cells import Cell
@@ -171,7 +171,7 @@ def disruption(
 
 
 def _check_ablation(ablation: str, prompts: Sequence[str], batch_size: int | None) -> None:
-    check_choice("ablation", ablation, ("zero", "mean", "resample"))
+    check_choice(ablation, ("zero", "mean", "resample"), "ablation")
     if ablation == "resample" and any(len(batch.prompts) < 2 for batch in make_batches(prompts, [0], batch_size)):
         raise PromptError(
             "ablation='resample' takes values from another prompt of the same batch, and one batch has a single "

@@ -12,12 +12,12 @@ import pandas as pd
 from scipy.stats import pearsonr, spearmanr
 
 from dit_lens.core.request.ops import Branch
-from dit_lens.errors import OpError, PromptError, nearest
+from dit_lens.errors import OpError, PromptError, check_choice, nearest
 from dit_lens.instruments.gradients import THROUGH, PairMetric, nearness
 from dit_lens.plots import patching_figure
 from dit_lens.studies.parts.patched_pair import ENDS, PatchedPair, PatchMap
 from dit_lens.studies.parts.patches import chunk_patches
-from dit_lens.studies.shared.arguments import as_pairs, as_seeds, check_choice, describe_k
+from dit_lens.studies.shared.arguments import as_pairs, as_seeds, describe_k
 from dit_lens.studies.shared.arms import DRAWS
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
@@ -102,7 +102,7 @@ def patching(
 
     ``effect`` is how far the metric moves from the untouched target (0) to the source (1). ``fidelity_source`` and
     ``fidelity_target`` say how far the judge finds either prompt in an image. Beside the swaps stands what attribution
-    patching (see :func:`attribution`) foretells: through "run" of the same metric, through "step" of the nearness of
+    patching (see :func:`attribution`) predicts: through "run" of the same metric, through "step" of the nearness of
     what each step predicts. The notes say how well it agrees with the swaps; :func:`agreement` as a table.
 
     Cells of one step share a batch that starts from the untouched run's latents at that step. All batches have equally
@@ -201,7 +201,7 @@ def _check(
     """
     if same := [source for source, target in pairs if source == target]:
         raise PromptError(f"source and target are both {same[0]!r}, so no patch can move one to the other.")
-    check_choice("over", over, OVER)
+    check_choice(over, OVER, "value of over")
     for through in attribute:
         if through not in THROUGH:
             raise OpError(f"attribute= knows no {through!r}.{nearest(str(through), THROUGH)}")
@@ -215,7 +215,7 @@ def _check(
 
 
 def agreement(table: pd.DataFrame) -> pd.DataFrame:
-    """How well attribution foretells the effects of patches, over the cells of a map.
+    """How well attribution predicts the effects of patches, over the cells of a map.
 
     >>> table = pd.DataFrame({"prompt": "a", "seed": 0, "effect": [0.0, 1.0, 3.0], "attribution_run": [0.0, 1.0, 2.0]})
     >>> agreement(table)[["attribution", "cells", "pearson", "spearman"]].round(3).values.tolist()

@@ -137,7 +137,7 @@ def _find_swept(study: str | Study) -> StudyRecord:
     record = find_study(name)
     if record is None or record.name == "sweep":
         known = [other for other in study_names() if other != "sweep"]
-        raise OpError(f"There is no study {name!r} to sweep.{nearest(name, known)}")
+        raise OpError(f"{name!r} is not a valid study to sweep.{nearest(name, known)}")
     return record
 
 

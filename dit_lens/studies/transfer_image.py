@@ -14,13 +14,13 @@ import torch
 
 from dit_lens.analysis.metrics import rmse
 from dit_lens.core.request.ops import Branch, Swap
-from dit_lens.errors import OpError
+from dit_lens.errors import OpError, check_choice
 from dit_lens.instruments.inversion import check_flow, check_invertible, invert, noised_reference
 from dit_lens.instruments.latents import decode_latents, encode_images
 from dit_lens.plots import transfer_image_figure
 from dit_lens.studies.parts.transport import ChannelsFrom, PairBatch, plan_transport
 from dit_lens.studies.parts.transport_cells import run_transport
-from dit_lens.studies.shared.arguments import as_pairs, as_seeds, check_choice
+from dit_lens.studies.shared.arguments import as_pairs, as_seeds
 from dit_lens.studies.shared.arms import DRAWS
 from dit_lens.studies.shared.batches import PromptBatch, make_batches
 from dit_lens.studies.shared.cells import Cell
@@ -185,7 +185,7 @@ def _check(
     seeds: seeds of the noise.
     call: other arguments of the pipeline.
     """
-    check_choice("how", how, ("noised", "inverted"))
+    check_choice(how, ("noised", "inverted"), "value of how")
     check_flow(lens, prompts, call)
     if how == "inverted":
         check_invertible(lens)

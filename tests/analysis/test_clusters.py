@@ -241,7 +241,7 @@ def test_chance_on_an_image():
     [
         (
             lambda: normalise(np.ones((2, 2)), "min-max"),
-            r"no method 'min-max'\. Nearest: 'minmax'\. There are: minmax, robust",
+            r"'min-max' is not a valid method\. Nearest: 'minmax'\. There are: minmax, robust",
         ),
         (lambda: normalise(np.ones(4)), r"Tokens must be \[n, k\] .* got shape \[4\]"),
         (lambda: normalise(np.ones((4, 0))), r"one token and channel; got shape \[4, 0\]"),
@@ -249,7 +249,10 @@ def test_chance_on_an_image():
         (lambda: cluster(np.ones((3, 1)), 4), r"n_clusters=4 was asked for, but there are 3 tokens\. Choose 2 to 3"),
         (lambda: cluster(np.ones((3, 1)), 1), r"n_clusters=1"),
         (lambda: segment(np.ones((4, 1)), (2, 3)), r"must be \(h, w\) with h \* w = 4 tokens; got \(2, 3\)"),
-        (lambda: segment(np.ones((4, 1)), (2, 2), polarity="heart"), r"no polarity 'heart'\. Nearest: 'heat'"),
+        (
+            lambda: segment(np.ones((4, 1)), (2, 2), polarity="heart"),
+            r"'heart' is not a valid polarity\. Nearest: 'heat'",
+        ),
         (lambda: foreground([0, 1], [1.0], (1, 2)), r"2 labels and 1 values of heat"),
         (lambda: upsample(np.ones(3), (2, 2)), r"a grid \[h, w\]"),
         (lambda: upsample(np.ones((3, 3)), (0, 2)), r"at least 1 x 1"),

@@ -64,7 +64,7 @@ def test_the_strip_keeps_every_result(panel):
 def test_what_cannot_be_drawn_raises_and_leaves_no_result(toy, panel):
     with pytest.raises(OpError, match=r"no control 'strenght'. Nearest: 'strength'"):
         panel.draw(strenght=1)
-    with pytest.raises(OpError, match=r"no arm 'botom'. Nearest: 'bottom'"):
+    with pytest.raises(OpError, match=r"'botom' is not a valid arm. Nearest: 'bottom'"):
         panel.draw(arm="botom")
     with pytest.raises(OpError, match=r"k=100 of 128 channels leaves too few for the controls. Choose k from 1 to 64"):
         dl.steer(toy, CIRCLE, CROSS, k=100, **CALL)

@@ -130,7 +130,7 @@ def test_part_of_a_run_from_a_image(kind):
 def test_a_guidance_that_the_pipeline_does_not_follow_is_noticed(monkeypatch):
     monkeypatch.setattr("dit_lens.families.registry.REGISTERED", [])
     usual = ROW.pipelines[0]
-    wrong = replace(usual, guidance=replace(usual.guidance, calls=(("cond",),)))
+    wrong = replace(usual, guidance=replace(usual.guidance, forwards=(("cond",),)))
     dl.register_family(replace(ROW, pipelines=(wrong,)))
     lens = dl.DiTLens(pipelines.flux(), defaults=dict(pipelines.TRUE_CFG))
     with pytest.raises(ExecutionError, match="another number of forward passes per step than the plan"):

@@ -195,7 +195,7 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(tiny, noisy, image,
         noised_reference(linear, [image], seed=0, prompts=CAPTION)
     pair = (noisy, "red")
     for choice, words in (
-        ({"how": "invert"}, "'invert' does not exist. Nearest: 'inverted'"),
+        ({"how": "invert"}, "'invert' is not a valid value of how. Nearest: 'inverted'"),
         ({"how": "inverted", "seeds": [0, 1]}, "seeds change nothing"),
         ({"k": 17}, "no control of equal size"),
         ({"captions": ["red", "blue"]}, "lists 2 texts for 1 images"),

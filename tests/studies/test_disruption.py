@@ -326,11 +326,11 @@ def nothing(a, b):
 @pytest.mark.parametrize(
     ("choice", "error", "said"),
     [
-        ({"ablation": "meen"}, OpError, r"'meen' does not exist\. Nearest: 'mean'"),
+        ({"ablation": "meen"}, OpError, r"'meen' is not a valid ablation\. Nearest: 'mean'"),
         ({"ablation": "resample", "batch_size": 1}, PromptError, "one batch has a single prompt"),
         ({"k": 17}, OpError, "Choose k from 1 to 16"),
         ({"k": []}, OpError, "no set of channels"),
-        ({"distances": ["rmsee"]}, OpError, r"no distance 'rmsee'\. Nearest: 'rmse'"),
+        ({"distances": ["rmsee"]}, OpError, r"'rmsee' is not a valid distance\. Nearest: 'rmse'"),
         ({"distances": [nothing]}, OpError, "'nothing' of two images must be a number, but it returned None"),
         ({"seeds": []}, PromptError, "list of seeds is empty"),
         ({"seeds": [1, 2, 1]}, PromptError, "names a seed twice"),

@@ -226,7 +226,7 @@ def test_the_border_is_never_in_front():
         found = select_largest(sign * values.ravel(), 4, (6, 6), "border")
         np.testing.assert_array_equal(found, values > 0)
     assert not select_largest(-values.ravel(), 4, (6, 6))[2:4, 2:4].any()
-    with pytest.raises(OpError, match=r"no polarity 'boarder'\. Nearest: 'border'"):
+    with pytest.raises(OpError, match=r"'boarder' is not a valid polarity\. Nearest: 'border'"):
         select_largest(values.ravel(), 4, (6, 6), "boarder")
 
 
@@ -341,8 +341,8 @@ def test_images_that_cannot_be_read_are_left_out(toy, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"method": "min-max"}, OpError, r"no method 'min-max'\. Nearest: 'minmax'"),
-        ({"polarity": "oracel"}, OpError, r"no polarity 'oracel'\. Nearest: 'oracle'"),
+        ({"method": "min-max"}, OpError, r"'min-max' is not a valid method\. Nearest: 'minmax'"),
+        ({"polarity": "oracel"}, OpError, r"'oracel' is not a valid polarity\. Nearest: 'oracle'"),
         ({"n_clusters": 1}, OpError, "n_clusters=1 separates nothing"),
         ({"masks": MASKS}, OpError, "got 4 for 1 prompts"),
         ({"masks": [np.ones((4, 4))]}, OpError, r"masks\[0\] must be a bool array \[H, W\] or a PIL image"),

@@ -70,7 +70,7 @@ def test_a_patch_is_of_its_tokens_and_channels(tiny):
 
 
 def test_attribution_is_the_slope_of_the_effect(tiny):
-    """Cell by cell: a swap of a small strength has the effect that attribution foretells."""
+    """Cell by cell: a swap of a small strength has the effect that attribution predicts."""
     strength = 1e-2
     result = studies.patching(tiny, [PAIR], steps=[0, -1])
     for line in cells(result).itertuples():

@@ -119,8 +119,8 @@ def test_any_argument_can_be_swept(lens):
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"study": "disrupt"}, OpError, r"no study 'disrupt' to sweep\. Nearest: 'disruption'"),
-        ({"study": "sweep"}, OpError, "no study 'sweep' to sweep"),
+        ({"study": "disrupt"}, OpError, r"'disrupt' is not a valid study to sweep\. Nearest: 'disruption'"),
+        ({"study": "sweep"}, OpError, "'sweep' is not a valid study to sweep"),
         ({"over": {}}, OpError, "asks for nothing"),
         ({"over": {"k": []}}, OpError, "takes a list of values, at least one"),
         ({"over": {"site": "blocks.*.img"}}, OpError, "takes a list of values"),

@@ -77,7 +77,7 @@ def distances(chosen: str | Distance | Sequence[str | Distance]) -> dict[str, Di
     for one in [chosen] if isinstance(chosen, str) or callable(chosen) else chosen:
         if isinstance(one, str) and one not in DISTANCES:
             raise OpError(
-                f"There is no distance {one!r}.{nearest(one, DISTANCES)} A function of two images is also accepted."
+                f"{one!r} is not a valid distance.{nearest(one, DISTANCES)} A function of two images is also accepted."
             )
         name = one if isinstance(one, str) else getattr(one, "__name__", type(one).__name__)
         found[name] = DISTANCES[one] if isinstance(one, str) else one

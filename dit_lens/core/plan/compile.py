@@ -232,7 +232,7 @@ class _Compiler:
         forwards: dict[int, dict[tuple, tuple[TensorLocation, Part]]] = {}
         for (number, site), actions in self.actions.items():
             for rank, location, part in of_site[site]:
-                # The part that bears the site's name carries the actions; those beside it keep what it needs.
+                # The part with the site's name carries the actions; those beside it keep what it needs.
                 acts = part["role"] in ("site", "readout") and part["name"] == site.name
                 forwards.setdefault(number, {})[rank] = (location, {**part, "actions": actions} if acts else part)
         for number, parts in sorted(forwards.items()):

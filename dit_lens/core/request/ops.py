@@ -282,7 +282,7 @@ def token_mean(edit: Edit) -> Tensor:
 
 
 def apply(edit: Edit) -> Tensor | None:
-    """What a function of the user's makes of a copy."""
+    """Applies a function of the user's to a copy."""
     new = edit.payload[edit.action["key"]](edit.old.clone(), edit.hook)
     if new is None:
         return None

@@ -90,7 +90,7 @@ def parse(spec: str | Sequence[Any]) -> list[Any]:
     (['histogram', -10.0, 10.0, 64], ['topk', 12])
     >>> parse("meen")
     Traceback (most recent call last):
-    ValueError: There is no reduction 'meen'. Nearest: 'mean'. There are: mean, |mean|, mean|x|, rms, max, ...
+    ValueError: 'meen' is not a valid reduction. Nearest: 'mean'. There are: mean, |mean|, mean|x|, rms, max, ...
 
     Returns ``[name, *numbers]``, which JSON keeps. spec: text, or a list to be checked.
     Raises ValueError for an unknown name or numbers that do not fit it.
@@ -99,7 +99,7 @@ def parse(spec: str | Sequence[Any]) -> list[Any]:
     if name not in _FORMS:
         close = difflib.get_close_matches(str(name), REDUCTIONS, n=1, cutoff=0.5)
         nearest = f" Nearest: {close[0]!r}." if close else ""
-        raise ValueError(f"There is no reduction {name!r}.{nearest} There are: {', '.join(_FORMS.values())}.")
+        raise ValueError(f"{name!r} is not a valid reduction.{nearest} There are: {', '.join(_FORMS.values())}.")
     numbers = all(isinstance(arg, int | float) and math.isfinite(arg) for arg in args)
     if name == "quantile" and numbers and args and all(0 <= q <= 1 for q in args):
         return [name, *map(float, args)]

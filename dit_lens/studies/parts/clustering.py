@@ -10,7 +10,7 @@ import numpy as np
 
 from dit_lens.analysis import clusters
 from dit_lens.analysis.clusters import DEGENERATE_SHARE, chance_iou, ious, segment, upsample
-from dit_lens.errors import OpError, nearest
+from dit_lens.errors import OpError, check_choice
 from dit_lens.studies.parts.saliency import select_largest
 
 POLARITIES = (*clusters.POLARITIES, "oracle")
@@ -43,8 +43,7 @@ class ClusteringOptions:
     def __post_init__(self) -> None:
         choices = (("method", self.method, clusters.METHODS), ("polarity", self.polarity, POLARITIES))
         for name, asked, known in choices:
-            if asked not in known:
-                raise OpError(f"There is no {name} {asked!r}.{nearest(str(asked), known)}")
+            check_choice(asked, known, name)
         if self.n_clusters < 2:
             raise OpError(f"n_clusters={self.n_clusters} separates nothing. Choose 2 or more.")
 

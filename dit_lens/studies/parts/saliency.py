@@ -13,7 +13,7 @@ import numpy as np
 from scipy.sparse.linalg import svds
 
 from dit_lens.core.request.call import needs_weights
-from dit_lens.errors import OpError, nearest
+from dit_lens.errors import OpError, check_choice
 from dit_lens.studies.shared.judges import choose_judge
 from dit_lens.toys.scenes import Scene
 
@@ -65,8 +65,7 @@ def select_largest(values: np.ndarray, size: int, grid: tuple[int, ...], polarit
     polarity: "heat": the largest values stand out; "border": the largest or the smallest, whichever end the border of
       the grid is farther from on average.
     """
-    if polarity not in POLARITIES:
-        raise OpError(f"There is no polarity {polarity!r}.{nearest(polarity, POLARITIES)}")
+    check_choice(polarity, POLARITIES, "polarity")
     edge = np.ones(grid, dtype=bool)
     edge[1:-1, 1:-1] = False
     turned = polarity == "border" and values[edge.ravel()].mean() > values.mean()

@@ -17,8 +17,8 @@ import numpy as np
 from dit_lens.analysis.channels import ChannelSet
 from dit_lens.analysis.clusters import to_grid
 from dit_lens.core.request.ops import Branch, Op, Swap
-from dit_lens.errors import OpError
-from dit_lens.studies.shared.arguments import as_tuple, check_choice, check_k
+from dit_lens.errors import OpError, check_choice
+from dit_lens.studies.shared.arguments import as_tuple, check_k
 from dit_lens.studies.shared.arms import Arm, add_controls, select_top_channels
 from dit_lens.studies.shared.judges import Judge
 
@@ -125,7 +125,7 @@ class Transport:
         check_k(self.lens, self.sites, [self.sets_moved * k for k in self.ks[:1]])
         if max(self.ks) > self.width:
             raise OpError(f"k={max(self.ks)} channels were asked for, but there are {self.width}.")
-        check_choice("channels_from", self.channels_from, ("source", "target", "union"))
+        check_choice(self.channels_from, ("source", "target", "union"), "value of channels_from")
         if not self.strengths or not all(0 < strength <= 1 for strength in self.strengths):
             raise OpError(
                 f"strengths={list(self.strengths)} must be numbers above 0, up to 1; 0 is the untouched target."
@@ -137,7 +137,7 @@ class Transport:
         if self.mask_from is None:
             return
         if isinstance(self.mask_from, str):
-            check_choice("mask_from", self.mask_from, ("source", "target", "both"))
+            check_choice(self.mask_from, ("source", "target", "both"), "value of mask_from")
         if odd := [site for site in self.sites if site.split(".")[2:3] != ["img"]]:
             raise OpError(f"mask_from= chooses image tokens, which {odd[0]} does not hold. Pass mask_from=None.")
         if not isinstance(self.mask_from, str):

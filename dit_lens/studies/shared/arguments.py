@@ -7,7 +7,7 @@ from numbers import Integral, Number
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.request.call import as_seed
-from dit_lens.errors import OpError, PromptError, nearest
+from dit_lens.errors import OpError, PromptError
 from dit_lens.families.sites import match
 
 if TYPE_CHECKING:
@@ -34,17 +34,6 @@ def check_k(lens: DiTLens, site: Pattern, ks: Sequence[int]) -> None:
                     f"k={k} leaves no control of equal size: {found} has {width} channels. "
                     f"Choose k from 1 to {width // 2}."
                 )
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raises OpError if an argument is none of its choices.
-
-    name: name of the argument.
-    value: what was given.
-    choices: what can be given.
-    """
-    if value not in choices:
-        raise OpError(f"{name}={value!r} does not exist.{nearest(str(value), choices)}")
 
 
 def as_prompts(prompts: str | Sequence[str]) -> list[str]:

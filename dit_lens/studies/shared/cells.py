@@ -53,7 +53,7 @@ def write_cell(folder: Path, key: str, cell: Cell) -> None:
             cell.images[name].save(fresh / file)
         parts = {part: values for part in ("masks", "arrays") if (values := getattr(cell, part))}
         for part, values in parts.items():
-            # safetensors would write the memory behind a view as it lies.
+            # safetensors writes the memory behind a view in the order it has there.
             save_file(
                 {name: np.ascontiguousarray(value) for name, value in values.items()}, fresh / f"{part}.safetensors"
             )

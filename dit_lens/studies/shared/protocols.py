@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from dit_lens.errors import OpError, nearest
+from dit_lens.errors import OpError, check_choice
 from dit_lens.studies.shared.folders import add_remarks
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ _TRANSFER = _make_choices("transfer", *_TRANSPORT)
 _TRANSFER_IMAGE = _make_choices(
     "transfer_image",
     *_TRANSPORT,
-    ("how", "noised", "ours", "how an image's trajectory is had is not stated; inversion is the other way"),
+    ("how", "noised", "ours", "how the trajectory of an image is computed is not stated; inversion is the other way"),
 )
 
 _PROTOCOLS = {
@@ -203,8 +203,7 @@ NAMES = tuple(_PROTOCOLS)
 
 def get(name: str) -> Protocol:
     """The protocol of a name, "turri2026" or "fig3-reproduction"; OpError for another name."""
-    if name not in _PROTOCOLS:
-        raise OpError(f"there is no protocol {name!r}.{nearest(str(name), NAMES)}")
+    check_choice(name, NAMES, "protocol")
     return _PROTOCOLS[name]
 
 

@@ -31,7 +31,7 @@ def test_arguments_that_do_not_fit_together_raise():
         ChannelSet({"a": (0, 3)}, {"a": one}, {"a": one})
     with pytest.raises(OpError, match=r"got \[1, 1\]"):
         ChannelSet({"a": (1, 1)}, {"a": one}, {"a": one})
-    with pytest.raises(OpError, match=r"There is no arm 'topp'\. Nearest: 'top'"):
+    with pytest.raises(OpError, match=r"'topp' is not a valid arm\. Nearest: 'top'"):
         ChannelSet({"a": (1,)}, {"a": one}, {"a": one}, arm="topp")
     with pytest.raises(OpError, match=r"energy of a has negative values"):
         ChannelSet({"a": (1,)}, {"a": one}, {"a": -one})

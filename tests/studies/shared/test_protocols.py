@@ -53,7 +53,7 @@ def test_a_protocol_fills_in_what_is_not_given_and_says_whose_it_is():
 
 
 def test_unknown_protocols_and_studies_they_do_not_know():
-    with pytest.raises(OpError, match=r"there is no protocol 'turri2025'\. Nearest: 'turri2026'"):
+    with pytest.raises(OpError, match=r"'turri2025' is not a valid protocol\. Nearest: 'turri2026'"):
         study_of()(None, "a cat", protocol="turri2025")
     with pytest.raises(
         OpError, match=r"'fig3-reproduction' says nothing of transfer: .* It sets organisation, stability\."
