@@ -129,9 +129,12 @@ class DiTLens(Session):
         >>> lens.run(**texts, seed=0, num_inference_steps=2).images[0].size
         (64, 64)
 
-        release: whether the encoders are given up afterwards, as by :meth:`release_encoders`. device: where they work,
-        such as "cuda" while the pipeline is still on the CPU. call: the arguments of the run; those that concern text
-        count. Words of a prompt (``tokens="circle"``) cannot be found in a run of embeddings.
+        Words of a prompt (``tokens="circle"``) cannot be found in a run of embeddings.
+
+        prompts: one or several.
+        release: whether the encoders are given up afterwards, as by :meth:`release_encoders`.
+        device: where they work, such as "cuda" while the pipeline is still on the CPU.
+        call: the arguments of the run; those that concern text count.
         """
         texts = encode_prompts(
             self.pipe, prompts, device=device, defaults=self.defaults, vocabulary=self.vocabulary, **call

@@ -1,4 +1,8 @@
-"""Where tensors and tokens are, as plain data: what a family tells the executor, with which it travels to a server."""
+"""Where tensors and tokens are, as plain data: what a family tells the executor, with which it travels to a server.
+
+The program (``core.plan.program``) holds these rules and adds what happens to the tensors. They are here because
+families lie below the plan: a family describes its model without knowing what a plan is.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,25 @@ from typing import Any, NotRequired, TypedDict
 
 
 class Location(TypedDict):
-    """A tensor in the input or output of a module: :class:`TensorLocation` as plain data, without module and gate."""
+    """A tensor in the input or output of a module: :class:`TensorLocation` as plain data, without module and gate.
 
-    slot: Any  # of an input a str, of an output an int or None
-    position: Any  # of an input an int, or None where it is only passed by name
+    slot: of an input the argument's name (a str), of an output its index in the tuple (an int; None: a bare tensor).
+    position: of an input its index among positional arguments; None where it is passed by name only.
+    stream: whose tokens are meant, "img" or "txt".
+    layout: where they are in the tensor, as in :class:`~dit_lens.Stack`, or "whole".
+    axes: "tokens", or the axes of an image.
+    patch: latent frames, rows and columns of a token.
+    sequence_first: whether the tensor is [token, row, channel].
+    span: its channels (start, stop; stop None for the end); None for all.
+    half: the channels of a module's input that count, where the tensor is the module's output for them alone.
+    tanh: whether the hyperbolic tangent is taken of it.
+    table: (parameter, part) of the module that is added to it.
+    x0: whether the clean latents are computed from it.
+    name: what messages call it.
+    """
+
+    slot: Any
+    position: Any
     stream: str
     layout: str
     axes: str
@@ -22,11 +41,20 @@ class Location(TypedDict):
     tanh: bool
     table: tuple[str, int] | None
     x0: bool
-    name: NotRequired[str]  # what messages call it
+    name: NotRequired[str]
 
 
 class TimeRule(TypedDict):
-    """How the time of a transformer call is read: noise level = offset + scale * argument, or levels[argument]."""
+    """How the time of a forward pass is read: noise level = offset + scale * argument, or levels[argument].
+
+    argument: of the transformer.
+    position: the argument's index among positional ones; None where it is passed by name only.
+    offset: the noise level where the argument is 0.
+    scale: the noise level for each unit of the argument.
+    levels: the noise level of every timestep, where the scheduler has a table of them.
+    kind: what is predicted: "flow", "epsilon", "v_prediction", or None for anything else.
+    sign: -1 where the pipeline negates the prediction.
+    """
 
     argument: str
     position: int | None
@@ -38,7 +66,23 @@ class TimeRule(TypedDict):
 
 
 class GridRule(TypedDict):
-    """How image tokens are found in the arguments of a transformer call; see :class:`~dit_lens.Grid`."""
+    """How image tokens are found in the arguments of a forward pass; see :class:`~dit_lens.Grid`.
+
+    rule: how, one of those of :class:`~dit_lens.Grid`.
+    axes: of the latents: "tokens", or those of an image.
+    argument: what the rule looks at.
+    position: its index among positional arguments; None where it is passed by name only.
+    latents: the argument that holds the noisy image.
+    latents_position: its index among positional arguments, as ``position``.
+    patch: latent frames, rows and columns of a token.
+    target: which image is drawn, where there are references: "first" or "last".
+    pad: image tokens are padded to a multiple of this.
+    pad_to: to how many tokens an image is padded that is not square; None: to none.
+    mask: the argument that marks the text tokens of every row, where text is ragged.
+    layout: where image tokens are in the latents, as in :class:`~dit_lens.Stack`.
+    marks: the argument that marks rows of image tokens, a str where the rule is "marks".
+    marked: the value by which it marks them.
+    """
 
     rule: str
     axes: str
@@ -52,12 +96,21 @@ class GridRule(TypedDict):
     pad_to: int | None
     mask: str | None
     layout: str
-    marks: Any  # a str where the rule is "marks"
+    marks: Any
     marked: int | None
 
 
 class ReadoutRule(TypedDict):
-    """How image tokens become a prediction; see :class:`~dit_lens.Readout`. Modules are paths from the pipeline."""
+    """How image tokens become a prediction; see :class:`~dit_lens.Readout`.
+
+    modules: those after the final norm, in order, as paths from the pipeline.
+    order: of a predicted token's channels, "cyx" or "yxc".
+    table: the transformer's parameter that is added to the conditioning.
+    passes_temb: whether the first module gets the conditioning as its ``temb``.
+    projection: path of the module that the conditioning goes through, after a SiLU.
+    axes: of the prediction: "tokens", or those of an image.
+    patch: latent frames, rows and columns of a token.
+    """
 
     modules: list[str]
     order: str
@@ -82,7 +135,7 @@ class TensorLocation:
     patch: latent frames, rows and columns of a token.
     sequence_first: whether the tensor is [token, row, channel].
     span: its channels (start, stop; stop None for the end), or all.
-    half: the channels of a module's input that count, where the tensor is what the module makes of them alone.
+    half: the channels of a module's input that count, where the tensor is the module's output for them alone.
     gate: what the tensor is multiplied by before it is added to the residual.
     tanh: whether the hyperbolic tangent is taken of it.
     table: (parameter, part) of the module that is added to it.
@@ -124,7 +177,7 @@ class TensorLocation:
 
 
 class ImageTokens:
-    """Where the image tokens of one transformer call are.
+    """Where the image tokens of one forward pass are.
 
     grid: (h, w), or (f, h, w) of a video.
     count: tokens of the image that is drawn.

@@ -177,7 +177,14 @@ def recommend(
 def _list_choices(
     model: str, kind: type | None, parts: list[Component], gb: float, scale: float
 ) -> Iterable[LoadingChoice]:
-    """Every way, the fastest first."""
+    """Every way to load a pipeline, the fastest first.
+
+    model: what the pipeline is called.
+    kind: its class; None if unknown.
+    parts: its components that hold weights.
+    gb: memory of the GPU, in GB.
+    scale: pixels of all images that run at once, in units of 1024 x 1024.
+    """
     encoders = [part for part in parts if part.role == "encoder"]
     denoisers = [part for part in parts if part.role == "transformer"]
     others = sum(part.size() for part in parts if part.role == "other")

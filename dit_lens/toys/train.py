@@ -245,6 +245,11 @@ def _restore(
 ) -> Progress:
     """Loads a checkpoint into the modules, their averages and the optimizer; the arguments are those it was saved with.
 
+    folder: of the checkpoint.
+    net: gets the weights.
+    ema: name -> average of the weights, which gets the averages.
+    optimizer: gets its moments.
+    settings: of the training, which the checkpoint must fit.
     Returns the progress of the stage; if the folder does not exist, that of a new one. Raises StoreError if the
     checkpoint is of another kind of toy.
     """

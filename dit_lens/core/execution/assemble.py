@@ -50,7 +50,7 @@ def assemble(
     receipt = Receipt(tuple(_entries(ops, plan, touched)))
     _check_fired(ops, plan, pieces, touched)
     spilled = isinstance(stores[0]["reads"], Spill)
-    readings = [_reading(read, pieces, plan.outline.steps, grid, spilled) for read in plan.reads]
+    readings = [_assemble_read(read, pieces, plan.outline.steps, grid, spilled) for read in plan.reads]
     drawn = [output_images(output) for output in outputs]
     if isinstance(drawn[0], torch.Tensor):
         latents, images = torch.cat(drawn).cpu(), []
@@ -64,10 +64,17 @@ def output_images(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else next(iter(output.values()))
 
 
-def _reading(
+def _assemble_read(
     read: PlannedRead, pieces: dict[tuple, list[Tensor]], total_steps: int, grid: tuple[int, ...], spilled: bool
 ) -> Reading:
-    """One read in its shape; its pieces are taken out, so that no site is kept twice."""
+    """Puts one read together; its pieces are taken out, so that no site is kept twice.
+
+    read: as planned.
+    pieces: (op, site, step, branch) -> what every batch read.
+    total_steps: of the run.
+    grid: (h, w) image tokens, or (f, h, w) of a video.
+    spilled: whether its values are to lie in a file.
+    """
     branches = tuple(branch for branch in BRANCHES if branch in read.branches)
     values = {}
     for site in read.sites:

@@ -117,7 +117,15 @@ class _Compiler:
         numbered_group: tuple[int, Group],
         channels: list[int] | None,
     ) -> None:
-        """The actions of an op at one site and group of rows, in every forward pass they belong to."""
+        """Adds the actions of an op at one site and group of rows, in every forward pass they belong to.
+
+        number: the index of the op.
+        op: the op.
+        site: where it acts.
+        steps: the steps it acts at.
+        numbered_group: the index of the group among those of the op, and its rows and tokens.
+        channels: those it selects here; None means all.
+        """
         group_number, group = numbered_group
         chosen = (group.rows, group.tokens, channels)
         self.selections[number, site.name, group_number] = tuple(None if c is None else tuple(c) for c in chosen)
@@ -165,7 +173,14 @@ class _Compiler:
         groups: list[Group],
         channels: dict[Site, list[int] | None],
     ) -> None:
-        """Notes how a read is to be put together; OpError where its pieces would not fit."""
+        """Notes how a read is to be put together; OpError where its pieces would not fit.
+
+        number: the index of the read among the ops.
+        op: the read.
+        steps: the steps it reads.
+        groups: its rows and tokens.
+        channels: site -> the channels it reads there; None means all.
+        """
         timeline, rows = self.outline.timeline, range(self.outline.rows)
         taken = {key for read in self.reads for key in ([read.name] if read.name else read.sites)}
         for key in [op.name] if op.name is not None else [site.name for site in channels]:

@@ -78,7 +78,13 @@ def nbytes(tensor: torch.Tensor) -> int:
 
 
 def _read_bytes(read: PlannedRead, anatomy: Anatomy, outline: Outline, dtype: torch.dtype) -> tuple[int, bool]:
-    """The bytes of one read, and whether all of them are known."""
+    """The bytes of one read, and whether all of them are known.
+
+    read: as planned.
+    anatomy: of the model.
+    outline: what the run is known to be beforehand.
+    dtype: of the hidden states.
+    """
     tensors = len(read.steps) * len(read.branches) * len(read.rows)
     total, known = 0, True
     for name in read.sites:

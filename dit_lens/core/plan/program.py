@@ -3,6 +3,9 @@
 A run is a row of forward passes of the transformer. For each of them the program lists the modules to visit, in the
 order in which the model calls them; for each visit the parts of that module's input or output; and for each part the
 actions on it, in the order of the ops.
+
+What families say about tensors and tokens is in ``families.locations``, which lies below the plan; this file adds what
+happens to them.
 """
 
 from __future__ import annotations

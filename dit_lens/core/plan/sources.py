@@ -179,7 +179,15 @@ def _fit(source: Tensor, wanted: Wanted) -> Tensor:
 def _narrow_axis(
     tensor: Tensor, axis: int, chosen: list[int] | None, full: int | None, wanted: Wanted, what: str
 ) -> Tensor:
-    """One axis as the op chose it: a full axis goes by numbers, one of the chosen size is in their order."""
+    """Takes of one axis what the op chose: a full axis goes by numbers, one of the chosen size is in their order.
+
+    tensor: the source, [step, row, token, channel].
+    axis: which of them.
+    chosen: the indices that the op chose; None means all.
+    full: the size of the whole axis; None if unknown.
+    wanted: what the op asks of the source, for messages.
+    what: the name of the axis, for messages.
+    """
     size = tensor.shape[axis]
     if size == 1 or (chosen is None and full in (None, size)):
         return tensor

@@ -61,7 +61,11 @@ def study(
         @study(question="Claim 1: are they critical?", assemble=assemble, figure=disruption_figure)
         def disruption(lens, prompts, ...): ...
 
-    The arguments are the other fields of :class:`StudyRecord`.
+    question: the question that it answers about massive channels, in one line.
+    assemble: function (settings, cells) -> result.
+    figure: function (summary, **options) -> plotly figure.
+    figure_options: function settings -> options of the figure, where the settings decide some; else None.
+    old_names: names in earlier releases.
     """
 
     def register(function: Function) -> Function:
