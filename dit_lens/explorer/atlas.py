@@ -78,7 +78,7 @@ def atlas(
     outline = lens.outline(prompts[:1], **call)
     grid, steps = outline.grid, outline.steps
     extent = fit_extent(len(prompts) * len(massive), k, grid or (SIDE, SIDE), steps, megabytes * 2**20)
-    kept = _spread(steps, extent.steps)
+    kept = _choose_steps(steps, extent.steps)
     reads = [replace(read, steps=kept) for read in explorer_reads(massive)[: extent.groups]]
     run = lens.run(prompts, reads, seed=seed, batch_size=batch_size, **call)
     code = _code(run, prompts, k, seed, megabytes, call)
@@ -135,7 +135,7 @@ def _reduce(extent: Extent) -> Extent | None:
     return Extent(steps, side // 2, groups) if side > SIDE // 4 else None
 
 
-def _spread(steps: int, kept: int) -> list[int]:
+def _choose_steps(steps: int, kept: int) -> list[int]:
     """Steps at equal distances, the last among them."""
     return sorted({steps - 1 - (i * steps) // kept for i in range(kept)})
 

@@ -50,9 +50,9 @@ class X0:
 def read_x0(lens: Session, prompt: Any, site: Pattern | None = None, *, steps: Steps = None, **call: Any) -> X0:
     """See :meth:`dit_lens.DiTLens.read_x0`."""
     find_autoencoder(lens.pipe)
-    names = _spread(lens.sites("blocks.*.img.x0"), BLOCKS) if site is None else _sites(lens, site)
+    names = _pick_evenly(lens.sites("blocks.*.img.x0"), BLOCKS) if site is None else _sites(lens, site)
     if steps is None:
-        steps = _spread(list(range(lens.outline(prompt, **call).steps)), STEPS)
+        steps = _pick_evenly(list(range(lens.outline(prompt, **call).steps)), STEPS)
     run = lens.run(prompt, [Read([*names, "x0"], steps=steps)], **call)
     reading = run.readings[0]
     images = {}
@@ -70,7 +70,7 @@ def _sites(lens: Session, pattern: Pattern) -> list[str]:
     return [name for name in lens.sites(full) if name != "x0"]
 
 
-def _spread(values: list, count: int) -> list:
+def _pick_evenly(values: list, count: int) -> list:
     """At most ``count`` of them, evenly spaced, first and last included."""
     if len(values) <= count:
         return values
