@@ -84,7 +84,7 @@ def test_distances_are_chosen_by_name_or_function():
     assert found["mean_abs"] is metrics.mean_abs
     assert list(metrics.distances("psnr")) == ["psnr"]
     assert list(metrics.distances(mine)) == ["mine"]
-    with pytest.raises(OpError, match=r"no distance 'sim'\. Nearest: 'ssim'"):
+    with pytest.raises(OpError, match=r"'sim' is not a valid distance\. Nearest: 'ssim'"):
         metrics.distances(["sim"])
     with pytest.raises(OpError, match="must be a number, but it returned 'far'"):
         metrics.distances([lambda a, b: "far"])
