@@ -22,7 +22,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.old_names import PUBLIC, warn_of_old_name
+from dit_lens.old_names import OLD_MODULES, PUBLIC, warn_of_old_name
 
 __version__ = "0.1.0"
 
@@ -74,6 +74,7 @@ _MODULES = {
     "studies": "studies",
     "toys": "toys",
 }
+_FOUND = {**OLD_MODULES, **_MODULES}
 
 __all__ = [
     "Add",
@@ -156,14 +157,17 @@ def __dir__() -> list[str]:
 
 
 class _ShortNames(MetaPathFinder, Loader):
-    """Makes ``import dit_lens.ops`` mean ``dit_lens.core.request.ops``, and so for every public module."""
+    """Makes ``import dit_lens.ops`` mean ``dit_lens.core.request.ops``, and so for every public module and old name."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:  # noqa: ARG002
         name = fullname.removeprefix("dit_lens.")
-        return ModuleSpec(fullname, self) if _MODULES.get(name, name) != name else None
+        return ModuleSpec(fullname, self) if _FOUND.get(name, name) != name else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = importlib.import_module(f"dit_lens.{_MODULES[spec.name.removeprefix('dit_lens.')]}")
+        name = spec.name.removeprefix("dit_lens.")
+        if name in OLD_MODULES:
+            warn_of_old_name(spec.name, f"dit_lens.{OLD_MODULES[name]}", stacklevel=3)
+        module = importlib.import_module(f"dit_lens.{_FOUND[name]}")
         spec.loader_state = module.__spec__
         return module
 

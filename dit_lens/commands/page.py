@@ -20,7 +20,7 @@ from PIL.Image import open as open_image
 from dit_lens.core.runs.files import write_text
 from dit_lens.core.runs.html import data_url
 from dit_lens.errors import OpError
-from dit_lens.old_names import warn_of_old_name
+from dit_lens.old_names import find_old_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -135,11 +135,7 @@ def _drawing(figure: go.Figure, path: Path, width: int, scale: float) -> dict[st
     return {"fig": drawn.to_plotly_json(), "path": path, "opts": size}
 
 
-def __getattr__(name: str) -> Any:
-    if name != "write_pngs":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warn_of_old_name(name, "write_figures", stacklevel=3)
-    return write_figures
+__getattr__ = find_old_names(__name__, {"write_pngs": "write_figures"})
 
 
 def find_browser() -> str | None:

@@ -15,7 +15,7 @@ from dit_lens.explorer.code import STATE, code_of_runs
 from dit_lens.explorer.colours import CLUSTER_COLOURS, PALETTES, parse_colour, read_palette
 from dit_lens.explorer.results import view_result
 from dit_lens.explorer.runs import view_runs
-from dit_lens.explorer.views import Views
+from dit_lens.explorer.view_arrays import Views
 from dit_lens.explorer.widget import Widget, bytes_trait, encode_webp, join_modules
 
 if TYPE_CHECKING:

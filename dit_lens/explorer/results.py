@@ -10,7 +10,7 @@ import numpy as np
 
 from dit_lens.analysis.clusters import to_grid
 from dit_lens.errors import OpError
-from dit_lens.explorer.views import NONE, Pane, Views
+from dit_lens.explorer.view_arrays import NONE, Pane, Views
 from dit_lens.studies.shared.keys import ImageKey
 
 if TYPE_CHECKING:

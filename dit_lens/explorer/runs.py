@@ -18,7 +18,7 @@ from dit_lens.analysis.channels import top_channels
 from dit_lens.analysis.clusters import cluster
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import OpError
-from dit_lens.explorer.views import NONE, Pane, Views
+from dit_lens.explorer.view_arrays import NONE, Pane, Views
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,11 +1,4 @@
-"""Which DiT a pipeline holds, and where each named tensor lives: the only place that names a model class.
-
-Imports errors only; everything else may import from it.
-"""
-
-from __future__ import annotations
-
-from typing import Any
+"""Which DiT a pipeline holds, and where its named tensors live: import rows and the registry from here."""
 
 from dit_lens.families.anatomy import Anatomy
 from dit_lens.families.live import refuse_unsafe
@@ -25,7 +18,7 @@ from dit_lens.families.row import (
     Time,
 )
 from dit_lens.families.stack import PointSpec, Stack
-from dit_lens.old_names import warn_of_old_name
+from dit_lens.old_names import find_old_names
 
 __all__ = [
     "Anatomy",
@@ -51,9 +44,4 @@ __all__ = [
     "write_template",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name == "families":
-        warn_of_old_name("families.families", "families.known_families", stacklevel=3)
-        return known_families
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = find_old_names(__name__, {"Tap": "PointSpec", "families": "known_families"})

@@ -22,6 +22,7 @@ from dit_lens.core.request.ops import Read
 from dit_lens.errors import FamilyError, OpError
 from dit_lens.families.sources import check_source
 from dit_lens.instruments.latents import as_latents_argument, decode_latents, encode_images, read_latents
+from dit_lens.old_names import OldName, find_old_names, renamed_keywords
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -29,6 +30,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_lens.core.session import Session
+
+__getattr__ = find_old_names(
+    __name__,
+    {
+        "as_tokens": "dit_lens.instruments.latents.pack_latents",
+        "autoencoder": "dit_lens.instruments.latents.find_autoencoder",
+        "decode": "dit_lens.instruments.latents.decode_latents",
+        "latents_of": "dit_lens.instruments.latents.encode_images",
+        "tokens_of": "dit_lens.instruments.latents.read_latents",
+        "unpacked": "dit_lens.families.layout.unpack",
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,10 @@ class Inversion:
     latent_error: tuple[float, ...]
     image_error: tuple[float, ...]
 
+    picture_error = OldName("image_error")
 
+
+@renamed_keywords(pictures="images")
 def invert(lens: Session, images: Sequence[Image], prompts: Sequence[str] | str | None = "", **call: Any) -> Inversion:
     """Runs the ODE of the flow backwards from images to noise.
 
@@ -83,6 +99,7 @@ def invert(lens: Session, images: Sequence[Image], prompts: Sequence[str] | str 
     return Inversion(noise, back["velocity"].flip(0), tuple(off.tolist()), tuple(map(float, errors)))
 
 
+@renamed_keywords(pictures="images")
 def noised_reference(
     lens: Session, images: Sequence[Image], *, seed: int, prompts: Sequence[str] | str | None = "", **call: Any
 ) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from dit_lens.core.request.call import needs_weights
 from dit_lens.errors import FamilyError, OpError
 from dit_lens.families.layout import pack, regroup, unpack
+from dit_lens.old_names import find_old_names
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -29,6 +30,16 @@ if TYPE_CHECKING:
     from dit_lens.core.session import Session
 
 BATCH = 8  # images that go through the autoencoder together
+
+__getattr__ = find_old_names(
+    __name__,
+    {
+        "as_tokens": "pack_latents",
+        "autoencoder": "find_autoencoder",
+        "decode": "decode_latents",
+        "tokens_of": "read_latents",
+    },
+)
 
 
 def find_autoencoder(pipe: DiffusionPipeline) -> Any:

@@ -13,6 +13,7 @@ from dit_lens.families import find_by_pipeline
 from dit_lens.instruments.loading_code import LoadingCode
 from dit_lens.instruments.text_embeddings import list_encoded
 from dit_lens.instruments.weights import BYTES, Component, measure_parts
+from dit_lens.old_names import renamed_keywords
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,6 +141,7 @@ class Recommendation:
         return "\n\n".join(shown)
 
 
+@renamed_keywords(pictures="images")
 def recommend(
     path_or_pipe: str | Path | DiffusionPipeline, gb: float = 24, *, images: int = 1, side: int = 1024
 ) -> Recommendation:

@@ -9,6 +9,7 @@ import numpy as np
 
 from dit_lens.core.request.ops import Read
 from dit_lens.instruments.latents import decode_latents, find_autoencoder
+from dit_lens.old_names import OldName
 
 if TYPE_CHECKING:
     from typing import Any
@@ -34,6 +35,8 @@ class X0:
     images: dict[str, list[list[Image]]]
     steps: tuple[int, ...]
     run: Run
+
+    pictures = OldName("images")
 
     def figure(self, row: int = 0) -> go.Figure:
         """One prompt's images: steps from top to bottom, blocks from left to right."""

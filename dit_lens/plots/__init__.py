@@ -1,18 +1,6 @@
-"""Figures: data in, a plotly ``go.Figure`` out; nothing is shown or printed. Studies and the explorer import from here.
+"""Plotly figures made of plain data: import every figure from here; nothing is shown or printed."""
 
-    massive = lens.massive_channels(prompt, k=12)
-    channel_spectrum(massive.scores["blocks.3.img"], massive["blocks.3.img"])
-    block_channel_map(massive.scores, massive)
-    result.figure()                                        # of a study: disruption, organisation, transfer
-
-A figure shows itself in a notebook. It has a transparent background and colours that are legible on white and on black;
-an arm has the same colour, marker and name everywhere (theme.ARMS).
-"""
-
-import sys
-from typing import Any
-
-from dit_lens.old_names import warn_of_old_name
+from dit_lens.old_names import find_old_names
 from dit_lens.plots.carrier_or_detail import carrier_or_detail_figure
 from dit_lens.plots.channels import block_channel_map, channel_histogram, channel_spectrum
 from dit_lens.plots.disruption import disruption_figure
@@ -48,12 +36,4 @@ __all__ = [
     "write_attribution_figure",
 ]
 
-_OLD_NAMES = {"births_figure": "write_attribution_figure"}
-
-
-def __getattr__(name: str) -> Any:
-    """A figure under its name of an earlier release."""
-    if name not in _OLD_NAMES:
-        raise AttributeError(f"module 'dit_lens.plots' has no attribute {name!r}")
-    warn_of_old_name(f"dit_lens.plots.{name}", f"dit_lens.plots.{_OLD_NAMES[name]}", stacklevel=3)
-    return getattr(sys.modules[__name__], _OLD_NAMES[name])
+__getattr__ = find_old_names(__name__, {"births_figure": "write_attribution_figure"})

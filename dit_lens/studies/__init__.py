@@ -1,7 +1,4 @@
-"""Studies: experiments on a lens whose results are data. Controls run by default, on the same seeds.
-
-A study is one file here that registers itself; its line below makes it public.
-"""
+"""Experiments on a lens with controls, whose results are data: import studies and results from here, parts by name."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Toys: small text-to-image DiTs that were really trained, on images whose content is known."""
+"""Small trained text-to-image DiTs with known images: import how to find and load them from here, files by name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_lens.errors import StoreError, nearest
+from dit_lens.old_names import find_old_names
 from dit_lens.toys.kinds import KINDS, kind
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parent / "weights"
 BESIDE = Path(__file__).parents[2] / "toys"  # beside the package: other seeds that were trained here, "flux-seed1"
+
+__getattr__ = find_old_names(__name__, {"hushed": "quiet_loading"})
 
 
 def untrained(name: str) -> nn.Module:

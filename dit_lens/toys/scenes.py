@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dit_lens.errors import PromptError, nearest
-from dit_lens.old_names import warn_of_old_name
+from dit_lens.old_names import find_old_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -357,9 +357,4 @@ def _closest_position(x: float, y: float) -> str:
     return min(POSITIONS, key=lambda name: np.hypot(x - POSITIONS[name][0], y - POSITIONS[name][1]))
 
 
-def __getattr__(name: str) -> Any:
-    old_names = {"describe": recognise_scene, "Description": Recognition}
-    if name in old_names:
-        warn_of_old_name(f"{__name__}.{name}", old_names[name].__name__, stacklevel=3)
-        return old_names[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = find_old_names(__name__, {"describe": "recognise_scene", "Description": "Recognition"})

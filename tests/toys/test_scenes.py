@@ -87,7 +87,7 @@ def test_captions_that_are_not_in_the_grammar_raise(caption, message):
 
 
 def test_old_names_work_and_warn():
-    with pytest.warns(FutureWarning, match="describe is called recognise_scene now"):
+    with pytest.warns(FutureWarning, match=r"describe is called dit_lens\.toys\.scenes\.recognise_scene now"):
         assert module.describe is recognise_scene
     with pytest.raises(AttributeError, match="no attribute 'undescribe'"):
         _ = module.undescribe

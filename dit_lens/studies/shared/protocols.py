@@ -17,6 +17,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from dit_lens.errors import OpError, check_choice
+from dit_lens.old_names import OldName
 from dit_lens.studies.shared.folders import add_remarks
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class Protocol:
     name: str
     about: str
     choices: tuple[Choice, ...]
+
+    chosen = OldName("apply")
 
     @property
     def studies(self) -> list[str]:
