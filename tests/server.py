@@ -27,7 +27,7 @@ def serve(model, request, result):
     from nnsight.tracing.tracer import inc
 
     blob = pathlib.Path(request).read_bytes()
-    tracer = RequestModel.deserialize(blob, model._remoteable_persistent_objects(), compress=True)
+    tracer = RequestModel.deserialize(blob, model._remoteable_persistent_objects(), compress=True)  # noqa: SLF001
     inc()  # as a server does around the body of a trace
     tracer.execute(tracer.info.code)
     variables = tracer.info.frame.f_locals

@@ -44,7 +44,7 @@ def test_what_is_found(lens, embedded):
     for finding in diagnosis.findings:
         assert finding.says in repr(diagnosis)
     assert json.loads(json.dumps(diagnosis.to_json()))["ok"] is True
-    assert not any(module._forward_hooks for module in lens.pipe.transformer.modules())
+    assert not any(module._forward_hooks for module in lens.pipe.transformer.modules())  # noqa: SLF001
 
 
 def test_published_channels_where_the_width_fits(lens, monkeypatch):

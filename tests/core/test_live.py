@@ -287,7 +287,7 @@ def test_embeddings_are_not_moved_to_weights_that_are_elsewhere(monkeypatch):
     lens, call = dl.DiTLens(ENTRIES["sana"].build(), defaults={}), ENTRIES["sana"].call(ROWS)
     plain = lens.run(ops=[Read("blocks.1.img")], seed=truth.SEED, **call)
     transformer = lens.pipe.transformer
-    weights = {"absent": torch.nn.Parameter(torch.empty(1, device="meta")), **transformer._parameters}
+    weights = {"absent": torch.nn.Parameter(torch.empty(1, device="meta")), **transformer._parameters}  # noqa: SLF001
     monkeypatch.setattr(transformer, "_parameters", weights)
     monkeypatch.setattr(type(lens.pipe), "_execution_device", CPU)
     assert next(transformer.parameters()).is_meta

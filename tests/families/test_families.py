@@ -139,7 +139,7 @@ def test_a_guidance_that_the_pipeline_does_not_follow_is_noticed(monkeypatch):
 
 def test_a_run_that_is_cut_short_is_noticed():
     def stop(pipe, step, timestep, tensors):
-        pipe._interrupt = True
+        pipe._interrupt = True  # noqa: SLF001
         return tensors
 
     lens = dl.DiTLens(pipelines.flux(), defaults=dict(pipelines.TRUE_CFG))

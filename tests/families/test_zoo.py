@@ -75,7 +75,7 @@ def test_the_lens_leaves_the_pipeline_as_it_was(zoo):
     with pytest.raises(RuntimeError, match="stop"):
         zoo.run([dl.Apply(zoo.sites_of_image[0], fn=truth.stop)])
     assert torch.equal(zoo.plain().drawn, zoo.plain().drawn)
-    assert not any(module._forward_hooks for module in zoo.pipe.transformer.modules())
+    assert not any(module._forward_hooks for module in zoo.pipe.transformer.modules())  # noqa: SLF001
 
 
 def test_only_the_conditional_rows_follow_the_prompt(zoo):

@@ -65,7 +65,7 @@ def test_the_image_is_the_same_and_no_hook_stays():
     found = zoo.lens.read_pattern(block=[0, -1], heads=[0], **call_of(zoo))
     assert torch.equal(zoo.drawn(found.run), zoo.plain().drawn)
     assert list(found.tensors) == [0, 4]
-    assert not any(module._forward_pre_hooks for module in zoo.lens.pipe.transformer.modules())
+    assert not any(module._forward_pre_hooks for module in zoo.lens.pipe.transformer.modules())  # noqa: SLF001
 
 
 def test_refusals():

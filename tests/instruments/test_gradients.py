@@ -161,7 +161,7 @@ def test_the_pipeline_is_as_it_was(lens):
             lens.gradients("a cat", "blocks.0.img", metric=broken, through=through, seed=3)
     assert any(before)
     assert [p.requires_grad for p in lens.pipe.transformer.parameters()] == before
-    assert not lens.pipe.transformer._forward_hooks
+    assert not lens.pipe.transformer._forward_hooks  # noqa: SLF001
     run = lens.run("a cat", seed=3)
     assert [image.tobytes() for image in run.images] == [image.tobytes() for image in images]
 

@@ -98,7 +98,7 @@ def test_encoders_return_to_where_they_were():
 
 def test_an_offloaded_pipeline_keeps_its_encoders():
     lens = fresh()
-    lens.pipe._all_hooks = [object()]
+    lens.pipe._all_hooks = [object()]  # noqa: SLF001
     with pytest.raises(PromptError, match="offloaded"):
         lens.release_encoders()
 

@@ -190,7 +190,7 @@ def ideogram4():
         text_encoder=Letters(104, FEATURES),
         tokenizer=letters,
     )
-    pipe._get_text_encoder_hidden_states = lambda encoder, tokens, *_: [encoder(tokens)]
+    pipe._get_text_encoder_hidden_states = lambda encoder, tokens, *_: [encoder(tokens)]  # noqa: SLF001
     return pipe
 
 

@@ -29,7 +29,7 @@ _FORMS = {
 REDUCTIONS = tuple(_FORMS)
 
 # Quantiles and histograms work on this many elements at a time, so that their scratch memory stays under 100 MB.
-_CHUNK = 2**22
+CHUNK = 2**22
 
 
 def reduce_tokens(x: Tensor, spec: str | Sequence[Any]) -> Tensor:
@@ -148,7 +148,7 @@ def _norm(x: Tensor, order: float) -> Tensor:
 
 def _channel_chunks(x: Tensor) -> Iterator[Tensor]:
     rows, tokens, _ = x.shape
-    yield from x.split(max(1, _CHUNK // max(1, rows * tokens)), dim=2)
+    yield from x.split(max(1, CHUNK // max(1, rows * tokens)), dim=2)
 
 
 def _quantile(x: Tensor, qs: Sequence[float]) -> Tensor:

@@ -276,11 +276,11 @@ def test_the_pipeline_is_left_as_it_was_found(bare):
 
     call = {**pipelines.TRUE_CFG, "negative_prompt": ["bad"], "generator": oracle.generators([3])}
     clean = bare(["red"], **call).images
-    hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in bare.transformer.named_modules()}
+    hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in bare.transformer.named_modules()}  # noqa: SLF001
     config, keys = dict(bare.scheduler.config), list(bare.transformer.state_dict())
     weights = [weight.clone() for weight in bare.transformer.state_dict().values()]
     lens = DiTLens(bare, defaults=dict(pipelines.TRUE_CFG))
-    bar = bare._progress_bar_config
+    bar = bare._progress_bar_config  # noqa: SLF001
 
     def fails(tensor, hook):
         raise KeyError("mine")
@@ -289,11 +289,11 @@ def test_the_pipeline_is_left_as_it_was_found(bare):
     with pytest.raises(KeyError, match="mine"):
         lens.run("red", [Zero("blocks.0.img"), Apply("blocks.1.img", fn=fails)], seed=3)
     assert hooks == {
-        name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in bare.transformer.named_modules()
+        name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in bare.transformer.named_modules()  # noqa: SLF001
     }
     assert dict(bare.scheduler.config) == config
     assert list(bare.transformer.state_dict()) == keys
-    assert bare._progress_bar_config == bar
+    assert bare._progress_bar_config == bar  # noqa: SLF001
     assert all(
         torch.equal(one, other) for one, other in zip(weights, bare.transformer.state_dict().values(), strict=True)
     )

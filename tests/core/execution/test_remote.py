@@ -49,7 +49,7 @@ def served(monkeypatch, process, tmp_path):
     sent = []
 
     def request(backend, envelope, tracer):
-        blob = backend._serialize(tracer)
+        blob = backend._serialize(tracer)  # noqa: SLF001
         sent.append((envelope.model_key, blob))
         (tmp_path / "request").write_bytes(blob)
         order = [envelope.model_key, str(tmp_path / "request"), str(tmp_path / "result")]

@@ -16,10 +16,10 @@ UNKNOWN = ("cosmos2", "omnigen", "sana-sprint")
 def test_levels_before_a_run_are_those_of_the_run(name):
     zoo = truth.zoo_of(name)
     call = {**zoo.call, "seed": truth.SEED}
-    before = (zoo.lens.pipe.scheduler, torch.random.get_rng_state(), len(zoo.lens.pipe.transformer._forward_pre_hooks))
+    before = (zoo.lens.pipe.scheduler, torch.random.get_rng_state(), len(zoo.lens.pipe.transformer._forward_pre_hooks))  # noqa: SLF001
     levels = zoo.lens.outline(**call).sigmas
     assert (levels is None) == (name in UNKNOWN)
-    after = (zoo.lens.pipe.scheduler, torch.random.get_rng_state(), len(zoo.lens.pipe.transformer._forward_pre_hooks))
+    after = (zoo.lens.pipe.scheduler, torch.random.get_rng_state(), len(zoo.lens.pipe.transformer._forward_pre_hooks))  # noqa: SLF001
     assert before[0] is after[0]
     assert torch.equal(before[1], after[1])
     assert before[2] == after[2]

@@ -67,7 +67,7 @@ def test_equals_numpy(text, dtype, shape, seed, chunk):
     x = torch.randn(rows, tokens + 3, width, generator=torch.Generator().manual_seed(seed)).to(dtype)[:, 3:]
     before, spec = x.clone(), parse(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reduce, "_CHUNK", chunk)
+        patch.setattr(reduce, "CHUNK", chunk)
         result = reduce_tokens(x, spec)
     assert result.dtype == torch.float32
     assert torch.equal(x, before)
