@@ -1,1 +1,1 @@
-"""The command line and what it writes: demo, findings, pages; nothing imports it."""
+"""The command line and what it writes (demo, findings, pages); each file is imported by name."""

@@ -1,1 +1,1 @@
-"""Single measurements on a lens, one in each file; the methods of DiTLens call them."""
+"""Single measurements on a lens, which the methods of DiTLens call; each file is imported by name."""

@@ -1,4 +1,4 @@
-"""The rows of the families: one file for each kind of block, and the tuple of all rows. Imports families.row only."""
+"""The rows of all families, one file for each kind of block: import TABLE, the tuple of all rows, from here."""
 
 from dit_lens.families.table.cogview import COGVIEW
 from dit_lens.families.table.cross import CROSS

@@ -1,1 +1,1 @@
-"""Pieces that one or two studies are made of; only studies import them."""
+"""Pieces that one or two studies are made of; each file is imported by name, and by studies only."""
