@@ -226,6 +226,8 @@ class Session:
 
     def run_spec(self, spec: Mapping[str, Any]) -> Run:
         """Runs what a saved run's ``spec`` describes."""
+        if missing := [name for name in ("prompt", "seed", "call", "ops") if name not in spec]:
+            raise PromptError(f"this is not the spec of a run: it has no {', '.join(missing)}. Pass run.spec.")
         if holds_unsaved(spec):
             raise PromptError(
                 "this run was made with values that JSON cannot keep, so it cannot be repeated from its spec: "

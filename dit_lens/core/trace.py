@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from dit_lens.core.request.ops import OPS, Op, Read
-from dit_lens.errors import NotYetError
+from dit_lens.errors import NotYetError, nearest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -95,7 +96,12 @@ class Trace:
 
         def read(self, *args: Any, **options: Any) -> Handle: ...
 
-        def __getattr__(self, name: str) -> Callable[..., None]: ...
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """The method of an op that was declared after this module was read, such as one of a notebook."""
+        found = {_method_name(op): op for op in OPS}.get(name)
+        if found is None:
+            raise AttributeError(f"Trace has no method {name!r}.{nearest(name, map(_method_name, OPS))}")
+        return partial(_method(name, OPS[found]), self)
 
 
 def _method(name: str, op: type[Op]) -> Callable[..., Any]:
@@ -117,6 +123,10 @@ def _method(name: str, op: type[Op]) -> Callable[..., Any]:
     return add
 
 
+def _method_name(op: str) -> str:
+    """MeanAblate -> mean_ablate."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", op).lower()
+
+
 for _op in OPS.values():
-    _name = re.sub(r"(?<!^)(?=[A-Z])", "_", _op.__name__).lower()  # MeanAblate -> mean_ablate
-    setattr(Trace, _name, _method(_name, _op))
+    setattr(Trace, _method_name(_op.__name__), _method(_method_name(_op.__name__), _op))

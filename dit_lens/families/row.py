@@ -196,6 +196,7 @@ class Latents:
     packing: the order of a token's channels in packed latents, "cyx" or "yxc".
     normalised: by what: "factor" (one factor and shift, in the autoencoder's config), "channel" (a mean and deviation
       for each channel of its latents, in its config), or "token" (the same for each channel of a token, in its ``bn``).
+    statistics: the batch normalisation of the autoencoder that holds them, where they are those of each token.
     channels: the entry of its config that counts the channels of its latents.
     frames: whether it takes videos, [row, channel, frame, h, w].
     """
@@ -203,6 +204,7 @@ class Latents:
     patch: int = 2
     packing: str = "cyx"
     normalised: str = "factor"
+    statistics: str | None = None
     channels: str = "latent_channels"
     frames: bool = False
 

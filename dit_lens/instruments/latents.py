@@ -186,11 +186,12 @@ def _find_statistics(lens: Session, like: Tensor) -> tuple[Tensor, Tensor]:
     "channel": as in QwenImagePipeline.__call__, [c, 1, 1]. "token": as in Flux2Pipeline.__call__, [d].
     """
     vae, by = lens.pipe.vae, lens.family.latents.normalised
-    if not (hasattr(vae, "bn") if by == "token" else vae.config.get("latents_mean") is not None):
+    norm = getattr(vae, lens.family.latents.statistics or "", None)
+    if not (norm is not None if by == "token" else vae.config.get("latents_mean") is not None):
         raise _refuse_autoencoder(lens, f"have the statistics of each {by}")
-    if by == "token":
-        deviation = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
-        return vae.bn.running_mean.to(like), deviation.to(like)
+    if norm is not None:
+        deviation = torch.sqrt(norm.running_var + vae.config.batch_norm_eps)
+        return norm.running_mean.to(like), deviation.to(like)
     mean, deviation = (like.new_tensor(vae.config[name]) for name in ("latents_mean", "latents_std"))
     return mean[:, None, None], deviation[:, None, None]
 

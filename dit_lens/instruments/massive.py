@@ -48,8 +48,8 @@ def find_subject_mask(
     **call: Any,
 ) -> np.ndarray:
     """See :meth:`dit_lens.DiTLens.subject_mask`."""
-    channels = find_massive_channels(lens, prompt, k, **call) if channels is None else channels
     name = mask_site(lens, block)
+    channels = find_massive_channels(lens, prompt, k, **call) if channels is None else channels
     run = lens.run(prompt, [Read(name, channels=channels, steps=steps)], **call)
     return segment(run[name][-1, 0].float().numpy(), run.grid).mask
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,7 +237,7 @@ def _save_checkpoint(
         save_file({k: v.contiguous().clone() for k, v in net.state_dict().items()}, fresh / "weights.safetensors")
         save_file({k: v.contiguous() for k, v in ema.items()}, fresh / "ema.safetensors")
         save_file({k: v.contiguous() for k, v in moments.items()}, fresh / "optimizer.safetensors")
-        write_json(fresh / "progress.json", {"progress": vars(progress), "settings": vars(settings)})
+        write_json(fresh / "progress.json", {"progress": asdict(progress), "settings": asdict(settings)})
 
 
 def _restore(

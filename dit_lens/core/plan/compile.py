@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.plan.lowering import SiteLowering, check_allowed
 from dit_lens.core.plan.selection import Group, select_channels, select_groups
-from dit_lens.core.request.ops import OPS, Op, Read, SigmaInterval
+from dit_lens.core.request.ops import EDITS, OPS, Op, Read, SigmaInterval
 from dit_lens.errors import OpError
 from dit_lens.families import Anatomy
 from dit_lens.families.sites import Site, match
@@ -144,6 +144,10 @@ class _Compiler:
         for branch, details in op.lower(at):
             if nothing:
                 continue
+            if details["kind"] not in ("Read", *EDITS):
+                raise OpError(
+                    f"{type(op).__name__} makes an edit {details['kind']!r}, which is not in dit_lens.ops.EDITS."
+                )
             offset, branch_index = timeline.locate(branch)
             for step_index, step in enumerate(steps):
                 action: Any = {

@@ -105,6 +105,22 @@ class Reading(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.tensors)
 
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the tensors, as plain data."""
+        return {
+            "name": self.name,
+            "steps": self.steps,
+            "total_steps": self.total_steps,
+            "branches": self.branches,
+            "both": self.both,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "channels": self.channels,
+            "reduce": self.reduce,
+            "shape_of_grid": self.shape_of_grid,
+            "sites": list(self.tensors),
+        }
+
     @property
     def tensor(self) -> SiteTensor:
         """The only tensor of a read of one site."""
@@ -296,11 +312,6 @@ class Run(Mapping[str, Any]):
         return {"run": str(self.folder)}
 
     def _to_json(self) -> dict[str, Any]:
-        readings = [
-            {name: value for name, value in vars(reading).items() if name != "tensors"} for reading in self.readings
-        ]
-        for record, reading in zip(readings, self.readings, strict=True):
-            record["sites"] = list(reading.tensors)
         return {
             "format": FORMAT,
             "spec": self.spec,
@@ -309,7 +320,7 @@ class Run(Mapping[str, Any]):
             "clock": self.clock,
             "images": len(self.images),
             "latents": self.latents is not None,
-            "readings": readings,
+            "readings": [reading.to_json() for reading in self.readings],
             "receipt": self.receipt.to_json(),
         }
 

@@ -47,7 +47,7 @@ def not_returned(*names: str) -> str:
 
 
 # Autoencoders, by the classes of diffusers.
-FLUX2_VAE = Latents(normalised="token")  # AutoencoderKLFlux2
+FLUX2_VAE = Latents(normalised="token", statistics="bn")  # AutoencoderKLFlux2
 WAN_VAE = Latents(normalised="channel", channels="z_dim", frames=True)  # AutoencoderKLWan, AutoencoderKLQwenImage
 VIDEO_VAE = Latents(frames=True)  # AutoencoderKLHunyuanVideo, AutoencoderKLCogVideoX
 
