@@ -289,8 +289,8 @@ def test_the_pipeline_is_left_as_it_was_found(bare):
     with pytest.raises(KeyError, match="mine"):
         lens.run("red", [Zero("blocks.0.img"), Apply("blocks.1.img", fn=fails)], seed=3)
     assert hooks == {
-        name: (len(m._forward_hooks), len(m._forward_pre_hooks))
-        for name, m in bare.transformer.named_modules()  # noqa: SLF001
+        name: (len(m._forward_hooks), len(m._forward_pre_hooks))  # noqa: SLF001
+        for name, m in bare.transformer.named_modules()
     }
     assert dict(bare.scheduler.config) == config
     assert list(bare.transformer.state_dict()) == keys
