@@ -177,7 +177,7 @@ def _list_prompts(prompts: Sequence[str] | str | None, images: Sequence[Image]) 
 
 
 def _turn_off_guidance(lens: Session) -> dict[str, Any]:
-    """The argument with which a pipeline makes conditional calls only."""
+    """The argument with which a pipeline makes conditional forward passes only."""
     guidance = lens.family.pipeline(type(lens.pipe)).guidance
     return {} if guidance is None or guidance.scale is None else {guidance.scale: guidance.above}
 
