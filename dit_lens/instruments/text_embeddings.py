@@ -255,7 +255,7 @@ def _complete_arguments(pipe: DiffusionPipeline, prepared: Call) -> dict[str, An
 def _move_encoders(pipe: DiffusionPipeline, device: str | torch.device | None) -> Generator[Any]:
     """The text encoders on a device for a while; yields the device."""
     if device is None:
-        yield pipe._execution_device
+        yield pipe._execution_device  # noqa: SLF001 diffusers offers no public way
         return
     before = {name: part.device for name, part in find_encoders(pipe).items()}
     try:
