@@ -21,6 +21,7 @@ OLD_MODULES = {
     "encode": "instruments.text_embeddings",
     "gradients": "instruments.gradients",
     "page": "commands.page",
+    "recommendation": "instruments.recommend",
     "run": "core.runs.run",
     "store": "core.runs.files",
     "x0": "instruments.x0_lens",
@@ -56,9 +57,9 @@ def find_old_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any
     def find(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        place, _, new = names[name].rpartition(".")
-        warn_of_old_name(f"{module}.{name}", f"{place or module}.{new}", stacklevel=3)
-        return getattr(importlib.import_module(place or module), new)
+        owner, _, new = names[name].rpartition(".")
+        warn_of_old_name(f"{module}.{name}", f"{owner or module}.{new}", stacklevel=3)
+        return getattr(importlib.import_module(owner or module), new)
 
     return find
 

@@ -13,11 +13,13 @@ from dit_lens.families import find_by_pipeline
 from dit_lens.instruments.loading_code import LoadingCode
 from dit_lens.instruments.text_embeddings import list_encoded
 from dit_lens.instruments.weights import BYTES, Component, measure_parts
-from dit_lens.old_names import renamed_keywords
+from dit_lens.old_names import find_old_names, renamed_keywords
 
 if TYPE_CHECKING:
     import pandas as pd
     from diffusers import DiffusionPipeline
+
+__getattr__ = find_old_names(__name__, {"Choice": "LoadingChoice", "Part": "dit_lens.instruments.weights.Component"})
 
 GB = 1e9
 CONTEXT = 0.6 * GB  # CUDA itself
