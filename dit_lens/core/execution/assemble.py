@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_lens.core.plan.compile import Plan, PlannedRead
-    from dit_lens.core.plan.program import Store
+    from dit_lens.core.plan.program import Store, Touched
 
 BRANCHES = ("cond", "uncond")  # the order of a read of both, whatever the order of the forward passes
 
@@ -113,7 +113,7 @@ def _check_sizes(site: str, read: PlannedRead, found: list[list[list[Tensor]]]) 
     )
 
 
-def _entries(ops: Sequence[Op], plan: Plan, touched: Sequence[tuple]) -> list[Entry]:
+def _entries(ops: Sequence[Op], plan: Plan, touched: Sequence[Touched]) -> list[Entry]:
     """One entry per op, site, branch and group of rows, steps ascending; norms of batches add in quadrature."""
     squares: dict[tuple, dict[int, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
     for op, site, step, branch, shape, group, before, after in touched:

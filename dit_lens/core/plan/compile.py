@@ -150,7 +150,7 @@ class _Compiler:
                 )
             offset, branch_index = timeline.locate(branch)
             for step_index, step in enumerate(steps):
-                action: Any = {
+                action: Action = {
                     "op": number,
                     "group": group_number,
                     "branch_index": branch_index,

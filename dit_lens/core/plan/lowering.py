@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from dit_lens.core.plan.selection import Group, to_indices
 from dit_lens.core.plan.sources import Wanted, source_values
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_lens.core.plan.outline import Outline
-    from dit_lens.core.request.ops import Lowered
+    from dit_lens.core.request.op import ActionDetails, Lowered
     from dit_lens.families import Anatomy
     from dit_lens.families.sites import Site
 
@@ -52,7 +52,7 @@ class SiteLowering:
     def size(self) -> int:
         return self.anatomy.channels(self.where) if self.channels is None else len(self.channels)
 
-    def on_branches(self, **action: Any) -> Lowered:
+    def on_branches(self, **action: Unpack[ActionDetails]) -> Lowered:
         return [(branch, action) for branch in self._branches()]
 
     def give(self, value: Any) -> str:
@@ -78,7 +78,7 @@ class SiteLowering:
         name, values = type(self.op).__name__, source_values(source, self._wanted(means))
         there = values.by_branch
         source_rows = self._source_rows(values.rows, pick_rows)
-        found = []
+        found: Lowered = []
         for branch in self._branches(default=_branch_of(there)):
             tensor = there.get(branch, there.get(None))
             if tensor is None:

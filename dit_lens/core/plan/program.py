@@ -10,45 +10,34 @@ happens to them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Required, TypeAlias, TypedDict
 
+from dit_lens.core.request.op import ActionDetails
 from dit_lens.families.locations import GridRule, Location, ReadoutRule, TimeRule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Action(TypedDict):
-    """What one op does at one site, in one forward pass and branch.
+class Action(ActionDetails):
+    """What one op does at one site, in one forward pass and branch; its kind and values as the op gave them.
 
     op: the number of the op.
     group: which of the op's selections of rows and tokens.
-    kind: "Read", or the name of an edit (``dit_lens.ops.EDITS``).
     branch_index: which branch of the forward pass, counted in its rows.
     step_index: the position of the step among those of the op.
     rows, tokens, channels: explicit indices; None means all of that axis.
     highest_token: the last token asked for, where only the run can tell whether it exists.
-    reduce: how a read is reduced over tokens (``core.request.reduce``).
-    key: under which the payload holds an edit's tensor or function.
-    source_rows: for every target row the row its values come from.
-    strength: in (0, 1]; 1 assigns.
-    parameters: what else an edit of this kind needs, such as a factor.
     """
 
-    op: int
-    group: int
-    kind: str
-    branch_index: int
-    step_index: int
-    rows: list[int] | None
-    tokens: list[int] | None
-    channels: list[int] | None
-    highest_token: int | None
-    reduce: NotRequired[list[Any] | None]
-    key: NotRequired[str]
-    source_rows: NotRequired[list[int]]
-    strength: NotRequired[float]
-    parameters: NotRequired[dict[str, Any]]
+    op: Required[int]
+    group: Required[int]
+    branch_index: Required[int]
+    step_index: Required[int]
+    rows: Required[list[int] | None]
+    tokens: Required[list[int] | None]
+    channels: Required[list[int] | None]
+    highest_token: Required[int | None]
 
 
 class Part(TypedDict):
@@ -113,6 +102,10 @@ class Program(TypedDict):
     forwards: list[Forward]
 
 
+# (op, site, step, branch, shape, group, norm before, norm after) of one edit in one forward pass
+Touched: TypeAlias = "tuple[int, str, int, str, tuple[int, ...], int, Tensor, Tensor]"
+
+
 class Store(TypedDict):
     """What the executor leaves.
 
@@ -124,7 +117,7 @@ class Store(TypedDict):
     """
 
     reads: dict[tuple[int, str, int, str, int], Tensor]
-    touched: list[tuple[Any, ...]]
+    touched: list[Touched]
     clock: list[tuple[int, str, float, float]]
     grid: list[int]
     answers: list[Any]

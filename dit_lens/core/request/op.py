@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Required, TypeAlias, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -28,7 +28,28 @@ Steps: TypeAlias = "int | Sequence[int] | slice | tuple[float, float] | SigmaInt
 Rows: TypeAlias = "int | Sequence[int] | None"
 Branch: TypeAlias = "Literal['cond', 'uncond', 'both'] | None"
 Source: TypeAlias = "str | Run | Tensor | Mapping[str, Tensor]"
-Lowered: TypeAlias = "list[tuple[str, dict[str, Any]]]"  # for every branch what an action holds beside the selection
+
+
+class ActionDetails(TypedDict, total=False):
+    """What an op says of its action at one site, beside the rows, tokens and channels that it selects.
+
+    kind: "Read", or the name of an edit (``dit_lens.ops.EDITS``).
+    reduce: how a read is reduced over tokens (``core.request.reduce``).
+    key: under which the payload holds an edit's tensor or function.
+    source_rows: for every target row the row its values come from.
+    strength: in (0, 1]; 1 assigns.
+    parameters: what else an edit of this kind needs, such as a factor.
+    """
+
+    kind: Required[str]
+    reduce: list[Any] | None
+    key: str
+    source_rows: list[int]
+    strength: float
+    parameters: dict[str, Any]
+
+
+Lowered: TypeAlias = list[tuple[str, ActionDetails]]  # for every branch
 
 
 class Lowering(Protocol):
@@ -44,7 +65,7 @@ class Lowering(Protocol):
         """The number of channels chosen there."""
         ...
 
-    def on_branches(self, **action: Any) -> Lowered:
+    def on_branches(self, **action: Unpack[ActionDetails]) -> Lowered:
         """The same action on every branch the op touches."""
         ...
 
