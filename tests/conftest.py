@@ -7,6 +7,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("thorough", max_examples=2500, deadline=None)  # --hypothesis-profile=thorough
 
 
 @pytest.fixture(scope="session", params=["true-cfg", "embedded"])

@@ -1,0 +1,358 @@
+"""What ops mean, carried out by plain torch hooks on a plain diffusers pipeline: ``lens.run`` is compared with it.
+
+Written from the documentation and from the sources of diffusers. It shares nothing with the library, of which it reads
+the fields of ops and of runs only: names of sites are matched, selections resolved, sources laid out and values changed
+by code of its own.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from tests.random_ops.places import Place, Wiring
+
+
+@dataclass
+class Touch:
+    """What an edit did at one step: the elements [row, token, channel], and squares of their norm."""
+
+    elements: torch.Tensor
+    before: float = 0.0
+    after: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """latents; reads: op -> site -> tensor; touched: (op, site, branch) -> step -> Touch; clock: (timestep, sigma)."""
+
+    latents: torch.Tensor | None = None
+    reads: dict = field(default_factory=dict)
+    touched: dict = field(default_factory=lambda: defaultdict(dict))
+    clock: list = field(default_factory=list)
+
+
+class Interpreter:
+    """Carries out ops on one pipeline. forwards: the branches of each transformer call of one step."""
+
+    def __init__(self, wiring: Wiring, pipe, forwards, ops, steps: int, prompts: list | None, rows: int):
+        self.wiring, self.pipe, self.forwards, self.ops, self.steps = wiring, pipe, forwards, ops, steps
+        self.prompts, self.rows = prompts, rows
+        self.branches = [branch for call in forwards for branch in call]
+        self.sites = [wiring.expand(op.site) for op in ops]
+        self.outcome, self.pieces, self.gates = Outcome(), defaultdict(list), {}
+
+    def draw(self, batches) -> Outcome:
+        """batches: (arguments of the pipeline, seeds of its rows), one after the other."""
+        drawn, self.first = [], 0
+        for call, seeds in batches:
+            self.count, self.call = len(seeds), -1
+            handles = list(self.hooks())
+            try:
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+                drawn.append(self.pipe(**call, generator=generators, output_type="latent")[0])
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self.first += self.count
+        self.outcome.latents = torch.cat(drawn)
+        self.put_reads_together()
+        return self.outcome
+
+    # Hooks
+
+    def hooks(self):
+        """On every module that a site or a gate of an op lies at, and on the transformer, which sets the clock."""
+        model = self.pipe.transformer
+        yield model.register_forward_pre_hook(self.begin, with_kwargs=True)
+        wanted = {site for sites in self.sites for site in sites}
+        places = {site: place for site, place in self.wiring.places.items() if site in wanted}
+        gates = [*dict.fromkeys(place.gate for place in places.values() if place.gate is not None)]
+        modules = [*((place.module, place.side) for place in places.values()), *(gate[:2] for gate in gates)]
+        for path, side in dict.fromkeys(modules):
+            here = {site: place for site, place in places.items() if (place.module, place.side) == (path, side)}
+            visit = self.visitor(here, [gate for gate in gates if gate[:2] == (path, side)])
+            module = model.get_submodule(path)
+            if side == "in":
+                yield module.register_forward_pre_hook(
+                    lambda module, args, kwargs, visit=visit: visit(module, (args, kwargs)), with_kwargs=True
+                )
+            else:
+                yield module.register_forward_hook(lambda module, args, output, visit=visit: visit(module, output))
+
+    def begin(self, module, args, kwargs):
+        self.call += 1
+        self.step, number = divmod(self.call, len(self.forwards))
+        self.here, self.inputs = self.forwards[number], (args, kwargs)
+        name, position = self.wiring.time
+        value = kwargs[name] if name in kwargs else args[position]
+        self.timestep, self.sigma = float(value.flatten()[0]), float(self.pipe.scheduler.sigmas[self.step])
+        if number == 0 and self.first == 0:
+            self.outcome.clock.append((self.timestep, self.sigma))
+
+    def visitor(self, places, gates):
+        """What is done at one side of a module."""
+
+        def visit(module, value):
+            for gate in gates:
+                self.gates[gate] = gate[2](module, value)
+            for site, place in places.items():
+                value = self.at(site, place, module, value)
+            return value
+
+        return visit
+
+    def at(self, site: str, place: Place, module, value):
+        """Does what all ops want of one site, in the order of the ops."""
+        whole = place.find(value)
+        changed = place.to_tokens(whole if place.made is None else place.made(module, whole, self))
+        gate = None if place.gate is None else self.gates[place.gate].expand(*changed.shape[:2], -1)
+        starts = None if place.starts is None else self.inputs[1][place.starts].sum(1).tolist()
+        part, edited = slice(*place.part), False
+        for number, op in enumerate(self.ops):
+            if site not in self.sites[number] or self.step not in self.steps_of(op):
+                continue
+            for branch in self.branches_of(op, site):
+                if branch not in self.here:
+                    continue
+                first = self.here.index(branch) * self.count
+                rows = range(first, first + self.count)
+                spans = [place.tokens_of(row, changed.shape[1], starts) for row in rows]
+                x = torch.stack([changed[row, span, part] for row, span in zip(rows, spans, strict=True)])
+                factor = 1.0
+                if gate is not None:
+                    factor = torch.stack([gate[row, span] for row, span in zip(rows, spans, strict=True)])
+                if type(op).__name__ == "Read":
+                    self.read(number, op, site, branch, x * factor)
+                    continue
+                edited = True
+                x = self.edit(number, op, site, branch, x, factor)
+                for row, span, new in zip(rows, spans, x, strict=True):
+                    changed[row, span, part] = new
+        return place.put(value, place.from_tokens(changed, whole)) if edited else value
+
+    # What an op selects
+
+    def steps_of(self, op) -> list[int]:
+        chosen, every = op.steps, range(self.steps)
+        if chosen is None:
+            return list(every)
+        if hasattr(chosen, "high"):
+            sigmas = [float(sigma) for sigma in self.pipe.scheduler.sigmas]
+            return [step for step in every if chosen.low < sigmas[step] <= chosen.high]
+        if isinstance(chosen, slice):
+            return list(every[chosen])
+        if isinstance(chosen, tuple) and any(isinstance(end, float) for end in chosen):
+            return [step for step in every if chosen[0] <= step / self.steps < chosen[1]]
+        return sorted({every[step] for step in as_list(chosen)})
+
+    def branches_of(self, op, site) -> list[str]:
+        """Reads take cond, edits both, and what comes from a run the branches that the run read."""
+        default = "cond" if type(op).__name__ == "Read" else "both"
+        given = source_of(op)
+        if hasattr(given, "readings"):
+            found = reading_of(given, site).branches
+            default = found[0] if len(found) == 1 else "both"
+        asked = op.branch or default
+        return self.branches if asked == "both" else [asked]
+
+    def rows_of(self, op) -> list[int]:
+        """Numbers over all batches, in the order of the batch."""
+        every = range(self.rows)
+        return list(every) if op.rows is None else sorted(every[row] for row in as_list(op.rows))
+
+    def groups(self, op, site) -> list[tuple[list[int], list[int]]]:
+        """Rows and their tokens: one group, except where a word stands elsewhere in every prompt."""
+        every, rows = range(self.wiring.tokens(site)), self.rows_of(op)
+        if isinstance(op.tokens, str):
+            each = self.rows // len(self.prompts)
+            return [([row], self.wiring.words(self.prompts[row // each], op.tokens)) for row in rows]
+        if op.mask is not None:
+            mask = np.array(op.mask)
+            width = self.wiring.grid[-1]
+            return [(rows, [token for token in every if mask[token // width, token % width]])]
+        return [(rows, list(every) if op.tokens is None else [every[token] for token in as_list(op.tokens)])]
+
+    def channels_of(self, op, site) -> list[int]:
+        every = range(self.wiring.places[site].width)
+        chosen = op.channels[site] if isinstance(op.channels, dict) else op.channels
+        return list(every) if chosen is None else [every[channel] for channel in as_list(chosen)]
+
+    def batch_groups(self, op, site):
+        """Groups as rows of this batch, numbered from its first, with the rows' own numbers."""
+        for rows, tokens in self.groups(op, site):
+            here = [row for row in rows if 0 <= row - self.first < self.count]
+            if here:
+                yield here, [row - self.first for row in here], tokens
+
+    # What an op does
+
+    def read(self, number, op, site, branch, x):
+        for _, rows, tokens in self.batch_groups(op, site):
+            kept = x[outer(rows, tokens, self.channels_of(op, site))].clone()
+            self.pieces[number, site, self.step, branch].append(kept if op.reduce is None else reduced(kept, op.reduce))
+
+    def edit(self, number, op, site, branch, x, gate):
+        if getattr(op, "strength", 1) == 0:
+            return x
+        touched = self.outcome.touched[number, site, branch]
+        size = (self.rows, *x.shape[1:])
+        touch = touched.setdefault(self.step, Touch(torch.zeros(size, dtype=torch.bool)))
+        found, channels = x.clone(), self.channels_of(op, site)
+        for numbers, rows, tokens in self.batch_groups(op, site):
+            where = outer(rows, tokens, channels)
+            old, factor = x[where], 1.0 if isinstance(gate, float) else gate[where]
+            new = self.value(op, site, branch, old.clone(), (numbers, tokens, channels), x)
+            found[where] = new
+            touch.elements[outer(numbers, tokens, channels)] = True
+            touch.before += float((old * factor).double().square().sum())
+            touch.after += float((new * factor).double().square().sum())
+        return found
+
+    def value(self, op, site, branch, old, where, x):
+        """What the chosen elements become."""
+        kind, (rows, tokens, channels) = type(op).__name__, where
+        if kind == "Zero":
+            return torch.zeros_like(old)
+        if kind == "Scale":
+            return old * op.factor
+        if kind == "Add":
+            return old + torch.as_tensor(op.value).to(old.dtype)
+        if kind == "TokenMean":
+            mean = old.float().mean(1, keepdim=True).to(old.dtype)
+            return mean.expand_as(old) if op.keep == "mean" else old - mean
+        if kind == "Apply":
+            hook = SimpleNamespace(name=site, step=self.step, timestep=self.timestep, sigma=self.sigma, branch=branch)
+            new = op.fn(old.clone(), hook)
+            return old if new is None else new.to(old.dtype)
+        if kind == "Swap" and isinstance(op.source, str):
+            source = range(self.rows)[int(op.source.removeprefix("row:"))] - self.first
+            new = x[outer([source], tokens, channels)].expand_as(old)
+        else:
+            new = self.given(op, site, branch, (rows, tokens, channels)).to(old.dtype).expand_as(old)
+        strength = getattr(op, "strength", 1.0)
+        # torch.lerp is (1 - strength) x + strength source, rounded as nothing else is.
+        return new if strength == 1 else torch.lerp(old, new, strength)
+
+    def given(self, op, site, branch, where):
+        """The source's values for this step, [row, token, channel], where 1 stands for all."""
+        (rows, tokens, channels), source = where, source_of(op)
+        if type(op).__name__ == "Resample":
+            rows = resampled(op.seed, self.rows_of(op), rows_of_source(source, site), rows)
+        if hasattr(source, "readings"):
+            return of_run(source, site, branch, (self.step, rows, tokens, channels), means=hasattr(op, "mean"))
+        tensor = torch.as_tensor(source[site] if isinstance(source, dict) else source)
+        if hasattr(op, "mean") and tensor.ndim == 2:
+            tensor = tensor[:, None, None]
+        tensor = tensor[(None,) * (4 - tensor.ndim)]
+        steps = self.steps_of(op)
+        step = 0 if len(tensor) == 1 else self.step if len(tensor) == self.steps else steps.index(self.step)
+        value = tensor[step]
+        value = along(value, 0, rows, value.shape[0])
+        value = along(value, 1, tokens, self.wiring.tokens(site))
+        return along(value, 2, channels, self.wiring.places[site].width)
+
+    def put_reads_together(self):
+        """[step, row, token, channel], or [step, branch, row, token, channel] with cond first."""
+        for number, op in enumerate(self.ops):
+            if type(op).__name__ != "Read":
+                continue
+            both, found = op.branch == "both", {}
+            for site in self.sites[number]:
+                branches = ["cond", "uncond"] if both else self.branches_of(op, site)
+                steps = [
+                    torch.stack([torch.cat(self.pieces[number, site, step, branch]) for branch in branches])
+                    for step in self.steps_of(op)
+                ]
+                found[site] = torch.stack(steps) if both else torch.stack(steps)[:, 0]
+            self.outcome.reads[number] = found
+
+
+def as_list(chosen) -> list:
+    return list(chosen) if hasattr(chosen, "__iter__") else [chosen]
+
+
+def outer(rows, tokens, channels):
+    return np.ix_(rows, tokens, channels)
+
+
+def along(tensor, axis, chosen, full):
+    """Of one axis of a source what is chosen: 1 stands for all, a full axis goes by number, another holds just that."""
+    size = tensor.shape[axis]
+    return tensor.index_select(axis, torch.tensor(chosen, dtype=torch.long)) if 1 < size == full else tensor
+
+
+# Sources
+
+
+def source_of(op):
+    return getattr(op, "mean", None) if hasattr(op, "mean") else getattr(op, "source", None)
+
+
+def reading_of(run, site):
+    """The read that holds a site: whole tokens before reduced ones."""
+    found = [reading for reading in run.readings if site in reading.tensors]
+    return min(found, key=lambda reading: reading.reduce is not None)
+
+
+def of_run(run, site, branch, where, *, means):
+    """Values that a run has read, found by the numbers of their steps, rows, tokens and channels."""
+    (step, rows, tokens, channels), reading = where, reading_of(run, site)
+    value = reading.tensors[site][reading.steps.index(step)].as_subclass(torch.Tensor)
+    value = value[["cond", "uncond"].index(branch)] if reading.both else value
+    kept = reading.channels[site]
+    channels = channels if kept is None else [kept.index(channel) for channel in channels]
+    if means:
+        return value.mean(0)[channels]
+    rows = [0] if len(reading.rows) == 1 else [reading.rows.index(row) for row in rows]
+    tokens = tokens if reading.tokens is None else [reading.tokens.index(token) for token in tokens]
+    return value[outer(rows, tokens, channels)]
+
+
+def rows_of_source(source, site) -> list[int]:
+    """The numbers of the rows that a source has."""
+    if hasattr(source, "readings"):
+        return list(reading_of(source, site).rows)
+    tensor = source[site]
+    return list(range(tensor.shape[-3] if tensor.ndim > 2 else 1))
+
+
+def resampled(seed, targets, available, rows) -> list[int]:
+    """For every target row one of the others, by numpy's generator of that seed; where there is one, that."""
+    rng = np.random.default_rng(seed)
+    others = [[row for row in available if row != target or len(available) == 1] for target in targets]
+    picked = {target: int(rng.choice(found)) for target, found in zip(targets, others, strict=True)}
+    return [picked[row] for row in rows]
+
+
+# Reductions, by their definitions
+
+
+def reduced(x, text):
+    """[row, token, channel] -> [row, channel, ...]."""
+    x = x.double()
+    name, _, rest = text.removesuffix(")").partition("(")
+    numbers = [float(number) for number in rest.split(",")] if rest else []
+    simple = {
+        "mean": lambda: x.mean(1),
+        "|mean|": lambda: x.mean(1).abs(),
+        "mean|x|": lambda: x.abs().mean(1),
+        "rms": lambda: x.square().mean(1).sqrt(),
+        "max": lambda: x.abs().amax(1),
+    }
+    if name in simple:
+        return simple[name]().float()
+    if name == "topk":
+        scores = x.mean(1).abs()
+        order = scores.argsort(1, descending=True)[:, : int(numbers[0])]
+        return torch.stack([scores.gather(1, order), order], -1).float()
+    values = x.numpy()
+    if name == "histogram":
+        low, high, bins = numbers[0], numbers[1], int(numbers[2])
+        counts = [[np.histogram(c.clip(low, high), bins, (low, high))[0] for c in row.T] for row in values]
+        return torch.tensor(np.array(counts)).float()
+    levels = [float(name[1:]) / 100] if name.startswith("p") else numbers
+    found = torch.tensor(np.quantile(np.abs(values), levels, axis=1)).permute(1, 2, 0).float()
+    return found if len(levels) > 1 else found[..., 0]
