@@ -88,7 +88,7 @@ class Interpreter:
         self.here, self.inputs = self.forwards[number], (args, kwargs)
         name, position = self.wiring.time
         value = kwargs[name] if name in kwargs else args[position]
-        self.timestep, self.sigma = float(value.flatten()[0]), float(self.pipe.scheduler.sigmas[self.step])
+        self.timestep, self.sigma = float(value.flatten()[0]), self.levels()[self.step]
         if number == 0 and self.first == 0:
             self.outcome.clock.append((self.timestep, self.sigma))
 
@@ -133,6 +133,13 @@ class Interpreter:
                     changed[row, span, part] = new
         return place.put(value, place.from_tokens(changed, whole)) if edited else value
 
+    def levels(self) -> list[float]:
+        """The noise level of every step."""
+        scheduler = self.pipe.scheduler
+        if hasattr(scheduler, "sigmas"):
+            return [float(sigma) for sigma in scheduler.sigmas]
+        return [float((1 - scheduler.alphas_cumprod[int(time)]) ** 0.5) for time in scheduler.timesteps]
+
     # What an op selects
 
     def steps_of(self, op) -> list[int]:
@@ -140,8 +147,7 @@ class Interpreter:
         if chosen is None:
             return list(every)
         if hasattr(chosen, "high"):
-            sigmas = [float(sigma) for sigma in self.pipe.scheduler.sigmas]
-            return [step for step in every if chosen.low < sigmas[step] <= chosen.high]
+            return [step for step in every if chosen.low < self.levels()[step] <= chosen.high]
         if isinstance(chosen, slice):
             return list(every[chosen])
         if isinstance(chosen, tuple) and any(isinstance(end, float) for end in chosen):

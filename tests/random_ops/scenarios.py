@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
 
 import dit_lens as dl
 from dit_lens import Read
@@ -53,6 +54,13 @@ def ends(steps: int) -> list[float]:
     return np.linspace(1, 0.001, steps).tolist()
 
 
+def noised(steps: int) -> list[float]:
+    """Noise levels of a scheduler that has a table of them."""
+    scheduler = DDPMScheduler()
+    scheduler.set_timesteps(steps)
+    return [float((1 - scheduler.alphas_cumprod[time]) ** 0.5) for time in scheduler.timesteps]
+
+
 SPLIT, BOTH = (("cond",), ("uncond",)), (("uncond", "cond"),)
 
 
@@ -81,6 +89,7 @@ SUBJECTS = {
     "zimage": zoo("zimage", wirings.zimage(), (("cond", "uncond"),), ("guidance_scale", 0.0)),
     "wan": zoo("wan", wirings.wan(), SPLIT, levels=ends),
     "ernie": zoo("ernie", wirings.ernie(), BOTH, strided=True),
+    "hunyuan_dit": zoo("hunyuan_dit", wirings.hunyuan_dit(), BOTH, levels=noised),
     "lumina2-ragged": zoo("lumina2-ragged", wirings.lumina(), SPLIT),
 }
 

@@ -3,202 +3,30 @@
 import re
 from dataclasses import replace
 
-import torch
-import torch.nn.functional as F
-
 from tests import pipelines
+from tests.random_ops.blocks import (
+    HIDDEN,
+    NORMS,
+    SIX,
+    UNTRIED,
+    adaln_block,
+    after,
+    chunk,
+    clean_by_noise,
+    first,
+    flux_single,
+    image_block,
+    inside,
+    joint_block,
+    modulations,
+    named,
+    next_block,
+    table,
+    transformer_blocks,
+)
 from tests.random_ops.places import Place, Wiring
 
-WIDTH, IMAGE, TEXT = 32, 24, 7
-HIDDEN, ENCODER = ("hidden_states", 0), ("encoder_hidden_states", 1)
-HIDDEN_OF_MODEL = Place("", "in", HIDDEN)
-UNTRIED = Place("", "out", writes="untried")
-POINTS = (
-    "resid_pre",
-    *(f"mod.{part}" for part in ("shift", "scale", "gate")),
-    *(f"mod.{where}.{part}" for where in ("attn", "mlp") for part in ("shift", "scale", "gate")),
-    *(f"attn.{part}" for part in "qkvz"),
-    "attn_out",
-    "cross_out",
-    "resid_mid",
-    "mlp.pre",
-    "mlp.post",
-    "mlp_out",
-    "resid_post",
-)
-
-
-def after(count):
-    """All tokens but the first ones."""
-    return lambda length: slice(count, length)
-
-
-def first(count):
-    """The first tokens."""
-    return lambda length: slice(0, count)
-
-
-def item(index):
-    """A gate [row, channel] among a module's outputs."""
-    return lambda module, output: output[index][:, None]
-
-
-def chunk(index, count, *, name=None, tanh=False):
-    """One of equal parts of what a module makes of the time embedding, or is given as an argument of that name."""
-
-    def cut(module, value):
-        value = value if name is None else value[1][name]
-        part = value.chunk(count, -1)[index]
-        part = part[:, None] if part.ndim == 2 else part
-        return part.tanh() if tanh else part
-
-    return cut
-
-
-def table(index, position, name):
-    """A row of a block's own table plus what the block is given of the time."""
-
-    def add(block, value):
-        args, kwargs = value
-        time = kwargs[name] if name in kwargs else args[position]
-        return (block.scale_shift_table.reshape(1, 6, -1) + time.reshape(len(time), 6, -1))[:, index : index + 1]
-
-    return add
-
-
-def modulations(module, names, **more):
-    """Parts of one vector [row, channel]."""
-    parts = [(i * WIDTH, (i + 1) * WIDTH) for i in range(len(names))]
-    return {
-        f"mod.{name}": Place(module, "out", part=part, vector=True, **more)
-        for name, part in zip(names, parts, strict=True)
-    }
-
-
-SIX = [f"{where}.{part}" for where in ("attn", "mlp") for part in ("shift", "scale", "gate")]
-
-
-def inside(attention, mlp, *, text=False, span=None, hidden=128):
-    """Queries, keys, values and the hidden layer of the MLP, which diffusers calls the same in most models."""
-    more = {} if span is None else {"span": span}
-    q, k, v, z = (
-        ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out") if text else ("to_q", "to_k", "to_v", "to_out.0")
-    )
-    return {
-        **{
-            f"attn.{point}": Place(f"{attention}.{name}", "out", **more)
-            for point, name in zip("qkv", (q, k, v), strict=True)
-        },
-        "attn.z": Place(f"{attention}.{z}", "in", ("input", 0), **more),
-        "mlp.pre": Place(f"{mlp}.net.0.proj", "out", width=hidden, **more),
-        "mlp.post": Place(f"{mlp}.net.2", "in", ("input", 0), width=hidden, **more),
-    }
-
-
-def ordered(streams):
-    """The points of a block by (stream, point), in the order in which it computes them."""
-    return {
-        (stream, point): streams[stream][point]
-        for point in POINTS
-        for stream in ("txt", "img")
-        if point in streams.get(stream, {})
-    }
-
-
-def joint_block(path, stream_names, gates, more):
-    """A block of two streams, as FLUX, FLUX.2, SD3 and Qwen-Image have them.
-
-    path: of the block.
-    stream_names: stream -> its MLP, and the norm before that.
-    gates: stream -> of attention and MLP.
-    more: stream -> further points.
-    """
-    streams = {}
-    for stream, key, attended, left in (("txt", ENCODER, 1, 0), ("img", HIDDEN, 0, 1)):
-        (mlp, norm), (gate, mlp_gate) = stream_names[stream], gates[stream]
-        streams[stream] = {
-            "resid_pre": Place(path, "in", key),
-            "attn_out": Place(f"{path}.attn", "out", attended, writes="linear", gate=gate),
-            "resid_mid": Place(f"{path}.{norm}", "in", ("input", 0), writes="none"),
-            "mlp_out": Place(f"{path}.{mlp}", "out", writes="linear", gate=mlp_gate),
-            "resid_post": Place(path, "out", left),
-            **more[stream],
-        }
-    return streams
-
-
-NORMS = {"img": ("ff", "norm2"), "txt": ("ff_context", "norm2_context")}
-
-
-def adaln_block(path):
-    """A block whose AdaLayerNormZero returns x, gate, shift, scale, gate."""
-    names = {"img": "norm1", "txt": "norm1_context"}
-    gates = {stream: [(f"{path}.{norm}", "out", item(index)) for index in (1, 4)] for stream, norm in names.items()}
-    more = {
-        stream: modulations(f"{path}.{norm}.linear", SIX)
-        | inside(f"{path}.attn", f"{path}.{NORMS[stream][0]}", text=stream == "txt")
-        for stream, norm in names.items()
-    }
-    return joint_block(path, NORMS, gates, more)
-
-
-def flux_single(path, text):
-    """Attention and MLP side by side; one projection adds up what they write, its bias counted with the MLP.
-
-    The modulation is one tensor for both streams, so that an edit of one is seen at the other or not, by their order:
-    Read("blocks.2.img.mod.gate"), Zero("blocks.2.txt.mod.gate"). It is not edited here. mlp.post is believed to be as
-    wide as the block, and is wider: Read("blocks.2.img.mlp.post", channels=-1). Neither is tried.
-    """
-    gate = (f"{path}.norm", "out", item(1))
-
-    def halves(span):
-        def place(made):
-            return Place(f"{path}.proj_out", "in", ("input", 0), span, writes="none", gate=gate, made=made)
-
-        return {
-            "attn_out": place(lambda module, x, moment: F.linear(x[..., :WIDTH], module.weight[:, :WIDTH])),
-            "mlp_out": place(lambda module, x, moment: F.linear(x[..., WIDTH:], module.weight[:, WIDTH:], module.bias)),
-        }
-
-    streams = {}
-    for stream, key, left, span in (("txt", ENCODER, 0, first(text)), ("img", HIDDEN, 1, after(text))):
-        streams[stream] = {
-            "resid_pre": Place(path, "in", key),
-            **modulations(f"{path}.norm.linear", ("shift", "scale", "gate"), writes="none"),
-            **{f"attn.{part}": Place(f"{path}.attn.to_{part}", "out", span=span) for part in "qkv"},
-            "attn.z": Place(f"{path}.attn", "out", span=span),
-            "mlp.pre": Place(f"{path}.proj_mlp", "out", span=span, width=128),
-            "mlp.post": UNTRIED,
-            **halves(span),
-            "resid_post": Place(path, "out", left),
-        }
-    return streams
-
-
-def clean(sign=1):
-    """What the clean latents are by a flow: x_sigma = (1 - sigma) x0 + sigma noise, and v = noise - x0.
-
-    sign: -1 where the pipeline negates what the transformer predicts.
-    """
-
-    def made(module, predicted, moment):
-        latents = HIDDEN_OF_MODEL.find(moment.inputs)
-        if isinstance(predicted, list):
-            latents, predicted = torch.stack(list(latents)), torch.stack(predicted)
-        return latents.float() - moment.sigma * sign * predicted.float()
-
-    return made
-
-
-def named(blocks, final, velocity, sign=1):
-    """Sites by name, in the order of the model."""
-    places = {
-        f"blocks.{i}.{stream}" + ("" if point == "resid_post" else f".{point}"): place
-        for i, block in enumerate(blocks)
-        for (stream, point), place in ordered(block).items()
-    }
-    x0 = replace(velocity, writes="none", made=clean(sign))
-    return {**places, "final.img": final, "velocity": velocity, "x0": x0}
+IMAGE, TEXT = 24, 7
 
 
 def letters(prompt, word):
@@ -211,10 +39,6 @@ def letters(prompt, word):
             if not (prompt[: found.start()][-1:].isalnum() or prompt[found.end() :][:1].isalnum())
         }
     )
-
-
-def transformer_blocks(count, name="transformer_blocks"):
-    return [f"{name}.{i}" for i in range(count)]
 
 
 def flux():
@@ -277,21 +101,6 @@ def klein():
     return Wiring(places, {"blocks": range(5), "double": range(2), "single": range(2, 5)})
 
 
-def image_block(path, attention, norm, mlp, gates, more):
-    """A block of image tokens alone, into which text enters by cross-attention."""
-    return {
-        "img": {
-            "resid_pre": Place(path, "in", HIDDEN),
-            "attn_out": Place(f"{path}.{attention}", "out", writes="linear", gate=(path, "in", gates[0])),
-            "cross_out": Place(f"{path}.attn2", "out"),
-            "resid_mid": Place(f"{path}.{norm}", "in", ("input", 0), writes="none"),
-            "mlp_out": Place(f"{path}.{mlp}", "out", writes="linear", gate=(path, "in", gates[1])),
-            "resid_post": Place(path, "out"),
-            **more,
-        }
-    }
-
-
 def without_x0(wiring):
     """The same, x0 not tried."""
     return replace(wiring, places=wiring.places | {"x0": UNTRIED})
@@ -317,31 +126,6 @@ def wan():
         blocks.append(image_block(path, "attn1", "norm3", "ffn", gates, more))
     places = named(blocks, Place("norm_out", "in", ("input", 0)), Place("", "out", 0, patch=(2, 2), width=16))
     return Wiring(places, THREE, grid=(2, 4, 6), text=None, knows_grid=False)
-
-
-def next_block(path, spans, names, *, gated=True):
-    """A block that normalises what attention and MLP write, as Z-Image and Lumina-Image 2.0 have it.
-
-    path: of the block.
-    spans: stream -> where its tokens are.
-    names: of attention's module, of the block's first argument, and of the norms before and after attention and MLP.
-    gated: whether writes are multiplied by gates.
-    """
-    attention, argument, norms = names
-    streams = {}
-    for stream, span in spans.items():
-        gates = [(f"{path}.adaLN_modulation", "out", chunk(index, 4, tanh=True)) for index in (1, 3)]
-        more = {"writes": "linear"} if gated else {}
-        streams[stream] = {
-            "resid_pre": Place(path, "in", (argument, 0), **span),
-            **{f"attn.{part}": Place(f"{path}.{attention}.to_{part}", "out", **span) for part in "qkv"},
-            "attn.z": Place(f"{path}.{attention}.to_out.0", "in", ("input", 0), **span),
-            "attn_out": Place(f"{path}.{norms[0]}", "out", gate=gates[0] if gated else None, **span, **more),
-            "resid_mid": Place(f"{path}.{norms[1]}", "in", ("x", 0), writes="none", **span),
-            "mlp_out": Place(f"{path}.{norms[2]}", "out", gate=gates[1] if gated else None, **span, **more),
-            "resid_post": Place(path, "out", **span),
-        }
-    return streams
 
 
 def zimage():
@@ -397,3 +181,21 @@ def lumina():
     places = named(blocks, Place("norm_out", "in", ("x", 0), **ragged), velocity, sign=-1)
     stacks = {"blocks": range(7), "context_refiner": [0, 1], "noise_refiner": [2, 3], "layer": range(4, 7)}
     return Wiring(places, stacks)
+
+
+def hunyuan_dit():
+    """Blocks of the second half are given what earlier ones left, beside what the one before left."""
+    blocks = [
+        {
+            "img": {
+                "resid_pre": Place(path, "in", HIDDEN),
+                "cross_out": Place(f"{path}.attn2", "out"),
+                "resid_post": Place(path, "out"),
+            }
+        }
+        for path in transformer_blocks(6, "blocks")
+    ]
+    velocity = Place("", "out", 0, patch=(2, 2), width=32)
+    places = named(blocks, Place("norm_out", "in", ("x", 0)), velocity)
+    places["x0"] = replace(velocity, width=16, writes="none", made=clean_by_noise)
+    return Wiring(places, {"blocks": range(6), "block": range(6)}, ("timestep", 1), text=None)

@@ -97,6 +97,12 @@ def test_ernie_image(scenario):
 
 
 @examples(6)
+@given(scenarios("hunyuan_dit"))
+def test_hunyuan_dit(scenario):
+    check(scenario)
+
+
+@examples(6)
 @given(scenarios("lumina2-ragged"))
 def test_lumina2(scenario):
     check(scenario)
