@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 import zlib
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -253,7 +253,8 @@ def recognise_scene(image: Image) -> Recognition:
     The centre and radius of the subject are fitted as well, so that the mask is that of this image. The image is
     unreadable if the best scene explains less than 60 % of its variance.
     """
-    return _recognise(image.convert("RGB").resize((PIXELS, PIXELS)).tobytes())
+    found = _recognise(image.convert("RGB").resize((PIXELS, PIXELS)).tobytes())
+    return replace(found, mask=found.mask.copy())  # what is kept stays as it is
 
 
 @functools.lru_cache(1024)  # a study compares the same image with several prompts

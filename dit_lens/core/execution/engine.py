@@ -52,6 +52,8 @@ class Engine:
     pipelines counts prompts to lay out a batch; calls without any (embeddings, classes) go through the general one.
     """
 
+    server: dict[str, str] | None = None
+
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
         self._gradients = False

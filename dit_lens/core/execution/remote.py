@@ -65,6 +65,11 @@ class RemoteEngine:
         self.host = self.backend(host).host
 
     @property
+    def server(self) -> dict[str, str]:
+        """Which model of which server this is: all that is known of it, as servers do not tell their weights."""
+        return {"host": self.host, "key": self.key}
+
+    @property
     def device_name(self) -> str:
         """Where the model is."""
         return f"nnsight server {self.host}"
@@ -104,7 +109,7 @@ class RemoteEngine:
 
     def state(self) -> dict[str, Any]:
         """What decides the transformer's answers beside the call: the server's model, as far as its name tells."""
-        return {"server": (self.host, self.key)}
+        return {"server": self.server}
 
     @contextmanager
     def differentiable(self) -> Generator[None]:

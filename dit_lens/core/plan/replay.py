@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dit_lens.core.request.ops import Op, Read
-from dit_lens.core.runs.provenance import checksum
+from dit_lens.core.runs.provenance import checksum, describe_adapters, describe_scheduler, find_modules
 from dit_lens.core.runs.run import Recording
 from dit_lens.errors import OpError
 
@@ -84,22 +84,14 @@ def call_values(call: Call) -> dict[str, Any]:
 
 def model_state(pipe: DiffusionPipeline) -> dict[str, Any]:
     """What else decides them: weights, adapters and the scheduler. OpError where weights are not at hand."""
-    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    modules = find_modules(pipe)
     sums = {name: checksum(module) for name, module in modules.items()}
     if absent := [name for name, value in sums.items() if value is None]:
         raise OpError(
             f"record= and prefix= compare the weights before and after, and those of {', '.join(absent)} are not at "
             "hand: they are offloaded, or on a server. Run without them."
         )
-    adapters = [
-        (name, *(str(getattr(layer, of, None)) for of in ("scaling", "active_adapters", "disable_adapters", "merged")))
-        for module in modules.values()
-        for name, layer in module.named_modules()
-        if hasattr(layer, "scaling")
-    ]
-    scheduler = (type(pipe.scheduler).__name__, repr(sorted(pipe.scheduler.config.items(), key=str)))
-    shift = getattr(pipe.scheduler, "shift", None)  # set_shift does not touch the configuration
-    return {"weights": sums, "adapters": adapters, "scheduler": (*scheduler, shift)}
+    return {"weights": sums, "adapters": describe_adapters(modules), "scheduler": describe_scheduler(pipe)}
 
 
 def _refuse_callbacks(call: Call) -> None:

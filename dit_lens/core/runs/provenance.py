@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from dit_lens.families import Family
 
 SAMPLED = 4096  # elements of a weight, about
+COLUMNS = 251  # sums that are made of a weight
+ADAPTER = ("scaling", "active_adapters", "disable_adapters", "merged")  # of a layer of peft
 PACKAGES = ("dit-lens", "torch", "diffusers", "transformers", "nnsight")
 
 
@@ -68,8 +71,8 @@ def fingerprint(module: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def checksum(module: nn.Module) -> str | None:
-    """A hash that any change of a single weight or buffer changes, from one pass over their bits.
+def checksum(module: nn.Module, *, computed: bool = True) -> str | None:
+    """A hash that any change of a single weight or buffer changes, or their order, from one pass over their bits.
 
     >>> layer = torch.nn.Linear(4, 4)
     >>> before = checksum(layer)
@@ -78,14 +81,33 @@ def checksum(module: nn.Module) -> str | None:
     False
 
     Sums are made where the weights lie, and fetched once. None where weights are not at hand.
+
+    computed: whether buffers count that are not stored with the weights; machines differ in their last digits.
     """
-    tensors = [part for tensor in (*module.parameters(), *module.buffers()) for part in _plain_parts(tensor.detach())]
+    left_out = set() if computed else _computed_buffers(module)
+    named = [*module.named_parameters(), *((name, one) for name, one in module.named_buffers() if name not in left_out)]
+    tensors = [part for _, tensor in named for part in _plain_parts(tensor.detach())]
     if any(tensor.device.type == "meta" for tensor in tensors):
         return None
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = [tensor.contiguous().flatten().view(integers[tensor.element_size()]) for tensor in tensors]
-    sums = [str(int(total)) for total in [some.sum(dtype=torch.int64) for some in bits]]
-    return hashlib.sha256(" ".join(sums).encode()).hexdigest()[:16]
+    sums = [" ".join(map(str, total.tolist())) for total in [_sum_bits(tensor) for tensor in tensors]]
+    return hashlib.sha256("\n".join(sums).encode()).hexdigest()[:16]
+
+
+def _sum_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums of every 251st element, as integers: a prime, so that exchanged rows or columns fall into other sums."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+    bits = tensor.contiguous().flatten().view(integers[tensor.element_size()])
+    whole = bits.numel() // COLUMNS * COLUMNS
+    return torch.cat([bits[:whole].view(-1, COLUMNS).sum(0, dtype=torch.int64), bits[whole:].long()])
+
+
+def _computed_buffers(module: nn.Module) -> set[str]:
+    """The names of buffers that are not stored with the weights."""
+    return {
+        f"{name}.{buffer}" if name else buffer
+        for name, part in module.named_modules()
+        for buffer in part._non_persistent_buffers_set  # noqa: SLF001 torch offers no public way
+    }
 
 
 def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -94,6 +116,37 @@ def _plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     if flatten is None:
         return [tensor]
     return [part for name in flatten()[0] for part in _plain_parts(getattr(tensor, name))]
+
+
+def find_modules(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The parts of a pipeline that hold weights, by name."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def describe_adapters(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
+    """What is set beside the weights: layer -> the strength of its adapters, which are active; its processor's class.
+
+    modules: component -> module.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for component, module in modules.items():
+        for name, layer in module.named_modules():
+            if hasattr(layer, "scaling"):
+                found[f"{component}.{name}"] = {of: str(getattr(layer, of, None)) for of in ADAPTER}
+            elif (processor := getattr(layer, "processor", None)) is not None:
+                scale = getattr(processor, "scale", None)
+                plain = "" if scale is None or isinstance(scale, torch.Tensor) else f", scale {scale}"
+                found[f"{component}.{name}"] = {"processor": f"{type(processor).__name__}{plain}"}
+    return found
+
+
+def describe_scheduler(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """The scheduler and its settings; ``set_shift`` does not touch its configuration."""
+    return {
+        "class": type(pipe.scheduler).__name__,
+        **_config(pipe.scheduler),
+        "shift now": to_plain_data(getattr(pipe.scheduler, "shift", None)),
+    }
 
 
 def _config(part: Any) -> dict[str, Any]:

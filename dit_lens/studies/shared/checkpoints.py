@@ -37,7 +37,7 @@ class StudyCheckpoints:
     Raises StoreError if ``out`` holds another study, other settings or another model.
 
     study: name of the study.
-    settings: every choice that decides a number, as plain data; functions among them count by their names.
+    settings: every choice that decides a number; those that JSON cannot hold count by their values.
     lens: the lens that the study runs on.
     total: number of cells of the whole study.
     out: folder for the cells, or None to keep them in memory.
@@ -54,7 +54,7 @@ class StudyCheckpoints:
         if _CHECKING.get():
             raise _CheckedError
         if self.folder is not None:
-            claim_folder(self.folder, study, self.settings, lens)
+            claim_folder(self.folder, study, settings, lens)
 
     def __enter__(self) -> Self:
         self._quiet = self._lens.quiet()

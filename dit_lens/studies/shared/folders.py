@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +17,7 @@ from dit_lens.core.runs.files import read_versioned, write_json
 from dit_lens.core.runs.provenance import describe
 from dit_lens.errors import StoreError
 from dit_lens.studies.shared.cells import number_folders, read_cell
+from dit_lens.studies.shared.fingerprints import describe_state, fingerprint_values
 from dit_lens.studies.shared.old_data import update_study
 from dit_lens.studies.shared.registry import get_study
 
@@ -24,11 +27,21 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 # What decides a model's numbers; a study continues with the same one, on any machine.
+# What earlier releases did not store of it comes last.
 IDENTITY = ("family", "pipeline", "transformer", "scheduler", "lora", "dtype", "quantization", "weights")
+NEW = {
+    "server": "the server",
+    "state": "every weight, adapter and setting of the scheduler",
+    "defaults": "the defaults of the lens",
+}
+
+MOST_TOLD = 4  # differences in a message
 
 
 def claim_folder(folder: Path, study: str, settings: Mapping[str, Any], lens: DiTLens) -> None:
     """Makes a folder this study's, or checks that it is; StoreError says what differs.
+
+    What cannot be compared, as an earlier release did not store it, or as it has no value, is said in a warning.
 
     folder: the ``out`` of the study; made if it does not exist.
     study: name of the study.
@@ -36,32 +49,89 @@ def claim_folder(folder: Path, study: str, settings: Mapping[str, Any], lens: Di
     lens: the lens whose model the study runs.
     """
     file = folder / "study.json"
+    values, unknown = fingerprint_values(settings)
     wanted: dict[str, Any] = {
         "format": FORMAT,
         "study": study,
         "settings": to_plain_data(settings),
-        "model": to_plain_data(describe_model(lens)),
+        "values": values,
+        "model": to_plain_data(describe_model(lens, settings.get("call", {}))),
     }
     if not file.exists():
         if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise StoreError(f"{folder} holds other files and no study. Choose a new folder for out=.")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, wanted)
+        _warn_of_unknown(unknown)
         return
     found = update_study(read_versioned(file, "study", FORMAT))
     if found["study"] != study:
         raise StoreError(f"{folder} holds the study {found['study']!r}. Choose another folder for out=.")
-    for part in ("settings", "model"):
-        odd = [
-            f"{name}: {_shorten(found[part].get(name))} there, {_shorten(wanted[part].get(name))} now"
-            for name in sorted({*found[part], *wanted[part]})
-            if found[part].get(name) != wanted[part].get(name)
-        ]
-        if odd:
+    _check_machine(folder, study, found["model"], wanted["model"])
+    missing = [NEW[name] for name in NEW if name not in found["model"]]
+    missing += [] if "values" in found else [f"the functions and arrays given ({', '.join(values)})"] * bool(values)
+    now = {name: value for name, value in wanted["model"].items() if name not in NEW or name in found["model"]}
+    for part, there, here, depth in (
+        ("setting", found["settings"], wanted["settings"], 1),
+        ("function or array", found.get("values", values), values, 2),
+        ("model", found["model"], now, 4),
+    ):
+        if odd := _differences(there, here, depth):
+            more = f"; and {len(odd) - MOST_TOLD} more" if len(odd) > MOST_TOLD else ""
             raise StoreError(
-                f"{folder} holds a {study} study with another {part.removesuffix('s')}; {'; '.join(odd)}. "
+                f"{folder} holds a {study} study with another {part}; {'; '.join(odd[:MOST_TOLD])}{more}. "
                 "Call it as before to continue it, or choose another folder for out=."
             )
+    if missing:
+        warnings.warn(
+            f"{folder} was begun by an earlier release of dit_lens, which did not store everything that decides a "
+            f"number. Not compared with this call: {', '.join(missing)}.",
+            stacklevel=_outside(),
+        )
+    _warn_of_unknown(unknown)
+
+
+def _check_machine(folder: Path, study: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raises StoreError where a study of a model here would go on on a server, or the other way round."""
+    if "server" not in there and there.get("weights") is None:
+        return  # an earlier release did not store which server it was
+    servers = there.get("server"), here["server"]
+    if (servers[0] is None) != (servers[1] is None):
+        begun, now = (f"the server {server['host']}" if server else "this machine" for server in servers)
+        raise StoreError(
+            f"{folder} holds a {study} study of a model on {begun}, and this lens is on {now}. A server does not tell "
+            "its weights, so whether both are the same model is not known. Continue it where it was begun, or choose "
+            "another folder for out=."
+        )
+
+
+def _differences(there: Any, here: Any, depth: int, name: str = "") -> list[str]:
+    """What differs, by name; mappings are looked into, to a depth. New parts come last."""
+    if depth and isinstance(there, Mapping) and isinstance(here, Mapping):
+        keys = sorted({*there, *here}, key=lambda key: (key in NEW, key))
+        return [
+            line
+            for key in keys
+            for line in _differences(there.get(key), here.get(key), depth - 1, f"{name}.{key}" if name else key)
+        ]
+    return [] if there == here else [f"{name}: {_shorten(there)} there, {_shorten(here)} now"]
+
+
+def _warn_of_unknown(unknown: Sequence[str]) -> None:
+    if unknown:
+        warnings.warn(
+            f"whether these are the same when the study is continued cannot be known, as they have no value that can "
+            f"be compared: {', '.join(unknown)}. Continue it with the same ones only.",
+            stacklevel=_outside(),
+        )
+
+
+def _outside() -> int:
+    """How many calls lie between ``warnings.warn`` and the code that called this library."""
+    frame, count = sys._getframe(1), 1  # noqa: SLF001 as in warnings itself
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("dit_lens."):
+        frame, count = frame.f_back, count + 1
+    return count
 
 
 def add_remarks(folder: str | Path, settings: Mapping[str, Any], notes: Sequence[str]) -> None:
@@ -95,10 +165,19 @@ def load_study(folder: str | Path) -> Any:
     return result
 
 
-def describe_model(lens: DiTLens) -> dict[str, Any]:
-    """The model of a lens, in words and by a few of its weights."""
-    found = describe(lens.pipe, lens.family)
-    return {name: found[name] for name in IDENTITY}
+def describe_model(lens: DiTLens, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The model of a lens: in words, by its weights and what is set beside them, and on which server it is, if any.
+
+    call: the arguments of the study's runs, beside which the lens has defaults.
+    """
+    found, server = describe(lens.pipe, lens.family), lens.engine.server
+    defaults = {name: value for name, value in lens.defaults.items() if name not in call}
+    return {
+        **{name: found[name] for name in IDENTITY},
+        "server": server,
+        "state": None if server else describe_state(lens.pipe),
+        "defaults": to_plain_data(defaults) | fingerprint_values(defaults)[0],
+    }
 
 
 def to_plain_data(settings: Mapping[str, Any]) -> dict[str, Any]:

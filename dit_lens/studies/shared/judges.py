@@ -47,4 +47,4 @@ def ask_judge(judge: Judge | None, image: Image, prompt: str) -> dict[str, Any]:
     image: the image.
     prompt: the prompt that the image is compared with.
     """
-    return {} if judge is None else dict(judge(image, prompt))
+    return {} if judge is None else dict(judge(image.copy(), prompt))  # it may draw on it

@@ -25,6 +25,7 @@ from dit_lens import DiTLens
 from dit_lens.analysis import metrics
 from dit_lens.errors import OpError, StoreError
 from dit_lens.studies import disruption
+from dit_lens.studies.shared.fingerprints import fingerprint_values
 from tests import pipelines
 
 
@@ -161,6 +162,13 @@ def test_a_study_is_judged_by_clip(clip, folder):
     assert row["clip_distance"] == clip.distance(before, after)
     assert {"clip", "ssim", "clip_distance", "clip_top_minus"} <= set(result.summary)
     assert result.settings["judge"] == f"Clip({folder})"
+    values, unknown = fingerprint_values({"judge": clip, "distance": clip.distance})
+    assert not unknown
+    with torch.no_grad():
+        next(clip.model.parameters()).view(-1)[0] += 1
+    assert all(
+        one != values[name] for name, one in fingerprint_values({"judge": clip, "distance": clip.distance})[0].items()
+    )
     assert "CLIP score" in result.figure().to_json()
 
 

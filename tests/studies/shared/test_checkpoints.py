@@ -187,11 +187,14 @@ def test_a_folder_of_something_else_is_refused(lens, tmp_path):
 def test_another_model_is_refused(lens, tmp_path):
     settings = {"k": 3}
     claim_folder(tmp_path, "disruption", settings, lens)
-    claim_folder(tmp_path, "disruption", settings, DiTLens(pipelines.flux()))  # the same weights, loaded again
+    defaults = dict(pipelines.CALL)
+    claim_folder(
+        tmp_path, "disruption", settings, DiTLens(pipelines.flux(), defaults=defaults)
+    )  # the same weights, loaded again
     with pytest.raises(StoreError, match="another model; weights: "):
-        claim_folder(tmp_path, "disruption", settings, DiTLens(pipelines.flux(seed=1)))
+        claim_folder(tmp_path, "disruption", settings, DiTLens(pipelines.flux(seed=1), defaults=defaults))
     with pytest.raises(StoreError, match='another model; dtype: "float32" there, "bfloat16" now'):
-        claim_folder(tmp_path, "disruption", settings, DiTLens(pipelines.flux(dtype=torch.bfloat16)))
+        claim_folder(tmp_path, "disruption", settings, DiTLens(pipelines.flux(dtype=torch.bfloat16), defaults=defaults))
 
 
 def test_a_folder_that_died_before_its_first_file_is_taken(lens, tmp_path):
