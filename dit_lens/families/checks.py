@@ -59,6 +59,7 @@ def _check_clone(
         anatomy.order = HookedClone(anatomy, call).order()
         clone = HookedClone(Anatomy(family, tiny), call)
         checks = [
+            _check_sizes(clone),
             _check_chain(clone),
             _check_residual(clone),
             _check_final(clone),
@@ -77,6 +78,22 @@ def _randomise_weights(module: nn.Module) -> None:
             parameter.normal_(std=parameter[0].numel() ** -0.5)
         elif not parameter.any():
             parameter.normal_(std=0.1)
+
+
+def _check_sizes(clone: HookedClone) -> Check:
+    """Every site has as many channels as its module says."""
+    anatomy = clone.anatomy
+    for site in clone.points:
+        if site.name not in clone.seen:
+            continue
+        tensor, span, says = clone.seen[site.name], anatomy.locate(site).span, anatomy.channels(site)
+        has = (tensor if span is None else tensor[..., slice(*span)]).shape[-1]
+        if has != says:
+            raise FamilyError(
+                f"{clone.name}: {site} has {has} channels, and its row takes it for {says}. Is its module or its "
+                "span wrong?"
+            )
+    return Check("sizes", "every site has as many channels as its module says")
 
 
 def _check_chain(clone: HookedClone) -> Check:

@@ -127,7 +127,7 @@ def single_stream(layout: str, z: PointSpec) -> Points:
         **attention("attn", layout=layout),
         "attn.z": z,
         "mlp.pre": PointSpec("proj_mlp", layout=layout),
-        "mlp.post": PointSpec("act_mlp", layout=layout),
+        "mlp.post": replace(input_of("proj_out"), layout=layout, span=(1, None)),
         **side_by_side("proj_out", PointSpec("norm", slot=1), layout),
     }
 
