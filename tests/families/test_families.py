@@ -137,6 +137,23 @@ def test_a_guidance_that_the_pipeline_does_not_follow_is_noticed(monkeypatch):
         lens.run("red", [dl.Read("blocks.0.img")])
 
 
+def test_a_pass_after_the_last_that_was_planned_is_noticed():
+    pipe = pipelines.flux()
+    lens = dl.DiTLens(pipe, defaults=dict(pipelines.TRUE_CFG))
+    seen = []
+    handle = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+
+    def look_once_more(pipe, step, timestep, tensors):
+        if step == pipe.num_timesteps - 1:
+            pipe.transformer(**seen[-1])
+        return tensors
+
+    with pytest.raises(ExecutionError, match=r"expects 6 forward passes of the transformer, but the pipeline made 7"):
+        lens.run("red", [dl.Read("blocks.0.img")], callback_on_step_end=look_once_more)
+    handle.remove()
+    assert lens.run("red", [dl.Read("blocks.0.img")], seed=0).images
+
+
 def test_a_run_that_is_cut_short_is_noticed():
     def stop(pipe, step, timestep, tensors):
         pipe._interrupt = True  # noqa: SLF001

@@ -145,7 +145,8 @@ class Engine:
             try:
                 model = self.model if call.get("prompt") is not None else self.promptless
                 arguments = call | {"gradients": True} if self._gradients else call
-                store, results = run_traced(model.trace, model, program, payload, arguments, reads)
+                with _count_forwards(self.pipe.transformer) as made:
+                    store, results = run_traced(model.trace, model, program, payload, arguments, reads)
             except torch.OutOfMemoryError as full:
                 if not self._gradients:
                     raise
@@ -155,12 +156,24 @@ class Engine:
                 ) from full
             except PlanMismatchError as mismatch:
                 raise ExecutionError(f"{mismatch}. Nothing was kept of this run.") from mismatch
-        if not results:
+        if not results or len(made) != len(program["forwards"]):
             raise ExecutionError(
                 f"the plan expects {len(program['forwards'])} forward passes of the transformer, but the pipeline "
-                f"made {len(store['clock'])}. Was the run interrupted, or are steps skipped by a cache or a callback?"
+                f"made {len(made)}. Was the run interrupted, are steps skipped by a cache or a callback, or does the "
+                "pipeline draw more than once?"
             )
         return store, results[0]
+
+
+@contextmanager
+def _count_forwards(transformer: nn.Module) -> Generator[list[None]]:
+    """Yields a list that gets one entry for every forward pass."""
+    made: list[None] = []
+    handle = transformer.register_forward_pre_hook(lambda *_: made.append(None))
+    try:
+        yield made
+    finally:
+        handle.remove()
 
 
 @contextmanager

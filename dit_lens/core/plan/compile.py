@@ -17,7 +17,7 @@ from dit_lens.families.sites import Site, match
 if TYPE_CHECKING:
     from dit_lens.core.plan.outline import Outline
     from dit_lens.core.plan.program import Action, Forward, Part, Program
-    from dit_lens.families.locations import TensorLocation
+    from dit_lens.families.locations import Location, TensorLocation
 
 
 @dataclass(frozen=True)
@@ -265,12 +265,17 @@ class _Compiler:
             return self._readout_parts(site, rank, location)
         gate = location.gate
         if gate is None:
-            return [(rank, location, _part("site", site.name, location))]
+            return [(rank, location, _part("site", site.name, location, sizes=self._sizes(site)))]
         key = repr(gate)
         return [
             ((*anatomy.rank(gate), -1, key), gate, _part("gate", key, gate)),
-            (rank, location, _part("site", site.name, location, gate=key)),
+            (rank, location, _part("site", site.name, location, key, self._sizes(site))),
         ]
+
+    def _sizes(self, site: Site) -> tuple[int | None, int]:
+        """The tokens and channels that selections at a site were counted in."""
+        tokens = None if site.point.startswith("mod.") else self.outline.tokens(site.stream)
+        return tokens, self.anatomy.channels(site)
 
     def _readout_parts(
         self, site: Site, rank: tuple, location: TensorLocation
@@ -279,7 +284,11 @@ class _Compiler:
         final, shift = self.anatomy.final, self.anatomy.shift
         found = [
             (rank, location, _part("hold", site.name, location)),
-            ((*self.anatomy.rank(final), -1, site.order, site.name), final, _part("readout", site.name, final)),
+            (
+                (*self.anatomy.rank(final), -1, site.order, site.name),
+                final,
+                _part("readout", site.name, final, sizes=self._sizes(site)),
+            ),
         ]
         if shift is not None:
             found.append(((*self.anatomy.rank(shift), -1, ""), shift, _part("hold", "shift", shift)))
@@ -302,5 +311,21 @@ def _in_order_of_ops(parts: list[tuple[TensorLocation, Part]]) -> Iterator[tuple
         yield from sorted(single, key=lambda one: one[1]["actions"][0]["op"])
 
 
-def _part(role: Any, name: str, location: TensorLocation, gate: str | None = None) -> Part:
-    return {"role": role, "name": name, "location": {**location.plain(), "name": name}, "gate": gate, "actions": []}
+def _part(
+    role: Any,
+    name: str,
+    location: TensorLocation,
+    gate: str | None = None,
+    sizes: tuple[int | None, int | None] = (None, None),
+) -> Part:
+    tokens, channels = sizes
+    where: Location = {**location.plain(), "name": name}
+    return {
+        "role": role,
+        "name": name,
+        "location": where,
+        "gate": gate,
+        "tokens": tokens,
+        "channels": channels,
+        "actions": [],
+    }

@@ -49,6 +49,7 @@ class Part(TypedDict):
     name: the site; of a gate or of what is held the key under which it is kept.
     location: where the tensor is.
     gate: the gate its tensor is multiplied by, if any.
+    tokens, channels: how many the ops counted on; None where only the run can tell.
     actions: in the order of the ops.
     """
 
@@ -56,6 +57,8 @@ class Part(TypedDict):
     name: str
     location: Location
     gate: str | None
+    tokens: int | None
+    channels: int | None
     actions: list[Action]
 
 
