@@ -40,7 +40,16 @@ MUTATIONS = {
 
 def test_the_row_passes():
     found = check(Anatomy(ROW, pipelines.flux().transformer))
-    assert [one.name for one in found] == ["structure", "chain", "residual", "final", "grid", "write", "readout"]
+    assert [one.name for one in found] == [
+        "structure",
+        "sizes",
+        "chain",
+        "residual",
+        "final",
+        "grid",
+        "write",
+        "readout",
+    ]
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

@@ -92,6 +92,11 @@ def with_time(pipeline: Pipeline) -> Pipeline:
     return replace(pipeline, time=replace(pipeline.time, argument="moment"))
 
 
+def with_span(spec, projection):
+    """The neurons in the input of a projection that takes attention beside them."""
+    return PointSpec(projection, side="input", slot=0, span=(1, None), layout=spec.layout)
+
+
 MUTATIONS: dict[str, Callable[[Family], list[Family]]] = {
     "slots swapped": in_turn(swapped),
     "offset": in_turn(lambda s: replace(s, layout=FLIPPED[s.layout]) if s.layout in FLIPPED else None),
@@ -109,6 +114,9 @@ MUTATIONS: dict[str, Callable[[Family], list[Family]]] = {
     "width of a predicted token": lambda family: [
         replace(family, prediction=replace(family.prediction, width=f"{family.prediction.width}*2"))
     ],
+    "a module that does not say its width": specs(
+        lambda spec: PointSpec("act_mlp", layout=spec.layout) if spec == with_span(spec, "proj_out") else None
+    ),
     "another gate": specs(other_gate),
     "no gate": specs(lambda spec: replace(spec, gate=None) if spec.gate is not None else None),
     "gate squashed, or not": specs(
@@ -137,7 +145,7 @@ def test_the_row_passes(name):
         for point, spec in inside.items()
         if isinstance(spec, PointSpec)
     }
-    expected = ["structure", "chain", "residual", "final", "grid", "write", "readout"]
+    expected = ["structure", "sizes", "chain", "residual", "final", "grid", "write", "readout"]
     if "mlp_out" not in points:
         expected.remove("residual")
     if family.readout is None:
@@ -168,4 +176,4 @@ def test_a_template_is_a_row_that_passes():
 
     source = write_template(FAMILIES["Chroma"], "ChromaTransformer2DModel")
     row = eval(source, {"dit_lens": dit_lens})
-    assert checked(row) == ["structure", "chain", "final", "grid", "write", "readout"]
+    assert checked(row) == ["structure", "sizes", "chain", "final", "grid", "write", "readout"]

@@ -20,7 +20,7 @@ def zoo(request):
 def test_what_is_known_before_a_run(zoo):
     lens, entry = zoo.lens, zoo.entry
     assert lens.anatomy.depth == entry.blocks
-    assert {check.name for check in lens.checks} >= {"structure", "chain", "final", "grid", "write"}
+    assert {check.name for check in lens.checks} >= {"structure", "sizes", "chain", "final", "grid", "write"}
     assert lens.family.transformer == entry.transformer
     assert entry.transformer in repr(lens)
 
