@@ -53,12 +53,14 @@ def another_patch(family: Family) -> list[Family]:
     return [] if family.latents.patch == 1 else [replace(family, grid=replace(family.grid, patch=side))]
 
 
-def specs(change: Callable[[PointSpec], PointSpec | None]) -> Callable[[Family], list[Family]]:
-    """The family with one gated point changed, for the first that the change applies to in each stack."""
+def specs(
+    change: Callable[[PointSpec], PointSpec | None], points: tuple[str, ...] = ("attn_out", "mlp_out")
+) -> Callable[[Family], list[Family]]:
+    """The family with one of these points changed, for the first that the change applies to in each stack."""
 
     def in_stack(stack: Stack) -> Stack | None:
         for stream, inside in stack.points.items():
-            for point in ("attn_out", "mlp_out"):
+            for point in points:
                 spec = inside.get(point)
                 other = change(spec) if isinstance(spec, PointSpec) else None
                 if other is not None:
@@ -92,11 +94,7 @@ def with_time(pipeline: Pipeline) -> Pipeline:
     return replace(pipeline, time=replace(pipeline.time, argument="moment"))
 
 
-def with_span(spec, projection):
-    """The neurons in the input of a projection that takes attention beside them."""
-    return PointSpec(projection, side="input", slot=0, span=(1, None), layout=spec.layout)
-
-
+NEURONS = ("proj_out", (1, None))  # of blocks whose last projection takes attention beside them
 MUTATIONS: dict[str, Callable[[Family], list[Family]]] = {
     "slots swapped": in_turn(swapped),
     "offset": in_turn(lambda s: replace(s, layout=FLIPPED[s.layout]) if s.layout in FLIPPED else None),
@@ -115,7 +113,8 @@ MUTATIONS: dict[str, Callable[[Family], list[Family]]] = {
         replace(family, prediction=replace(family.prediction, width=f"{family.prediction.width}*2"))
     ],
     "a module that does not say its width": specs(
-        lambda spec: PointSpec("act_mlp", layout=spec.layout) if spec == with_span(spec, "proj_out") else None
+        lambda spec: PointSpec("act_mlp", layout=spec.layout) if (spec.module, spec.span) == NEURONS else None,
+        ("mlp.post",),
     ),
     "another gate": specs(other_gate),
     "no gate": specs(lambda spec: replace(spec, gate=None) if spec.gate is not None else None),
