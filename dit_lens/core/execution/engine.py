@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import nnsight
 import torch
-from nnsight.intervention.source import STATE, Controller, module_body
 from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule
 
 from dit_lens.core.execution.execute import execute
+from dit_lens.core.execution.forwards import Forwards, Taking
 from dit_lens.core.execution.schedule import measure_sigmas
 from dit_lens.core.execution.turns import Turn, turn_of
 from dit_lens.core.plan.replay import model_state
@@ -57,12 +57,11 @@ class Engine:
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
         self._gradients = False
-        self._modules = self._modules_now()
-        with warnings.catch_warnings(action="ignore", category=UserWarning):
-            _restore_hooks(self._modules)
-            self.model = DiffusionModel(_Pipeline(pipe))
+        self._modules, self._forwards = self._modules_now(), Forwards()
+        with self._wrapping():
+            self.model = DiffusionModel(_Pipeline(pipe), interleaver=Taking(self._forwards))
             self.model.pipeline = pipe
-            self.promptless = nnsight.NNsight(_Pipeline(pipe))
+            self.promptless = nnsight.NNsight(_Pipeline(pipe), interleaver=Taking(self._forwards))
 
     @property
     def turn(self) -> Turn:
@@ -71,17 +70,22 @@ class Engine:
 
     @property
     def stale(self) -> bool:
-        """Whether modules changed since wrapping (LoRA, another transformer), or lost nnsight's hook."""
-        modules = self._modules_now()
-        return modules != self._modules or any(map(_lost_hooks, modules))
+        """Whether modules came or went since wrapping (LoRA, another transformer)."""
+        return self._modules_now() != self._modules
 
     def follow(self) -> None:
         """Wraps the modules there are now."""
-        with self.turn.hold(), warnings.catch_warnings(action="ignore", category=UserWarning):
+        with self.turn.hold():
             self._modules = self._modules_now()
-            _restore_hooks(self._modules)
-            for model in (self.model, self.promptless):
-                model._update(_Pipeline(self.pipe))
+            with self._wrapping():
+                for model in (self.model, self.promptless):
+                    model._update(_Pipeline(self.pipe))
+
+    @contextmanager
+    def _wrapping(self) -> Generator[None]:
+        """nnsight wraps modules inside, and warns of what took its place in them."""
+        with warnings.catch_warnings(action="ignore", category=UserWarning), self._forwards.wrapping(self._modules):
+            yield
 
     @property
     def device_name(self) -> str:
@@ -187,26 +191,6 @@ def hide_progress_bar(pipe: DiffusionPipeline) -> Generator[None]:
     finally:
         attributes.pop(name, None)
         attributes.update(before)
-
-
-def _lost_hooks(module: nn.Module) -> bool:
-    """Whether something took nnsight's place as a module's forward; accelerate does, after every run that offloads.
-
-    A wrapper around nnsight's own forward leaves it in place: its values pass through as they do through torch's hooks.
-    """
-    forward = vars(module).get("forward") if STATE in vars(module) else None
-    while forward is not None and not isinstance(forward, Controller):
-        forward = getattr(forward, "__wrapped__", None)
-    return STATE in vars(module) and forward is None
-
-
-def _restore_hooks(modules: list[nn.Module]) -> None:
-    """Puts nnsight's hook back where a module lost it."""
-    for module in filter(_lost_hooks, modules):
-        state = vars(module)[STATE]
-        state.body = state.original = module_body(module)
-        state.sourced = False
-        vars(module)["forward"] = Controller(module, state)
 
 
 def run_traced(
