@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections import Counter
 from collections.abc import Generator, Mapping
@@ -17,6 +16,7 @@ from dit_lens.core.plan.cost import format_bytes, nbytes
 from dit_lens.core.request.call import prepare_call
 from dit_lens.core.request.ops import Read, Zero
 from dit_lens.core.runs.provenance import describe
+from dit_lens.families.calls import call_parameters
 from dit_lens.instruments.recommend import recommend
 from dit_lens.old_names import OldName
 
@@ -209,7 +209,7 @@ def _choose_call(lens: DiTLens) -> tuple[str | None, dict[str, Any]]:
     from PIL import Image
 
     kind = type(lens.pipe)
-    known = inspect.signature(kind.__call__).parameters
+    known = call_parameters(kind)
     call: dict[str, Any] = {}
     size = sum(parameter.numel() for parameter in lens.pipe.transformer.parameters())
     if size > LARGE and lens.pipe.device.type == "cpu" and {"height", "width"} <= set(known):

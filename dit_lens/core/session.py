@@ -29,6 +29,7 @@ from dit_lens.core.runs.run import Recording, Run
 from dit_lens.core.trace import Trace
 from dit_lens.errors import PromptError, SiteError
 from dit_lens.families.checks import Check, check
+from dit_lens.families.live import find_difference
 from dit_lens.families.sites import Site, match
 from dit_lens.old_names import warn_of_old_name
 
@@ -68,14 +69,17 @@ class Session:
         self.engine: Engine | RemoteEngine = Engine(pipe) if engine is None else engine
 
     def _describe(self) -> None:
-        self.family = families.find(self.pipe)
-        self.anatomy = families.Anatomy(self.family, self.pipe.transformer)
-        self.checks: list[Check] = check(self.anatomy)
+        family = families.find(self.pipe)
+        anatomy = families.Anatomy(family, self.pipe.transformer)
+        self.checks: list[Check] = check(anatomy)
+        self.family, self.anatomy = family, anatomy
 
     def _follow(self) -> Engine | RemoteEngine:
-        """Looks again at a pipeline whose modules were exchanged: by LoRA, or another transformer."""
-        if self.engine.stale:
+        """Looks again at a pipeline that is not as it was: by LoRA, another transformer, an adapter, a patch."""
+        gone = self.engine.stale
+        if gone or find_difference(self.anatomy, self.anatomy.tried) is not None:
             self._describe()
+        if gone:
             self.engine.follow()
         return self.engine
 

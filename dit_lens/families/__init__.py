@@ -17,10 +17,11 @@ from dit_lens.families.row import (
     Refusal,
     Time,
 )
-from dit_lens.families.stack import PointSpec, Stack
+from dit_lens.families.stack import Adapter, PointSpec, Stack
 from dit_lens.old_names import find_old_names
 
 __all__ = [
+    "Adapter",
     "Anatomy",
     "Example",
     "Family",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import FamilyError, SiteError
+from dit_lens.families.calls import call_parameters
 from dit_lens.families.locations import GridRule, ReadoutRule, TensorLocation, TimeRule
-from dit_lens.families.module_tree import ModuleTree, count_heads, measure_width
+from dit_lens.families.module_tree import ModuleTree, class_names, count_heads, measure_width
 from dit_lens.families.row import Family, Time
 from dit_lens.families.sites import MODEL_POINTS, POINTS, STREAMS, Site
 from dit_lens.families.stack import PointSpec, Stack
@@ -33,6 +34,7 @@ class Anatomy:
         self.order: Mapping[
             tuple[str, str, str], int
         ] = {}  # (stack, module, side) -> when it is computed, as the check saw
+        self.tried: Mapping[tuple[str, str], frozenset[Callable[..., Any]]] = {}  # what the check ran, see .live
         self._blocks: list[tuple[Stack, int]] = []  # of every block its stack, and its index there
         self.stacks: dict[str, range] = {}
         for stack in family.stacks:
@@ -118,6 +120,8 @@ class Anatomy:
             return f"block {block} has no module {spec.module}"
         if isinstance(spec.slot, str) and spec.slot not in inspect.signature(type(module).forward).parameters:
             return f"block {block} takes no argument {spec.slot}"
+        if spec.adapter is not None and spec.adapter not in class_names(getattr(module, "processor", None)):
+            return f"no IP-Adapter is loaded there (its {spec.module} is not computed by a {spec.adapter})"
         if spec.span is not None and (spec.span[1] or 0) * self.width > (measure_width(module, spec.side) or math.inf):
             return f"{spec.module} of block {block} has no such channels"
         return None if spec.gate is None else self._find_missing(block, spec.gate)
@@ -197,7 +201,7 @@ class Anatomy:
 
     def plan_grid(self, pipe: DiffusionPipeline, call: Mapping[str, Any]) -> tuple[int, int] | None:
         """(h, w) image tokens that a call will have, or None where the pipeline chooses its own size."""
-        defaults = inspect.signature(type(pipe).__call__).parameters
+        defaults = call_parameters(type(pipe))
         pipeline = self.family.pipeline(type(pipe))
         if pipeline.chooses_size or "num_frames" in defaults or "height" not in defaults:
             return None

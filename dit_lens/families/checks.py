@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from dit_lens.families.anatomy import Anatomy
 from dit_lens.families.example_call import build_call
 from dit_lens.families.hooked_clone import MISFITS, HookedClone
 from dit_lens.families.layout import from_tokens, pack, replace_tensor, select_stream, select_tensor, to_tokens, unpack
+from dit_lens.families.live import Functions, find_difference, find_processors, note_functions
+from dit_lens.families.processors import put_processors
 from dit_lens.families.row import Family
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from dit_lens.families.locations import TensorLocation
 
 TEXT = 5
-WRITES = ("attn_out", "attn2_out", "cross_out", "mlp_out")
+WRITES = ("attn_out", "attn2_out", "cross_out", "mlp_out", "ip_out")
 
 
 @dataclass(frozen=True)
@@ -34,28 +37,57 @@ class Check:
 
 
 def check(anatomy: Anatomy) -> list[Check]:
-    """Checks a live transformer; FamilyError says exactly what differs from the family's row."""
+    """Checks a live transformer; FamilyError says exactly what differs from the family's row, or from what was tried.
+
+    A clone of the same class is tried once per process. Where the live transformer runs something else, such as the
+    processors of an adapter, or a class that was patched since, that is tried as well, as far as a clone can have it.
+    """
     rules = (anatomy.time_rule(), anatomy.grid_rule)
-    found, anatomy.order = _check_clone(anatomy.family, type(anatomy.transformer))
+    tried = _try_class(anatomy.family, type(anatomy.transformer))
+    if find_difference(anatomy, tried.functions) is not None:
+        tried = _try_clone(anatomy.family, type(anatomy.transformer), find_processors(anatomy))
+        if (difference := find_difference(anatomy, tried.functions)) is not None:
+            raise FamilyError(f"{anatomy.family.name}: {difference}")
+    anatomy.order, anatomy.tried = tried.order, tried.functions
     locations = [anatomy.locate(site) for site in anatomy.sites]
     says = f"{anatomy.depth} blocks, {len(locations)} sites, {len(rules)} rules: all their modules and arguments exist"
-    return [Check("structure", says), *found]
+    return [Check("structure", says), *tried.checks]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What came of trying a clone.
+
+    checks: the statements that hold.
+    order: of the modules of a block, as :attr:`Anatomy.order`.
+    functions: what ran.
+    """
+
+    checks: tuple[Check, ...]
+    order: dict[tuple[str, str, str], int]
+    functions: Functions
 
 
 @lru_cache
-def _check_clone(
-    family: Family, transformer: type[ModelMixin]
-) -> tuple[tuple[Check, ...], dict[tuple[str, str, str], int]]:
-    """The row, tried on a tiny random transformer of the same class: once per process and class.
+def _try_class(family: Family, transformer: type[ModelMixin]) -> Tried:
+    """The row, tried on a tiny random transformer of a class: once per process and class."""
+    return _try_clone(family, transformer, ())
 
-    Returns the checks, and the order in which the modules of a block are called.
+
+def _try_clone(
+    family: Family, transformer: type[ModelMixin], processors: Iterable[tuple[tuple[str, str], Any]]
+) -> Tried:
+    """The row, tried on a tiny random transformer of the same class.
+
+    processors: what computes attentions, by stack and path within a block; others than the class's own are tried too.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         tiny = transformer(**family.example.config).eval()
-        _randomise_weights(tiny)
         anatomy = Anatomy(family, tiny)
-        call = build_call(anatomy, TEXT)
+        extra = put_processors(anatomy, processors, TEXT)
+        _randomise_weights(tiny)
+        call = {**build_call(anatomy, TEXT), **extra}
         anatomy.order = HookedClone(anatomy, call).order()
         clone = HookedClone(Anatomy(family, tiny), call)
         checks = [
@@ -67,7 +99,7 @@ def _check_clone(
             _check_write(clone),
             _check_readout(clone),
         ]
-    return tuple(one for one in checks if one is not None), anatomy.order
+    return Tried(tuple(one for one in checks if one is not None), anatomy.order, note_functions(anatomy))
 
 
 @torch.no_grad()
@@ -117,18 +149,23 @@ def _check_residual(clone: HookedClone) -> Check | None:
     """resid_post = resid_pre + what attention and MLP write, and resid_mid lies between, where the row names them."""
     bases = [name.removesuffix(".mlp_out") for name in clone.seen if name.endswith(".mlp_out")]
     for base in bases:
-        writes = [f"{base}.{write}" for write in WRITES if f"{base}.{write}" in clone.seen]
-        *early, last = (clone.seen[name] for name in (f"{base}.resid_pre", *writes))
-        fits = all(one.shape == last.shape for one in early)
-        before = torch.stack(early).sum(0) if fits else last
+        writes = {write: clone.seen[f"{base}.{write}"] for write in WRITES if f"{base}.{write}" in clone.seen}
+        after = clone.seen[base]
+        fits = all(one.shape == after.shape for one in writes.values())
+        early = [value for write, value in writes.items() if write not in ("mlp_out", "ip_out")]
+        before = torch.stack([clone.seen[f"{base}.resid_pre"], *early]).sum(0) if fits else after
         middle = clone.seen.get(f"{base}.resid_mid", before)
-        if not (fits and _close(middle, before) and _close(clone.seen[base], before + last)):
+        late = [value for write, value in writes.items() if write in ("mlp_out", "ip_out")]
+        if not (fits and _close(middle, before) and _close(after, sum(late, start=before))):
             raise FamilyError(
                 f"{clone.name}: {base} is not its input plus {' plus '.join(writes)}. Is a gate or a norm wrong?"
             )
     if not bases:
         return None
-    return Check("residual", "a block adds attn_out and mlp_out to its input and nothing else; resid_mid lies between")
+    adapter = ", with its IP-Adapter's ip_out," if any(name.endswith(".ip_out") for name in clone.seen) else ""
+    return Check(
+        "residual", f"a block adds attn_out and mlp_out{adapter} to its input and nothing else; resid_mid lies between"
+    )
 
 
 def _check_final(clone: HookedClone) -> Check:

@@ -47,6 +47,12 @@ class CallSizes:
     latents: tuple[int, int]
     config: Mapping[str, Any]
 
+    @classmethod
+    def of(cls, anatomy: Anatomy, text: int) -> CallSizes:
+        """Those of a call on the image tokens of the family's example and ``text`` text tokens."""
+        grid, (_, tall, wide) = anatomy.family.example.grid, anatomy.patch
+        return cls(ROWS, text, grid, (grid[0] * tall, grid[1] * wide), anatomy.transformer.config)
+
     @property
     def tokens(self) -> int:
         """Image tokens."""
@@ -55,12 +61,9 @@ class CallSizes:
 
 def build_call(anatomy: Anatomy, text: int) -> dict[str, Any]:
     """Random arguments for a call on the image tokens of the family's example and ``text`` text tokens."""
-    family = anatomy.family
-    grid, (_, tall, wide) = family.example.grid, anatomy.patch
-    config = anatomy.transformer.config
-    sizes = CallSizes(ROWS, text, grid, (grid[0] * tall, grid[1] * wide), config)
+    family, sizes = anatomy.family, CallSizes.of(anatomy, text)
     call = {name: make_argument(value, sizes) for name, value in family.example.call.items()}
-    if family.guidance_flag and not config[family.guidance_flag]:
+    if family.guidance_flag and not sizes.config[family.guidance_flag]:
         call.pop("guidance", None)
     return call
 

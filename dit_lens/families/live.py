@@ -1,9 +1,13 @@
-"""What of a live pipeline would silently change which calls and modules run."""
+"""What of a live pipeline is not what was tried, or would silently change which calls and modules run."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import FamilyError
 
@@ -11,7 +15,15 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import nn
 
+    from dit_lens.families.anatomy import Anatomy
+
 CACHES = "cache|fbc|pyramid_attention"  # in the names of diffusers' hooks that skip work
+HOOKS = ("accelerate.hooks", "diffusers.hooks.hooks")  # whose wrappers pass on what a module computes
+
+# (stack, path within its blocks) -> the functions that ran there; stack "" is the transformer itself. What is called to
+# compute an attention stands at the path of the attention, with PROCESSOR after it.
+Functions = Mapping[tuple[str, str], frozenset[Callable[..., Any]]]
+PROCESSOR = "()"
 
 
 def refuse_unsafe(pipe: DiffusionPipeline) -> None:
@@ -44,3 +56,113 @@ def _fused(module: nn.Module) -> bool:
     """
     newer = hasattr(module, "unfuse_projections")
     return getattr(module, "fused_projections", False) and (newer or "Fused" in str(getattr(module, "processor", "")))
+
+
+def note_functions(anatomy: Anatomy) -> Functions:
+    """What a transformer runs: its own forward, those of its blocks, and those of their parts that have parts.
+
+    Modules without parts are left out: adapters and quantisation exchange them, and their sites are whatever enters and
+    leaves them.
+    """
+    found: dict[tuple[str, str], set[Callable[..., Any]]] = defaultdict(set)
+    for path in ("", anatomy.family.final.module):
+        found["", path].add(find_forward(anatomy.modules.get(path)))
+    for stack in anatomy.family.stacks:
+        for block in anatomy.blocks(stack):
+            for path, module in block.named_modules():
+                processor = getattr(module, "processor", None)
+                if any(child is not processor for child in module.children()):
+                    found[stack.name, path].add(find_forward(module))
+                if processor is not None:
+                    found[stack.name, path + PROCESSOR].add(type(processor).__call__)
+    return {key: frozenset(functions) for key, functions in found.items()}
+
+
+def find_difference(anatomy: Anatomy, tried: Functions) -> str | None:
+    """What a live transformer runs in place of what was tried; None where it runs the same."""
+    for path in ("", anatomy.family.final.module):
+        module = anatomy.modules.get(path)
+        if (forward := find_forward(module)) not in tried["", path]:
+            where = f"pipe.transformer{'.' if path else ''}{path}"
+            return _describe(f"{where}, a {type(module).__name__}, runs", forward, tried["", path])
+    for stack in anatomy.family.stacks:
+        paths = [(key, key[1].split(".") if key[1] else [], tried[key]) for key in tried if key[0] == stack.name]
+        blocks = anatomy.blocks(stack)
+        for number, block in enumerate(blocks):
+            for (_, path), names, functions in paths:
+                processed = path.endswith(PROCESSOR)
+                module = _descend(block, [part.removesuffix(PROCESSOR) for part in names] if processed else names)
+                if module is None:
+                    continue
+                where = f"pipe.transformer.{stack.path}.{number}{'.' if path else ''}{path.removesuffix(PROCESSOR)}"
+                if processed:
+                    processor = getattr(module, "processor", None)
+                    if type(processor).__call__ not in functions:
+                        kind = type(processor).__name__
+                        return _describe(f"the attention {where} is computed by a {kind}:", type(processor), functions)
+                elif (forward := find_forward(module)) not in functions:
+                    kind = type(module).__name__
+                    one_of = f", one of {len(blocks)} in {stack.path}," if not path else ""
+                    return _describe(f"{where}, a {kind}{one_of or ','} runs", forward, functions)
+    return None
+
+
+def find_processors(anatomy: Anatomy) -> Iterator[tuple[tuple[str, str], Any]]:
+    """What computes each attention of the blocks, by stack and path within the block."""
+    for stack in anatomy.family.stacks:
+        for block in anatomy.blocks(stack):
+            for path, module in block.named_modules():
+                if (processor := getattr(module, "processor", None)) is not None:
+                    yield (stack.name, path), processor
+
+
+def find_forward(module: nn.Module) -> Callable[..., Any]:
+    """The function that a call of a module comes to, seen through the hooks of accelerate, diffusers and nnsight.
+
+    >>> from torch import nn
+    >>> linear = nn.Linear(2, 2)
+    >>> find_forward(linear) is nn.Linear.forward
+    True
+    >>> linear.forward = lambda x: 2 * x
+    >>> find_forward(linear) is nn.Linear.forward
+    False
+    """
+    own = vars(module).get("forward")
+    while own is not None:
+        if isinstance(own, functools.partial) and own.func.__module__ in HOOKS:
+            replaced = [hook for hook in _hooks_of(module) if hasattr(hook, "new_forward")]
+            own = replaced[0].new_forward.__func__ if replaced else getattr(own, "__wrapped__", None)
+        elif type(own).__module__.startswith("nnsight."):
+            own = None
+        elif inspect.ismethod(own) and own.__self__ is module:
+            return own.__func__
+        else:
+            return own
+    return type(module).forward
+
+
+def _hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks of diffusers on a module."""
+    return list(getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values())
+
+
+def _descend(module: nn.Module, names: list[str]) -> nn.Module | None:
+    """The module at a path, None where there is none."""
+    found: nn.Module | None = module
+    for name in names:
+        found = None if found is None else found._modules.get(name)  # noqa: SLF001 fast, as get_submodule is not
+    return found
+
+
+def _describe(what: str, found: Any, tried: frozenset[Callable[..., Any]]) -> str:
+    """What is there, what was tried, and what to do."""
+    usual = " or ".join(sorted(map(_name, tried)))
+    module = getattr(found, "__module__", None) or "?"
+    return (
+        f"{what} {_name(found)} of {module}, and this family was tried with {usual}. "
+        "Names of tensors inside might mean something else. Put back what was there, or load the pipeline again."
+    )
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", None) or repr(function)

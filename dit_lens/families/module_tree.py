@@ -69,6 +69,15 @@ class ModuleTree:
         return math.prod(value) if isinstance(value, tuple | list) else int(value)
 
 
+def class_names(value: Any) -> list[str]:
+    """The names of a value's class and of all its parents, nearest first: a subclass is known by its parents' names.
+
+    >>> class_names(True)
+    ['bool', 'int', 'object']
+    """
+    return [base.__name__ for base in type(value).__mro__]
+
+
 def count_heads(module: Any) -> int | None:
     """How many heads an attention says it has."""
     counts = (getattr(module, name, None) for name in ("heads", "num_heads"))

@@ -6,8 +6,11 @@ import difflib
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING
 
+from torch.nn import Module
+
 from dit_lens.errors import FamilyError
 from dit_lens.families.live import refuse_unsafe
+from dit_lens.families.module_tree import class_names
 from dit_lens.families.row import Family
 from dit_lens.families.table import TABLE
 
@@ -45,12 +48,20 @@ def find(pipe: DiffusionPipeline) -> Family:
             f"{type(pipe).__name__} has no transformer (its parts are {', '.join(components)}), so it is not a DiT "
             "pipeline."
         )
+    _refuse_second(pipe)
     refuse_unsafe(pipe)
-    classes = {base.__name__ for base in type(transformer).__mro__}
-    for family in known_families():
-        if family.transformer in classes:
-            return family
+    family = _find_row(transformer)
+    if family is not None:
+        _refuse_override(transformer, family)
+        return family
     name = type(transformer).__name__
+    inside = (path for path, module in transformer.named_modules() if path and _find_row(module) is not None)
+    if (path := next(inside, None)) is not None:
+        kept = " Adapters stay in its layers." if path == "base_model.model" else ""
+        raise FamilyError(
+            f"pipe.transformer is a {name} around a {type(transformer.get_submodule(path)).__name__}. Unwrap it: "
+            f"pipe.transformer = pipe.transformer.{path}.{kept}"
+        )
     known = {family.transformer: family.name for family in known_families()}
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     nearest = next(family for family in known_families() if family.transformer == close)
@@ -59,6 +70,42 @@ def find(pipe: DiffusionPipeline) -> Family:
         f"Nearest: {close} ({known[close]}). Describe it with dit_lens.register_family(row); a row like the nearest "
         f"one, to start from:\n{write_template(nearest, name)}"
     )
+
+
+def _find_row(transformer: Module) -> Family | None:
+    """The row of a transformer's class, or of a parent of it."""
+    names = class_names(transformer)
+    return next((family for family in known_families() if family.transformer in names), None)
+
+
+def _refuse_override(transformer: Module, family: Family) -> None:
+    """Refuses a class of somebody's own that does something else than the one that its row describes."""
+    for base in type(transformer).__mro__:
+        if base.__name__ == family.transformer:
+            return
+        if "forward" in vars(base):
+            raise FamilyError(
+                f"{base.__name__} overrides the forward of {family.transformer}, which the row of {family.name} "
+                f"describes. If the row fits it as well: dit_lens.register_family(dataclasses.replace(row, "
+                f"transformer={base.__name__!r})), and it is tried."
+            )
+
+
+def _refuse_second(pipe: DiffusionPipeline) -> None:
+    """Refuses pipelines that pass from one denoiser to another, of which a run would see the first only."""
+    described = find_by_pipeline(type(pipe))
+    if described is not None and described.pipeline(type(pipe)).second_model:
+        return
+    if pipe.config.get("boundary_ratio", 0) is None:  # the second is there, and not called
+        return
+    for name, part in pipe.components.items():
+        if name != "transformer" and isinstance(part, Module) and _find_row(part) is not None:
+            kind = type(pipe).__name__
+            raise FamilyError(
+                f"this {kind} has two denoisers, transformer and {name}, and passes from one to the other during a run "
+                "(boundary_ratio). dit_lens looks inside one. Make a pipeline of the one you study, which then does "
+                f"all steps: {kind}(**{{**pipe.components, {name!r}: None}}, boundary_ratio=None)."
+            )
 
 
 def find_by_pipeline(kind: type) -> Family | None:

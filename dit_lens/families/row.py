@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dit_lens.families.stack import Stack
+from dit_lens.families.stack import Adapter, Stack
 
 
 @dataclass(frozen=True)
@@ -263,6 +263,7 @@ class Family:
     prompts: how they enter a pipeline, and what they become.
     guidance_flag: the entry of the config that says whether the transformer takes a guidance scale.
     without_gradient: methods of its modules that run under ``torch.no_grad``.
+    adapters: processors of attention that adapters bring with them.
     note: what else its users must know.
     """
 
@@ -280,6 +281,7 @@ class Family:
     prompts: Prompts = Prompts()
     guidance_flag: str | None = None
     without_gradient: tuple[str, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
     note: str = ""
 
     def pipeline(self, kind: type) -> Pipeline:

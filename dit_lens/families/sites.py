@@ -33,6 +33,7 @@ POINTS = (
     "mlp.pre",
     "mlp.post",
     "mlp_out",
+    "ip_out",
     "resid_post",
     "x0",
 )

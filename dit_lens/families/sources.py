@@ -6,10 +6,12 @@ import ast
 import inspect
 import re
 import textwrap
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import FamilyError
 from dit_lens.families.arguments import holds_embedding
+from dit_lens.families.calls import call_parameters, find_call
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +36,7 @@ def find_encoded(kind: type) -> tuple[str, ...] | str:
         return "it has no encode_prompt"
     if "image" in inspect.signature(encode).parameters:
         return "it encodes prompts together with images"
-    others = re.findall(r"self\.(encode_prompt\w+)", inspect.getsource(kind.__call__))
+    others = re.findall(r"self\.(encode_prompt\w+)", inspect.getsource(find_call(kind)))
     if others:
         return f"it also encodes by {others[0]}"
     tree = ast.parse(textwrap.dedent(inspect.getsource(encode)))
@@ -43,7 +45,7 @@ def find_encoded(kind: type) -> tuple[str, ...] | str:
     names = [tuple(part.id if isinstance(part, ast.Name) else "" for part in some) for some in parts]
     if len(names) != 1 or not all(names[0]):
         return "its encode_prompt returns values without names"
-    wanted = [name for name in inspect.signature(kind.__call__).parameters if holds_embedding(name)]
+    wanted = [name for name in call_parameters(kind) if holds_embedding(name)]
     if not wanted:
         return "it takes no prompt_embeds="
     if lost := [name for name in wanted if name not in names[0]]:
@@ -62,22 +64,37 @@ def find_latents(kind: type) -> str | None:
 
 def returns_latents(kind: type) -> bool:
     """Whether a pipeline class can return latents in place of images."""
-    return '"latent"' in inspect.getsource(inspect.unwrap(kind.__call__))
+    return '"latent"' in inspect.getsource(inspect.unwrap(find_call(kind)))
 
 
 def find_without_gradient(transformer: nn.Module) -> tuple[str, ...]:
-    """Methods of a transformer's modules that torch.no_grad decorates, as class and name.
+    """Methods of a transformer's modules that torch.no_grad decorates and a forward pass calls, as class and name.
 
-    Those that fuse projections are not called in a run.
+    What is called is followed by name, from ``forward`` on, through all classes. Methods that fuse projections, or that
+    initialise the weights of an adapter, are not.
     """
+    kinds: set[type] = {type(module) for module in transformer.modules()}
+    kinds |= {type(module.processor) for module in transformer.modules() if hasattr(module, "processor")}
+    methods = {kind: dict(inspect.getmembers(kind, inspect.isfunction)) for kind in kinds}
+    called, new = set(), {"forward", "__call__"}
+    while new:
+        called |= new
+        bodies = [inspect.unwrap(found[name]) for found in methods.values() for name in new & found.keys()]
+        new = {name for body in bodies for name in _names_used(body.__code__)} - called
     return tuple(
         sorted(
             f"{kind.__name__}.{name}"
-            for kind in {type(module) for module in transformer.modules()}
-            for name, method in inspect.getmembers(kind, inspect.isfunction)
-            if method.__code__.co_name == "decorate_context" and not name.endswith("fuse_projections")
+            for kind, found in methods.items()
+            for name, method in found.items()
+            if name in called and method.__code__.co_name == "decorate_context"
         )
     )
+
+
+def _names_used(code: CodeType) -> set[str]:
+    """The names that a function looks up, and those that functions inside it do."""
+    inside = (one for one in code.co_consts if isinstance(one, CodeType))
+    return {*code.co_names, *(name for one in inside for name in _names_used(one))}
 
 
 def check_source(kind: type, family: Family, field: str) -> None:

@@ -24,6 +24,7 @@ class PointSpec:
     gate: what it is multiplied by before it is added to the residual.
     tanh: of a gate, whether its hyperbolic tangent is taken.
     table: a parameter of the block, [part, channel], that is added to the argument.
+    adapter: the class of the processor without which the module has no such output.
     """
 
     module: str
@@ -37,6 +38,21 @@ class PointSpec:
     gate: PointSpec | None = None
     tanh: bool = False
     table: str | None = None
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A processor of attention with weights of its own, and how one is made and called for the check at load.
+
+    processor: its class.
+    arguments: what makes one of the transformer's sizes, each as ``Family.width`` is written.
+    call: argument of the transformer -> what it is, see :mod:`dit_lens.families.example_call`.
+    """
+
+    processor: str
+    arguments: Mapping[str, str]
+    call: Mapping[str, object]
 
 
 @dataclass(frozen=True)

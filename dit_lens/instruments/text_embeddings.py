@@ -14,6 +14,7 @@ from dit_lens.core.request.call import Call, needs_weights, prepare_call
 from dit_lens.errors import PromptError
 from dit_lens.families import find, find_by_pipeline
 from dit_lens.families.arguments import IMAGES_PER_PROMPT, holds_text, is_text_encoder
+from dit_lens.families.calls import call_parameters
 from dit_lens.families.sources import check_source
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _encode(
     guidance: how the pipeline guides.
     device: where its text encoders are.
     """
-    known = inspect.signature(type(pipe).__call__).parameters
+    known = call_parameters(type(pipe))
     found = _call_encode_prompt(pipe, names, arguments, device)
     if "negative_prompt_embeds" in known and "negative_prompt_embeds" not in names:
         negative = arguments.get("negative_prompt")
@@ -203,7 +204,7 @@ def _call_encode_prompt(
     with torch.no_grad():
         given = _select_arguments(pipe, arguments, device)
         found = _name_results(names, pipe.encode_prompt(**given))
-        missing = [name for name in names if name not in inspect.signature(type(pipe).__call__).parameters]
+        missing = [name for name in names if name not in call_parameters(type(pipe))]
         if not missing:
             return found
         embeddings = {name: None if holds_text(name) else found.get(name, value) for name, value in given.items()}
@@ -241,7 +242,7 @@ def _select_arguments(pipe: DiffusionPipeline, arguments: Mapping[str, Any], dev
 
 def _complete_arguments(pipe: DiffusionPipeline, prepared: Call) -> dict[str, Any]:
     """The pipeline's arguments, its own defaults included."""
-    parameters = inspect.signature(type(pipe).__call__).parameters.values()
+    parameters = call_parameters(type(pipe)).values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     texts = {
         name: [value] * prepared.rows

@@ -22,6 +22,7 @@ _POINTS = {
     "attn2_out": Look("second attention", "#56B4E9", "circle"),
     "cross_out": Look("cross-attention", "#009E73", "square"),
     "mlp_out": Look("MLP", "#D55E00", "diamond"),
+    "ip_out": Look("IP-Adapter", "#F0E442", "star"),
     "block": Look("block (not split)", "#CC79A7", "pentagon"),
     "rest": Look("not explained", "#E69F00", "cross"),
 }

@@ -158,7 +158,7 @@ def _list_writes(lens: DiTLens, end: str) -> list[_Write]:
             continue
         if not found:
             found.append(_Write(None, INPUT, (before,)))
-        points = [p for p in ("attn_out", "attn2_out", "cross_out", "mlp_out") if f"{after}.{p}" in have]
+        points = [p for p in ("attn_out", "attn2_out", "cross_out", "mlp_out", "ip_out") if f"{after}.{p}" in have]
         if {"attn_out", "mlp_out"} <= set(points):
             found += [_Write(block, point, (f"{after}.{point}",)) for point in points]
         else:

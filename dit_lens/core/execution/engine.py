@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import nnsight
@@ -19,6 +20,7 @@ from dit_lens.core.execution.schedule import measure_sigmas
 from dit_lens.core.execution.turns import Turn, turn_of
 from dit_lens.core.plan.replay import model_state
 from dit_lens.errors import ExecutionError
+from dit_lens.families.calls import list_calls
 from dit_lens.families.layout import PlanMismatchError
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ class _Pipeline(_PipelineModule):
         if not gradients:
             return super().forward(*args, **kwargs)
         with torch.enable_grad():
-            return inspect.unwrap(type(self.pipeline).__call__)(self.pipeline, *args, **kwargs)
+            return _with_gradients(self.pipeline)(*args, **kwargs)
 
 
 class Engine:
@@ -83,7 +85,7 @@ class Engine:
 
     @contextmanager
     def _wrapping(self) -> Generator[None]:
-        """nnsight wraps modules inside, and warns of what took its place in them."""
+        """Nnsight wraps modules inside, and warns of what took its place in them."""
         with warnings.catch_warnings(action="ignore", category=UserWarning), self._forwards.wrapping(self._modules):
             yield
 
@@ -167,6 +169,18 @@ class Engine:
                 "pipeline draw more than once?"
             )
         return store, results[0]
+
+
+def _with_gradients(pipe: DiffusionPipeline) -> Callable[..., Any]:
+    """The call of a pipeline without its ``no_grad``, which may be that of a parent it passes its arguments on to."""
+    kind, (parent, draw) = type(pipe), list_calls(type(pipe))[-1]
+    if kind.__call__ is draw:
+        return partial(inspect.unwrap(draw), pipe)
+    # A class that comes between the two in the order of classes, so that super() finds it.
+    between = type(parent.__name__, (parent,), {"__call__": inspect.unwrap(draw)})
+    twin = copy.copy(pipe)
+    twin.__class__ = type(kind.__name__, (kind, between), {})
+    return twin
 
 
 @contextmanager

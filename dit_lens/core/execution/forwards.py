@@ -14,8 +14,6 @@ from nnsight.intervention.interleaver import Interleaver
 from nnsight.intervention.source import STATE, Controller, State, module_body
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from torch import nn
 
 
@@ -29,7 +27,7 @@ class Forwards:
 
     @contextmanager
     def wrapping(self, modules: Iterable[nn.Module]) -> Generator[None]:
-        """nnsight may wrap modules inside; afterwards they are as they were before."""
+        """Nnsight may wrap modules inside; afterwards they are as they were before."""
         modules = list(modules)
         kept = {module: vars(module).get("forward") for module in modules}
         for module in modules:
@@ -101,9 +99,9 @@ class Taking(Interleaver):
             self._open = stack.pop_all()
         return entered
 
-    def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType) -> bool:
+    def __exit__(self, exc_type: object, exc_value: object, traceback: object) -> bool:
         self._open.close()
-        return super().__exit__(kind, problem, trace)
+        return super().__exit__(exc_type, exc_value, traceback)
 
 
 def _put_back(module: nn.Module, own: Any) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import ExecutionError, PromptError, nearest
 from dit_lens.families.arguments import belongs_to_prompts, holds_text, stands_for_prompts
+from dit_lens.families.calls import call_parameters
 from dit_lens.families.row import Prompts
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def prepare_call(
     call: the pipeline's own arguments.
     conditioning: how prompts enter the pipeline, from the family's row.
     """
-    signature = inspect.signature(type(pipe).__call__).parameters
+    signature = call_parameters(type(pipe))
     _check_arguments(type(pipe).__name__, signature, call, seed)
     arguments: dict[str, Any] = {**defaults, **call}
     if "num_frames" in signature and arguments.get("output_type") != "latent":
@@ -259,7 +259,7 @@ def _per_prompt(name: str) -> bool:
 
 def default_argument(pipe: DiffusionPipeline, name: str) -> Any:
     """The default of an argument of a pipeline's own call; None if it has none."""
-    parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
+    parameter = call_parameters(type(pipe)).get(name)
     return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 

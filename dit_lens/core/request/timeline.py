@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from dit_lens.core.request.call import default_argument
 from dit_lens.core.request.json_values import SigmaInterval
 from dit_lens.errors import OpError, PromptError, nearest
+from dit_lens.families.calls import find_call
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -244,7 +245,7 @@ def _compute_sigmas(
     """
     import numpy as np
 
-    module = inspect.getmodule(type(pipe))
+    module = inspect.getmodule(find_call(type(pipe)))
     shift, retrieve = getattr(module, "calculate_shift", None), getattr(module, "retrieve_timesteps", None)
     scheduler = copy.deepcopy(pipe.scheduler)
     config = scheduler.config

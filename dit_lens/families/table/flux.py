@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from dit_lens.families.row import Example, Family, Grid, Guidance, Latents, Pipeline, Prediction, Prompts, Time
-from dit_lens.families.stack import PointSpec
+from dit_lens.families.stack import Adapter, PointSpec
 from dit_lens.families.table.points import (
+    IP_ADAPTER,
     THREE,
     Points,
     attention,
@@ -38,6 +40,11 @@ from dit_lens.families.table.shared import (
     joint_stack,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dit_lens.families.example_call import CallSizes
+
 SINGLE_POINTS = both_streams(single_stream("text_first", PointSpec("attn", layout="text_first")))
 DOUBLE = double_stack(points=double_block())
 SINGLE = double_stack("single_transformer_blocks", "single", points=SINGLE_POINTS)
@@ -65,6 +72,13 @@ _EXAMPLE = Example(
 def _example(config: Mapping[str, object], **call: str) -> Example:
     """The example of these models, with what one of them takes besides."""
     return Example({**_EXAMPLE.config, **config}, {**_EXAMPLE.call, **call})
+
+
+def _images(sizes: CallSizes) -> dict[str, list[Tensor]]:
+    """Tokens of one image of every row, as an IP-Adapter projects them."""
+    import torch
+
+    return {"ip_hidden_states": [torch.randn(sizes.rows, 4, sizes.config["joint_attention_dim"])]}
 
 
 _FLUX = Pipeline("FluxPipeline", TRUE_CFG, Time(), encodes=("prompt_embeds", "pooled_prompt_embeds", "text_ids"))
@@ -95,6 +109,13 @@ FLUX1 = Family(
     readout=PACKED,
     prompts=Prompts("tokenizer_2", plain=True),
     guidance_flag="guidance_embeds",
+    adapters=(
+        Adapter(
+            IP_ADAPTER,
+            {"hidden_size": "inner_dim", "cross_attention_dim": "joint_attention_dim"},
+            {"joint_attention_kwargs": _images},
+        ),
+    ),
     example=_example(
         {"pooled_projection_dim": 8, "out_channels": None},
         pooled_projections="randn b pooled_projection_dim",

@@ -17,6 +17,8 @@ SCALE_FIRST = tuple(f"mod.{part}.{name}" for part in ("attn", "mlp") for name in
 THREE = ("mod.shift", "mod.scale", "mod.gate")
 NO_SHIFTS = tuple(f"mod.{part}.{name}" for part in ("attn", "mlp") for name in ("scale", "gate"))
 
+IP_ADAPTER = "FluxIPAdapterAttnProcessor"  # adds a third output to an attention, and it to the block's
+
 PER_TOKEN = "its gates differ from token to token"
 
 
@@ -135,7 +137,11 @@ def single_stream(layout: str, z: PointSpec) -> Points:
 def double_block() -> Mapping[str, Points]:
     """FLUX's double blocks: a tensor for each stream, which meet in attention."""
     return {
-        "img": {**adaln_zero("norm1", PointSpec("attn", slot=0), "ff", "norm2"), **attention("attn")},
+        "img": {
+            **adaln_zero("norm1", PointSpec("attn", slot=0), "ff", "norm2"),
+            **attention("attn"),
+            "ip_out": PointSpec("attn", slot=2, adapter=IP_ADAPTER),
+        },
         "txt": {
             **adaln_zero("norm1_context", PointSpec("attn", slot=1), "ff_context", "norm2_context"),
             **text_attention(),
