@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from dit_lens.core.execution.engine import Engine
-from dit_lens.core.execution.remote import RemoteEngine, pipeline_without_weights
+from dit_lens.core.execution.remote import TIMEOUT, RemoteEngine, pipeline_without_weights
 from dit_lens.core.request.call import needs_weights
 from dit_lens.core.runs.files import check_pipeline
 from dit_lens.core.runs.html import table_html
@@ -84,7 +84,9 @@ class DiTLens(Session):
         return lens
 
     @classmethod
-    def remote(cls, model: str | Path, *, host: str | None = None, revision: str | None = None) -> DiTLens:
+    def remote(
+        cls, model: str | Path, *, host: str | None = None, revision: str | None = None, timeout: float = TIMEOUT
+    ) -> DiTLens:
         """A lens on a model that an nnsight server holds: no weights are loaded or downloaded here.
 
         >>> from dit_lens import DiTLens, Read, toys
@@ -100,11 +102,12 @@ class DiTLens(Session):
         host: the server's address, such as "http://localhost:8001"; ``nnsight.CONFIG.API.HOST`` by default, whose key
             is used as well.
         revision: of the repository.
+        timeout: seconds to wait for a run, from sending it to its result; an hour by default.
 
         Raises StoreError if there is no such pipeline, ExecutionError if ``host`` is not a valid address.
         """
         stand_in = pipeline_without_weights(model, revision)
-        return cls(stand_in.pipeline, engine=RemoteEngine(stand_in, host))
+        return cls(stand_in.pipeline, engine=RemoteEngine(stand_in, host, timeout))
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Moves the pipeline, as ``pipe.to`` does, and returns the lens."""

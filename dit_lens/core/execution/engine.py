@@ -162,12 +162,7 @@ class Engine:
                 ) from full
             except PlanMismatchError as mismatch:
                 raise ExecutionError(f"{mismatch}. Nothing was kept of this run.") from mismatch
-        if not results or len(made) != len(program["forwards"]):
-            raise ExecutionError(
-                f"the plan expects {len(program['forwards'])} forward passes of the transformer, but the pipeline "
-                f"made {len(made)}. Was the run interrupted, are steps skipped by a cache or a callback, or does the "
-                "pipeline draw more than once?"
-            )
+        check_finished(program, len(made), results)
         return store, results[0]
 
 
@@ -205,6 +200,16 @@ def hide_progress_bar(pipe: DiffusionPipeline) -> Generator[None]:
     finally:
         attributes.pop(name, None)
         attributes.update(before)
+
+
+def check_finished(program: Program, made: int, results: list[Any]) -> None:
+    """ExecutionError for a run that did not make the forward passes that were planned. made: how many it made."""
+    planned = len(program["forwards"])
+    if not results or made != planned:
+        raise ExecutionError(
+            f"the plan expects {planned} forward passes of the transformer, but the pipeline made {made}. Was the run "
+            "interrupted, are steps skipped by a cache or a callback, or does the pipeline draw more than once?"
+        )
 
 
 def run_traced(

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import pickle
-import threading
+import re
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
+
+from dit_lens.core.execution.turns import Turn
 from dit_lens.core.request.call import needs_weights
 from dit_lens.core.runs.files import check_pipeline
 from dit_lens.errors import ExecutionError, OpError, PromptError, StoreError
@@ -21,9 +24,9 @@ from dit_lens.families.arguments import belongs_to_prompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-    from nnsight.intervention.backends.remote import RemoteBackend
     from nnsight.modeling.diffusion import DiffusionModel
 
+    from dit_lens.core.execution.connection import Connection
     from dit_lens.core.plan.program import Program, Store
     from dit_lens.core.request.call import Call
     from dit_lens.families.locations import TimeRule
@@ -46,23 +49,47 @@ def pipeline_without_weights(path: str | Path, revision: str | None = None) -> D
     return model
 
 
-_LOST = "Nothing was kept of this run."
+TIMEOUT = 3600.0  # seconds
 
-_MISSING = "What a function imports has to be there, or to be named here first: nnsight.register('my_module')."
+# What a server says -> what can be done about it. Its own sentences, and names of errors, in lower case.
+_ADVICE = {
+    ("modulenotfounderror",): (
+        "What a function imports has to be there, or to be named here first: nnsight.register('my_module')."
+    ),
+    ("could not deploy", "error provisioning", "error starting model", "not dedicated", "cannot be accom"): (
+        "The server does not serve this model. Whoever runs it has to deploy it under the name it is asked for: {key}."
+    ),
+    ("evicted", "preempted", "critical server error", "error submitting request", "error initializing", "actor died"): (
+        "The model is being restarted or was taken away there. Run it again in a minute."
+    ),
+    ("execution timeout", "longer than timeout"): (
+        "Make the run smaller: fewer prompts at once (batch_size=), or fewer steps."
+    ),
+    ("endpointconnectionerror", "could not connect to the endpoint", "nosuchbucket", "botocore", "object store"): (
+        "Large results go through the server's object store, which it cannot reach. Keep less: reduce reads where they "
+        "are (reduce=), or run fewer prompts at once (batch_size=)."
+    ),
+}
 
 
 class RemoteEngine:
     """Sends programs to an nnsight server, one at a time; stands where a lens has an Engine.
 
     model: from :func:`pipeline_without_weights`. host: the server's address; nnsight's own setting by default.
+    timeout: seconds to wait for a run.
     """
 
     stale = False
 
-    def __init__(self, model: DiffusionModel, host: str | None = None):
-        self.model, self.lock = model, threading.Lock()
+    def __init__(self, model: DiffusionModel, host: str | None = None, timeout: float = TIMEOUT):
+        from nnsight import CONFIG
+
+        from dit_lens.core.execution.connection import check_host, check_timeout
+
+        self.model, self.turn = model, Turn()
+        self.timeout = check_timeout(timeout)
+        self.host = check_host(CONFIG.API.HOST if host is None else host)
         self.key = _key(model)
-        self.host = self.backend(host).host
 
     @property
     def server(self) -> dict[str, str]:
@@ -91,14 +118,15 @@ class RemoteEngine:
         call: the keyword arguments of the pipeline.
         reads: receives what is read.
         """
-        from dit_lens.core.execution.engine import run_traced
+        from dit_lens.core.execution.engine import check_finished, run_traced
 
         _check_prompts(call)
-        with self.lock, self._translate_errors():
+        with self.turn.run(), self._translate_errors():
             _register()
             _check_functions([*call.values(), *payload.values()])
-            call = {**call, "backend": self.backend(self.host)}
+            call = {**call, "backend": self.backend()}
             store, results = run_traced(self.model.generate, self.model, program, payload, call, {})
+        check_finished(program, len(store["clock"]), results)
         for key in list(store["reads"]):
             reads[key] = store["reads"].pop(key)
         return {**store, "reads": reads}, results[0]
@@ -117,39 +145,33 @@ class RemoteEngine:
         needs_weights(self.model.pipeline, "gradients need")
         yield
 
-    def backend(self, host: str | None = None) -> RemoteBackend:
-        """What sends a request to a server, whose state shows where a progress bar would."""
-        from nnsight.intervention.backends.remote import RemoteBackend
+    def backend(self) -> Connection:
+        """What sends a request to the server, whose state shows where a progress bar would."""
+        from dit_lens.core.execution.connection import Connection
 
-        try:
-            backend = RemoteBackend(self.key, host=host)
-        except ValueError as problem:
-            raise ExecutionError(f"{problem}. Pass host=, such as 'http://localhost:8001'.") from problem
+        connection = Connection(self.key, self.host, self.timeout)
         bar = getattr(self.model.pipeline, "_progress_bar_config", {})
-        backend.display.enabled &= not bar.get("disable", False)  # the job's state shows where a bar would
-        return backend
+        connection.display.enabled &= not bar.get("disable", False)  # the job's state shows where a bar would
+        return connection
 
     @contextmanager
     def _translate_errors(self) -> Generator[None]:
-        """What a person can do about a server that cannot be reached, refuses, or fails."""
-        from httpx import HTTPError
+        """What a person can do about a job that failed on the server. Memory that ran out there is told as of here."""
         from nnsight.intervention.backends.remote import RemoteError
-        from websocket import WebSocketBadStatusException, WebSocketException
 
         try:
             yield
         except RemoteError as failure:
             gist = _shorten_answer(str(failure))
-            advice = f"{_MISSING} {_LOST}" if "ModuleNotFoundError" in gist else _LOST
-            self._failed(f"answered: {gist}", advice, failure)
-        except WebSocketBadStatusException as refusal:
-            advice = "Is the key right (nnsight.CONFIG.set_default_api_key), and is it an nnsight server?"
-            self._failed(f"refused the connection (HTTP status {refusal.status_code})", advice, refusal)
-        except (OSError, HTTPError, WebSocketException) as silence:
-            self._failed(f"could not be reached: {silence}", "Is the address right, and does it run?", silence)
-
-    def _failed(self, how: str, advice: str, cause: Exception) -> NoReturn:
-        raise ExecutionError(f"the nnsight server {self.host} {how}. {advice}") from cause
+            if re.search(r"OutOfMemoryError|out of memory", gist):
+                raise torch.OutOfMemoryError(f"on the nnsight server {self.host}: {gist}") from failure
+            said = gist.lower()
+            advice = next((text for words, text in _ADVICE.items() if any(word in said for word in words)), "")
+            advice = advice.replace("{key}", self.key)
+            raise ExecutionError(
+                f"the nnsight server {self.host} answered: {gist}. {advice}{' ' * bool(advice)}"
+                "Nothing was kept of this run."
+            ) from failure
 
 
 def _shorten_answer(answer: str) -> str:
@@ -188,13 +210,15 @@ def _register() -> None:
 
 
 def _check_prompts(call: Mapping[str, Any]) -> None:
-    """PromptError for a call without prompts, or with tensors that stand for some: where they belong is not known."""
-    others = [f"{name}=" for name, value in call.items() if belongs_to_prompts(name) and value is not None]
-    if others or call.get("prompt") is None:
-        raise PromptError(
-            "a model on a server is given prompts: embeddings and classes cannot be sent as nnsight lays out a "
-            f"batch by its prompts. Pass prompts{' instead of ' * bool(others)}{', '.join(others)}."
-        )
+    """PromptError for a call in which nnsight would not find how many images there are."""
+    embeddings = call.get("prompt_embeds")
+    if call.get("prompt") is not None or (isinstance(embeddings, torch.Tensor) and embeddings.ndim == 3):
+        return
+    given = [f"{name}=" for name, value in call.items() if belongs_to_prompts(name) and value is not None]
+    raise PromptError(
+        "a model on a server is given prompts, or prompt_embeds= as one tensor [b, n, d]: nnsight lays out a batch by "
+        f"them. Pass prompts{' instead of ' * bool(given)}{', '.join(given)}."
+    )
 
 
 def _check_functions(values: Iterable[Any]) -> None:

@@ -278,7 +278,8 @@ def _move(value: Any, device: Any) -> Any:
     """Embeddings on the pipeline's device, to which it does not move them itself."""
     if isinstance(value, list):
         return [_move(one, device) for one in value]
-    return value.to(device) if hasattr(value, "to") else value
+    # A pipeline without weights is on a server, which moves what it is sent.
+    return value.to(device) if hasattr(value, "to") and device.type != "meta" else value
 
 
 def needs_weights(pipe: DiffusionPipeline, what: str) -> None:

@@ -36,6 +36,7 @@ NEW = {
 }
 
 MOST_TOLD = 4  # differences in a message
+LONGEST = 80  # characters of a value in one
 
 
 def claim_folder(folder: Path, study: str, settings: Mapping[str, Any], lens: DiTLens) -> None:
@@ -114,7 +115,7 @@ def _differences(there: Any, here: Any, depth: int, name: str = "") -> list[str]
             for key in keys
             for line in _differences(there.get(key), here.get(key), depth - 1, f"{name}.{key}" if name else key)
         ]
-    return [] if there == here else [f"{name}: {_shorten(there)} there, {_shorten(here)} now"]
+    return [] if there == here else ["{}: {} there, {} now".format(name, *_shorten_both(there, here))]
 
 
 def _warn_of_unknown(unknown: Sequence[str]) -> None:
@@ -199,6 +200,14 @@ def _encode(value: Any) -> Any:
     return str(value)
 
 
-def _shorten(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _shorten_both(*values: Any) -> list[str]:
+    """Two values as text, of which the part is shown where they begin to differ."""
+    texts = [json.dumps(value) for value in values]
+    if max(map(len, texts)) <= LONGEST:
+        return texts
+    pairs = enumerate(zip(*texts, strict=False))
+    differ = next((i for i, (one, other) in pairs if one != other), min(map(len, texts)))
+    start = max(0, differ - LONGEST // 4)
+    return [
+        f"{'...' * (start > 0)}{text[start : start + LONGEST]}{'...' * (len(text) > start + LONGEST)}" for text in texts
+    ]

@@ -1,46 +1,25 @@
 """A lens on a model of a server gives what a lens on the model gives; the server knows nothing of dit_lens."""
 
 import json
-import os
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import nnsight
 import numpy as np
 import pytest
 import torch
-from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
+from nnsight.intervention.backends.remote import RemoteError
 
 import dit_lens as dl
 from dit_lens import Apply, DiTLens, Read, Swap, Zero, toys
+from dit_lens.core.execution.connection import Connection
 from dit_lens.core.execution.execute import move_answer
 from dit_lens.core.execution.remote import RemoteEngine, pipeline_without_weights
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, StoreError
 from tests import pipelines
 
 HOST = "http://server.test"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "flux"
-    pipelines.flux().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def process(folder):
-    """A server of the model, and of what else lies beside it."""
-    command = [sys.executable, Path(__file__).parents[2] / "server.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=folder.parent, env=environment, text=True, **pipes) as running:
-        yield running
-        running.stdin.close()
-    assert running.returncode == 0  # it knows nothing of dit_lens to the end
 
 
 @pytest.fixture
@@ -58,7 +37,7 @@ def served(monkeypatch, process, tmp_path):
             raise RemoteError(failure)
         return backend.finalize((tmp_path / "result").read_bytes())
 
-    monkeypatch.setattr(RemoteBackend, "request", request)
+    monkeypatch.setattr(Connection, "request", request)
     monkeypatch.setattr("nnsight.ndif.pull_env", lambda: None)  # it would send this checkout, as not installed
     return sent
 
@@ -147,14 +126,22 @@ def test_methods_and_studies_that_are_made_of_runs_work_there(lenses, served):
     assert here.pipe.device.type == "cpu"
 
 
+def test_embeddings_go_there(lenses, served):
+    here, there = lenses
+    texts = here.encode(["red", "blue"])
+    ops = [Read("blocks.*.img", reduce="mean", branch="both"), Zero("blocks.1.img", channels=[3], rows=[1])]
+    same(*(lens.run(ops=ops, **texts, seed=0) for lens in (here, there)))
+    same(*(lens.run(ops=ops, **texts, seed=0, batch_size=1) for lens in (here, there)))
+
+
 def test_mistakes_are_found_before_anything_is_sent(lenses, served):
     _, there = lenses
     with pytest.raises(SiteError, match="blocks has 5"):
         there.run("red", Read("blocks.9.img"))
-    with pytest.raises(PromptError, match=r"a model on a server is given prompts.*Pass prompts"):
-        there.run(prompt_embeds=torch.zeros(1, 24, 32), pooled_prompt_embeds=torch.zeros(1, 16), negative_prompt=None)
-    with pytest.raises(PromptError, match="Pass prompts instead of negative_prompt_embeds="):
-        there.run("red", negative_prompt=None, negative_prompt_embeds=torch.zeros(1, 24, 32))
+    with pytest.raises(PromptError, match=r"as one tensor \[b, n, d\].*Pass prompts instead of prompt_embeds="):
+        there.run(
+            prompt_embeds=torch.zeros(1, 24, 32, 1), pooled_prompt_embeds=torch.zeros(1, 16), negative_prompt=None
+        )
     lock = threading.Lock()
     with pytest.raises(OpError, match=r"lambda.* cannot be sent to a server: cannot pickle.*by its source"):
         there.run("red", Apply("blocks.0.img", fn=lambda tensor, hook: lock and tensor))
@@ -228,11 +215,11 @@ def test_a_key_that_is_refused(folder):
 
 def test_the_state_of_a_job_shows_where_a_bar_would(lenses):
     _, there = lenses
-    assert not there.engine.backend(HOST).display.enabled
+    assert not there.engine.backend().display.enabled
     there.pipe.set_progress_bar_config(disable=False)
-    assert there.engine.backend(HOST).display.enabled
+    assert there.engine.backend().display.enabled
     with there.quiet():
-        assert not there.engine.backend(HOST).display.enabled
+        assert not there.engine.backend().display.enabled
 
 
 def test_a_server_that_is_not_there(folder):
