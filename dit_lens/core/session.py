@@ -19,6 +19,7 @@ from dit_lens.core.plan.outline import Outline
 from dit_lens.core.plan.replay import call_values, record_answers, replay_answers
 from dit_lens.core.plan.spill import reads_container
 from dit_lens.core.request.call import Call, prepare_call
+from dit_lens.core.request.numbers import list_items
 from dit_lens.core.request.ops import Apply, Op, Read, from_json, to_json
 from dit_lens.core.request.text_tokens import TextTokens
 from dit_lens.core.request.timeline import Timeline, make_timeline
@@ -27,7 +28,7 @@ from dit_lens.core.runs.files import read_json
 from dit_lens.core.runs.provenance import describe, holds_unsaved, to_plain_data
 from dit_lens.core.runs.run import Recording, Run
 from dit_lens.core.trace import Trace
-from dit_lens.errors import PromptError, SiteError
+from dit_lens.errors import OpError, PromptError, SiteError
 from dit_lens.families.checks import Check, check
 from dit_lens.families.live import find_difference
 from dit_lens.families.sites import Site, match
@@ -91,11 +92,13 @@ class Session:
         >>> from dit_lens import DiTLens
         >>> DiTLens.toy().sites("double[0:2].{img,txt}")
         ['blocks.0.txt', 'blocks.0.img', 'blocks.1.txt', 'blocks.1.img']
+        >>> DiTLens.toy().sites(lambda name: name.startswith("blocks.1.") and name.endswith(".attn_out"))
+        ['blocks.1.txt.attn_out', 'blocks.1.img.attn_out']
         """
         self._follow()
         found: Iterable[Site] = (
             self.anatomy.sites
-            if pattern == "*"
+            if isinstance(pattern, str) and pattern == "*"
             else match(pattern, self.anatomy.sites, self.anatomy.stacks, self.anatomy.why_not)
         )
         return [site.name for site in found]
@@ -118,25 +121,24 @@ class Session:
 
     def to_str_tokens(self, prompt: str) -> list[str]:
         """The text stream's tokens as strings, in order; padding shows as the tokenizer's own mark."""
+        if not isinstance(prompt, str):
+            raise PromptError(f"to_str_tokens takes one prompt, a string; it was given {type(prompt).__name__}.")
         return self._text.to_strings(prompt)
 
     def outline(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Outline:
         """The steps, branches, rows and token grid of a run; nothing is run. Takes what :meth:`run` takes."""
-        call.pop("batch_size", None)
-        return self._plan(prompt, (), **call)[1].outline
+        return self._plan(prompt, (), **_without_options(call, "ops"))[1].outline
 
     def planned(self, prompt: str | Sequence[str] | None = None, **call: Any) -> tuple[Timeline, Plan]:
         """The old form of :meth:`outline`, for one more release."""
         warn_of_old_name("DiTLens.planned", "DiTLens.outline", stacklevel=3)
-        call.pop("batch_size", None)
-        plan = self._plan(prompt, (), **call)[1]
+        plan = self._plan(prompt, (), **_without_options(call, "ops"))[1]
         return plan.outline.timeline, plan
 
     def cost(self, prompt: str | Sequence[str] | None = None, ops: Sequence[Op] | Op = (), **call: Any) -> Cost:
         """How many bytes the reads of a run would keep; nothing is run. Takes what :meth:`run` takes."""
-        ops = [ops] if isinstance(ops, Op) else list(ops)
-        call.pop("batch_size", None)
-        _, plan = self._plan(prompt, ops, **call)
+        ops = _list_ops(ops)
+        _, plan = self._plan(prompt, ops, **_without_options(call))
         return cost_of(plan, ops, self.anatomy, self.pipe.transformer.dtype)
 
     # Running
@@ -174,7 +176,13 @@ class Session:
         Every mistake in the arguments or ops raises before the first denoising step. A batch that runs out of GPU
         memory is started again with half the prompts; a warning says which batch_size worked.
         """
-        ops = [ops] if isinstance(ops, Op) else list(ops)
+        ops = _list_ops(ops)
+        if not isinstance(record, bool):
+            raise PromptError(f"record={record!r} is neither True nor False.")
+        if prefix is not None and not isinstance(prefix, Run):
+            raise OpError(
+                f"prefix= is a {type(prefix).__name__}. It takes a run that was recorded: lens.run(..., record=True)."
+            )
         prepared, plan = self._plan(prompt, ops, seed=seed, num_inference_steps=num_inference_steps, **call)
         container = reads_container(cost_of(plan, ops, self.anatomy, self.pipe.transformer.dtype))
         state = self.engine.state() if record or prefix is not None else {}
@@ -207,29 +215,51 @@ class Session:
         >>> h["blocks.7.img"].grid().shape  # [step, row, h, w, channel]
         torch.Size([2, 1, 16, 16, 1])
         """
+        if "ops" in call:
+            raise OpError("a trace collects its ops inside the with block. Leave ops= out, or call lens.run.")
         return Trace(partial(self.run, prompt, **call))
 
     def run_with_cache(
         self, prompt: str | Sequence[str], names_filter: Pattern = "blocks.*.img", **call: Any
     ) -> tuple[list[Any], Run]:
-        """Images, and a run that holds the sites of ``names_filter``: the form TransformerLens users know."""
-        run = self.run(prompt, [Read(names_filter)], **call)
+        """Images, and a run that holds the sites of ``names_filter``: the form TransformerLens users know.
+
+        >>> from dit_lens import DiTLens
+        >>> prompt = "a big red circle left on a plain blue background"
+        >>> images, run = DiTLens.toy().run_with_cache(
+        ...     prompt, lambda name: name.endswith("3.img"), num_inference_steps=2
+        ... )
+        >>> list(run)
+        ['blocks.3.img']
+
+        prompt: one or several.
+        names_filter: a pattern of sites, a function fn(name) that says whether a site is meant, or several of these.
+        call: as in :meth:`run`; its ``ops`` act as well.
+        """
+        run = self.run(prompt, [*_list_ops(call.pop("ops", ())), Read(names_filter)], **call)
         return run.images, run
 
     def run_with_hooks(
         self,
         prompt: str | Sequence[str],
-        fwd_hooks: Sequence[tuple[str, Callable[[Tensor, Any], Tensor | None]]],
+        fwd_hooks: Sequence[tuple[Pattern, Callable[[Tensor, Any], Tensor | None]]],
         **call: Any,
     ) -> Run:
         """Runs with functions ``fn(tensor, hook)`` at sites; what a function returns replaces the tensor.
 
         ``hook`` has ``name``, ``step``, ``timestep``, ``sigma`` and ``branch``. The same as ``Apply(site, fn=fn)``.
+
+        prompt: one or several.
+        fwd_hooks: pairs of a site, as ``names_filter`` of :meth:`run_with_cache`, and a function.
+        call: as in :meth:`run`; its ``ops`` act after the functions.
         """
-        return self.run(prompt, [Apply(name, fn=fn) for name, fn in fwd_hooks], **call)
+        hooks = [_to_apply(i, hook) for i, hook in enumerate(_list_given(fwd_hooks, "fwd_hooks"))]
+        return self.run(prompt, [*hooks, *_list_ops(call.pop("ops", ()))], **call)
 
     def run_spec(self, spec: Mapping[str, Any]) -> Run:
         """Runs what a saved run's ``spec`` describes."""
+        if not isinstance(spec, Mapping):
+            raise PromptError(f"run_spec takes the spec of a run, a mapping; it was given {type(spec).__name__}.")
         if missing := [name for name in ("prompt", "seed", "call", "ops") if name not in spec]:
             raise PromptError(f"this is not the spec of a run: it has no {', '.join(missing)}. Pass run.spec.")
         if holds_unsaved(spec):
@@ -237,13 +267,17 @@ class Session:
                 "this run was made with values that JSON cannot keep, so it cannot be repeated from its spec: "
                 f"{', '.join(_unkept(spec))}. Call lens.run again with them."
             )
-        call = {name: value for name, value in spec["call"].items() if name != "num_inference_steps"}
-        ops = [from_json(op) for op in spec["ops"]]
-        steps = spec["call"]["num_inference_steps"]
-        return self.run(spec["prompt"], ops, seed=spec["seed"], num_inference_steps=steps, **call)
+        if not isinstance(spec["call"], Mapping) or not isinstance(spec["ops"], list | tuple):
+            raise PromptError("this is not the spec of a run: call is a mapping there, and ops a list. Pass run.spec.")
+        own = ("prompt", "ops", "seed", "batch_size", "record", "prefix")
+        if odd := [name for name in spec["call"] if not isinstance(name, str) or name in own]:
+            raise PromptError(f"this is not the spec of a run: its call holds {odd[0]!r}. Pass run.spec.")
+        return self.run(spec["prompt"], [from_json(op) for op in spec["ops"]], seed=spec["seed"], **spec["call"])
 
     def rerun(self, run: Run) -> Comparison:
         """Runs the same prompt, seed, call and ops as a run, and compares both."""
+        if not isinstance(run, Run):
+            raise PromptError(f"rerun takes a Run; it was given {type(run).__name__}.")
         return compare(run, self.run_spec(run.spec))
 
     # nnsight underneath
@@ -302,9 +336,7 @@ class Session:
         return prepared, compile_plan(ops, self.anatomy, outline)
 
     def _spec(self, call: Call, ops: Sequence[Op]) -> dict[str, Any]:
-        described = [
-            {"unsaved": repr(op)} if isinstance(op, Apply) or _from_unsaved_run(op) else to_json(op) for op in ops
-        ]
+        described = [_describe(op) for op in ops]
         seed = None if call.seeds is None else list(call.seeds)
         prompt = None if call.prompts is None else list(call.prompts)
         return {"prompt": prompt, "seed": seed, "call": to_plain_data(call.arguments), "ops": described}
@@ -327,8 +359,37 @@ def _unkept(spec: Mapping[str, Any]) -> list[str]:
     return [*arguments, *(f"ops[{i}]" for i, op in enumerate(spec["ops"]) if holds_unsaved(op))]
 
 
-def _from_unsaved_run(op: Op) -> bool:
-    return any(getattr(getattr(op, name, None), "folder", "") is None for name in ("source", "mean"))
+def _describe(op: Op) -> dict[str, Any]:
+    """An op as JSON keeps it; where it cannot, what it was."""
+    try:
+        return to_json(op)
+    except OpError:
+        return {"unsaved": repr(op)}
+
+
+def _list_given(values: Any, name: str) -> list[Any]:
+    """What was given as several, as a list; OpError if it is not several."""
+    if isinstance(values, str | bytes | Mapping):
+        raise OpError(f"{name}= takes a list; it was given {values!r}, a {type(values).__name__}.")
+    return list_items(values, f"{name}=")
+
+
+def _list_ops(ops: Any) -> list[Op]:
+    """One op, several or none (None) as a list; what is in it is checked when it is laid out."""
+    if ops is None or isinstance(ops, Op):
+        return [] if ops is None else [ops]
+    return _list_given(ops, "ops")
+
+
+def _to_apply(number: int, hook: Any) -> Apply:
+    if not isinstance(hook, tuple | list) or len(hook) != 2:
+        raise OpError(f"fwd_hooks[{number}] is {hook!r}. Give pairs (site, fn), such as ('blocks.3.img', fn).")
+    return Apply(hook[0], fn=hook[1])
+
+
+def _without_options(call: Mapping[str, Any], *others: str) -> dict[str, Any]:
+    """The arguments of a call without what :meth:`Session.run` takes beside the pipeline's."""
+    return {name: value for name, value in call.items() if name not in ("batch_size", "record", "prefix", *others)}
 
 
 STREAM_WORDS = {"img": "img (the image's tokens)", "txt": "txt (the prompt's)"}

@@ -12,11 +12,18 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from dit_lens.errors import SiteError, nearest
+
+Pattern: TypeAlias = "str | Callable[[str], bool] | Iterable[str | Callable[[str], bool]]"
+
+MOST_PATTERNS = 2**16  # an iterable that gives more does not end
 
 DEFAULT_POINT = "resid_post"
 # Roughly the order in which a block computes them; the text stream comes first because most blocks' outputs list it so.
@@ -99,35 +106,121 @@ class Site:
 
 _BLOCK_PATTERN = re.compile(
     r"(?P<stack>[A-Za-z_]\w*)"
-    r"(?:\.(?P<index>-?\d+|\*)|\[(?P<start>-?\d*):(?P<stop>-?\d*)\]|\[(?P<bracket>-?\d+)\])"
+    r"(?:\.(?P<index>-?\d{1,9}|\*)"
+    r"|\[(?P<start>(?:-?\d{1,9})?):(?P<stop>(?:-?\d{1,9})?)\]|\[(?P<bracket>-?\d{1,9})\])"
     r"(?:\.(?P<stream>\*|\w+|\{[\w,\s]+\}))?"
     r"(?:\.(?P<point>.+))?"
 )
 
 
 def match(
-    pattern: str | Iterable[str],
+    pattern: Pattern,
     sites: Sequence[Site],
     stacks: Mapping[str, range] | None = None,
     why_not: Callable[[int, str, str], str | None] | None = None,
 ) -> list[Site]:
     """The sites a pattern means, in the order the model computes them.
 
-    pattern: ``*``, ``[a:b]`` (half-open), ``{img,txt}``, negative block indices, a stack's own name (``double.3``), or
-        several patterns in a list.
+    pattern: ``*``, ``[a:b]`` (half-open), ``{img,txt}``, negative block indices, a stack's own name (``double.3``); a
+        function that is given each site's name and says whether it is meant; or several of these in a list.
     sites: every site the model has.
     stacks: the blocks of each stack, by name.
     why_not: (block, stream, point) -> the reason why a block lacks a point.
 
     Raises SiteError, naming what exists and the nearest match, when a pattern selects nothing.
     """
-    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    found: dict[Site, None] = {}
+    for one in list_patterns(pattern):
+        chosen = _match_one(one, sites, stacks or {}, why_not) if isinstance(one, str) else _filter(one, sites)
+        found.update(dict.fromkeys(chosen))
+    return sorted(found, key=lambda site: site.order)
+
+
+def list_patterns(pattern: Pattern) -> list[str | Callable[[str], bool]]:
+    """One pattern or several as a list of texts and functions; SiteError if one is neither.
+
+    >>> list_patterns("blocks.*.img"), len(list_patterns(["velocity", lambda name: name.endswith("img")]))
+    (['blocks.*.img'], 2)
+    """
+    several = not isinstance(pattern, str | Site) and not callable(pattern) and _is_iterable(pattern)
+    patterns: list[Any] = list(itertools.islice(pattern, MOST_PATTERNS + 1)) if several else [pattern]
     if not patterns:
         raise SiteError("no site was named. Pass a pattern such as 'blocks.*.img'.")
-    found: dict[Site, None] = {}
+    if len(patterns) > MOST_PATTERNS:
+        raise SiteError(f"more than {MOST_PATTERNS} patterns were given. Pass a list of a few.")
+    found: list[str | Callable[[str], bool]] = []
     for one in patterns:
-        found.update(dict.fromkeys(_match_one(str(one).strip(), sites, stacks or {}, why_not)))
-    return sorted(found, key=lambda site: site.order)
+        if isinstance(one, Site):
+            found.append(one.name)
+        elif isinstance(one, str):
+            found.append(str(one).strip())
+        elif callable(one) and not isinstance(one, type) and takes(one, 1):
+            found.append(one)
+        else:
+            raise SiteError(
+                f"{one!r} ({type(one).__name__}) does not name a site. Pass a pattern such as 'blocks.*.img', a "
+                "function fn(name) that says whether a site is meant, or a list of these."
+            )
+    return found
+
+
+def _is_iterable(value: Any) -> bool:
+    """Whether Python can go through a value; arrays without an axis only look as if it could."""
+    try:
+        iter(value)
+    except TypeError:
+        return False
+    return True
+
+
+def takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function can be called with so many values; True where Python cannot tell.
+
+    >>> takes(lambda x: x, 1), takes(lambda x: x, 2), takes(lambda *x: x, 2)
+    (True, False, True)
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some that are written in C
+        return True
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+def name_of(function: Any) -> str:
+    """How a function is called in messages.
+
+    >>> name_of(len), name_of(lambda x: x)
+    ('len', '<lambda>')
+    """
+    name = getattr(function, "__qualname__", None)
+    return name.rsplit("<locals>.", 1)[-1] if isinstance(name, str) else repr(function)
+
+
+def _filter(meant: Callable[[str], bool], sites: Sequence[Site]) -> list[Site]:
+    """The sites of whose names a function says that they are meant."""
+    found = []
+    for site in sites:
+        answer = meant(site.name)
+        try:
+            chosen = bool(answer)
+        except (TypeError, ValueError, RuntimeError) as problem:
+            raise SiteError(
+                f"{name_of(meant)} is to say whether {site} is meant, and returned {type(answer).__name__}, which is "
+                "neither true nor false."
+            ) from problem
+        if chosen:
+            found.append(site)
+    if not found:
+        some = ", ".join(site.name for site in sites[:4])
+        raise SiteError(
+            f"{name_of(meant)} chose none of the {len(sites)} sites of this model, such as {some}. "
+            "lens.sites() lists them all."
+        )
+    return found
 
 
 def _match_one(

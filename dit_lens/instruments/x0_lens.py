@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dit_lens.core.request.ops import Read
+from dit_lens.families.sites import list_patterns
 from dit_lens.instruments.latents import decode_latents, find_autoencoder
 from dit_lens.old_names import OldName
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     import plotly.graph_objects as go
@@ -68,9 +70,14 @@ def read_x0(lens: Session, prompt: Any, site: Pattern | None = None, *, steps: S
 
 def _sites(lens: Session, pattern: Pattern) -> list[str]:
     """Blocks named with or without the point."""
-    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-    full = [one if str(one).endswith("x0") else f"{one}.x0" for one in patterns]
-    return [name for name in lens.sites(full) if name != "x0"]
+    return [name for name in lens.sites([_with_point(one) for one in list_patterns(pattern)]) if name != "x0"]
+
+
+def _with_point(pattern: str | Callable[[str], bool]) -> str | Callable[[str], bool]:
+    """A pattern of blocks, or a function that chooses some, for their readouts alone."""
+    if isinstance(pattern, str):
+        return pattern if pattern.endswith("x0") else f"{pattern}.x0"
+    return lambda name: name.endswith(".img.x0") and (pattern(name) or pattern(name.removesuffix(".x0")))
 
 
 def _pick_evenly(values: list, count: int) -> list:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.core.plan.lowering import SiteLowering, check_allowed
+from dit_lens.core.plan.lowering import SiteLowering, check_allowed, check_keys
 from dit_lens.core.plan.selection import Group, select_channels, select_groups
 from dit_lens.core.request.ops import EDITS, OPS, Op, Read, SigmaInterval
-from dit_lens.errors import OpError
+from dit_lens.errors import DitLensError, OpError
 from dit_lens.families import Anatomy
 from dit_lens.families.sites import Site, match
 
@@ -94,7 +94,8 @@ class _Compiler:
     def add(self, number: int, op: Op) -> None:
         """Lays one op out at all of its sites."""
         anatomy, timeline = self.anatomy, self.outline.timeline
-        sites = match(op.site, anatomy.sites, anatomy.stacks, anatomy.why_not)
+        sites = self._match(number, op)
+        check_keys(op, anatomy)
         for site in sites:
             check_allowed(op, site, anatomy, timeline.kind)
         steps = timeline.select(op.steps)
@@ -107,6 +108,17 @@ class _Compiler:
         for site in sites:
             for group_number, group in enumerate(groups):
                 self._lower(number, op, site, steps, (group_number, group), channels[site])
+
+    def _match(self, number: int, op: Op) -> list[Site]:
+        """The sites of an op. What a function of the user's raises is passed on, with a note on where it stands."""
+        anatomy = self.anatomy
+        try:
+            return match(op.site, anatomy.sites, anatomy.stacks, anatomy.why_not)
+        except DitLensError:
+            raise
+        except Exception as problem:
+            problem.add_note(f"raised by a function in the site of ops[{number}], {op!r}")
+            raise
 
     def _lower(
         self,
@@ -186,6 +198,12 @@ class _Compiler:
         channels: site -> the channels it reads there; None means all.
         """
         timeline, rows = self.outline.timeline, range(self.outline.rows)
+        if op.name is not None and not isinstance(op.name, str):
+            raise OpError(f"name={op.name!r} is not a name. Give the read a string.")
+        if op.reduce is not None and any(group.tokens == [] for group in groups):
+            raise OpError(
+                f"reduce={op.reduce!r} needs tokens to reduce, and tokens=[] chooses none. Leave tokens= out."
+            )
         taken = {key for read in self.reads for key in ([read.name] if read.name else read.sites)}
         for key in [op.name] if op.name is not None else [site.name for site in channels]:
             if key in taken:
@@ -195,7 +213,7 @@ class _Compiler:
                 f"tokens={op.tokens!r} is a different number of text tokens in different rows. "
                 "Read the rows one by one with rows=."
             )
-        if op.branch == "both" and len(timeline.branches) == 1:
+        if isinstance(op.branch, str) and op.branch == "both" and len(timeline.branches) == 1:
             raise OpError(
                 f"branch='both': this call has only the {timeline.branches[0]!r} branch, as guidance is off. "
                 "Leave branch= out."
@@ -206,7 +224,7 @@ class _Compiler:
                 name=op.name or "",
                 sites=tuple(site.name for site in channels),
                 steps=tuple(steps),
-                branches=tuple(timeline.select_branches(op.branch or op.default_branch)),
+                branches=tuple(timeline.select_branches(op.default_branch if op.branch is None else op.branch)),
                 both=op.branch == "both",
                 rows=tuple(row for group in groups for row in (rows if group.rows is None else group.rows)),
                 channels={site.name: None if chosen is None else tuple(chosen) for site, chosen in channels.items()},

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
-from dit_lens.core.plan.selection import Group, to_indices
-from dit_lens.core.plan.sources import Wanted, source_values
+from dit_lens.core.plan.selection import Group
+from dit_lens.core.plan.sources import Wanted, is_by_branch, pick_branch, pick_vectors, source_values
+from dit_lens.core.request.numbers import to_indices
 from dit_lens.core.request.ops import Op
-from dit_lens.errors import OpError
+from dit_lens.core.runs.run import Run
+from dit_lens.errors import OpError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +60,16 @@ class SiteLowering:
     def give(self, value: Any) -> str:
         return self._give(f"{self.number}", value)
 
+    def add(self, value: Any) -> Lowered:
+        of_branches = pick_vectors(value, self._wanted(means=True))
+        found: Lowered = []
+        for branch in self._branches(default=_branch_of(of_branches)):
+            key = self._give(f"{self.number}/{self.site}/{branch}", pick_branch(of_branches, branch, self._name))
+            found.append((branch, {"kind": "Add", "key": key}))
+        return found
+
     def row(self, source: str) -> list[int]:
-        named = re.fullmatch(r"row:(-?\d+)", source)
+        named = re.fullmatch(r"row:(-?\d{1,9})", source)
         if named is None:
             raise OpError(
                 f"source={source!r} is not a valid source. Write 'row:0' for another image of the batch, or give a "
@@ -75,18 +85,12 @@ class SiteLowering:
         means: bool = False,
         pick_rows: Callable[[Sequence[int], list[int]], list[int]] | None = None,
     ) -> Lowered:
-        name, values = type(self.op).__name__, source_values(source, self._wanted(means))
+        values = source_values(source, self._wanted(means))
         there = values.by_branch
         source_rows = self._source_rows(values.rows, pick_rows)
         found: Lowered = []
         for branch in self._branches(default=_branch_of(there)):
-            tensor = there.get(branch, there.get(None))
-            if tensor is None:
-                raise OpError(
-                    f"{name} at {self.site}: the source holds {', '.join(map(str, there))} only, not the "
-                    f"{branch!r} branch. Read with branch='both', or pass branch={next(iter(there))!r}."
-                )
-            key = self._give(f"{self.number}/{self.site}/{branch}", tensor)
+            key = self._give(f"{self.number}/{self.site}/{branch}", pick_branch(there, branch, self._name))
             found.append((branch, {"kind": "Put", "key": key, "source_rows": source_rows, "strength": strength}))
         return found
 
@@ -106,6 +110,10 @@ class SiteLowering:
             )
         return [positions[row] for row in chosen]
 
+    @property
+    def _name(self) -> str:
+        return f"{type(self.op).__name__} at {self.site}"
+
     def _wanted(self, means: bool) -> Wanted:
         return Wanted(
             op=type(self.op).__name__,
@@ -120,7 +128,8 @@ class SiteLowering:
         )
 
     def _branches(self, default: str | None = None) -> Sequence[str]:
-        return self.outline.timeline.select_branches(self.op.branch or default or self.op.default_branch)
+        asked = self.op.branch
+        return self.outline.timeline.select_branches((default or self.op.default_branch) if asked is None else asked)
 
     def _give(self, key: str, value: Any) -> str:
         self.payload[key] = value
@@ -161,6 +170,21 @@ def check_allowed(op: Op, site: Site, anatomy: Anatomy, kind: str | None) -> Non
             f"{name} at {site}: the module's output is multiplied by a gate before it is added, so "
             "that only Zero and Scale are exact here. Use those, or write resid_post."
         )
+
+
+def check_keys(op: Op, anatomy: Anatomy) -> None:
+    """Raises OpError where a mapping from sites has a key that is no site of the model, and so would do nothing."""
+    known = [site.name for site in anatomy.sites]
+    for name in ("channels", "source", "mean", "value"):
+        given = getattr(op, name, None)
+        if not isinstance(given, Mapping) or isinstance(given, Run) or (name == "value" and is_by_branch(given)):
+            continue
+        if unknown := [key for key in given if key not in known]:
+            close = nearest(str(unknown[0]), known).split(" There are:")[0]
+            raise OpError(
+                f"{type(op).__name__}: {name}= has the key {unknown[0]!r}, which is no site of this model.{close} "
+                "lens.sites() lists them."
+            )
 
 
 def _branch_of(values: Mapping[str | None, Tensor]) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dit_lens.core.request.numbers import to_indices
 from dit_lens.errors import OpError
 
 if TYPE_CHECKING:
@@ -62,35 +63,6 @@ def select_channels(op: Op, site: Site, width: int) -> list[int] | None:
     return to_indices(chosen, width, "channel", f"{site} has", "channels")
 
 
-def to_indices(asked: Any, size: int | None, what: str, owner: str, plural: str) -> list[int]:
-    """Explicit indices, negative ones counted from the end; OpError if one is out of range or not an integer.
-
-    asked: an index, several, a slice or a range.
-    size: how many there are; None where only the run can tell.
-    what, owner, plural: for messages, such as "row", "this run has", "images".
-    """
-    if isinstance(asked, slice | range):
-        asked = _slice_to_range(asked, size, what) if isinstance(asked, slice) else asked
-    values = asked if isinstance(asked, Sequence) or hasattr(asked, "__iter__") else [asked]
-    found = []
-    for value in values:
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise OpError(
-                f"{what} {value!r} is not an index. Use integers; a bool selection over the grid goes into mask=."
-            )
-        index = value.__index__()
-        if size is None and index < 0:
-            raise OpError(
-                f"{what} {index} counts from the end, but how many there are only the run can tell. Count from 0."
-            )
-        if size is not None and not -size <= index < size:
-            raise OpError(f"{what} {index} does not exist: {owner} {size} {plural}, 0 to {size - 1}.")
-        found.append(index % size if size is not None else index)
-    if len(set(found)) != len(found):
-        raise OpError(f"{plural} are named twice in {asked!r}. Name each once.")
-    return found
-
-
 def _tokens(op: Op, streams: set[str], outline: Outline) -> list[int] | None:
     if op.tokens is None:
         return None
@@ -103,8 +75,13 @@ def _tokens(op: Op, streams: set[str], outline: Outline) -> list[int] | None:
 def _masked_tokens(given: Any, outline: Outline) -> list[int]:
     import numpy as np
 
-    mask = np.asarray(given.cpu() if hasattr(given, "cpu") else given)
-    if mask.ndim != 2 or (mask.dtype != bool and not np.isin(mask, (0, 1)).all()):
+    try:
+        mask = np.asarray(given.tolist() if hasattr(given, "tolist") else given)
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise OpError(
+            f"mask= must be a bool array [h, w]; this {type(given).__name__} cannot be read as one ({problem})."
+        ) from problem
+    if mask.ndim != 2 or mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
         raise OpError(
             f"mask= must be a bool array [h, w]; it has shape {list(mask.shape)} and dtype {mask.dtype}. "
             "Threshold it first."
@@ -123,16 +100,3 @@ def _masked_tokens(given: Any, outline: Outline) -> list[int]:
     if not mask.any():
         raise OpError("mask= chooses no token: every entry is False. Leave the op out, or choose another mask.")
     return [int(token) for token in np.flatnonzero(mask)]
-
-
-def _slice_to_range(asked: slice, size: int | None, what: str) -> range:
-    """A slice as numbers; where the size is known only during the run, it must say where it ends."""
-    if size is not None:
-        return range(size)[asked]
-    start, stop, step = asked.start or 0, asked.stop, asked.step or 1
-    if stop is None or start < 0 or stop < 0 or step < 1:
-        raise OpError(
-            f"{what}s {asked!r}: how many there are only the run can tell. Give numbers from 0 up, or a slice that "
-            "says where it ends."
-        )
-    return range(start, stop, step)

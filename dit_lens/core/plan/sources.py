@@ -1,4 +1,7 @@
-"""Where swapped-in values come from: a tensor, a tensor per site, or a Run. All become [step, row, token, channel]."""
+"""Where values of edits come from: a tensor, a tensor per site, or a Run; all become [step, row, token, channel].
+
+What is added is a number or [channel], or [step, channel].
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens.core.request.ops import to_real_tensor
-from dit_lens.core.runs.run import Reading, Run
+from dit_lens.core.runs.run import Reading, Run, find_reading
 from dit_lens.errors import OpError, nearest
 
 if TYPE_CHECKING:
@@ -64,6 +67,10 @@ def source_values(source: Any, wanted: Wanted) -> Values:
     """What a source holds, whichever form it has; OpError if it is not a source, or does not fit."""
     if isinstance(source, Run):
         return _from_run(source, wanted)
+    if (reading := find_reading(source)) is not None:
+        if wanted.name not in reading:
+            raise OpError(f"{wanted.op}: the source never read {wanted.name}.{nearest(wanted.name, reading)}")
+        return _from_reading(reading, reading.shape_of_grid, wanted)
     if isinstance(source, Mapping):
         if wanted.name not in source:
             raise OpError(f"{wanted.op}: the source has no tensor for {wanted.name}.{nearest(wanted.name, source)}")
@@ -83,7 +90,11 @@ def _from_run(run: Run, wanted: Wanted) -> Values:
             f"{wanted.op}: the source run is of {run.provenance['family']}, this model is {wanted.family}. "
             "Channels of one family mean nothing in another."
         )
-    reading = run.reading(wanted.name)
+    return _from_reading(run.reading(wanted.name), run.grid, wanted)
+
+
+def _from_reading(reading: Reading, grid: tuple[int, ...] | None, wanted: Wanted) -> Values:
+    """What a read holds for an op. grid: image tokens of the run it is from."""
     if wanted.means:
         if reading.reduce != "mean":
             raise OpError(
@@ -97,13 +108,65 @@ def _from_run(run: Run, wanted: Wanted) -> Values:
             f"{wanted.op}: the source run kept {wanted.name} only as reduce={reading.reduce!r}. "
             "Read it without reduce= to swap it."
         )
-    if wanted.site.stream == "img" and wanted.outline.grid not in (None, run.grid):
+    if wanted.site.stream == "img" and grid is not None and wanted.outline.grid not in (None, grid):
         raise OpError(
-            f"{wanted.op}: the source run has a grid of {run.grid[0]} x {run.grid[1]} tokens, this one "
+            f"{wanted.op}: the source run has a grid of {' x '.join(map(str, grid))} tokens, this one "
             f"{wanted.outline.grid[0]} x {wanted.outline.grid[1]}. Run both at one size."
         )
     values = {branch: _pick(value, reading, wanted) for branch, value in reading.by_branch(wanted.name).items()}
     return Values(values, reading.rows)
+
+
+def is_by_branch(value: Mapping) -> bool:
+    """Whether a mapping goes from branches, and not from sites."""
+    return len(value) > 0 and all(isinstance(key, str) and key in ("cond", "uncond") for key in value)
+
+
+def pick_vectors(value: Any, wanted: Wanted) -> dict[str | None, Tensor]:
+    """What is added at one site: branch (None: the same for all) -> a number, [channel] or [step, channel].
+
+    value: one of these; branch -> one of them; or site -> either.
+    wanted: where it is to be added.
+    """
+    if isinstance(value, Mapping) and not is_by_branch(value):
+        if wanted.name not in value:
+            raise OpError(
+                f"{wanted.op}: value= has no entry for {wanted.name}.{nearest(wanted.name, list(value)[:8])} Narrow "
+                "the op's site to those, for instance site=list(value)."
+            )
+        value = value[wanted.name]
+    if isinstance(value, Mapping) and is_by_branch(value):
+        return {branch: _fit_vector(one, wanted) for branch, one in value.items()}
+    return {None: _fit_vector(value, wanted)}
+
+
+def pick_branch(found: Mapping[str | None, Tensor], branch: str, name: str) -> Tensor:
+    """What there is for a branch; OpError where there is nothing. name: the op and its site, for the message."""
+    tensor = found.get(branch, found.get(None))
+    if tensor is None:
+        raise OpError(
+            f"{name}: the source holds {', '.join(map(str, found))} only, not the {branch!r} branch. Give both (a Run "
+            f"that read branch='both'), or pass branch={next(iter(found))!r}."
+        )
+    return tensor
+
+
+def _fit_vector(value: Any, wanted: Wanted) -> Tensor:
+    """A value as a number, [channel] or [step, channel], with the chosen steps."""
+    tensor = to_real_tensor(value, f"{wanted.op} at {wanted.name}: value")
+    width = wanted.width if wanted.channels is None else len(wanted.channels)
+    steps, total = len(wanted.steps), wanted.outline.steps
+    fits = tensor.ndim <= 2 and (tensor.ndim == 0 or tensor.shape[-1] in (1, width))
+    if not fits or (tensor.ndim == 2 and tensor.shape[0] not in (1, steps, total)):
+        raise OpError(
+            f"{wanted.op} at {wanted.name}: value has shape {list(tensor.shape)}; it must be a number or a vector over "
+            f"the {width} chosen channels, or [step, channel] for {steps} chosen steps or all {total} of the run."
+        )
+    if not bool(tensor.float().isfinite().all()):
+        raise OpError(f"{wanted.op} at {wanted.name}: value is not finite, or too large for an activation.")
+    if tensor.ndim == 2 and tensor.shape[0] == total != steps:
+        return tensor[wanted.steps]
+    return tensor
 
 
 def _pick(value: Tensor, reading: Reading, wanted: Wanted) -> Tensor:

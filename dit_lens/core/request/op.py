@@ -12,22 +12,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Required, Ty
 import torch
 from torch import Tensor
 
+from dit_lens.core.request.numbers import list_items, to_number
 from dit_lens.errors import OpError
+from dit_lens.families.sites import Pattern, name_of
 
 if TYPE_CHECKING:
     import numpy as np
 
     from dit_lens.core.request.json_values import SigmaInterval
-    from dit_lens.core.runs.run import Run
+    from dit_lens.core.runs.run import Reading, Run
 
-Pattern: TypeAlias = "str | Sequence[str]"
 Channels: TypeAlias = "int | Sequence[int] | Mapping[str, Sequence[int]] | None"
 Tokens: TypeAlias = "int | str | Sequence[int] | None"
 Mask: TypeAlias = "np.ndarray | Tensor | Sequence[Sequence[bool]] | None"
 Steps: TypeAlias = "int | Sequence[int] | slice | tuple[float, float] | SigmaInterval | None"
 Rows: TypeAlias = "int | Sequence[int] | None"
 Branch: TypeAlias = "Literal['cond', 'uncond', 'both'] | None"
-Source: TypeAlias = "str | Run | Tensor | Mapping[str, Tensor]"
+Source: TypeAlias = "str | Run | Reading | Tensor | Mapping[str, Tensor]"
+Vectors: TypeAlias = "float | Tensor | np.ndarray | Mapping[str, Vectors]"
 
 
 class ActionDetails(TypedDict, total=False):
@@ -73,6 +75,13 @@ class Lowering(Protocol):
         """The key under which the executor finds a tensor or a function."""
         ...
 
+    def add(self, value: Any) -> Lowered:
+        """Adding a number or vectors over the chosen channels, on every branch the op touches.
+
+        value: a number, [channel], or [step, channel]; branch -> one of these; or site -> any of them.
+        """
+        ...
+
     def row(self, source: str) -> list[int]:
         """The row that ``"row:0"`` names."""
         ...
@@ -87,7 +96,7 @@ class Lowering(Protocol):
     ) -> Lowered:
         """Replacing by a source's values.
 
-        source: a Run, a tensor, or site -> tensor.
+        source: a Run, one of its reads, a tensor, or site -> tensor.
         strength: in (0, 1]; 1 assigns.
         means: whether the source holds means per channel.
         pick_rows: (rows of the source, target rows) -> the row for each target; the same rows by default.
@@ -99,7 +108,7 @@ class Lowering(Protocol):
 class Op:
     """What every operation shares.
 
-    site: a pattern of sites, or several.
+    site: a pattern of sites, a function fn(name) that says whether a site is meant, or several of these.
     channels: indices, a mapping site -> indices (a ChannelSet), or None for all.
     tokens: image or text token indices; on the text stream a word of the prompt.
     mask: bool [h, w] over image tokens.
@@ -119,7 +128,6 @@ class Op:
     default_branch: ClassVar[str] = "both"
     edits: ClassVar[bool] = True  # whether it changes what it finds
     exact_under_gate: ClassVar[bool] = False  # whether op(gate * x) = gate * op(x), so that x may be edited instead
-    has_json: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         OPS[cls.__name__] = cls
@@ -129,7 +137,9 @@ class Op:
         for name in ("site", "channels", "tokens", "steps", "rows"):
             value = getattr(self, name)
             if hasattr(value, "__next__"):
-                object.__setattr__(self, name, list(value))
+                object.__setattr__(self, name, list_items(value, f"{name}="))
+            elif isinstance(value, Mapping) and any(hasattr(item, "__next__") for item in value.values()):
+                object.__setattr__(self, name, {key: _as_list(item, name) for key, item in value.items()})
 
     def does_nothing(self) -> bool:
         """Whether there is nothing to carry out, whatever the site; what it names is checked all the same."""
@@ -165,16 +175,38 @@ class Edit:
         self.hook, self.payload, self.indices = hook, payload, indices
 
 
+def _as_list(value: Any, name: str) -> Any:
+    return list_items(value, f"{name}=") if hasattr(value, "__next__") else value
+
+
+def to_strength(value: Any) -> float:
+    """How far an edit goes, in [0, 1]; OpError if it is not a number of that range."""
+    number = to_number(value)
+    if number is None or not 0 <= number <= 1:
+        raise OpError(
+            f"strength={value!r} lies outside [0, 1]: 0 leaves the target as it is, 1 replaces it. "
+            "To exaggerate, use Scale or Apply."
+        )
+    return number
+
+
 def to_real_tensor(value: Any, what: str) -> Tensor:
     """A value as a plain tensor of real numbers; OpError if it is not one. what: its name, for the message."""
+    if any(stride < 0 for stride in getattr(value, "strides", None) or ()):  # reversed in numpy, which torch refuses
+        value = value.copy()
     try:
-        tensor = torch.as_tensor(value).as_subclass(Tensor)
-    except (TypeError, ValueError, RuntimeError) as problem:
+        tensor = torch.as_tensor(value)
+    except (ArithmeticError, TypeError, ValueError, RuntimeError) as problem:
         raise OpError(
             f"{what} is {type(value).__name__}, not a number or a tensor of numbers ({problem})."
         ) from problem
     if tensor.is_complex():
         raise OpError(f"{what} is complex; hidden states are real.")
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_quantized:
+        raise OpError(f"{what} is a tensor without plain values ({tensor.layout}, {tensor.device}). Give a dense one.")
+    tensor = tensor.as_subclass(Tensor)
+    if bool((tensor.float() if tensor.element_size() == 1 else tensor).isnan().any()):
+        raise OpError(f"{what} holds values that are no numbers (NaN).")
     return tensor
 
 
@@ -187,6 +219,8 @@ def _shorten(value: Any) -> str:
     shape = getattr(value, "shape", None)
     if shape is not None:
         return f"<{type(value).__name__.lower()} {list(shape)}>"
+    if callable(value):
+        return f"<function {name_of(value)}>"
     text = repr(value)
     return (
         text if len(text) <= 80 else f"<{type(value).__name__} of {len(value) if hasattr(value, '__len__') else '...'}>"

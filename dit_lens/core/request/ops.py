@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from math import isfinite
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from dit_lens.core.request.json_values import SigmaInterval, from_plain, to_plain
+from dit_lens.core.request.numbers import to_int, to_number
 from dit_lens.core.request.op import (
     OPS,
     Branch,
@@ -33,14 +34,19 @@ from dit_lens.core.request.op import (
     Source,
     Steps,
     Tokens,
+    Vectors,
     to_real_tensor,
+    to_strength,
 )
 from dit_lens.core.request.reduce import parse
 from dit_lens.errors import DitLensError, OpError, nearest
 from dit_lens.families.layout import PlanMismatchError
+from dit_lens.families.sites import name_of, takes
 from dit_lens.families.tensors import outer_index
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dit_lens.core.runs.run import Run
 
 __all__ = [
@@ -67,6 +73,7 @@ __all__ = [
     "Swap",
     "TokenMean",
     "Tokens",
+    "Vectors",
     "Zero",
     "from_json",
     "sigma",
@@ -81,11 +88,6 @@ def sigma(high: float, low: float) -> SigmaInterval:
     >>> sigma(1.0, 0.3)
     SigmaInterval(high=1.0, low=0.3)
     """
-    if not 0 <= low < high:
-        raise OpError(
-            f"sigma({high}, {low}) is empty. Noise falls during a run, so write the larger level first: sigma(1.0, "
-            "0.3)."
-        )
     return SigmaInterval(high, low)
 
 
@@ -105,7 +107,22 @@ class Read(Op):
     edits: ClassVar[bool] = False
 
     def lower(self, at: Lowering) -> Lowered:
-        return at.on_branches(kind="Read", reduce=None if self.reduce is None else _parse(self.reduce))
+        return at.on_branches(kind="Read", reduce=self._parse(at))
+
+    def _parse(self, at: Lowering) -> list[Any] | None:
+        """The reduction in its plain form, checked against the site."""
+        if self.reduce is None:
+            return None
+        try:
+            spec = parse(self.reduce)
+        except ValueError as problem:
+            raise OpError(f"reduce={self.reduce!r}: {problem}") from None
+        if spec[0] == "topk" and spec[1] > at.size:
+            raise OpError(
+                f"reduce={self.reduce!r} asks for {spec[1]} channels, but {at.size} are chosen of {at.site}. Take "
+                f"topk({at.size}) at most."
+            )
+        return spec
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -124,25 +141,24 @@ class Scale(Op):
     exact_under_gate: ClassVar[bool] = True
 
     def lower(self, at: Lowering) -> Lowered:
-        if isinstance(self.factor, bool | str) or not hasattr(self.factor, "__float__") or not isfinite(self.factor):
+        factor = to_number(self.factor)
+        if factor is None:
             raise OpError(f"Scale at {at.site}: factor={self.factor!r} is not a finite number.")
-        return at.on_branches(kind="Scale", parameters={"factor": float(self.factor)})
+        return at.on_branches(kind="Scale", parameters={"factor": factor})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Add(Op):
-    """Adds ``value``, a number or a vector over the chosen channels, to every chosen token."""
+    """Adds ``value`` to every chosen token.
 
-    value: float | Tensor = field(default=0.0, kw_only=True)
+    value: a number, a vector over the chosen channels, or one for each chosen step (or for every step of the run) as
+        [step, channel]; a mapping "cond" or "uncond" -> one of these; or a mapping site -> any of them.
+    """
+
+    value: Vectors = field(default=0.0, kw_only=True)
 
     def lower(self, at: Lowering) -> Lowered:
-        value = to_real_tensor(self.value, f"Add at {at.site}: value")
-        if value.ndim > 1 or (value.ndim == 1 and value.shape[0] not in (1, at.size)):
-            raise OpError(
-                f"Add at {at.site}: value has shape {list(value.shape)}; it must be a number or a vector over the "
-                f"{at.size} chosen channels."
-            )
-        return at.on_branches(kind="Add", key=at.give(value))
+        return at.add(self.value)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -150,8 +166,8 @@ class Swap(Op):
     """Replaces the chosen elements by those of a source: x <- (1 - strength) x + strength source.
 
     source: "row:0" (another image of the same batch, at the same site, step and branch: lockstep transport), a Run
-        that read the site, a mapping site -> tensor, or one tensor [step, row, token, channel] (leading axes of size 1,
-        or left out, apply to every step and row).
+        that read the site or one of its reads, a mapping site -> tensor, or one tensor [step, row, token, channel]
+        (leading axes of size 1, or left out, apply to every step and row).
     strength: in [0, 1]; 1 assigns, 0 does nothing.
     """
 
@@ -159,24 +175,20 @@ class Swap(Op):
     strength: float = field(default=1.0, kw_only=True)
 
     def does_nothing(self) -> bool:
-        if isinstance(self.strength, bool | str) or not 0 <= self.strength <= 1:
-            raise OpError(
-                f"strength={self.strength!r} lies outside [0, 1]: 0 leaves the target as it is, 1 replaces it. "
-                "To exaggerate, use Scale or Apply."
-            )
-        return self.strength == 0
+        return to_strength(self.strength) == 0
 
     def lower(self, at: Lowering) -> Lowered:
+        strength = to_strength(self.strength)
         if isinstance(self.source, str):
-            return at.on_branches(kind="CopyRow", source_rows=at.row(self.source), strength=self.strength)
-        return at.put(self.source, strength=self.strength)
+            return at.on_branches(kind="CopyRow", source_rows=at.row(self.source), strength=strength)
+        return at.put(self.source, strength=strength)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Resample(Op):
     """Replaces the chosen elements by those of a randomly chosen row of another run (resample ablation).
 
-    source: a Run that read the site, or a mapping site -> tensor.
+    source: a Run that read the site, one of its reads, or a mapping site -> tensor.
     seed: of the choice of rows.
     """
 
@@ -184,13 +196,17 @@ class Resample(Op):
     seed: int = field(default=0, kw_only=True)
 
     def lower(self, at: Lowering) -> Lowered:
-        return at.put(self.source, pick_rows=self._pick_rows)
+        seed = to_int(self.seed)
+        if seed is None or seed < 0:
+            raise OpError(f"Resample at {at.site}: seed={self.seed!r} is not a whole number from 0 up.")
+        return at.put(self.source, pick_rows=partial(self._pick_rows, seed))
 
-    def _pick_rows(self, available: Sequence[int], targets: list[int]) -> list[int]:
+    @staticmethod
+    def _pick_rows(seed: int, available: Sequence[int], targets: list[int]) -> list[int]:
         """For every target a random row of the source, never the one of the same number where there is a choice."""
         import numpy as np
 
-        rng = np.random.default_rng(self.seed)
+        rng = np.random.default_rng(seed)
         others = [[row for row in available if row != target or len(available) == 1] for target in targets]
         return [int(rng.choice(rows)) for rows in others]
 
@@ -202,7 +218,7 @@ class TokenMean(Op):
     keep: Literal["mean", "residual"] = field(default="mean", kw_only=True)
 
     def lower(self, at: Lowering) -> Lowered:
-        if self.keep not in ("mean", "residual"):
+        if not isinstance(self.keep, str) or self.keep not in ("mean", "residual"):
             raise OpError(
                 f"keep={self.keep!r} is not a valid part of a channel.{nearest(str(self.keep), ('mean', 'residual'))}"
             )
@@ -226,17 +242,19 @@ class MeanAblate(Op):
 class Apply(Op):
     """Calls ``fn(tensor, hook)`` with the chosen elements [row, token, channel]; what it returns replaces them.
 
-    ``hook`` has ``name``, ``step``, ``timestep``, ``sigma`` and ``branch``. Returning None changes nothing. A function
-    has no JSON form.
+    ``hook`` has ``name``, ``step``, ``timestep``, ``sigma`` and ``branch``. The answer is a tensor or an array of the
+    same shape, or a number for all elements; None changes nothing. A function has no JSON form.
     """
 
-    fn: Callable[[Tensor, Any], Tensor | None] | None = field(default=None, kw_only=True)
-
-    has_json: ClassVar[bool] = False
+    fn: Callable[[Tensor, Any], Tensor | np.ndarray | float | None] | None = field(default=None, kw_only=True)
 
     def lower(self, at: Lowering) -> Lowered:
         if not callable(self.fn):
             raise OpError(f"Apply at {at.site} needs a function fn(tensor, hook); it was given {self.fn!r}.")
+        if not takes(self.fn, 2):
+            raise OpError(
+                f"Apply at {at.site}: {name_of(self.fn)} cannot be called as fn(tensor, hook). Give it two parameters."
+            )
         return at.on_branches(kind="Apply", key=at.give(self.fn))
 
 
@@ -254,8 +272,9 @@ def scale(edit: Edit) -> Tensor:
 
 
 def add(edit: Edit) -> Tensor:
-    """The sum with a number or a vector."""
-    return edit.old + edit.payload[edit.action["key"]].to(edit.old)
+    """The sum with a number, a vector, or the vector of this step."""
+    value = edit.payload[edit.action["key"]].to(edit.old)
+    return edit.old + (value if value.ndim < 2 else value[min(edit.action["step_index"], len(value) - 1)])
 
 
 def put(edit: Edit) -> Tensor:
@@ -283,14 +302,26 @@ def token_mean(edit: Edit) -> Tensor:
 
 def apply(edit: Edit) -> Tensor | None:
     """Applies a function of the user's to a copy."""
-    new = edit.payload[edit.action["key"]](edit.old.clone(), edit.hook)
-    if new is None:
+    function, hook = edit.payload[edit.action["key"]], edit.hook
+    name = getattr(function, "__qualname__", repr(function))
+    who = f"{name}, applied at {hook.name}, step {hook.step} ({hook.branch})"
+    try:
+        given = function(edit.old.clone(), hook)
+    except Exception as problem:
+        problem.add_note(f"raised by {who}: ops[{edit.action['op']}]")
+        raise
+    if given is None:
         return None
-    if tuple(new.shape) != tuple(edit.old.shape):
-        raise PlanMismatchError(
-            f"the function applied at {edit.hook.name} returned shape {list(new.shape)} for {list(edit.old.shape)}"
-        )
-    return new.to(edit.old)
+    asked = f"a tensor or array of shape {list(edit.old.shape)}, a number, or None"
+    try:
+        new = torch.as_tensor(given)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError):
+        raise PlanMismatchError(f"{who}, returned {type(given).__name__} instead of {asked}") from None
+    if new.is_complex() or new.layout != torch.strided or new.device.type == "meta" != edit.old.device.type:
+        raise PlanMismatchError(f"{who}, returned {new.dtype} ({new.layout}, {new.device}) instead of {asked}")
+    if new.ndim and tuple(new.shape) != tuple(edit.old.shape):
+        raise PlanMismatchError(f"{who}, returned shape {list(new.shape)} instead of {asked}")
+    return new.to(edit.old).expand_as(edit.old)
 
 
 EDITS: dict[str, Callable[[Edit], Tensor | None]] = {
@@ -306,14 +337,21 @@ EDITS: dict[str, Callable[[Edit], Tensor | None]] = {
 
 def to_json(op: Op) -> dict[str, Any]:
     """An op as plain data; what is left at its default is left out."""
+    if not isinstance(op, Op):
+        raise OpError(f"{type(op).__name__} is not an op. Ops are {', '.join(OPS)}.")
     name = type(op).__name__
-    if not op.has_json:
+    values = {f.name: getattr(op, f.name) for f in fields(op)}
+    if any(
+        callable(one) for value in values.values() for one in (value if isinstance(value, list | tuple) else [value])
+    ):
         raise OpError(
             f"{name} holds a Python function, which has no JSON form. "
             "Save the results of its run instead, or use another op."
         )
-    values = {f.name: getattr(op, f.name) for f in fields(op)}
-    return {"op": name, **{field: to_plain(value) for field, value in values.items() if value is not None}}
+    try:
+        return {"op": name, **{field: to_plain(value) for field, value in values.items() if value is not None}}
+    except RecursionError as depth:
+        raise OpError(f"{name} is nested too deeply for a JSON form.") from depth
 
 
 def from_json(data: Mapping[str, Any]) -> Op:
@@ -342,10 +380,3 @@ def from_json(data: Mapping[str, Any]) -> Op:
         if isinstance(damage, DitLensError):
             raise
         raise OpError(f"this {kind} cannot be read from JSON ({damage}). Was it changed by hand?") from damage
-
-
-def _parse(text: str) -> list[Any]:
-    try:
-        return parse(text)
-    except ValueError as problem:
-        raise OpError(f"reduce={text!r}: {problem}") from None

@@ -23,13 +23,16 @@ _FORMS = {
     "rms": "rms",
     "max": "max",
     "quantile": "quantile(q, ...) with every q in [0, 1], or p99.9 for quantile(0.999)",
-    "histogram": "histogram(low, high, bins) with low < high and a whole number bins >= 1",
+    "histogram": "histogram(low, high, bins) with low < high and a whole number bins of 1 to 16777216",
     "topk": "topk(k) with a whole number k >= 1",
 }
 REDUCTIONS = tuple(_FORMS)
 
 # Quantiles and histograms work on this many elements at a time, so that their scratch memory stays under 100 MB.
 CHUNK = 2**22
+
+MOST_BINS = 2**24  # float32 counts no further one by one
+LARGEST = 1e38  # of the numbers in a reduction: twice as much is still a float32
 
 
 def reduce_tokens(x: Tensor, spec: str | Sequence[Any]) -> Tensor:
@@ -95,15 +98,17 @@ def parse(spec: str | Sequence[Any]) -> list[Any]:
     Returns ``[name, *numbers]``, which JSON keeps. spec: text, or a list to be checked.
     Raises ValueError for an unknown name or numbers that do not fit it.
     """
-    name, args = _split(spec) if isinstance(spec, str) else (next(iter(spec), None), list(spec)[1:])
-    if name not in _FORMS:
+    parts: Sequence[Any] = spec if isinstance(spec, list | tuple) and spec else [spec]
+    args: list[Any]
+    name, args = _split(spec) if isinstance(spec, str) else (parts[0], list(parts[1:]))
+    if not isinstance(name, str) or name not in _FORMS:
         close = difflib.get_close_matches(str(name), REDUCTIONS, n=1, cutoff=0.5)
         nearest = f" Nearest: {close[0]!r}." if close else ""
         raise ValueError(f"{name!r} is not a valid reduction.{nearest} There are: {', '.join(_FORMS.values())}.")
-    numbers = all(isinstance(arg, int | float) and math.isfinite(arg) for arg in args)
+    numbers = all(isinstance(arg, int | float) and abs(arg) < LARGEST for arg in args)
     if name == "quantile" and numbers and args and all(0 <= q <= 1 for q in args):
         return [name, *map(float, args)]
-    if name == "histogram" and numbers and len(args) == 3 and args[0] < args[1] and _is_count(args[2]):
+    if name == "histogram" and numbers and len(args) == 3 and args[0] < args[1] and _is_count(args[2], MOST_BINS):
         return [name, float(args[0]), float(args[1]), args[2]]
     if name == "topk" and numbers and len(args) == 1 and _is_count(args[0]):
         return [name, args[0]]
@@ -133,8 +138,8 @@ def _number(word: str) -> int | float | str:
     return word  # parse says what is wrong with it, with the form to write instead
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_count(value: object, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
 def _mean(x: Tensor) -> Tensor:

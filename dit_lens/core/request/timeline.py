@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dit_lens.core.request.call import default_argument
 from dit_lens.core.request.json_values import SigmaInterval
+from dit_lens.core.request.numbers import check_slice, is_span, list_indices, to_int, to_number
 from dit_lens.errors import OpError, PromptError, nearest
 from dit_lens.families.calls import find_call
 
@@ -94,26 +95,24 @@ class Timeline:
                 )
             return [step for step in whole if steps.low < self.sigmas[step] <= steps.high]
         if isinstance(steps, slice):
-            return list(whole[steps])
-        if isinstance(steps, tuple) and any(isinstance(end, float) for end in steps):
-            if len(steps) != 2 or not 0 <= steps[0] < steps[1] <= 1:
+            return list(whole[check_slice(steps, "steps")])
+        if isinstance(steps, tuple) and is_span(steps):
+            start, stop = map(to_number, steps) if len(steps) == 2 else (None, None)
+            if start is None or stop is None or not 0 <= start < stop <= 1:
                 raise OpError(
                     f"steps={steps!r} is not a span of the run. "
                     "Write two fractions such as (0.0, 0.5), the end excluded."
                 )
-            return [step for step in whole if steps[0] <= step / self.steps < steps[1]]
-        return [
-            self._index(step)
-            for step in ([steps] if isinstance(steps, str) or not isinstance(steps, Sequence) else steps)
-        ]
+            return [step for step in whole if start <= step / self.steps < stop]
+        return [self._index(step) for step in list_indices(steps, "steps=")]
 
     def _index(self, step: Any) -> int:
-        if isinstance(step, bool) or not hasattr(step, "__index__"):
+        index = to_int(step)
+        if index is None:
             raise OpError(
                 f"steps={step!r} is not a valid step. Use an index, a list or slice of them, fractions (0.0, 0.5) or "
                 "dit_lens.sigma(1.0, 0.3)."
             )
-        index = step.__index__()
         if not -self.steps <= index < self.steps:
             raise OpError(
                 f"step {index} does not exist: this run has {self.steps} steps, 0 to {self.steps - 1}. "
@@ -123,10 +122,10 @@ class Timeline:
 
     def select_branches(self, asked: str) -> list[str]:
         """The branches that "cond", "uncond" or "both" means, in the order in which they are computed."""
+        if not isinstance(asked, str) or asked not in ("cond", "uncond", "both"):
+            raise OpError(f"branch={asked!r} is not a valid branch.{nearest(str(asked), ('cond', 'uncond', 'both'))}")
         if asked == "both":
             return list(self.branches)
-        if asked not in ("cond", "uncond"):
-            raise OpError(f"branch={asked!r} is not a valid branch.{nearest(str(asked), ('cond', 'uncond', 'both'))}")
         if asked not in self.branches:
             raise OpError(
                 f"this call has no {asked!r} branch, only {', '.join(self.branches)}: guidance is off. "

@@ -121,6 +121,25 @@ class Reading(Mapping[str, Tensor]):
             "sites": list(self.tensors),
         }
 
+    @classmethod
+    def from_json(cls, record: dict[str, Any], tensors: dict[str, Tensor]) -> Reading:
+        """A reading of what :meth:`to_json` wrote; ValueError if a tensor has another shape than the record says."""
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in record.items()
+            if name != "sites"
+        }
+        values["channels"] = {site: None if kept is None else tuple(kept) for site, kept in record["channels"].items()}
+        reading = cls(tensors={site: tensors[site] for site in record["sites"]}, **values)
+        for site, tensor in reading.tensors.items():
+            said = [len(reading.steps), *([2] if reading.both else []), len(reading.rows)]
+            kept = reading.channels[site]
+            if list(tensor.shape[: len(said)]) != said or (
+                reading.reduce is None and kept is not None and tensor.shape[-1] != len(kept)
+            ):
+                raise ValueError(f"{site} has the shape {list(tensor.shape)}, which is not what the record says")
+        return reading
+
     @property
     def tensor(self) -> SiteTensor:
         """The only tensor of a read of one site."""
@@ -136,6 +155,12 @@ class Reading(Mapping[str, Tensor]):
             if self.both
             else {self.branches[0]: value}
         )
+
+
+def find_reading(value: Any) -> Reading | None:
+    """The read that a value is, or stands for as the handle of a trace does; None for anything else."""
+    found = value if isinstance(value, Reading) else getattr(value, "reading", None)
+    return found if isinstance(found, Reading) else None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -347,20 +372,8 @@ def _array(value: Tensor) -> np.ndarray:
 
 
 def _reading_from(number: int, record: dict[str, Any], tensors: dict[str, Tensor]) -> Reading:
-    """A reading as it was saved; ValueError if a tensor has another shape than the record says."""
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in record.items() if name != "sites"
-    }
-    values["channels"] = {site: None if kept is None else tuple(kept) for site, kept in record["channels"].items()}
-    reading = Reading(tensors={site: tensors[f"{number}/{site}"] for site in record["sites"]}, **values)
-    for site, tensor in reading.tensors.items():
-        said = [len(reading.steps), *([2] if reading.both else []), len(reading.rows)]
-        kept = reading.channels[site]
-        if list(tensor.shape[: len(said)]) != said or (
-            reading.reduce is None and kept is not None and tensor.shape[-1] != len(kept)
-        ):
-            raise ValueError(f"{site} has the shape {list(tensor.shape)}, which is not what the record says")
-    return reading
+    """A reading as it was saved."""
+    return Reading.from_json(record, {site: tensors[f"{number}/{site}"] for site in record["sites"]})
 
 
 def _long_form(reading: Reading, site: str, sigmas: list[float]) -> pd.DataFrame:

@@ -1,0 +1,132 @@
+"""Numbers as they are written by hand, or come out of numpy and torch: integers, reals, and several indices."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dit_lens.errors import OpError
+
+MOST = 2**20  # of anything that is listed; an iterable that gives more does not end, as far as ops are concerned
+
+
+def to_int(value: Any) -> int | None:
+    """A whole number as an int, of whatever type it is; None for anything else, booleans included.
+
+    >>> import numpy as np, torch
+    >>> to_int(3), to_int(np.int64(3)), to_int(torch.tensor(3)), to_int(True), to_int(3.0)
+    (3, 3, 3, None, None)
+    """
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) or not hasattr(value, "__index__"):
+        return None
+    try:
+        return value.__index__()
+    except (TypeError, ValueError, RuntimeError):  # several numbers, floats, or a tensor without values
+        return None
+
+
+def to_number(value: Any) -> float | None:
+    """A finite real number as a float, of whatever type it is; None for anything else, words and booleans included.
+
+    >>> import torch
+    >>> to_number(2), to_number(torch.tensor(0.5)), to_number("2"), to_number(float("nan")), to_number(1j)
+    (2.0, 0.5, None, None, None)
+    """
+    kind = str(getattr(value, "dtype", ""))
+    if isinstance(value, bool) or "bool" in kind or "complex" in kind:
+        return None
+    if not hasattr(value, "__float__") and not hasattr(value, "__index__"):
+        return None
+    try:
+        number = float(value)
+    except (ArithmeticError, TypeError, ValueError, RuntimeError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def is_span(value: Any) -> bool:
+    """Whether a value is written as fractions of a run are: a tuple with a number that is not whole by its type."""
+    return isinstance(value, tuple) and any(to_int(end) is None and to_number(end) is not None for end in value)
+
+
+def list_items(values: Iterable[Any], what: str) -> list[Any]:
+    """The items of an iterable; OpError if it has none to give, or does not seem to end. what: its name."""
+    try:
+        given = iter(values)
+    except TypeError as problem:  # arrays without an axis look as if they could be gone through
+        raise OpError(f"{what} takes a list; it was given {values!r}, a {type(values).__name__}.") from problem
+    found = list(itertools.islice(given, MOST + 1))
+    if len(found) > MOST:
+        raise OpError(f"{what} gives more than {MOST} values. Give a list.")
+    return found
+
+
+def list_indices(asked: Any, what: str) -> list[Any]:
+    """What was given as one index or several, as a list, in plain numbers where it came from numpy or torch.
+
+    >>> import numpy as np
+    >>> list_indices(3, "rows="), list_indices(np.array([1, 2]), "rows="), list_indices({4}, "rows=")
+    ([3], [1, 2], [4])
+    """
+    if hasattr(asked, "tolist"):
+        try:
+            asked = asked.tolist()
+        except (TypeError, ValueError, RuntimeError) as problem:
+            raise OpError(f"{what} is a {type(asked).__name__} without values to read ({problem}).") from problem
+    if isinstance(asked, str | bytes | bytearray | Mapping) or not isinstance(asked, Iterable):
+        return [asked]
+    return list_items(asked, what)
+
+
+def to_indices(asked: Any, size: int | None, what: str, owner: str, plural: str) -> list[int]:
+    """Explicit indices, negative ones counted from the end; OpError if one is out of range or not an integer.
+
+    asked: an index, several, a slice or a range.
+    size: how many there are; None where only the run can tell.
+    what, owner, plural: for messages, such as "row", "this run has", "images".
+    """
+    values = list_indices(_slice_to_range(asked, size, what) if isinstance(asked, slice) else asked, f"{what}s=")
+    found = []
+    for value in values:
+        index = to_int(value)
+        if index is None:
+            raise OpError(
+                f"{what} {value!r} is not an index. Use integers; a bool selection over the grid goes into mask=."
+            )
+        if size is None and index < 0:
+            raise OpError(
+                f"{what} {index} counts from the end, but how many there are only the run can tell. Count from 0."
+            )
+        if size is not None and not -size <= index < size:
+            raise OpError(f"{what} {index} does not exist: {owner} {size} {plural}, 0 to {size - 1}.")
+        found.append(index % size if size is not None else index)
+    if len(set(found)) != len(found):
+        raise OpError(f"{plural} are named twice in {asked!r}. Name each once.")
+    return found
+
+
+def check_slice(asked: slice, what: str) -> slice:
+    """A slice of plain integers; OpError if it is of anything else, or its step is 0."""
+    given = (asked.start, asked.stop, asked.step)
+    ends = [to_int(end) for end in given]
+    if any(end is None for end, one in zip(ends, given, strict=True) if one is not None):
+        raise OpError(f"{what}={asked!r} is not a slice of whole numbers.")
+    if ends[2] == 0:
+        raise OpError(f"{what}={asked!r} has a step of 0, which leads nowhere.")
+    return slice(*ends)
+
+
+def _slice_to_range(asked: slice, size: int | None, what: str) -> range:
+    """A slice as numbers; where the size is known only during the run, it must say where it ends."""
+    asked = check_slice(asked, f"{what}s")
+    if size is not None:
+        return range(size)[asked]
+    start, stop, step = asked.start or 0, asked.stop, asked.step or 1
+    if stop is None or start < 0 or stop < 0 or step < 1:
+        raise OpError(
+            f"{what}s {asked!r}: how many there are only the run can tell. Give numbers from 0 up, or a slice that "
+            "says where it ends."
+        )
+    return range(start, stop, step)
