@@ -181,10 +181,12 @@ def _shorten_answer(answer: str) -> str:
     'Could not deploy this model'
     >>> _shorten_answer("Traceback (most recent call last):\n  File ...\nValueError: no such thing")
     'ValueError: no such thing'
+    >>> _shorten_answer("Traceback (most recent call last):\n  File ...\nValueError: no such thing\na note")
+    'ValueError: no such thing'
     """
-    answer = answer.strip()
-    line = answer.rpartition("\n")[2] if answer.startswith("Traceback") else answer.partition("\n")[0]
-    return line.removesuffix(".")
+    lines = answer.strip().splitlines() or [""]
+    frames = [i for i, line in enumerate(lines) if line.startswith(" ")] if lines[0].startswith("Traceback") else [-1]
+    return lines[min(frames[-1] + 1 if frames else 0, len(lines) - 1)].removesuffix(".")
 
 
 def _key(model: DiffusionModel) -> str:

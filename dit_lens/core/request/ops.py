@@ -303,8 +303,7 @@ def token_mean(edit: Edit) -> Tensor:
 def apply(edit: Edit) -> Tensor | None:
     """Applies a function of the user's to a copy."""
     function, hook = edit.payload[edit.action["key"]], edit.hook
-    name = getattr(function, "__qualname__", repr(function))
-    who = f"{name}, applied at {hook.name}, step {hook.step} ({hook.branch})"
+    who = f"{name_of(function)}, applied at {hook.name}, step {hook.step} ({hook.branch})"
     try:
         given = function(edit.old.clone(), hook)
     except Exception as problem:

@@ -98,8 +98,7 @@ def parse(spec: str | Sequence[Any]) -> list[Any]:
     Returns ``[name, *numbers]``, which JSON keeps. spec: text, or a list to be checked.
     Raises ValueError for an unknown name or numbers that do not fit it.
     """
-    parts: Sequence[Any] = spec if isinstance(spec, list | tuple) and spec else [spec]
-    args: list[Any]
+    parts: Any = spec if isinstance(spec, list | tuple) and spec else [spec]
     name, args = _split(spec) if isinstance(spec, str) else (parts[0], list(parts[1:]))
     if not isinstance(name, str) or name not in _FORMS:
         close = difflib.get_close_matches(str(name), REDUCTIONS, n=1, cutoff=0.5)
