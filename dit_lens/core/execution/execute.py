@@ -216,7 +216,7 @@ def apply_actions(value: Any, part: Part, context: Context) -> Any | None:
         stream = whole if span is None else whole[..., span[0] : span[1]]
         factor = None if gate is None else select_stream(gate.expand_as(current), location, context.image, rows)[0]
         if action["kind"] != "Read":
-            check_sizes(stream, action, part)
+            check_sizes(stream, action, part, context.moment.step)
             hook = Hook(part["name"], context.moment, context.moment.branches[action["branch_index"]])
             context.store["touched"].append(edit(stream, action, hook, factor, context))
             if index is not None:
@@ -238,18 +238,18 @@ def keep_computed(computed: Tensor, part: Part, context: Context) -> None:
         store_read(value, action, part, context)
 
 
-def check_sizes(stream: Tensor, action: Action, part: Part) -> None:
+def check_sizes(stream: Tensor, action: Action, part: Part, step: int) -> None:
     """Fails where a part has other tokens or channels than those in which the selections of the ops were counted."""
     tokens, channels = stream.shape[1:]
     if part["tokens"] not in (None, tokens) or part["channels"] not in (None, channels):
         raise PlanMismatchError(
             f"the plan expects {part['tokens'] or 'any number of'} tokens and {part['channels']} channels at "
-            f"{part['name']}, but there are {tokens} tokens and {channels} channels"
+            f"{part['name']}, but there are {tokens} tokens and {channels} channels (step {step})"
         )
     highest = action["highest_token"]
     if highest is not None and highest >= tokens:
         raise PlanMismatchError(
-            f"token {highest} does not exist at {part['name']}, which has {tokens}, 0 to {tokens - 1}"
+            f"token {highest} does not exist at {part['name']}, which has {tokens}, 0 to {tokens - 1} (step {step})"
         )
 
 
@@ -282,7 +282,7 @@ def store_read(stream: Tensor, action: Action, part: Part, context: Context) -> 
     part: whose site it is.
     context: of the forward pass.
     """
-    check_sizes(stream, action, part)
+    check_sizes(stream, action, part, context.moment.step)
     chosen = stream[outer_index(stream, action["rows"], action["tokens"], action["channels"], context.indices)].detach()
     reduce = action.get("reduce")
     kept = chosen.to("cpu", copy=True) if reduce is None else reduce_tokens(chosen, reduce).cpu()

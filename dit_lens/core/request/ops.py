@@ -283,7 +283,8 @@ def put(edit: Edit) -> Tensor:
     source = source[min(edit.action["step_index"], source.shape[0] - 1)]
     source = source if source.shape[0] == 1 else source[edit.action["source_rows"]]
     if source.shape[1] not in (1, edit.old.shape[1]):
-        raise PlanMismatchError(f"{edit.hook.name} has {edit.old.shape[1]} tokens, and the source {source.shape[1]}")
+        here, given = edit.old.shape[1], source.shape[1]
+        raise PlanMismatchError(f"{edit.hook.name} has {here} tokens at step {edit.hook.step}, and the source {given}")
     return source.to(edit.old).expand_as(edit.old)
 
 
