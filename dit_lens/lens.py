@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from dit_lens.core.execution.engine import Engine
 from dit_lens.core.execution.remote import TIMEOUT, RemoteEngine, pipeline_without_weights
+from dit_lens.core.execution.turns import in_turn
 from dit_lens.core.request.call import needs_weights
 from dit_lens.core.runs.files import check_pipeline
 from dit_lens.core.runs.html import table_html
@@ -109,6 +110,7 @@ class DiTLens(Session):
         stand_in = pipeline_without_weights(model, revision)
         return cls(stand_in.pipeline, engine=RemoteEngine(stand_in, host, timeout))
 
+    @in_turn
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Moves the pipeline, as ``pipe.to`` does, and returns the lens."""
         needs_weights(self.pipe, "moving a pipeline needs")
@@ -117,6 +119,7 @@ class DiTLens(Session):
 
     # Memory
 
+    @in_turn
     def encode(
         self,
         prompts: str | Sequence[str],
@@ -146,6 +149,7 @@ class DiTLens(Session):
             self.release_encoders()
         return texts
 
+    @in_turn
     def release_encoders(self) -> Released:
         """Takes the text encoders out of the pipeline; what it returns says how much memory that gave back.
 
@@ -244,6 +248,7 @@ class DiTLens(Session):
         """
         return read_x0(self, prompt, site, steps=steps, **call)
 
+    @in_turn
     def read_pattern(
         self,
         prompt: str | Sequence[str] | None,

@@ -12,6 +12,7 @@ from dit_lens import families
 from dit_lens.core.execution.assemble import assemble
 from dit_lens.core.execution.blocks import Blocks
 from dit_lens.core.execution.engine import Engine, hide_progress_bar
+from dit_lens.core.execution.turns import in_turn
 from dit_lens.core.plan.batches import run_in_batches
 from dit_lens.core.plan.compile import Plan, compile_plan
 from dit_lens.core.plan.cost import Cost, cost_of
@@ -143,6 +144,7 @@ class Session:
 
     # Running
 
+    @in_turn
     def run(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -303,6 +305,7 @@ class Session:
         with hide_progress_bar(self.pipe):
             yield
 
+    @in_turn
     def _plan(
         self,
         prompt: str | Sequence[str] | None,

@@ -88,7 +88,7 @@ def invert(lens: Session, images: Sequence[Image], prompts: Sequence[str] | str 
     call = {**call, **_turn_off_guidance(lens)}
     latents, grid = encode_images(lens, images, prompts, call)
     call |= {"seed": 0, "output_type": "latent"}
-    with lens.quiet(), _reverse_scheduler(lens.pipe):
+    with lens.engine.turn.hold(), lens.quiet(), _reverse_scheduler(lens.pipe):
         back = lens.run(prompts, [Read("velocity")], latents=as_latents_argument(lens, latents, grid), **call)
     noise = as_latents_argument(lens, read_latents(lens, back.latents, grid), grid)
     with lens.quiet():

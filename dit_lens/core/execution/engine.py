@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import nnsight
 import torch
@@ -60,7 +62,7 @@ class Engine:
         self.pipe = pipe
         self._gradients = False
         self._modules, self._forwards = self._modules_now(), Forwards()
-        with self._wrapping():
+        with self.turn.hold(), self._wrapping():
             self.model = DiffusionModel(_Pipeline(pipe), interleaver=Taking(self._forwards))
             self.model.pipeline = pipe
             self.promptless = nnsight.NNsight(_Pipeline(pipe), interleaver=Taking(self._forwards))
@@ -106,13 +108,13 @@ class Engine:
         Meanwhile weights require none, and a copy stands for the scheduler, which would remember tensors of the graph.
         """
         with self.turn.hold():
-            scheduler = self.pipe.scheduler
+            scheduler, stand_in = self.pipe.scheduler, copy.deepcopy(self.pipe.scheduler)
             weights = [p for module in self._modules_now() for p in module.parameters(recurse=False) if p.requires_grad]
-            for weight in weights:
-                weight.requires_grad_(False)
-            self._gradients = True
-            self.pipe.scheduler = copy.deepcopy(scheduler)
             try:
+                for weight in weights:
+                    weight.requires_grad_(False)
+                self._gradients = True
+                self.pipe.scheduler = stand_in
                 yield
             finally:
                 self._gradients = False
@@ -189,17 +191,27 @@ def _count_forwards(transformer: nn.Module) -> Generator[list[None]]:
         handle.remove()
 
 
+_HIDDEN: WeakKeyDictionary[DiffusionPipeline, list[dict[str, Any]]] = WeakKeyDictionary()
+_HIDING = threading.Lock()
+
+
 @contextmanager
 def hide_progress_bar(pipe: DiffusionPipeline) -> Generator[None]:
-    """Hides the pipeline's own progress bar, and puts it back as it was."""
+    """Hides the pipeline's own progress bar, and puts it back as it was when nothing hides it any more."""
     attributes, name = vars(pipe), "_progress_bar_config"
-    before = {name: attributes[name]} if name in attributes else {}
-    pipe.set_progress_bar_config(disable=True)
+    with _HIDING:
+        before = {name: attributes[name]} if name in attributes else {}
+        _HIDDEN.setdefault(pipe, []).append(before)  # of several threads, the first saw the bar as it was
+        pipe.set_progress_bar_config(disable=True)
     try:
         yield
     finally:
-        attributes.pop(name, None)
-        attributes.update(before)
+        with _HIDING:
+            kept = _HIDDEN[pipe]
+            if len(kept) == 1:
+                attributes.pop(name, None)
+                attributes.update(kept[0])
+            kept.pop()
 
 
 def check_finished(program: Program, made: int, results: list[Any]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 from dit_lens.errors import ExecutionError
@@ -40,6 +41,24 @@ class Turn:
                 yield
             finally:
                 self._running = False
+
+
+Given = ParamSpec("Given")
+Returned = TypeVar("Returned")
+Owner = TypeVar("Owner", bound=Any)
+
+
+def in_turn(
+    method: Callable[Concatenate[Owner, Given], Returned],
+) -> Callable[Concatenate[Owner, Given], Returned]:
+    """A lens's method that has the pipeline to itself: what it sees and changes stays as it is until it returns."""
+
+    @functools.wraps(method)
+    def hold(lens: Owner, *args: Given.args, **kwargs: Given.kwargs) -> Returned:
+        with lens.engine.turn.hold():
+            return method(lens, *args, **kwargs)
+
+    return hold
 
 
 _TURNS: WeakKeyDictionary[nn.Module, Turn] = WeakKeyDictionary()

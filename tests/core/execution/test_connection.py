@@ -75,8 +75,9 @@ def test_memory_that_runs_out_there_halves_the_batch(folder, real):
 
     with StandIn(job) as server:
         there = lens_on(folder, server.host)
-        with pytest.warns(UserWarning, match="memory ran out with 2 prompts in a batch; 1 fitted"):
+        with pytest.warns(UserWarning, match="memory ran out with 2 prompts in a batch; 1 fitted") as told:
             run = there.run(["red", "blue"], **CALL)
+        assert told[0].filename == __file__
         assert len(run.images) == 2
         assert len(server.jobs) == 3
         failures.append("CUDA out of memory. Tried to allocate 2 GiB")

@@ -4,9 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from PIL import Image
 
 from dit_lens import Apply, DiTLens, Read, Zero
 from dit_lens.errors import ExecutionError
+from dit_lens.instruments.inversion import invert
 from tests import pipelines
 
 PROMPT = "red"
@@ -62,3 +64,87 @@ def test_threads_on_the_same_weights_do_not_cross():
             assert not run.latents.requires_grad
             for site, value in alone[number].items():
                 assert torch.equal(run[site], value)
+
+
+def of_gradients(lens):
+    lens.gradients(PROMPT, "blocks.1.img", metric=lambda latents: latents.mean(), seed=3)
+
+
+def of_steps(lens):
+    lens.gradients(PROMPT, "blocks.1.img", metric=lambda x: x.mean(), through="step", seed=3)
+
+
+def of_patterns(lens):
+    lens.read_pattern(PROMPT, 1, heads=0, seed=3)
+
+
+def of_inversion(lens):
+    invert(lens, [Image.new("RGB", (48, 32))], "red")
+
+
+@pytest.mark.parametrize("work", [of_gradients, of_steps, of_patterns, of_inversion])
+def test_what_is_changed_around_a_run_is_seen_by_no_other_thread(work, monkeypatch):
+    """The other thread asks for its run while everything is changed and no run is on: it waits, and sees nothing."""
+    pipe = pipelines.flux()
+    lens, other = (DiTLens(pipe, defaults=dict(pipelines.CALL)) for _ in range(2))
+    scheduler, alone = pipe.scheduler, other.run(PROMPT, **CALL)
+    seen, threads = [], []
+
+    def look(tensor, hook):
+        free = all(weight.requires_grad for weight in pipe.transformer.parameters())
+        hooks = sum(len(module._forward_hooks) for module in pipe.transformer.modules())  # noqa: SLF001
+        seen.append((pipe.scheduler is scheduler, free, hooks, torch.is_grad_enabled()))
+
+    def drawn():
+        return other.outline(PROMPT, **CALL).sigmas, other.run(PROMPT, Apply("blocks.1.img", fn=look), **CALL)
+
+    other.run(PROMPT, Apply("blocks.1.img", fn=look), **CALL)
+    before = seen.pop()
+    seen.clear()
+    run = lens.run
+
+    def then_another(*args, **call):
+        found = run(*args, **call)
+        if not threads:
+            threads.append(pool.submit(drawn))
+            with pytest.raises(TimeoutError):
+                threads[0].result(timeout=0.5)
+        return found
+
+    monkeypatch.setattr(lens, "run", then_another)
+    with ThreadPoolExecutor(1) as pool:
+        work(lens)
+        sigmas, found = threads[0].result(timeout=120)
+    assert torch.equal(found.latents, alone.latents)
+    assert sigmas == other.outline(PROMPT, **CALL).sigmas
+    assert set(seen) == {before}
+
+
+def test_encoders_are_moved_by_one_thread_at_a_time(monkeypatch):
+    pipe = pipelines.flux()
+    lens, other = (DiTLens(pipe, defaults=dict(pipelines.CALL)) for _ in range(2))
+    threads = []
+
+    def poke(*_):
+        if not threads:
+            threads.append(pool.submit(other.run, PROMPT, **CALL))
+            with pytest.raises(TimeoutError):
+                threads[0].result(timeout=0.5)
+
+    with ThreadPoolExecutor(1) as pool:
+        handle = pipe.text_encoder.register_forward_hook(poke)
+        lens.encode("blue")
+        handle.remove()
+        assert threads[0].result(timeout=120).latents is not None
+
+
+def test_the_bar_comes_back_whichever_thread_ends_last():
+    pipe = pipelines.flux()
+    before = vars(pipe).get("_progress_bar_config")
+    first, second = (DiTLens(pipe).quiet() for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert vars(pipe)["_progress_bar_config"]["disable"]
+    second.__exit__(None, None, None)
+    assert vars(pipe).get("_progress_bar_config") == before
