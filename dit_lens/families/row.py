@@ -75,6 +75,9 @@ class Pipeline:
     caches: whether its first step fills a cache that later steps read.
     second_model: whether another transformer computes its unconditional branch.
     refuses: arguments with which its forward passes cannot be followed.
+    row_images: arguments with images of which several are one for each row, repeated in order until all have one.
+    prompt_images: the same, one for each prompt.
+    references: arguments with images that every row is given, all of them.
     tested: whether the row was tested with it.
     """
 
@@ -90,6 +93,9 @@ class Pipeline:
     caches: bool = False
     second_model: bool = False
     refuses: tuple[Refusal, ...] = ()
+    row_images: tuple[str, ...] = ()
+    prompt_images: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
     tested: bool = True
 
     def copy_for(self, *names: str, tested: bool = False, **changes: Any) -> tuple[Pipeline, ...]:

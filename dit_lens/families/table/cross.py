@@ -46,6 +46,7 @@ from dit_lens.families.table.shared import (
     PIXELS,
     ROWS,
     SMALL,
+    STARTS,
     TWO_CALLS,
     UNNAMED,
     WAN_VAE,
@@ -135,7 +136,7 @@ SANA = Family(
     pipelines=(
         _SANA,
         _SPRINT,
-        *_SPRINT.copy_for("SanaSprintImg2ImgPipeline", needs_image=True),
+        *_SPRINT.copy_for("SanaSprintImg2ImgPipeline", needs_image=True, row_images=STARTS),
         *_SANA.copy_for("SanaControlNetPipeline"),
         *_SANA.copy_for("SanaPAGPipeline", refuses=(PAG,)),
     ),

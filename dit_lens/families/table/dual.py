@@ -41,6 +41,7 @@ from dit_lens.families.table.shared import (
     PIXELS,
     ROWS,
     SMALL,
+    STARTS,
     TRUE_CFG,
     WAN_VAE,
     WITH_IMAGES,
@@ -80,8 +81,14 @@ QWEN_IMAGE = Family(
             chooses_size=True,
             tested=True,
         ),
-        *_QWEN.copy_for("QwenImageEditInpaintPipeline", encodes=WITH_IMAGES, needs_image=True, chooses_size=True),
-        *_QWEN.copy_for("QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline", needs_image=True),
+        *_QWEN.copy_for(
+            "QwenImageEditInpaintPipeline",
+            encodes=WITH_IMAGES,
+            needs_image=True,
+            chooses_size=True,
+            row_images=STARTS,
+        ),
+        *_QWEN.copy_for("QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline", needs_image=True, row_images=STARTS),
         *_QWEN.copy_for(
             "QwenImageControlNetPipeline", "QwenImageControlNetInpaintPipeline", "QwenImageLayeredPipeline"
         ),
@@ -136,11 +143,19 @@ SD3 = Family(
         _SD3,
         *_SD3.copy_for("StableDiffusion3ControlNetPipeline", "StableDiffusion3ControlNetInpaintingPipeline"),
         *_SD3.copy_for(
-            "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", takes_latents=None, needs_image=True
+            "StableDiffusion3Img2ImgPipeline",
+            "StableDiffusion3InpaintPipeline",
+            takes_latents=None,
+            needs_image=True,
+            row_images=STARTS,
         ),
         *_SD3.copy_for("StableDiffusion3PAGPipeline", refuses=(_SKIPPED, PAG)),
         *_SD3.copy_for(
-            "StableDiffusion3PAGImg2ImgPipeline", takes_latents=None, needs_image=True, refuses=(_SKIPPED, PAG)
+            "StableDiffusion3PAGImg2ImgPipeline",
+            takes_latents=None,
+            needs_image=True,
+            refuses=(_SKIPPED, PAG),
+            row_images=STARTS,
         ),
     ),
     stacks=(replace(double_stack(name="block", points=_SD3_POINTS, attends="image_first"), ends_without=("txt",)),),

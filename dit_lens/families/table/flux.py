@@ -31,6 +31,7 @@ from dit_lens.families.table.shared import (
     PACKED,
     ROWS,
     SMALL,
+    STARTS,
     TRUE_CFG,
     TWO_CALLS,
     UNNAMED,
@@ -87,18 +88,24 @@ FLUX1 = Family(
     transformer="FluxTransformer2DModel",
     pipelines=(
         _FLUX,
-        *_FLUX.copy_for("FluxImg2ImgPipeline", needs_image=True, tested=True),
-        *_FLUX.copy_for("FluxInpaintPipeline", takes_latents=None, needs_image=True, tested=True),
-        *_FLUX.copy_for("FluxKontextPipeline", needs_image=True, chooses_size=True, tested=True),
-        *_FLUX.copy_for("FluxKontextInpaintPipeline", takes_latents=None, needs_image=True, chooses_size=True),
-        *_FLUX.copy_for("FluxControlPipeline", "FluxControlNetPipeline", "FluxFillPipeline"),
+        *_FLUX.copy_for("FluxImg2ImgPipeline", needs_image=True, row_images=STARTS, tested=True),
+        *_FLUX.copy_for("FluxInpaintPipeline", takes_latents=None, needs_image=True, row_images=STARTS, tested=True),
+        *_FLUX.copy_for("FluxKontextPipeline", needs_image=True, chooses_size=True, row_images=("image",), tested=True),
+        *_FLUX.copy_for(
+            "FluxKontextInpaintPipeline", takes_latents=None, needs_image=True, chooses_size=True, row_images=STARTS
+        ),
+        *_FLUX.copy_for("FluxControlPipeline", prompt_images=("control_image",)),
+        *_FLUX.copy_for("FluxControlNetPipeline"),  # a list may hold an image for each of several ControlNets
+        *_FLUX.copy_for("FluxFillPipeline", row_images=STARTS),
         *_FLUX.copy_for(
             "FluxControlImg2ImgPipeline",
             "FluxControlInpaintPipeline",
-            "FluxControlNetImg2ImgPipeline",
             needs_image=True,
+            row_images=STARTS,
+            prompt_images=("control_image",),
         ),
-        *_FLUX.copy_for("FluxControlNetInpaintPipeline", takes_latents=None, needs_image=True),
+        *_FLUX.copy_for("FluxControlNetImg2ImgPipeline", needs_image=True, row_images=STARTS),
+        *_FLUX.copy_for("FluxControlNetInpaintPipeline", takes_latents=None, needs_image=True, row_images=STARTS),
         *_FLUX.copy_for("VisualClozeGenerationPipeline", encodes=UNNAMED, takes_latents=None),
         *_FLUX.copy_for("VisualClozePipeline", encodes=NO_ENCODER, takes_latents=None, returns_latents=None),
     ),
@@ -161,6 +168,7 @@ _FLUX2 = Pipeline(
     encodes=("prompt_embeds", "text_ids"),
     takes_latents="flattened",
     size_from_image=True,
+    references=("image",),
 )
 _KLEIN = replace(
     _FLUX2, name="Flux2KleinPipeline", guidance=Guidance(TWO_CALLS, distilled="is_distilled"), returns_latents="vae"
@@ -174,7 +182,13 @@ FLUX2 = replace(
         _KLEIN,
         *_KLEIN.copy_for("Flux2KleinKVPipeline", guidance=None, caches=True, tested=True),
         *_KLEIN.copy_for(
-            "Flux2KleinInpaintPipeline", takes_latents=None, size_from_image=False, chooses_size=True, needs_image=True
+            "Flux2KleinInpaintPipeline",
+            takes_latents=None,
+            size_from_image=False,
+            chooses_size=True,
+            needs_image=True,
+            row_images=STARTS,
+            references=(),
         ),
     ),
     stacks=(replace(DOUBLE, points=_FLUX2_DOUBLE), replace(JOINED, points=both_streams(_FLUX2_SINGLE))),
@@ -207,8 +221,8 @@ CHROMA = replace(
     transformer="ChromaTransformer2DModel",
     pipelines=(
         _CHROMA,
-        *_CHROMA.copy_for("ChromaImg2ImgPipeline", needs_image=True),
-        *_CHROMA.copy_for("ChromaInpaintPipeline", takes_latents=None, needs_image=True),
+        *_CHROMA.copy_for("ChromaImg2ImgPipeline", needs_image=True, row_images=STARTS),
+        *_CHROMA.copy_for("ChromaInpaintPipeline", takes_latents=None, needs_image=True, row_images=STARTS),
     ),
     stacks=(DOUBLE, JOINED),
     example=_example(

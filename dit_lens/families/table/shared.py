@@ -30,6 +30,9 @@ PAG = Refusal(
     "pag_scale", "it adds rows of perturbed attention to the transformer's calls, which are neither branch", off=0
 )
 
+# Images that rows are drawn from, and the masks of what is drawn.
+STARTS = ("image", "mask_image", "masked_image_latents")
+
 # What encode_prompt returns, beside the usual prompt_embeds and negative_prompt_embeds.
 WITH_MASK = ("prompt_embeds", "prompt_embeds_mask")
 WITH_MASKS = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dit_lens.families.row import Example, Family, Final, Grid, Pipeline, Prediction, Prompts, Readout, Time
+from dit_lens.families.row import Example, Family, Final, Grid, Pipeline, Prediction, Prompts, Readout, Refusal, Time
 from dit_lens.families.stack import PointSpec
 from dit_lens.families.table.points import attention, gated_output, input_of, modulation, neurons, table_block
 from dit_lens.families.table.shared import (
@@ -145,13 +145,14 @@ KANDINSKY5 = Family(
 )
 
 _WAN_POINTS = {"img": table_block("temb", "attn1", "ffn", "norm3", neurons("ffn"), cross="attn2")}
+_ONE_VIDEO = Refusal("num_videos_per_prompt", "it draws one of each prompt, whatever that says", off=1)
 _WAN = Pipeline("WanPipeline", CALLS)
 WAN = Family(
     name="Wan 2.1",
     transformer="WanTransformer3DModel",
     pipelines=(
         _WAN,
-        *_WAN.copy_for("WanVideoToVideoPipeline"),
+        *_WAN.copy_for("WanVideoToVideoPipeline", refuses=(_ONE_VIDEO,)),
         *_WAN.copy_for("WanImageToVideoPipeline", "LucyEditPipeline", takes_latents=None),
     ),
     stacks=(image_stack("blocks", points=_WAN_POINTS),),
@@ -226,7 +227,7 @@ _COGVIDEOX_POINTS = {
     }
     for stream, slot, gate in (("img", 0, 2), ("txt", 1, 3))
 }
-_COGVIDEOX = Pipeline("CogVideoXPipeline", ROWS, takes_latents=None)
+_COGVIDEOX = Pipeline("CogVideoXPipeline", ROWS, takes_latents=None, refuses=(_ONE_VIDEO,))
 COGVIDEOX = Family(
     name="CogVideoX",
     transformer="CogVideoXTransformer3DModel",
