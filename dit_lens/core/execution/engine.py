@@ -18,6 +18,7 @@ from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule
 
 from dit_lens.core.execution.execute import execute
 from dit_lens.core.execution.forwards import Forwards, Taking
+from dit_lens.core.execution.refusals import tell_refusals
 from dit_lens.core.execution.schedule import measure_sigmas
 from dit_lens.core.execution.turns import Turn, turn_of
 from dit_lens.core.plan.replay import model_state
@@ -43,10 +44,11 @@ class _Pipeline(_PipelineModule):
 
     def forward(self, *args: Any, gradients: bool = False, **kwargs: Any) -> Any:
         """The pipeline's call; for gradients the function under its ``no_grad``."""
-        if not gradients:
-            return super().forward(*args, **kwargs)
-        with torch.enable_grad():
-            return _with_gradients(self.pipeline)(*args, **kwargs)
+        with tell_refusals(self.pipeline):
+            if not gradients:
+                return super().forward(*args, **kwargs)
+            with torch.enable_grad():
+                return _with_gradients(self.pipeline)(*args, **kwargs)
 
 
 class Engine:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dit_lens.core.execution.refusals import tell_refusals
 from dit_lens.families.layout import argument
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def measure_sigmas(
 
     handle = pipe.transformer.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
-        with _keep_pipeline_as_it_is(pipe), suppress(_Stop):
+        with _keep_pipeline_as_it_is(pipe), suppress(_Stop), tell_refusals(pipe):
             pipe(**{name: _copy_generators(value) for name, value in call.items()})
     finally:
         handle.remove()
