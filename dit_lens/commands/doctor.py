@@ -180,7 +180,7 @@ def _examine_drawing(lens: DiTLens) -> list[Finding]:
         defaults=lens.defaults,
         vocabulary=lens.vocabulary,
         call=call,
-        conditioning=lens.family.prompts,
+        family=lens.family,
     )
     with lens.quiet():
         with _measure_times(lens.pipe.transformer) as times:

@@ -24,6 +24,7 @@ from dit_lens.core.request.numbers import list_items
 from dit_lens.core.request.ops import Apply, Op, Read, from_json, to_json
 from dit_lens.core.request.text_tokens import TextTokens
 from dit_lens.core.request.timeline import Timeline, make_timeline
+from dit_lens.core.request.values import copy_of
 from dit_lens.core.runs.comparison import Comparison, compare
 from dit_lens.core.runs.files import read_json
 from dit_lens.core.runs.provenance import describe, holds_unsaved, to_plain_data
@@ -66,7 +67,7 @@ class Session:
         self.pipe = pipe
         self._describe()
         stored = _stored_defaults(pipe)
-        self.defaults: dict[str, Any] = dict(stored.get("call", {}) if defaults is None else defaults)
+        self.defaults: dict[str, Any] = copy_of(dict(stored.get("call", {}) if defaults is None else defaults))
         self.vocabulary: list[str] | None = stored.get("vocabulary")
         self.engine: Engine | RemoteEngine = Engine(pipe) if engine is None else engine
 
@@ -167,13 +168,15 @@ class Session:
 
         prompt: one or several; or pass ``prompt_embeds=``.
         ops: in the order in which they act at one site.
-        seed: an integer gives every prompt the same noise (image j of a prompt gets seed + j); a list is per image.
+        seed: an integer gives every prompt the same noise (image j of a prompt gets seed + j); a list, range or array
+            is per image.
         num_inference_steps: denoising steps; the pipeline's own default if None.
         batch_size: prompts that go through the pipeline together; all by default.
         record: keeps what the transformer answers, for ``prefix=`` of later runs.
         prefix: a recorded run of the same call without edits, from which everything before the first op is taken
             instead of computed. The images are the same, bit for bit.
-        call: the pipeline's own arguments.
+        call: the pipeline's own arguments. With output_type="latent" the run keeps latents; with any other it keeps
+            images as PIL has them. Nothing that is passed in is changed, but for generators, which are used up.
 
         Every mistake in the arguments or ops raises before the first denoising step. A batch that runs out of GPU
         memory is started again with half the prompts; a warning says which batch_size worked.
@@ -326,7 +329,7 @@ class Session:
             defaults=self.defaults,
             vocabulary=self.vocabulary,
             call=call,
-            conditioning=self.family.prompts,
+            family=self.family,
         )
         grid = self.anatomy.plan_grid(self.pipe, prepared.arguments)
         tokens = None if grid is None else grid[0] * grid[1]

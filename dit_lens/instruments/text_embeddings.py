@@ -87,7 +87,7 @@ def encode_prompts(
         defaults=defaults or {},
         vocabulary=vocabulary,
         call=call,
-        conditioning=family.prompts,
+        family=family,
     )
     _check(pipe, prepared)
     arguments = _complete_arguments(pipe, prepared)

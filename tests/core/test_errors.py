@@ -174,7 +174,7 @@ CALLS = {
     "steps": (lambda: {"prompt": "red", "num_inference_steps": 0}, r"at least 1"),
     "no images": (lambda: {"prompt": "red", "num_images_per_prompt": 0}, r"at least 1"),
     "texts": (lambda: {"prompt": "red", "negative_prompt": ["bad", "worse"]}, r"lists 2 texts for 1 prompts"),
-    "output": (lambda: {"prompt": "red", "output_type": "np"}, r"numpy\.asarray\(run\.images\[0\]\)"),
+    "output": (lambda: {"prompt": "red", "output_type": "jpeg"}, r"numpy\.asarray\(run\.images\[0\]\)"),
     "batch size": (lambda: {"prompt": ["red", "blue"], "batch_size": 0}, r"at least 1"),
 }
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from dit_lens.core.plan.compile import Plan
 from dit_lens.core.request.call import Call
+from dit_lens.core.request.values import check_count
 from dit_lens.errors import ExecutionError, OpError, PromptError
 
 if TYPE_CHECKING:
@@ -31,24 +32,26 @@ def run_in_batches(
 
     Raises PromptError if the size is not valid, ExecutionError where one prompt is too many.
     """
-    prompts = call.rows // call.images_per_prompt
-    if batch_size is not None and batch_size < 1:
-        raise PromptError(f"batch_size={batch_size} must be at least 1.")
-    asked = size = min(batch_size or prompts, prompts)
+    prompts = call.count
+    asked = size = prompts if batch_size is None else min(check_count("batch_size", batch_size), prompts)
     pieces, done = _pieces(call, plan, range(prompts), size), 0
+    ran_out: torch.OutOfMemoryError | None = None
     with tqdm(total=prompts, desc="prompts", disable=size == prompts) as bar:
         while pieces:
             (batch, piece), *rest = pieces
-            count = batch.rows // call.images_per_prompt
             try:
                 drawn = draw(batch, piece)
             except torch.OutOfMemoryError as full:
-                size = count // 2
+                size, ran_out = batch.count // 2, full
                 pieces = _smaller_pieces(call, plan, range(done, prompts), size, full)
                 continue
+            except Exception as problem:
+                if ran_out is None:
+                    raise
+                raise _out_of_memory(f"and a smaller batch fails: {problem}", ran_out) from ran_out
             yield drawn
-            pieces, done = rest, done + count
-            bar.update(count)
+            pieces, done = rest, done + batch.count
+            bar.update(batch.count)
     if size < asked:
         warnings.warn(
             f"memory ran out with {asked} prompts in a batch; {size} fitted. Pass batch_size={size} next time.",
@@ -75,11 +78,15 @@ def _smaller_pieces(
         why = "with one prompt at a time"
     except (OpError, PromptError) as problem:
         why = f"and the batch cannot be made smaller: {problem}"
-    raise ExecutionError(
+    raise _out_of_memory(why, full) from full
+
+
+def _out_of_memory(why: str, full: torch.OutOfMemoryError) -> ExecutionError:
+    return ExecutionError(
         f"memory ran out {why} ({full}). Nothing was kept of this run. Draw smaller images (height=, width=), "
         "reduce reads where they are (reduce=), encode prompts first (lens.encode(prompts, release=True)), or offload: "
         "dit_lens.recommend(lens.pipe, gb=...) shows what fits."
-    ) from full
+    )
 
 
 def narrow(plan: Plan, rows: range) -> Plan:

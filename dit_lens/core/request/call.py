@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from dit_lens.core.request.division import Division, Part
+from dit_lens.core.request.values import (
+    as_plain,
+    as_seed,
+    check_count,
+    check_text,
+    check_values,
+    copy_of,
+    is_several,
+    list_values,
+)
 from dit_lens.errors import ExecutionError, PromptError, nearest
-from dit_lens.families.arguments import belongs_to_prompts, holds_text, stands_for_prompts
+from dit_lens.families.arguments import IMAGES_PER_PROMPT, belongs_to_prompts, holds_text, stands_for_prompts
 from dit_lens.families.calls import call_parameters
-from dit_lens.families.row import Prompts
+from dit_lens.families.row import Pipeline, Prompts
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from dit_lens.families import Family
 
-OUTPUTS = ("pil", "latent")
-USUAL = Prompts()  # of a pipeline whose row says nothing else
-IMAGES = ("image", "mask_image", "masked_image_latents")  # arguments that a batch may have one of for each image
+
+OUTPUTS = ("pil", "np", "pt", "latent")
+USUAL = Division(Pipeline("", None), Prompts())  # of a pipeline whose row says nothing else
 
 
 @dataclass(frozen=True)
@@ -28,59 +40,63 @@ class Call:
     seeds: one for each image; None with a generator of the user's own.
     arguments: everything else the pipeline is called with.
     rows: images in the batch.
-    starts: whether image= holds what images are drawn from, one for each where it is a list, and not what all of them
-      refer to.
-    conditioning: how prompts enter the pipeline, from the family's row.
+    division: whose each argument is.
     """
 
     prompts: tuple[str, ...] | None
     seeds: tuple[int, ...] | None
     arguments: dict[str, Any]
     rows: int
-    starts: bool = False
-    conditioning: Prompts = USUAL
+    division: Division = USUAL
 
     @property
     def images_per_prompt(self) -> int:
         """How many images are drawn of each prompt."""
-        return self.arguments.get("num_images_per_prompt") or 1
+        return _images_per_prompt(self.arguments)
+
+    @property
+    def count(self) -> int:
+        """How many prompts there are, or embeddings in place of them."""
+        return self.rows // self.images_per_prompt
 
     def keywords(self) -> dict[str, Any]:
-        """The call as keyword arguments of the pipeline, whose own are all lists and generators: some write to them."""
+        """The call as keyword arguments of the pipeline, whose own they are: some pipelines write to them.
+
+        Embeddings are repeated for each image of a prompt here: many pipelines repeat none that they are given, or only
+        some.
+        """
         import torch
 
-        call = _with_own_lists(self.arguments)
+        call = {name: copy_of(value) for name, value in self.arguments.items()}
         if self.prompts is not None:
             call["prompt"] = list(self.prompts)
+        elif self.images_per_prompt > 1:
+            call = {name: self._repeat(name, value) for name, value in call.items()}
         if self.seeds is not None:
             call["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         return call
+
+    def _repeat(self, name: str, value: Any) -> Any:
+        """An argument of a call that draws one image of each of its prompts, of which there are as many as images."""
+        if name in IMAGES_PER_PROMPT and value is not None:
+            return 1
+        entries = value is not None and self.division.holding(name) == "prompts"
+        if entries and self.division.count(name, value) == self.rows:  # repeated already
+            return value
+        return self.division.repeat(name, value, self.images_per_prompt)
 
     def for_prompts(self, prompts: range) -> Call:
         """The same call for some of its prompts, or of what stands for them."""
         if self.seeds is None:
             raise PromptError("batch_size= splits prompts with a seed. Leave it out when passing generator=.")
-        n = self.images_per_prompt
-        span = slice(prompts.start, prompts.stop)
-        images = slice(prompts.start * n, prompts.stop * n)
-        arguments = {name: self._select(name, value, span) for name, value in self.arguments.items()}
-        for name in arguments.keys() & {"latents", *(IMAGES if self.starts else ())}:
-            arguments[name] = _select_images(name, arguments[name], {self.rows // n: span, self.rows: images})
+        part = Part(prompts, self.count, self.images_per_prompt)
         return replace(
             self,
-            prompts=None if self.prompts is None else self.prompts[span],
-            seeds=self.seeds[images],
-            arguments=arguments,
-            rows=len(prompts) * n,
+            prompts=None if self.prompts is None else self.prompts[prompts.start : prompts.stop],
+            seeds=self.seeds[part.rows.start : part.rows.stop],
+            arguments={name: self.division.select(name, value, part) for name, value in self.arguments.items()},
+            rows=len(part.rows),
         )
-
-    def _select(self, name: str, value: Any, span: slice) -> Any:
-        """What a pipeline argument is for some of the prompts."""
-        if value is None or isinstance(value, str) or not (_per_prompt(name) or belongs_to_prompts(name)):
-            return value
-        if name in self.conditioning.offsets:  # those of these prompts, from 0 up
-            return value[span.start : span.stop + 1] - value[span.start]
-        return value[:, span] if name in self.conditioning.layered else value[span]
 
 
 def prepare_call(
@@ -92,7 +108,7 @@ def prepare_call(
     defaults: Mapping[str, Any],
     vocabulary: Sequence[str] | None,
     call: Mapping[str, Any],
-    conditioning: Prompts = USUAL,
+    family: Family | None = None,
 ) -> Call:
     """Checks and completes a call; PromptError says what is wrong with it.
 
@@ -103,57 +119,45 @@ def prepare_call(
     defaults: arguments of every call.
     vocabulary: the only words a prompt may have; None: any.
     call: the pipeline's own arguments.
-    conditioning: how prompts enter the pipeline, from the family's row.
+    family: of the pipeline; None: one whose row says nothing of its arguments.
     """
     signature = call_parameters(type(pipe))
+    division = USUAL if family is None else Division(family.pipeline(type(pipe)), family.prompts)
     _check_arguments(type(pipe).__name__, signature, call, seed)
-    arguments: dict[str, Any] = {**defaults, **call}
-    if "num_frames" in signature and arguments.get("output_type") != "latent":
-        raise PromptError(
-            f"{type(pipe).__name__} draws videos, of which a Run keeps latents only. Pass output_type='latent'."
-        )
-    device = pipe._execution_device  # noqa: SLF001 diffusers offers no public way
-    arguments |= {name: _move(value, device) for name, value in arguments.items() if belongs_to_prompts(name)}
+    arguments = check_values(signature, {**defaults, **call})
+    arguments |= _check_output(type(pipe).__name__, signature, arguments)
     if prompt is not None and "prompt" not in signature:
         raise PromptError(f"{type(pipe).__name__} takes no prompt. Pass what it draws, such as class_labels=[207].")
-    _check_classes(pipe, conditioning, arguments.get("class_labels"))
-    given = _find_embeddings(arguments, conditioning)
+    device = pipe._execution_device  # noqa: SLF001 diffusers offers no public way
+    held = [name for name in arguments if division.holding(name) == "prompts" and arguments[name] is not None]
+    arguments |= {name: _as_entries(name, arguments[name], device) for name in held}
+    _check_classes(pipe, division.prompts, arguments.get("class_labels"))
+    given = _find_embeddings(arguments, division)
     prompts = _check_prompts(prompt, given)
-    count = len(arguments[given or ""]) if prompts is None else len(prompts)
-    steps = num_inference_steps if num_inference_steps is not None else arguments.get("num_inference_steps")
-    arguments["num_inference_steps"] = _check_positive(
+    count = division.count(given or "", arguments[given or ""]) if prompts is None else len(prompts)
+    if count < 1:
+        raise PromptError(f"{given}= has no entry. Give one for each prompt.")
+    steps = arguments.get("num_inference_steps") if num_inference_steps is None else num_inference_steps
+    arguments["num_inference_steps"] = check_count(
         "num_inference_steps", signature["num_inference_steps"].default if steps is None else steps
     )
-    sizes = [side for side in ("height", "width") if arguments.get(side) is not None]
-    arguments |= {side: _check_positive(side, arguments[side]) for side in sizes}
     texts = {
         name: _list_texts(name, value, count)
         for name, value in arguments.items()
-        if _per_prompt(name) and value is not None
+        if name != "prompt" and holds_text(name) and value is not None
     }
     arguments |= texts
     if vocabulary is not None:
         _check_words([*(prompts or ()), *(text for some in texts.values() for text in some)], vocabulary)
-    each = arguments.get("num_images_per_prompt")
-    rows = count * (1 if each is None else _check_positive("num_images_per_prompt", each))
+    rows = count * _images_per_prompt(arguments)
+    arguments |= {name: _fit_entries(name, arguments[name], count, rows, division) for name in held}
+    _check_rows(arguments, rows)
     seeds = None if "generator" in call else _list_seeds(seed, count, rows)
-    return Call(
-        None if prompts is None else tuple(prompts),
-        seeds,
-        arguments,
-        rows,
-        starts="strength" in signature,
-        conditioning=conditioning,
-    )
+    return Call(None if prompts is None else tuple(prompts), seeds, arguments, rows, division)
 
 
-def _with_own_lists(value: Any) -> Any:
-    """The same value, its lists and mappings copied; tensors, images and what else they hold are shared."""
-    if type(value) is list:
-        return [_with_own_lists(item) for item in value]
-    if type(value) is dict:
-        return {name: _with_own_lists(item) for name, item in value.items()}
-    return value
+def _images_per_prompt(arguments: Mapping[str, Any]) -> int:
+    return next((arguments[name] for name in IMAGES_PER_PROMPT if arguments.get(name)), 1)
 
 
 def _check_classes(pipe: DiffusionPipeline, conditioning: Prompts, labels: Sequence[int] | None) -> None:
@@ -161,7 +165,7 @@ def _check_classes(pipe: DiffusionPipeline, conditioning: Prompts, labels: Seque
         return
     count = pipe.transformer.config[conditioning.classes]
     for label in labels:
-        if not 0 <= label < count:
+        if not isinstance(as_plain(label), int) or not 0 <= label < count:
             raise PromptError(f"class {label} does not exist: this model has {count}, 0 to {count - 1}.")
 
 
@@ -174,11 +178,19 @@ def _check_arguments(pipeline: str, signature: Mapping[str, Any], call: Mapping[
             raise PromptError(f"{pipeline} takes no argument {name!r}.{nearest(name, known, 'It takes')}")
     if "generator" in call and seed is not None:
         raise PromptError("seed= and generator= both fix the noise. Pass one of them.")
-    if call.get("output_type", "pil") not in OUTPUTS:
+
+
+def _check_output(pipeline: str, signature: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The output type that the pipeline is asked for: a Run keeps latents, or images as PIL has them."""
+    asked = arguments.get("output_type", "pil")
+    if asked not in OUTPUTS:
         raise PromptError(
-            f"output_type={call['output_type']!r} is not kept by a Run.{nearest(str(call['output_type']), OUTPUTS)} "
-            "For arrays, use numpy.asarray(run.images[0])."
+            f"output_type={asked!r} is not kept by a Run.{nearest(str(asked), OUTPUTS)} For arrays, use "
+            "numpy.asarray(run.images[0])."
         )
+    if "num_frames" in signature and asked != "latent":
+        raise PromptError(f"{pipeline} draws videos, of which a Run keeps latents only. Pass output_type='latent'.")
+    return {"output_type": "pil"} if asked in ("np", "pt") else {}
 
 
 def _check_prompts(prompt: str | Sequence[str] | None, given: str | None) -> list[str] | None:
@@ -192,27 +204,24 @@ def _check_prompts(prompt: str | Sequence[str] | None, given: str | None) -> lis
         return None
     if given is not None:
         raise PromptError(f"a prompt and {given}= were both given. Pass one of them.")
-    prompts = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, str) else [prompt]
+    prompts = list_values(prompt) if is_several(prompt) else [as_plain(prompt)]
     if not prompts:
         raise PromptError("the list of prompts is empty. Pass at least one prompt.")
-    for one in prompts:
-        if not isinstance(one, str):
-            raise PromptError(f"a prompt must be a string; one is {one!r} ({type(one).__name__}).")
-    return prompts
+    return [check_text("a prompt", one) for one in prompts]
 
 
-def _find_embeddings(arguments: Mapping[str, Any], conditioning: Prompts) -> str | None:
+def _find_embeddings(arguments: Mapping[str, Any], division: Division) -> str | None:
     """The argument that stands for prompts, where one was passed: one entry for each."""
-    names = [name for name in arguments if stands_for_prompts(name) and name not in conditioning.layered]
+    names = [name for name in arguments if stands_for_prompts(name) and name not in division.prompts.layered]
     return min((name for name in names if arguments[name] is not None), default=None)
 
 
 def _list_texts(name: str, value: str | Sequence[str], count: int) -> list[str]:
     """One text per prompt; a single one stands for all."""
-    texts = [value] * count if isinstance(value, str) else list(value)
+    texts = list_values(value) if is_several(value) else [value] * count
     if len(texts) != count:
         raise PromptError(f"{name}= lists {len(texts)} texts for {count} prompts. Give one for all, or one each.")
-    return texts
+    return [check_text(f"{name}=", text) for text in texts]
 
 
 def _check_words(texts: Sequence[str], vocabulary: Sequence[str]) -> None:
@@ -224,62 +233,72 @@ def _check_words(texts: Sequence[str], vocabulary: Sequence[str]) -> None:
                 )
 
 
+def _as_entries(name: str, value: Any, device: Any) -> Any:
+    """Embeddings, masks or classes with an axis of prompts, on the pipeline's device: it does not move them itself."""
+    import torch
+
+    if name == "class_labels" and is_several(value):
+        return list_values(value)
+    if isinstance(value, list | tuple):
+        return [_as_entries("", one, device) for one in value]
+    if type(value).__module__ == "numpy":
+        value = torch.as_tensor(value)
+    if not name:  # an entry of a list
+        return value if not hasattr(value, "to") or device.type == "meta" else value.to(device)
+    axes = 3 if stands_for_prompts(name.removeprefix("negative_")) and "clip" not in name else 2
+    axes = 1 if not belongs_to_prompts(name) or name == "class_labels" or "cu_seqlens" in name else axes
+    if not hasattr(value, "ndim") or value.ndim < axes:
+        what = repr(value) if not hasattr(value, "shape") else f"of shape {list(value.shape)}"
+        raise PromptError(
+            f"{name}= is {what}, without an axis of prompts. Pass one entry for each prompt: {name}[None]."
+        )
+    return value if device.type == "meta" else value.to(device)
+
+
+def _fit_entries(name: str, value: Any, count: int, rows: int, division: Division) -> Any:
+    """Entries for each prompt, or each image; a single one stands for all."""
+    found = division.count(name, value)
+    if found in (count, rows):
+        return value
+    if found == 1:
+        return division.repeat(name, value, count)
+    raise PromptError(f"{name}= has {found} entries for {count} prompts. Give one for all, or one each.")
+
+
+def _check_rows(arguments: Mapping[str, Any], rows: int) -> None:
+    """PromptError where there are not as many latents or generators as images."""
+    latents, generator = arguments.get("latents"), arguments.get("generator")
+    if latents is not None and (getattr(latents, "ndim", 0) < 3 or len(latents) != rows):
+        shape = getattr(latents, "shape", None)
+        what = f"a {type(latents).__name__}" if shape is None else f"of shape {list(shape)}"
+        raise PromptError(f"latents= is {what} for {rows} images. Give a tensor with one entry for each image.")
+    if isinstance(generator, list) and len(generator) != rows:
+        raise PromptError(
+            f"generator= lists {len(generator)} generators for {rows} images. Give one for all, or one for each image."
+        )
+
+
 def _list_seeds(seed: int | Sequence[int] | None, count: int, rows: int) -> tuple[int, ...]:
     """One seed per image: an integer for every prompt, counted up over the images of one prompt; or a list."""
     import torch
 
     if seed is None:
         seed = int(torch.randint(2**31 - 1, ()))
-    if isinstance(seed, Sequence):
-        if len(seed) != rows:
+    if is_several(seed):
+        seeds = list_values(seed)
+        if len(seeds) != rows:
             raise PromptError(
-                f"seed= lists {len(seed)} seeds for {rows} images. Give one integer for all, or one seed per image."
+                f"seed= lists {len(seeds)} seeds for {rows} images. Give one integer for all, or one seed per image."
             )
-        return tuple(as_seed(one) for one in seed)
-    return tuple(as_seed(seed) + j for _ in range(count) for j in range(rows // count))
-
-
-def as_seed(seed: Any) -> int:
-    """Returns the seed as an int; raises PromptError if it is not valid."""
-    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed.__index__() < 2**63:
-        raise PromptError(f"seed {seed!r} is not a whole number from 0 up.")
-    return seed.__index__()
-
-
-def _check_positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
-        raise PromptError(f"{name}={value!r} must be a whole number of at least 1.")
-    return value.__index__()
-
-
-def _per_prompt(name: str) -> bool:
-    """Whether a pipeline argument holds one text per prompt (prompt_2, negative_prompt, negative_prompt_2 ...)."""
-    return name != "prompt" and holds_text(name)
+        return tuple(as_seed(one) for one in seeds)
+    first = as_seed(seed)
+    return tuple(as_seed(first + j) for _ in range(count) for j in range(rows // count))
 
 
 def default_argument(pipe: DiffusionPipeline, name: str) -> Any:
     """The default of an argument of a pipeline's own call; None if it has none."""
     parameter = call_parameters(type(pipe)).get(name)
     return None if parameter is None or parameter.default is parameter.empty else parameter.default
-
-
-def _select_images(name: str, value: Any, spans: Mapping[int, slice]) -> Any:
-    """Some entries of a list or batch with one for every prompt or image; anything else stands for all.
-
-    name: of the argument.
-    value: what it holds.
-    spans: number of entries -> those to select.
-    """
-    batched = isinstance(value, list | tuple) or getattr(value, "ndim", 0) > (1 if name == "latents" else 3)
-    return value[spans[len(value)]] if batched and len(value) in spans else value
-
-
-def _move(value: Any, device: Any) -> Any:
-    """Embeddings on the pipeline's device, to which it does not move them itself."""
-    if isinstance(value, list):
-        return [_move(one, device) for one in value]
-    # A pipeline without weights is on a server, which moves what it is sent.
-    return value.to(device) if hasattr(value, "to") and device.type != "meta" else value
 
 
 def needs_weights(pipe: DiffusionPipeline, what: str) -> None:

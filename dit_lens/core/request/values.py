@@ -1,0 +1,170 @@
+"""Values of a pipeline call as Python's own, and what is wrong with those that no pipeline can use."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dit_lens.errors import PromptError
+
+COUNTS = (
+    "num_inference_steps",
+    "height",
+    "width",
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "num_frames",
+    "max_sequence_length",
+)
+SCHEDULES = ("sigmas", "timesteps")
+FUNCTIONS = ("callback", "callback_on_step_end")
+
+
+def as_plain(value: Any) -> Any:
+    """A number, truth value or word of numpy or torch as Python's own; anything else as it is.
+
+    >>> import numpy as np, torch
+    >>> as_plain(np.float32(0.5)), as_plain(torch.tensor(3)), as_plain(np.str_("a")), as_plain([1])
+    (0.5, 3, 'a', [1])
+    """
+    single = getattr(value, "ndim", None) == 0 and hasattr(value, "item") and getattr(value, "is_meta", False) is False
+    plain = value.item() if single else value
+    return str(plain) if isinstance(plain, str) else plain
+
+
+def copy_of(value: Any) -> Any:
+    """The same value, in which nothing can be changed through the original; functions and generators are shared.
+
+    Images are shared too: pipelines make new ones of them.
+    """
+    import torch
+
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(copy_of(one) for one in value)
+    if type(value) is dict:
+        return {name: copy_of(one) for name, one in value.items()}
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return value.copy() if type(value).__module__ == "numpy" and hasattr(value, "copy") else value
+
+
+def check_count(name: str, value: Any) -> int:
+    """A whole number of at least 1 as an int; PromptError for anything else."""
+    value = as_plain(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PromptError(f"{name}={value!r} must be a whole number of at least 1.")
+    return value
+
+
+def as_seed(seed: Any) -> int:
+    """Returns the seed as an int; raises PromptError if it is not valid."""
+    plain = as_plain(seed)
+    if isinstance(plain, bool) or not isinstance(plain, int) or not 0 <= plain < 2**63:
+        raise PromptError(f"seed {seed!r} is not a whole number from 0 up.")
+    return plain
+
+
+def list_values(value: Any) -> list[Any]:
+    """The values of a list, range, array or other iterable; those of numpy and torch as Python's own."""
+    return value.tolist() if hasattr(value, "tolist") else list(value)
+
+
+def is_several(value: Any) -> bool:
+    """Whether a value lists others in an order: no word, mapping or set, and no single number of numpy or torch."""
+    if isinstance(value, str | bytes | Mapping | set | frozenset) or getattr(value, "ndim", None) == 0:
+        return False
+    return isinstance(value, Iterable)
+
+
+def check_text(name: str, text: Any) -> str:
+    """A text as a string; PromptError for anything else, and for one that no tokenizer can read."""
+    if not isinstance(text, str):
+        raise PromptError(f"{name} must be a string; one is {text!r} ({type(text).__name__}).")
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        raise PromptError(
+            f"{name} must be text; {text!r} holds half of a character ({problem.reason}, at {problem.start}). Write "
+            "the character itself, or leave it out."
+        ) from problem
+    return str(text)
+
+
+def check_values(signature: Mapping[str, inspect.Parameter], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a pipeline, numbers and words as Python's own; PromptError where one can mean nothing.
+
+    signature: of the pipeline's call.
+    arguments: by name, without the prompt.
+    """
+    return {name: _check_value(name, as_plain(value), signature.get(name)) for name, value in arguments.items()}
+
+
+def _check_value(name: str, value: Any, parameter: inspect.Parameter | None) -> Any:
+    if value is None:
+        return None
+    if name in COUNTS:
+        return check_count(name, value)
+    if name in FUNCTIONS and not callable(value):
+        raise PromptError(f"{name}={value!r} is not a function.")
+    if name == "generator":
+        return _check_generators(value)
+    if name in SCHEDULES:
+        return _check_schedule(name, value)
+    kinds = set() if parameter is None else _kinds_of(parameter)
+    if kinds == {"bool"} and not (isinstance(value, int) and value in (0, 1)):
+        raise PromptError(f"{name}={value!r} must be True or False.")
+    if kinds and kinds <= {"int", "float"}:
+        _check_number(name, value)
+    _check_tensors(name, value)
+    return value
+
+
+def _kinds_of(parameter: inspect.Parameter) -> set[str]:
+    """The names in the annotation of a parameter, or the class of its default."""
+    if parameter.annotation is parameter.empty:
+        default = None if parameter.default is parameter.empty else parameter.default
+        return set() if default is None else {type(default).__name__}
+    words = set(re.findall(r"\w+", str(parameter.annotation)))
+    return words - {"class", "Optional", "typing", "Union", "None", "NoneType"}
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise PromptError(f"{name}={_show(value)} must be a finite number.")
+
+
+def _check_schedule(name: str, value: Any) -> Any:
+    values = list_values(value) if is_several(value) else []
+    if not values or not all(isinstance(one, int | float) and math.isfinite(one) for one in map(as_plain, values)):
+        raise PromptError(f"{name}={_show(value)} must list finite numbers, one for each step.")
+    return value if isinstance(value, list) else values
+
+
+def _check_generators(value: Any) -> Any:
+    import torch
+
+    some = list(value) if isinstance(value, list | tuple) else [value]
+    if not some or not all(isinstance(one, torch.Generator) for one in some):
+        raise PromptError(f"generator={_show(value)} must be a torch.Generator, or a list of one for each image.")
+    return some if isinstance(value, list | tuple) else value
+
+
+def _check_tensors(name: str, value: Any) -> None:
+    """PromptError for a tensor or array with values that are no numbers, at any depth."""
+    if isinstance(value, list | tuple | Mapping):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            _check_tensors(name, one)
+        return
+    if getattr(value, "is_meta", False) or not hasattr(value, "dtype") or not hasattr(value, "any"):
+        return
+    unequal: Any = value != value  # noqa: PLR0124 only NaN differs from itself
+    if bool(unequal.any()):
+        raise PromptError(f"{name}= holds NaN, so that everything computed from it would.")
+
+
+def _show(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return repr(value) if shape is None else f"{type(value).__name__} of shape {list(shape)}"
