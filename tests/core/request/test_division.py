@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from dit_lens import DiTLens, Read, Zero
+from dit_lens.core.request.division import Division, Part
 from dit_lens.errors import ExecutionError, PromptError
+from dit_lens.families import Pipeline, Prompts
 from tests import pipelines
 from tests.zoo.truth import ENTRIES
 
@@ -152,6 +154,14 @@ def test_embeddings_of_other_forms(name, kinds):
     check_batches(name, call, entries | {one: kind for one, kind in kinds.items() if one in call}, sizes=(2,))
 
 
+def test_offsets_begin_at_none():
+    division = Division(Pipeline("", None), Prompts(offsets=("prompt_cu_seqlens",)))
+    offsets = torch.tensor([0, 3, 5, 9])
+    part = Part(range(1, 3), count=3, each=2)
+    assert division.select("prompt_cu_seqlens", offsets, part).tolist() == [0, 2, 6]
+    assert division.repeat("prompt_cu_seqlens", offsets, 2).tolist() == [0, 3, 6, 8, 10, 14, 18]
+
+
 def test_classes():
     lens, plain = made("dit")
     call = {**ENTRIES["dit"].call(2), "class_labels": [7, 5, 3], "num_inference_steps": 2}
@@ -163,7 +173,7 @@ def test_classes():
     assert [image.tobytes() for image in run.images] == [image.tobytes() for image in wanted]
 
 
-STARTING = {**TEXT, "prompt": PROMPTS, "strength": 1.0}
+STARTING = {**TEXT, "prompt": PROMPTS, "strength": 0.7, "num_inference_steps": 3}
 
 
 def test_images_to_start_from():
