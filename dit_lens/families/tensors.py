@@ -134,6 +134,6 @@ def outer_index(
 def index_tensor(chosen: list[int] | range, x: Tensor, indices: dict) -> Tensor:
     """Chosen indices as a tensor on the device of ``x``."""
     key = (chosen if isinstance(chosen, range) else id(chosen), x.device)
-    if key not in indices:
-        indices[key] = torch.as_tensor(list(chosen), dtype=torch.long, device=x.device)
-    return indices[key]
+    if key not in indices:  # the list is kept too, so that no other one comes to lie in its place
+        indices[key] = (torch.as_tensor(list(chosen), dtype=torch.long, device=x.device), chosen)
+    return indices[key][0]

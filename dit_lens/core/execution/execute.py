@@ -74,7 +74,7 @@ class Context:
         program: Program,
         payload: dict[str, Any],
         store: Store,
-        indices: dict[Any, Tensor],
+        indices: dict[Any, Any],
         arguments: tuple[tuple, dict],
         moment: Moment,
         image: ImageTokens,
@@ -94,7 +94,7 @@ def execute(model: Any, tracer: Any, program: Program, payload: dict[str, Any], 
     payload: the tensors and functions it refers to by key.
     store: receives reads, what was touched, the clock and the grid.
     """
-    indices: dict[Any, Tensor] = {}
+    indices: dict[Any, Any] = {}
     denoiser = program["denoiser"]
     for number in tracer.iter[: len(program["forwards"])]:
         forward = program["forwards"][number]

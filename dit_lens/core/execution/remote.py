@@ -104,7 +104,7 @@ class RemoteEngine:
     @property
     def provenance(self) -> dict[str, Any]:
         """What is known of the machine that a run was made on."""
-        return {"device": self.device_name, "dtype": "the server's", "threads": None}
+        return {"device": self.device_name, "dtype": "the server's", "threads": None, "server": self.server}
 
     def follow(self) -> None:
         """Modules do not come or go here."""

@@ -34,6 +34,8 @@ def describe(pipe: DiffusionPipeline, family: Family) -> dict[str, Any]:
         "transformer": _config(transformer),
         "scheduler": {"class": type(pipe.scheduler).__name__, **_config(pipe.scheduler)},
         "lora": to_plain_data(getattr(transformer, "peft_config", None) and list(transformer.peft_config)) or [],
+        "shift": to_plain_data(getattr(pipe.scheduler, "shift", None)),
+        "adapters": _digest(repr(describe_adapters(find_modules(pipe))).encode()),
         "dtype": str(transformer.dtype).removeprefix("torch."),
         "weights": fingerprint(transformer),
         "quantization": to_plain_data(getattr(transformer.config, "quantization_config", None)),
@@ -155,15 +157,26 @@ def _config(part: Any) -> dict[str, Any]:
 
 
 def to_plain_data(value: Any) -> Any:
-    """A value as JSON can hold it; tensors, images and other objects become a word that says what they were."""
+    """A value as JSON can hold it; tensors, images and other objects become a word that says what they were.
+
+    Arrays and images have a digest of what is in them, so that two are told apart.
+    """
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, dict):
         return {str(key): to_plain_data(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_plain_data(item) for item in value]
-    shape = getattr(value, "shape", None) or getattr(value, "size", None)
-    return {"unsaved": f"{type(value).__name__}{'' if shape is None else ' ' + str(list(shape))}"}
+    shape = next((found for of in ("shape", "size") if isinstance(found := getattr(value, of, None), tuple)), None)
+    said = {"unsaved": f"{type(value).__name__}{'' if shape is None else ' ' + str(list(shape))}"}
+    if isinstance(value, torch.Tensor) and value.device.type != "meta":
+        raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return {**said, "digest": _digest(raw.tobytes())}
+    return {**said, "digest": _digest(value.tobytes())} if hasattr(value, "tobytes") else said
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def holds_unsaved(value: Any) -> bool:

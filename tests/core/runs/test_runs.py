@@ -6,12 +6,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 
 import dit_lens as dl
 from dit_lens import Read, Swap, Zero
 from dit_lens.core.request.ops import from_json, to_json
-from dit_lens.core.runs.provenance import fingerprint
+from dit_lens.core.runs.provenance import fingerprint, to_plain_data
 from dit_lens.errors import PromptError, SiteError
+from tests import pipelines
 
 OPS = [
     Read("blocks.*.img", reduce="|mean|", name="spectrum"),
@@ -204,3 +206,26 @@ def test_what_a_pipeline_writes_into_its_lists_stays_with_it(cfg_lens, monkeypat
     assert (prompts, negative) == (["red"], ["ugly"])
     assert run.spec["call"]["negative_prompt"] == ["ugly"]
     assert torch.equal(cfg_lens.run_spec(run.spec).latents, run.latents)
+
+
+def test_arguments_that_are_not_kept_are_told_apart_by_what_is_in_them(cfg_lens):
+    latents = [torch.zeros(1, 96, 16).index_fill(1, torch.tensor([i]), 1.0) for i in (0, 1)]
+    one, other = (cfg_lens.run("red", seed=0, latents=some, num_inference_steps=1) for some in latents)
+    assert [where for where, *_ in dl.compare(one, other).differences] == ["spec.call.latents.digest"]
+    again = cfg_lens.run("red", seed=0, latents=latents[0].clone(), num_inference_steps=1)
+    assert dl.compare(one, again).differences == ()
+    assert to_plain_data(torch.tensor(1.0))["unsaved"] == "Tensor []"
+    assert to_plain_data(np.float32(1))["unsaved"] == "float32 []"
+
+
+def test_the_strength_of_an_adapter_is_part_of_where_a_run_came_from():
+    pipe = pipelines.flux()
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "one")
+    lens, runs = dl.DiTLens(pipe, defaults=dict(pipelines.CALL)), []
+    for strength in (1.0, 0.5):
+        pipe.transformer.set_adapters(["one"], [strength])
+        runs.append(lens.run("red", seed=0))
+    pipe.scheduler.set_shift(2.0)
+    runs.append(lens.run("red", seed=0))
+    assert [where for where, *_ in dl.compare(*runs[:2]).differences] == ["provenance.adapters"]
+    assert dl.compare(*runs[1:]).differences == (("provenance.shift", 1.0, 2.0),)
