@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, given, note, settings
+from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS
 
 from dit_lens import Run
 from dit_lens.ops import Apply, TokenMean, from_json, to_json
@@ -15,6 +16,8 @@ from tests.interpreter import Interpreter, outer
 from tests.random_ops.scenarios import SUBJECTS, Scenario, lens_of, pipe_of
 from tests.random_ops.strategies import scenarios
 
+# Every example is drawn by itself: Hypothesis would make most of them by changing the one before.
+AVAILABLE_PROVIDERS["independent"] = AVAILABLE_PROVIDERS["hypothesis"]
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 
 
@@ -22,7 +25,11 @@ def examples(count):
     """Settings for so many examples; a profile with more multiplies them and looks elsewhere in every session."""
     more = settings.default.max_examples // 100
     return settings(
-        max_examples=count * max(more, 1), deadline=None, derandomize=more <= 1, suppress_health_check=CHECKS
+        max_examples=count * max(more, 1),
+        deadline=None,
+        derandomize=more <= 1,
+        suppress_health_check=CHECKS,
+        backend="independent",
     )
 
 
