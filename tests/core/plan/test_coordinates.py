@@ -4,11 +4,14 @@ The oracle: what the run holds right after the edit, at the elements that were e
 the elements of the same numbers. Elements that were not named are as in the untouched run.
 """
 
+import json
+
 import pytest
 import torch
 
 from dit_lens import Add, Read, Resample, Scale, Swap, Zero
 from dit_lens.errors import OpError
+from dit_lens.ops import from_json, to_json
 
 PROMPTS = ["red", "a blue one", "xyz"]
 SEEDS = [3, 4, 5]
@@ -67,6 +70,23 @@ def test_tokens_are_matched_by_their_numbers(cfg_lens, source, untouched, read_t
     expected = first_step(untouched).clone()
     expected[:, :, tokens] = first_step(source["whole"][SITE])[:, :, tokens]
     assert torch.equal(first_step(after(cfg_lens, op)), expected)
+
+
+def test_a_read_goes_by_its_numbers_as_its_run_does(cfg_lens, source, untouched):
+    """One row and one token of a read stand for themselves, not for all."""
+    read = Read(SITE, rows=[1], tokens=[5], channels=[7, 2], branch="both")
+    with cfg_lens.trace(PROMPTS, seed=[13, 14, 15], output_type="latent") as trace:
+        handle = trace.read(read.site, rows=read.rows, tokens=read.tokens, channels=read.channels, branch=read.branch)
+    expected = first_step(untouched).clone()
+    expected[:, 1, 5, [2, 7]] = first_step(source["whole"][SITE])[:, 1, 5, [2, 7]]
+    for given in (trace.run, trace.run.readings[0], handle):
+        whole = Swap(SITE, source=given)
+        with pytest.raises(OpError, match="without channels"):
+            after(cfg_lens, whole)
+        part = Swap(SITE, source=given, rows=1, tokens=[5], channels=[2, 7])
+        assert torch.equal(first_step(after(cfg_lens, part)), expected)
+    stored = from_json(json.loads(json.dumps(to_json(Swap(SITE, source=handle, rows=1, tokens=[5], channels=[2, 7])))))
+    assert torch.equal(first_step(after(cfg_lens, stored)), expected)
 
 
 @pytest.mark.parametrize("form", ["run", "tensor", "mapping"])
