@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from dit_lens import families
 from dit_lens.core.execution.assemble import assemble
 from dit_lens.core.execution.blocks import Blocks
@@ -129,18 +131,18 @@ class Session:
 
     def outline(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Outline:
         """The steps, branches, rows and token grid of a run; nothing is run. Takes what :meth:`run` takes."""
-        return self._plan(prompt, (), **_without_options(call, "ops"))[1].outline
+        return self._forecast(prompt, (), **_without_options(call, "ops")).outline
 
     def planned(self, prompt: str | Sequence[str] | None = None, **call: Any) -> tuple[Timeline, Plan]:
         """The old form of :meth:`outline`, for one more release."""
         warn_of_old_name("DiTLens.planned", "DiTLens.outline", stacklevel=3)
-        plan = self._plan(prompt, (), **_without_options(call, "ops"))[1]
+        plan = self._forecast(prompt, (), **_without_options(call, "ops"))
         return plan.outline.timeline, plan
 
     def cost(self, prompt: str | Sequence[str] | None = None, ops: Sequence[Op] | Op = (), **call: Any) -> Cost:
         """How many bytes the reads of a run would keep; nothing is run. Takes what :meth:`run` takes."""
         ops = _list_ops(ops)
-        _, plan = self._plan(prompt, ops, **_without_options(call))
+        plan = self._forecast(prompt, ops, **_without_options(call))
         return cost_of(plan, ops, self.anatomy, self.pipe.transformer.dtype)
 
     # Running
@@ -307,6 +309,12 @@ class Session:
         """Hides the pipeline's own progress bar, and puts it back as it was."""
         with hide_progress_bar(self.pipe):
             yield
+
+    @in_turn
+    def _forecast(self, prompt: str | Sequence[str] | None, ops: Sequence[Op], **call: Any) -> Plan:
+        """The plan of a run that is not drawn: no random seed is taken from the process for it."""
+        with torch.random.fork_rng(devices=[]):
+            return self._plan(prompt, ops, **call)[1]
 
     @in_turn
     def _plan(
