@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -186,6 +187,7 @@ def holds_unsaved(value: Any) -> bool:
     return isinstance(value, list) and any(holds_unsaved(item) for item in value)
 
 
+@cache
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
