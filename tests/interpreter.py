@@ -158,7 +158,7 @@ class Interpreter:
         """Reads take cond, edits both, and what comes from a run the branches that the run read."""
         default = "cond" if type(op).__name__ == "Read" else "both"
         given = source_of(op)
-        if hasattr(given, "readings"):
+        if was_read(given):
             found = reading_of(given, site).branches
             default = found[0] if len(found) == 1 else "both"
         asked = op.branch or default
@@ -247,7 +247,7 @@ class Interpreter:
         (rows, tokens, channels), source = where, source_of(op)
         if type(op).__name__ == "Resample":
             rows = resampled(op.seed, self.rows_of(op), rows_of_source(source, site), rows)
-        if hasattr(source, "readings"):
+        if was_read(source):
             return of_run(source, site, branch, (self.step, rows, tokens, channels), means=hasattr(op, "mean"))
         tensor = torch.as_tensor(source[site] if isinstance(source, dict) else source)
         if hasattr(op, "mean") and tensor.ndim == 2:
@@ -297,8 +297,15 @@ def source_of(op):
     return getattr(op, "mean", None) if hasattr(op, "mean") else getattr(op, "source", None)
 
 
+def was_read(source) -> bool:
+    """Whether a source is a run, or one of its reads."""
+    return hasattr(source, "readings") or hasattr(source, "total_steps")
+
+
 def reading_of(run, site):
     """The read that holds a site: whole tokens before reduced ones."""
+    if not hasattr(run, "readings"):
+        return run
     found = [reading for reading in run.readings if site in reading.tensors]
     return min(found, key=lambda reading: reading.reduce is not None)
 
@@ -319,7 +326,7 @@ def of_run(run, site, branch, where, *, means):
 
 def rows_of_source(source, site) -> list[int]:
     """The numbers of the rows that a source has."""
-    if hasattr(source, "readings"):
+    if was_read(source):
         return list(reading_of(source, site).rows)
     tensor = source[site]
     return list(range(tensor.shape[-3] if tensor.ndim > 2 else 1))

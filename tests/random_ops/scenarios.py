@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -42,11 +42,15 @@ class Subject:
         return [site for site, place in self.wiring.places.items() if place.writes == "any" and not place.vector]
 
     @property
+    def readable(self) -> list[str]:
+        """All sites that are tried."""
+        return [site for site, place in self.wiring.places.items() if place.writes != "untried"]
+
+    @property
     def watched(self) -> list[str]:
         """What enters, leaves and is added to blocks, and what follows them."""
         inner = re.compile(r"mod\.|attn\.|mlp\.")
-        places = self.wiring.places.items()
-        return [site for site, place in places if place.writes != "untried" and not inner.search(site)]
+        return [site for site in self.readable if not inner.search(site)]
 
 
 def ends(steps: int) -> list[float]:
@@ -118,6 +122,7 @@ class Scenario:
     recorded: whether what precedes the first op is replayed from a run without ops.
     way: how ops are given: "ops", "json" or "trace".
     saved: whether the run is saved and loaded, and one with texts drawn again from its spec.
+    told: whether what the lens says beforehand is compared with the run.
     ops: what is to be done.
     """
 
@@ -131,6 +136,7 @@ class Scenario:
     recorded: bool = False
     way: str = "ops"
     saved: bool = False
+    told: bool = False
     ops: list = field(default_factory=list)
 
     @property
@@ -200,22 +206,26 @@ def sources(name: str, steps: int) -> list[dl.Run]:
     """Runs to take values from: whole and narrow, of one and of several rows, of one branch and both, and means."""
     sites = SUBJECTS[name].editable
     few = {"channels": [3, 0, 2], "tokens": [5, 0, 3], "steps": [0, -1]}
-    wanted = [
-        (SOURCE_ROWS, True, Read(sites, branch="both")),
-        (1, True, Read(sites)),
-        (SOURCE_ROWS, True, Read(sites, branch="uncond", **few)),
-        (SOURCE_ROWS, True, Read(sites, branch="both", rows=1, channels=[1, 3], steps=-1)),
-        (SOURCE_ROWS, True, Read(sites, branch="both", rows=[1, 2], tokens=[5])),
-        (2, False, Read(sites)),
-        (SOURCE_ROWS, True, Read(sites, branch="both", reduce="mean")),
-        (2, True, Read(sites, reduce="mean", channels=[2, 3, 1], steps=[-1])),
-        (2, True, Read(sites, reduce="mean", branch="uncond")),
-    ]
-    texts = ["fox", "a red", "the"]
-    return [
-        Scenario(name, texts[:rows] if name.startswith("flux") else rows, 1, guided, steps, 11).run([op])
-        for rows, guided, op in wanted
-    ]
+    wanted = {
+        (SOURCE_ROWS, True): [
+            {"branch": "both"},
+            {"branch": "uncond", **few},
+            {"branch": "both", "rows": 1, "channels": [1, 3], "steps": -1},
+            {"branch": "both", "rows": [1, 2], "tokens": [5]},
+            {"branch": "both", "reduce": "mean"},
+            {"reduce": "mean", "rows": [0, 1], "channels": [2, 3, 1], "steps": [-1]},
+            {"branch": "uncond", "reduce": "mean", "rows": [2, 0]},
+        ],
+        (1, True): [{}],
+        (2, False): [{}],
+    }
+    found = []
+    for (rows, guided), choices in wanted.items():
+        prompts = ["fox", "a red", "the"][:rows] if name.startswith("flux") else rows
+        reads = [Read(sites, name=f"{i}", **choice) for i, choice in enumerate(choices)]
+        run = Scenario(name, prompts, 1, guided, steps, 11).run(reads)
+        found += [replace(run, readings=[reading]) for reading in run.readings]
+    return found
 
 
 class Applied:

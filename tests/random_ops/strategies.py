@@ -44,10 +44,11 @@ def scenarios(draw, name: str):
     for _ in range(draw(st.integers(1, 6))):
         scenario.ops.append(draw(ops(scenario, focus, calls)))
     if draw(st.booleans()):
-        scenario.ops.append(Read(subject.watched, branch=draw(branches(scenario, read=True)), name="all"))
+        last = draw(st.sampled_from([subject.watched, subject.watched, subject.readable]))
+        scenario.ops.append(Read(last, branch=draw(branches(scenario, read=True)), name="all"))
     plain = not any(isinstance(op, Apply) or hasattr(source_of(op), "readings") for op in scenario.ops)
     scenario.way = draw(st.sampled_from(["ops", "ops", "trace", "json"] if plain else ["ops", "trace"]))
-    scenario.saved = draw(st.integers(0, 3)) == 0
+    scenario.saved, scenario.told = draw(st.integers(0, 3)) == 0, draw(st.integers(0, 3)) == 0
     return scenario
 
 
@@ -103,11 +104,10 @@ def patterns(draw, subject: Subject, allowed: list[str], focus: str):
     """One site by its name, or several by a pattern or list, all of them allowed; every second time about one site."""
     wiring = subject.wiring
     near = [site for site in subject.watched if site in allowed]
-    site = (
-        focus
-        if focus in allowed and draw(st.booleans())
-        else draw(st.sampled_from(draw(st.sampled_from([near, allowed]))))
-    )
+    if focus in allowed and draw(st.booleans()):
+        site = focus
+    else:
+        site = draw(st.sampled_from(draw(st.sampled_from([near, allowed, allowed]))))
     form = draw(st.sampled_from(["name", "name", "blocks", "blocks", "list"]))
     if form == "list":
         return [site, *draw(st.lists(st.sampled_from(allowed), max_size=2))]
@@ -348,11 +348,12 @@ def from_runs(draw, scenario: Scenario, kind, focus: str):
     here = [branch for branch in reading.branches if branch in scenario.branches]
     both = ["both"] if set(scenario.branches) <= set(reading.branches) else []
     where["branch"] = draw(st.sampled_from([None, *here, *both]))
+    source = draw(st.sampled_from([run, reading]))
     if kind is MeanAblate:
-        return MeanAblate(pattern, mean=run, **where)
+        return MeanAblate(pattern, mean=source, **where)
     if kind is Resample:
-        return Resample(pattern, source=run, seed=draw(st.integers(0, 9)), **where)
-    return Swap(pattern, source=run, strength=draw(STRENGTHS), **where)
+        return Resample(pattern, source=source, seed=draw(st.integers(0, 9)), **where)
+    return Swap(pattern, source=source, strength=draw(STRENGTHS), **where)
 
 
 def fits(scenario: Scenario, run: dl.Run, kind) -> bool:

@@ -43,49 +43,49 @@ def test_the_places_are_those_of_the_library(name):
     assert set(wiring.places) <= set(lens_of(name).sites("*"))
 
 
-@examples(70)
+@examples(44)
 @given(scenarios("flux"))
 def test_flux(scenario):
     check(scenario)
 
 
-@examples(20)
+@examples(12)
 @given(scenarios("flux-embedded"))
 def test_flux_with_embedded_guidance(scenario):
     check(scenario)
 
 
-@examples(10)
+@examples(8)
 @given(scenarios("flux-half"))
 def test_flux_in_half_precision(scenario):
     check(scenario)
 
 
-@examples(50)
+@examples(32)
 @given(scenarios("sd3"))
 def test_sd3(scenario):
     check(scenario)
 
 
-@examples(12)
+@examples(20)
 @given(scenarios("qwen"))
 def test_qwen_image(scenario):
     check(scenario)
 
 
-@examples(12)
+@examples(20)
 @given(scenarios("zimage"))
 def test_zimage(scenario):
     check(scenario)
 
 
-@examples(10)
+@examples(20)
 @given(scenarios("sana"))
 def test_sana(scenario):
     check(scenario)
 
 
-@examples(10)
+@examples(20)
 @given(scenarios("wan"))
 def test_wan(scenario):
     check(scenario)
@@ -138,7 +138,8 @@ def check(scenario: Scenario):
     assert [(step, time) for step, time, _ in run.clock] == [(i, time) for i, (time, _) in enumerate(truth.clock)]
     assert run.sigmas == pytest.approx([sigma for _, sigma in truth.clock], abs=scenario.subject.level)
     assert run.grid == scenario.subject.wiring.grid
-    compare_forecast(scenario, run)
+    if scenario.told:
+        compare_forecast(scenario, run)
     if scenario.saved:
         compare_saved(scenario, run)
         taken(logs)
