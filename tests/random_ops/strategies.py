@@ -35,8 +35,8 @@ def scenarios(draw, name: str):
     seed = draw(st.one_of(st.integers(0, 9), st.lists(st.integers(0, 9), min_size=rows, max_size=rows)))
     guided = draw(st.sampled_from([False, True] if name == "flux-embedded" else [False, True, True, True]))
     scenario = Scenario(name, prompts, each, guided, draw(st.integers(2, 3)), seed)
-    if count > 1 and draw(st.integers(0, 4)) == 0:
-        scenario.batch = draw(st.integers(1, count - 1))
+    if count > 1 and draw(st.integers(0, 2)) == 0:
+        scenario.batch = draw(st.sampled_from([1, count - 1, count - 1]))
     elif draw(st.integers(0, 6)) == 0:
         scenario.recorded = True
     focus = draw(st.sampled_from(subject.watched))
