@@ -7,6 +7,7 @@ by code of its own.
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -93,25 +94,28 @@ class Interpreter:
             self.outcome.clock.append((self.timestep, self.sigma))
 
     def visitor(self, places, gates):
-        """What is done at one side of a module."""
+        """What is done at one side of a module, where a tensor may have several names."""
+        named = defaultdict(list)
+        for site, place in places.items():
+            named[place].append(site)
 
         def visit(module, value):
             for gate in gates:
                 self.gates[gate] = gate[2](module, value)
-            for site, place in places.items():
-                value = self.at(site, place, module, value)
+            for place, sites in named.items():
+                value = self.at(sites, place, module, value)
             return value
 
         return visit
 
-    def at(self, site: str, place: Place, module, value):
-        """Does what all ops want of one site, in the order of the ops."""
+    def at(self, sites: list[str], place: Place, module, value):
+        """Does what all ops want of one tensor, in the order of the ops."""
         whole = place.find(value)
         changed = place.to_tokens(whole if place.made is None else place.made(module, whole, self))
         gate = None if place.gate is None else self.gates[place.gate].expand(*changed.shape[:2], -1)
         starts = None if place.starts is None else self.inputs[1][place.starts].sum(1).tolist()
         part, edited = slice(*place.part), False
-        for number, op in enumerate(self.ops):
+        for (number, op), site in product(enumerate(self.ops), sites):
             if site not in self.sites[number] or self.step not in self.steps_of(op):
                 continue
             for branch in self.branches_of(op, site):
@@ -158,9 +162,9 @@ class Interpreter:
         """Reads take cond, edits both, and what comes from a run the branches that the run read."""
         default = "cond" if type(op).__name__ == "Read" else "both"
         given = source_of(op)
-        if was_read(given):
-            found = reading_of(given, site).branches
-            default = found[0] if len(found) == 1 else "both"
+        there = reading_of(given, site).branches if was_read(given) else tuple(added(op, site, {}))
+        if there:
+            default = there[0] if len(there) == 1 else "both"
         asked = op.branch or default
         return self.branches if asked == "both" else [asked]
 
@@ -225,7 +229,9 @@ class Interpreter:
         if kind == "Scale":
             return old * op.factor
         if kind == "Add":
-            return old + torch.as_tensor(op.value).to(old.dtype)
+            value = added(op, site)
+            value = torch.as_tensor(value[branch] if isinstance(value, dict) else value).to(old.dtype)
+            return old + (value[self.position(op, len(value))] if value.ndim == 2 else value)
         if kind == "TokenMean":
             mean = old.float().mean(1, keepdim=True).to(old.dtype)
             return mean.expand_as(old) if op.keep == "mean" else old - mean
@@ -253,12 +259,14 @@ class Interpreter:
         if hasattr(op, "mean") and tensor.ndim == 2:
             tensor = tensor[:, None, None]
         tensor = tensor[(None,) * (4 - tensor.ndim)]
-        steps = self.steps_of(op)
-        step = 0 if len(tensor) == 1 else self.step if len(tensor) == self.steps else steps.index(self.step)
-        value = tensor[step]
+        value = tensor[self.position(op, len(tensor))]
         value = along(value, 0, rows, value.shape[0])
         value = along(value, 1, tokens, self.wiring.tokens(site))
         return along(value, 2, channels, self.wiring.places[site].width)
+
+    def position(self, op, size: int) -> int:
+        """Of one value for all steps, one for every step of the run, or one for each that is chosen, that of now."""
+        return 0 if size == 1 else self.step if size == self.steps else self.steps_of(op).index(self.step)
 
     def put_reads_together(self):
         """[step, row, token, channel], or [step, branch, row, token, channel] with cond first."""
@@ -300,6 +308,13 @@ def source_of(op):
 def was_read(source) -> bool:
     """Whether a source is a run, or one of its reads."""
     return hasattr(source, "readings") or hasattr(source, "total_steps")
+
+
+def added(op, site, otherwise=None):
+    """What is added at a site, for all branches or by branch; where it is not by branch, something else if given."""
+    value = getattr(op, "value", None)
+    value = value[site] if isinstance(value, dict) and site in value else value
+    return value if isinstance(value, dict) or otherwise is None else otherwise
 
 
 def reading_of(run, site):

@@ -143,9 +143,7 @@ def adaln_block(path):
 def flux_single(path, text):
     """Attention and MLP side by side; one projection adds up what they write, its bias counted with the MLP.
 
-    The modulation is one tensor for both streams, so that an edit of one is seen at the other or not, by their order:
-    Read("blocks.2.img.mod.gate"), Zero("blocks.2.txt.mod.gate"). It is not edited here. mlp.post is believed to be as
-    wide as the block, and is wider: Read("blocks.2.img.mlp.post", channels=-1). Neither is tried.
+    The modulation is one tensor under two names.
     """
     gate = (f"{path}.norm", "out", item(1))
 
@@ -162,11 +160,11 @@ def flux_single(path, text):
     for stream, key, left, span in (("txt", ENCODER, 0, first(text)), ("img", HIDDEN, 1, after(text))):
         streams[stream] = {
             "resid_pre": Place(path, "in", key),
-            **modulations(f"{path}.norm.linear", ("shift", "scale", "gate"), writes="none"),
+            **modulations(f"{path}.norm.linear", ("shift", "scale", "gate")),
             **{f"attn.{part}": Place(f"{path}.attn.to_{part}", "out", span=span) for part in "qkv"},
             "attn.z": Place(f"{path}.attn", "out", span=span),
             "mlp.pre": Place(f"{path}.proj_mlp", "out", span=span, width=128),
-            "mlp.post": UNTRIED,
+            "mlp.post": Place(f"{path}.proj_out", "in", ("input", 0), span, part=(WIDTH, None), width=128),
             **halves(span),
             "resid_post": Place(path, "out", left),
         }

@@ -76,20 +76,37 @@ def ops(draw, scenario: Scenario, focus: str, calls: list):
         return draw(row_swaps(scenario, pattern, where))
     if kind in ("tensor", Resample, MeanAblate):
         return draw(from_tensors(scenario, kind, pattern, sites, where))
-    factors = st.sampled_from([0, 1, -1, 0.5, 2.0, -1.25])
     if kind is Scale:
-        return Scale(pattern, factor=draw(factors), **where)
+        return Scale(pattern, factor=draw(st.sampled_from([0, 1, -1, 0.5, 2.0, -1.25])), **where)
     if kind is Add:
-        sizes = {count_channels(subject, site, where["channels"]) for site in sites}
-        size = draw(st.sampled_from([None, 1, *([*sizes] * 2 if len(sizes) == 1 else [])]))
-        dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.float16]))
-        vector = None if size is None else values(draw(st.integers(0, 9)), (size,), dtype)
-        return Add(pattern, value=draw(factors) if vector is None else vector, **where)
+        return draw(adds(scenario, pattern, sites, where))
     if kind is TokenMean:
         return TokenMean(pattern, keep=draw(st.sampled_from(["mean", "residual"])), **where)
     if kind is Apply:
         return Apply(pattern, fn=Applied(draw(st.sampled_from(list(FUNCTIONS))), calls), **where)
     return Zero(pattern, **where)
+
+
+@st.composite
+def adds(draw, scenario: Scenario, pattern, sites: list[str], where: dict):
+    """A number or vector: for all sites or each, for all branches or each, for all steps, each chosen or every one."""
+    total, chosen = scenario.steps, len(select_steps(scenario, where["steps"]))
+
+    def value(sites):
+        sizes = {count_channels(scenario.subject, site, where["channels"]) for site in sites}
+        size = draw(st.sampled_from([None, 1, *([*sizes] * 2 if len(sizes) == 1 else [])]))
+        if size is None:
+            return draw(st.sampled_from([0, 1, -1, 0.5, 2.0, -1.25]))
+        shape = (*draw(st.sampled_from([(), (), (chosen,), (total,)])), size)
+        dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.float16]))
+        return values(draw(st.integers(0, 9)), shape, dtype)
+
+    form = draw(st.sampled_from(["one", "one", "sites", "branches"]))
+    if form == "branches":
+        named = ["cond"] if isinstance(where["tokens"], str) else draw(st.sampled_from([["cond"], scenario.branches]))
+        where["branch"] = draw(st.sampled_from([None, *named]))
+        return Add(pattern, value={branch: value(sites) for branch in named}, **where)
+    return Add(pattern, value={site: value([site]) for site in sites} if form == "sites" else value(sites), **where)
 
 
 def count_channels(subject: Subject, site: str, channels) -> int:
