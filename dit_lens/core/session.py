@@ -21,7 +21,7 @@ from dit_lens.core.plan.cost import Cost, cost_of
 from dit_lens.core.plan.outline import Outline
 from dit_lens.core.plan.replay import call_values, record_answers, replay_answers
 from dit_lens.core.plan.spill import reads_container
-from dit_lens.core.request.call import Call, prepare_call
+from dit_lens.core.request.call import Call, check_latents, prepare_call
 from dit_lens.core.request.numbers import list_items
 from dit_lens.core.request.ops import Apply, Op, Read, from_json, to_json
 from dit_lens.core.request.text_tokens import TextTokens
@@ -340,6 +340,7 @@ class Session:
             family=self.family,
         )
         grid = self.anatomy.plan_grid(self.pipe, prepared.arguments)
+        check_latents(prepared, grid, self.family)
         tokens = None if grid is None else grid[0] * grid[1]
         measure = self.engine.measure_sigmas(
             prepared, self.anatomy.time_rule(self.family.pipeline(type(self.pipe)).time)

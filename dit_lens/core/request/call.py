@@ -295,6 +295,31 @@ def _list_seeds(seed: int | Sequence[int] | None, count: int, rows: int) -> tupl
     return tuple(as_seed(first + j) for _ in range(count) for j in range(rows // count))
 
 
+def check_latents(call: Call, grid: tuple[int, int] | None, family: Family) -> None:
+    """PromptError for latents of another size than the image that is asked for.
+
+    call: the call.
+    grid: its image tokens; None where only the run can tell.
+    family: of the pipeline.
+    """
+    latents, pipeline = call.arguments.get("latents"), call.division.pipeline
+    if latents is None or grid is None or pipeline.takes_latents != "unchanged" or not pipeline.tested:
+        return
+    axes, (h, w), patch = family.grid.axes, grid, family.latents.patch
+    if axes == "tokens" and latents.ndim == 3:
+        fits, wanted = latents.shape[1] == h * w, f"{h * w} tokens"
+    elif axes == "bchw" and latents.ndim == 4:
+        fits = tuple(side // patch for side in latents.shape[2:]) == grid
+        wanted = f"{h * patch} x {w * patch} pixels of latents"
+    else:
+        return
+    if not fits:
+        raise PromptError(
+            f"latents= is of shape {list(latents.shape)}, and an image of this size has {wanted} ({h} x {w} tokens). "
+            "Give latents of that size, or height= and width= that fit them."
+        )
+
+
 def default_argument(pipe: DiffusionPipeline, name: str) -> Any:
     """The default of an argument of a pipeline's own call; None if it has none."""
     parameter = call_parameters(type(pipe)).get(name)

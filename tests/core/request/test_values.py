@@ -93,6 +93,7 @@ WRONG = {
     "one noise level": ({"sigmas": 3}, "sigmas=3 must list finite numbers"),
     "latents of NaN": ({"latents": torch.full((1, 96, 16), torch.nan)}, "latents= holds NaN"),
     "latents of one image": ({"prompt": ["a", "b"], "latents": torch.zeros(1, 96, 16)}, "for 2 images"),
+    "latents of another size": ({"latents": torch.zeros(1, 90, 16)}, r"has 96 tokens \(8 x 12 tokens\)"),
     "latents without a row": ({"latents": torch.zeros(96, 16)}, r"latents= is of shape \[96, 16\] for 1 images"),
     "embeddings without a row": ({**NOTHING, "prompt_embeds": ROW[0]}, r"shape \[7, 16\], without an axis of prompts"),
     "pooled without a row": ({**NOTHING, "pooled_prompt_embeds": POOLED[0]}, r"Pass .*pooled_prompt_embeds\[None\]"),
