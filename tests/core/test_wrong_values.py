@@ -110,6 +110,11 @@ def test_json_of_ops(lens, run, attempt, data):
 
 
 ARGUMENTS = {
+    "prompt": lambda lens, value: lens.run(value, seed=0),
+    "outline": lambda lens, value: lens.outline(value),
+    "seed": lambda lens, value: lens.run("red", seed=value),
+    "batch_size": lambda lens, value: lens.run(["red", "blue"], batch_size=value, seed=0),
+    "negative_prompt": lambda lens, value: lens.run("red", negative_prompt=value, seed=0),
     "run": lambda lens, value: lens.run("red", value, seed=0),
     "cost": lambda lens, value: lens.cost("red", value),
     "record": lambda lens, value: lens.run("red", record=value, seed=0),
