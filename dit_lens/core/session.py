@@ -75,7 +75,8 @@ class Session:
 
     def _describe(self) -> None:
         family = families.find(self.pipe)
-        anatomy = families.Anatomy(family, self.pipe.transformer)
+        controlled = getattr(self.pipe, "controlnet", None) is not None
+        anatomy = families.Anatomy(family, self.pipe.transformer, controlled=controlled)
         self.checks: list[Check] = check(anatomy)
         self.family, self.anatomy = family, anatomy
 

@@ -27,8 +27,9 @@ HEADED = ("attn.q", "attn.k", "attn.v", "attn.z")
 class Anatomy:
     """Sites, locations and sizes of a live transformer."""
 
-    def __init__(self, family: Family, transformer: ModelMixin):
+    def __init__(self, family: Family, transformer: ModelMixin, *, controlled: bool = False):
         self.family = family
+        self.controlled = controlled  # whether a ControlNet is there, whose residuals are added after blocks
         self.transformer = transformer
         self.modules = ModuleTree(transformer, family.name)
         self.order: Mapping[
@@ -115,6 +116,8 @@ class Anatomy:
 
     def _find_missing(self, block: int, spec: PointSpec) -> str | None:
         """What a spec needs that this very block does not have."""
+        if spec.entry is not None:
+            return self._why_no_control(block, spec)
         module = self._find_inner(block, spec.module)
         if module is None:
             return f"block {block} has no module {spec.module}"
@@ -125,6 +128,14 @@ class Anatomy:
         if spec.span is not None and (spec.span[1] or 0) * self.width > (measure_width(module, spec.side) or math.inf):
             return f"{spec.module} of block {block} has no such channels"
         return None if spec.gate is None else self._find_missing(block, spec.gate)
+
+    def _why_no_control(self, block: int, spec: PointSpec) -> str | None:
+        """Why nothing is added after a block."""
+        stack, index = self._blocks[block]
+        if not self.controlled or spec.slot not in inspect.signature(type(self.transformer).forward).parameters:
+            return "no ControlNet is in this pipeline"
+        last = index == len(self.stacks[stack.name]) - 1
+        return f"nothing is added after the last block of {self.family.name}" if last and stack.ends_without else None
 
     def blocks(self, stack: Stack) -> list[nn.Module]:
         """The blocks of a stack."""
@@ -335,6 +346,11 @@ class Anatomy:
 
     def _locate_spec(self, block: int, stream: str, spec: PointSpec) -> TensorLocation:
         stack, index = self._blocks[block]
+        if spec.entry is not None:
+            name, position = self.modules.find_parameter("", spec.slot or 0)
+            entry = (spec.entry, index, len(self.stacks[stack.name]))
+            layout = spec.layout or stack.layout
+            return TensorLocation("transformer", "input", name, position, stream, layout, entry=entry)
         path = f"{stack.path}.{index}{'.' if spec.module else ''}{spec.module}"
         slot, position = (
             self.modules.find_parameter(path, spec.slot)
@@ -367,6 +383,8 @@ class Anatomy:
 
     def rank(self, location: TensorLocation) -> tuple[int, int]:
         """Sorts locations as the model computes them: blocks by their number, modules of a block as they were seen."""
+        if location.entry is not None:
+            return -2, 0  # given to the transformer
         for number, (stack, index) in enumerate(self._blocks):
             path = f"transformer.{stack.path}.{index}"
             if location.module == path or location.module.startswith(f"{path}."):

@@ -31,8 +31,37 @@ def argument(arguments: tuple[tuple, dict], name: str, position: Any) -> Any:
 def select_tensor(value: Any, side: str, location: Location) -> Any:
     """The tensor at a location, out of a module's input or output."""
     if side == "input":
+        entry = location["entry"]
+        if entry is not None:
+            return select_entry(value, location, *entry)
         return argument(value, location["slot"], location["position"])
     return value if location["slot"] is None else value[location["slot"]]
+
+
+def select_entry(arguments: tuple[tuple, dict], location: Location, rule: str, block: int, blocks: int) -> Any:
+    """What a ControlNet adds after a block, out of the list that the transformer is given.
+
+    arguments: of the transformer.
+    location: whose slot is the list.
+    rule, block, blocks: see ``entry`` of :class:`~dit_lens.PointSpec`.
+    """
+    args, kwargs = arguments
+    given = location["slot"] in kwargs or len(args) > (location["position"] or 0)
+    listed: Any = argument(arguments, location["slot"], location["position"]) if given else None
+    count = 0 if listed is None else len(listed)
+    if rule == "named":
+        found = (listed or {}).get(block)
+    elif rule == "before":
+        found = listed[block - 1] if 0 < block <= count else None
+    elif count and kwargs.get("controlnet_blocks_repeat"):
+        found = listed[block % count]
+    elif count:
+        found = listed[block // -(-blocks // count) if rule == "share" else int(block / (blocks / count))]
+    else:
+        found = None
+    if found is None:
+        raise PlanMismatchError(f"the ControlNet adds nothing at {location.get('name')} in this forward pass")
+    return found
 
 
 def replace_tensor(value: Any, side: str, location: Location, tensor: Any) -> Any:

@@ -26,6 +26,7 @@ class Location(TypedDict):
     tanh: whether the hyperbolic tangent is taken of it.
     table: (parameter, part) of the module that is added to it.
     x0: whether the clean latents are computed from it.
+    entry: of an argument that lists residuals, (rule, block, blocks) as in :class:`~dit_lens.PointSpec`; else None.
     name: what messages call it.
     """
 
@@ -41,6 +42,7 @@ class Location(TypedDict):
     tanh: bool
     table: tuple[str, int] | None
     x0: bool
+    entry: tuple[str, int, int] | None
     name: NotRequired[str]
 
 
@@ -140,6 +142,7 @@ class TensorLocation:
     tanh: whether the hyperbolic tangent is taken of it.
     table: (parameter, part) of the module that is added to it.
     x0: whether the clean latents are computed from it.
+    entry: of an argument that lists residuals, (rule, block, blocks) as in :class:`~dit_lens.PointSpec`.
     """
 
     module: str
@@ -157,6 +160,7 @@ class TensorLocation:
     tanh: bool = False
     table: tuple[str, int] | None = None
     x0: bool = False
+    entry: tuple[str, int, int] | None = None
 
     def plain(self) -> Location:
         """The same as plain data."""
@@ -173,6 +177,7 @@ class TensorLocation:
             "tanh": self.tanh,
             "table": self.table,
             "x0": self.x0,
+            "entry": self.entry,
         }
 
 

@@ -53,6 +53,7 @@ def find(pipe: DiffusionPipeline) -> Family:
     family = _find_row(transformer)
     if family is not None:
         _refuse_override(transformer, family)
+        _refuse_control(pipe, family)
         return family
     name = type(transformer).__name__
     inside = (path for path, module in transformer.named_modules() if path and _find_row(module) is not None)
@@ -89,6 +90,16 @@ def _refuse_override(transformer: Module, family: Family) -> None:
                 f"describes. If the row fits it as well: dit_lens.register_family(dataclasses.replace(row, "
                 f"transformer={base.__name__!r})), and it is tried."
             )
+
+
+def _refuse_control(pipe: DiffusionPipeline, family: Family) -> None:
+    """Refuses a ControlNet whose residuals have no name."""
+    named = any("control_out" in points for stack in family.stacks for points in stack.points.values())
+    if getattr(pipe, "controlnet", None) is not None and not named:
+        raise FamilyError(
+            f"the ControlNet of this {type(pipe).__name__} adds to what blocks of {family.name} are given, which has no "
+            "name here, so their sums would not add up. Use the pipeline without one."
+        )
 
 
 def _refuse_second(pipe: DiffusionPipeline) -> None:

@@ -42,6 +42,7 @@ POINTS = (
     "mlp_out",
     "ip_out",
     "resid_post",
+    "control_out",
     "x0",
 )
 MODEL_POINTS = ("final", "velocity", "x0")

@@ -25,6 +25,9 @@ class PointSpec:
     tanh: of a gate, whether its hyperbolic tangent is taken.
     table: a parameter of the block, [part, channel], that is added to the argument.
     adapter: the class of the processor without which the module has no such output.
+    entry: the slot is an argument of the transformer that lists residuals which a ControlNet adds after blocks; which
+      of them is a block's, by its number i of n and the length m of the list: "share" (i // ceil(n / m)), "ratio"
+      (int(i m / n)), "before" (i - 1), or "named" (a dictionary, by i).
     """
 
     module: str
@@ -39,6 +42,7 @@ class PointSpec:
     tanh: bool = False
     table: str | None = None
     adapter: str | None = None
+    entry: str | None = None
 
 
 @dataclass(frozen=True)

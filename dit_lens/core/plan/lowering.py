@@ -160,6 +160,11 @@ def check_allowed(op: Op, site: Site, anatomy: Anatomy, kind: str | None) -> Non
     if site.point in ("x0", "resid_mid"):
         instead = "velocity" if site.point == "x0" else f"{block}.mlp_out or resid_post"
         raise OpError(f"{name} at {site}: this point is computed from others, so it can only be read. Write {instead}.")
+    if location.entry is not None:
+        raise OpError(
+            f"{name} at {site}: a ControlNet gives these residuals, and several blocks may share one, so they can only "
+            f"be read. Write the resid_pre of the next block, or {block}."
+        )
     if location.half is not None:
         raise OpError(
             f"{name} at {site}: one projection adds up what attention and MLP write, so that either "

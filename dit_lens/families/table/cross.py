@@ -25,6 +25,7 @@ from dit_lens.families.table.points import (
     Points,
     adaln_zero,
     attention,
+    control,
     fused_qkv,
     gated_output,
     input_of,
@@ -127,7 +128,12 @@ _CONVOLUTIONS = {
     "mlp.pre": PointSpec("ff.conv_inverted", axes="bchw"),
     "mlp.post": replace(input_of("ff.conv_point"), axes="bchw"),
 }
-_SANA_POINTS = {"img": table_block("timestep", "attn1", "ff", "norm2", _CONVOLUTIONS, cross="attn2", mlp_axes="bchw")}
+_SANA_POINTS = {
+    "img": {
+        **table_block("timestep", "attn1", "ff", "norm2", _CONVOLUTIONS, cross="attn2", mlp_axes="bchw"),
+        **control(entry="before"),
+    }
+}
 _SANA = Pipeline("SanaPipeline", ROWS, encodes=WITH_MASKS)
 _SPRINT = Pipeline("SanaSprintPipeline", None, Time(), encodes=("prompt_embeds", "prompt_attention_mask"))
 SANA = Family(

@@ -21,6 +21,7 @@ from dit_lens.families.table.points import (
     Points,
     attention,
     both_streams,
+    control,
     double_block,
     fused_qkv,
     gated_output,
@@ -64,7 +65,7 @@ def _qwen(stream: str, slot: int) -> Points:
 
 
 _QWEN_POINTS = {
-    "img": {**_qwen("img", 0), **attention("attn")},
+    "img": {**_qwen("img", 0), **attention("attn"), **control()},
     "txt": {**_qwen("txt", 1), **text_attention()},
 }
 _QWEN = Pipeline("QwenImagePipeline", TRUE_CFG, Time(), encodes=WITH_MASK)
@@ -120,7 +121,11 @@ QWEN_IMAGE = Family(
 
 _SD3_POINTS = {
     **double_block(),
-    "img": {**double_block()["img"], "attn2_out": gated_output("attn2", PointSpec("norm1", slot=6))},
+    "img": {
+        **double_block()["img"],
+        "attn2_out": gated_output("attn2", PointSpec("norm1", slot=6)),
+        **control("block_controlnet_hidden_states", "ratio"),
+    },
 }
 _SKIPPED = Refusal(
     "skip_guidance_layers", "it adds a forward pass of the transformer at some steps, whose blocks are skipped"

@@ -14,6 +14,7 @@ from dit_lens.families.table.points import (
     Points,
     attention,
     both_streams,
+    control,
     double_block,
     gated_output,
     input_of,
@@ -46,8 +47,13 @@ if TYPE_CHECKING:
 
     from dit_lens.families.example_call import CallSizes
 
-SINGLE_POINTS = both_streams(single_stream("text_first", PointSpec("attn", layout="text_first")))
-DOUBLE = double_stack(points=double_block())
+_SINGLE_STREAM = single_stream("text_first", PointSpec("attn", layout="text_first"))
+SINGLE_POINTS = {
+    "img": {**_SINGLE_STREAM, **control("controlnet_single_block_samples", layout="own")},
+    "txt": _SINGLE_STREAM,
+}
+_DOUBLE_POINTS = double_block()
+DOUBLE = double_stack(points={**_DOUBLE_POINTS, "img": {**_DOUBLE_POINTS["img"], **control()}})
 SINGLE = double_stack("single_transformer_blocks", "single", points=SINGLE_POINTS)
 JOINED = joint_stack("single_transformer_blocks", "single", "text_first", points=SINGLE_POINTS)
 

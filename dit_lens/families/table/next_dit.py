@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dit_lens.families.row import Example, Family, Final, Grid, Guidance, Pipeline, Prediction, Readout, Time
 from dit_lens.families.stack import PointSpec
-from dit_lens.families.table.points import NO_SHIFTS, both_streams, input_of, modulation, sandwich_block
+from dit_lens.families.table.points import NO_SHIFTS, both_streams, control, input_of, modulation, sandwich_block
 from dit_lens.families.table.shared import (
     COND_UNCOND,
     IMAGE,
@@ -122,6 +122,7 @@ _ZIMAGE_INSIDE = ("attention", "attention_norm2", "feed_forward")
 _ZIMAGE_POINTS = both_streams(
     {**sandwich_block(*_ZIMAGE_INSIDE, _ZIMAGE_GATES, ("w1", "w2")), **modulation(_MODULATION, NO_SHIFTS)}
 )
+_ZIMAGE_JOINT = {stream: {**points, **control(entry="named")} for stream, points in _ZIMAGE_POINTS.items()}
 _ZIMAGE_TEXT = {"txt": sandwich_block(*_ZIMAGE_INSIDE, None, ("w1", "w2"))}
 _ZIMAGE = Pipeline(
     "ZImagePipeline", Guidance(COND_UNCOND, above=0, cut="cfg_truncation"), Time("t", offset=1.0, scale=-1.0)
@@ -140,7 +141,7 @@ ZIMAGE = Family(
     stacks=(
         image_stack("noise_refiner", "noise_refiner", "x", points=_ZIMAGE_POINTS),
         text_stack("context_refiner", "context_refiner", "x", points=_ZIMAGE_TEXT),
-        joint_stack("layers", "layer", "image_first", "x", points=_ZIMAGE_POINTS),
+        joint_stack("layers", "layer", "image_first", "x", points=_ZIMAGE_JOINT),
     ),
     width="dim",
     grid=Grid("list", "x", "x", patch=2, pad=32),

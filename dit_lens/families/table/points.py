@@ -66,6 +66,16 @@ def neurons(
     }
 
 
+def control(argument: str = "controlnet_block_samples", entry: str = "share", layout: str | None = None) -> Points:
+    """What a ControlNet adds after a block.
+
+    argument: of the transformer, which lists it.
+    entry: which of the list is a block's, as in :class:`~dit_lens.PointSpec`.
+    layout: where the stream's tokens lie in it, if not as in the stack.
+    """
+    return {"control_out": PointSpec("", "input", argument, entry=entry, layout=layout)}
+
+
 def both_streams(inside: Points) -> Mapping[str, Points]:
     """The same points for image and text, which lie in one tensor."""
     return {"img": inside, "txt": inside}
