@@ -28,15 +28,17 @@ second and touches none of the model's own weights. The checks:
 | structure | every module and argument that the row names exists in the live model |
 | sizes | every site has as many channels as its module says |
 | chain | what leaves a block enters the next one |
-| residual | a block adds `attn_out`, `mlp_out` (and `attn2_out`, `cross_out`) to its input and nothing else |
+| residual | a block adds `attn_out`, `mlp_out` (and `attn2_out`, `cross_out`, `ip_out`) to its input and nothing else |
 | final | the last block's image tokens enter the final norm |
 | grid | image tokens lie row by row |
 | write | a write to a block's image tokens reaches the prediction |
 | readout | final norm and projection of the last block's tokens are the model's prediction |
 
 During every run the rows, tokens and channels of every site that is read or edited, the grid, and the number and times
-of the forward passes are compared with the plan, and a run that differs fails. Which rows or calls are conditional is data of the row; the tests prove it for every family by
-changing the prompt.
+of the forward passes are compared with the plan, and a run that differs fails. Which rows or calls are conditional is
+data of the row; the tests prove it for every family by changing the prompt. What the blocks of the live model run is
+compared with what ran in the tiny one: a replaced `forward`, exchanged blocks or processors of attention are tried as
+well where a tiny model can have them, and refused by name elsewhere.
 
 | model | blocks | streams | x0 of a block | guidance |
 | --- | --- | --- | --- | --- |

@@ -97,7 +97,7 @@ def _refuse_control(pipe: DiffusionPipeline, family: Family) -> None:
     named = any("control_out" in points for stack in family.stacks for points in stack.points.values())
     if getattr(pipe, "controlnet", None) is not None and not named:
         raise FamilyError(
-            f"the ControlNet of this {type(pipe).__name__} adds to what blocks of {family.name} are given, which has no "
+            f"the ControlNet of this {type(pipe).__name__} adds to what blocks of {family.name} get, which has no "
             "name here, so their sums would not add up. Use the pipeline without one."
         )
 
