@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,6 @@ from dit_lens.core.plan.spill import reads_container
 from dit_lens.core.request.call import Call, check_latents, prepare_call
 from dit_lens.core.request.numbers import list_items
 from dit_lens.core.request.ops import Apply, Op, Read, from_json, to_json
-from dit_lens.core.request.text_tokens import TextTokens
 from dit_lens.core.request.timeline import Timeline, make_timeline
 from dit_lens.core.request.values import copy_of
 from dit_lens.core.runs.comparison import Comparison, compare
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from dit_lens.core.execution.remote import RemoteEngine
     from dit_lens.core.plan.program import Store
     from dit_lens.core.request.ops import Pattern
+    from dit_lens.core.request.text_tokens import StreamText
 
 DEFAULTS_FILE = "dit_lens.json"
 
@@ -124,11 +124,16 @@ class Session:
             raise SiteError(f"{site!r} means {len(names)} sites. Ask for the heads of one, such as {names[0]!r}.")
         return self.anatomy.heads(self.anatomy.site(names[0]))
 
-    def to_str_tokens(self, prompt: str) -> list[str]:
-        """The text stream's tokens as strings, in order; padding shows as the tokenizer's own mark."""
+    def to_str_tokens(self, prompt: str, **call: Any) -> list[str]:
+        """The text stream's tokens as strings, in order, with the pipeline's template and its padding.
+
+        Where two encoders share the stream, their tokens are joined by "+". Takes what :meth:`run` takes.
+        """
         if not isinstance(prompt, str):
             raise PromptError(f"to_str_tokens takes one prompt, a string; it was given {type(prompt).__name__}.")
-        return self._text.to_strings(prompt)
+        if not any("txt" in stack.outputs for stack in self.family.stacks):
+            raise PromptError(f"{self.family.name} has no text stream: its text enters by cross-attention.")
+        return self.outline(prompt, **call).text().strings()
 
     def outline(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Outline:
         """The steps, branches, rows and token grid of a run; nothing is run. Takes what :meth:`run` takes."""
@@ -347,8 +352,13 @@ class Session:
             prepared, self.anatomy.time_rule(self.family.pipeline(type(self.pipe)).time)
         )
         timeline = make_timeline(self.pipe, self.family, prepared.arguments, tokens, measure)
-        text = self._text
-        outline = Outline(prepared.rows, grid, text.count(prepared), timeline, partial(text.find, prepared))
+
+        @cache
+        def read_text(prompts: range | None = None) -> StreamText:
+            some = prepared if prompts is None else prepared.for_prompts(prompts)
+            return self.engine.read_text(self.anatomy, some, timeline.forwards)
+
+        outline = Outline(prepared.rows, grid, timeline, read_text)
         return prepared, compile_plan(ops, self.anatomy, outline)
 
     def _spec(self, call: Call, ops: Sequence[Op]) -> dict[str, Any]:
@@ -356,10 +366,6 @@ class Session:
         seed = None if call.seeds is None else list(call.seeds)
         prompt = None if call.prompts is None else list(call.prompts)
         return {"prompt": prompt, "seed": seed, "call": to_plain_data(call.arguments), "ops": described}
-
-    @property
-    def _text(self) -> TextTokens:
-        return TextTokens(self.pipe, self.family, self.defaults)
 
 
 def _stored_defaults(pipe: DiffusionPipeline) -> dict[str, Any]:

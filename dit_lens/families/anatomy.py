@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import FamilyError, SiteError
 from dit_lens.families.calls import call_parameters
-from dit_lens.families.locations import GridRule, ReadoutRule, TensorLocation, TimeRule
+from dit_lens.families.locations import GridRule, ReadoutRule, TensorLocation, TextRule, TimeRule
 from dit_lens.families.module_tree import ModuleTree, class_names, count_heads, measure_width
 from dit_lens.families.row import Family, Time
 from dit_lens.families.sites import MODEL_POINTS, POINTS, STREAMS, Site
@@ -208,6 +208,18 @@ class Anatomy:
             "layout": grid.layout,
             "marks": grid.marks,
             "marked": grid.marked,
+        }
+
+    @cached_property
+    def text_rule(self) -> TextRule:
+        """What the executor needs to find the text tokens that take part in attention."""
+        prompts = self.family.prompts
+        paths = [name.split(".") for name in prompts.masks]
+        return {
+            "masks": paths,
+            "positions": [self.modules.find_parameter("", path[0])[1] for path in paths],
+            "masked_by": prompts.masked_by,
+            "multiple": prompts.multiple,
         }
 
     def plan_grid(self, pipe: DiffusionPipeline, call: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dit_lens.families.locations import ImageTokens
 
 if TYPE_CHECKING:
-    from dit_lens.families.locations import GridRule, Location
+    from dit_lens.families.locations import GridRule, Location, TextRule
 
 
 class PlanMismatchError(RuntimeError):
@@ -117,6 +117,69 @@ def find_image_tokens(arguments: tuple[tuple, dict], rule: GridRule) -> ImageTok
     return ImageTokens(tuple(grid), prod(grid), first, total, starts)
 
 
+def find_text_masks(arguments: tuple[tuple, dict], rule: TextRule) -> list[Tensor]:
+    """For each argument that masks text tokens which of them take part in attention, bool [row, token] in main memory.
+
+    Empty where the call has no such argument, so that all of them do.
+    """
+    found = []
+    for path, position in zip(rule["masks"], rule["positions"], strict=True):
+        value = optional_argument(arguments, path, position)
+        if value is not None:
+            found.append(read_mask(value, rule).cpu())
+    return found
+
+
+def optional_argument(arguments: tuple[tuple, dict], path: Sequence[str], position: int | None) -> Any:
+    """An argument of a forward pass, or what a mapping among them holds; None where there is none."""
+    args, kwargs = arguments
+    value = args[position] if position is not None and position < len(args) else kwargs.get(path[0])
+    for name in path[1:]:
+        value = None if value is None else value.get(name)
+    return value
+
+
+def read_mask(value: Any, rule: TextRule) -> Tensor:
+    """Which text tokens an argument marks, bool [row, token]; see :class:`~dit_lens.Prompts`."""
+    form, multiple = rule["masked_by"], rule["multiple"]
+    if form == "list":
+        lengths = torch.tensor([-(-len(one) // multiple) * multiple for one in value])
+    elif form == "length":
+        lengths = value.flatten().cpu()
+    elif form in ("count", "even"):
+        lengths = value.bool().sum(1).cpu()
+        if form == "even" and len(set(lengths.tolist())) > 1:
+            raise PlanMismatchError(
+                f"the prompts have {', '.join(map(str, lengths.tolist()))} text tokens, of which this model makes rows "
+                "that cannot be followed; run prompts of other lengths one by one"
+            )
+        return torch.arange(value.shape[1]) < lengths[:, None]
+    elif form == "last":
+        return value[:, -1].bool()
+    elif form == "token":
+        return value.reshape(len(value), -1).bool()
+    else:
+        return value == form
+    return torch.arange(int(lengths.max())) < lengths[:, None]
+
+
+def mask_text(masks: Sequence[Tensor], rows: range, count: int) -> Tensor | None:
+    """Which of a stream's ``count`` text tokens take part, bool [row, token]; None where all do.
+
+    masks: as :func:`find_text_masks` finds them.
+    rows: those of one branch.
+    """
+    if not masks:
+        return None
+    mask = masks[0]
+    if len(masks) > 1 and count != mask.shape[1]:  # put in one order, what takes part first
+        lengths = torch.stack([one.sum(1) for one in masks]).sum(0)
+        mask = torch.arange(sum(one.shape[1] for one in masks)) < lengths[:, None]
+    mask = mask[rows.start : rows.stop, :count]
+    mask = torch.nn.functional.pad(mask, (0, count - mask.shape[1]))
+    return None if mask.all() else mask
+
+
 def grid_of(latents: Any, axes: str, patch: Sequence[int]) -> tuple[list[int], int]:
     """The grid of an image with these axes (see :func:`pack`), and how many images a row holds."""
     shape = (
@@ -206,7 +269,8 @@ def stream_tokens(value: Any, location: Location, image: ImageTokens) -> Tensor:
 def select_stream(tensor: Tensor, location: Location, image: ImageTokens, rows: range) -> tuple[Tensor, tuple | None]:
     """The rows and tokens of one stream, and None: a view of the tensor.
 
-    Where text is of another length in every row: a copy, and the index to write it back with.
+    Where text is of another length in every row: a copy, and what :func:`write_back` needs. Of the text stream it has
+    as many tokens as the longest row, zeros where a row has none.
 
     tensor: [row, token, channel].
     location: whose layout and stream are meant.
@@ -226,15 +290,22 @@ def select_stream(tensor: Tensor, location: Location, image: ImageTokens, rows: 
     else:
         starts = [int(image.starts[row]) for row in rows]
         if len(set(starts)) > 1:
-            if not of_image:
-                raise PlanMismatchError(
-                    f"the prompts have {', '.join(map(str, starts))} text tokens at {location.get('name')}, which fit "
-                    "no one tensor; run prompts of other lengths one by one"
-                )
-            tokens = torch.tensor(starts, device=tensor.device)[:, None] + torch.arange(
-                image.count, device=tensor.device
-            )
-            index = (torch.arange(rows.start, rows.stop, device=tensor.device)[:, None], tokens)
-            return tensor[index], index
+            first, row = (torch.tensor(some, device=tensor.device)[:, None] for some in (starts, list(rows)))
+            if of_image:
+                index = (row, first + torch.arange(image.count, device=tensor.device))
+                return tensor[index], (index, None)
+            token = torch.arange(max(starts), device=tensor.device)
+            there = token < first
+            return some[:, : max(starts)].masked_fill(~there[..., None], 0), ((row, token[None]), there)
         start, count = (starts[0], image.count) if of_image else (0, starts[0])
     return some.narrow(1, start, count), None
+
+
+def write_back(tensor: Tensor, copy: Tensor, where: tuple) -> None:
+    """Puts back what :func:`select_stream` copied. where: its index, and which of its tokens there are."""
+    (row, token), there = where
+    if there is None:
+        tensor[row, token] = copy
+    else:
+        row, token = row.expand(there.shape)[there], token.expand(there.shape)[there]
+        tensor[row, token] = copy[there]

@@ -102,6 +102,21 @@ class GridRule(TypedDict):
     marked: int | None
 
 
+class TextRule(TypedDict):
+    """Which text tokens take part in attention, by the arguments of the transformer; see :class:`~dit_lens.Prompts`.
+
+    masks: the arguments that say so, each as the names that lead to it.
+    positions: their indices among positional arguments; None where they are passed by name only.
+    masked_by: how they say it, as in :class:`~dit_lens.Prompts`.
+    multiple: each row's tokens are padded to a multiple of this, which takes part.
+    """
+
+    masks: list[list[str]]
+    positions: list[int | None]
+    masked_by: str | int
+    multiple: int
+
+
 class ReadoutRule(TypedDict):
     """How image tokens become a prediction; see :class:`~dit_lens.Readout`.
 

@@ -219,18 +219,30 @@ class Latents:
 class Prompts:
     """How prompts enter a pipeline, and what they become.
 
-    tokenizer: the part of the pipeline that cuts prompts into the tokens of the text stream.
-    length: the pipeline argument that sets their number.
-    plain: whether the text stream is the prompt's own tokens, padded to that length: no template around it, no second
-      text encoder beside it.
+    text: the arguments of the transformer that hold the tokens of the text stream, in order.
+    before: the transformer's parameter [1, token, channel] whose tokens it puts in front of them.
+    after: how many tokens of its own it puts behind them.
+    gathered: whether those of several arguments are put in one order, what takes part first, the last argument's ahead.
+    mixed: why the tokens of the text stream are no tokens of a prompt, where they are not.
+    masks: the arguments that say which text tokens take part in attention; none: all do, padding too. A dot leads into
+      a mapping.
+    masked_by: how they say it: "token" (for each), "count" (as many from the first as are marked), "length" (how many
+      of each row), "list" (a tensor for each row), "last" (the last row of an attention mask), "even" (as "count",
+      where rows of different counts cannot be followed), or a number that marks them.
+    multiple: each row's tokens are padded to a multiple of this, which takes part.
     layered: embeddings whose first axis is that of the encoder's layers; the second is that of prompts.
     offsets: arguments that say where each prompt's tokens begin, and where the last one's end.
     classes: of a model of classes, the entry of the transformer's config that counts them.
     """
 
-    tokenizer: str = "tokenizer"
-    length: str = "max_sequence_length"
-    plain: bool = False
+    text: tuple[str, ...] = ("encoder_hidden_states",)
+    before: str | None = None
+    after: int = 0
+    gathered: bool = False
+    mixed: str | None = None
+    masks: tuple[str, ...] = ()
+    masked_by: str | int = "token"
+    multiple: int = 1
     layered: tuple[str, ...] = ()
     offsets: tuple[str, ...] = ()
     classes: str | None = None

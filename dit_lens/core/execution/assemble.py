@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from dit_lens.core.plan.compile import list_tokens
 from dit_lens.core.plan.spill import Spill, map_to_file
 from dit_lens.core.request.ops import Op
 from dit_lens.core.runs.receipt import Entry, Receipt
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from dit_lens.core.plan.compile import Plan, PlannedRead
     from dit_lens.core.plan.program import Store, Touched
+
+Piece: TypeAlias = "tuple[Tensor, Tensor | None]"  # what was read, and which tokens of it are data
 
 BRANCHES = ("cond", "uncond")  # the order of a read of both, whatever the order of the forward passes
 
@@ -41,16 +44,17 @@ def assemble(
     first = plan.outline.timeline.forwards[0][0]
     clock = [(step, timestep, sigma) for step, branch, timestep, sigma in stores[0]["clock"] if branch == first]
     grid = tuple(int(side) for side in stores[0]["grid"])
-    pieces: dict[tuple, list[Tensor]] = defaultdict(list)  # (op, site, step, branch) -> tensors, rows in order
+    pieces: dict[tuple, list[Piece]] = defaultdict(list)  # (op, site, step, branch) -> rows in order
     for store in stores:
-        for (op, site, step, branch, _), value in sorted(store["reads"].items(), key=lambda item: item[0][-1]):
-            pieces[op, site, step, branch].append(value)
+        for key, value in sorted(store["reads"].items(), key=lambda item: item[0][-1]):
+            pieces[key[:-1]].append((value, store["masks"].get(key)))
         store["reads"].clear()
     touched = [line for store in stores for line in store["touched"]]
     receipt = Receipt(tuple(_entries(ops, plan, touched)))
     _check_fired(ops, plan, pieces, touched)
     spilled = isinstance(stores[0]["reads"], Spill)
-    readings = [_assemble_read(read, pieces, plan.outline.steps, grid, spilled) for read in plan.reads]
+    steps = plan.outline.steps
+    readings = [_assemble_read(read, pieces, plan.selections, (steps, grid, spilled)) for read in plan.reads]
     drawn = [output_images(output) for output in outputs]
     if isinstance(drawn[0], torch.Tensor):
         latents, images = torch.cat(drawn).cpu(), []
@@ -65,22 +69,29 @@ def output_images(output: Any) -> Any:
 
 
 def _assemble_read(
-    read: PlannedRead, pieces: dict[tuple, list[Tensor]], total_steps: int, grid: tuple[int, ...], spilled: bool
+    read: PlannedRead,
+    pieces: dict[tuple, list[Piece]],
+    selections: Mapping[tuple, tuple],
+    of_run: tuple[int, tuple[int, ...], bool],
 ) -> Reading:
     """Puts one read together; its pieces are taken out, so that no site is kept twice.
 
     read: as planned.
     pieces: (op, site, step, branch) -> what every batch read.
-    total_steps: of the run.
-    grid: (h, w) image tokens, or (f, h, w) of a video.
-    spilled: whether its values are to lie in a file.
+    selections: (op, site, group) -> rows, tokens and channels, as they were in the batch that held the group.
+    of_run: how many steps ran, (h, w) image tokens or (f, h, w) of a video, and whether values are to lie in a file.
     """
+    total_steps, grid, spilled = of_run
     branches = tuple(branch for branch in BRANCHES if branch in read.branches)
-    values = {}
+    values, masks = {}, {}
     for site in read.sites:
         found = [[pieces.pop((read.op, site, step, branch)) for branch in branches] for step in read.steps]
+        if read.reduce is None and ".txt" in site:
+            found, mask = _fill_up(site, read, found)
+            if mask is not None:
+                masks[site] = mask if read.both else mask[0]
         _check_sizes(site, read, found)
-        stacked = [[torch.cat(batches) for batches in of_step] for of_step in found]
+        stacked = [[torch.cat([value for value, _ in batches]) for batches in of_step] for of_step in found]
         both = torch.stack([torch.stack(of_step) for of_step in stacked])  # [s, branch, b, ...]
         value = both if read.both else both[:, 0]
         values[site] = map_to_file(value) if spilled else value
@@ -92,19 +103,67 @@ def _assemble_read(
         branches=branches,
         both=read.both,
         rows=read.rows,
-        tokens=read.tokens,
+        tokens=_list_tokens(read, selections),
         channels=dict(read.channels),
         reduce=read.reduce,
         shape_of_grid=grid if read.image else None,
+        masks=masks,
     )
 
 
-def _check_sizes(site: str, read: PlannedRead, found: list[list[list[Tensor]]]) -> None:
+def _list_tokens(read: PlannedRead, selections: Mapping[tuple, tuple]) -> Any:
+    """The tokens of a read as a Reading holds them: where text chose them, those of the batch that held the row."""
+    if not read.groups:
+        return read.tokens
+    chosen = [selections[read.op, read.sites[0], group][1] for group in range(len(read.groups))]
+    return list_tokens([branch for branch, _ in read.groups], chosen)
+
+
+def _fill_up(site: str, read: PlannedRead, found: list[list[list[Piece]]]) -> tuple[list[list[list[Piece]]], Any]:
+    """The pieces of a read of text, each with as many tokens as the longest, and which tokens of it are data.
+
+    site: whose they are.
+    read: as planned.
+    found: for every step and branch the pieces of its batches.
+
+    The mask is bool [branch, b, n]; None where all tokens are data. Text is the same at every step.
+    """
+    masks = [[[_mask_of(piece) for piece in batches] for batches in of_step] for of_step in found]
+    for step, of_step in zip(read.steps[1:], masks[1:], strict=True):
+        if not all(map(torch.equal, _flat(masks[0]), _flat(of_step))):
+            raise ExecutionError(
+                f"{site} has other text tokens at step {step} than at step {read.steps[0]}, which fit no one tensor. "
+                "Read these steps in runs of their own, or reduce over tokens (reduce=)."
+            )
+    length = max(mask.shape[1] for mask in _flat(masks[0]))
+    filled = [[[(_lengthen(value, length), None) for value, _ in batches] for batches in of_step] for of_step in found]
+    mask = torch.stack(
+        [torch.cat([_lengthen(one[..., None], length)[..., 0] for one in batches]) for batches in masks[0]]
+    )
+    return filled, None if mask.all() else mask
+
+
+def _flat(masks: list[list[Tensor]]) -> list[Tensor]:
+    return [mask for batches in masks for mask in batches]
+
+
+def _mask_of(piece: Piece) -> Tensor:
+    value, mask = piece
+    return torch.ones(value.shape[:2], dtype=torch.bool) if mask is None else mask
+
+
+def _lengthen(value: Tensor, length: int) -> Tensor:
+    """[b, n, d] with zeros for the tokens that are missing."""
+    missing = length - value.shape[1]
+    return torch.nn.functional.pad(value, (0, 0, 0, missing)) if missing else value
+
+
+def _check_sizes(site: str, read: PlannedRead, found: list[list[list[Piece]]]) -> None:
     """ExecutionError where steps, branches or batches have other numbers of tokens, which fit no one tensor."""
-    if len({tuple(batch.shape[1:]) for of_step in found for batches in of_step for batch in batches}) == 1:
+    if len({tuple(batch.shape[1:]) for of_step in found for batches in of_step for batch, _ in batches}) == 1:
         return
     lines = [
-        f"step {step} {'/'.join(str(batch.shape[1]) for batches in of_step for batch in batches)}"
+        f"step {step} {'/'.join(str(batch.shape[1]) for batches in of_step for batch, _ in batches)}"
         for step, of_step in zip(read.steps, found, strict=True)
     ]
     raise ExecutionError(
@@ -142,7 +201,7 @@ def _entries(ops: Sequence[Op], plan: Plan, touched: Sequence[Touched]) -> list[
     return entries
 
 
-def _check_fired(ops: Sequence[Op], plan: Plan, pieces: dict[tuple, list[Tensor]], touched: Sequence[tuple]) -> None:
+def _check_fired(ops: Sequence[Op], plan: Plan, pieces: dict[tuple, list[Piece]], touched: Sequence[tuple]) -> None:
     """Every planned visit took place; an op that fired nowhere, or less often than planned, is an error."""
     seen: dict[int, set] = defaultdict(set)
     for op, site, step, branch, _, group, *_ in touched:

@@ -6,7 +6,7 @@ import copy
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule
 
 from dit_lens.core.execution.execute import execute
 from dit_lens.core.execution.forwards import Forwards, Taking
+from dit_lens.core.execution.read_text import read_stream_text
 from dit_lens.core.execution.refusals import tell_refusals
 from dit_lens.core.execution.schedule import measure_sigmas
 from dit_lens.core.execution.turns import Turn, turn_of
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 
     from dit_lens.core.plan.program import Program, Store
     from dit_lens.core.request.call import Call
+    from dit_lens.core.request.text_tokens import StreamText
     from dit_lens.core.request.timeline import Measure
+    from dit_lens.families import Anatomy
     from dit_lens.families.locations import TimeRule
 
 
@@ -132,6 +135,15 @@ class Engine:
                 return measure_sigmas(self.pipe, call.keywords(), time, steps, skipped)
 
         return measure
+
+    def read_text(self, anatomy: Anatomy, call: Call, forwards: Sequence[Sequence[str]]) -> StreamText:
+        """The text in the text stream of a call.
+
+        anatomy: of the transformer.
+        forwards: the branches of each forward pass of a step.
+        """
+        with self.turn.run():
+            return read_stream_text(self.pipe, anatomy, call, forwards)
 
     def state(self) -> dict[str, Any]:
         """What decides the transformer's answers beside the call."""
@@ -238,7 +250,7 @@ def run_traced(
     reads: receives what is read.
     """
     with open_trace(**call) as tracer:
-        store: Store = {"reads": reads, "touched": [], "clock": [], "grid": [], "answers": []}
+        store: Store = {"reads": reads, "masks": {}, "touched": [], "clock": [], "grid": [], "answers": []}
         nnsight.save(store)
         results = []
         nnsight.save(results)

@@ -19,13 +19,16 @@ from dit_lens.families.layout import (
     argument,
     check_grid,
     find_image_tokens,
+    find_text_masks,
     from_tokens,
+    mask_text,
     pack,
     replace_tensor,
     select_stream,
     select_tensor,
     stream_tokens,
     to_tokens,
+    write_back,
 )
 from dit_lens.families.tensors import apply_to_part, compute_gate, outer_index, read_out
 
@@ -64,6 +67,7 @@ class Context:
     arguments: of the forward pass, (args, kwargs).
     moment: its step, branches and time.
     image: where its image tokens are.
+    text: which of its text tokens take part in attention; None until that is asked for.
     gates: gates kept for later parts, by key.
     held: tokens kept for the readout, by site, and what its shift and scale are made from, as "shift".
     """
@@ -81,6 +85,7 @@ class Context:
     ):
         self.model, self.program, self.payload, self.store = model, program, payload, store
         self.indices, self.arguments, self.moment, self.image = indices, arguments, moment, image
+        self.text: list[Tensor] | None = None
         self.gates: dict[str | None, Tensor] = {}
         self.held: dict[str, Tensor] = {}
 
@@ -212,19 +217,21 @@ def apply_actions(value: Any, part: Part, context: Context) -> Any | None:
         current = tensor if edited is None else edited
         rows = branch_rows(action, context)
         whole, index = select_stream(current, location, context.image, rows)
+        there = None if index is None else index[1]
         span = location["span"]
         stream = whole if span is None else whole[..., span[0] : span[1]]
         factor = None if gate is None else select_stream(gate.expand_as(current), location, context.image, rows)[0]
         if action["kind"] != "Read":
-            check_sizes(stream, action, part, context.moment.step)
+            check_sizes(stream, action, part, (context.moment.step, there))
             hook = Hook(part["name"], context.moment, context.moment.branches[action["branch_index"]])
-            context.store["touched"].append(edit(stream, action, hook, factor, context))
+            mask = find_mask(stream, action, part, context)
+            context.store["touched"].append(edit(stream, action, hook, factor, mask, context))
             if index is not None:
-                current[index] = whole
+                write_back(current, whole, index)
         elif location["x0"]:
             store_read(predict_x0(stream, rows, context), action, part, context)
         else:
-            store_read(stream if factor is None else stream * factor, action, part, context)
+            store_read(stream if factor is None else stream * factor, action, part, context, there)
     return None if edited is None else from_tokens(edited, value, location)
 
 
@@ -238,14 +245,29 @@ def keep_computed(computed: Tensor, part: Part, context: Context) -> None:
         store_read(value, action, part, context)
 
 
-def check_sizes(stream: Tensor, action: Action, part: Part, step: int) -> None:
-    """Fails where a part has other tokens or channels than those in which the selections of the ops were counted."""
+def check_sizes(stream: Tensor, action: Action, part: Part, moment: tuple[int, Tensor | None]) -> None:
+    """Fails where a part has other tokens or channels than those in which the selections of the ops were counted.
+
+    stream: the tokens of one branch.
+    action: what it chooses of them.
+    part: whose site it is.
+    moment: the step, and which of the tokens a row has, where rows have other numbers of text tokens.
+    """
+    step, there = moment
     tokens, channels = stream.shape[1:]
+    planned = action["text_tokens"]
+    if planned is not None and planned != tokens and part["location"]["layout"] != "ragged":
+        raise PlanMismatchError(
+            f"the pipeline's own tokenisation gives {planned} text tokens, by which ops chose theirs, but "
+            f"{part['name']} has {tokens}: where a word is cannot be told there. Use token indices"
+        )
     if part["tokens"] not in (None, tokens) or part["channels"] not in (None, channels):
         raise PlanMismatchError(
             f"the plan expects {part['tokens'] or 'any number of'} tokens and {part['channels']} channels at "
             f"{part['name']}, but there are {tokens} tokens and {channels} channels (step {step})"
         )
+    if there is not None:
+        tokens = int(there[slice(None) if action["rows"] is None else action["rows"]].sum(1).min())
     highest = action["highest_token"]
     if highest is not None and highest >= tokens:
         raise PlanMismatchError(
@@ -274,20 +296,47 @@ def branch_rows(action: Action, context: Context) -> range:
     return range(action["branch_index"] * rows, (action["branch_index"] + 1) * rows)
 
 
-def store_read(stream: Tensor, action: Action, part: Part, context: Context) -> None:
-    """Stores what a read has chosen: reduced where it is, then in main memory.
+def find_mask(stream: Tensor, action: Action, part: Part, context: Context) -> Tensor | None:
+    """Which of the chosen tokens take part in attention, bool [row, token]; None where all do.
+
+    stream: the tokens of one branch.
+    action: what it chooses of them.
+    part: whose site it is.
+    context: of the forward pass.
+    """
+    location = part["location"]
+    if location["stream"] != "txt" or location["layout"] == "whole" or location["table"] is not None:
+        return None
+    if context.text is None:
+        context.text = find_text_masks(context.arguments, context.program["text"])
+    mask = mask_text(context.text, branch_rows(action, context), stream.shape[1])
+    if mask is None:
+        return None
+    mask = mask if action["rows"] is None else mask[action["rows"]]
+    mask = mask if action["tokens"] is None else mask[:, action["tokens"]]
+    return None if mask.all() else mask
+
+
+def store_read(
+    stream: Tensor, action: Action, part: Part, context: Context, there: Tensor | None = None
+) -> None:
+    """Stores what a read has chosen: reduced where it is, then in main memory. What is masked is no data.
 
     stream: the tokens of one branch.
     action: what to keep of them.
     part: whose site it is.
     context: of the forward pass.
+    there: which of them a row has, where rows have other numbers of text tokens.
     """
-    check_sizes(stream, action, part, context.moment.step)
+    check_sizes(stream, action, part, (context.moment.step, there))
     chosen = stream[outer_index(stream, action["rows"], action["tokens"], action["channels"], context.indices)].detach()
-    reduce = action.get("reduce")
-    kept = chosen.to("cpu", copy=True) if reduce is None else reduce_tokens(chosen, reduce).cpu()
+    reduce, mask = action.get("reduce"), find_mask(stream, action, part, context)
+    kept = chosen.to("cpu", copy=True) if reduce is None else reduce_tokens(chosen, reduce, mask).cpu()
     branch = context.moment.branches[action["branch_index"]]
-    context.store["reads"][action["op"], part["name"], context.moment.step, branch, action["group"]] = kept
+    key = (action["op"], part["name"], context.moment.step, branch, action["group"])
+    context.store["reads"][key] = kept
+    if reduce is None and mask is not None:
+        context.store["masks"][key] = mask
 
 
 def predict_x0(predicted: Tensor, rows: range, context: Context) -> Tensor:
@@ -311,18 +360,21 @@ def predict_x0(predicted: Tensor, rows: range, context: Context) -> Tensor:
     return (noisy - sigma * predicted) / signal
 
 
-def edit(stream: Tensor, action: Action, hook: Hook, gate: Tensor | None, context: Context) -> tuple:
+def edit(
+    stream: Tensor, action: Action, hook: Hook, gate: Tensor | None, mask: Tensor | None, context: Context
+) -> tuple:
     """Changes the chosen elements of ``stream`` (a view of the copy) and says what was touched, norms as gated.
 
     stream: the tokens of one branch.
     action: what to do with them.
     hook: where and when.
     gate: what the tensor is multiplied by before it is added, in the shape of ``stream``; None for nothing.
+    mask: which of the chosen tokens take part in attention; None: all.
     context: of the forward pass.
     """
     where = outer_index(stream, action["rows"], action["tokens"], action["channels"], context.indices)
     old = stream[where]
-    new = EDITS[action["kind"]](Edit(old, stream, action, hook, context.payload, context.indices))
+    new = EDITS[action["kind"]](Edit(old, stream, action, hook, context.payload, context.indices, mask))
     factor = 1.0 if gate is None else gate[where]
     before = torch.linalg.vector_norm(old.detach() * factor, dtype=torch.float32)
     if new is not None:

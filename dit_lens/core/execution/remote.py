@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from dit_lens.core.execution.read_text import read_stream_text
 from dit_lens.core.execution.turns import Turn
 from dit_lens.core.request.call import needs_weights
 from dit_lens.core.runs.files import check_pipeline
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from dit_lens.core.execution.connection import Connection
     from dit_lens.core.plan.program import Program, Store
     from dit_lens.core.request.call import Call
+    from dit_lens.core.request.text_tokens import StreamText
+    from dit_lens.families import Anatomy
     from dit_lens.families.locations import TimeRule
 
 
@@ -134,6 +137,14 @@ class RemoteEngine:
     def measure_sigmas(self, call: Call, time: TimeRule) -> None:  # noqa: ARG002 as an Engine's
         """The pipeline cannot be asked from here."""
         return
+
+    def read_text(self, anatomy: Anatomy, call: Call, forwards: Sequence[Sequence[str]]) -> StreamText:
+        """The text in the text stream of a call: tokenizers are here.
+
+        anatomy: of the transformer.
+        forwards: the branches of each forward pass of a step.
+        """
+        return read_stream_text(self.model.pipeline, anatomy, call, forwards)
 
     def state(self) -> dict[str, Any]:
         """What decides the transformer's answers beside the call: the server's model, as far as its name tells."""

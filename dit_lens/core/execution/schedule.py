@@ -55,7 +55,7 @@ def measure_sigmas(
     handle = pipe.transformer.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
         with _keep_pipeline_as_it_is(pipe), suppress(_Stop), tell_refusals(pipe):
-            pipe(**{name: _copy_generators(value) for name, value in call.items()})
+            pipe(**{name: copy_generators(value) for name, value in call.items()})
     finally:
         handle.remove()
         pipe.maybe_free_model_hooks()
@@ -94,9 +94,9 @@ def _keep_pipeline_as_it_is(pipe: DiffusionPipeline) -> Generator[None]:
         pipe.scheduler = scheduler
 
 
-def _copy_generators(value: Any) -> Any:
+def copy_generators(value: Any) -> Any:
     if isinstance(value, list | tuple):
-        return [_copy_generators(one) for one in value]
+        return [copy_generators(one) for one in value]
     if not isinstance(value, torch.Generator):
         return value
     return torch.Generator(value.device).set_state(value.get_state())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -65,7 +66,7 @@ def _pieces(call: Call, plan: Plan, prompts: range, size: int) -> list[tuple[Cal
     if len(prompts) * n == call.rows and size >= len(prompts):
         return [(call, plan)]
     spans = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    return [(call.for_prompts(span), narrow(plan, range(span.start * n, span.stop * n))) for span in spans]
+    return [(call.for_prompts(span), narrow(plan, range(span.start * n, span.stop * n), span)) for span in spans]
 
 
 def _smaller_pieces(
@@ -89,22 +90,56 @@ def _out_of_memory(why: str, full: torch.OutOfMemoryError) -> ExecutionError:
     )
 
 
-def narrow(plan: Plan, rows: range) -> Plan:
-    """The part of a plan that concerns some rows of the batch, with those rows numbered from 0."""
+def narrow(plan: Plan, rows: range, prompts: range) -> Plan:
+    """The part of a plan that concerns some rows of the batch, with those rows numbered from 0.
+
+    Their text is filled up to another length, perhaps in front: tokens that were chosen by it are looked up there, also
+    in ``plan.selections``.
+
+    prompts: those of the rows.
+    """
     if plan.program["record"] or plan.program["replayed"]:
         raise OpError("a recorded run is one batch: leave batch_size= out, and give fewer prompts where memory ends.")
     forwards: list[Forward] = []
     for forward in plan.program["forwards"]:
-        visits: list[Visit] = [{**visit, "parts": _narrow_parts(visit["parts"], rows)} for visit in forward["visits"]]
+        place = partial(_place_text, plan, forward["branches"], rows, prompts)
+        visits: list[Visit] = [
+            {**visit, "parts": _narrow_parts(visit["parts"], rows, place)} for visit in forward["visits"]
+        ]
         forwards.append({**forward, "visits": [visit for visit in visits if visit["parts"]]})
     return replace(plan, program={**plan.program, "rows": len(rows), "forwards": forwards})
 
 
-def _narrow_parts(parts: list[Part], rows: range) -> list[Part]:
-    """The parts with the actions that concern some rows; a part that is left without any is left out."""
+def _place_text(plan: Plan, branches: list[str], rows: range, prompts: range, site: str, action: Action) -> Action:
+    """An action whose tokens were chosen by the text of its only row, with their places in a batch.
+
+    plan: of the whole run.
+    branches: of the forward pass.
+    rows, prompts: of the batch.
+    site: where it acts.
+    action: for the whole run.
+    """
+    branch, row = branches[action["branch_index"]], (action["rows"] or [0])[0]
+    if action["text_tokens"] is None or row not in rows:
+        return action
+    batch = plan.outline.text(prompts)
+    there = batch.rows[branch, row - rows.start]
+    tokens = plan.outline.text().move(branch, row, action["tokens"] or (), there)
+    at = (action["op"], site, action["group"])
+    plan.selections[at] = (plan.selections[at][0], tuple(tokens), plan.selections[at][2])
+    length = batch.length(branch, row - rows.start)
+    return {**action, "tokens": tokens, "highest_token": max(tokens, default=None), "text_tokens": length}
+
+
+def _narrow_parts(parts: list[Part], rows: range, place: Callable[[str, Action], Action]) -> list[Part]:
+    """The parts with the actions that concern some rows; a part that is left without any is left out.
+
+    place: (site, action) -> the action with the places of its tokens in these rows.
+    """
     found: list[Part] = []
     for part in parts:
-        actions = [kept for action in part["actions"] if (kept := _narrow_action(action, rows)) is not None]
+        placed = [place(part["name"], action) for action in part["actions"]]
+        actions = [kept for action in placed if (kept := _narrow_action(action, rows)) is not None]
         if actions or part["role"] in ("gate", "hold"):
             found.append({**part, "actions": actions})
     return found

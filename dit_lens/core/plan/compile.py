@@ -29,9 +29,10 @@ class PlannedRead:
     sites, steps, branches, rows: what it keeps, in the order of the plan.
     both: whether it keeps both branches on an axis of their own.
     channels: of each site; None means all.
-    tokens: None means all.
+    tokens: None means all; branch -> those of each row, where they are not the same in all.
     reduce: how tokens are reduced, as it was asked for.
     image: whether it holds image tokens.
+    groups: (branch, row) of each group, where tokens are chosen by the text.
     """
 
     op: int
@@ -42,9 +43,10 @@ class PlannedRead:
     both: bool
     rows: tuple[int, ...]
     channels: Mapping[str, tuple[int, ...] | None]
-    tokens: tuple[int, ...] | None
+    tokens: tuple[int, ...] | dict[str, tuple[tuple[int, ...], ...]] | None
     reduce: str | None
     image: bool
+    groups: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass
@@ -108,6 +110,11 @@ class _Compiler:
         for site in sites:
             for group_number, group in enumerate(groups):
                 self._lower(number, op, site, steps, (group_number, group), channels[site])
+        if not self.visits[number] and groups[0].branch is not None and not op.does_nothing():
+            raise OpError(
+                f"{op!r} has nothing to touch: {op.tokens!r} is in {groups[0].branch} only, which its source does not "
+                "hold. Read that branch in the source run."
+            )
 
     def _match(self, number: int, op: Op) -> list[Site]:
         """The sites of an op. What a function of the user's raises is passed on, with a note on where it stands."""
@@ -171,6 +178,7 @@ class _Compiler:
                     "tokens": group.tokens,
                     "channels": channels,
                     "highest_token": self._highest_token(site, group.tokens),
+                    "text_tokens": group.text_tokens,
                     **details,
                 }
                 self.actions.setdefault((step * len(timeline.forwards) + offset, site), []).append(action)
@@ -178,7 +186,7 @@ class _Compiler:
 
     def _highest_token(self, site: Site, tokens: list[int] | None) -> int | None:
         """The last token of a selection, where only the run can tell whether it exists."""
-        unknown = tokens is not None and self.outline.tokens(site.stream) is None
+        unknown = tokens is not None and (site.stream == "txt" or self.outline.tokens(site.stream) is None)
         return max(tokens or (), default=None) if unknown else None
 
     def _plan_read(
@@ -208,11 +216,6 @@ class _Compiler:
         for key in [op.name] if op.name is not None else [site.name for site in channels]:
             if key in taken:
                 raise OpError(f"two reads are called {key!r}. Give one of them another name=.")
-        if len({None if group.tokens is None else len(group.tokens) for group in groups}) > 1:
-            raise OpError(
-                f"tokens={op.tokens!r} is a different number of text tokens in different rows. "
-                "Read the rows one by one with rows=."
-            )
         if isinstance(op.branch, str) and op.branch == "both" and len(timeline.branches) == 1:
             raise OpError(
                 f"branch='both': this call has only the {timeline.branches[0]!r} branch, as guidance is off. "
@@ -226,11 +229,14 @@ class _Compiler:
                 steps=tuple(steps),
                 branches=tuple(timeline.select_branches(op.default_branch if op.branch is None else op.branch)),
                 both=op.branch == "both",
-                rows=tuple(row for group in groups for row in (rows if group.rows is None else group.rows)),
+                rows=tuple(
+                    dict.fromkeys(row for group in groups for row in (rows if group.rows is None else group.rows))
+                ),
                 channels={site.name: None if chosen is None else tuple(chosen) for site, chosen in channels.items()},
-                tokens=None if groups[0].tokens is None else tuple(groups[0].tokens),
+                tokens=list_tokens([group.branch for group in groups], [group.tokens for group in groups]),
                 reduce=op.reduce,
                 image=any(site.is_image for site in channels),
+                groups=tuple((group.branch, (group.rows or [0])[0]) for group in groups if group.branch is not None),
             )
         )
 
@@ -256,6 +262,7 @@ class _Compiler:
             "repeats": list(timeline.repeats),
             "sigmas": list(timeline.sigmas or ()) if self.by_sigma else None,
             "grid": anatomy.grid_rule,
+            "text": anatomy.text_rule,
             "readout": anatomy.readout_rule,
             "expected_grid": None if grid is None else list(grid),
             "record": False,
@@ -327,6 +334,22 @@ def _in_order_of_ops(parts: list[tuple[TensorLocation, Part]]) -> Iterator[tuple
             (at, {**part, "actions": [action]}) for at, part in same for action in part["actions"]
         ]
         yield from sorted(single, key=lambda one: one[1]["actions"][0]["op"])
+
+
+def list_tokens(
+    branches: Sequence[str | None], tokens: Sequence[Sequence[int] | None]
+) -> tuple[int, ...] | dict[str, tuple[tuple[int, ...], ...]] | None:
+    """The tokens of a read: the same in all of its groups, or branch -> those of each row.
+
+    branches, tokens: of each group.
+    """
+    chosen = [None if some is None else tuple(some) for some in tokens]
+    if len(set(chosen)) == 1:
+        return chosen[0]
+    found: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for branch, some in zip(branches, chosen, strict=True):
+        found[str(branch)] = (*found.get(str(branch), ()), some or ())
+    return found
 
 
 def _part(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from dit_lens.core.request.ops import Op
@@ -93,11 +94,16 @@ def _read_bytes(read: PlannedRead, anatomy: Anatomy, outline: Outline, dtype: to
         if read.reduce is not None:
             total += 4 * tensors * _reduced_size(parse(read.reduce), channels)  # float32
             continue
-        tokens = outline.tokens(site.stream) if read.tokens is None else len(read.tokens)
+        tokens = outline.tokens(site.stream) if read.tokens is None else _longest(read.tokens)
         tokens = 1 if site.point.startswith("mod.") else tokens  # one vector for each image
         known &= tokens is not None
         total += dtype.itemsize * tensors * channels * (tokens or 1)
     return total, known
+
+
+def _longest(tokens: Sequence[int] | Mapping[str, Sequence[Sequence[int]]]) -> int:
+    """How many tokens a row has; where rows have other numbers, they are filled up to the longest."""
+    return max(map(len, chain(*tokens.values()))) if isinstance(tokens, Mapping) else len(tokens)
 
 
 def _reduced_size(spec: list, channels: int) -> int:

@@ -129,7 +129,8 @@ class SiteLowering:
 
     def _branches(self, default: str | None = None) -> Sequence[str]:
         asked = self.op.branch
-        return self.outline.timeline.select_branches((default or self.op.default_branch) if asked is None else asked)
+        chosen = self.outline.timeline.select_branches((default or self.op.default_branch) if asked is None else asked)
+        return [branch for branch in chosen if self.group.branch in (None, branch)]
 
     def _give(self, key: str, value: Any) -> str:
         self.payload[key] = value

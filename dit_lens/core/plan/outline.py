@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dit_lens.core.request.ops import Steps
+    from dit_lens.core.request.text_tokens import StreamText
     from dit_lens.core.request.timeline import Timeline
 
 
@@ -24,16 +25,19 @@ class Outline:
 
     rows: images in the batch.
     grid: (h, w) image tokens; None where only the pipeline knows.
-    text_tokens: length of the text stream; None where it is unknown.
     timeline: the steps, with their branches and noise levels.
-    find_word: (row, word) -> the positions of its text tokens.
+    text: what is in the text stream of the run, or of a batch of some of its prompts; asked of the pipeline when needed.
     """
 
     rows: int
     grid: tuple[int, int] | None
-    text_tokens: int | None
     timeline: Timeline
-    find_word: Callable[[int, str], list[int]] = field(repr=False)
+    text: Callable[..., StreamText] = field(repr=False)
+
+    @property
+    def text_tokens(self) -> int | None:
+        """Length of the text stream; None where only the run can tell."""
+        return self.text().count
 
     @property
     def steps(self) -> int:

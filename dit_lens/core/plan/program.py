@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, Required, TypeAlias, TypedDict
 
 from dit_lens.core.request.op import ActionDetails
-from dit_lens.families.locations import GridRule, Location, ReadoutRule, TimeRule
+from dit_lens.families.locations import GridRule, Location, ReadoutRule, TextRule, TimeRule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,7 @@ class Action(ActionDetails):
     step_index: the position of the step among those of the op.
     rows, tokens, channels: explicit indices; None means all of that axis.
     highest_token: the last token asked for, where only the run can tell whether it exists.
+    text_tokens: how many text tokens there are to be, where these were chosen by what the text says.
     """
 
     op: Required[int]
@@ -38,6 +39,7 @@ class Action(ActionDetails):
     tokens: Required[list[int] | None]
     channels: Required[list[int] | None]
     highest_token: Required[int | None]
+    text_tokens: Required[int | None]
 
 
 class Part(TypedDict):
@@ -83,7 +85,7 @@ class Program(TypedDict):
 
     denoiser: path of the transformer in the pipeline.
     rows: images of one branch.
-    time, grid, readout: rules of the family.
+    time, grid, text, readout: rules of the family.
     repeats: steps at the same timestep as the one before.
     sigmas: the noise level of every step, where ops chose their steps by it.
     expected_grid: (h, w) image tokens, where they are known beforehand.
@@ -98,6 +100,7 @@ class Program(TypedDict):
     repeats: list[int]
     sigmas: list[float] | None
     grid: GridRule
+    text: TextRule
     readout: ReadoutRule | None
     expected_grid: list[int] | None
     record: bool
@@ -113,6 +116,7 @@ class Store(TypedDict):
     """What the executor leaves.
 
     reads: (op, site, step, branch, group) -> tensor.
+    masks: the same keys -> which tokens of a read are data, where some are not.
     touched: for every edit (op, site, step, branch, shape, group, norm before, norm after).
     clock: for every forward pass (step, first branch, timestep, sigma).
     grid: image tokens of the last forward pass.
@@ -120,6 +124,7 @@ class Store(TypedDict):
     """
 
     reads: dict[tuple[int, str, int, str, int], Tensor]
+    masks: dict[tuple[int, str, int, str, int], Tensor]
     touched: list[Touched]
     clock: list[tuple[int, str, float, float]]
     grid: list[int]

@@ -5,8 +5,8 @@ What is added is a number or [channel], or [step, channel].
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,8 +113,40 @@ def _from_reading(reading: Reading, grid: tuple[int, ...] | None, wanted: Wanted
             f"{wanted.op}: the source run has a grid of {' x '.join(map(str, grid))} tokens, this one "
             f"{wanted.outline.grid[0]} x {wanted.outline.grid[1]}. Run both at one size."
         )
+    if isinstance(reading.tokens, Mapping):
+        return _from_words(reading, reading.tokens, wanted)
     values = {branch: _pick(value, reading, wanted) for branch, value in reading.by_branch(wanted.name).items()}
     return Values(values, reading.rows)
+
+
+def _from_words(reading: Reading, tokens: Mapping[str, Sequence[Sequence[int]]], wanted: Wanted) -> Values:
+    """What a read holds whose tokens are others in each row and branch: of those rows that hold all that is wanted.
+
+    tokens: branch -> those of each row.
+    """
+    asked = wanted.tokens or ()
+    held = {branch: [i for i, row in enumerate(rows) if set(asked) <= set(row)] for branch, rows in tokens.items()}
+    rows = {tuple(some) for some in held.values() if some}
+    if len(rows) != 1 or not asked:
+        raise OpError(
+            f"{wanted.op}: the source run read {wanted.name} at other tokens in other rows and branches "
+            f"({_list_some([list(row) for rows in tokens.values() for row in rows])}), which are not those to replace "
+            f"({_list_some(list(asked)) or 'all'}). Read rows and branches one by one (rows=, branch=), or read all "
+            "tokens."
+        )
+    (positions,) = rows
+    values: dict[str | None, Tensor] = {}
+    for branch, value in reading.by_branch(wanted.name).items():
+        if held.get(str(branch)):
+            whole = replace(reading, tokens=tuple(range(value.shape[2])))
+            taken = [
+                _pick(
+                    value[:, [i]], whole, replace(wanted, tokens=[tokens[str(branch)][i].index(one) for one in asked])
+                )
+                for i in positions
+            ]
+            values[branch] = torch.cat(taken, 1)
+    return Values(values, tuple(reading.rows[i] for i in positions))
 
 
 def is_by_branch(value: Mapping) -> bool:
@@ -217,7 +249,7 @@ def _positions(wanted: Wanted, asked: list[int], kept: Any, what: str) -> list[i
     return [position[index] for index in asked]
 
 
-def _list_some(values: list[int]) -> str:
+def _list_some(values: list[Any]) -> str:
     return ", ".join(map(str, values[:8])) + (f" ... ({len(values)} in all)" if len(values) > 8 else "")
 
 

@@ -166,12 +166,20 @@ class Edit:
     hook: where and when: ``name``, ``step``, ``timestep``, ``sigma``, ``branch``.
     payload: key -> tensor or function.
     indices: index tensors that were made before.
+    mask: which of the chosen tokens take part in attention [row, token]; None: all.
     """
 
     def __init__(
-        self, old: Tensor, stream: Tensor, action: Any, hook: Any, payload: dict[str, Any], indices: dict[Any, Tensor]
+        self,
+        old: Tensor,
+        stream: Tensor,
+        action: Any,
+        hook: Any,
+        payload: dict[str, Any],
+        indices: dict[Any, Tensor],
+        mask: Tensor | None = None,
     ):
-        self.old, self.stream, self.action = old, stream, action
+        self.old, self.stream, self.action, self.mask = old, stream, action, mask
         self.hook, self.payload, self.indices = hook, payload, indices
 
 

@@ -297,8 +297,14 @@ def copy_row(edit: Edit) -> Tensor:
 
 def token_mean(edit: Edit) -> Tensor:
     """Each channel's mean over the chosen tokens, or what is left without it."""
-    mean = edit.old.mean(1, keepdim=True, dtype=torch.float32).to(edit.old.dtype)
+    tokens = [edit.old] if edit.mask is None else [row[:, mask] for row, mask in _rows_that_count(edit.old, edit.mask)]
+    mean = torch.cat([some.mean(1, keepdim=True, dtype=torch.float32) for some in tokens]).to(edit.old.dtype)
     return mean.expand_as(edit.old) if edit.action["parameters"]["keep"] == "mean" else edit.old - mean
+
+
+def _rows_that_count(old: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Every row and which of its tokens count; all of a row whose tokens are all masked."""
+    return [(old[i : i + 1], (one if one.any() else ~one).to(old.device)) for i, one in enumerate(mask)]
 
 
 def apply(edit: Edit) -> Tensor | None:

@@ -35,7 +35,7 @@ MOST_BINS = 2**24  # float32 counts no further one by one
 LARGEST = 1e38  # of the numbers in a reduction: twice as much is still a float32
 
 
-def reduce_tokens(x: Tensor, spec: str | Sequence[Any]) -> Tensor:
+def reduce_tokens(x: Tensor, spec: str | Sequence[Any], mask: Tensor | None = None) -> Tensor:
     """Reduces the tokens of every row and channel.
 
     >>> x = torch.tensor([[[1.0, -4.0], [3.0, 0.0]]])  # b=1, n=2, d=2
@@ -59,6 +59,7 @@ def reduce_tokens(x: Tensor, spec: str | Sequence[Any]) -> Tensor:
         topk k              |mean| and channel of the k channels with the largest |mean|              [b, k, 2]
 
     x: [b, n, d], floating point, at least one token. spec: ``[name, *numbers]`` or the text that ``parse`` reads.
+    mask: bool [b, n], the tokens that count in each row; None: all. Of a row without any the result is NaN, or no count.
     Raises ValueError for a spec that does not exist or a tensor that does not fit.
     """
     name, *args = parse(spec)
@@ -67,6 +68,8 @@ def reduce_tokens(x: Tensor, spec: str | Sequence[Any]) -> Tensor:
             f"reduce={name!r} takes floating-point activations [b, n, d] with at least one token, "
             f"and got {x.dtype} {list(x.shape)}. Select image tokens before reducing."
         )
+    if mask is not None:
+        return torch.cat([reduce_tokens(_counting(x[i : i + 1], mask[i]), [name, *args]) for i in range(len(x))])
     tokens = x.shape[1]
     if name in ("mean", "|mean|"):
         mean = _mean(x)
@@ -139,6 +142,13 @@ def _number(word: str) -> int | float | str:
 
 def _is_count(value: object, most: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
+def _counting(row: Tensor, mask: Tensor) -> Tensor:
+    """The tokens of a row that count; one of NaN where none does."""
+    if not mask.any():
+        return torch.full_like(row[:, :1], math.nan)
+    return row[:, mask.to(row.device)]
 
 
 def _mean(x: Tensor) -> Tensor:

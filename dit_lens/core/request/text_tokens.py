@@ -1,87 +1,162 @@
-"""The text stream's tokens: as strings, and where the words of a prompt are among them."""
+"""The text in the text stream of a call: which token is of which word, and which are padding, ends and templates."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from dit_lens.core.request.call import Call, default_argument
 from dit_lens.errors import OpError, PromptError
 
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-    from dit_lens.families import Family
+CLASSES = ("prompt", "template", "eos", "pad")  # what a token may be
 
 
 @dataclass(frozen=True)
-class TextTokens:
-    """The text tokens of a pipeline's calls.
+class Text:
+    """One text as a tokenizer was given it.
 
-    pipe: the pipeline.
-    family: of its transformer.
-    defaults: arguments of every call.
+    whole: the text, with the template around a prompt.
+    prompt: where the prompt is in it.
     """
 
-    pipe: DiffusionPipeline
-    family: Family
-    defaults: Mapping[str, Any]
-
-    def to_strings(self, prompt: str) -> list[str]:
-        """The tokens of a prompt in order; padding shows as the tokenizer's own mark."""
-        return self.tokenizer.convert_ids_to_tokens(self._tokenize(prompt)["input_ids"])
-
-    def count(self, call: Call) -> int | None:
-        """How many there are in a call; None if only the run can tell."""
-        if not self.family.prompts.plain:
-            return None
-        embeds = call.arguments.get("prompt_embeds")
-        if embeds is not None:
-            return int(embeds.shape[1])
-        return call.arguments.get(self.family.prompts.length) or default_argument(self.pipe, self.family.prompts.length)
-
-    def find(self, call: Call, row: int, word: str) -> list[int]:
-        """The tokens of every occurrence of a word in the prompt of a row."""
-        if call.prompts is None:
-            raise OpError(
-                f"tokens={word!r} needs a prompt to find the word in; this run has prompt_embeds. Use token indices."
-            )
-        prompt = call.prompts[row // call.images_per_prompt]
-        spans = [found.span() for found in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)]
-        offsets = self._tokenize(prompt, self.count(call))["offset_mapping"]
-        found = [
-            i for i, (start, stop) in enumerate(offsets) if any(start < end and begin < stop for begin, end in spans)
-        ]
-        if not found:
-            raise OpError(f"the word {word!r} is not in {prompt!r}. lens.to_str_tokens(prompt) lists its tokens.")
-        return found
+    whole: str
+    prompt: range
 
     @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the text stream; raises PromptError if words cannot be found in that stream."""
-        if not any("txt" in stack.outputs for stack in self.family.stacks):
-            raise PromptError(f"{self.family.name} has no text stream: its text enters by cross-attention.")
-        if not self.family.prompts.plain:
-            raise PromptError(
-                f"the text stream of {self.family.name} holds more than the prompt's own tokens (a template or a "
-                "second encoder's), so words of a prompt cannot be found in it. Use token indices."
-            )
-        tokenizer = getattr(self.pipe, self.family.prompts.tokenizer, None)
-        if tokenizer is None:
-            raise PromptError(
-                f"this pipeline was loaded without {self.family.prompts.tokenizer}, so words of a prompt cannot be "
-                "found. Use token indices."
-            )
-        return tokenizer
+    def words(self) -> str:
+        """The prompt."""
+        return self.whole[self.prompt.start : self.prompt.stop]
 
-    def _tokenize(self, prompt: str, length: int | None = None) -> Any:
-        length = (
-            length
-            or self.defaults.get(self.family.prompts.length)
-            or default_argument(self.pipe, self.family.prompts.length)
-        )
-        return self.tokenizer(
-            prompt, padding="max_length", max_length=length, truncation=True, return_offsets_mapping=True
-        )
+
+@dataclass(frozen=True)
+class Origin:
+    """What one tokenizer says of a token.
+
+    piece: the token as the tokenizer writes it.
+    kind: one of CLASSES.
+    text: the number of its text.
+    start, stop: its characters in that; the same where it stands for none.
+    """
+
+    piece: str
+    kind: str
+    text: int
+    start: int
+    stop: int
+
+
+Tokens = Sequence[Sequence[Origin]]  # of a row: for each token its origins, none where the pipeline filled up
+
+
+@dataclass(frozen=True)
+class StreamText:
+    """The text in the text stream of a call.
+
+    rows: (branch, row) -> its tokens. Two encoders side by side share tokens, which then have two origins.
+    texts: those the tokenizers were given.
+    count: how many tokens the stream has; None where only the run can tell.
+    before, after: those of them that the model puts in front and behind, which are of no text.
+    unknown: why words cannot be found in it; None where they can.
+    """
+
+    rows: Mapping[tuple[str, int], Tokens] = field(default_factory=dict)
+    texts: Sequence[Text] = ()
+    count: int | None = None
+    before: int = 0
+    after: int = 0
+    unknown: str | None = None
+
+    def strings(self) -> list[str]:
+        """The tokens of the first row as their tokenizer writes them."""
+        self._check("its tokens have no text")
+        (tokens, *_) = self.rows.values()
+        return [""] * self.before + ["+".join(dict.fromkeys(origin.piece for origin in token)) for token in tokens]
+
+    def find(self, branch: str, row: int, asked: str | Sequence[str]) -> list[int]:
+        """The tokens of a class, or of every occurrence of some words in the prompt of a row; empty if there are none.
+
+        branch, row: of the stream.
+        asked: the name of a class, a word, or several words.
+
+        Raises OpError for a word of which nothing but a part is left, and PromptError where the stream has no text.
+        """
+        self._check(f"tokens={asked!r} has no text to be looked up in")
+        if isinstance(asked, str) and asked in CLASSES:
+            return [self.before + i for i, token in enumerate(self.rows[branch, row]) if _is(token, asked)]
+        words = [asked] if isinstance(asked, str) else asked
+        return sorted({token for word in words for token in self._find_word(branch, row, word)})
+
+    def length(self, branch: str, row: int) -> int:
+        """How many tokens the stream has in a row."""
+        return self.before + len(self.rows[branch, row]) + self.after
+
+    def move(self, branch: str, row: int, tokens: Sequence[int], to: Tokens) -> list[int]:
+        """Where tokens of a row are when it is filled up otherwise; padding that is left out there is left out.
+
+        branch, row: of the stream.
+        tokens: of that row.
+        to: the same row in another batch.
+        """
+        places = [{}, {}]  # whether it is padding -> its number among those -> where it is
+        for i, token in enumerate(to):
+            same = places[_is(token, "pad")]
+            same[len(same)] = i
+        found, seen = {}, [0, 0]
+        for i, token in enumerate(self.rows[branch, row]):
+            padding = _is(token, "pad")
+            found[i] = places[padding].get(seen[padding])
+            seen[padding] += 1
+        moved = (found[token - self.before] for token in tokens)
+        return [self.before + i for i in moved if i is not None]
+
+    def prompts(self, branch: str, row: int) -> list[str]:
+        """The prompts whose tokens a row holds."""
+        numbers = {origin.text for token in self.rows[branch, row] for origin in token}
+        return list(dict.fromkeys(self.texts[number].words for number in sorted(numbers)))
+
+    def classes(self) -> list[str]:
+        """The classes of which there are tokens."""
+        return [name for name in CLASSES if any(_is(token, name) for tokens in self.rows.values() for token in tokens)]
+
+    def _check(self, what: str) -> None:
+        if self.unknown is not None:
+            raise PromptError(f"{what}: {self.unknown}. Use token indices.")
+
+    def _find_word(self, branch: str, row: int, word: str) -> Iterator[int]:
+        """Whole occurrences only; OpError where there are others only."""
+        tokens = self.rows[branch, row]
+        cut = None
+        whole: set[int] = set()
+        for number in {origin.text for token in tokens for origin in token}:
+            text = self.texts[number]
+            for start, stop in find_word(text, word):
+                of_word = {
+                    i: range(origin.start, origin.stop)
+                    for i, token in enumerate(tokens)
+                    for origin in token
+                    if origin.text == number and origin.start < stop and start < origin.stop
+                }
+                covered = {at for span in of_word.values() for at in span}
+                if all(at in covered for at in range(start, stop) if not text.whole[at].isspace()):
+                    whole |= set(of_word)
+                else:
+                    cut = text
+        if cut is not None and not whole:
+            raise OpError(
+                f"the word {word!r} of {cut.words!r} was truncated: the text stream has {len(tokens)} tokens, and the "
+                "word, or a part of it, comes after them. Use a shorter prompt, or a larger max_sequence_length= where "
+                "the pipeline has one."
+            )
+        return (self.before + i for i in sorted(whole))
+
+
+def find_word(text: Text, word: str) -> list[tuple[int, int]]:
+    """Where a word stands in the prompt of a text, in any case: (start, stop) of each occurrence."""
+    pattern = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+    return [found.span() for found in pattern.finditer(text.whole, text.prompt.start, text.prompt.stop)]
+
+
+def _is(token: Sequence[Origin], kind: str) -> bool:
+    """Whether a token is of a class: padding where it is nothing else, the others where one of its origins is."""
+    kinds = {origin.kind for origin in token} - {"pad"}
+    return not kinds if kind == "pad" else kind in kinds

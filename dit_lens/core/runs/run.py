@@ -65,10 +65,12 @@ class Reading(Mapping[str, Tensor]):
     branches: those it holds, in order.
     both: whether they have an axis of their own.
     rows: those it holds.
-    tokens: those it holds; None means all.
+    tokens: those it holds; None means all. Where a word or a class of tokens is elsewhere in other rows or branches:
+        branch -> those of each row.
     channels: those it holds, by site; None means all.
     reduce: how tokens were reduced, if they were.
     shape_of_grid: (h, w) of the image tokens, where it holds any.
+    masks: which tokens are data, by site, where some are not; see :attr:`mask`.
     """
 
     name: str
@@ -78,10 +80,25 @@ class Reading(Mapping[str, Tensor]):
     branches: tuple[str, ...]
     both: bool
     rows: tuple[int, ...]
-    tokens: tuple[int, ...] | None
+    tokens: tuple[int, ...] | dict[str, tuple[tuple[int, ...], ...]] | None
     channels: dict[str, tuple[int, ...] | None]
     reduce: str | None
     shape_of_grid: tuple[int, ...] | None
+    masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which tokens are data: bool [b, n], or [2, b, n] (cond first) when both branches were read.
+
+        None where all of them are, and after a reduction. What the pipeline masks is no data, such as the padding of
+        shorter prompts, and neither is what fills rows up that have fewer tokens. Padding that takes part in attention
+        is data.
+        """
+        found = [self.masks.get(site) for site in self.tensors]
+        first = found[0] if found else None
+        if any((one is None) != (first is None) or (one is not None and not _equal(one, first)) for one in found):
+            raise OpError("the sites of this read have other text tokens each: see masks[site].")
+        return first
 
     @property
     def on_grid(self) -> tuple[str, ...]:
@@ -119,6 +136,7 @@ class Reading(Mapping[str, Tensor]):
             "reduce": self.reduce,
             "shape_of_grid": self.shape_of_grid,
             "sites": list(self.tensors),
+            **({"masks": list(self.masks)} if self.masks else {}),
         }
 
     @classmethod
@@ -130,6 +148,9 @@ class Reading(Mapping[str, Tensor]):
             if name != "sites"
         }
         values["channels"] = {site: None if kept is None else tuple(kept) for site, kept in record["channels"].items()}
+        if isinstance(record["tokens"], dict):
+            values["tokens"] = {branch: tuple(map(tuple, rows)) for branch, rows in record["tokens"].items()}
+        values["masks"] = {site: tensors[f"mask/{site}"] for site in record.get("masks", ())}
         reading = cls(tensors={site: tensors[site] for site in record["sites"]}, **values)
         for site, tensor in reading.tensors.items():
             said = [len(reading.steps), *([2] if reading.both else []), len(reading.rows)]
@@ -138,6 +159,9 @@ class Reading(Mapping[str, Tensor]):
                 reading.reduce is None and kept is not None and tensor.shape[-1] != len(kept)
             ):
                 raise ValueError(f"{site} has the shape {list(tensor.shape)}, which is not what the record says")
+        for site, mask in reading.masks.items():
+            if list(mask.shape) != list(reading.tensors[site].shape[1:-1]) or mask.dtype != torch.bool:
+                raise ValueError(f"the mask of {site} has the shape {list(mask.shape)}, which is not that of its tokens")
         return reading
 
     @property
@@ -289,6 +313,7 @@ class Run(Mapping[str, Any]):
                 for i, r in enumerate(self.readings)
                 for site, value in r.tensors.items()
             }
+            tensors |= {f"{i}/mask/{site}": mask for i, r in enumerate(self.readings) for site, mask in r.masks.items()}
             save_file(tensors, fresh / "reads.safetensors")
             if self.latents is not None:
                 save_file({"latents": self.latents.contiguous()}, fresh / "latents.safetensors")
@@ -373,7 +398,13 @@ def _array(value: Tensor) -> np.ndarray:
 
 def _reading_from(number: int, record: dict[str, Any], tensors: dict[str, Tensor]) -> Reading:
     """A reading as it was saved."""
-    return Reading.from_json(record, {site: tensors[f"{number}/{site}"] for site in record["sites"]})
+    named = {site: tensors[f"{number}/{site}"] for site in record["sites"]}
+    masks = {f"mask/{site}": tensors[f"{number}/mask/{site}"] for site in record.get("masks", ())}
+    return Reading.from_json(record, named | masks)
+
+
+def _equal(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and a.shape == b.shape and torch.equal(a, b)
 
 
 def _long_form(reading: Reading, site: str, sigmas: list[float]) -> pd.DataFrame:

@@ -100,6 +100,7 @@ QWEN_IMAGE = Family(
     prediction=Prediction(PIXELS),
     readout=PACKED,
     latents=WAN_VAE,
+    prompts=Prompts(masks=("encoder_hidden_states_mask",)),
     example=Example(
         config={
             **SMALL,
@@ -168,7 +169,6 @@ SD3 = Family(
     grid=IMAGE,
     prediction=IMAGE_OUT,
     readout=PATCHED,
-    prompts=Prompts("tokenizer_3"),
     example=Example(
         config={
             **SMALL,
@@ -249,7 +249,10 @@ HIDREAM = Family(
     final=Final("final_layer"),
     prediction=replace(IMAGE_OUT, sign=-1),
     readout=Readout((), "yxc"),
-    prompts=Prompts(layered=("prompt_embeds_llama3", "negative_prompt_embeds_llama3")),
+    prompts=Prompts(
+        text=("encoder_hidden_states_t5", "encoder_hidden_states_llama3", "encoder_hidden_states_llama3"),
+        layered=("prompt_embeds_llama3", "negative_prompt_embeds_llama3"),
+    ),
     without_gradient=("MOEFeedForwardSwiGLU.moe_infer",),
     example=Example(
         config={
@@ -314,6 +317,7 @@ AURA_FLOW = Family(
     grid=IMAGE,
     prediction=IMAGE_OUT,
     readout=PATCHED,
+    prompts=Prompts(before="register_tokens"),
     example=Example(
         config={
             **SMALL,

@@ -120,7 +120,6 @@ FLUX1 = Family(
     grid=Grid("ids", "img_ids"),
     prediction=Prediction("out_channels"),
     readout=PACKED,
-    prompts=Prompts("tokenizer_2", plain=True),
     guidance_flag="guidance_embeds",
     adapters=(
         Adapter(
@@ -137,7 +136,7 @@ FLUX1 = Family(
 )
 
 # What the others share with FLUX.1.
-_LIKE_FLUX = replace(FLUX1, prompts=Prompts(), guidance_flag=None)
+_LIKE_FLUX = replace(FLUX1, guidance_flag=None)
 
 
 def _flux2_stream(stream: str, suffix: str) -> Points:
@@ -231,6 +230,7 @@ CHROMA = replace(
         *_CHROMA.copy_for("ChromaInpaintPipeline", takes_latents=None, needs_image=True, row_images=STARTS),
     ),
     stacks=(DOUBLE, JOINED),
+    prompts=Prompts(masks=("attention_mask",)),
     example=_example(
         {
             "out_channels": None,
@@ -258,6 +258,7 @@ BRIA_FIBO = replace(
     pipelines=(_FIBO, *_FIBO.copy_for("BriaFiboEditPipeline", needs_image=True, size_from_image=True)),
     stacks=(replace(DOUBLE, rewritten=("txt",)), replace(JOINED, rewritten=("txt",))),
     latents=replace(WAN_VAE, patch=1),
+    prompts=Prompts(masks=("joint_attention_kwargs.attention_mask",)),
     example=_example(
         {"axes_dims_rope": [4, 6, 6], "text_encoder_dim": 8, "joint_attention_dim": 16},
         timestep="full 500 b",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dit_lens.families.row import Example, Family, Grid, Guidance, Latents, Pipeline, Prediction
+from dit_lens.families.row import Example, Family, Grid, Guidance, Latents, Pipeline, Prediction, Prompts
 from dit_lens.families.stack import PointSpec
 from dit_lens.families.table.points import double_block, single_stream
 from dit_lens.families.table.shared import (
@@ -60,6 +60,12 @@ HUNYUAN_IMAGE = Family(
     prediction=Prediction("out_channels", "bchw"),
     readout=PACKED,
     latents=Latents(patch=1),
+    prompts=Prompts(
+        text=("encoder_hidden_states", "encoder_hidden_states_2"),
+        gathered=True,
+        masks=("encoder_attention_mask", "encoder_attention_mask_2"),
+        masked_by="count",
+    ),
     example=Example(
         config={**_CONFIG, "text_embed_2_dim": 8, "rope_axes_dim": (8, 8)},
         call={
@@ -88,6 +94,7 @@ HUNYUAN_VIDEO = replace(
     prediction=Prediction("config.out_channels*patch_size*patch_size", "bcfhw"),
     latents=VIDEO_VAE,
     guidance_flag="guidance_embeds",
+    prompts=Prompts(masks=("encoder_attention_mask",), masked_by="count"),
     example=Example(
         config={**_CONFIG, "pooled_projection_dim": 8, "rope_axes_dim": (4, 6, 6)},
         call={

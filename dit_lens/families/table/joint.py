@@ -13,6 +13,7 @@ from dit_lens.families.row import (
     Guidance,
     Pipeline,
     Prediction,
+    Prompts,
     Readout,
     Refusal,
     Time,
@@ -83,6 +84,7 @@ OMNIGEN = Family(
     final=Final("norm", layout="text_first"),
     prediction=Prediction("in_channels*patch_size*patch_size", "bchw"),
     readout=Readout(("norm_out", "proj_out"), "yxc", shift=("t_embedder", None), passes_temb=True),
+    prompts=Prompts(text=("input_ids",), after=1, masks=("attention_mask",), masked_by="last"),
     example=Example(
         config={
             "in_channels": 4,
@@ -125,6 +127,7 @@ KREA2 = Family(
     prediction=Prediction("out_channels"),
     readout=Readout(()),
     latents=WAN_VAE,
+    prompts=Prompts(masks=("encoder_attention_mask",)),
     example=Example(
         config={
             **SMALL,
@@ -189,6 +192,7 @@ IDEOGRAM4 = Family(
     latents=replace(FLUX2_VAE, packing="yxc"),
     note="Its unconditional branch is a second transformer, `unconditional_transformer`, which is not looked into: "
     "`cond` is all there is, and the image is guided by a model that no op touches.",
+    prompts=Prompts(masks=("indicator",), masked_by=_TEXT_MARK),
     example=Example(
         config={
             **SMALL,
@@ -230,6 +234,7 @@ ERNIE = Family(
     prediction=Prediction("out_channels", "bchw"),
     readout=Readout(("final_linear",)),
     latents=replace(FLUX2_VAE, patch=1),
+    prompts=Prompts(text=("text_bth",), masks=("text_lens",), masked_by="length"),
     example=Example(
         config={
             "hidden_size": 32,
@@ -277,6 +282,7 @@ QWEN21 = Family(
     prediction=Prediction("out_channels", layout="text_first"),
     readout=PACKED,
     latents=replace(WAN_VAE, patch=1),
+    prompts=Prompts(masks=("encoder_hidden_states_mask",)),
     example=Example(
         config={
             **SMALL,
@@ -325,6 +331,11 @@ FIBO2 = Family(
     prediction=Prediction("in_channels*patch_size*patch_size", "bchw"),
     readout=Readout(()),
     latents=FLUX2_VAE,
+    prompts=Prompts(
+        mixed="a perceiver makes a few tokens of all of the prompt's",
+        masks=("encoder_attention_mask",),
+        masked_by="even",
+    ),
     example=Example(
         config={
             "in_channels": 4,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dit_lens.families.row import Example, Family, Final, Grid, Guidance, Pipeline, Prediction, Readout, Time
+from dit_lens.families.row import Example, Family, Final, Grid, Guidance, Pipeline, Prediction, Prompts, Readout, Time
 from dit_lens.families.stack import PointSpec
 from dit_lens.families.table.points import NO_SHIFTS, both_streams, control, input_of, modulation, sandwich_block
 from dit_lens.families.table.shared import (
@@ -93,6 +93,7 @@ LUMINA2 = Family(
     final=Final(layout="ragged"),
     prediction=replace(IMAGE_OUT, sign=-1),
     readout=_UNPROJECTED,
+    prompts=Prompts(masks=("encoder_attention_mask",), masked_by="count"),
     example=Example(
         config={
             "sample_size": 16,
@@ -148,6 +149,7 @@ ZIMAGE = Family(
     final=Final("all_final_layer.2-1", layout="image_first"),
     prediction=Prediction("out_channels*4", "list", sign=-1),
     readout=_UNPROJECTED,
+    prompts=Prompts(text=("cap_feats",), masks=("cap_feats",), masked_by="list", multiple=32),
     example=Example(
         config={
             "in_channels": 4,
