@@ -1,4 +1,4 @@
-"""Tiny random pipelines with tokenizers and text encoders: one token a letter, so that every position can be counted."""
+"""Tiny random pipelines with tokenizers and text encoders; one token a letter, so that positions can be counted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,9 +47,7 @@ def letters(template: str, length: int, chat: str | None = None, side: str = "ri
 def clip(kind: type, width: int = FEATURES // 2):
     sizes = {"hidden_size": width, "intermediate_size": 8, "projection_dim": width, "num_attention_heads": 1}
     return kind(
-        CLIPTextConfig(
-            vocab_size=VOCABULARY, num_hidden_layers=2, max_position_embeddings=77, **sizes, **MARKS
-        )
+        CLIPTextConfig(vocab_size=VOCABULARY, num_hidden_layers=2, max_position_embeddings=77, **sizes, **MARKS)
     ).eval()
 
 
@@ -61,7 +59,9 @@ def t5(width: int = FEATURES):
 def language_model(width: int = FEATURES, layers: int = 2):
     sizes = {"hidden_size": width, "intermediate_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2}
     return Qwen3Model(
-        Qwen3Config(vocab_size=VOCABULARY, num_key_value_heads=1, head_dim=8, max_position_embeddings=2048, **sizes, **MARKS)
+        Qwen3Config(
+            vocab_size=VOCABULARY, num_key_value_heads=1, head_dim=8, max_position_embeddings=2048, **sizes, **MARKS
+        )
     ).eval()
 
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from dit_lens.core.request.call import Call
     from dit_lens.families import Anatomy
 
-FIRST = 2**21  # of the numbers; no vocabulary has as many tokens, and float32 holds them up to 2**24
+FIRST = 2**21  # of the numbers; no vocabulary has as many tokens, and float32 holds them up to LAST
+LAST = 2**24
 SENTINEL = "\N{WHITE SQUARE}"
 KEPT = ("vae", "image_encoder", "controlnet", "feature_extractor", "scheduler")  # parts that work as they are
 
@@ -64,20 +65,14 @@ def read_stream_text(
     except _Unfollowed as why:
         return StreamText(unknown=str(why))
     counts = {len(tokens) for tokens in numbers.values()}
-    uneven = (
-        len(counts) > 1
-        or prompts.mixed
-        or len(prompts.text) > 1
-        and prompts.gathered
-        or _is_ragged(recording.seen, anatomy)
-    )
+    uneven = len(counts) > 1 or prompts.mixed or prompts.gathered or _is_ragged(recording.seen, anatomy)
     count = None if uneven else counts.pop() + before + prompts.after
     why = prompts.mixed
     if call.prompts is None:
         why = "this run has prompt_embeds, not a prompt to find words in"
-    elif not any(some for tokens in numbers.values() for some in tokens):
-        why = why or "what the pipeline's tokenizers return could not be followed into the text stream"
-    if why:
+    elif why is None and not any(some for tokens in numbers.values() for some in tokens):
+        why = "what the pipeline's tokenizers return does not arrive in the text stream"
+    if why is not None:
         return StreamText(count=count, before=before, unknown=why)
     spans = _prompt_spans(pipe, call, recording, len(forwards))
     texts = [Text(whole, span) for whole, span in zip(recording.texts, spans, strict=True)]
@@ -206,7 +201,7 @@ class _Tokenizer(_StandIn):
         answer = part(*args, **kwargs)
         if not getattr(answer, "encodings", None):
             raise _Unfollowed(f"{type(part).__name__} does not tell which characters a token stands for")
-        given = args[0] if args else kwargs.get("text")
+        given: Any = args[0] if args else kwargs.get("text")
         single = isinstance(given, str)
         ids = answer["input_ids"]
         rows = ids.tolist() if isinstance(ids, Tensor) else ids
@@ -307,8 +302,11 @@ def _numbers_by_row(
             if value is None:
                 raise _Unfollowed(f"the pipeline gives its transformer no {name}")
             parts.append(_numbers_in(value, layered=_is_layered(name, prompts.layered), multiple=prompts.multiple))
-        if prompts.gathered and len(parts) > 1:
-            parts = [_gather(parts, find_text_masks(arguments, anatomy.text_rule))]
+        if prompts.gathered:
+            masks = find_text_masks(arguments, anatomy.text_rule)
+            if len(masks) != len(parts):
+                raise _Unfollowed("the pipeline gives its transformer no mask of the text")
+            parts = [_gather(parts, masks)]
         every = [[token for part in parts for token in part[row]] for row in range(len(parts[0]))]
         if len(every) != rows * len(branches):
             raise _Unfollowed(f"the text has {len(every)} rows, where {rows * len(branches)} were expected")
@@ -329,12 +327,19 @@ def _numbers_in(value: Any, *, layered: bool, multiple: int) -> list[list[list[i
         rows = [_numbers_in(one[None], layered=False, multiple=1)[0] for one in value]
         return [row + [[]] * (longest - len(row)) for row in rows]
     value = value.movedim(0, -1) if layered else value
-    flat = value.detach().flatten(2) if value.ndim > 2 else value[..., None]  # [row, token, channel]
-    flat = flat.cpu()
-    last = FIRST + 2**22
+    flat = (value.detach().flatten(2) if value.ndim > 2 else value[..., None]).cpu()  # [row, token, channel]
+    ours = (flat >= FIRST) & (flat < LAST)
+    highest = flat.masked_fill(~ours, 0).amax(-1).long()
+    lowest = flat.masked_fill(~ours, LAST).amin(-1).long()
+    several = (highest > lowest).tolist()  # two encoders side by side
     return [
-        [sorted({int(number) for number in token.unique().tolist() if FIRST <= number < last}) for token in row]
-        for row in flat
+        [
+            sorted(set(flat[row, token][ours[row, token]].long().tolist()))
+            if several[row][token]
+            else [number][: number > 0]
+            for token, number in enumerate(numbers)
+        ]
+        for row, numbers in enumerate(highest.tolist())
     ]
 
 

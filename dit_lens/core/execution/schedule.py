@@ -95,6 +95,7 @@ def _keep_pipeline_as_it_is(pipe: DiffusionPipeline) -> Generator[None]:
 
 
 def copy_generators(value: Any) -> Any:
+    """The same value, with copies of the generators in it."""
     if isinstance(value, list | tuple):
         return [copy_generators(one) for one in value]
     if not isinstance(value, torch.Generator):

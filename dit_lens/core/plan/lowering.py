@@ -90,7 +90,9 @@ class SiteLowering:
         source_rows = self._source_rows(values.rows, pick_rows)
         found: Lowered = []
         for branch in self._branches(default=_branch_of(there)):
-            key = self._give(f"{self.number}/{self.site}/{branch}", pick_branch(there, branch, self._name))
+            key = self._give(
+                f"{self.number}/{self.site}/{branch}/{self.group.rows}", pick_branch(there, branch, self._name)
+            )
             found.append((branch, {"kind": "Put", "key": key, "source_rows": source_rows, "strength": strength}))
         return found
 

@@ -26,7 +26,7 @@ class Outline:
     rows: images in the batch.
     grid: (h, w) image tokens; None where only the pipeline knows.
     timeline: the steps, with their branches and noise levels.
-    text: what is in the text stream of the run, or of a batch of some of its prompts; asked of the pipeline when needed.
+    text: what is in the text stream of the run, or of a batch of some prompts; asked of the pipeline when needed.
     """
 
     rows: int

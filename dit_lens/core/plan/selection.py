@@ -37,17 +37,16 @@ def select_groups(op: Op, sites: Sequence[Site], outline: Outline) -> list[Group
     if rows == []:
         raise OpError("rows=[] selects no image. Leave rows= out for all of them, or leave the op out.")
     streams = {site.stream for site in sites}
-    words = [op.tokens] if isinstance(op.tokens, str) else _words(op.tokens)
-    if words:
+    if words := _words(op.tokens):
         if streams != {"txt"}:
-            what = "names a class of tokens" if op.tokens in CLASSES else f"names {plural_word(words)}"
+            what = "a class of tokens" if _is_class(op.tokens) else "a word" if len(words) == 1 else "words"
             raise OpError(
-                f"tokens={op.tokens!r} {what}, which only the txt stream has; {op.site!r} is not that. "
+                f"tokens={op.tokens!r} names {what}, which only the txt stream has; {op.site!r} is not that. "
                 "Use mask= or token indices."
             )
         if any(site.point.startswith("mod.") for site in sites):
             raise OpError(f"{op.site!r} is one vector for each image, not tokens. Use channels=, not tokens= or mask=.")
-        return _groups_by_text(op, words, list(range(outline.rows)) if rows is None else rows, outline)
+        return _groups_by_text(op, list(range(outline.rows)) if rows is None else rows, outline)
     if (op.mask is not None or op.tokens is not None) and any(site.point.startswith("mod.") for site in sites):
         raise OpError(f"{op.site!r} is one vector for each image, not tokens. Use channels=, not tokens= or mask=.")
     if op.mask is not None:
@@ -58,48 +57,50 @@ def select_groups(op: Op, sites: Sequence[Site], outline: Outline) -> list[Group
 
 
 def _words(tokens: Any) -> list[str]:
-    """The words of a list of words; none of anything else."""
-    listed = list(tokens) if isinstance(tokens, list | tuple) else []
-    return listed if listed and all(isinstance(word, str) for word in listed) else []
+    """The words that tokens= names, or a class; none where it holds indices."""
+    listed = [tokens] if isinstance(tokens, str) else list(tokens) if isinstance(tokens, list | tuple) else []
+    return listed if all(isinstance(word, str) for word in listed) else []
 
 
-def plural_word(words: Sequence[str]) -> str:
-    return "a word" if len(words) == 1 else "words"
-
-
-def _groups_by_text(op: Op, words: Sequence[str], rows: list[int], outline: Outline) -> list[Group]:
+def _groups_by_text(op: Op, rows: list[int], outline: Outline) -> list[Group]:
     """One group for each branch and row whose text has what is asked for.
 
-    An edit leaves out a branch whose text does not have it, so long as the other has it. A read needs it in each. A
-    class of tokens may be missing in some rows of an edit.
+    An edit leaves out a branch whose text does not have a word, so long as the other has it, and rows that have no
+    tokens of a class, so long as one has. A read needs them in each row and branch.
     """
-    text, timeline = outline.text(), outline.timeline
-    branches = timeline.select_branches(op.branch or op.default_branch)
-    found = {(branch, row): text.find(branch, row, op.tokens) for branch in branches for row in rows}
-    is_class = isinstance(op.tokens, str) and op.tokens in CLASSES
-    enough = (
-        any(found.values())
-        if is_class and op.edits
-        else all((any if op.edits else all)(found[branch, row] for branch in branches) for row in rows)
-    )
-    if not enough:
-        missing = next(row for row in rows if not (any if op.edits else all)(found[branch, row] for branch in branches))
-        raise OpError(_what_is_missing(op, words, branches, missing, text))
+    text, branches = outline.text(), outline.timeline.select_branches(op.branch or op.default_branch)
+    asked: Any = op.tokens
+    found = {(branch, row): text.find(branch, row, asked) for branch in branches for row in rows}
+    some = any if op.edits else all
+    missing = [row for row in rows if not some(found[branch, row] for branch in branches)]
+    if missing and not (op.edits and _is_class(asked) and any(found.values())):
+        lacking = [branch for branch in branches if not found[branch, missing[0]]]
+        raise OpError(_what_is_missing(asked, lacking, missing[0], text))
     return [Group([row], tokens, branch, text.length(branch, row)) for (branch, row), tokens in found.items() if tokens]
 
 
-def _what_is_missing(op: Op, words: Sequence[str], branches: Sequence[str], row: int, text: StreamText) -> str:
-    if isinstance(op.tokens, str) and op.tokens in CLASSES:
+def _is_class(asked: Any) -> bool:
+    return isinstance(asked, str) and asked in CLASSES
+
+
+def _what_is_missing(asked: Any, lacking: Sequence[str], row: int, text: StreamText) -> str:
+    """What is said of a word or class that the text of a row has not.
+
+    asked: of the op.
+    lacking: the branches that have none.
+    row: the first such row.
+    text: of the call.
+    """
+    if _is_class(asked):
         return (
-            f"tokens={op.tokens!r}: row {row} has no tokens of this class in {' and '.join(branches)}. This call has "
-            f"{', '.join(text.classes())}. Choose rows= that have some; tokens=[{op.tokens!r}] means the word."
+            f"tokens={asked!r}: row {row} has no tokens of this class in {' and '.join(lacking)}. This call has "
+            f"{', '.join(text.classes())}. Choose rows= that have some; tokens=[{asked!r}] means the word."
         )
-    lacking = [branch for branch in branches if not text.find(branch, row, op.tokens)]
     prompts = dict.fromkeys(prompt for branch in lacking for prompt in text.prompts(branch, row))
     where = " nor in ".join(map(repr, prompts)) or "its prompt"
     which = f" (row {row}, {' and '.join(lacking)})" if "uncond" in lacking else ""
     return (
-        f"the word {' or '.join(map(repr, words))} is not in {where}{which}. "
+        f"the word {' or '.join(map(repr, _words(asked)))} is not in {where}{which}. "
         "lens.to_str_tokens(prompt) lists its tokens."
     )
 

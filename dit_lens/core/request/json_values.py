@@ -58,7 +58,8 @@ def to_plain(value: Any) -> Any:
 def _plain_source(value: Any) -> dict[str, Any]:
     """What names its parts: a read, a Run (by its folder), or any mapping."""
     if (reading := find_reading(value)) is not None:
-        tensors = {site: to_plain(tensor) for site, tensor in reading.tensors.items()}
+        masks = {f"mask/{site}": mask for site, mask in reading.masks.items()}
+        tensors = {name: to_plain(tensor) for name, tensor in (reading.tensors | masks).items()}
         return {"reading": reading.to_json(), "tensors": tensors}
     if hasattr(value, "reference"):
         return value.reference()

@@ -110,7 +110,8 @@ class Op:
 
     site: a pattern of sites, a function fn(name) that says whether a site is meant, or several of these.
     channels: indices, a mapping site -> indices (a ChannelSet), or None for all.
-    tokens: image or text token indices; on the text stream a word of the prompt.
+    tokens: image or text token indices; on the text stream also a word of the prompt, a list of words, or a class of
+        tokens: "prompt", "template", "eos" or "pad" (``["pad"]`` is the word).
     mask: bool [h, w] over image tokens.
     steps: an index, a list or slice of indices, a pair of floats (fractions of the run), ``sigma(high, low)``, or all.
     rows: indices into the batch of images, or all.

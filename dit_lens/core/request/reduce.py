@@ -59,7 +59,7 @@ def reduce_tokens(x: Tensor, spec: str | Sequence[Any], mask: Tensor | None = No
         topk k              |mean| and channel of the k channels with the largest |mean|              [b, k, 2]
 
     x: [b, n, d], floating point, at least one token. spec: ``[name, *numbers]`` or the text that ``parse`` reads.
-    mask: bool [b, n], the tokens that count in each row; None: all. Of a row without any the result is NaN, or no count.
+    mask: bool [b, n], the tokens that count in each row; None: all. A row without any gives NaN, or counts of 0.
     Raises ValueError for a spec that does not exist or a tensor that does not fit.
     """
     name, *args = parse(spec)

@@ -81,6 +81,8 @@ class StreamText:
         Raises OpError for a word of which nothing but a part is left, and PromptError where the stream has no text.
         """
         self._check(f"tokens={asked!r} has no text to be looked up in")
+        if not any(self.rows[branch, row]):  # no text: embeddings, or zeros in place of a negative prompt
+            return []
         if isinstance(asked, str) and asked in CLASSES:
             return [self.before + i for i, token in enumerate(self.rows[branch, row]) if _is(token, asked)]
         words = [asked] if isinstance(asked, str) else asked
