@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from dit_lens.core.request.call import needs_weights
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError
-from dit_lens.families.layout import PlanMismatchError, find_image_tokens, select_stream
+from dit_lens.families.layout import find_image_tokens, select_stream
 from dit_lens.families.locations import ImageTokens
 
 if TYPE_CHECKING:
@@ -75,11 +75,14 @@ class Attention:
                 f"references, {self.image.total}. Take self[block] whole, or a step that has no references."
             )
         numbers = torch.arange(length)[None, :, None].expand(self.rows.stop, -1, 1)
-        location: Any = {"stream": stream, "layout": self.order[block], "name": f"blocks.{block}.{stream}"}
-        try:
-            return select_stream(numbers, location, self.image, self.rows)[0][..., 0]
-        except PlanMismatchError as mismatch:
-            raise OpError(f"{mismatch}, or take self[block] whole.") from mismatch
+        location: Any = {"stream": stream, "layout": self.order[block]}
+        chosen, where = select_stream(numbers, location, self.image, self.rows)
+        if where is not None and where[1] is not None:
+            raise OpError(
+                f"the prompts have {', '.join(map(str, where[1].sum(1).tolist()))} text tokens at blocks.{block}."
+                f"{stream}, which fit no one tensor; run prompts of other lengths one by one, or take self[block] whole."
+            )
+        return chosen[..., 0]
 
 
 def read_pattern(
