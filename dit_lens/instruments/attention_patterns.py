@@ -79,8 +79,9 @@ class Attention:
         chosen, where = select_stream(numbers, location, self.image, self.rows)
         if where is not None and where[1] is not None:
             raise OpError(
-                f"the prompts have {', '.join(map(str, where[1].sum(1).tolist()))} text tokens at blocks.{block}."
-                f"{stream}, which fit no one tensor; run prompts of other lengths one by one, or take self[block] whole."
+                f"the prompts have {', '.join(map(str, where[1].sum(1).tolist()))} text tokens at "
+                f"blocks.{block}.{stream}, which fit no one tensor; run prompts of other lengths one by one, or take "
+                "self[block] whole."
             )
         return chosen[..., 0]
 

@@ -317,9 +317,7 @@ def find_mask(stream: Tensor, action: Action, part: Part, context: Context) -> T
     return None if mask.all() else mask
 
 
-def store_read(
-    stream: Tensor, action: Action, part: Part, context: Context, there: Tensor | None = None
-) -> None:
+def store_read(stream: Tensor, action: Action, part: Part, context: Context, there: Tensor | None = None) -> None:
     """Stores what a read has chosen: reduced where it is, then in main memory. What is masked is no data.
 
     stream: the tokens of one branch.

@@ -65,7 +65,13 @@ def read_stream_text(
     except _Unfollowed as why:
         return StreamText(unknown=str(why))
     counts = {len(tokens) for tokens in numbers.values()}
-    uneven = len(counts) > 1 or prompts.mixed or prompts.gathered or _is_ragged(recording.seen, anatomy)
+    uneven = (
+        len(counts) > 1
+        or prompts.mixed
+        or prompts.gathered
+        or anatomy.family.pipeline(type(pipe)).caches
+        or _is_ragged(recording.seen, anatomy)
+    )
     count = None if uneven else counts.pop() + before + prompts.after
     why = prompts.mixed
     if call.prompts is None:
@@ -308,6 +314,9 @@ def _numbers_by_row(
                 raise _Unfollowed("the pipeline gives its transformer no mask of the text")
             parts = [_gather(parts, masks)]
         every = [[token for part in parts for token in part[row]] for row in range(len(parts[0]))]
+        if isinstance(prompts.masked_by, int):  # the argument goes on where the image is
+            (marked,) = find_text_masks(arguments, anatomy.text_rule)
+            every = [row[: 1 + int(marked.any(0).nonzero().max())] for row in every]
         if len(every) != rows * len(branches):
             raise _Unfollowed(f"the text has {len(every)} rows, where {rows * len(branches)} were expected")
         for number, branch in enumerate(branches):

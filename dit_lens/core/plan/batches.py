@@ -104,10 +104,21 @@ def narrow(plan: Plan, rows: range, prompts: range) -> Plan:
     for forward in plan.program["forwards"]:
         place = partial(_place_text, plan, forward["branches"], rows, prompts)
         visits: list[Visit] = [
-            {**visit, "parts": _narrow_parts(visit["parts"], rows, place)} for visit in forward["visits"]
+            {**visit, "parts": _narrow_parts(_recount(visit["parts"], plan, prompts), rows, place)}
+            for visit in forward["visits"]
         ]
         forwards.append({**forward, "visits": [visit for visit in visits if visit["parts"]]})
     return replace(plan, program={**plan.program, "rows": len(rows), "forwards": forwards})
+
+
+def _recount(parts: list[Part], plan: Plan, prompts: range) -> list[Part]:
+    """The parts with as many text tokens as a batch of some prompts has."""
+    return [
+        {**part, "tokens": plan.outline.text(prompts).count}
+        if part["location"]["stream"] == "txt" and part["tokens"] is not None
+        else part
+        for part in parts
+    ]
 
 
 def _place_text(plan: Plan, branches: list[str], rows: range, prompts: range, site: str, action: Action) -> Action:
