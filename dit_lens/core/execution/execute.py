@@ -329,6 +329,8 @@ def store_read(stream: Tensor, action: Action, part: Part, context: Context, the
     check_sizes(stream, action, part, (context.moment.step, there))
     chosen = stream[outer_index(stream, action["rows"], action["tokens"], action["channels"], context.indices)].detach()
     reduce, mask = action.get("reduce"), find_mask(stream, action, part, context)
+    if reduce is not None and not chosen.shape[1]:
+        raise PlanMismatchError(f"{part['name']} has no tokens to reduce at step {context.moment.step}")
     kept = chosen.to("cpu", copy=True) if reduce is None else reduce_tokens(chosen, reduce, mask).cpu()
     branch = context.moment.branches[action["branch_index"]]
     key = (action["op"], part["name"], context.moment.step, branch, action["group"])
