@@ -161,7 +161,9 @@ class Reading(Mapping[str, Tensor]):
                 raise ValueError(f"{site} has the shape {list(tensor.shape)}, which is not what the record says")
         for site, mask in reading.masks.items():
             if list(mask.shape) != list(reading.tensors[site].shape[1:-1]) or mask.dtype != torch.bool:
-                raise ValueError(f"the mask of {site} has the shape {list(mask.shape)}, which is not that of its tokens")
+                raise ValueError(
+                    f"the mask of {site} has the shape {list(mask.shape)}, which is not that of its tokens"
+                )
         return reading
 
     @property
