@@ -48,9 +48,8 @@ def held(pipe) -> dict[str, Any]:
 
 def held_by_modules(pipe) -> dict[str, Any]:
     """Components, the attributes of all their modules with what those hold (hooks among it), and weights."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict(pipe.components)
     for name, component in components(pipe).items():
-        found[name] = component
         for path, part in parts_of(name, component):
             for attribute, value in vars(part).items():
                 found[f"{path}.{attribute}"] = value
