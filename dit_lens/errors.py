@@ -69,16 +69,28 @@ class StudyInterrupted(KeyboardInterrupt):
 
 def check_choice(value: object, known: Collection[str], name: str) -> None:
     """Raises OpError if a value is not one of the known ones. name: what the value is called, such as "arm"."""
-    if value not in known:
-        raise OpError(f"{value!r} is not a valid {name}.{nearest(str(value), known)}")
+    if not isinstance(value, str) or value not in known:
+        raise OpError(f"{show(value)} is not a valid {name}.{nearest(value, known)}")
 
 
-def nearest(asked: str, known: Iterable[str], what: str = "There are") -> str:
+def show(value: Any) -> str:
+    """A value as a message shows it: short, and without failing where its own repr does."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and len(shape):
+        return f"{type(value).__name__} of shape {list(shape)}"
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 the message is about the value, whatever its repr does
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def nearest(asked: object, known: Iterable[str], what: str = "There are") -> str:
     """Returns the end of an error message: the closest known name, then all of them.
 
     >>> nearest("blu", ["red", "blue"])
     " Nearest: 'blue'. There are: red, blue."
     """
     known = [str(name) for name in known]
-    close = difflib.get_close_matches(asked, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(asked if isinstance(asked, str) else show(asked), known, n=1, cutoff=0.5)
     return (f" Nearest: {close[0]!r}." if close else "") + f" {what}: {', '.join(known)}."

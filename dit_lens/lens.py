@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from dit_lens.arguments import checked, checked_but
 from dit_lens.core.execution.engine import Engine
 from dit_lens.core.execution.remote import TIMEOUT, RemoteEngine, pipeline_without_weights
 from dit_lens.core.execution.turns import in_turn
@@ -52,6 +53,7 @@ class DiTLens(Session):
     """
 
     @classmethod
+    @checked
     def from_pretrained(cls, path: str | Path, **options: Any) -> Self:
         """Loads a pipeline folder or repository with ``DiffusionPipeline.from_pretrained`` and looks inside it.
 
@@ -67,6 +69,7 @@ class DiTLens(Session):
         return cls(pipe)
 
     @classmethod
+    @checked
     def toy(cls, name: str = "flux", *, untrained: bool = False, **options: Any) -> DiTLens:
         """A small trained text-to-image DiT that comes with the library: no download, no GPU.
 
@@ -85,6 +88,7 @@ class DiTLens(Session):
         return lens
 
     @classmethod
+    @checked_but("host", "timeout")
     def remote(
         cls, model: str | Path, *, host: str | None = None, revision: str | None = None, timeout: float = TIMEOUT
     ) -> DiTLens:
@@ -120,6 +124,7 @@ class DiTLens(Session):
     # Memory
 
     @in_turn
+    @checked
     def encode(
         self,
         prompts: str | Sequence[str],
@@ -162,6 +167,7 @@ class DiTLens(Session):
 
     # Massive activations
 
+    @checked_but("k")
     def massive_channels(
         self,
         prompt: str | Sequence[str],
@@ -197,6 +203,7 @@ class DiTLens(Session):
             self, prompt, k, share=share, mad=mad, score=score, site=site, steps=steps, **call
         )
 
+    @checked
     def subject_mask(
         self,
         prompt: str,
@@ -218,12 +225,14 @@ class DiTLens(Session):
         """
         return massive.find_subject_mask(self, prompt, channels, k=k, block=block, steps=steps, **call)
 
+    @checked
     def mask_site(self, block: int | None = None) -> str:
         """The site whose clusters are taken for the subject: after two thirds of the depth, unless a block is named."""
         return massive.mask_site(self, block)
 
     # Other measurements
 
+    @checked
     def read_x0(
         self, prompt: str | Sequence[str] | None, site: Pattern | None = None, *, steps: Steps = None, **call: Any
     ) -> X0:
@@ -249,6 +258,7 @@ class DiTLens(Session):
         return read_x0(self, prompt, site, steps=steps, **call)
 
     @in_turn
+    @checked
     def read_pattern(
         self,
         prompt: str | Sequence[str] | None,
@@ -283,6 +293,7 @@ class DiTLens(Session):
         """
         return read_pattern(self, prompt, block, heads=heads, ops=ops, steps=steps, branch=branch, **call)
 
+    @checked
     def gradients(
         self,
         prompt: str | Sequence[str] | None,

@@ -22,7 +22,11 @@ from PIL import Image
 from scipy.stats import hypergeom
 
 from dit_lens.analysis.arrays import to_numpy
-from dit_lens.errors import OpError, check_choice
+from dit_lens.arguments import check_number, checked
+from dit_lens.errors import OpError, check_choice, show
+
+LARGEST = 2**28  # pixels of a mask: 16,384 x 16,384
+MOST_PERMUTATIONS = 1_000_000
 
 METHODS = ("minmax", "robust")
 POLARITIES = ("heat", "border")
@@ -58,6 +62,7 @@ class Segmentation:
         return f"Segmentation: grid {h} x {w}, {found}{flag}"
 
 
+@checked
 def segment(
     x: Any,
     grid: tuple[int, ...],
@@ -100,6 +105,7 @@ def segment(
     )
 
 
+@checked
 def normalise(x: Any, method: str = "minmax") -> np.ndarray:
     """Scales every channel to [0, 1] over the tokens; a constant channel becomes 0.
 
@@ -119,6 +125,7 @@ def normalise(x: Any, method: str = "minmax") -> np.ndarray:
     return np.divide(tokens - low, high - low, out=np.zeros_like(tokens), where=high > low)
 
 
+@checked
 def cluster(x: Any, n_clusters: int = 2, seed: int = 0, method: str = "minmax") -> np.ndarray:
     """Clusters tokens by K-means in the space of their normalised channels.
 
@@ -149,6 +156,7 @@ def cluster(x: Any, n_clusters: int = 2, seed: int = 0, method: str = "minmax") 
     return np.argsort(order)[labels]
 
 
+@checked
 def foreground(labels: Any, heat: Any, grid: tuple[int, ...], polarity: str = "heat") -> np.ndarray:
     """Chooses the foreground among clusters.
 
@@ -179,6 +187,7 @@ def foreground(labels: Any, heat: Any, grid: tuple[int, ...], polarity: str = "h
     return (numbers != background).reshape(grid)
 
 
+@checked
 def upsample(mask: Any, size: tuple[int, int]) -> np.ndarray:
     """Enlarges a token grid to the size of an image by nearest-neighbour interpolation, for any dtype.
 
@@ -189,13 +198,15 @@ def upsample(mask: Any, size: tuple[int, int]) -> np.ndarray:
     ``torch.nn.functional.interpolate``.
     """
     grid = to_numpy(mask)
-    if grid.ndim != 2 or min(size) < 1:
+    if grid.ndim != 2 or not grid.size or min(size) < 1:
         raise OpError(f"upsample takes a grid [h, w] and a size of at least 1 x 1; got {grid.shape} and {size}.")
+    _check_pixels(size)
     # The centre of pixel i of N lies in cell floor((i + 1/2) n / N).
     rows, columns = ((2 * np.arange(to) + 1) * n // (2 * to) for n, to in zip(grid.shape, size, strict=True))
     return grid[rows[:, None], columns]
 
 
+@checked
 def to_grid(mask: Any, grid: tuple[int, int]) -> np.ndarray:
     """Reduces a mask in pixels to the token grid: a token is inside if at least half of its pixels are.
 
@@ -206,10 +217,17 @@ def to_grid(mask: Any, grid: tuple[int, int]) -> np.ndarray:
     ``run.grid``.
     """
     h, w = grid
-    covered = Image.fromarray(_to_mask(mask, "mask").astype(np.float32)).resize((w, h), Image.Resampling.BOX)
+    if min(grid) < 1:
+        raise OpError(f"grid={grid} has no tokens. Give (h, w) of the run, such as run.grid.")
+    _check_pixels(grid)
+    pixels = _to_mask(mask, "mask")
+    if pixels.ndim != 2 or not pixels.size:
+        raise OpError(f"to_grid takes a mask [H, W] of at least one pixel; got shape {list(pixels.shape)}.")
+    covered = Image.fromarray(pixels.astype(np.float32)).resize((w, h), Image.Resampling.BOX)
     return np.asarray(covered) >= 0.5
 
 
+@checked
 def iou(a: Any, b: Any) -> float:
     """Returns the intersection over union of two masks; 1 if both are empty.
 
@@ -229,6 +247,7 @@ def iou(a: Any, b: Any) -> float:
     return int((first & second).sum()) / union if union else 1.0
 
 
+@checked
 def ious(masks: Any, truths: Any) -> np.ndarray:
     """Returns the IoU of every mask on a token grid with every true mask in pixels, as float64 [m, t].
 
@@ -252,6 +271,7 @@ def ious(masks: Any, truths: Any) -> np.ndarray:
     return np.divide(both, union, out=np.ones_like(both), where=union > 0)
 
 
+@checked
 def chance_iou(truth: Any, size: int, *, oracle: bool = False) -> float:
     """Returns the expected IoU of a random mask of ``size`` pixels: the chance level of a mask of that size.
 
@@ -274,6 +294,7 @@ def chance_iou(truth: Any, size: int, *, oracle: bool = False) -> float:
     return _expected_iou(total, true, size, oracle)
 
 
+@checked
 def permutation_p(scores: Any, *, seed: int = 0, n: int = 5000) -> float:
     """Returns the p-value of a permutation test: do masks fit the truth of their own prompt better than of others?
 
@@ -288,8 +309,11 @@ def permutation_p(scores: Any, *, seed: int = 0, n: int = 5000) -> float:
     seed: seed of the random permutations.
     n: number of random permutations.
     """
+    check_number("n", n, 1, MOST_PERMUTATIONS)
     table = to_numpy(scores).astype(np.float64)
-    if table.ndim != 2 or table.shape[0] != table.shape[1]:
+    if not np.isfinite(table).all():
+        raise OpError("Some scores are NaN or infinite. Leave their prompts out.")
+    if not table.size or table.ndim != 2 or table.shape[0] != table.shape[1]:
         raise OpError(f"Scores must be [p, p], every mask with every truth; got shape {list(table.shape)}.")
     p = len(table)
     if p <= _EXHAUSTIVE:
@@ -299,6 +323,11 @@ def permutation_p(scores: Any, *, seed: int = 0, n: int = 5000) -> float:
         orders = np.concatenate([np.arange(p)[None], drawn])
     means = table[np.arange(p), orders].mean(1)
     return float((means >= means[0] - 1e-12).mean())  # 1e-12: equal means may differ by rounding
+
+
+def _check_pixels(size: Sequence[int]) -> None:
+    if math.prod(size) > LARGEST:
+        raise OpError(f"{size[0]:,} x {size[1]:,} is larger than any image. Give a size of at most {LARGEST:,} pixels.")
 
 
 @functools.lru_cache(maxsize=4096)  # many masks have the same size, such as a mask and its random baselines
@@ -339,6 +368,8 @@ def _to_tokens(x: Any) -> np.ndarray:
 
 def _to_mask(x: Any, name: str) -> np.ndarray:
     mask = to_numpy(x)
+    if not mask.ndim:
+        raise OpError(f"{name} must be a bool mask, but is the single value {show(x)}. Give an array.")
     if mask.dtype != bool:
         raise OpError(f"{name} must be a bool mask, but has dtype {mask.dtype}. Compare it first: {name} > 0.")
     return mask

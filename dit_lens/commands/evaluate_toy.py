@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dit_lens.analysis.metrics import wilson
-from dit_lens.core.runs.files import read_json, write_json
+from dit_lens.core.runs.files import read_json, write_json, write_text
 from dit_lens.core.session import DEFAULTS_FILE
 from dit_lens.lens import DiTLens
 from dit_lens.toys.kinds import Kind, kind
@@ -87,7 +87,8 @@ def write_card(folder: Path, quality: dict[str, Any]) -> None:
         f"| {name} | {share:.3f} | {low:.3f} to {high:.3f} | {_compare_to_bar(name, share)} |"
         for name, (share, low, high) in quality["generated"].items()
     )
-    (folder / CARD).write_text(
+    write_text(
+        folder / CARD,
         CARD_TEXT.format(
             **(training | {"stages": stages}),
             name=name,
@@ -98,7 +99,6 @@ def write_card(folder: Path, quality: dict[str, Any]) -> None:
             n=quality["prompts"],
             steps=quality["steps"],
         ),
-        encoding="utf-8",
     )
 
 

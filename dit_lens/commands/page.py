@@ -87,7 +87,6 @@ def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Se
     """
     path = Path(path)
     page = _page(title, lead, sections)
-    path.parent.mkdir(parents=True, exist_ok=True)
     return write_text(path, page)
 
 

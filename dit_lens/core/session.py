@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens import families
+from dit_lens.arguments import checked
 from dit_lens.core.execution.assemble import assemble
 from dit_lens.core.execution.blocks import Blocks
 from dit_lens.core.execution.engine import Engine, hide_progress_bar
@@ -27,11 +28,11 @@ from dit_lens.core.request.ops import Apply, Op, Read, from_json, to_json
 from dit_lens.core.request.timeline import Timeline, make_timeline
 from dit_lens.core.request.values import copy_of
 from dit_lens.core.runs.comparison import Comparison, compare
-from dit_lens.core.runs.files import read_json
+from dit_lens.core.runs.files import read_json, report_damage
 from dit_lens.core.runs.provenance import describe, holds_unsaved, to_plain_data
 from dit_lens.core.runs.run import Recording, Run
 from dit_lens.core.trace import Trace
-from dit_lens.errors import OpError, PromptError, SiteError
+from dit_lens.errors import OpError, PromptError, SiteError, show
 from dit_lens.families.checks import Check, check
 from dit_lens.families.live import find_difference
 from dit_lens.families.sites import Site, match
@@ -69,6 +70,8 @@ class Session:
         self.pipe = pipe
         self._describe()
         stored = _stored_defaults(pipe)
+        if defaults is not None and not isinstance(defaults, Mapping):
+            raise PromptError(f"defaults={show(defaults)} is not a mapping. Give arguments of the call by name.")
         self.defaults: dict[str, Any] = copy_of(dict(stored.get("call", {}) if defaults is None else defaults))
         self.vocabulary: list[str] | None = stored.get("vocabulary")
         self.engine: Engine | RemoteEngine = Engine(pipe) if engine is None else engine
@@ -108,6 +111,7 @@ class Session:
         )
         return [site.name for site in found]
 
+    @checked
     def heads(self, site: str) -> list[range]:
         """The channels of every head at ``attn.q``, ``attn.k``, ``attn.v`` or ``attn.z`` of a block, head by head.
 
@@ -372,7 +376,16 @@ def _stored_defaults(pipe: DiffusionPipeline) -> dict[str, Any]:
     """A toy's own file, beside its model_index.json; empty for any other pipeline."""
     folder = Path(str(getattr(pipe, "name_or_path", "") or ""))
     file = folder / DEFAULTS_FILE
-    return read_json(file, "the defaults of a toy") if str(folder) not in ("", ".") and file.is_file() else {}
+    if str(folder) in ("", ".") or not file.is_file():
+        return {}
+    with report_damage(file, "Restore it from a copy, or train the toy again."):
+        stored = dict(read_json(file, "the defaults of a toy"))
+        words = stored.get("vocabulary")
+        return {
+            **stored,
+            "call": dict(stored.get("call", {})),
+            "vocabulary": None if words is None else [word.lower() for word in words],
+        }
 
 
 def _unkept(spec: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_lens.arguments import checked
 from dit_lens.errors import OpError
 from dit_lens.explorer.code import code_of_lens
 from dit_lens.explorer.explorer import Explorer
@@ -36,6 +37,7 @@ class Extent:
     groups: int = 3
 
 
+@checked
 def atlas(
     lens: DiTLens,
     path: str | Path,

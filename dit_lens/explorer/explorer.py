@@ -10,6 +10,7 @@ import traitlets
 from PIL import Image
 from tqdm.auto import tqdm
 
+from dit_lens.arguments import checked
 from dit_lens.errors import OpError, SiteError, nearest
 from dit_lens.explorer.code import STATE, code_of_runs
 from dit_lens.explorer.colours import CLUSTER_COLOURS, PALETTES, parse_colour, read_palette
@@ -30,6 +31,7 @@ OVERLAYS = ("heat", "clusters", "none")
 SCALES = ("map", "steps")
 
 
+@checked
 def explore(
     shown: Run | Result,
     beside: Run | None = None,
@@ -133,17 +135,20 @@ class Explorer(Widget):
         if unknown := [name for name in state if name not in initial]:
             raise OpError(f"an explorer has no attribute {unknown[0]!r} to start from.{nearest(unknown[0], initial)}")
         images, spans = _join_images(views)
-        super().__init__(
-            data_info=_info(views, spans, initial),
-            data_images=images,
-            data_maps=_join_blocks(views, views.maps) if views.map_bytes <= BUDGET else b"",
-            data_thumbs=views.thumbs.tobytes(),
-            data_channels=views.channels.tobytes(),
-            data_ranges=views.ranges.tobytes(),
-            data_means=views.means.tobytes(),
-            data_scores=views.scores.tobytes(),
-            **initial | state,
-        )
+        shown: dict[str, Any] = {
+            "data_info": _info(views, spans, initial),
+            "data_images": images,
+            "data_maps": _join_blocks(views, views.maps) if views.map_bytes <= BUDGET else b"",
+            "data_thumbs": views.thumbs.tobytes(),
+            "data_channels": views.channels.tobytes(),
+            "data_ranges": views.ranges.tobytes(),
+            "data_means": views.means.tobytes(),
+            "data_scores": views.scores.tobytes(),
+        }
+        try:
+            super().__init__(**shown, **initial | state)
+        except traitlets.TraitError as problem:
+            raise OpError(f"an explorer cannot start so: {problem}") from problem
         self.on_msg(self._answer)
 
     @traitlets.validate("left", "right", "step", "site", "group", "overlay", "palette", "scale")

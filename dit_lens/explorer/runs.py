@@ -16,6 +16,7 @@ import torch
 
 from dit_lens.analysis.channels import top_channels
 from dit_lens.analysis.clusters import cluster
+from dit_lens.arguments import checked
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import OpError
 from dit_lens.explorer.view_arrays import NONE, Pane, Views
@@ -31,6 +32,7 @@ THUMB = 8  # tokens of the longer side of a thumbnail
 Groups = dict[str, dict[str, tuple[int, ...]]]  # name of a group -> site -> channels
 
 
+@checked
 def explorer_reads(massive: ChannelSet, *, seed: int = 0) -> list[Read]:
     """Returns reads for the explorer that fit into memory for a large model: only a set of channels and its controls.
 

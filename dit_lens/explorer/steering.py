@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import traitlets
 
+from dit_lens.arguments import checked, checked_fields
 from dit_lens.core.request.ops import Swap
 from dit_lens.errors import DitLensError, OpError, check_choice, nearest
 from dit_lens.explorer.code import code_of_lens
@@ -26,6 +27,7 @@ ARMS = ("top", "bottom", "random", "energy-matched", "all")
 WHERE = ("everywhere", "subject")
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Setting:
     """The setting of the controls, which describes one edit.
@@ -46,6 +48,7 @@ class Setting:
     where: str = "everywhere"
 
 
+@checked
 def steer(
     lens: DiTLens, source: str, target: str, *, k: int = 8, seed: int = 0, score: str = "|mean|", **call: Any
 ) -> Steer:
@@ -154,6 +157,7 @@ class Steer(Widget):
         (first_block, end_block), (first_step, end_step) = self.blocks, self.steps
         return Setting(self.strength, self.arm, self.k, (first_block, end_block), (first_step, end_step), self.where)
 
+    @checked
     def swap(self, setting: Setting) -> Swap:
         """Returns the op of a setting."""
         check_choice(setting.arm, ARMS, "arm")
@@ -174,6 +178,7 @@ class Steer(Widget):
         """The code that draws the last image, or that of the initial setting."""
         return self.code_of(self.settings[-1] if self.settings else self._initial)
 
+    @checked
     def code_of(self, setting: Setting) -> str:
         """Returns the code that draws the image of a setting."""
         arm = {"bottom": ".bottom()", "random": ".random(seed=0)", "energy-matched": ".energy_matched(seed=0)"}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import anywidget
 import traitlets
 
+from dit_lens.arguments import checked
 from dit_lens.core.runs.files import write_text
 from dit_lens.core.runs.html import data_url
 
@@ -54,14 +55,13 @@ class Widget(anywidget.AnyWidget):
     _esm: str
     _css = STATIC / "widget.css"
 
+    @checked
     def to_html(self, path: str | Path, *, title: str = "dit_lens") -> Path:
         """Writes one HTML file that works from disk, without kernel or network, and returns its path.
 
         The file is written completely or not at all.
         """
-        path = Path(path)
         page = _PAGE.format(policy=_POLICY, title=html.escape(title), body=self.fragment())
-        path.parent.mkdir(parents=True, exist_ok=True)
         return write_text(path, page)
 
     def fragment(self) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sized
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.errors import FamilyError, SiteError
+from dit_lens.arguments import checked
+from dit_lens.errors import FamilyError, SiteError, nearest
 from dit_lens.families.calls import call_parameters
 from dit_lens.families.locations import GridRule, ReadoutRule, TensorLocation, TextRule, TimeRule
 from dit_lens.families.module_tree import ModuleTree, class_names, count_heads, measure_width
@@ -53,6 +54,7 @@ class Anatomy:
         """How many blocks there are, over all stacks."""
         return len(self._blocks)
 
+    @checked
     def check_block(self, index: int) -> int:
         """A block's number, counted from the end if it is negative; raises SiteError if there is no such block."""
         if not -self.depth <= index < self.depth:
@@ -152,8 +154,11 @@ class Anatomy:
         last = index == len(self.stacks[stack.name]) - 1
         return set(stack.outputs) - set(stack.ends_without if last else ())
 
+    @checked
     def site(self, name: str) -> Site:
         """The site of a full name, as :attr:`sites` lists it."""
+        if name not in self._by_name:
+            raise SiteError(f"no site is called {name!r}.{nearest(name, self._by_name)}")
         return self._by_name[name]
 
     @cached_property

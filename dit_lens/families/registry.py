@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch.nn import Module
 
+from dit_lens.arguments import checked
 from dit_lens.errors import FamilyError
 from dit_lens.families.live import refuse_unsafe
 from dit_lens.families.module_tree import class_names
@@ -25,6 +26,7 @@ def known_families() -> tuple[Family, ...]:
     return (*reversed(REGISTERED), *TABLE)
 
 
+@checked
 def register_family(family: Family) -> None:
     """Adds a row for a DiT this library does not know. It is checked like the others when a pipeline is loaded."""
     REGISTERED.append(family)
@@ -119,6 +121,7 @@ def _refuse_second(pipe: DiffusionPipeline) -> None:
             )
 
 
+@checked
 def find_by_pipeline(kind: type) -> Family | None:
     """The family of a pipeline class, without its transformer; None where no row lists the class or a parent of it."""
     return next((family for family in known_families() if family.find_pipeline(kind) is not None), None)

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dit_lens.arguments import checked, checked_fields
 from dit_lens.families.stack import Adapter, Stack
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Guidance:
     """How a pipeline runs the conditional and the unconditional branch.
@@ -29,6 +31,7 @@ class Guidance:
     cut: str | None = None
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Time:
     """What the transformer gets as its time: noise level = offset + scale * value.
@@ -43,6 +46,7 @@ class Time:
     scale: float = 1.0
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Refusal:
     """A pipeline argument that changes which forward passes are made inside a run, so that they do not fit the plan.
@@ -57,6 +61,7 @@ class Refusal:
     off: object = None
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Pipeline:
     """What a pipeline class of diffusers does around the transformer of a family.
@@ -103,6 +108,7 @@ class Pipeline:
         return tuple(replace(self, name=name, tested=tested, **changes) for name in names)
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Grid:
     """How the image tokens of a forward pass follow from its arguments.
@@ -141,6 +147,7 @@ class Grid:
         return "tokens" if self.rule in ("ids", "positions", "marks", "shapes", "counts") else self.rule
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Final:
     """The image stream where it leaves the blocks.
@@ -157,6 +164,7 @@ class Final:
     axes: str = "tokens"
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Readout:
     """How image tokens become a prediction: the final norm, then these modules.
@@ -178,6 +186,7 @@ class Readout:
     passes_temb: bool = False
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Prediction:
     """What the transformer returns.
@@ -194,6 +203,7 @@ class Prediction:
     sign: int = 1
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Latents:
     """How image tokens follow from the latents of the autoencoder.
@@ -215,6 +225,7 @@ class Latents:
     frames: bool = False
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Prompts:
     """How prompts enter a pipeline, and what they become.
@@ -248,6 +259,7 @@ class Prompts:
     classes: str | None = None
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Example:
     """A small transformer of the class, and a call of it, for the check at load.
@@ -262,6 +274,7 @@ class Example:
     grid: tuple[int, int] = (2, 3)
 
 
+@checked_fields
 @dataclass(frozen=True, eq=False)
 class Family:
     """One DiT class of diffusers, and every fact about it.
@@ -302,10 +315,12 @@ class Family:
     adapters: tuple[Adapter, ...] = ()
     note: str = ""
 
+    @checked
     def pipeline(self, kind: type) -> Pipeline:
         """What a pipeline class does around this transformer: its own entry, a parent's, or the usual one."""
         return self.find_pipeline(kind) or self.pipelines[0]
 
+    @checked
     def find_pipeline(self, kind: type) -> Pipeline | None:
         """The entry of a pipeline class or of its nearest parent that has one."""
         entries = {pipeline.name: pipeline for pipeline in self.pipelines}

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from dit_lens.arguments import checked_fields
 
+
+@checked_fields
 @dataclass(frozen=True)
 class PointSpec:
     """Where a tensor inside a block is.
@@ -59,6 +62,7 @@ class Adapter:
     call: Mapping[str, object]
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Stack:
     """A list of equal blocks. Stacks run in the order in which the family lists them.

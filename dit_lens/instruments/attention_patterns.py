@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from dit_lens.arguments import checked
 from dit_lens.core.request.call import needs_weights
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError
 from dit_lens.families.layout import find_image_tokens, select_stream
@@ -48,11 +49,13 @@ class Attention:
     rows: range
     run: Run
 
+    @checked
     def __getitem__(self, block: int) -> Tensor:
         if block not in self.tensors:
             raise SiteError(f"block {block} was not read; there are {', '.join(map(str, self.tensors))}.")
         return self.tensors[block]
 
+    @checked
     def between(self, block: int, queries: str = "img", keys: str = "txt") -> Tensor:
         """The part from one stream to another: [step, row, head, query, key] with image tokens row by row.
 

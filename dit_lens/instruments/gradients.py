@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from dit_lens.arguments import checked
 from dit_lens.core.request.ops import Apply
-from dit_lens.errors import ExecutionError, FamilyError, OpError, PromptError, SiteError, check_choice, nearest
+from dit_lens.errors import ExecutionError, FamilyError, OpError, PromptError, SiteError, check_choice, nearest, show
 from dit_lens.families.sources import find_without_gradient
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ class Gradients(Mapping[str, Tensor]):
     run: Run = field(repr=False)
 
     def __getitem__(self, site: str) -> Tensor:
-        if site not in self.tensors:
-            raise SiteError(f"no gradient was taken at {site!r}.{nearest(site, self.tensors)}")
+        if not isinstance(site, str) or site not in self.tensors:
+            raise SiteError(f"no gradient was taken at {show(site)}.{nearest(site, self.tensors)}")
         return self.tensors[site]
 
     def __iter__(self) -> Iterator[str]:
@@ -96,7 +97,9 @@ def gradients(
     ops = [Apply(site, fn=graph.keep, steps=steps, branch=branch)]
     if through == "step":
         ops.append(Apply("velocity", fn=graph.close, steps=steps, branch=branch))
-    with lens.engine.differentiable(), _detach_outputs(lens.pipe.transformer) if through == "step" else nullcontext():
+    detached = _detach_outputs(lens.pipe.transformer) if through == "step" else nullcontext()
+    # Whatever mode the caller is in, such as torch.inference_mode: here a graph is needed.
+    with torch.inference_mode(mode=False), torch.enable_grad(), lens.engine.differentiable(), detached:
         run = lens.run(prompt, ops, output_type="latent", **call)
         latents: Any = run.latents
         if through == "run":
@@ -108,6 +111,7 @@ def gradients(
     return Gradients(value, {s: torch.stack([graph.found[s, step] for step in taken]) for s in sites}, taken, run)
 
 
+@checked
 def attribution(
     lens: Session,
     source: str,
@@ -236,11 +240,17 @@ def _detach_outputs(transformer: nn.Module) -> Generator[None]:
 
 
 def check_differentiable(lens: Session) -> None:
-    """Raises FamilyError if the model runs code under ``torch.no_grad``, which would leave the graph unseen.
+    """Raises an error if gradients would be impossible or wrong.
 
-    Beside what the row of the family declares, the live modules are looked at, which an adapter or a quantisation may
-    have exchanged.
+    ExecutionError: weights that are inference tensors. FamilyError: code under ``torch.no_grad`` inside the model,
+    which would leave the graph unseen; the live modules are looked at, which an adapter or a quantisation may have
+    exchanged, beside what the row of the family declares.
     """
+    if any(weight.is_inference() for weight in lens.pipe.transformer.parameters()):
+        raise ExecutionError(
+            "the weights were made inside torch.inference_mode, so that torch cannot take gradients through them. Load "
+            "the pipeline outside of it."
+        )
     methods = sorted({*lens.family.without_gradient, *find_without_gradient(lens.pipe.transformer)})
     if methods:
         raise FamilyError(

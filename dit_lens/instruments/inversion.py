@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dit_lens.analysis.metrics import rmse
+from dit_lens.arguments import checked
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import FamilyError, OpError
 from dit_lens.families.sources import check_source
@@ -63,6 +64,7 @@ class Inversion:
 
 
 @renamed_keywords(pictures="images")
+@checked
 def invert(lens: Session, images: Sequence[Image], prompts: Sequence[str] | str | None = "", **call: Any) -> Inversion:
     """Runs the ODE of the flow backwards from images to noise.
 
@@ -100,6 +102,7 @@ def invert(lens: Session, images: Sequence[Image], prompts: Sequence[str] | str 
 
 
 @renamed_keywords(pictures="images")
+@checked
 def noised_reference(
     lens: Session, images: Sequence[Image], *, seed: int, prompts: Sequence[str] | str | None = "", **call: Any
 ) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dit_lens.arguments import checked
 from dit_lens.core.plan.cost import format_bytes
 from dit_lens.errors import FamilyError, OpError, PromptError
 from dit_lens.families import find_by_pipeline
@@ -144,6 +145,7 @@ class Recommendation:
 
 
 @renamed_keywords(pictures="images")
+@checked
 def recommend(
     path_or_pipe: str | Path | DiffusionPipeline, gb: float = 24, *, images: int = 1, side: int = 1024
 ) -> Recommendation:

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dit_lens.arguments import checked
 from dit_lens.core.plan.cost import format_bytes, nbytes
 from dit_lens.core.request.call import Call, needs_weights, prepare_call
-from dit_lens.errors import PromptError
+from dit_lens.errors import ExecutionError, PromptError, show
 from dit_lens.families import find, find_by_pipeline
 from dit_lens.families.arguments import IMAGES_PER_PROMPT, holds_text, is_text_encoder
 from dit_lens.families.calls import call_parameters
@@ -42,6 +43,7 @@ class Released:
         return f"released {', '.join(self.parts)}: {sizes}"
 
 
+@checked
 def encode_prompts(
     pipe: DiffusionPipeline,
     prompts: str | Sequence[str],
@@ -261,11 +263,30 @@ def _move_encoders(pipe: DiffusionPipeline, device: str | torch.device | None) -
     before = {name: part.device for name, part in find_encoders(pipe).items()}
     try:
         for part in find_encoders(pipe).values():
-            part.to(device)
+            _move_part(part, device)
         yield device
     finally:
         for name, part in find_encoders(pipe).items():
             part.to(before[name])
+
+
+def _move_part(part: Any, device: str | torch.device) -> None:
+    """Moves a module; ExecutionError where there is no such device."""
+    import torch
+
+    try:
+        where = torch.device(device)
+        if where.type == "meta":
+            raise ExecutionError("device='meta' has no memory. Name one on which encoders can work, such as 'cpu'.")
+        part.to(where)
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError, TypeError, ValueError) as problem:
+        if isinstance(problem, ExecutionError):
+            raise
+        raise ExecutionError(
+            f"encoders cannot be moved to device={show(device)}: {problem}. Name a device of this machine."
+        ) from problem
 
 
 def _name_results(names: Sequence[str], returned: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_lens.core.plan.cost import nbytes
-from dit_lens.core.runs.files import check_pipeline, read_json
+from dit_lens.core.runs.files import check_pipeline, read_json, report_damage
 from dit_lens.errors import StoreError
 from dit_lens.families.arguments import is_text_encoder
 
@@ -114,13 +114,15 @@ def _read_headers(folder: Path) -> Shapes:
     for file in sorted(folder.glob("*.safetensors")):
         if not re.fullmatch(SAFETENSORS, file.name):
             continue
-        with file.open("rb") as stream:
+        with report_damage(file, "Download the weights again."), file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
+            if length > file.stat().st_size:
+                raise StoreError(f"{file} is incomplete: its header says {length} bytes. Download the weights again.")
             header: Mapping[str, Any] = json.loads(stream.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, stop = entry["data_offsets"]
-                found.append((name, tuple(entry["shape"]), stop - start))
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    start, stop = entry["data_offsets"]
+                    found.append((name, tuple(entry["shape"]), stop - start))
     return found
 
 

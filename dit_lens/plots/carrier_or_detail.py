@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
+from dit_lens.arguments import checked
 from dit_lens.errors import OpError
 from dit_lens.plots.code import carries_code
-from dit_lens.plots.tables import check_summary, error_bars
+from dit_lens.plots.tables import check_columns, check_summary, error_bars
 from dit_lens.plots.theme import CI, INK, MASSIVE, Look, fade, set_title
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ _CONTROL = Look("strongest equal-k control", "#0072B2", "diamond-open")
 
 
 @carries_code
+@checked
 def carrier_or_detail_figure(summary: pd.DataFrame, *, carrier: float = 0.3, detail: float = 0.1) -> go.Figure:
     """Evidence for and against, for the massive channels and for their two parts.
 
@@ -44,7 +46,8 @@ def carrier_or_detail_figure(summary: pd.DataFrame, *, carrier: float = 0.3, det
     detail: threshold up to which an edit speaks for a detail knob, shaded.
     """
     numbers = ["value", "value_low", "value_high", "control"]
-    table = summary[["measure", "part", "says"]].join(check_summary(summary[numbers], numbers))
+    words = ["measure", "part", "says"]
+    table = summary[check_columns(summary, words)].join(check_summary(summary.drop(columns=words), numbers))
     lines = table[table["measure"] != "verdict"].iloc[::-1]
     if lines.empty:
         raise OpError("The summary has no evidence to draw yet: finish at least one cell of every arm.")

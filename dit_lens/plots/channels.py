@@ -10,7 +10,9 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 
+from dit_lens.analysis.arrays import to_numpy
 from dit_lens.analysis.channels import top_median_ratio
+from dit_lens.arguments import check_number, checked
 from dit_lens.errors import OpError
 from dit_lens.plots.code import carries_code
 from dit_lens.plots.theme import INK, LINE, MASSIVE, WIDTH, fade, label_width, place_labels, set_title, shorten_site
@@ -23,6 +25,7 @@ _PLOT = (WIDTH - 80, 230)
 
 
 @carries_code
+@checked
 def channel_spectrum(
     scores: Any, massive: Sequence[int] = (), *, site: str = "", score: str = "|mean|", by_rank: bool = False
 ) -> go.Figure:
@@ -92,6 +95,7 @@ def channel_spectrum(
 
 
 @carries_code
+@checked
 def channel_histogram(
     scores: Any, massive: Sequence[int] = (), *, site: str = "", score: str = "|mean|", bins: int = 48
 ) -> go.Figure:
@@ -107,6 +111,7 @@ def channel_histogram(
     score: name of the score, for the axis.
     bins: number of bins, of equal width in log10(score).
     """
+    check_number("bins", bins, 1, 10_000)
     values = _as_vector(scores, massive)
     positive = values > 0
     logs = np.log10(values[positive]) if positive.any() else np.zeros(0)
@@ -152,6 +157,7 @@ def channel_histogram(
 
 
 @carries_code
+@checked
 def block_channel_map(
     scores: Mapping[str, Any], massive: Mapping[str, Sequence[int]] | None = None, *, score: str = "|mean|"
 ) -> go.Figure:
@@ -234,8 +240,7 @@ def block_channel_map(
 
 def _as_vector(scores: Any, massive: Sequence[int]) -> np.ndarray:
     """float64 [d] on the CPU, after checking that the massive channels are among them."""
-    values = torch.as_tensor(np.asarray(scores) if isinstance(scores, list | tuple) else scores)
-    values = values.detach().cpu().double().numpy()
+    values = to_numpy(scores).astype(np.float64)
     if values.ndim != 1 or not values.size:
         raise OpError(
             f"Scores are one number per channel, [d], and got {list(values.shape)}. Average over steps and rows."

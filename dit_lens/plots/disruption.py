@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from plotly.subplots import make_subplots
 
+from dit_lens.arguments import checked
 from dit_lens.errors import OpError
 from dit_lens.plots.code import carries_code
 from dit_lens.plots.tables import check_summary, column_values, describe_n, error_bars
@@ -37,6 +38,7 @@ _CLIP = _Panel("clip", "CLIP score<br>(cosine of image and prompt)", ".3f")
 
 
 @carries_code
+@checked
 def disruption_figure(summary: pd.DataFrame) -> go.Figure:
     """How much images change, and how much of the prompt they keep, when k channels are zeroed.
 

@@ -9,6 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from dit_lens.arguments import checked
 from dit_lens.plots.code import carries_code
 from dit_lens.plots.tables import check_summary, column_values, describe_n
 from dit_lens.plots.theme import ARMS, CI, INK, Look, fade, looks, set_title
@@ -32,6 +33,7 @@ OTHER_PROMPTS = Look("top, subjects of other prompts", ARMS["top"].colour, "circ
 
 
 @carries_code
+@checked
 def organisation_figure(summary: pd.DataFrame) -> go.Figure:
     """How well clusters of each arm's channels find the subject, block by block, and how well chance would.
 

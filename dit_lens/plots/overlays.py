@@ -12,7 +12,9 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from dit_lens.analysis.arrays import to_numpy
 from dit_lens.analysis.clusters import iou, upsample
+from dit_lens.arguments import check_number, checked
 from dit_lens.core.runs.html import data_url
 from dit_lens.errors import OpError
 from dit_lens.plots.code import carries_code
@@ -29,6 +31,7 @@ _ROW, _PIXELS = 8, 512
 
 
 @carries_code
+@checked
 def cluster_overlay(
     image: Image, mask: Any, *, truth: Any = None, title: str = "Clusters", opacity: float = 0.45
 ) -> go.Figure:
@@ -48,6 +51,7 @@ def cluster_overlay(
     title: title of the figure.
     opacity: opacity of the mask, 0 to 1.
     """
+    check_number("opacity", opacity, 0, 1)
     found, true = _check_mask(mask, "mask"), None if truth is None else _check_mask(truth, "truth")
     facts = [f"magenta: mask, {int(found.sum())} of {found.shape[0]} x {found.shape[1]} tokens"]
     facts += [] if true is None else ["dashed: true subject", f"IoU {_measure_iou(image, found, true):.2f}"]
@@ -61,6 +65,7 @@ def cluster_overlay(
 
 
 @carries_code
+@checked
 def overlay_grid(
     image: Image, masks: Mapping[str, Any], *, truth: Any = None, title: str = "Clusters", opacity: float = 0.45
 ) -> go.Figure:
@@ -80,6 +85,7 @@ def overlay_grid(
     title: title of the figure.
     opacity: opacity of the masks, 0 to 1.
     """
+    check_number("opacity", opacity, 0, 1)
     if not masks:
         raise OpError("There are no masks to lay over the image. Give at least one: {name: bool [h, w]}.")
     found = {name: _check_mask(mask, f"the mask of {name}") for name, mask in masks.items()}
@@ -100,6 +106,7 @@ def overlay_grid(
 
 
 @carries_code
+@checked
 def strip(images: Sequence[Image], labels: Sequence[str], *, title: str = "", subtitle: str = "") -> go.Figure:
     """Images in a row with labels underneath, eight to a row; pixels stay sharp squares.
 
@@ -124,6 +131,7 @@ def strip(images: Sequence[Image], labels: Sequence[str], *, title: str = "", su
 
 
 @carries_code
+@checked
 def sheet(
     images: Sequence[Sequence[Image]],
     rows: Sequence[str],
@@ -174,6 +182,7 @@ def sheet(
     return set_title(figure, title, subtitle, height=figure.layout.height)
 
 
+@checked
 def trace_outline(mask: np.ndarray) -> tuple[list[float | None], list[float | None]]:
     """The border of a mask as line segments x, y with None between them; pixel (0, 0) spans 0 to 1.
 
@@ -324,7 +333,7 @@ def _measure_iou(image: Image, mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _check_mask(mask: Any, what: str) -> np.ndarray:
-    array = np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask)
-    if array.ndim != 2 or array.dtype != bool:
+    array = to_numpy(mask)
+    if array.ndim != 2 or array.dtype != bool or not array.size:
         raise OpError(f"{what} must be bool and two-dimensional, and is {array.dtype} {list(array.shape)}.")
     return array

@@ -8,9 +8,9 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dit_lens.errors import OpError
+from dit_lens.arguments import checked
 from dit_lens.plots.code import carries_code
-from dit_lens.plots.tables import check_summary, column_values, describe_n
+from dit_lens.plots.tables import check_columns, check_summary, column_values, describe_n
 from dit_lens.plots.theme import CI, INK, set_title, shorten_site
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ _PANELS = {"effect": "patched", "attribution_run": "attributed, whole run", "att
 
 
 @carries_code
+@checked
 def patching_figure(summary: pd.DataFrame) -> go.Figure:
     """A map for patches and one for each attribution: how far every cell carries the target towards the source.
 
@@ -47,11 +48,8 @@ def patching_figure(summary: pd.DataFrame) -> go.Figure:
       and attribution_step if they were measured; fidelity_source is shown on hovering.
     """
     axes = ("row", "column", "over")
-    numbers = check_summary(
-        summary.drop(columns=["row", "column", "over"], errors="ignore"), ("n", "effect", "effect_low")
-    )
-    if missing := [name for name in axes if name not in summary]:
-        raise OpError(f"The summary lacks {', '.join(missing)}. Pass the summary of studies.patching.")
+    check_columns(summary, axes)
+    numbers = check_summary(summary.drop(columns=list(axes)), ("n", "effect", "effect_low"))
     table = numbers.assign(**{name: summary[name] for name in axes})
     over = str(table["over"].iloc[0])
     beside, cells = table[table["row"] == "subject"], table[table["row"] != "subject"]

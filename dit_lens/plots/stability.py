@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from plotly.subplots import make_subplots
 
+from dit_lens.arguments import checked
 from dit_lens.errors import OpError
 from dit_lens.plots.code import carries_code
 from dit_lens.plots.tables import check_summary, error_bars
@@ -27,6 +28,7 @@ _TEXT = ("over", "site", "a", "b")
 
 
 @carries_code
+@checked
 def stability_figure(summary: pd.DataFrame) -> go.Figure:
     """Overlap by site, overlap of the running aggregate, and the overlap of every two steps and every two sites.
 

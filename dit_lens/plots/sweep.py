@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from plotly.subplots import make_subplots
 
+from dit_lens.arguments import checked
 from dit_lens.errors import OpError, nearest
 from dit_lens.plots.code import carries_code
-from dit_lens.plots.tables import column_values, describe_n, error_bars
+from dit_lens.plots.tables import check_columns, column_values, describe_n, error_bars
 from dit_lens.plots.theme import CI, Look, looks, set_title
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ PANELS = 12
 
 
 @carries_code
-def sweep_figure(summary: pd.DataFrame, over: Sequence[str], measure: str | None = None) -> go.Figure:
+@checked
+def sweep_figure(summary: pd.DataFrame, over: str | Sequence[str], measure: str | None = None) -> go.Figure:
     """Lines over the first swept argument, one per arm, and a panel for every combination of the others.
 
     >>> import pandas as pd
@@ -37,6 +39,8 @@ def sweep_figure(summary: pd.DataFrame, over: Sequence[str], measure: str | None
     over: the swept arguments.
     measure: column to draw; by default the first that has an interval.
     """
+    over = [over] if isinstance(over, str) else over
+    check_columns(summary, [*over, "arm", "n"])
     table, measure = _prepare(summary, measure)
     x, *others = dict.fromkeys([*over, *(name for name in table.columns[: list(table).index("n")] if name != "arm")])
     facets = [name for name in others if table[name].nunique() > 1]

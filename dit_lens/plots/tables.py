@@ -49,6 +49,19 @@ def check_summary(summary: pd.DataFrame, needed: Sequence[str]) -> pd.DataFrame:
     summary: summary of a study.
     needed: columns that the figure needs.
     """
+    check_columns(summary, needed)
+    text = {"arm", "masked", "block"}
+    try:
+        return summary.assign(**{name: summary[name].astype(float) for name in summary if name not in text})
+    except (TypeError, ValueError) as problem:
+        raise OpError(
+            f"The summary has something other than numbers in a column of numbers: {problem}. Pass the summary of the "
+            "study that this figure is of."
+        ) from problem
+
+
+def check_columns(summary: pd.DataFrame, needed: Sequence[str]) -> list[str]:
+    """The names of columns, after a check that the summary has them, and rows."""
     if missing := [name for name in needed if name not in summary]:
         raise OpError(
             f"The summary lacks {', '.join(missing)}; it has {', '.join(map(str, summary.columns))}. "
@@ -56,8 +69,7 @@ def check_summary(summary: pd.DataFrame, needed: Sequence[str]) -> pd.DataFrame:
         )
     if summary.empty:
         raise OpError("The summary has no rows, so there is nothing to draw.")
-    text = {"arm", "masked", "block"}
-    return summary.assign(**{name: summary[name].astype(float) for name in summary if name not in text})
+    return list(needed)
 
 
 def describe_n(table: pd.DataFrame) -> str:

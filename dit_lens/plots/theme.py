@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
+from dit_lens.arguments import checked
+
 INK = "#767676"
 FAINT = "rgba(128, 128, 128, 0.25)"
 MASSIVE = "#D55E00"
@@ -110,6 +112,7 @@ TEMPLATE = go.layout.Template(
 )
 
 
+@checked
 def looks(arms: Iterable[str]) -> dict[str, Look]:
     """The look of every arm, in the fixed order of arms; arms of your own come last, in spare colours.
 

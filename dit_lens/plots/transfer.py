@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from plotly.subplots import make_subplots
 
+from dit_lens.arguments import checked
 from dit_lens.errors import OpError
 from dit_lens.plots.code import carries_code
 from dit_lens.plots.overlays import sheet
@@ -30,6 +31,7 @@ class TransferResult(Protocol):
 
 
 @carries_code
+@checked
 def transfer_figure(summary: pd.DataFrame, k: int | None = None) -> go.Figure:
     """What moving channels from a source into a target does: nearer to the source, farther from the target?
 
@@ -67,6 +69,7 @@ def transfer_figure(summary: pd.DataFrame, k: int | None = None) -> go.Figure:
 
 
 @carries_code
+@checked
 def transfer_image_figure(summary: pd.DataFrame, k: int | None = None) -> go.Figure:
     """What moving channels out of an image does: see :func:`transfer_figure`."""
     figure = transfer_figure(summary, k)
@@ -74,6 +77,7 @@ def transfer_image_figure(summary: pd.DataFrame, k: int | None = None) -> go.Fig
 
 
 @carries_code
+@checked
 def transfer_strips(
     result: TransferResult,
     *,

@@ -16,7 +16,7 @@ from dit_lens.analysis.channels.statistics import RunningStats, chance_jaccard, 
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import OpError
 from dit_lens.plots import stability_figure
-from dit_lens.studies.shared.arguments import as_prompts, as_seeds, describe_k
+from dit_lens.studies.shared.arguments import as_ks, as_prompts, as_seeds, describe_k
 from dit_lens.studies.shared.batches import PromptBatch, make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
@@ -115,6 +115,7 @@ def stability(
     """
     prompts, seeds = as_prompts(prompts), as_seeds(seeds)
     sites = lens.sites(site)
+    (k,) = as_ks([k])
     width = _check(lens, sites, k, scores, stable)
     settings = {
         "prompts": prompts,

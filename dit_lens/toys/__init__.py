@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dit_lens.arguments import checked
 from dit_lens.errors import StoreError, nearest
 from dit_lens.old_names import find_old_names
 from dit_lens.toys.kinds import KINDS, kind
@@ -20,6 +21,7 @@ BESIDE = Path(__file__).parents[2] / "toys"  # beside the package: other seeds t
 __getattr__ = find_old_names(__name__, {"hushed": "quiet_loading"})
 
 
+@checked
 def untrained(name: str) -> nn.Module:
     """The transformer of a toy as it was before training began."""
     of, _, seed = name.partition("-seed")
@@ -46,6 +48,7 @@ def quiet_loading() -> Generator[None]:
                 library.enable_progress_bar()
 
 
+@checked
 def path(name: str) -> Path:
     """The folder of a toy's pipeline."""
     known = {file.parent.name: file.parent for place in (WEIGHTS, BESIDE) for file in place.glob("*/model_index.json")}
@@ -62,6 +65,7 @@ def path(name: str) -> Path:
     raise StoreError(f"there is no toy called {name!r}.{nearest(name, sorted(known))}")
 
 
+@checked
 def train_command(name: str) -> str:
     """The command that trains a toy, which leaves its pipeline in DIR/pipeline.
 

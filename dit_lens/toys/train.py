@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from dit_lens.arguments import checked_fields
 from dit_lens.core.request.call import prepare_call
-from dit_lens.core.runs.files import find_folder, read_json, whole_folder, write_json
+from dit_lens.core.runs.files import find_folder, read_json, report_damage, report_unwritten, whole_folder, write_json
 from dit_lens.errors import DitLensError, StoreError
 from dit_lens.toys.kinds import SHARES, kind
 from dit_lens.toys.scenes import VOCABULARY, sample_scenes
@@ -36,6 +37,7 @@ CHECKPOINT_SECONDS = 120.0
 SAMPLE_SECONDS = 900.0
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Settings:
     """Settings of a training run; stored with its checkpoints and in the model card.
@@ -255,6 +257,14 @@ def _restore(
     """
     if not folder.exists():
         return Progress()
+    with report_damage(folder, "Start again without --resume, in a new folder."):
+        return _load_checkpoint(folder, net, ema, optimizer, settings)
+
+
+def _load_checkpoint(
+    folder: Path, net: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer, settings: Settings
+) -> Progress:
+    """What :func:`_restore` reads of a folder that exists."""
     stored = read_json(folder / "progress.json", "a training checkpoint")
     if (toy := stored["settings"].get("toy", "flux")) != settings.toy:
         raise StoreError(
@@ -295,5 +305,6 @@ def _draw_samples(pipe: DiffusionPipeline, ema: dict[str, Tensor], path: Path, d
     strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
     for i, image in enumerate(images):
         strip.paste(image, (i * image.width, 0))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    strip.save(path)
+    with report_unwritten(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        strip.save(path)

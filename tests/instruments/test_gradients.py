@@ -220,3 +220,23 @@ def test_nearness_is_the_share_of_the_way():
     x = torch.stack([torch.lerp(target, source, share) for share in (0.0, 0.25, 1.0)])
     assert torch.allclose(nearness(x, source, target), torch.tensor([0.0, 0.25, 1.0]), atol=1e-6)
     assert nearness((2 * target - source)[None], source, target) == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("through", ["run", "step"])
+def test_whatever_mode_the_caller_is_in(cfg_lens, mode, through):
+    def take():
+        call = {"metric": lambda x: x.square().mean(), "through": through, "seed": 0, "num_inference_steps": 2}
+        return cfg_lens.gradients("red", "blocks.0.img", **call)["blocks.0.img"]
+
+    plain = take()
+    with mode():
+        assert torch.equal(take(), plain)
+    assert plain.abs().max() > 0
+
+
+def test_weights_that_were_made_in_inference_mode():
+    with torch.inference_mode():
+        lens = DiTLens(pipelines.flux(), defaults=dict(pipelines.CALL))
+    with pytest.raises(ExecutionError, match="outside of it"):
+        lens.gradients("red", "blocks.0.img", metric=torch.mean)

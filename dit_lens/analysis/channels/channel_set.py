@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dit_lens.analysis.channels.controls import count_hits, matched_map, random_map
 from dit_lens.analysis.channels.statistics import (
@@ -24,10 +22,12 @@ from dit_lens.analysis.channels.statistics import (
     ratio,
     to_vector,
 )
-from dit_lens.errors import OpError, SiteError, check_choice, nearest
+from dit_lens.arguments import checked, checked_fields
+from dit_lens.errors import OpError, SiteError, check_choice, nearest, show
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
 ARMS = ("top", "bottom", "random", "energy-matched", "given")
 
@@ -35,10 +35,12 @@ ARMS = ("top", "bottom", "random", "energy-matched", "given")
 ENERGY_TOLERANCE = 0.8
 
 
+@checked_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class ChannelSet(Mapping[str, tuple[int, ...]]):
     """Chosen channels per site, with the scores that chose them; makes its own control sets.
 
+    >>> import torch
     >>> from dit_lens.channels import top_channels
     >>> scores = {
     ...     "blocks.0.img": torch.tensor([9.0, 1.0, 7.0, 2.0]),
@@ -98,8 +100,8 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
             object.__setattr__(self, name, value)
 
     def __getitem__(self, site: str) -> tuple[int, ...]:
-        if site not in self.channels:
-            raise SiteError(f"This ChannelSet has no site {site!r}.{nearest(str(site), self.channels, 'Its sites')}")
+        if not isinstance(site, str) or site not in self.channels:
+            raise SiteError(f"This ChannelSet has no site {show(site)}.{nearest(site, self.channels, 'Its sites')}")
         return self.channels[site]
 
     def __iter__(self) -> Iterator[str]:
@@ -120,9 +122,11 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
 
     # Smaller sets.
 
+    @checked
     def take(self, k: int) -> ChannelSet:
         """Returns the first ``k`` channels of every site: a sweep over k that needs no new run.
 
+        >>> import torch
         >>> from dit_lens.channels import top_channels
         >>> top_channels({"a": torch.tensor([1.0, 3.0, 2.0])}, {"a": torch.ones(3)}, k=3).take(2)["a"]
         (1, 2)
@@ -140,6 +144,7 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
                 )
         return replace(self, channels={site: chosen[:k] for site, chosen in self.channels.items()})
 
+    @checked
     def restrict(self, sites: str | Iterable[str]) -> ChannelSet:
         """Returns the set at some of its sites, in the given order. Raises SiteError for a site it does not have."""
         sites = [sites] if isinstance(sites, str) else list(sites)
@@ -161,9 +166,11 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
         note = f"k is so close to the width that {shared} channels are in both sets." if shared else ""
         return replace(self, channels=chosen, arm="bottom", matched=not shared, note=note)
 
+    @checked
     def random(self, seed: int) -> ChannelSet:
         """Replaces every channel by a random other one, the same at every site.
 
+        >>> import torch
         >>> from dit_lens.channels import top_channels
         >>> top = top_channels(
         ...     {"a": torch.arange(9.0), "b": torch.arange(9.0)}, {"a": torch.ones(9), "b": torch.ones(9)}, k=2
@@ -184,9 +191,11 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
         rng = np.random.default_rng(seed)
         return self._map_channels("random", lambda sets, width: random_map(list(sets.values()), width, rng))
 
+    @checked
     def energy_matched(self, seed: int) -> ChannelSet:
         """Replaces every channel by another, the same at every site, so that each site's energy is kept closely.
 
+        >>> import torch
         >>> from dit_lens.channels import top_channels
         >>> energy = {"a": torch.tensor([8.0, 7.0, 2.0, 1.0, 1.0])}
         >>> control = top_channels(energy, energy, k=1).energy_matched(seed=0)
@@ -255,6 +264,7 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
         """Returns site -> share of the energy that the chosen channels hold, in [0, 1]."""
         return {site: energy_share(self.energy[site], chosen) for site, chosen in self.channels.items()}
 
+    @checked
     def jaccard(self, other: Mapping[str, Iterable[int]]) -> dict[str, float]:
         """Returns site -> Jaccard overlap with ``other``, for the sites that both have. Raises OpError if none."""
         shared = [site for site in self.channels if site in other]
@@ -348,15 +358,14 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
         }
 
     @classmethod
+    @checked
     def from_json(cls, data: Mapping[str, Any]) -> ChannelSet:
         """Makes the set that ``to_json`` wrote. Raises OpError if fields are missing or unknown."""
         fields = set(cls.__dataclass_fields__)
         if set(data) != fields:
-            odd = ", ".join(sorted(set(data) ^ fields))
+            odd = ", ".join(sorted(map(str, set(data) ^ fields)))
             raise OpError(f"A ChannelSet is made of {', '.join(sorted(fields))}; missing or unknown here: {odd}.")
-        tensors = {name: {site: torch.tensor(v) for site, v in data[name].items()} for name in ("scores", "energy")}
-        arguments: dict[str, Any] = {**data, **tensors}
-        return cls(**arguments)
+        return cls(**data)
 
 
 def _common_value(values: dict[str, int]) -> int | dict[str, int]:

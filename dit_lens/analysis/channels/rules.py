@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.analysis.channels.channel_set import ChannelSet
@@ -19,7 +18,8 @@ from dit_lens.analysis.channels.statistics import (
     to_vector,
     top_median_ratio,
 )
-from dit_lens.errors import OpError
+from dit_lens.arguments import as_whole, checked, checked_but
+from dit_lens.errors import OpError, show
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 TOP = 12
 
 
+@checked_but("k")
 def rule_of(
     widths: Mapping[str, int], k: int | None = None, share: float | None = None, mad: float | None = None
 ) -> Callable[..., ChannelSet]:
@@ -58,10 +59,11 @@ def rule_of(
         return partial(mad_channels, threshold=mad)
     k = TOP if k is None else k
     for site, width in widths.items():
-        _check_k(k, site, width)
+        k = _check_k(k, site, width)
     return partial(top_channels, k=k)
 
 
+@checked_but("k")
 def top_channels(
     scores: Mapping[str, Tensor], energy: Mapping[str, Tensor], k: int, score: str = "|mean|"
 ) -> ChannelSet:
@@ -81,11 +83,12 @@ def top_channels(
     Source: T_k(l) of arXiv 2605.13974, with score |mean over image tokens|.
     """
     for site, values in scores.items():
-        _check_k(k, site, len(to_vector(values, f"The scores of {site}")))
+        k = _check_k(k, site, len(to_vector(values, f"The scores of {site}")))
     chosen = {site: rank_channels(values, descending=True)[:k] for site, values in scores.items()}
     return ChannelSet(chosen, dict(scores), dict(energy), score=score)
 
 
+@checked
 def share_channels(
     scores: Mapping[str, Tensor], energy: Mapping[str, Tensor], share: float = 0.5, score: str = "|mean|"
 ) -> ChannelSet:
@@ -110,6 +113,7 @@ def share_channels(
     return ChannelSet(chosen, dict(scores), dict(energy), score=score, note=note)
 
 
+@checked
 def mad_channels(
     scores: Mapping[str, Tensor], energy: Mapping[str, Tensor], threshold: float = 1000.0, score: str = "|mean|"
 ) -> ChannelSet:
@@ -132,6 +136,7 @@ def mad_channels(
     return ChannelSet(chosen, dict(scores), dict(energy), score=score, note=note)
 
 
+@checked
 def absolute_channels(
     peaks: Mapping[str, Tensor],
     medians: Mapping[str, Tensor],
@@ -156,6 +161,8 @@ def absolute_channels(
     times: lower bound of the peak, as a multiple of the site's median.
     Source: the definition of massive activations by Sun et al., arXiv 2402.17762.
     """
+    if set(medians) != set(peaks):
+        raise OpError(f"peaks and medians must name the same sites; got {', '.join(peaks)} and {', '.join(medians)}.")
     typical = {site: median_of(to_vector(medians[site], f"The medians of {site}")) for site in peaks}
     chosen = {
         site: tuple(
@@ -175,6 +182,7 @@ SCORES = ("|mean|", "mean|x|", "rms", "max", "p99.9")
 MEDIAN = "p50"
 
 
+@checked
 def definitions(
     scores: Mapping[str, Tensor], k: int = 12, share: float = 0.5, threshold: float = 1000.0
 ) -> pd.DataFrame:
@@ -239,11 +247,13 @@ def _measure_choice(chosen: tuple[int, ...], values: Tensor, energy: Tensor, fir
     }
 
 
-def _check_k(k: Any, site: str, width: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= width:
+def _check_k(k: Any, site: str, width: int) -> int:
+    found = as_whole(k)
+    if found is None or not 1 <= found <= width:
         raise OpError(
-            f"k={k!r} channels were asked for, but {site} has {width}. Choose a whole number from 1 to {width}."
+            f"k={show(k)} channels were asked for, but {site} has {width}. Choose a whole number from 1 to {width}."
         )
+    return found
 
 
 def _check_share(share: float) -> None:

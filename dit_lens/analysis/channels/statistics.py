@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_lens.arguments import checked
 from dit_lens.errors import OpError
 
 
+@checked
 def jaccard(a: Iterable[int], b: Iterable[int]) -> float:
     """Returns the Jaccard index of two sets of channels, |a & b| / |a | b|; 1 if both are empty.
 
@@ -26,6 +28,7 @@ def jaccard(a: Iterable[int], b: Iterable[int]) -> float:
     return len(first & second) / len(first | second) if first | second else 1.0
 
 
+@checked
 def energy_share(energy: Tensor, channels: Iterable[int]) -> float:
     """Returns the share of the energy that some channels hold; 0 if the total is 0.
 
@@ -43,6 +46,7 @@ def energy_share(energy: Tensor, channels: Iterable[int]) -> float:
     return float(values[chosen].sum()) / total if total else 0.0
 
 
+@checked
 def top_median_ratio(scores: Tensor) -> float:
     """Returns the highest score divided by the median score: infinite if the median is 0, NaN if all scores are 0.
 
@@ -56,6 +60,7 @@ def top_median_ratio(scores: Tensor) -> float:
     return ratio(float(values.max()), median_of(values))
 
 
+@checked
 def gini(values: Tensor) -> float:
     """Returns the Gini coefficient: 0 if all values are equal, (d - 1) / d if one channel holds everything.
 
@@ -74,6 +79,7 @@ def gini(values: Tensor) -> float:
     return float((2 * index - d - 1) @ ordered) / (d * total) if total else 0.0
 
 
+@checked
 def mad_outliers(scores: Tensor, threshold: float = 1000.0) -> tuple[int, ...]:
     """Returns the channels with a score over ``threshold`` median absolute deviations above the median, highest first.
 
@@ -153,9 +159,10 @@ class RunningStats:
         self.count = 0
         self._mean = self._square_deviations = self._min = self._max = torch.empty(0, dtype=torch.float64)
 
+    @checked
     def update(self, x: Tensor) -> None:
         """Adds a batch [*, d] of any floating dtype on any device. Raises OpError if d differs from earlier batches."""
-        if x.ndim == 0 or not x.is_floating_point():
+        if x.ndim == 0 or not x.shape[-1] or not x.is_floating_point():
             raise OpError(f"Running statistics take floating-point values [*, d], and got {x.dtype} {list(x.shape)}.")
         rows = x.detach().reshape(-1, x.shape[-1])
         for part in rows.split(max(1, self.CHUNK // max(1, x.shape[-1]))):
@@ -163,6 +170,7 @@ class RunningStats:
                 # Apple's GPUs have no float64.
                 self.merge(self._compute((part.cpu() if part.device.type == "mps" else part).double()))
 
+    @checked
     def merge(self, other: RunningStats) -> None:
         """Adds all values of ``other``. Raises OpError if the two have different numbers of channels."""
         if other.count == 0:

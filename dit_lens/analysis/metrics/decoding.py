@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dit_lens.arguments import checked
 from dit_lens.errors import OpError
 
 # Folds of the cross-validation, at most.
@@ -31,6 +32,7 @@ class Decoding(NamedTuple):
         return (self.accuracy - self.chance) / (1 - self.chance)
 
 
+@checked
 def decode_labels(features: Any, labels: Any, groups: Any, *, seed: int = 0) -> Decoding | None:
     """Predicts labels from features by logistic regression, with cross-validation over groups.
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from dit_lens.analysis.metrics.perceptual import lpips, ssim
 from dit_lens.analysis.metrics.pixels import apply_pairwise
-from dit_lens.errors import OpError, nearest
+from dit_lens.arguments import list_entries
+from dit_lens.errors import OpError, nearest, show
 
 Distance = Callable[[Any, Any], Any]
 
@@ -74,17 +75,19 @@ def distances(chosen: str | Distance | Sequence[str | Distance]) -> dict[str, Di
     that does not return a number.
     """
     found: dict[str, Distance] = {}
-    for one in [chosen] if isinstance(chosen, str) or callable(chosen) else chosen:
-        if isinstance(one, str) and one not in DISTANCES:
+    listed = [chosen] if isinstance(chosen, str) or callable(chosen) else list_entries(chosen)
+    for one in [chosen] if listed is None else listed:
+        if not callable(one) and (not isinstance(one, str) or one not in DISTANCES):
             raise OpError(
-                f"{one!r} is not a valid distance.{nearest(one, DISTANCES)} A function of two images is also accepted."
+                f"{show(one)} is not a valid distance.{nearest(one, DISTANCES)} A function of two images is also "
+                "accepted."
             )
         name = one if isinstance(one, str) else getattr(one, "__name__", type(one).__name__)
         found[name] = DISTANCES[one] if isinstance(one, str) else one
     black, grey = (Image.new("RGB", (64, 64), (level,) * 3) for level in (0, 128))
     for name, distance in found.items():
         if not np.isscalar(answer := distance(black, grey)) or isinstance(answer, str):
-            raise OpError(f"The distance {name!r} of two images must be a number, but it returned {answer!r}.")
+            raise OpError(f"The distance {name!r} of two images must be a number, but it returned {show(answer)}.")
     return found
 
 

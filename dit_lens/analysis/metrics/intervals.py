@@ -9,7 +9,10 @@ import numpy as np
 from scipy.stats import norm
 
 from dit_lens.analysis.arrays import to_numpy
+from dit_lens.arguments import checked
 from dit_lens.errors import OpError
+
+MOST_RESAMPLES = 1_000_000
 
 
 class Interval(NamedTuple):
@@ -20,6 +23,7 @@ class Interval(NamedTuple):
     high: float
 
 
+@checked
 def bootstrap_ci(values: Any, groups: Any = None, seed: int = 0, n: int = 2000, level: float = 0.95) -> Interval:
     """Returns the mean over prompts with its hierarchical bootstrap interval.
 
@@ -41,8 +45,8 @@ def bootstrap_ci(values: Any, groups: Any = None, seed: int = 0, n: int = 2000, 
     replacement, then seeds within each drawn prompt.
     """
     _check_level(level)
-    if n < 1:
-        raise OpError(f"n={n} resamples were asked for. Use 1,000 or more.")
+    if not 1 <= n <= MOST_RESAMPLES:
+        raise OpError(f"n={n:,} resamples were asked for. Use 1,000 to {MOST_RESAMPLES:,}.")
     rows, counts = _group_by_prompt(np.asarray(to_numpy(values), dtype=np.float64), groups)
     mean = float((rows.sum(1) / counts).mean())
     if rows.size == 1:
@@ -57,6 +61,7 @@ def bootstrap_ci(values: Any, groups: Any = None, seed: int = 0, n: int = 2000, 
     return Interval(mean, float(low), float(high))
 
 
+@checked
 def paired_difference_ci(a: Any, b: Any, seed: int = 0, n: int = 2000, level: float = 0.95) -> Interval:
     """Returns the mean of a - b with its :func:`bootstrap_ci`, over pairs that share prompt and seed.
 
@@ -78,6 +83,7 @@ def paired_difference_ci(a: Any, b: Any, seed: int = 0, n: int = 2000, level: fl
     return bootstrap_ci(difference, seed=seed, n=n, level=level)
 
 
+@checked
 def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     """Returns a proportion with its Wilson score interval, which lies within [0, 1] and exists for 0 and n successes.
 
@@ -109,13 +115,16 @@ def _group_by_prompt(values: np.ndarray, groups: Any) -> tuple[np.ndarray, np.nd
                 "values[:, None]; with unequal numbers of seeds pass groups."
             )
         return values, np.full(len(values), values.shape[1])
-    labels = to_numpy(groups)
+    labels = to_numpy(groups, labels=True)
     if values.ndim != 1 or labels.shape != values.shape:
         raise OpError(
             f"With groups, values and groups must both be [m]; got shapes {list(values.shape)} and "
             f"{list(labels.shape)}. Name the prompt of every value."
         )
-    _, prompt, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    try:
+        _, prompt, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    except TypeError as problem:  # entries without an order, such as numbers among texts
+        raise OpError(f"groups cannot be told apart: {problem}. Name every prompt by a text, or by a number.") from None
     rows = np.zeros((len(counts), counts.max()))
     for i in range(len(counts)):
         rows[i, : counts[i]] = values[prompt == i]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dit_lens.arguments import checked
 from dit_lens.errors import OpError
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Comparison:
         return "\n".join([f"Comparison: {head}, {len(lines)} differences in how they were made", *lines])
 
 
+@checked
 def compare(a: Run, b: Run) -> Comparison:
     """Compares two runs, image by image, or by their latents where those were asked for.
 

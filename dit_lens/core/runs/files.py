@@ -7,15 +7,19 @@ import os
 import platform
 import shutil
 import uuid
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from filelock import FileLock, Timeout
 
-from dit_lens.errors import StoreError
+from dit_lens.errors import DitLensError, StoreError, show
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LOCK = ".dit_lens.lock"  # in the folder in which something is being replaced
 PATIENCE = 60.0  # seconds to wait for another writer, who needs milliseconds
@@ -35,25 +39,45 @@ def whole_folder(path: str | Path, *, mark: str, overwrite: bool = True) -> Gene
     overwrite: whether an existing folder of this kind may be replaced.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone_in(path.parent):
-        _check_replaceable(path, mark, overwrite)
-        _remove_leftovers(path)
-    fresh = _name_beside(path, f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
-    fresh.mkdir()
-    try:
-        yield fresh
-        (fresh / mark).touch()
+    with report_unwritten(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with _alone_in(path.parent):
             _check_replaceable(path, mark, overwrite)
-            old = _name_beside(path, "old")
-            shutil.rmtree(old, ignore_errors=True)
-            if path.exists():
-                path.rename(old)
-            fresh.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+            _remove_leftovers(path)
+        fresh = _name_beside(path, f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+        fresh.mkdir()
+        try:
+            yield fresh
+            (fresh / mark).touch()
+            with _alone_in(path.parent):
+                _check_replaceable(path, mark, overwrite)
+                old = _name_beside(path, "old")
+                shutil.rmtree(old, ignore_errors=True)
+                if path.exists():
+                    path.rename(old)
+                fresh.rename(path)
+                shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextmanager
+def report_unwritten(path: str | Path) -> Generator[None]:
+    """Turns what a full disk, a missing right or an impossible name causes inside into a StoreError.
+
+    path: the file or folder that is written, whole or not at all.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except DitLensError:
+        raise
+    except (OSError, SafetensorError) as problem:
+        raise StoreError(
+            f"{show(str(path))} could not be written: {problem}. What was there before is unchanged, and nothing is "
+            "left half-written. Choose another place, or free some space."
+        ) from problem
 
 
 def _check_replaceable(path: Path, mark: str, overwrite: bool) -> None:
@@ -83,6 +107,10 @@ def _remove_leftovers(path: Path) -> None:
 def _alone_in(folder: Path) -> Generator[None]:
     """Keeps other writers of a folder waiting."""
     try:
+        os.close(os.open(folder / LOCK, os.O_CREAT | os.O_RDWR))  # the lock would wait for ever where nobody may write
+    except OSError as problem:
+        raise StoreError(f"{folder} cannot be written to: {problem}. Choose another place.") from problem
+    try:
         with FileLock(folder / LOCK, timeout=PATIENCE):
             yield
     except Timeout as waited:
@@ -91,9 +119,13 @@ def _alone_in(folder: Path) -> Generator[None]:
 
 def check_pipeline(folder: Path) -> bool:
     """Whether a path is the folder of a diffusers pipeline; raises StoreError if it exists and is not one."""
-    if (folder / "model_index.json").is_file():
+    try:
+        found, exists = (folder / "model_index.json").is_file(), folder.exists()
+    except (OSError, ValueError) as problem:  # a name that no file can have
+        raise StoreError(f"{show(str(folder))} cannot be read: {problem.__class__.__name__}.") from problem
+    if found:
         return True
-    if folder.exists():
+    if exists:
         raise StoreError(
             f"{folder} is not a diffusers pipeline: it has no model_index.json. "
             "Name the folder that save_pretrained wrote."
@@ -120,14 +152,16 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Writes a file whole or not at all, and returns its path."""
+    """Writes a file whole or not at all, folders included, and returns its path."""
     path = Path(path)
-    fresh = _name_beside(path, f"{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with report_unwritten(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = _name_beside(path, f"{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+        try:
+            fresh.write_text(text, encoding="utf-8")
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
     return path
 
 
@@ -178,18 +212,31 @@ def report_damage(folder: Path, remedy: str) -> Generator[None]:
         RuntimeError,
         TypeError,
         ValueError,
+        MemoryError,
         SafetensorError,
         UnidentifiedImageError,
         Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
     ) as damage:
         raise StoreError(f"{folder} is incomplete or damaged: {damage}. {remedy}") from damage
 
 
 def file_inside(folder: Path, name: Any) -> Path:
-    """A file of a folder by its stored name; StoreError if the name leads elsewhere."""
-    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-        raise StoreError(f"{folder} names a file {name!r} outside itself, which is not read.")
+    """A file of a folder by its stored name; StoreError if the name or a link leads elsewhere."""
+    inside = isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
+    if not inside or (folder / name).resolve().parent != folder.resolve():
+        raise StoreError(f"{folder} names a file {show(name)} outside itself, which is not read.")
     return folder / name
+
+
+def read_image(folder: Path, name: Any) -> Image:
+    """An image of a folder by its stored name; a StoreError comes from ``report_damage``, bombs of pixels included."""
+    from PIL import Image
+
+    file = file_inside(folder, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(file).copy()
 
 
 def _name_beside(path: Path, mark: str) -> Path:

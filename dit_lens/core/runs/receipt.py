@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from dit_lens.arguments import checked
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -95,6 +97,7 @@ class Receipt:
         return [asdict(entry) for entry in self.entries]
 
     @classmethod
+    @checked
     def from_json(cls, data: Iterable[dict[str, Any]]) -> Receipt:
         return cls(tuple(_entry_from(line) for line in data))
 

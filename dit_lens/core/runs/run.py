@@ -10,10 +10,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from dit_lens.core.runs.files import find_folder, read_versioned, report_damage, whole_folder, write_json
+from dit_lens.arguments import checked
+from dit_lens.core.runs.files import (
+    file_inside,
+    find_folder,
+    read_image,
+    read_versioned,
+    report_damage,
+    whole_folder,
+    write_json,
+)
 from dit_lens.core.runs.html import run_html
 from dit_lens.core.runs.receipt import Receipt
-from dit_lens.errors import OpError, SiteError, nearest
+from dit_lens.errors import OpError, SiteError, nearest, show
 from dit_lens.families.sites import Site
 from dit_lens.old_names import OldName
 
@@ -108,8 +117,8 @@ class Reading(Mapping[str, Tensor]):
         return tuple(site for site in self.tensors if Site.parse(site).is_image)
 
     def __getitem__(self, site: str) -> SiteTensor:
-        if site not in self.tensors:
-            raise SiteError(f"this read has no {site!r}.{nearest(site, self.tensors)}")
+        if not isinstance(site, str) or site not in self.tensors:
+            raise SiteError(f"this read has no {show(site)}.{nearest(site, self.tensors)}")
         value = self.tensors[site].as_subclass(SiteTensor)
         gridded = site in self.on_grid
         value.shape_of_grid = self.shape_of_grid if gridded else None
@@ -175,7 +184,7 @@ class Reading(Mapping[str, Tensor]):
 
     def by_branch(self, site: str) -> dict[str | None, Tensor]:
         """[s, b, ...] for every branch that was read."""
-        value = self.tensors[site]
+        value = self[site].as_subclass(Tensor)
         return (
             {branch: value[:, i] for i, branch in enumerate(("cond", "uncond"))}
             if self.both
@@ -236,6 +245,8 @@ class Run(Mapping[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         """A read by its name (a mapping site -> tensor), or the tensor of a site that was read without a name."""
+        if not isinstance(key, str):
+            raise SiteError(f"this run has no read {show(key)}.{nearest(key, self)}")
         for reading in self.readings:
             if reading.name == key:
                 return reading
@@ -255,6 +266,7 @@ class Run(Mapping[str, Any]):
         """A run without reads has images all the same."""
         return True
 
+    @checked
     def reading(self, site: str) -> Reading:
         """The first read that holds a site, whole tokens before reduced ones."""
         for reading in sorted(self.readings, key=lambda reading: reading.reduce is not None):
@@ -304,6 +316,7 @@ class Run(Mapping[str, Any]):
             )
         return pd.concat(frames, ignore_index=True)
 
+    @checked
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Writes the run into a new folder: run.json, reads.safetensors, latents.safetensors, images/000.png ..."""
         from safetensors.torch import save_file
@@ -327,17 +340,17 @@ class Run(Mapping[str, Any]):
         return folder
 
     @classmethod
+    @checked
     def load(cls, folder: str | Path) -> Run:
         """Reads what :meth:`save` wrote; needs no model."""
-        from PIL import Image
         from safetensors.torch import load_file
 
         folder = find_folder(folder)
         data = read_versioned(folder / "run.json", "run", FORMAT)
         with report_damage(folder, "Restore it from a copy, or run it again."):
-            tensors = load_file(folder / "reads.safetensors")
-            latents = load_file(folder / "latents.safetensors")["latents"] if data["latents"] else None
-            images = [Image.open(folder / "images" / f"{i:03d}.png").copy() for i in range(data["images"])]
+            tensors = load_file(file_inside(folder, "reads.safetensors"))
+            latents = load_file(file_inside(folder, "latents.safetensors"))["latents"] if data["latents"] else None
+            images = [read_image(folder / "images", f"{i:03d}.png") for i in range(data["images"])]
             return cls(
                 images=images,
                 latents=latents,

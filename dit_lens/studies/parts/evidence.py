@@ -14,6 +14,7 @@ import numpy as np
 from dit_lens.analysis.metrics import bootstrap_ci
 from dit_lens.analysis.metrics.decoding import decode_labels
 from dit_lens.analysis.metrics.variance import variance_shares
+from dit_lens.arguments import checked_fields
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +24,7 @@ CAUSAL, INFORMATION = ("ablation", "transport"), ("decoding", "variance")
 POOLED = 4  # the residual is decoded on a grid of this many cells a side
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Thresholds:
     """What counts, stated beforehand; every piece of evidence is at most 1, and 0 without an effect.

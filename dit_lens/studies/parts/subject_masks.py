@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from dit_lens.errors import OpError
+from dit_lens.analysis.arrays import to_numpy
+from dit_lens.arguments import list_entries
+from dit_lens.errors import OpError, show
 from dit_lens.studies.shared.judges import choose_judge
 
 if TYPE_CHECKING:
@@ -35,9 +37,11 @@ def check_masks(masks: Masks | None, lens: DiTLens, prompts: Sequence[str]) -> l
         return None
     if callable(masks):
         return masks
-    if len(masks) != len(prompts):
-        raise OpError(f"masks= takes one mask for every prompt, and got {len(masks)} for {len(prompts)} prompts.")
-    return [as_mask(mask, f"masks[{i}]") for i, mask in enumerate(masks)]
+    listed = list_entries(masks)
+    if listed is None or len(listed) != len(prompts):
+        given = show(masks) if listed is None else len(listed)
+        raise OpError(f"masks= takes one mask for every prompt, and got {given} for {len(prompts)} prompts.")
+    return [as_mask(mask, f"masks[{i}]") for i, mask in enumerate(listed)]
 
 
 def as_mask(mask: Any, name: str) -> np.ndarray:
@@ -48,7 +52,7 @@ def as_mask(mask: Any, name: str) -> np.ndarray:
     """
     if isinstance(mask, Image.Image):
         return np.asarray(mask.convert("L")) > 127
-    array = np.asarray(mask)
+    array = to_numpy(mask)
     if array.dtype != bool or array.ndim != 2:
         raise OpError(
             f"{name} must be a bool array [H, W] or a PIL image, and is {array.dtype} {list(array.shape)}. "

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral, Number
 from typing import TYPE_CHECKING, Any
 
+from dit_lens.arguments import as_whole, list_entries
 from dit_lens.core.request.call import as_seed
-from dit_lens.errors import OpError, PromptError
+from dit_lens.errors import OpError, PromptError, show
 from dit_lens.families.sites import match
 
 if TYPE_CHECKING:
@@ -26,9 +26,12 @@ def check_k(lens: DiTLens, site: Pattern, ks: Sequence[int]) -> None:
         raise OpError("k=[] asks for no set of channels. Give at least one k.")
     for found in match(site, lens.anatomy.sites, lens.anatomy.stacks):
         width = lens.anatomy.channels(found)
-        for k in ks:
-            if not isinstance(k, Integral):
-                raise OpError(f"k={k!r} is not a valid number of channels. Give a whole number from 1 to {width // 2}.")
+        for given in ks:
+            k = as_whole(given)
+            if k is None:
+                raise OpError(
+                    f"k={show(given)} is not a valid number of channels. Give a whole number from 1 to {width // 2}."
+                )
             if not 1 <= k <= width // 2:
                 raise OpError(
                     f"k={k} leaves no control of equal size: {found} has {width} channels. "
@@ -38,9 +41,14 @@ def check_k(lens: DiTLens, site: Pattern, ks: Sequence[int]) -> None:
 
 def as_prompts(prompts: str | Sequence[str]) -> list[str]:
     """One or several prompts as a list; PromptError if it is empty."""
-    found = [prompts] if isinstance(prompts, str) else list(prompts)
+    found = [prompts] if isinstance(prompts, str) else list_entries(prompts)
+    if found is None:
+        raise PromptError(f"prompts={show(prompts)} is not a prompt or a list of prompts.")
     if not found:
         raise PromptError("the list of prompts is empty. Pass at least one prompt.")
+    for one in found:
+        if not isinstance(one, str):
+            raise PromptError(f"a prompt must be a string; one is {show(one)} ({type(one).__name__}).")
     return found
 
 
@@ -55,8 +63,19 @@ def as_seeds(seeds: int | Sequence[int]) -> list[int]:
 
 
 def as_tuple(values: Any) -> tuple[Any, ...]:
-    """One or several numbers as a tuple."""
-    return (values,) if isinstance(values, Number) else tuple(values)
+    """One or several numbers as a tuple; what lists none stands for itself."""
+    found = list_entries(values)
+    return (values,) if found is None else tuple(found)
+
+
+def as_ks(k: int | Sequence[int]) -> list[int]:
+    """One or several numbers of channels as a list, ascending; OpError if one is not a whole number."""
+    found = as_tuple(k)
+    whole = [as_whole(one) for one in found]
+    for one, number in zip(found, whole, strict=True):
+        if number is None:
+            raise OpError(f"k={show(one)} is not a valid number of channels. Give a whole number, or a list of them.")
+    return sorted(number for number in whole if number is not None)
 
 
 def as_pairs(pairs: Sequence[tuple[Any, str]], source: str = "source prompt") -> list[tuple[Any, str]]:
@@ -65,14 +84,17 @@ def as_pairs(pairs: Sequence[tuple[Any, str]], source: str = "source prompt") ->
     pairs: what the user gave.
     source: what the first of a pair is, for the message.
     """
-    if not pairs:
+    given = list_entries(pairs)
+    if given is None:
+        raise OpError(f"pairs={show(pairs)} is not a list. Give a list of ({source}, target prompt).")
+    if not given:
         raise OpError(f"there are no pairs. Give at least one ({source}, target prompt).")
-    for i, pair in enumerate(pairs):
+    for i, pair in enumerate(given):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[1], str):
             raise OpError(
-                f"pairs[{i}] is {pair!r}, which is not a valid pair. Give a list of ({source}, target prompt)."
+                f"pairs[{i}] is {show(pair)}, which is not a valid pair. Give a list of ({source}, target prompt)."
             )
-    return [(pair[0], pair[1]) for pair in pairs]
+    return [(pair[0], pair[1]) for pair in given]
 
 
 def describe_k(k: int, width: int) -> str:

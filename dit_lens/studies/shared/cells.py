@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dit_lens.core.runs.files import find_folder, read_json, whole_folder, write_json
+from dit_lens.core.runs.files import (
+    file_inside,
+    find_folder,
+    read_image,
+    read_json,
+    report_damage,
+    whole_folder,
+    write_json,
+)
 from dit_lens.errors import StoreError
 from dit_lens.studies.shared.old_data import update_cell
 
@@ -68,21 +76,17 @@ def read_cell(folder: Path, study: str, key: str | None = None) -> Cell:
     study: name of the study that the cell belongs to.
     key: the key that the cell must have; any by default. Raises StoreError if it has another.
     """
-    from PIL import Image, UnidentifiedImageError
-    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     folder = find_folder(folder)
     data = read_json(folder / "cell.json", "a cell of a study")
-    try:
+    with report_damage(folder, "Delete it, and the study makes it again."):
         data = update_cell(data, study)
         if key not in (None, data["key"]):
             raise StoreError(f"{folder} is the cell {data['key']!r}, and {key!r} was to come here. Start a new folder.")
-        images = {name: Image.open(folder / file).copy() for name, file in data["images"].items()}
-        parts = {part: load_file(folder / f"{part}.safetensors") for part in data["parts"]}
-    except (OSError, KeyError, SafetensorError, UnidentifiedImageError) as damage:
-        raise StoreError(f"{folder} is damaged: {damage}. Delete it, and the study makes it again.") from damage
-    return Cell(data["lines"], images, **parts)
+        images = {name: read_image(folder, file) for name, file in data["images"].items()}
+        parts = {part: load_file(file_inside(folder, f"{part}.safetensors")) for part in data["parts"]}
+        return Cell(data["lines"], images, **parts)
 
 
 def number_folders(folder: Path) -> Iterator[Path]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dit_lens.core.runs.files import read_versioned, write_json
+from dit_lens.core.runs.files import find_folder, read_versioned, report_damage, report_unwritten, write_json
 from dit_lens.core.runs.provenance import describe
 from dit_lens.errors import StoreError
 from dit_lens.studies.shared.cells import number_folders, read_cell
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
 
 FORMAT = 1
+
+DAMAGED = "Restore it from a copy, or run the study in a new folder."
 
 # What decides a model's numbers; a study continues with the same one, on any machine.
 # What earlier releases did not store of it comes last.
@@ -58,14 +60,17 @@ def claim_folder(folder: Path, study: str, settings: Mapping[str, Any], lens: Di
         "values": values,
         "model": to_plain_data(describe_model(lens, settings.get("call", {}))),
     }
-    if not file.exists():
-        if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-            raise StoreError(f"{folder} holds other files and no study. Choose a new folder for out=.")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, wanted)
+    if not find_folder(file).exists():
+        with report_unwritten(folder):
+            if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+                raise StoreError(f"{folder} holds other files and no study. Choose a new folder for out=.")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, wanted)
         _warn_of_unknown(unknown)
         return
-    found = update_study(read_versioned(file, "study", FORMAT))
+    with report_damage(folder, DAMAGED):
+        found = update_study(read_versioned(file, "study", FORMAT))
+        found |= {part: dict(found[part]) for part in ("settings", "model")}
     if found["study"] != study:
         raise StoreError(f"{folder} holds the study {found['study']!r}. Choose another folder for out=.")
     _check_machine(folder, study, found["model"], wanted["model"])
@@ -150,20 +155,21 @@ def add_remarks(folder: str | Path, settings: Mapping[str, Any], notes: Sequence
 def load_study(folder: str | Path) -> Any:
     """The result of what a study has finished in its ``out`` folder; needs no model."""
     folder = Path(folder)
-    data = update_study(read_versioned(folder / "study.json", "study", FORMAT))
-    cells = number_folders(folder / "cells")
-    # A sweep has a folder for every study that it ran.
-    found = [load_study(part) for part in number_folders(folder / "parts") if any(number_folders(part / "cells"))]
-    found = found or [read_cell(cell, data["study"]) for cell in cells]
-    if not found:
-        raise StoreError(
-            f"{folder} holds a {data['study']} study with nothing finished yet. Call it again to continue."
-        )
-    result = get_study(data["study"]).assemble(data["settings"], found)
-    remarks = data.get("remarks", {"settings": {}, "notes": []})
-    result.settings |= remarks["settings"]
-    result.notes += remarks["notes"]
-    return result
+    with report_damage(folder, DAMAGED):
+        data = update_study(read_versioned(folder / "study.json", "study", FORMAT))
+        cells = number_folders(folder / "cells")
+        # A sweep has a folder for every study that it ran.
+        found = [load_study(part) for part in number_folders(folder / "parts") if any(number_folders(part / "cells"))]
+        found = found or [read_cell(cell, data["study"]) for cell in cells]
+        if not found:
+            raise StoreError(
+                f"{folder} holds a {data['study']} study with nothing finished yet. Call it again to continue."
+            )
+        result = get_study(data["study"]).assemble(data["settings"], found)
+        remarks = data.get("remarks", {"settings": {}, "notes": []})
+        result.settings |= remarks["settings"]
+        result.notes += remarks["notes"]
+        return result
 
 
 def describe_model(lens: DiTLens, call: Mapping[str, Any]) -> dict[str, Any]:

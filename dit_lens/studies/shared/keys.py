@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
+from dit_lens.arguments import checked, checked_fields
+
 # The fields that follow item and seed, in the forms that studies use.
 _FORMS = (
     (),
@@ -25,6 +27,7 @@ _PATTERNS = {
 }
 
 
+@checked_fields
 @dataclass(frozen=True)
 class ImageKey:
     """Which image or mask of a study. ``str(key)`` is its key in ``result.images`` or ``result.masks``.
@@ -73,6 +76,7 @@ class ImageKey:
         return "/".join(self.parts)
 
     @classmethod
+    @checked
     def parse(cls, text: str) -> ImageKey | None:
         """The key that a text stands for; None for a text without item and seed, such as a key of a sweep.
 

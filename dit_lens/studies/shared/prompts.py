@@ -17,11 +17,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, overload
 
+from dit_lens.arguments import checked, checked_fields
 from dit_lens.errors import PromptError, StoreError, nearest
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
+MOST_SCENES = 1_000_000
 ROLES = ("source", "target")
 COLUMNS = ("id", "prompt", "subject", "pair", "role")
 
@@ -44,6 +46,7 @@ class Prompt(str):
 
     __slots__ = ("id", "pair", "role", "subject")
 
+    @checked
     def __new__(cls, text: str, *, id: str, subject: str = "", pair: str = "", role: str = "") -> Self:  # noqa: A002
         """A text with what is known about it."""
         found = super().__new__(cls, text)
@@ -56,6 +59,7 @@ class Prompt(str):
         return str(self)
 
 
+@checked_fields
 @dataclass(frozen=True)
 class PromptList(Sequence[Prompt]):
     """Prompts in order; a slice is a list of prompts again.
@@ -107,6 +111,7 @@ class PromptList(Sequence[Prompt]):
         return "\n".join([f"PromptList: {len(self)} prompts, {len(self.pairs)} pairs", *shown, *more])
 
 
+@checked
 def load(path: str | Path) -> PromptList:
     r"""Reads prompts from a CSV file with a header, or from JSONL with one object per line.
 
@@ -142,6 +147,7 @@ def bundled() -> PromptList:
     return _check_rows(file.name, _jsonl_rows(file))
 
 
+@checked
 def scenes(n: int, seed: int, *, held_out: bool = False) -> PromptList:
     """Captions of scenes that the toys draw; the subject is the shape.
 
@@ -154,8 +160,8 @@ def scenes(n: int, seed: int, *, held_out: bool = False) -> PromptList:
     """
     from dit_lens.toys.scenes import sample_scenes
 
-    if n < 1:
-        raise PromptError(f"n={n} scenes were asked for. Ask for at least 1.")
+    if not 1 <= n <= MOST_SCENES:
+        raise PromptError(f"n={n:,} scenes were asked for. Ask for at least 1, and at most {MOST_SCENES:,}.")
     drawn = sample_scenes(n, seed, held_out=held_out)
     found = (Prompt(scene.caption, id=f"scene-{i}", subject=scene.shape) for i, scene in enumerate(drawn))
     return PromptList(tuple(found))

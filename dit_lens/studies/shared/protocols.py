@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from dit_lens.arguments import checked
 from dit_lens.errors import OpError, check_choice
 from dit_lens.old_names import OldName
 from dit_lens.studies.shared.folders import add_remarks
@@ -80,6 +81,7 @@ class Protocol:
 
         return pd.DataFrame([asdict(choice) for choice in self.choices])
 
+    @checked
     def arguments(self, study: str) -> dict[str, Any]:
         """The arguments that it sets for a study; OpError if it does not cover the study."""
         if study not in self.studies:
@@ -88,6 +90,7 @@ class Protocol:
             )
         return {choice.argument: choice.value for choice in self.choices if choice.study == study and choice.argument}
 
+    @checked
     def apply(self, study: str, given: Mapping[str, Any]) -> list[Choice]:
         """Its choices for a study, after what was given explicitly."""
         return [
@@ -204,6 +207,7 @@ _PROTOCOLS = {
 NAMES = tuple(_PROTOCOLS)
 
 
+@checked
 def get(name: str) -> Protocol:
     """The protocol of a name, "turri2026" or "fig3-reproduction"; OpError for another name."""
     check_choice(name, NAMES, "protocol")

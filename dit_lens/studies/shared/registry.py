@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from dit_lens.arguments import checked
 from dit_lens.errors import StoreError
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class StudyRecord:
     old_names: tuple[str, ...] = ()
 
 
+# Arguments that studies refuse themselves, with what their model and their prompts allow.
+REFUSED_BY_STUDIES = ("k", "seeds", "prompts", "pairs")
+
 _records: dict[str, StudyRecord] = {}
 
 
@@ -69,6 +73,7 @@ def study(
     """
 
     def register(function: Function) -> Function:
+        function = checked(function, but=REFUSED_BY_STUDIES)
         record = StudyRecord(
             name=function.__name__,
             function=function,

@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from dit_lens.core.runs.files import find_folder, read_versioned, whole_folder, write_json
-from dit_lens.errors import OpError, StoreError
+from dit_lens.arguments import checked
+from dit_lens.core.runs.files import (
+    file_inside,
+    find_folder,
+    read_image,
+    read_versioned,
+    report_damage,
+    whole_folder,
+    write_json,
+)
+from dit_lens.errors import OpError
 from dit_lens.old_names import OldName
 from dit_lens.studies.shared.code import write_call
 from dit_lens.studies.shared.folders import load_study
@@ -65,6 +74,7 @@ class Result:
         """The call that made this result; figures carry it in ``layout.meta``."""
         return write_call(self.study, self.settings)
 
+    @checked
     def image(self, item: int, seed: int, **which: Any) -> Image:
         """One image, such as ``result.image(0, 0, k=4, arm="top")``; OpError if there is none.
 
@@ -74,6 +84,7 @@ class Result:
         """
         return self._find("images", ImageKey(item, seed, **which))
 
+    @checked
     def mask(self, item: int, seed: int, **which: Any) -> np.ndarray:
         """One mask, bool [h, w], such as ``result.mask(0, 0, arm="truth")``; OpError if there is none.
 
@@ -83,6 +94,7 @@ class Result:
         """
         return self._find("masks", ImageKey(item, seed, **which))
 
+    @checked
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Writes result.json, masks.safetensors and images/*.png into a new folder, and returns its path.
 
@@ -115,26 +127,28 @@ class Result:
         return Path(folder)
 
     @classmethod
+    @checked
     def load(cls, folder: str | Path) -> Result:
         """Reads what :meth:`save` wrote, or the finished cells in a study's ``out`` folder; needs no model."""
-        from PIL import Image, UnidentifiedImageError
-        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         folder = find_folder(folder)
         if (folder / "study.json").exists():
             return load_study(folder)
         data = read_versioned(folder / "result.json", "result", FORMAT)
-        try:
+        with report_damage(folder, "Restore it from a copy, or run the study again."):
             data = update_study(data)
-            images = {key: Image.open(find_images(folder) / file).copy() for key, file in data["images"].items()}
-            masks = load_file(folder / "masks.safetensors")
+            images = {key: read_image(find_images(folder), file) for key, file in data["images"].items()}
+            masks = load_file(file_inside(folder, "masks.safetensors"))
             tables = {name: pd.DataFrame(**data[name]) for name in ("table", "summary")}
-        except (OSError, KeyError, SafetensorError, UnidentifiedImageError) as damage:
-            raise StoreError(
-                f"{folder} is incomplete or damaged: {damage}. Restore it from a copy, or run the study again."
-            ) from damage
-        return cls(data["study"], **tables, settings=data["settings"], images=images, masks=masks, notes=data["notes"])
+            return cls(
+                data["study"],
+                **tables,
+                settings=dict(data["settings"]),
+                images=images,
+                masks=masks,
+                notes=list(data["notes"]),
+            )
 
     def _find(self, kind: str, key: ImageKey) -> Any:
         known: Mapping[str, Any] = getattr(self, kind)

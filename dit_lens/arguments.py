@@ -1,0 +1,356 @@
+"""Arguments of public calls, checked against their annotations before anything happens, and Python's own afterwards.
+
+What can be meant works: integers, floats and truth values of numpy and torch wherever Python's do, arrays and one-shot
+iterables wherever a list does.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from dit_lens.errors import DitLensError, OpError, PromptError, StoreError, show
+
+F = TypeVar("F", bound=Callable[..., Any])
+C = TypeVar("C", bound=type)
+
+LARGEST = 2**63  # what 64 bits hold
+LONGEST = 1_000_000  # entries of a list, so that an endless iterator ends in an error
+ERRORS: dict[str, type[DitLensError]] = {
+    **dict.fromkeys(("prompt", "prompts", "seed", "seeds", "captions"), PromptError),
+    **dict.fromkeys(("path", "folder", "out", "model"), StoreError),
+}
+CLASSES = [
+    "Anatomy",
+    "ChannelSet",
+    "DataFrame",
+    "DiTLens",
+    "DiffusionPipeline",
+    "Engine",
+    "Example",
+    "Family",
+    "Final",
+    "Grid",
+    "Guidance",
+    "Image",
+    "Latents",
+    "PointSpec",
+    "Prediction",
+    "Prompt",
+    "Prompts",
+    "Readout",
+    "Receipt",
+    "RemoteEngine",
+    "Result",
+    "Run",
+    "RunningStats",
+    "Session",
+    "Setting",
+    "Site",
+    "Stack",
+    "Thresholds",
+    "Time",
+]
+UNFIT = object()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an annotation asks for.
+
+    name: in words, such as "a whole number".
+    fit: value -> the value in Python's own form, or UNFIT.
+    """
+
+    name: str
+    fit: Callable[[Any], Any]
+
+
+def checked(function: F, but: Sequence[str] = ()) -> F:
+    """A function whose arguments are checked against their annotations; a DitLensError names the one that is wrong.
+
+    >>> import numpy as np
+    >>> @checked
+    ... def repeat(word: str, times: int = 2) -> str:
+    ...     return word * times
+    >>> repeat("ab", np.int64(3))
+    'ababab'
+    >>> repeat("ab", 1.5)
+    Traceback (most recent call last):
+    ...
+    dit_lens.errors.OpError: repeat: times=1.5 cannot be used. Give a whole number.
+
+    function: its annotations are strings, as ``from __future__ import annotations`` makes them; names that are not of
+      this file's kinds are not checked.
+    but: arguments that the function refuses itself, as it knows more of them; here they are only made Python's own.
+    """
+    signature = inspect.signature(function)
+    kinds: dict[str, Kind | None] = {}  # by argument; read at the first call
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        for name, value in given.arguments.items():
+            if name not in kinds:
+                kinds[name] = _kind_of(signature.parameters[name])
+            kind = kinds[name]
+            if kind is not None and value is not signature.parameters[name].default:
+                given.arguments[name] = _fit(function, name, value, kind, refuse=name not in but)
+        return function(*given.args, **given.kwargs)
+
+    return call  # ty: ignore[invalid-explicit-return]
+
+
+def checked_but(*names: str) -> Callable[[F], F]:
+    """As :func:`checked`, but for some arguments, which the function refuses itself."""
+    return functools.partial(checked, but=names)
+
+
+def checked_fields(cls: C) -> C:
+    """A dataclass whose fields are checked in the same way."""
+    plain: Any = cls
+    plain.__init__ = checked(plain.__init__)
+    return cls
+
+
+def as_whole(value: Any) -> int | None:
+    """An integer of Python, numpy or torch as Python's own; None for anything else, truth values included."""
+    found = _fit_int(value)
+    return None if found is UNFIT else found
+
+
+def list_entries(value: Any) -> list[Any] | None:
+    """The entries of anything that lists some, one-shot iterables included; None for a text, a mapping, a number."""
+    if isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Iterable):
+        return None
+    try:
+        found = list(itertools.islice(value, LONGEST + 1))
+    except TypeError:  # a tensor of one number has no entries
+        return None
+    return found if len(found) <= LONGEST else None
+
+
+def check_number(name: str, value: float, low: float, high: float = math.inf, *, open_ends: bool = False) -> None:
+    """Raises OpError if a number is not within bounds.
+
+    name: of the argument.
+    value: a number; NaN lies within no bounds.
+    low, high: the bounds.
+    open_ends: whether the bounds themselves are excluded.
+    """
+    fits = low < value < high if open_ends else low <= value <= high
+    if not fits:
+        if high == math.inf:
+            allowed = f"above {low:,}" if open_ends else f"{low:,} or more"
+        else:
+            allowed = f"between {low:,} and {high:,}" if open_ends else f"from {low:,} to {high:,}"
+        raise OpError(f"{name}={show(value)} is out of range. Choose a value {allowed}.")
+
+
+def _fit(function: Callable[..., Any], name: str, value: Any, kind: Kind, *, refuse: bool) -> Any:
+    found = kind.fit(value)
+    if found is UNFIT and not refuse:
+        return value
+    if found is UNFIT:
+        where = getattr(function, "__qualname__", "").removesuffix(".__init__")
+        raise ERRORS.get(name, OpError)(f"{where}: {name}={show(value)} cannot be used. Give {kind.name}.")
+    if name == "seed" and isinstance(found, int) and not 0 <= found < LARGEST:
+        raise PromptError(f"seed {show(value)} is not a whole number from 0 up.")
+    return found
+
+
+def _kind_of(parameter: inspect.Parameter) -> Kind | None:
+    """What a parameter takes; None where anything may be passed on."""
+    annotation = parameter.annotation
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or not isinstance(annotation, str):
+        return None
+    return _read(ast.parse(annotation, mode="eval").body)
+
+
+def _read(node: ast.expr) -> Kind | None:
+    """The kind that an annotation means; None for one that is not checked here."""
+    if isinstance(node, ast.BinOp):
+        left, right = _read(node.left), _read(node.right)
+        return right if left is PLAIN["str"] and right is PLAIN["Path"] else _one_of(left, right)
+    if isinstance(node, ast.Constant) and node.value is None:
+        return Kind("None", lambda value: None if value is None else UNFIT)
+    if isinstance(node, ast.Subscript):
+        inner = list(node.slice.elts) if isinstance(node.slice, ast.Tuple) else [node.slice]
+        return _read_generic(_last_name(node.value), inner)
+    name = _last_name(node)
+    if name in PLAIN:
+        return PLAIN[name]
+    if name in CLASSES:
+        return Kind(f"a {name}", functools.partial(_fit_class, name))
+    return None
+
+
+def _read_generic(name: str, inner: list[ast.expr]) -> Kind | None:
+    if name == "Literal":
+        choices = [part.value for part in inner if isinstance(part, ast.Constant)]
+        return Kind(
+            "one of " + ", ".join(map(repr, choices)),
+            lambda value: value if isinstance(value, str) and value in choices else UNFIT,
+        )
+    if name == "Callable":
+        return Kind("a function", lambda value: value if callable(value) else UNFIT)
+    if name == "tuple" and not any(isinstance(part, ast.Constant) and part.value is ... for part in inner):
+        parts = [_read(part) for part in inner]
+        named = ", ".join("anything" if part is None else part.name for part in parts)
+        return Kind(f"({named})", functools.partial(_fit_tuple, parts))
+    if name in ("Sequence", "Iterable", "list", "tuple", "set"):
+        item = _read(inner[0])
+        return Kind(
+            "a list" if item is None else f"a list, each entry {item.name}", functools.partial(_fit_list, name, item)
+        )
+    if name in ("Mapping", "dict"):
+        kinds = [_read(part) for part in inner]
+        named = ["anything" if kind is None else kind.name for kind in kinds]
+        return Kind(f"a mapping from {named[0]} to {named[1]}", functools.partial(_fit_mapping, *kinds))
+    return None
+
+
+def _last_name(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def _one_of(one: Kind | None, other: Kind | None) -> Kind | None:
+    if one is None or other is None:
+        return None
+    first, second = one.fit, other.fit
+
+    def fit(value: Any) -> Any:
+        found = first(value)
+        return second(value) if found is UNFIT else found
+
+    return Kind(f"{one.name} or {other.name}", fit)
+
+
+def _fit_class(name: str, value: Any) -> Any:
+    """By the name of a class: a check that imports nothing."""
+    return value if any(name == kind.__name__ for kind in type(value).__mro__) else UNFIT
+
+
+def _fit_int(value: Any) -> Any:
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool") or not hasattr(value, "__index__"):
+        return UNFIT
+    try:
+        found = value.__index__()
+    except (TypeError, ValueError, RuntimeError):  # an array of several, or of floats
+        return UNFIT
+    return found if -LARGEST <= found < LARGEST else UNFIT
+
+
+def _fit_float(value: Any) -> Any:
+    if isinstance(value, bool | str | bytes | complex) or not hasattr(value, "__float__"):
+        return UNFIT
+    dtype = str(getattr(value, "dtype", ""))
+    if "bool" in dtype or "complex" in dtype:
+        return UNFIT
+    try:
+        found = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return UNFIT
+    if not math.isfinite(found):
+        return UNFIT
+    return value if isinstance(value, int) and abs(value) < LARGEST else found
+
+
+def _fit_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    if getattr(value, "shape", None) == () and str(getattr(value, "dtype", "")).endswith("bool"):
+        return bool(value)
+    return bool(value) if isinstance(value, int) and value in (0, 1) else UNFIT
+
+
+def _fit_str(value: Any) -> Any:
+    return value if isinstance(value, str) else UNFIT
+
+
+def _fit_path(value: Any) -> Any:
+    if not isinstance(value, str | os.PathLike):
+        return UNFIT
+    try:
+        text = os.fsencode(value)
+    except (TypeError, UnicodeEncodeError):  # half a character has no bytes
+        return UNFIT
+    return value if text and b"\0" not in text else UNFIT
+
+
+def _fit_tensor(value: Any) -> Any:
+    """A tensor, also from an array or a list of numbers."""
+    if isinstance(value, str | bytes | Mapping) or value is None:
+        return UNFIT
+    import numpy as np
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return UNFIT if value.is_meta or value.is_complex() else value.to_dense() if value.is_sparse else value
+    try:
+        array = np.asarray(value)
+        return torch.as_tensor(array) if array.dtype.kind in "biuf" else UNFIT
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return UNFIT
+
+
+def _fit_tuple(parts: Sequence[Kind | None], value: Any) -> Any:
+    found = list_entries(value)
+    if found is None or len(found) != len(parts):
+        return UNFIT
+    fitted = [_fit_entry(part, one) for part, one in zip(parts, found, strict=True)]
+    return UNFIT if any(one is UNFIT for one in fitted) else tuple(fitted)
+
+
+def _fit_list(kind: str, item: Kind | None, value: Any) -> Any:
+    found = list_entries(value)
+    if found is None:
+        return UNFIT
+    fitted = [_fit_entry(item, one) for one in found]
+    if any(one is UNFIT for one in fitted):
+        return UNFIT
+    kept = tuple if kind == "tuple" else Sequence if kind == "Sequence" else Sequence | frozenset | set
+    if isinstance(value, kept) and all(one is other for one, other in zip(found, fitted, strict=True)):
+        return value
+    return tuple(fitted) if kind == "tuple" or isinstance(value, tuple) else fitted
+
+
+def _fit_mapping(key: Kind | None, item: Kind | None, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return UNFIT
+    pairs = list(value.items())
+    fitted = [(_fit_entry(key, name), _fit_entry(item, one)) for name, one in pairs]
+    if any(name is UNFIT or one is UNFIT for name, one in fitted):
+        return UNFIT
+    same = all(one is other[1] for (_, one), other in zip(fitted, pairs, strict=True))
+    return value if same else dict(fitted)
+
+
+def _fit_entry(kind: Kind | None, value: Any) -> Any:
+    return value if kind is None else kind.fit(value)
+
+
+TEXT = Kind("a string", _fit_str)
+PLAIN = {
+    "int": Kind("a whole number", _fit_int),
+    "float": Kind("a finite number", _fit_float),
+    "bool": Kind("True or False", _fit_bool),
+    "str": TEXT,
+    "Path": Kind("a path that a file can have", _fit_path),
+    "Tensor": Kind("a tensor of real numbers", _fit_tensor),
+    "TransferResult": Kind(
+        "the result of a study of transfer", lambda value: value if hasattr(value, "settings") else UNFIT
+    ),
+    "type": Kind("a class", lambda value: value if isinstance(value, type) else UNFIT),
+    **dict.fromkeys(("Ablation", "ChannelsFrom", "How", "Over", "Through"), TEXT),
+    "Judge": Kind("a function", lambda value: value if callable(value) else UNFIT),
+    "PairMetric": Kind("a function", lambda value: value if callable(value) else UNFIT),
+    "Callable": Kind("a function", lambda value: value if callable(value) else UNFIT),
+}

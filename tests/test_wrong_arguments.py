@@ -1,0 +1,102 @@
+"""Every public call, each argument in turn replaced by what nobody should give: it works, or a DitLensError says why.
+
+A public function without an entry in tests/wrong_arguments/calls.py fails here. DIT_LENS_FUZZ=1 tries every value, and
+lets models run; by default some are tried, chosen by a fixed seed, and a call that begins to draw has been accepted.
+"""
+
+import fnmatch
+import os
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+
+from dit_lens.errors import DitLensError, show
+from tests.wrong_arguments.calls import ELSEWHERE, make_calls, tiny_lens
+from tests.wrong_arguments.surface import find_calls
+from tests.wrong_arguments.values import make_values
+
+THOROUGH = bool(os.environ.get("DIT_LENS_FUZZ"))
+TRIED = 3  # values for each argument
+# What every run checks, whoever asks for it; the tests of runs try it.
+REQUEST = (
+    "prompt",
+    "prompts",
+    "source",
+    "target",
+    "seed",
+    "num_inference_steps",
+    "height",
+    "width",
+    "steps",
+    "branch",
+    "ops",
+    "site",
+    "seeds",
+    "captions",
+)
+
+
+class Drawn(BaseException):
+    """The model was about to run."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("wrong")
+
+
+@pytest.fixture(scope="module")
+def calls(folder):
+    before = Path.cwd()
+    os.chdir(folder)
+    lens = tiny_lens()
+    yield make_calls(lens, folder)
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory):
+    return make_values(tmp_path_factory.mktemp("values"))
+
+
+@pytest.fixture
+def stopped(calls, monkeypatch):
+    if not THOROUGH:
+        lens = calls["steer"][1]["lens"]
+
+        def draw(*args, **call):
+            raise Drawn
+
+        monkeypatch.setattr(lens.engine, "generate", draw)
+
+
+def test_every_public_call_has_an_entry(calls):
+    known = [*calls, *(name for names in ELSEWHERE.values() for name in names)]
+    assert [name for name in find_calls() if not any(fnmatch.fnmatchcase(name, one) for one in known)] == []
+
+
+def judge(call, arguments):
+    """What went wrong, or None: success and a DitLensError are right."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call(**arguments)
+    except (DitLensError, Drawn):
+        return None
+    except Exception as problem:  # noqa: BLE001 what else it may be is the question
+        return show(problem)
+    return None
+
+
+def test_what_is_wrong_is_told(calls, values, stopped):
+    rng, found = random.Random(0), {}
+    for name, (call, right) in calls.items():
+        assert judge(call, right) is None, name
+        for argument in sorted(right.keys() - (REQUEST if "num_inference_steps" in right else ())):
+            chosen = list(values) if THOROUGH else rng.sample(list(values), TRIED)
+            for value in chosen:
+                found[f"{name}({argument}={value})"] = judge(call, {**right, argument: values[value]()})
+    bad = [f"{given}: {problem}" for given, problem in found.items() if problem]
+    assert not bad, "\n".join(bad)
