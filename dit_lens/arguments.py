@@ -301,6 +301,12 @@ def _fit_tensor(value: Any) -> Any:
         return UNFIT
 
 
+def _fit_transfer(value: Any) -> Any:
+    """By what it was made with."""
+    settings = getattr(value, "settings", None)
+    return value if isinstance(settings, Mapping) and {"k", "seeds", "strengths"} <= settings.keys() else UNFIT
+
+
 def _fit_tuple(parts: Sequence[Kind | None], value: Any) -> Any:
     found = list_entries(value)
     if found is None or len(found) != len(parts):
@@ -345,9 +351,7 @@ PLAIN = {
     "str": TEXT,
     "Path": Kind("a path that a file can have", _fit_path),
     "Tensor": Kind("a tensor of real numbers", _fit_tensor),
-    "TransferResult": Kind(
-        "the result of a study of transfer", lambda value: value if hasattr(value, "settings") else UNFIT
-    ),
+    "TransferResult": Kind("the result of studies.transfer or transfer_image", _fit_transfer),
     "type": Kind("a class", lambda value: value if isinstance(value, type) else UNFIT),
     **dict.fromkeys(("Ablation", "ChannelsFrom", "How", "Over", "Through"), TEXT),
     "Judge": Kind("a function", lambda value: value if callable(value) else UNFIT),
