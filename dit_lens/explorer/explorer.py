@@ -10,7 +10,7 @@ import traitlets
 from PIL import Image
 from tqdm.auto import tqdm
 
-from dit_lens.arguments import checked
+from dit_lens.arguments import checked_but
 from dit_lens.errors import OpError, SiteError, nearest
 from dit_lens.explorer.code import STATE, code_of_runs
 from dit_lens.explorer.colours import CLUSTER_COLOURS, PALETTES, parse_colour, read_palette
@@ -31,7 +31,7 @@ OVERLAYS = ("heat", "clusters", "none")
 SCALES = ("map", "steps")
 
 
-@checked
+@checked_but("shown", "beside")
 def explore(
     shown: Run | Result,
     beside: Run | None = None,
