@@ -73,7 +73,10 @@ class Planted(FluxTransformer2DModel):
     ):
         ordinary = torch.zeros(*hidden_states.shape[:2], self.inner_dim - self.massive)
         x = torch.cat([FAINT * hidden_states, ordinary], -1)
-        text, planted = encoder_hidden_states, self.code(self.image(hidden_states, pooled_projections))
+        text, planted = (
+            self.context_embedder(encoder_hidden_states),
+            self.code(self.image(hidden_states, pooled_projections)),
+        )
         for block in [*self.transformer_blocks, *self.single_transformer_blocks]:
             text, x = block(
                 hidden_states=x,

@@ -1,6 +1,5 @@
 """What works on this machine with a model, said in one go and as JSON."""
 
-import functools
 import json
 
 import pytest
@@ -65,15 +64,9 @@ def test_channels_that_stand_out_are_named(lens):
 
 
 def test_a_machine_that_does_not_repeat_itself(lens):
-    forward = lens.pipe.transformer.forward
-
-    @functools.wraps(forward)
-    def shaky(*args, **kwargs):
-        (noise,) = forward(*args, **{**kwargs, "return_dict": False})
-        return (noise + torch.rand_like(noise),)
-
-    lens.pipe.transformer.forward = shaky
+    shaky = lens.pipe.transformer.register_forward_hook(lambda _, args, out: (out[0] + torch.rand_like(out[0]),))
     diagnosis = examine(lens)
+    shaky.remove()
     assert not diagnosis.ok
     assert diagnosis["identity"].state == "failed"
     assert "this machine does not repeat itself" in diagnosis["identity"].says

@@ -18,15 +18,14 @@ FIVE = ["a", "b", "c", "d", "e"]
 def small():
     """A lens over a transformer that takes no more than two rows; calls: the rows of every call."""
     pipe = pipelines.flux()
-    forward, calls = pipe.transformer.forward, []
+    calls = []
 
-    def limited(*args, **kwargs):
+    def limit(transformer, args, kwargs):
         calls.append(len(kwargs["hidden_states"]))
         if calls[-1] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(*args, **kwargs)
 
-    pipe.transformer.forward = limited
+    pipe.transformer.register_forward_pre_hook(limit, with_kwargs=True)
     lens = DiTLens(pipe, defaults=dict(pipelines.TRUE_CFG))
     lens.calls = calls
     return lens
