@@ -30,7 +30,7 @@ def scenarios(draw, name: str):
     texts = name.startswith("flux")
     count = draw(st.integers(1, 3))
     prompts = [draw(st.sampled_from(PROMPTS)) for _ in range(count)] if texts else count
-    each = draw(st.sampled_from([1, 1, 1, 2])) if texts and count < 3 else 1
+    each = draw(st.sampled_from([1, 1, 2])) if texts and count < 3 else 1
     rows = count * each
     seed = draw(st.one_of(st.integers(0, 9), st.lists(st.integers(0, 9), min_size=rows, max_size=rows)))
     guided = draw(st.sampled_from([False, True] if name == "flux-embedded" else [False, True, True, True]))
@@ -43,6 +43,9 @@ def scenarios(draw, name: str):
     calls: list = []
     for _ in range(draw(st.integers(1, 6))):
         scenario.ops.append(draw(ops(scenario, focus, calls)))
+    if draw(st.integers(0, 2)) == 0:
+        between = Read(focus, branch=draw(branches(scenario, read=True)), name="between")
+        scenario.ops.insert(draw(st.integers(0, len(scenario.ops))), between)
     if draw(st.booleans()):
         last = draw(st.sampled_from([subject.watched, subject.watched, subject.readable]))
         scenario.ops.append(Read(last, branch=draw(branches(scenario, read=True)), name="all"))
@@ -150,7 +153,7 @@ def selections(draw, scenario: Scenario, sites: list[str], *, words: bool, same:
     streams = {"txt" if ".txt" in site else "img" for site in sites}
     rows = draw(some(scenario.rows))
     tokens = mask = None
-    form = draw(st.sampled_from(["all", "all", "tokens", "mask", "word"]))
+    form = draw(st.sampled_from(["all", "all", "tokens", "word" if streams == {"txt"} else "mask", "mask", "word"]))
     if any(wiring.places[site].vector for site in sites):
         form = "all"
     if form == "mask" and streams == {"img"} and wiring.knows_grid:
