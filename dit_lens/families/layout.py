@@ -290,13 +290,15 @@ def select_stream(tensor: Tensor, location: Location, image: ImageTokens, rows: 
     else:
         starts = [int(image.starts[row]) for row in rows]
         if len(set(starts)) > 1:
-            first, row = (torch.tensor(some, device=tensor.device)[:, None] for some in (starts, list(rows)))
+            # Indices stay in main memory, so that nothing waits for the device.
+            first, row = (torch.tensor(some)[:, None] for some in (starts, list(rows)))
             if of_image:
-                index = (row, first + torch.arange(image.count, device=tensor.device))
+                index = (row, first + torch.arange(image.count))
                 return tensor[index], (index, None)
-            token = torch.arange(max(starts), device=tensor.device)
+            token = torch.arange(max(starts))
             there = token < first
-            return some[:, : max(starts)].masked_fill(~there[..., None], 0), ((row, token[None]), there)
+            missing = ~there[..., None].to(tensor.device)
+            return some[:, : max(starts)].masked_fill(missing, 0), ((row, token[None]), there)
         start, count = (starts[0], image.count) if of_image else (0, starts[0])
     return some.narrow(1, start, count), None
 

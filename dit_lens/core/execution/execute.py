@@ -266,9 +266,9 @@ def check_sizes(stream: Tensor, action: Action, part: Part, moment: tuple[int, T
             f"the plan expects {part['tokens'] or 'any number of'} tokens and {part['channels']} channels at "
             f"{part['name']}, but there are {tokens} tokens and {channels} channels (step {step})"
         )
-    if there is not None:
-        tokens = int(there[slice(None) if action["rows"] is None else action["rows"]].sum(1).min())
     highest = action["highest_token"]
+    if highest is not None and there is not None:
+        tokens = int(there[slice(None) if action["rows"] is None else action["rows"]].sum(1).min())
     if highest is not None and highest >= tokens:
         raise PlanMismatchError(
             f"token {highest} does not exist at {part['name']}, which has {tokens}, 0 to {tokens - 1} (step {step})"

@@ -297,14 +297,15 @@ def copy_row(edit: Edit) -> Tensor:
 
 def token_mean(edit: Edit) -> Tensor:
     """Each channel's mean over the chosen tokens, or what is left without it."""
-    tokens = [edit.old] if edit.mask is None else [row[:, mask] for row, mask in _rows_that_count(edit.old, edit.mask)]
+    tokens = [edit.old] if edit.mask is None else _tokens_that_count(edit.old, edit.mask)
     mean = torch.cat([some.mean(1, keepdim=True, dtype=torch.float32) for some in tokens]).to(edit.old.dtype)
     return mean.expand_as(edit.old) if edit.action["parameters"]["keep"] == "mean" else edit.old - mean
 
 
-def _rows_that_count(old: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Every row and which of its tokens count; all of a row whose tokens are all masked."""
-    return [(old[i : i + 1], (one if one.any() else ~one).to(old.device)) for i, one in enumerate(mask)]
+def _tokens_that_count(old: Tensor, mask: Tensor) -> list[Tensor]:
+    """Of every row the tokens that count; all of a row whose tokens are all masked. The mask is in main memory."""
+    counting = [(one if one.any() else ~one).nonzero()[:, 0] for one in mask]
+    return [old[i : i + 1, tokens.to(old.device)] for i, tokens in enumerate(counting)]
 
 
 def apply(edit: Edit) -> Tensor | None:

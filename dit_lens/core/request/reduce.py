@@ -148,7 +148,7 @@ def _counting(row: Tensor, mask: Tensor) -> Tensor:
     """The tokens of a row that count; one of NaN where none does."""
     if not mask.any():
         return torch.full_like(row[:, :1], math.nan)
-    return row[:, mask.to(row.device)]
+    return row[:, mask.nonzero()[:, 0].to(row.device)]  # numbers, for which nothing waits as for a mask on the device
 
 
 def _mean(x: Tensor) -> Tensor:
