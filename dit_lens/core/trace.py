@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from dit_lens.core.runs.reading import Reading, SiteTensor
     from dit_lens.core.runs.receipt import Receipt
-    from dit_lens.core.runs.run import Reading, Run, SiteTensor
+    from dit_lens.core.runs.run import Run
 
 
 class Handle(Mapping[str, "Tensor"]):

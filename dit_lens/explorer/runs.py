@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_lens.analysis.channels import ChannelSet
-    from dit_lens.core.runs.run import Reading, Run
+    from dit_lens.core.runs.reading import Reading
+    from dit_lens.core.runs.run import Run
 
 THUMB = 8  # tokens of the longer side of a thumbnail
 

@@ -11,8 +11,9 @@ import torch
 from dit_lens.core.plan.compile import list_tokens
 from dit_lens.core.plan.spill import Spill, map_to_file
 from dit_lens.core.request.ops import Op
+from dit_lens.core.runs.reading import Reading
 from dit_lens.core.runs.receipt import Entry, Receipt
-from dit_lens.core.runs.run import Reading, Run
+from dit_lens.core.runs.run import Run
 from dit_lens.errors import ExecutionError
 
 if TYPE_CHECKING:

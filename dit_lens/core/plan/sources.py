@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens.core.request.ops import to_real_tensor
-from dit_lens.core.runs.run import Reading, Run, find_reading
+from dit_lens.core.runs.reading import Reading, find_reading
+from dit_lens.core.runs.run import Run
 from dit_lens.errors import OpError, nearest
 
 if TYPE_CHECKING:

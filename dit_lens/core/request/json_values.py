@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.request.numbers import is_span, list_items, to_int, to_number
-from dit_lens.core.runs.run import Reading, Run, find_reading
+from dit_lens.core.runs.reading import Reading, find_reading
+from dit_lens.core.runs.run import Run
 from dit_lens.errors import OpError
 
 if TYPE_CHECKING:

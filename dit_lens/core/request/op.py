@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dit_lens.core.request.json_values import SigmaInterval
-    from dit_lens.core.runs.run import Reading, Run
+    from dit_lens.core.runs.reading import Reading
+    from dit_lens.core.runs.run import Run
 
 Channels: TypeAlias = "int | Sequence[int] | Mapping[str, Sequence[int]] | None"
 Tokens: TypeAlias = "int | str | Sequence[int] | None"

@@ -1,0 +1,173 @@
+"""What one op has read: tensors by site, with the steps, branches, rows, tokens and channels that they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_lens.errors import OpError, SiteError, nearest, show
+from dit_lens.families.sites import Site
+
+
+class SiteTensor(Tensor):
+    """A read that knows its token grid; every operation on it gives a plain tensor."""
+
+    shape_of_grid: tuple[int, ...] | None
+    token_axis: int | None
+
+    __torch_function__ = torch.nn.Parameter.__torch_function__
+
+    def grid(self) -> Tensor:
+        """The same values with tokens as [h, w]: [s, b, n, d] becomes [s, b, h, w, d]."""
+        plain = self.as_subclass(Tensor)
+        if self.shape_of_grid is None or self.token_axis is None:
+            raise OpError(
+                "this read has no token grid: it was reduced over tokens, narrowed to some of them, or is of the text "
+                "stream."
+            )
+        return plain.unflatten(self.token_axis, self.shape_of_grid)
+
+
+@dataclass(frozen=True)
+class Reading(Mapping[str, Tensor]):
+    """One read of a run: site -> [s, b, n, d], or [s, 2, b, n, d] (cond first) when both branches were read.
+
+    After a reduction the token axis is gone: [s, b, d, ...].
+
+    name: its key, or "" where each site is a key of its own.
+    tensors: what was read, by site.
+    steps: the indices read, of ``total_steps``.
+    total_steps: how many steps ran.
+    branches: those it holds, in order.
+    both: whether they have an axis of their own.
+    rows: those it holds.
+    tokens: those it holds; None means all. Where a word or a class of tokens is elsewhere in other rows or branches:
+        branch -> those of each row.
+    channels: those it holds, by site; None means all.
+    reduce: how tokens were reduced, if they were.
+    shape_of_grid: (h, w) of the image tokens, where it holds any.
+    masks: which tokens are data, by site, where some are not; see :attr:`mask`.
+    """
+
+    name: str
+    tensors: dict[str, Tensor] = field(repr=False)
+    steps: tuple[int, ...]
+    total_steps: int
+    branches: tuple[str, ...]
+    both: bool
+    rows: tuple[int, ...]
+    tokens: tuple[int, ...] | dict[str, tuple[tuple[int, ...], ...]] | None
+    channels: dict[str, tuple[int, ...] | None]
+    reduce: str | None
+    shape_of_grid: tuple[int, ...] | None
+    masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which tokens are data: bool [b, n], or [2, b, n] (cond first) when both branches were read.
+
+        None where all of them are, and after a reduction. What the pipeline masks is no data, such as the padding of
+        shorter prompts, and neither is what fills rows up that have fewer tokens. Padding that takes part in attention
+        is data.
+        """
+        found = [self.masks.get(site) for site in self.tensors]
+        first = found[0] if found else None
+        if any((one is None) != (first is None) or (one is not None and not _equal(one, first)) for one in found):
+            raise OpError("the sites of this read have other text tokens each: see masks[site].")
+        return first
+
+    @property
+    def on_grid(self) -> tuple[str, ...]:
+        """The sites that were read at every token of the image."""
+        if self.reduce is not None or self.tokens is not None or self.shape_of_grid is None:
+            return ()
+        return tuple(site for site in self.tensors if Site.parse(site).is_image)
+
+    def __getitem__(self, site: str) -> SiteTensor:
+        if not isinstance(site, str) or site not in self.tensors:
+            raise SiteError(f"this read has no {show(site)}.{nearest(site, self.tensors)}")
+        value = self.tensors[site].as_subclass(SiteTensor)
+        gridded = site in self.on_grid
+        value.shape_of_grid = self.shape_of_grid if gridded else None
+        value.token_axis = (3 if self.both else 2) if gridded else None
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the tensors, as plain data."""
+        return {
+            "name": self.name,
+            "steps": self.steps,
+            "total_steps": self.total_steps,
+            "branches": self.branches,
+            "both": self.both,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "channels": self.channels,
+            "reduce": self.reduce,
+            "shape_of_grid": self.shape_of_grid,
+            "sites": list(self.tensors),
+            **({"masks": list(self.masks)} if self.masks else {}),
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any], tensors: dict[str, Tensor]) -> Reading:
+        """A reading of what :meth:`to_json` wrote; ValueError if a tensor has another shape than the record says."""
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in record.items()
+            if name != "sites"
+        }
+        values["channels"] = {site: None if kept is None else tuple(kept) for site, kept in record["channels"].items()}
+        if isinstance(record["tokens"], dict):
+            values["tokens"] = {branch: tuple(map(tuple, rows)) for branch, rows in record["tokens"].items()}
+        values["masks"] = {site: tensors[f"mask/{site}"] for site in record.get("masks", ())}
+        reading = cls(tensors={site: tensors[site] for site in record["sites"]}, **values)
+        for site, tensor in reading.tensors.items():
+            said = [len(reading.steps), *([2] if reading.both else []), len(reading.rows)]
+            kept = reading.channels[site]
+            if list(tensor.shape[: len(said)]) != said or (
+                reading.reduce is None and kept is not None and tensor.shape[-1] != len(kept)
+            ):
+                raise ValueError(f"{site} has the shape {list(tensor.shape)}, which is not what the record says")
+        for site, mask in reading.masks.items():
+            if list(mask.shape) != list(reading.tensors[site].shape[1:-1]) or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"the mask of {site} has the shape {list(mask.shape)}, which is not that of its tokens"
+                )
+        return reading
+
+    @property
+    def tensor(self) -> SiteTensor:
+        """The only tensor of a read of one site."""
+        if len(self.tensors) != 1:
+            raise SiteError(f"this read has {len(self.tensors)} sites; name one: {', '.join(list(self.tensors)[:8])}.")
+        return self[next(iter(self.tensors))]
+
+    def by_branch(self, site: str) -> dict[str | None, Tensor]:
+        """[s, b, ...] for every branch that was read."""
+        value = self[site].as_subclass(Tensor)
+        return (
+            {branch: value[:, i] for i, branch in enumerate(("cond", "uncond"))}
+            if self.both
+            else {self.branches[0]: value}
+        )
+
+
+def find_reading(value: Any) -> Reading | None:
+    """The read that a value is, or stands for as the handle of a trace does; None for anything else."""
+    found = value if isinstance(value, Reading) else getattr(value, "reading", None)
+    return found if isinstance(found, Reading) else None
+
+
+def _equal(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and a.shape == b.shape and torch.equal(a, b)
