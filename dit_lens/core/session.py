@@ -24,12 +24,13 @@ from dit_lens.core.plan.replay import call_values, record_answers, replay_answer
 from dit_lens.core.plan.spill import reads_container
 from dit_lens.core.request.call import Call, check_latents, prepare_call
 from dit_lens.core.request.numbers import list_items
-from dit_lens.core.request.ops import Apply, Op, Read, from_json, to_json
+from dit_lens.core.request.ops import Apply, Op, Read
+from dit_lens.core.request.spec import make_spec, read_spec
 from dit_lens.core.request.timeline import Timeline, make_timeline
 from dit_lens.core.request.values import copy_of
 from dit_lens.core.runs.comparison import Comparison, compare
 from dit_lens.core.runs.files import read_json, report_damage
-from dit_lens.core.runs.provenance import describe, holds_unsaved, to_plain_data
+from dit_lens.core.runs.provenance import describe
 from dit_lens.core.runs.run import Recording, Run
 from dit_lens.core.trace import Trace
 from dit_lens.errors import OpError, PromptError, SiteError, show
@@ -216,7 +217,7 @@ class Session:
 
         stores, outputs = zip(*run_in_batches(prepared, plan, batch_size, draw), strict=True)
         provenance = {**describe(self.pipe, self.family), **self.engine.provenance}
-        run = assemble(ops, plan, stores, outputs, self._spec(prepared, ops), provenance)
+        run = assemble(ops, plan, stores, outputs, make_spec(prepared, ops), provenance)
         if record:
             run.recording = Recording(called, state, self.pipe.transformer, stores[0]["answers"])
         return run
@@ -275,21 +276,8 @@ class Session:
 
     def run_spec(self, spec: Mapping[str, Any]) -> Run:
         """Runs what a saved run's ``spec`` describes."""
-        if not isinstance(spec, Mapping):
-            raise PromptError(f"run_spec takes the spec of a run, a mapping; it was given {type(spec).__name__}.")
-        if missing := [name for name in ("prompt", "seed", "call", "ops") if name not in spec]:
-            raise PromptError(f"this is not the spec of a run: it has no {', '.join(missing)}. Pass run.spec.")
-        if holds_unsaved(spec):
-            raise PromptError(
-                "this run was made with values that JSON cannot keep, so it cannot be repeated from its spec: "
-                f"{', '.join(_unkept(spec))}. Call lens.run again with them."
-            )
-        if not isinstance(spec["call"], Mapping) or not isinstance(spec["ops"], list | tuple):
-            raise PromptError("this is not the spec of a run: call is a mapping there, and ops a list. Pass run.spec.")
-        own = ("prompt", "ops", "seed", "batch_size", "record", "prefix")
-        if odd := [name for name in spec["call"] if not isinstance(name, str) or name in own]:
-            raise PromptError(f"this is not the spec of a run: its call holds {odd[0]!r}. Pass run.spec.")
-        return self.run(spec["prompt"], [from_json(op) for op in spec["ops"]], seed=spec["seed"], **spec["call"])
+        ops, call = read_spec(spec)
+        return self.run(ops=ops, **call)
 
     def rerun(self, run: Run) -> Comparison:
         """Runs the same prompt, seed, call and ops as a run, and compares both."""
@@ -365,12 +353,6 @@ class Session:
         outline = Outline(prepared.rows, grid, timeline, read_text)
         return prepared, compile_plan(ops, self.anatomy, outline)
 
-    def _spec(self, call: Call, ops: Sequence[Op]) -> dict[str, Any]:
-        described = [_describe(op) for op in ops]
-        seed = None if call.seeds is None else list(call.seeds)
-        prompt = None if call.prompts is None else list(call.prompts)
-        return {"prompt": prompt, "seed": seed, "call": to_plain_data(call.arguments), "ops": described}
-
 
 def _stored_defaults(pipe: DiffusionPipeline) -> dict[str, Any]:
     """A toy's own file, beside its model_index.json; empty for any other pipeline."""
@@ -386,20 +368,6 @@ def _stored_defaults(pipe: DiffusionPipeline) -> dict[str, Any]:
             "call": dict(stored.get("call", {})),
             "vocabulary": None if words is None else [word.lower() for word in words],
         }
-
-
-def _unkept(spec: Mapping[str, Any]) -> list[str]:
-    """What of a spec was not kept, by name."""
-    arguments = [f"{name}=" for name, value in spec["call"].items() if holds_unsaved(value)]
-    return [*arguments, *(f"ops[{i}]" for i, op in enumerate(spec["ops"]) if holds_unsaved(op))]
-
-
-def _describe(op: Op) -> dict[str, Any]:
-    """An op as JSON keeps it; where it cannot, what it was."""
-    try:
-        return to_json(op)
-    except OpError:
-        return {"unsaved": repr(op)}
 
 
 def _list_given(values: Any, name: str) -> list[Any]:
@@ -425,6 +393,3 @@ def _to_apply(number: int, hook: Any) -> Apply:
 def _without_options(call: Mapping[str, Any], *others: str) -> dict[str, Any]:
     """The arguments of a call without what :meth:`Session.run` takes beside the pipeline's."""
     return {name: value for name, value in call.items() if name not in ("batch_size", "record", "prefix", *others)}
-
-
-STREAM_WORDS = {"img": "img (the image's tokens)", "txt": "txt (the prompt's)"}
