@@ -113,7 +113,7 @@ class Session:
         return [site.name for site in found]
 
     @checked
-    def heads(self, site: str) -> list[range]:
+    def heads(self, site: Pattern) -> list[range]:
         """The channels of every head at ``attn.q``, ``attn.k``, ``attn.v`` or ``attn.z`` of a block, head by head.
 
         >>> from dit_lens import DiTLens, Zero
