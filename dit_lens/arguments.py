@@ -9,20 +9,18 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import itertools
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dit_lens.errors import DitLensError, OpError, PromptError, StoreError, show
+from dit_lens.numbers import list_entries, to_int, to_number
 
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=type)
 
 LARGEST = 2**63  # what 64 bits hold
-LONGEST = 1_000_000  # entries of a list, so that an endless iterator ends in an error
 ERRORS: dict[str, type[DitLensError]] = {
     **dict.fromkeys(("prompt", "prompts", "seed", "seeds", "captions"), PromptError),
     **dict.fromkeys(("path", "folder", "out", "model"), StoreError),
@@ -120,40 +118,6 @@ def checked_fields(cls: C) -> C:
     return cls
 
 
-def as_whole(value: Any) -> int | None:
-    """An integer of Python, numpy or torch as Python's own; None for anything else, truth values included."""
-    found = _fit_int(value)
-    return None if found is UNFIT else found
-
-
-def list_entries(value: Any) -> list[Any] | None:
-    """The entries of anything that lists some, one-shot iterables included; None for a text, a mapping, a number."""
-    if isinstance(value, str | bytes | bytearray | Mapping) or not isinstance(value, Iterable):
-        return None
-    try:
-        found = list(itertools.islice(value, LONGEST + 1))
-    except TypeError:  # a tensor of one number has no entries
-        return None
-    return found if len(found) <= LONGEST else None
-
-
-def check_number(name: str, value: float, low: float, high: float = math.inf, *, open_ends: bool = False) -> None:
-    """Raises OpError if a number is not within bounds.
-
-    name: of the argument.
-    value: a number; NaN lies within no bounds.
-    low, high: the bounds.
-    open_ends: whether the bounds themselves are excluded.
-    """
-    fits = low < value < high if open_ends else low <= value <= high
-    if not fits:
-        if high == math.inf:
-            allowed = f"above {low:,}" if open_ends else f"{low:,} or more"
-        else:
-            allowed = f"between {low:,} and {high:,}" if open_ends else f"from {low:,} to {high:,}"
-        raise OpError(f"{name}={show(value)} is out of range. Choose a value {allowed}.")
-
-
 def _fit(function: Callable[..., Any], name: str, value: Any, kind: Kind, *, refuse: bool) -> Any:
     found = kind.fit(value)
     if found is UNFIT and not refuse:
@@ -239,26 +203,13 @@ def _fit_class(name: str, value: Any) -> Any:
 
 
 def _fit_int(value: Any) -> Any:
-    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool") or not hasattr(value, "__index__"):
-        return UNFIT
-    try:
-        found = value.__index__()
-    except (TypeError, ValueError, RuntimeError):  # an array of several, or of floats
-        return UNFIT
-    return found if -LARGEST <= found < LARGEST else UNFIT
+    found = to_int(value)
+    return UNFIT if found is None or not -LARGEST <= found < LARGEST else found
 
 
 def _fit_float(value: Any) -> Any:
-    if isinstance(value, bool | str | bytes | complex) or not hasattr(value, "__float__"):
-        return UNFIT
-    dtype = str(getattr(value, "dtype", ""))
-    if "bool" in dtype or "complex" in dtype:
-        return UNFIT
-    try:
-        found = float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return UNFIT
-    if not math.isfinite(found):
+    found = to_number(value)
+    if found is None:
         return UNFIT
     return value if isinstance(value, int) and abs(value) < LARGEST else found
 

@@ -23,7 +23,7 @@ from dit_lens.core.plan.outline import Outline
 from dit_lens.core.plan.replay import call_values, record_answers, replay_answers
 from dit_lens.core.plan.spill import reads_container
 from dit_lens.core.request.call import Call, check_latents, prepare_call
-from dit_lens.core.request.numbers import list_items
+from dit_lens.core.request.indices import list_items
 from dit_lens.core.request.ops import Apply, Op, Read
 from dit_lens.core.request.spec import make_spec, read_spec
 from dit_lens.core.request.timeline import Timeline, make_timeline

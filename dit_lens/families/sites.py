@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from dit_lens.errors import SiteError, nearest
+from dit_lens.numbers import MOST
 
 Pattern: TypeAlias = "str | Callable[[str], bool] | Iterable[str | Callable[[str], bool]]"
-
-MOST_PATTERNS = 2**16  # an iterable that gives more does not end
 
 DEFAULT_POINT = "resid_post"
 # Roughly the order in which a block computes them; the text stream comes first because most blocks' outputs list it so.
@@ -144,11 +143,11 @@ def list_patterns(pattern: Pattern) -> list[str | Callable[[str], bool]]:
     (['blocks.*.img'], 2)
     """
     several = not isinstance(pattern, str | Site) and not callable(pattern) and _is_iterable(pattern)
-    patterns: list[Any] = list(itertools.islice(pattern, MOST_PATTERNS + 1)) if several else [pattern]
+    patterns: list[Any] = list(itertools.islice(pattern, MOST + 1)) if several else [pattern]
     if not patterns:
         raise SiteError("no site was named. Pass a pattern such as 'blocks.*.img'.")
-    if len(patterns) > MOST_PATTERNS:
-        raise SiteError(f"more than {MOST_PATTERNS} patterns were given. Pass a list of a few.")
+    if len(patterns) > MOST:
+        raise SiteError(f"more than {MOST} patterns were given. Pass a list of a few.")
     found: list[str | Callable[[str], bool]] = []
     for one in patterns:
         if isinstance(one, Site):

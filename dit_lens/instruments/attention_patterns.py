@@ -13,9 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from dit_lens.arguments import checked
 from dit_lens.core.request.call import needs_weights
-from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError
+from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, show
 from dit_lens.families.layout import find_image_tokens, select_stream
 from dit_lens.families.locations import ImageTokens
+from dit_lens.numbers import list_entries, to_int
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,10 +121,11 @@ def read_pattern(
 
 def _indices(what: str, value: Any) -> list[int]:
     """One number or several, of whatever integer type."""
-    values = [value] if hasattr(value, "__index__") else list(value)
-    if not values or any(isinstance(one, bool) or not hasattr(one, "__index__") for one in values):
-        raise OpError(f"{what} {value!r} is not a number or a list of numbers.")
-    return [one.__index__() for one in values]
+    single = to_int(value)
+    found = [to_int(one) for one in list_entries(value) or ()] if single is None else [single]
+    if not found or None in found:
+        raise OpError(f"{what} {show(value)} is not a number or a list of numbers.")
+    return [one for one in found if one is not None]
 
 
 class Watch(TorchFunctionMode):

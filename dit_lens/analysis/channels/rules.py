@@ -18,8 +18,9 @@ from dit_lens.analysis.channels.statistics import (
     to_vector,
     top_median_ratio,
 )
-from dit_lens.arguments import as_whole, checked, checked_but
+from dit_lens.arguments import checked, checked_but
 from dit_lens.errors import OpError, show
+from dit_lens.numbers import to_int
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -248,7 +249,7 @@ def _measure_choice(chosen: tuple[int, ...], values: Tensor, energy: Tensor, fir
 
 
 def _check_k(k: Any, site: str, width: int) -> int:
-    found = as_whole(k)
+    found = to_int(k)
     if found is None or not 1 <= found <= width:
         raise OpError(
             f"k={show(k)} channels were asked for, but {site} has {width}. Choose a whole number from 1 to {width}."

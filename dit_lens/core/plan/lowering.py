@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from dit_lens.core.plan.selection import Group
 from dit_lens.core.plan.sources import Wanted, is_by_branch, pick_branch, pick_vectors, source_values
-from dit_lens.core.request.numbers import to_indices
+from dit_lens.core.request.indices import to_indices
 from dit_lens.core.request.ops import Op
 from dit_lens.core.runs.run import Run
 from dit_lens.errors import OpError, nearest

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.core.request.numbers import to_indices
+from dit_lens.core.request.indices import to_indices
 from dit_lens.core.request.text_tokens import CLASSES
 from dit_lens.errors import OpError
 

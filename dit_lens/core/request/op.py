@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Required, Ty
 import torch
 from torch import Tensor
 
-from dit_lens.core.request.numbers import list_items, to_number
+from dit_lens.core.request.indices import list_items
 from dit_lens.errors import OpError
 from dit_lens.families.sites import Pattern, name_of
+from dit_lens.numbers import to_number
 
 if TYPE_CHECKING:
     import numpy as np

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from dit_lens.core.request.json_values import SigmaInterval, from_plain, to_plain
-from dit_lens.core.request.numbers import to_int, to_number
 from dit_lens.core.request.op import (
     OPS,
     Branch,
@@ -43,6 +42,7 @@ from dit_lens.errors import DitLensError, OpError, nearest
 from dit_lens.families.layout import PlanMismatchError
 from dit_lens.families.sites import name_of, takes
 from dit_lens.families.tensors import outer_index
+from dit_lens.numbers import to_int, to_number
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from dit_lens.analysis.arrays import to_numpy
-from dit_lens.arguments import list_entries
 from dit_lens.errors import OpError, show
+from dit_lens.numbers import list_entries
 from dit_lens.studies.shared.judges import choose_judge
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.arguments import as_whole, list_entries
 from dit_lens.core.request.call import as_seed
 from dit_lens.errors import OpError, PromptError, show
 from dit_lens.families.sites import match
+from dit_lens.numbers import list_entries, to_int
 
 if TYPE_CHECKING:
     from dit_lens.core.request.ops import Pattern
@@ -27,7 +27,7 @@ def check_k(lens: DiTLens, site: Pattern, ks: Sequence[int]) -> None:
     for found in match(site, lens.anatomy.sites, lens.anatomy.stacks):
         width = lens.anatomy.channels(found)
         for given in ks:
-            k = as_whole(given)
+            k = to_int(given)
             if k is None:
                 raise OpError(
                     f"k={show(given)} is not a valid number of channels. Give a whole number from 1 to {width // 2}."
@@ -71,7 +71,7 @@ def as_tuple(values: Any) -> tuple[Any, ...]:
 def as_ks(k: int | Sequence[int]) -> list[int]:
     """One or several numbers of channels as a list, ascending; OpError if one is not a whole number."""
     found = as_tuple(k)
-    whole = [as_whole(one) for one in found]
+    whole = [to_int(one) for one in found]
     for one, number in zip(found, whole, strict=True):
         if number is None:
             raise OpError(f"k={show(one)} is not a valid number of channels. Give a whole number, or a list of them.")

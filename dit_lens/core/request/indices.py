@@ -1,49 +1,13 @@
-"""Numbers as they are written by hand, or come out of numpy and torch: integers, reals, and several indices."""
+"""Indices as they are written by hand, or come out of numpy and torch: one, several, slices, and spans of a run."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dit_lens.errors import OpError
-
-MOST = 2**20  # of anything that is listed; an iterable that gives more does not end, as far as ops are concerned
-
-
-def to_int(value: Any) -> int | None:
-    """A whole number as an int, of whatever type it is; None for anything else, booleans included.
-
-    >>> import numpy as np, torch
-    >>> to_int(3), to_int(np.int64(3)), to_int(torch.tensor(3)), to_int(True), to_int(3.0)
-    (3, 3, 3, None, None)
-    """
-    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) or not hasattr(value, "__index__"):
-        return None
-    try:
-        return value.__index__()
-    except (TypeError, ValueError, RuntimeError):  # several numbers, floats, or a tensor without values
-        return None
-
-
-def to_number(value: Any) -> float | None:
-    """A finite real number as a float, of whatever type it is; None for anything else, words and booleans included.
-
-    >>> import torch
-    >>> to_number(2), to_number(torch.tensor(0.5)), to_number("2"), to_number(float("nan")), to_number(1j)
-    (2.0, 0.5, None, None, None)
-    """
-    kind = str(getattr(value, "dtype", ""))
-    if isinstance(value, bool) or "bool" in kind or "complex" in kind:
-        return None
-    if not hasattr(value, "__float__") and not hasattr(value, "__index__"):
-        return None
-    try:
-        number = float(value)
-    except (ArithmeticError, TypeError, ValueError, RuntimeError):
-        return None
-    return number if math.isfinite(number) else None
+from dit_lens.numbers import MOST, to_int, to_number
 
 
 def is_span(value: Any) -> bool:
