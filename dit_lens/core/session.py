@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens import families
-from dit_lens.arguments import checked
 from dit_lens.core.execution.assemble import assemble
 from dit_lens.core.execution.blocks import Blocks
 from dit_lens.core.execution.engine import Engine, hide_progress_bar
@@ -112,7 +111,6 @@ class Session:
         )
         return [site.name for site in found]
 
-    @checked
     def heads(self, site: Pattern) -> list[range]:
         """The channels of every head at ``attn.q``, ``attn.k``, ``attn.v`` or ``attn.z`` of a block, head by head.
 
