@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from dit_lens.analysis.metrics import rmse
 from dit_lens.core.request.ops import Branch, Swap
+from dit_lens.core.runs.provenance import digest
 from dit_lens.errors import OpError, check_choice
 from dit_lens.instruments.inversion import check_flow, check_invertible, invert, noised_reference
 from dit_lens.instruments.latents import decode_latents, encode_images
@@ -144,7 +144,7 @@ def transfer_image(
         branch=branch, channels_from=channels_from, mask_from=mask_from, mask_block=mask_block, judge=judge,
     )  # fmt: skip
     settings = {
-        "images": [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in images],
+        "images": [digest(image.tobytes()) for image in images],
         "targets": targets,
         "captions": captions,
         "how": how,

@@ -36,7 +36,7 @@ def describe(pipe: DiffusionPipeline, family: Family) -> dict[str, Any]:
         "scheduler": {"class": type(pipe.scheduler).__name__, **_config(pipe.scheduler)},
         "lora": to_plain_data(getattr(transformer, "peft_config", None) and list(transformer.peft_config)) or [],
         "shift": to_plain_data(getattr(pipe.scheduler, "shift", None)),
-        "adapters": _digest(repr(describe_adapters(find_modules(pipe))).encode()),
+        "adapters": digest(repr(describe_adapters(find_modules(pipe))).encode()),
         "dtype": str(transformer.dtype).removeprefix("torch."),
         "weights": fingerprint(transformer),
         "quantization": to_plain_data(getattr(transformer.config, "quantization_config", None)),
@@ -66,11 +66,11 @@ def fingerprint(module: nn.Module) -> str | None:
     weights = [weight.detach() for weight in module.parameters()]
     if not all(type(w) is torch.Tensor and w.device.type != "meta" and w.is_floating_point() for w in weights):
         return None
-    digest = hashlib.sha256()
+    sampled = hashlib.sha256()
     for weight in weights:
         stride = weight.numel() // SAMPLED | 1  # odd, so that a width of a power of 2 does not always meet one column
-        digest.update(weight.flatten()[::stride].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+        sampled.update(weight.flatten()[::stride].float().cpu().numpy().tobytes())
+    return sampled.hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def checksum(module: nn.Module, *, computed: bool = True) -> str | None:
     if any(tensor.device.type == "meta" for tensor in tensors):
         return None
     sums = [" ".join(map(str, total.tolist())) for total in [_sum_bits(tensor) for tensor in tensors]]
-    return hashlib.sha256("\n".join(sums).encode()).hexdigest()[:16]
+    return digest("\n".join(sums).encode())
 
 
 def _sum_bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -172,11 +172,12 @@ def to_plain_data(value: Any) -> Any:
     said = {"unsaved": f"{type(value).__name__}{'' if shape is None else ' ' + str(list(shape))}"}
     if isinstance(value, torch.Tensor) and value.device.type != "meta":
         raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        return {**said, "digest": _digest(raw.tobytes())}
-    return {**said, "digest": _digest(value.tobytes())} if hasattr(value, "tobytes") else said
+        return {**said, "digest": digest(raw.tobytes())}
+    return {**said, "digest": digest(value.tobytes())} if hasattr(value, "tobytes") else said
 
 
-def _digest(data: bytes) -> str:
+def digest(data: bytes) -> str:
+    """A short hash, the same for the same bytes on every machine."""
     return hashlib.sha256(data).hexdigest()[:16]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dit_lens.analysis.arrays import to_numpy
+from dit_lens.core.runs.provenance import digest
 from dit_lens.errors import OpError, show
 from dit_lens.numbers import list_entries
 from dit_lens.studies.shared.judges import choose_judge
@@ -63,4 +63,4 @@ def as_mask(mask: Any, name: str) -> np.ndarray:
 
 def digest_mask(mask: np.ndarray) -> str:
     """The shape of a mask and a digest of what is in it, for the settings of a study."""
-    return f"{mask.shape} {hashlib.sha256(mask.tobytes()).hexdigest()[:16]}"
+    return f"{mask.shape} {digest(mask.tobytes())}"

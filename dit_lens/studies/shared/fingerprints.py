@@ -21,7 +21,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
-from dit_lens.core.runs.provenance import checksum, describe_adapters, describe_scheduler, find_modules
+from dit_lens.core.runs.provenance import checksum, describe_adapters, describe_scheduler, digest, find_modules
 from dit_lens.core.session import Session
 
 DEEPEST = 40  # references within references that are followed
@@ -247,4 +247,4 @@ def _name(value: Callable[..., Any] | type) -> str:
 
 
 def _digest(value: Any) -> str:
-    return sha256(repr(value).encode()).hexdigest()[:16]
+    return digest(repr(value).encode())

@@ -6,7 +6,6 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from dit_lens.core.runs.files import find_folder, read_versioned, report_damage, report_unwritten, write_json
-from dit_lens.core.runs.provenance import describe
+from dit_lens.core.runs.provenance import describe, digest
 from dit_lens.errors import StoreError
 from dit_lens.studies.shared.cells import number_folders, read_cell
 from dit_lens.studies.shared.fingerprints import describe_state, fingerprint_values
@@ -200,7 +199,7 @@ def _encode(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         value = value.detach().float().cpu().numpy()
     if hasattr(value, "tobytes"):
-        return f"{type(value).__name__} {sha256(value.tobytes()).hexdigest()[:16]}"
+        return f"{type(value).__name__} {digest(value.tobytes())}"
     if callable(value):
         return getattr(value, "__qualname__", type(value).__name__)
     return str(value)
