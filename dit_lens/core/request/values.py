@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dit_lens.errors import PromptError
+from dit_lens.errors import PromptError, show
 
 COUNTS = (
     "num_inference_steps",
@@ -133,13 +133,13 @@ def _kinds_of(parameter: inspect.Parameter) -> set[str]:
 
 def _check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise PromptError(f"{name}={_show(value)} must be a finite number.")
+        raise PromptError(f"{name}={show(value)} must be a finite number.")
 
 
 def _check_schedule(name: str, value: Any) -> Any:
     values = list_values(value) if is_several(value) else []
     if not values or not all(isinstance(one, int | float) and math.isfinite(one) for one in map(as_plain, values)):
-        raise PromptError(f"{name}={_show(value)} must list finite numbers, one for each step.")
+        raise PromptError(f"{name}={show(value)} must list finite numbers, one for each step.")
     return value if isinstance(value, list) else values
 
 
@@ -148,7 +148,7 @@ def _check_generators(value: Any) -> Any:
 
     some = list(value) if isinstance(value, list | tuple) else [value]
     if not some or not all(isinstance(one, torch.Generator) for one in some):
-        raise PromptError(f"generator={_show(value)} must be a torch.Generator, or a list of one for each image.")
+        raise PromptError(f"generator={show(value)} must be a torch.Generator, or a list of one for each image.")
     return some if isinstance(value, list | tuple) else value
 
 
@@ -163,8 +163,3 @@ def _check_tensors(name: str, value: Any) -> None:
     unequal: Any = value != value  # noqa: PLR0124 only NaN differs from itself
     if bool(unequal.any()):
         raise PromptError(f"{name}= holds NaN, so that everything computed from it would.")
-
-
-def _show(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    return repr(value) if shape is None else f"{type(value).__name__} of shape {list(shape)}"
