@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.core.request.division import Division, Part
+from dit_lens.core.request.division import Division, PromptSpan
 from dit_lens.core.request.values import (
     as_plain,
     as_seed,
@@ -89,7 +89,7 @@ class Call:
         """The same call for some of its prompts, or of what stands for them."""
         if self.seeds is None:
             raise PromptError("batch_size= splits prompts with a seed. Leave it out when passing generator=.")
-        part = Part(prompts, self.count, self.images_per_prompt)
+        part = PromptSpan(prompts, self.count, self.images_per_prompt)
         return replace(
             self,
             prompts=None if self.prompts is None else self.prompts[prompts.start : prompts.stop],

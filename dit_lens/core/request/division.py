@@ -12,7 +12,7 @@ from dit_lens.families.table.inputs import Holding, find_holding
 
 
 @dataclass(frozen=True)
-class Part:
+class PromptSpan:
     """Some prompts of a call, and the images drawn of them.
 
     prompts: which.
@@ -52,7 +52,7 @@ class Division:
             "prompts" if name in (*self.prompts.layered, *self.prompts.offsets) else find_holding(self.pipeline, name)
         )
 
-    def select(self, name: str, value: Any, part: Part) -> Any:
+    def select(self, name: str, value: Any, part: PromptSpan) -> Any:
         """What an argument is for some of the prompts; PromptError where nobody knows."""
         holding = self.holding(name)
         if value is None or holding == "whole":
@@ -69,7 +69,7 @@ class Division:
             raise _refuse(name, f"holds {_describe(value)}, of which nobody knows what belongs to which prompt")
         return value
 
-    def _select_entries(self, name: str, value: Any, part: Part) -> Any:
+    def _select_entries(self, name: str, value: Any, part: PromptSpan) -> Any:
         if name in self.prompts.offsets:  # those of these prompts, from 0 up
             return value[part.prompts.start : part.prompts.stop + 1] - value[part.prompts.start]
         span = part.prompts if self.count(name, value) == part.count else part.rows
@@ -116,7 +116,7 @@ def count_images(name: str, value: Any) -> int | None:
     return len(value) if axes > (2 if flat else 3) else 1
 
 
-def _select_images(name: str, value: Any, part: Part, *, of_rows: bool) -> Any:
+def _select_images(name: str, value: Any, part: PromptSpan, *, of_rows: bool) -> Any:
     """The images of some prompts. of_rows: whether several are one for each row, repeated in order, or each prompt."""
     count = count_images(name, value)
     if count == 1:

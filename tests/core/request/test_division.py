@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dit_lens import DiTLens, Read, Zero
-from dit_lens.core.request.division import Division, Part
+from dit_lens.core.request.division import Division, PromptSpan
 from dit_lens.errors import ExecutionError, PromptError
 from dit_lens.families import Pipeline, Prompts
 from tests import pipelines
@@ -157,7 +157,7 @@ def test_embeddings_of_other_forms(name, kinds):
 def test_offsets_begin_at_none():
     division = Division(Pipeline("", None), Prompts(offsets=("prompt_cu_seqlens",)))
     offsets = torch.tensor([0, 3, 5, 9])
-    part = Part(range(1, 3), count=3, each=2)
+    part = PromptSpan(range(1, 3), count=3, each=2)
     assert division.select("prompt_cu_seqlens", offsets, part).tolist() == [0, 2, 6]
     assert division.repeat("prompt_cu_seqlens", offsets, 2).tolist() == [0, 3, 6, 8, 10, 14, 18]
 
