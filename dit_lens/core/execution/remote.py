@@ -197,7 +197,7 @@ def _shorten_answer(answer: str) -> str:
     """
     lines = answer.strip().splitlines() or [""]
     frames = [i for i, line in enumerate(lines) if line.startswith(" ")] if lines[0].startswith("Traceback") else [-1]
-    return lines[min(frames[-1] + 1 if frames else 0, len(lines) - 1)].removesuffix(".")
+    return lines[min(frames[-1] + 1 if frames else 1, len(lines) - 1)].removesuffix(".")
 
 
 def _key(model: DiffusionModel) -> str:
