@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nnsight.tracing.tracer import Tracer
 
 CONNECT = 10.0  # seconds in which a server has to answer at all
+LONGEST = 2e6  # seconds, 23 days: no socket waits longer
 REFRESH = 0.1  # seconds between two looks at the clock, which also turn the spinner
 
 LOST = "Nothing was kept of this run."
@@ -143,7 +144,7 @@ class Connection(RemoteBackend):
                 data={"data": request.metadata()},
                 files={"blob": ("request", blob, "application/octet-stream")},
                 headers=headers,
-                timeout=httpx.Timeout(self._left(), connect=min(CONNECT, self._left())),
+                timeout=httpx.Timeout(min(LONGEST, self._left()), connect=min(CONNECT, self._left())),
             )
         except httpx.TimeoutException as late:
             self._too_late(late)

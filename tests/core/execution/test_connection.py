@@ -61,6 +61,7 @@ def test_a_run_over_sockets_is_the_run_here(folder, real):
         for host in (server.host, f"{server.host}/", f" {server.host}//"):
             there = lens_on(folder, host)
             assert there.engine.host == server.host
+        there = lens_on(folder, server.host, timeout=float("inf"))
         runs = [lens.run(["red", "blue"], ops, **CALL) for lens in (here, there)]
         assert runs[0].images[1].tobytes() == runs[1].images[1].tobytes()
         assert all(torch.equal(runs[0][site], runs[1][site]) for site in runs[0])
