@@ -63,7 +63,10 @@ def read_stream_text(
         why = "what the pipeline's tokenizers return does not arrive in the text stream"
     if why is not None:
         return StreamText(count=count, before=before, unknown=why)
-    spans = _prompt_spans(pipe, call, recording, len(forwards))
+    try:
+        spans = _prompt_spans(pipe, call, recording, len(forwards))
+    except UnfollowedError as untold:
+        return StreamText(count=count, before=before, unknown=str(untold))
     texts = [Text(whole, span) for whole, span in zip(recording.texts, spans, strict=True)]
     rows = {
         at: [[_origin(recording.tokens[number - FIRST], texts) for number in token] for token in tokens]
@@ -164,8 +167,10 @@ def _prompt_spans(pipe: DiffusionPipeline, call: Call, recording: Recording, for
         return [range(len(whole)) for whole in recording.texts]
     twin = Recording()
     signs = {name: [SENTINEL] * len(_listed(arguments[name])) for name in names}
-    with suppress(Exception):  # what could be recorded is all there is to know
+    with suppress(Exception):  # what was recorded until then may be all there is
         twin.run(pipe, {**arguments, **signs}, forwards)
+    if len(twin.texts) < len(recording.texts):
+        raise UnfollowedError("the prompt could not be told from the template around it")
     return [_find_prompt(whole, set(twin.texts)) for whole in recording.texts]
 
 

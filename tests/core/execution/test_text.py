@@ -269,6 +269,21 @@ def test_the_text_of_a_template_is_not_the_prompts():
         assert run["w"].tokens == tuple(range(start, start + len(word)))
 
 
+def test_a_template_that_cannot_be_told_from_the_prompt(monkeypatch):
+    """Then nobody knows which tokens are the prompt's, so that words and classes are refused."""
+    encode = QwenImagePipeline.encode_prompt
+
+    def only_words(self, prompt=None, **given):
+        if prompt is not None and not prompt[0].isascii():
+            raise ValueError("these are not words")
+        return encode(self, prompt=prompt, **given)
+
+    monkeypatch.setattr(QwenImagePipeline, "encode_prompt", only_words)
+    subject = texts.SUBJECTS["qwen"]
+    with pytest.raises(PromptError, match=r"could not be told from the template around it\. Use token"):
+        subject.lens.run(PAIR, Read("blocks.0.txt", tokens="prompt"), seed=0, **subject.call)
+
+
 def test_a_second_prompt_of_flux_is_what_its_text_stream_holds():
     lens = dl.DiTLens(pipelines.flux(), defaults=pipelines.CALL)
     run = lens.run("a cat", Read("blocks.1.txt", tokens="dog", name="dog"), prompt_2="a big dog", seed=0)
