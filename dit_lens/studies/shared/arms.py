@@ -32,11 +32,6 @@ class Arm:
     draw: int
     sets: tuple[ChannelSet, ...] = ()
 
-    @property
-    def key_draw(self) -> int | None:
-        """The draw as it stands in an :class:`ImageKey`, where the first has none."""
-        return self.draw or None
-
 
 def make_score_reads(site: Pattern, score: str, steps: Steps = None) -> list[Read]:
     """The reads from which channel sets are made.
