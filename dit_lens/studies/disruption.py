@@ -15,7 +15,7 @@ from dit_lens.analysis.channels import ChannelSet
 from dit_lens.analysis.metrics import Distance
 from dit_lens.analysis.metrics.distances import distances as distances_of
 from dit_lens.core.request.ops import MeanAblate, Op, Read, Scale, Swap, Zero
-from dit_lens.errors import PromptError, check_choice
+from dit_lens.errors import OpError, PromptError, check_choice
 from dit_lens.plots import disruption_figure
 from dit_lens.studies.parts.confounds import make_fill_ops, make_push_ops, make_raise_ops
 from dit_lens.studies.shared.arguments import as_ks, as_prompts, as_seeds, as_tuple, check_k, describe_k
@@ -114,7 +114,7 @@ def disruption(
     steps: denoising steps at which channels are ablated; all by default.
     ablation: "zero"; "mean", in every branch by the channel's mean over the study's own prompts and seeds at that step
       (conditional branch); or "resample", by the values of another prompt of the batch under the same noise.
-    confounds: whether the arms for other explanations run.
+    confounds: whether the arms for other explanations run, or the names of those that do.
     distances: to the untouched image, names or functions of two images (see ``metrics.distances``); rmse is always
       among them.
     judge: function (image, prompt) -> {name: number}, such as ``metrics.clip_judge``; toys read scenes back by
@@ -130,7 +130,7 @@ def disruption(
     _check_ablation(ablation, prompts, batch_size)
     judge, measures = choose_judge(lens, prompts, judge), distances_of(["rmse", *as_tuple(distances)])
     sites = lens.sites(site)
-    extra = CONFOUNDS if confounds and ablation == "zero" and all(name.count(".") == 2 for name in sites) else ()
+    extra = _choose_confounds(confounds, possible=ablation == "zero" and all(name.count(".") == 2 for name in sites))
     settings = {
         "prompts": prompts,
         "k": ks,
@@ -177,6 +177,20 @@ def _check_ablation(ablation: str, prompts: Sequence[str], batch_size: int | Non
             "ablation='resample' takes values from another prompt of the same batch, and one batch has a single "
             "prompt. Pass more prompts, or another batch_size."
         )
+
+
+def _choose_confounds(asked: bool | Sequence[str], *, possible: bool) -> tuple[str, ...]:
+    """The arms for other explanations. possible: whether they are of this ablation and these sites."""
+    if isinstance(asked, bool):
+        return CONFOUNDS if asked and possible else ()
+    for name in asked:
+        check_choice(name, CONFOUNDS, "confound")
+    if asked and not possible:
+        raise OpError(
+            f"confounds={list(asked)} are of zeroing the output of blocks. Leave confounds= out, or ablate with "
+            "ablation='zero' at sites such as 'blocks.*.img'."
+        )
+    return tuple(name for name in CONFOUNDS if name in asked)
 
 
 @dataclass(frozen=True, kw_only=True)

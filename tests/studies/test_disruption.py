@@ -287,6 +287,8 @@ def test_confounds_run_where_they_mean_something(lens):
     result = disruption(lens, "red", k=2, draws=1, num_inference_steps=1, site="blocks[3:5].{img,txt}")
     assert {"norm-kept", "rescaled", "random-direction", "attenuated"} <= set(result.summary["arm"])
     assert any("take k >= 3" in note for note in result.notes)
+    some = disruption(lens, "red", k=K, draws=1, num_inference_steps=1, confounds=["rescaled", "attenuated"])
+    assert list(some.summary["arm"])[5:] == ["attenuated", "rescaled"]
 
 
 # What is measured.
@@ -335,6 +337,8 @@ def nothing(a, b):
         ({"seeds": []}, PromptError, "list of seeds is empty"),
         ({"seeds": [1, 2, 1]}, PromptError, "names a seed twice"),
         ({"seeds": [1.5]}, PromptError, "seed 1.5 is not a whole number"),
+        ({"confounds": ["rescale"]}, OpError, r"'rescale' is not a valid confound\. Nearest: 'rescaled'"),
+        ({"confounds": ["rescaled"], "ablation": "mean"}, OpError, "are of zeroing the output of blocks"),
         ({"k": "8"}, OpError, "k='8' is not a valid number of channels"),
     ],
 )
