@@ -34,7 +34,7 @@ def register_family(family: Family) -> None:
 
 def find(pipe: DiffusionPipeline) -> Family:
     """The family of a pipeline's transformer; FamilyError names the nearest one where no row describes it."""
-    if any(base.__name__ == "ModularPipeline" for base in type(pipe).__mro__):
+    if "ModularPipeline" in class_names(pipe):
         raise FamilyError(
             f"{type(pipe).__name__} is a modular pipeline, put together at run time: it has no fixed call whose steps "
             "and branches could be planned. Use the model's ordinary pipeline, where there is one (FLUX.3 has none)."

@@ -13,7 +13,7 @@ from dit_lens.core.request.ops import SigmaInterval
 from dit_lens.errors import OpError, StudyInterrupted, nearest
 from dit_lens.plots import sweep_figure
 from dit_lens.studies.shared.checkpoints import check_arguments_only, share_progress_bar
-from dit_lens.studies.shared.folders import claim_folder, to_plain_data
+from dit_lens.studies.shared.folders import claim_folder, describe_settings
 from dit_lens.studies.shared.registry import StudyRecord, find_study, study_names
 from dit_lens.studies.shared.registry import study as register
 from dit_lens.studies.shared.result import Result
@@ -84,7 +84,7 @@ def sweep(
     fixed: the study's other arguments.
     """
     swept, points = _find_swept(study), _list_points(over, fixed)
-    settings = to_plain_data(
+    settings = describe_settings(
         {
             "study": swept.name,
             "prompts": prompts,

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from dit_lens.core.runs.files import find_folder
 from dit_lens.errors import StudyInterrupted
 from dit_lens.studies.shared.cells import Cell, read_cell, write_cell
-from dit_lens.studies.shared.folders import claim_folder, to_plain_data
+from dit_lens.studies.shared.folders import claim_folder, describe_settings
 from dit_lens.studies.shared.registry import get_study
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class StudyCheckpoints:
         self, study: str, settings: Mapping[str, Any], *, lens: DiTLens, total: int, out: str | Path | None = None
     ):
         self.study = study
-        self.settings: dict[str, Any] = to_plain_data(settings)
+        self.settings: dict[str, Any] = describe_settings(settings)
         self.folder = None if out is None else Path(out)
         self.finished: list[Cell] = []
         self._lens, self._total = lens, total

@@ -55,9 +55,9 @@ def claim_folder(folder: Path, study: str, settings: Mapping[str, Any], lens: Di
     wanted: dict[str, Any] = {
         "format": FORMAT,
         "study": study,
-        "settings": to_plain_data(settings),
+        "settings": describe_settings(settings),
         "values": values,
-        "model": to_plain_data(describe_model(lens, settings.get("call", {}))),
+        "model": describe_settings(describe_model(lens, settings.get("call", {}))),
     }
     if not find_folder(file).exists():
         with report_unwritten(folder):
@@ -182,11 +182,11 @@ def describe_model(lens: DiTLens, call: Mapping[str, Any]) -> dict[str, Any]:
         **{name: found[name] for name in IDENTITY},
         "server": server,
         "state": None if server else describe_state(lens.pipe),
-        "defaults": to_plain_data(defaults) | fingerprint_values(defaults)[0],
+        "defaults": describe_settings(defaults) | fingerprint_values(defaults)[0],
     }
 
 
-def to_plain_data(settings: Mapping[str, Any]) -> dict[str, Any]:
+def describe_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as JSON reads them back: functions by name, tensors and images by a digest of what is in them."""
     return json.loads(json.dumps(dict(settings), default=_encode))
 

@@ -18,7 +18,7 @@ from dit_lens.studies import Result, disruption
 from dit_lens.studies.shared.batches import make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
-from dit_lens.studies.shared.folders import claim_folder, to_plain_data
+from dit_lens.studies.shared.folders import claim_folder, describe_settings
 from tests import pipelines
 
 PROMPTS = ["a cat", "two dogs", "red"]
@@ -260,10 +260,10 @@ def test_a_study_of_another_version_is_named(lens, tmp_path):
 def test_settings_are_told_apart_by_their_content():
     one, other = torch.zeros(2), torch.ones(2)
     image = Image.new("RGB", (2, 2))
-    told = to_plain_data({"a": one, "b": other, "c": image, "d": np.float32(0.5), "e": brightness, "f": (1, 2)})
+    told = describe_settings({"a": one, "b": other, "c": image, "d": np.float32(0.5), "e": brightness, "f": (1, 2)})
     assert told["a"] != told["b"]
-    assert told["a"] == to_plain_data({"a": one.clone()})["a"]
-    assert told["c"] == to_plain_data({"c": image.copy()})["c"]
+    assert told["a"] == describe_settings({"a": one.clone()})["a"]
+    assert told["c"] == describe_settings({"c": image.copy()})["c"]
     assert (told["d"], told["e"], told["f"]) == (0.5, "brightness", [1, 2])
 
 
