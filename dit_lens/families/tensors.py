@@ -17,6 +17,7 @@ from dit_lens.families.layout import (
     select_stream,
     select_tensor,
     to_tokens,
+    write_back,
 )
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def read_out(
     if index is None:
         target.copy_(tokens)
     else:
-        replaced[index] = tokens
+        write_back(replaced, tokens, index)
     args, kwargs = replace_tensor(inputs, "input", location, from_tokens(replaced, entering, location))
     x = envoy(*args, **kwargs)
     modules = [model.get(module) for module in rule["modules"]]
