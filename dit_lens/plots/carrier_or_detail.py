@@ -47,7 +47,8 @@ def carrier_or_detail_figure(summary: pd.DataFrame, *, carrier: float = 0.3, det
     """
     numbers = ["value", "value_low", "value_high", "control"]
     words = ["measure", "part", "says"]
-    table = summary[check_columns(summary, words)].join(check_summary(summary.drop(columns=words), numbers))
+    table = summary[check_columns(summary, words + numbers)]
+    table = table.assign(**check_summary(summary[numbers], numbers))
     lines = table[table["measure"] != "verdict"].iloc[::-1]
     if lines.empty:
         raise OpError("The summary has no evidence to draw yet: finish at least one cell of every arm.")
