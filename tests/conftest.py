@@ -12,6 +12,11 @@ from hypothesis import settings
 settings.register_profile("thorough", max_examples=2500, deadline=None)  # --hypothesis-profile=thorough
 
 
+def pytest_collection_modifyitems(items):
+    """The slow ones first, so that processes end together; of these the site last, since it shows what lessons drew."""
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, "site" in item.fixturenames))
+
+
 @pytest.fixture(scope="session", params=["true-cfg", "embedded"])
 def embedded(request):
     """Whether guidance is embedded, as in FLUX.1-dev, or true classifier-free guidance."""

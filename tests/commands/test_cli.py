@@ -75,6 +75,7 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "thesis.tex").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_the_demo(tmp_path, capsys, monkeypatch):
     load = DiTLens.toy
 

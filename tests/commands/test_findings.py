@@ -124,6 +124,7 @@ def test_weights_that_are_not_in_the_repository_can_be_trained():
     assert describe_retraining({"toy": "sana", "training": {**training, "seed": 0}}) == []
 
 
+@pytest.mark.slow
 def test_a_toy_has_its_page_and_all_toys_have_one(tmp_path):
     out, size = tmp_path / "page", Size(prompts=2, seeds=1, draws=1, call={"num_inference_steps": 2})
     earlier = out / "another"

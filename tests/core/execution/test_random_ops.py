@@ -16,6 +16,8 @@ from tests.interpreter import Interpreter, outer
 from tests.random_ops.scenarios import SUBJECTS, Scenario, lens_of, pipe_of
 from tests.random_ops.strategies import scenarios
 
+pytestmark = pytest.mark.slow
+
 # Every example is drawn by itself: Hypothesis would make most of them by changing the one before.
 AVAILABLE_PROVIDERS["independent"] = AVAILABLE_PROVIDERS["hypothesis"]
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
