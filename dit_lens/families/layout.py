@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from dit_lens.families.locations import ImageTokens
 
 if TYPE_CHECKING:
     from dit_lens.families.locations import GridRule, Location, TextRule
+
+
+Copied: TypeAlias = tuple[tuple[Tensor, Tensor], Tensor | None]  # rows and tokens, and which of the tokens there are
 
 
 class PlanMismatchError(RuntimeError):
@@ -266,7 +269,7 @@ def stream_tokens(value: Any, location: Location, image: ImageTokens) -> Tensor:
     return select_stream(tensor, location, image, range(len(tensor)))[0]
 
 
-def select_stream(tensor: Tensor, location: Location, image: ImageTokens, rows: range) -> tuple[Tensor, tuple | None]:
+def select_stream(tensor: Tensor, location: Location, image: ImageTokens, rows: range) -> tuple[Tensor, Copied | None]:
     """The rows and tokens of one stream, and None: a view of the tensor.
 
     Where text is of another length in every row: a copy, and what :func:`write_back` needs. Of the text stream it has
@@ -303,7 +306,7 @@ def select_stream(tensor: Tensor, location: Location, image: ImageTokens, rows: 
     return some.narrow(1, start, count), None
 
 
-def write_back(tensor: Tensor, copy: Tensor, where: tuple) -> None:
+def write_back(tensor: Tensor, copy: Tensor, where: Copied) -> None:
     """Puts back what :func:`select_stream` copied. where: its index, and which of its tokens there are."""
     (row, token), there = where
     if there is None:
