@@ -180,7 +180,7 @@ class Session:
         prompt: one or several; or pass ``prompt_embeds=``.
         ops: in the order in which they act at one site.
         seed: an integer gives every prompt the same noise (image j of a prompt gets seed + j); a list, range or array
-            is per image.
+            is per image. Where several images start from one, each seed says how that one is encoded for its image.
         num_inference_steps: denoising steps; the pipeline's own default if None.
         batch_size: prompts that go through the pipeline together; all by default.
         record: keeps what the transformer answers, for ``prefix=`` of later runs.

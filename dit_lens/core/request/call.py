@@ -63,7 +63,7 @@ class Call:
         """The call as keyword arguments of the pipeline, whose own they are: some pipelines write to them.
 
         Embeddings are repeated for each image of a prompt here: many pipelines repeat none that they are given, or only
-        some.
+        some. Images to start from are repeated for each row, so that its seed alone says how its image is encoded.
         """
         import torch
 
@@ -73,6 +73,7 @@ class Call:
         elif self.images_per_prompt > 1:
             call = {name: self._repeat(name, value) for name, value in call.items()}
         if self.seeds is not None:
+            call = {name: self.division.spread(name, value, self.rows) for name, value in call.items()}
             call["generator"] = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         return call
 
@@ -153,6 +154,8 @@ def prepare_call(
     arguments |= {name: _fit_entries(name, arguments[name], count, rows, division) for name in held}
     _check_rows(arguments, rows)
     seeds = None if "generator" in call else _list_seeds(seed, count, rows)
+    if seeds is not None:
+        division.check_spread(arguments, rows, rows // count)
     return Call(None if prompts is None else tuple(prompts), seeds, arguments, rows, division)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from dit_lens.errors import PromptError
 from dit_lens.families.row import Pipeline, Prompts
 from dit_lens.families.table.inputs import Holding, find_holding
+from dit_lens.families.table.shared import WITH_IMAGES
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,32 @@ class Division:
             return value.repeat(each, axis=0)  # an array of numpy
         return value.repeat_interleave(each, dim=1 if name in self.prompts.layered else 0)
 
+    def spread(self, name: str, value: Any, rows: int) -> Any:
+        """An argument with an image for each row, where fewer serve them all in turn.
+
+        Pipelines encode each image with the generator of one row, and copy what comes of it to the others: a row would
+        depend on how many others there are.
+        """
+        count = count_images(name, value) if value is not None and self.holding(name) == "row images" else rows
+        return value if not count or count == rows or rows % count else _take_images(name, value, range(rows), count)
+
+    def check_spread(self, arguments: Mapping[str, Any], rows: int, each: int) -> None:
+        """PromptError where rows must share an image that each would encode otherwise.
+
+        each: images drawn of a prompt.
+        """
+        shared = [name for name, value in arguments.items() if self.spread(name, value, rows) is not value]
+        if shared and arguments.get("padding_mask_crop") is not None:
+            what = f"padding_mask_crop= takes one {shared[0]}= for all {rows} images that are drawn"
+        elif shared and each > 1 and self.pipeline.encodes == WITH_IMAGES:
+            what = f"{self.pipeline.name} takes one {shared[0]}= for all {each} images of a prompt"
+        else:
+            return
+        raise PromptError(
+            f"{what}, and encodes it with the noise of the first, so that an image would depend on the others. Draw "
+            "one image at a time."
+        )
+
     def count(self, name: str, value: Any) -> int:
         """How many prompts an argument has entries for."""
         if name in self.prompts.offsets:
@@ -109,11 +136,24 @@ def count_images(name: str, value: Any) -> int | None:
     """
     if isinstance(value, list | tuple):
         return len(value) if all(count_images(name, one) == 1 for one in value) else None
+    return len(value) if _lists_images(name, value) else 1
+
+
+def _lists_images(name: str, value: Any) -> bool:
+    """Whether an array or tensor has an axis of images."""
     axes = getattr(value, "ndim", 0)
     flat = "mask" in name or name.endswith("latents")  # these may be without an axis of channels
     if axes == 3 and flat and not name.endswith("latents") and value.shape[-1] == 1:
-        return 1
-    return len(value) if axes > (2 if flat else 3) else 1
+        return False
+    return axes > (2 if flat else 3)
+
+
+def _take_images(name: str, value: Any, rows: range, count: int) -> Any:
+    """The images of some rows, where ``count`` of them serve all in turn."""
+    chosen = [row % count for row in rows]
+    if isinstance(value, list | tuple):
+        return [value[i] for i in chosen]
+    return value[chosen] if _lists_images(name, value) else [value] * len(chosen)
 
 
 def _select_images(name: str, value: Any, part: PromptSpan, *, of_rows: bool) -> Any:
@@ -122,8 +162,7 @@ def _select_images(name: str, value: Any, part: PromptSpan, *, of_rows: bool) ->
     if count == 1:
         return value
     if count is not None and of_rows and part.total % count == 0:
-        chosen = [row % count for row in part.rows]
-        return [value[i] for i in chosen] if isinstance(value, list | tuple) else value[chosen]
+        return _take_images(name, value, part.rows, count)
     if count is not None and not of_rows and count == part.count:
         return value[part.prompts.start : part.prompts.stop]
     raise _refuse(name, f"holds {_describe(value)}, which does not fit {part.count} prompts and {part.total} images")

@@ -43,7 +43,10 @@ _IMAGE = Pipeline(
 HUNYUAN_IMAGE = Family(
     name="HunyuanImage 2.1",
     transformer="HunyuanImageTransformer2DModel",
-    pipelines=(_IMAGE, *_IMAGE.copy_for("HunyuanImageRefinerPipeline", encodes=WITH_MASK, takes_latents=None)),
+    pipelines=(
+        _IMAGE,
+        *_IMAGE.copy_for("HunyuanImageRefinerPipeline", encodes=WITH_MASK, takes_latents=None, row_images=("image",)),
+    ),
     stacks=(
         text_stack("context_embedder.token_refiner.refiner_blocks", "refiner"),
         double_stack(outputs=IMAGE_FIRST, points=double_block(), attends="image_first"),

@@ -108,7 +108,8 @@ KANDINSKY5 = Family(
     pipelines=(
         _KANDINSKY,
         *_KANDINSKY.copy_for("Kandinsky5I2IPipeline", encodes=WITH_IMAGES),
-        *_KANDINSKY.copy_for("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline", chooses_size=False),
+        *_KANDINSKY.copy_for("Kandinsky5T2VPipeline", chooses_size=False),
+        *_KANDINSKY.copy_for("Kandinsky5I2VPipeline", chooses_size=False, row_images=("image",)),
     ),
     stacks=(
         text_stack("text_transformer_blocks", "text", "x", points=_TEXT_POINTS),

@@ -178,14 +178,68 @@ STARTING = {**TEXT, "prompt": PROMPTS, "strength": 0.6, "num_inference_steps": 3
 
 def test_images_to_start_from():
     check_batches("img2img", {**STARTING, "image": pictures(3)}, {"prompt": "prompt", "image": "prompt"})
-    check_batches("img2img", {**STARTING, "image": pictures(1)[0]}, {"prompt": "prompt"}, sizes=(2,))
+    check_batches("img2img", {**STARTING, "image": pictures(1)}, {"prompt": "prompt", "image": "tiled"}, sizes=(2,))
+
+
+def whole_and_parts(name, call, image, each):
+    """A run of all prompts, the plain pipeline with an image for each row, and runs of one prompt at a time."""
+    lens, plain = made(name)
+    rows = len(call["prompt"]) * each
+    several = {"num_images_per_prompt": each}
+    seeds = list(range(20, 20 + rows))
+    options = {key: value for key, value in call.items() if key != "prompt"}
+    run = lens.run(call["prompt"], seed=seeds, **options, **image, **several)
+    apart = lens.run(call["prompt"], seed=seeds, batch_size=1, **options, **image, **several)
+    listed = {
+        key: [value[row % len(value)] if isinstance(value, list) else value for row in range(rows)]
+        for key, value in image.items()
+    }
+    return run.latents, drawn(plain, {**call, **listed, **several}, seeds), apart.latents
+
+
+@pytest.mark.parametrize(("images", "each"), [(0, 1), (0, 2), (1, 1), (2, 2)])
+def test_a_row_starts_from_the_same_image_whatever_its_neighbours(images, each):
+    image = pictures(images) if images else pictures(1)[0]
+    whole, plain, apart = whole_and_parts("img2img", STARTING, {"image": image}, each)
+    assert torch.equal(whole, plain)
+    assert torch.allclose(whole, apart, atol=1e-4)
+
+
+def test_a_row_is_inpainted_the_same_whatever_its_neighbours():
+    mask = Image.fromarray((np.random.default_rng(0).random((32, 48)) > 0.5).astype(np.uint8) * 255)
+    image = {"image": pictures(1)[0], "mask_image": mask}
+    whole, plain, apart = whole_and_parts("inpaint", STARTING, image, 1)
+    assert torch.equal(whole, plain)
+    assert torch.allclose(whole, apart, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["pil", "array", "arrays", "tensor", "tensors"])
+def test_an_integer_seed_starts_every_prompt_from_the_same_noise(form):
+    lens, _ = made("img2img")
+    array = np.random.default_rng(0).random((32, 48, 3)).astype(np.float32)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    forms = {"pil": pictures(1)[0], "array": array, "arrays": array[None], "tensor": tensor, "tensors": tensor[None]}
+    options = {name: value for name, value in STARTING.items() if name != "prompt"}
+    run = lens.run(["a cat"] * 2, seed=3, image=forms[form], **options)
+    alone = lens.run("a cat", seed=3, image=forms[form], **options)
+    assert torch.allclose(run.latents[:1], alone.latents, atol=1e-4)
+    assert torch.allclose(run.latents[:1], run.latents[1:], atol=1e-4)
+
+
+def test_a_crop_that_rows_would_share_is_refused():
+    options = {**STARTING, "output_type": "pil", "padding_mask_crop": 8, "image": pictures(1)[0]}
+    options["mask_image"] = Image.new("L", (48, 32), 255)
+    prompts = options.pop("prompt")
+    with pytest.raises(PromptError, match=r"padding_mask_crop= takes one image= for all 3 images .* one image at a"):
+        made("inpaint")[0].run(prompts, seed=0, **options)
+    assert len(made("inpaint")[0].run(prompts[:1], seed=0, **options).images) == 1
 
 
 @pytest.mark.parametrize("images", [1, 2, 6])
 def test_images_of_several_drawings_are_taken_in_turn(images):
     """As the pipeline does: two images of four rows are those of rows 0 and 1, then of rows 2 and 3."""
     image = pictures(images)
-    kinds = {"prompt": "prompt"} | ({"image": "tiled"} if images > 1 else {})
+    kinds = {"prompt": "prompt", "image": "tiled"}
     check_batches("img2img", {**STARTING, "image": image}, kinds, each=2, sizes=(1,))
 
 
