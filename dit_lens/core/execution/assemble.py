@@ -55,7 +55,7 @@ def assemble(
     _check_fired(ops, plan, pieces, touched)
     spilled = isinstance(stores[0]["reads"], Spill)
     steps = plan.outline.steps
-    readings = [_assemble_read(read, pieces, plan.selections, (steps, grid, spilled)) for read in plan.reads]
+    readings = [_assemble_read(read, pieces, plan, (steps, grid, spilled)) for read in plan.reads]
     drawn = [output_images(output) for output in outputs]
     if isinstance(drawn[0], torch.Tensor):
         latents, images = torch.cat(drawn).cpu(), []
@@ -72,14 +72,14 @@ def output_images(output: Any) -> Any:
 def _assemble_read(
     read: PlannedRead,
     pieces: dict[tuple, list[Piece]],
-    selections: Mapping[tuple, tuple],
+    plan: Plan,
     of_run: tuple[int, tuple[int, ...], bool],
 ) -> Reading:
     """Puts one read together; its pieces are taken out, so that no site is kept twice.
 
     read: as planned.
     pieces: (op, site, step, branch) -> what every batch read.
-    selections: (op, site, group) -> rows, tokens and channels, as they were in the batch that held the group.
+    plan: of the run, whose selections are as they were in the batch that held the group.
     of_run: how many steps ran, (h, w) image tokens or (f, h, w) of a video, and whether values are to lie in a file.
     """
     total_steps, grid, spilled = of_run
@@ -88,7 +88,7 @@ def _assemble_read(
     for site in read.sites:
         found = [[pieces.pop((read.op, site, step, branch)) for branch in branches] for step in read.steps]
         if read.reduce is None and ".txt" in site:
-            found, mask = _fill_up(site, read, found)
+            found, mask = _fill_up(site, read, found, plan)
             if mask is not None:
                 masks[site] = mask if read.both else mask[0]
         _check_sizes(site, read, found)
@@ -104,7 +104,7 @@ def _assemble_read(
         branches=branches,
         both=read.both,
         rows=read.rows,
-        tokens=_list_tokens(read, selections),
+        tokens=_list_tokens(read, plan.selections),
         channels=dict(read.channels),
         reduce=read.reduce,
         shape_of_grid=grid if read.image else None,
@@ -120,12 +120,17 @@ def _list_tokens(read: PlannedRead, selections: Mapping[tuple, tuple]) -> Any:
     return list_tokens([branch for branch, _ in read.groups], chosen)
 
 
-def _fill_up(site: str, read: PlannedRead, found: list[list[list[Piece]]]) -> tuple[list[list[list[Piece]]], Any]:
+def _fill_up(
+    site: str, read: PlannedRead, found: list[list[list[Piece]]], plan: Plan
+) -> tuple[list[list[list[Piece]]], Any]:
     """The pieces of a read of text, each with as many tokens as the longest, and which tokens of it are data.
+
+    Where a pipeline fills rows up in front of their text, so is it done here: tokens are where the whole run has them.
 
     site: whose they are.
     read: as planned.
     found: for every step and branch the pieces of its batches.
+    plan: of the run.
 
     The mask is bool [branch, b, n]; None where all tokens are data. Text is the same at every step.
     """
@@ -137,9 +142,14 @@ def _fill_up(site: str, read: PlannedRead, found: list[list[list[Piece]]]) -> tu
                 "Read these steps in runs of their own, or reduce over tokens (reduce=)."
             )
     length = max(mask.shape[1] for mask in _flat(masks[0]))
-    filled = [[[(_lengthen(value, length), None) for value, _ in batches] for batches in of_step] for of_step in found]
+    uneven = any(mask.shape[1] < length for mask in _flat(masks[0]))
+    in_front = uneven and read.tokens is None and plan.outline.text().pads_in_front()
+    filled = [
+        [[(_lengthen(value, length, in_front), None) for value, _ in batches] for batches in of_step]
+        for of_step in found
+    ]
     mask = torch.stack(
-        [torch.cat([_lengthen(one[..., None], length)[..., 0] for one in batches]) for batches in masks[0]]
+        [torch.cat([_lengthen(one[..., None], length, in_front)[..., 0] for one in batches]) for batches in masks[0]]
     )
     return filled, None if mask.all() else mask
 
@@ -153,10 +163,10 @@ def _mask_of(piece: Piece) -> Tensor:
     return torch.ones(value.shape[:2], dtype=torch.bool) if mask is None else mask
 
 
-def _lengthen(value: Tensor, length: int) -> Tensor:
-    """[b, n, d] with zeros for the tokens that are missing."""
+def _lengthen(value: Tensor, length: int, in_front: bool) -> Tensor:
+    """[b, n, d] with zeros for the tokens that are missing, in front or behind."""
     missing = length - value.shape[1]
-    return torch.nn.functional.pad(value, (0, 0, 0, missing)) if missing else value
+    return torch.nn.functional.pad(value, (0, 0, missing, 0) if in_front else (0, 0, 0, missing)) if missing else value
 
 
 def _check_sizes(site: str, read: PlannedRead, found: list[list[list[Piece]]]) -> None:

@@ -5,14 +5,14 @@ What arrives at its transformer is numbers of tokens (``text_probe``); here they
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.execution.text_probe import FIRST, LAST, Recording, UnfollowedError
 from dit_lens.core.request.text_tokens import Origin, StreamText, Text
 from dit_lens.families.arguments import holds_text
-from dit_lens.families.layout import find_text_masks, optional_argument
+from dit_lens.families.layout import PlanMismatchError, find_text_masks, mask_text, optional_argument
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -56,23 +56,51 @@ def read_stream_text(
         or _is_ragged(recording.seen, anatomy)
     )
     count = None if uneven else counts.pop() + before + prompts.after
+    around = before + prompts.after
+    data = _find_data(recording.seen, anatomy, forwards, {at: len(row) + around for at, row in numbers.items()})
     why = prompts.mixed
     if call.prompts is None:
         why = "this run has prompt_embeds, not a prompt to find words in"
     elif why is None and not any(some for tokens in numbers.values() for some in tokens):
         why = "what the pipeline's tokenizers return does not arrive in the text stream"
     if why is not None:
-        return StreamText(count=count, before=before, unknown=why)
+        return StreamText(count=count, before=before, data=data, unknown=why)
     try:
         spans = _prompt_spans(pipe, call, recording, len(forwards))
     except UnfollowedError as untold:
-        return StreamText(count=count, before=before, unknown=str(untold))
+        return StreamText(count=count, before=before, data=data, unknown=str(untold))
     texts = [Text(whole, span) for whole, span in zip(recording.texts, spans, strict=True)]
     rows = {
         at: [[_origin(recording.tokens[number - FIRST], texts) for number in token] for token in tokens]
         for at, tokens in numbers.items()
     }
-    return StreamText(rows, texts, count, before, prompts.after)
+    return StreamText(rows, texts, count, before, prompts.after, data)
+
+
+def _find_data(
+    seen: Sequence[tuple[tuple, dict]],
+    anatomy: Anatomy,
+    forwards: Sequence[Sequence[str]],
+    lengths: Mapping[tuple[str, int], int],
+) -> dict[tuple[str, int], list[bool]]:
+    """(branch, row) -> for each token whether it takes part in attention; empty where that cannot be told.
+
+    seen: the arguments of each forward pass of a step.
+    anatomy: of the transformer.
+    forwards: the branches of each of them.
+    lengths: (branch, row) -> how many tokens the text stream has.
+    """
+    found: dict[tuple[str, int], list[bool]] = {}
+    for arguments, branches in zip(seen, forwards, strict=True):
+        try:
+            masks = find_text_masks(arguments, anatomy.text_rule)
+        except PlanMismatchError:  # the run will say it
+            return {}
+        at = [(branch, row) for branch in branches for row in range(len(lengths) // sum(map(len, forwards)))]
+        for number, one in enumerate(at):
+            mask = mask_text(masks, range(number, number + 1), lengths[one])
+            found[one] = [True] * lengths[one] if mask is None else mask[0].tolist()
+    return found
 
 
 def _is_ragged(seen: Sequence[tuple[tuple, dict]], anatomy: Anatomy) -> bool:

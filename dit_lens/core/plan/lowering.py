@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
 from dit_lens.core.plan.selection import Group
-from dit_lens.core.plan.sources import Wanted, is_by_branch, pick_branch, pick_vectors, source_values
+from dit_lens.core.plan.sources import Wanted, is_by_branch, list_some, pick_branch, pick_vectors, source_values
 from dit_lens.core.request.indices import to_indices
 from dit_lens.core.request.ops import Op
 from dit_lens.core.runs.run import Run
@@ -75,7 +75,15 @@ class SiteLowering:
                 f"source={source!r} is not a valid source. Write 'row:0' for another image of the batch, or give a "
                 "Run, a tensor, or site -> tensor."
             )
-        return to_indices(int(named[1]), self.outline.rows, "row", "this run has", "images")
+        rows = to_indices(int(named[1]), self.outline.rows, "row", "this run has", "images")
+        if self.where.stream == "txt" and not self.where.point.startswith("mod."):
+            text = self.outline.text()
+            tokens = self.group.tokens
+            for branch in self._branches():
+                asked = range(len(text.data.get((branch, rows[0]), ()))) if tokens is None else tokens
+                if (held := text.is_data(branch, rows[0], asked)) is not None:
+                    self._check_data(branch, {rows[0]: held}, rows * len(self._targets))
+        return rows
 
     def put(
         self,
@@ -90,17 +98,43 @@ class SiteLowering:
         source_rows = self._source_rows(values.rows, pick_rows)
         found: Lowered = []
         for branch in self._branches(default=_branch_of(there)):
-            key = self._give(
-                f"{self.number}/{self.site}/{branch}/{self.group.rows}", pick_branch(there, branch, self._name)
-            )
-            found.append((branch, {"kind": "Put", "key": key, "source_rows": source_rows, "strength": strength}))
+            key = f"{self.number}/{self.site}/{branch}/{self.group.rows}"
+            self._give(key, pick_branch(there, branch, self._name))
+            action: ActionDetails = {"kind": "Put", "key": key, "source_rows": source_rows, "strength": strength}
+            mask = values.masks.get(branch, values.masks.get(None))
+            if mask is not None and not mask[source_rows].all():
+                held = {row: mask[i].tolist() for i, row in enumerate(values.rows)}
+                self._check_data(branch, held, [values.rows[i] for i in source_rows])
+                action["source_mask"] = self._give(f"{key}/mask", mask)
+            found.append((branch, action))
         return found
+
+    def _check_data(self, branch: str, held: Mapping[int, Sequence[bool]], rows: Sequence[int]) -> None:
+        """OpError where a source has no data at a token that is data in this run.
+
+        branch: of the run.
+        held: row of the source -> which of the chosen tokens it has.
+        rows: for every target its row in the source.
+        """
+        for target, row in zip(self._targets, rows, strict=True):
+            tokens = range(len(held[row])) if self.group.tokens is None else self.group.tokens
+            needed = self.outline.text().is_data(branch, target, tokens)
+            if needed is None:  # the run will compare
+                continue
+            lacking = [one for one, need, has in zip(tokens, needed, held[row], strict=True) if need and not has]
+            if lacking:
+                raise OpError(
+                    f"{self._name}: row {target} of this run has {sum(needed)} tokens of text to replace, and row "
+                    f"{row} of the source has {sum(needed) - len(lacking)} of them ({branch}): none at "
+                    f"{list_some(lacking)}. Choose tokens= that both have, such as a word, take prompts of equal "
+                    "length in tokens, or read the source row by row (rows=)."
+                )
 
     def _source_rows(
         self, rows: Sequence[int], pick_rows: Callable[[Sequence[int], list[int]], list[int]] | None
     ) -> list[int]:
         """For every target the position of its row in the source, whose rows have these numbers."""
-        targets = list(range(self.outline.rows)) if self.group.rows is None else self.group.rows
+        targets = self._targets
         if len(rows) == 1:
             return [0] * len(targets)
         chosen = targets if pick_rows is None else pick_rows(rows, targets)
@@ -111,6 +145,10 @@ class SiteLowering:
                 f"), but row {missing[0]} is to be replaced. Choose rows=, or give a source of one row."
             )
         return [positions[row] for row in chosen]
+
+    @property
+    def _targets(self) -> list[int]:
+        return list(range(self.outline.rows)) if self.group.rows is None else self.group.rows
 
     @property
     def _name(self) -> str:

@@ -6,7 +6,7 @@ What is added is a number or [channel], or [step, channel].
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,10 +58,13 @@ class Values:
 
     by_branch: branch (None: the same for all) -> [s or 1, b or 1, n or 1, d], steps, tokens and channels as chosen.
     rows: the numbers of its rows; one row stands for all.
+    masks: branch -> which of these tokens it has, bool [b, n]; all of them where a branch is left out. What the
+        pipeline masked is no data, and neither is what was not read.
     """
 
     by_branch: dict[str | None, Tensor]
     rows: tuple[int, ...]
+    masks: dict[str | None, Tensor] = field(default_factory=dict)
 
 
 def source_values(source: Any, wanted: Wanted) -> Values:
@@ -116,38 +119,38 @@ def _from_reading(reading: Reading, grid: tuple[int, ...] | None, wanted: Wanted
         )
     if isinstance(reading.tokens, Mapping):
         return _from_words(reading, reading.tokens, wanted)
-    values = {branch: _pick(value, reading, wanted) for branch, value in reading.by_branch(wanted.name).items()}
-    return Values(values, reading.rows)
+    of_branches = reading.by_branch(wanted.name)
+    values = {branch: _pick(value, reading, wanted) for branch, value in of_branches.items()}
+    found = reading.masks.get(wanted.name)
+    if found is None:
+        return Values(values, reading.rows)
+    masks = dict(zip(of_branches, found if reading.both else [found], strict=True))
+    picked = {branch: _pick_tokens(mask[None], reading, wanted)[0] for branch, mask in masks.items()}
+    return Values(values, reading.rows, picked)
 
 
 def _from_words(reading: Reading, tokens: Mapping[str, Sequence[Sequence[int]]], wanted: Wanted) -> Values:
-    """What a read holds whose tokens are others in each row and branch: of those rows that hold all that is wanted.
+    """What a read holds whose tokens are others in each row and branch; a row that lacks some has none of them.
 
     tokens: branch -> those of each row.
     """
     asked = wanted.tokens or ()
-    held = {branch: [i for i, row in enumerate(rows) if set(asked) <= set(row)] for branch, rows in tokens.items()}
-    rows = {tuple(some) for some in held.values() if some}
-    if len(rows) != 1 or not asked:
+    if not asked or not any(set(asked) <= set(row) for rows in tokens.values() for row in rows):
         raise OpError(
             f"{wanted.op}: the source run read {wanted.name} at other tokens in other rows and branches "
-            f"({_list_some([list(row) for rows in tokens.values() for row in rows])}), which are not those to replace "
-            f"({_list_some(list(asked)) or 'all'}). Read rows and branches one by one (rows=, branch=), or read all "
+            f"({list_some([list(row) for rows in tokens.values() for row in rows])}), which are not those to replace "
+            f"({list_some(list(asked)) or 'all'}). Read rows and branches one by one (rows=, branch=), or read all "
             "tokens."
         )
-    (positions,) = rows
     values: dict[str | None, Tensor] = {}
+    masks: dict[str | None, Tensor] = {}
     for branch, value in reading.by_branch(wanted.name).items():
-        if held.get(str(branch)):
-            whole = replace(reading, tokens=tuple(range(value.shape[2])))
-            taken = [
-                _pick(
-                    value[:, [i]], whole, replace(wanted, tokens=[tokens[str(branch)][i].index(one) for one in asked])
-                )
-                for i in positions
-            ]
-            values[branch] = torch.cat(taken, 1)
-    return Values(values, tuple(reading.rows[i] for i in positions))
+        rows = [list(row) for row in tokens[str(branch)]]
+        held = [[row.index(one) if one in row else -1 for one in asked] for row in rows]
+        chosen = _pick_channels(value, reading, wanted)
+        values[branch] = torch.stack([chosen[:, i, positions] for i, positions in enumerate(held)], 1)
+        masks[branch] = torch.tensor(held) >= 0
+    return Values(values, reading.rows, masks)
 
 
 def is_by_branch(value: Mapping) -> bool:
@@ -204,6 +207,12 @@ def _fit_vector(value: Any, wanted: Wanted) -> Tensor:
 
 def _pick(value: Tensor, reading: Reading, wanted: Wanted) -> Tensor:
     """The steps, tokens and channels an op wants, out of what a run has read."""
+    value = _pick_channels(value, reading, wanted)
+    return value if wanted.means else _pick_tokens(value, reading, wanted)
+
+
+def _pick_channels(value: Tensor, reading: Reading, wanted: Wanted) -> Tensor:
+    """The steps and channels an op wants."""
     if reading.total_steps != wanted.outline.steps:
         raise OpError(
             f"{wanted.op}: the source run has {reading.total_steps} steps, this one {wanted.outline.steps}. "
@@ -215,11 +224,11 @@ def _pick(value: Tensor, reading: Reading, wanted: Wanted) -> Tensor:
         value = value[..., _positions(wanted, channels, reading.channels[wanted.name], "channels")]
     elif wanted.channels is not None:
         value = value[..., channels]
-    return value if wanted.means else _pick_tokens(value, reading, wanted)
+    return value
 
 
 def _pick_tokens(value: Tensor, reading: Reading, wanted: Wanted) -> Tensor:
-    """The tokens an op wants, by their numbers. A site of one vector for each image has no tokens to choose."""
+    """The tokens an op wants, on axis 2, by their numbers; all there is of a site of one vector for each image."""
     there = wanted.outline.tokens(wanted.site.stream)
     if wanted.site.point.startswith("mod."):
         return value
@@ -244,13 +253,14 @@ def _positions(wanted: Wanted, asked: list[int], kept: Any, what: str) -> list[i
     missing = [index for index in asked if index not in position]
     if missing:
         raise OpError(
-            f"{wanted.op}: the source run read {wanted.name} without {what} {_list_some(missing)}; it has "
-            f"{_list_some(list(kept))}. Read more, or narrow {what}=."
+            f"{wanted.op}: the source run read {wanted.name} without {what} {list_some(missing)}; it has "
+            f"{list_some(list(kept))}. Read more, or narrow {what}=."
         )
     return [position[index] for index in asked]
 
 
-def _list_some(values: list[Any]) -> str:
+def list_some(values: list[Any]) -> str:
+    """The first of some values, for a message, and how many there are."""
     return ", ".join(map(str, values[:8])) + (f" ... ({len(values)} in all)" if len(values) > 8 else "")
 
 

@@ -41,6 +41,7 @@ class ActionDetails(TypedDict, total=False):
     reduce: how a read is reduced over tokens (``core.request.reduce``).
     key: under which the payload holds an edit's tensor or function.
     source_rows: for every target row the row its values come from.
+    source_mask: under which the payload holds the tokens that a source has, bool [row, token]; left out: all.
     strength: in (0, 1]; 1 assigns.
     parameters: what else an edit of this kind needs, such as a factor.
     """
@@ -49,6 +50,7 @@ class ActionDetails(TypedDict, total=False):
     reduce: list[Any] | None
     key: str
     source_rows: list[int]
+    source_mask: str
     strength: float
     parameters: dict[str, Any]
 

@@ -278,14 +278,29 @@ def add(edit: Edit) -> Tensor:
 
 
 def put(edit: Edit) -> Tensor:
-    """Elements of a given tensor [step, row, token, channel], whose axes of size 1 stand for all."""
+    """Elements of a given tensor [step, row, token, channel], whose axes of size 1 stand for all.
+
+    Tokens that it has not stay as they are, and must be no data here either.
+    """
     source = edit.payload[edit.action["key"]]
     source = source[min(edit.action["step_index"], source.shape[0] - 1)]
     source = source if source.shape[0] == 1 else source[edit.action["source_rows"]]
     if source.shape[1] not in (1, edit.old.shape[1]):
         here, given = edit.old.shape[1], source.shape[1]
         raise PlanMismatchError(f"{edit.hook.name} has {here} tokens at step {edit.hook.step}, and the source {given}")
-    return source.to(edit.old).expand_as(edit.old)
+    new = source.to(edit.old).expand_as(edit.old)
+    key = edit.action.get("source_mask")
+    if key is None:
+        return new
+    there = edit.payload[key]
+    there = (there if len(there) == 1 else there[edit.action["source_rows"]]).expand(edit.old.shape[:2])
+    lacking = ~there if edit.mask is None else ~there & edit.mask
+    if lacking.any():
+        raise PlanMismatchError(
+            f"{edit.hook.name} has data at {int(lacking.sum())} tokens at step {edit.hook.step} at which the source "
+            "has none"
+        )
+    return torch.where(there[..., None].to(new.device), new, edit.old)
 
 
 def copy_row(edit: Edit) -> Tensor:

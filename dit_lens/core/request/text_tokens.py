@@ -56,6 +56,7 @@ class StreamText:
     texts: those the tokenizers were given.
     count: how many tokens the stream has; None where only the run can tell.
     before, after: those of them that the model puts in front and behind, which are of no text.
+    data: (branch, row) -> for each token whether it takes part in attention; empty where only the run can tell.
     unknown: why words cannot be found in it; None where they can.
     """
 
@@ -64,6 +65,7 @@ class StreamText:
     count: int | None = None
     before: int = 0
     after: int = 0
+    data: Mapping[tuple[str, int], Sequence[bool]] = field(default_factory=dict)
     unknown: str | None = None
 
     def strings(self) -> list[str]:
@@ -91,6 +93,17 @@ class StreamText:
     def length(self, branch: str, row: int) -> int:
         """How many tokens the stream has in a row."""
         return self.before + len(self.rows[branch, row]) + self.after
+
+    def is_data(self, branch: str, row: int, tokens: Sequence[int]) -> list[bool] | None:
+        """Whether tokens of a row take part in attention; None where only the run can tell."""
+        data = self.data.get((branch, row))
+        return None if data is None else [token < len(data) and data[token] for token in tokens]
+
+    def pads_in_front(self) -> bool:
+        """Whether rows are filled up before their text, so that tokens count from the end."""
+        return any(
+            bool(tokens) and _is(tokens[0], "pad") and not _is(tokens[-1], "pad") for tokens in self.rows.values()
+        )
 
     def move(self, branch: str, row: int, tokens: Sequence[int], to: Tokens) -> list[int]:
         """Where tokens of a row are when it is filled up otherwise; padding that is left out there is left out.
