@@ -209,9 +209,7 @@ def _fit_int(value: Any) -> Any:
 
 def _fit_float(value: Any) -> Any:
     found = to_number(value)
-    if found is None:
-        return UNFIT
-    return value if isinstance(value, int) and abs(value) < LARGEST else found
+    return UNFIT if found is None else found
 
 
 def _fit_bool(value: Any) -> Any:

@@ -15,7 +15,7 @@ import pytest
 from dit_lens.errors import DitLensError, show
 from tests.wrong_arguments.calls import ELSEWHERE, make_calls, tiny_lens
 from tests.wrong_arguments.surface import find_calls
-from tests.wrong_arguments.values import make_values
+from tests.wrong_arguments.values import make_guises, make_values
 
 THOROUGH = bool(os.environ.get("DIT_LENS_FUZZ"))
 TRIED = 3  # values for each argument
@@ -98,5 +98,16 @@ def test_what_is_wrong_is_told(calls, values, stopped):
             chosen = list(values) if THOROUGH else rng.sample(list(values), TRIED)
             for value in chosen:
                 found[f"{name}({argument}={value})"] = judge(call, {**right, argument: values[value]()})
+    bad = [f"{given}: {problem}" for given, problem in found.items() if problem]
+    assert not bad, "\n".join(bad)
+
+
+def test_numbers_of_another_type_or_shape(calls, stopped):
+    """What is right, in other types and shapes: it works, or is told."""
+    found = {}
+    for name, (call, right) in calls.items():
+        for argument in sorted(right):
+            for guise, value in make_guises(right[argument]).items():
+                found[f"{name}({argument}={guise})"] = judge(call, {**right, argument: value})
     bad = [f"{given}: {problem}" for given, problem in found.items() if problem]
     assert not bad, "\n".join(bad)

@@ -138,13 +138,14 @@ def cluster(x: Any, n_clusters: int = 2, seed: int = 0, method: str = "minmax") 
 
     x: [n, k], the channels of the tokens.
     n_clusters: number of clusters, 2 to n.
-    seed: seed of K-means (``sklearn.cluster.KMeans``), which keeps the best of 10 starts.
+    seed: seed of K-means (``sklearn.cluster.KMeans``), which keeps the best of 10 starts; below 2**32.
     method: "minmax" or "robust", as in :func:`normalise`.
     """
     from sklearn.cluster import KMeans  # takes a second to import, which the rest of dit_lens does not need
     from sklearn.exceptions import ConvergenceWarning
 
     values = normalise(x, method)
+    check_number("seed", seed, 0, 2**32 - 1)
     if not 2 <= n_clusters <= len(values):
         raise OpError(
             f"n_clusters={n_clusters} was asked for, but there are {len(values)} tokens. Choose 2 to {len(values)}."
@@ -165,16 +166,16 @@ def foreground(labels: Any, heat: Any, grid: tuple[int, ...], polarity: str = "h
     [[False, True], [True, False]]
 
     Returns the mask, bool [h, w].
-    labels: int [n], the cluster of each token.
-    heat: [n], the heat of each token.
+    labels: int [n] or [h, w], the cluster of each token.
+    heat: [n] or [h, w], the heat of each token.
     grid: (h, w) with h * w == n.
     polarity: "heat": the cluster with the highest mean heat is the foreground. "border": the cluster with the most
       tokens on the border of the grid is the background (if equal, the one with the lower mean heat), and all others
       are the foreground.
     """
     check_choice(polarity, POLARITIES, "polarity")
-    names, numbers = np.unique(to_numpy(labels), return_inverse=True)
-    heats = to_numpy(heat)
+    names, numbers = np.unique(to_numpy(labels).ravel(), return_inverse=True)
+    heats = to_numpy(heat).ravel()
     _check_grid(grid, numbers.size)
     if heats.size != numbers.size:
         raise OpError(f"There are {numbers.size} labels and {heats.size} values of heat. Give one of each per token.")

@@ -25,6 +25,27 @@ def nested(depth):
     return value
 
 
+def make_guises(value):
+    """name -> the same numbers of another type, in another container, shape or order in memory."""
+    found = {}
+    if isinstance(value, float) and value.is_integer():
+        found["whole"] = int(value)
+    if isinstance(value, bool | int | float):
+        found |= {"numpy": np.array(value)[()], "array []": np.array(value), "torch": torch.tensor(value)}
+    if isinstance(value, list | tuple) and value:
+        found |= {"list": list(value), "tuple": tuple(value), "one-shot": iter(value)}
+        if all(isinstance(one, int | float) for one in value):
+            found |= {"whole": [int(one) for one in value], "array": np.array(value), "torch": torch.tensor(value)}
+            found |= {"reversed view": np.array(value[::-1])[::-1], "column": np.array(value)[:, None]}
+    if isinstance(value, np.ndarray | torch.Tensor):
+        array = np.asarray(value)
+        found |= {"list": array.tolist(), "flat": array.ravel(), "one more axis": array[None]}
+        found |= {"float64": array.astype(float), "fortran": np.asfortranarray(array), "torch": torch.tensor(array)}
+        found |= {"sparse": torch.tensor(array).to_sparse(), "meta": torch.tensor(array).to("meta")}
+        found |= {"strided": np.repeat(array, 2, 0)[::2], "graph": torch.tensor(array.astype(float), requires_grad=True)}
+    return found
+
+
 def make_values(folder):
     """name -> function that makes the value afresh; one-shot iterables are used up by a call.
 
@@ -124,4 +145,18 @@ def make_values(folder):
         "table": lambda: pd.DataFrame({"a": [1]}),
         "empty table": pd.DataFrame,
         "generator of noise": torch.Generator,
+        "list of surrogates": lambda: ["red \ud83d"],
+        "{surrogate: 1}": lambda: {"\ud83d": 1},
+        "meta []": lambda: torch.ones((), device="meta"),
+        "sparse []": lambda: torch.tensor(1.0).to_sparse(),
+        "10**12": lambda: 10**12,
+        "1e39": lambda: 1e39,
+        "dot": lambda: ".",
+        "no parameters": lambda: lambda: None,
+        "five parameters": lambda: lambda a, b, c, d, e: None,
+        "answers text": lambda: lambda *given, **named: "x",
+        "answers complex": lambda: lambda *given, **named: torch.tensor(1j),
+        "module": torch.nn.Identity,
+        "[inf]": lambda: [float("inf")],
+        "array inf": lambda: np.full((4, 4), np.inf),
     }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dit_lens.core.plan.lowering import SiteLowering, check_allowed, check_keys
 from dit_lens.core.plan.selection import Group, select_channels, select_groups
 from dit_lens.core.request.ops import EDITS, OPS, Op, Read, SigmaInterval
+from dit_lens.core.runs.record import is_text
 from dit_lens.errors import DitLensError, OpError
 from dit_lens.families import Anatomy
 from dit_lens.families.sites import Site, match
@@ -206,8 +207,8 @@ class _Compiler:
         channels: site -> the channels it reads there; None means all.
         """
         timeline, rows = self.outline.timeline, range(self.outline.rows)
-        if op.name is not None and not isinstance(op.name, str):
-            raise OpError(f"name={op.name!r} is not a name. Give the read a string.")
+        if op.name is not None and not is_text(op.name):
+            raise OpError(f"name={op.name!r} is not a name. Give the read a string of whole characters.")
         if op.reduce is not None and any(group.tokens == [] for group in groups):
             raise OpError(
                 f"reduce={op.reduce!r} needs tokens to reduce, and tokens=[] chooses none. Leave tokens= out."

@@ -63,7 +63,7 @@ def whole_folder(path: str | Path, *, mark: str, overwrite: bool = True) -> Gene
 
 @contextmanager
 def report_unwritten(path: str | Path) -> Generator[None]:
-    """Turns what a full disk, a missing right or an impossible name causes inside into a StoreError.
+    """Turns what a full disk, a missing right or an impossible name or text causes inside into a StoreError.
 
     path: the file or folder that is written, whole or not at all.
     """
@@ -77,6 +77,12 @@ def report_unwritten(path: str | Path) -> Generator[None]:
         raise StoreError(
             f"{show(str(path))} could not be written: {problem}. What was there before is unchanged, and nothing is "
             "left half-written. Choose another place, or free some space."
+        ) from problem
+    except UnicodeEncodeError as problem:
+        raise StoreError(
+            f"{show(str(path))} could not be written: it would hold half of a character, "
+            f"{problem.object[problem.start : problem.end]!r}, which is no text. What was there before is unchanged, "
+            "and nothing is left half-written. Take it out of the names and texts that you gave."
         ) from problem
 
 
@@ -236,7 +242,7 @@ def read_image(folder: Path, name: Any) -> Image:
     file = file_inside(folder, name)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(file).copy()
+        return Image.open(file, formats=["PNG"]).copy()
 
 
 def _name_beside(path: Path, mark: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_lens.core.runs.record import READING, check_record
 from dit_lens.errors import OpError, SiteError, nearest, show
 from dit_lens.families.sites import Site
 
@@ -28,6 +30,11 @@ class SiteTensor(Tensor):
             raise OpError(
                 "this read has no token grid: it was reduced over tokens, narrowed to some of them, or is of the text "
                 "stream."
+            )
+        if plain.shape[self.token_axis] != math.prod(self.shape_of_grid):
+            raise OpError(
+                f"this read has {plain.shape[self.token_axis]} tokens, which are no grid of "
+                f"{' x '.join(map(str, self.shape_of_grid))}."
             )
         return plain.unflatten(self.token_axis, self.shape_of_grid)
 
@@ -122,6 +129,7 @@ class Reading(Mapping[str, Tensor]):
     @classmethod
     def from_json(cls, record: dict[str, Any], tensors: dict[str, Tensor]) -> Reading:
         """A reading of what :meth:`to_json` wrote; ValueError if a tensor has another shape than the record says."""
+        check_record(record, READING, "a read")
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in record.items()
@@ -132,11 +140,16 @@ class Reading(Mapping[str, Tensor]):
             values["tokens"] = {branch: tuple(map(tuple, rows)) for branch, rows in record["tokens"].items()}
         values["masks"] = {site: tensors[f"mask/{site}"] for site in record.get("masks", ())}
         reading = cls(tensors={site: tensors[site] for site in record["sites"]}, **values)
+        if not reading.branches or not set(reading.branches) <= {"cond", "uncond"}:
+            raise ValueError(f"a read is of the branches {list(reading.branches)}, not of cond or uncond")
         for site, tensor in reading.tensors.items():
             said = [len(reading.steps), *([2] if reading.both else []), len(reading.rows)]
-            kept = reading.channels[site]
-            if list(tensor.shape[: len(said)]) != said or (
-                reading.reduce is None and kept is not None and tensor.shape[-1] != len(kept)
+            kept, axis = reading.channels[site], -1 if reading.reduce is None else len(said)
+            axes = len(said) + (2 if reading.reduce is None else 1)
+            if (
+                list(tensor.shape[: len(said)]) != said
+                or tensor.ndim < axes
+                or (kept is not None and tensor.shape[axis] != len(kept))
             ):
                 raise ValueError(f"{site} has the shape {list(tensor.shape)}, which is not what the record says")
         for site, mask in reading.masks.items():

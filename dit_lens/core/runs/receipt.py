@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.arguments import checked
+from dit_lens.core.runs.record import ENTRY, check_record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -103,6 +104,7 @@ class Receipt:
 
 
 def _entry_from(line: dict[str, Any]) -> Entry:
+    check_record(line, ENTRY, "a receipt")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in line.items()}
     return Entry(**values)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor
 
+from dit_lens.analysis.arrays import to_numpy
 from dit_lens.arguments import checked
 from dit_lens.core.runs.files import (
     file_inside,
@@ -23,6 +23,7 @@ from dit_lens.core.runs.files import (
 from dit_lens.core.runs.html import run_html
 from dit_lens.core.runs.reading import Reading
 from dit_lens.core.runs.receipt import Receipt
+from dit_lens.core.runs.record import RUN, check_record
 from dit_lens.errors import OpError, SiteError, nearest, show
 from dit_lens.old_names import OldName
 
@@ -133,7 +134,10 @@ class Run(Mapping[str, Any]):
         return [sigma for _, _, sigma in self.clock]
 
     def numpy(self) -> dict[str, Any]:
-        """Every read as numpy arrays (bfloat16 becomes float32): key -> array, or key -> site -> array if named."""
+        """Every read as numpy arrays: key -> array, or key -> site -> array if named.
+
+        What numpy does not have, such as bfloat16, becomes float32.
+        """
         return {
             key: {site: _array(value) for site, value in found.items()} if isinstance(found, Reading) else _array(found)
             for key in self
@@ -192,15 +196,20 @@ class Run(Mapping[str, Any]):
         folder = find_folder(folder)
         data = read_versioned(folder / "run.json", "run", FORMAT)
         with report_damage(folder, "Restore it from a copy, or run it again."):
+            check_record(data, RUN, "run.json")
+            clock = [(step, timestep, level) for step, timestep, level in data["clock"]]
             tensors = load_file(file_inside(folder, "reads.safetensors"))
             latents = load_file(file_inside(folder, "latents.safetensors"))["latents"] if data["latents"] else None
             images = [read_image(folder / "images", f"{i:03d}.png") for i in range(data["images"])]
+            readings = [_reading_from(i, record, tensors) for i, record in enumerate(data["readings"])]
+            if any(step >= len(clock) for reading in readings for step in reading.steps):
+                raise ValueError(f"a read is of a step that the clock does not show, which has {len(clock)}")
             return cls(
                 images=images,
                 latents=latents,
-                readings=[_reading_from(i, record, tensors) for i, record in enumerate(data["readings"])],
+                readings=readings,
                 receipt=Receipt.from_json(data["receipt"]),
-                clock=[(int(step), timestep, level) for step, timestep, level in data["clock"]],
+                clock=clock,
                 grid=tuple(data["grid"]),
                 spec=dict(data["spec"]),
                 provenance=dict(data["provenance"]),
@@ -251,8 +260,7 @@ class Run(Mapping[str, Any]):
 
 
 def _array(value: Tensor) -> np.ndarray:
-    plain = value.as_subclass(Tensor)
-    return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+    return to_numpy(value.as_subclass(Tensor))
 
 
 def _reading_from(number: int, record: dict[str, Any], tensors: dict[str, Tensor]) -> Reading:
