@@ -506,10 +506,11 @@ def _register(family):
     """Registers a row, and forgets it."""
     from dit_lens.families import registry
 
+    before = list(registry.REGISTERED)
     try:
         dl.register_family(family)
     finally:
-        registry.REGISTERED.clear()
+        registry.REGISTERED[:] = before
 
 
 def _studies(lens):

@@ -42,7 +42,10 @@ def make_guises(value):
         found |= {"list": array.tolist(), "flat": array.ravel(), "one more axis": array[None]}
         found |= {"float64": array.astype(float), "fortran": np.asfortranarray(array), "torch": torch.tensor(array)}
         found |= {"sparse": torch.tensor(array).to_sparse(), "meta": torch.tensor(array).to("meta")}
-        found |= {"strided": np.repeat(array, 2, 0)[::2], "graph": torch.tensor(array.astype(float), requires_grad=True)}
+        found |= {
+            "strided": np.repeat(array, 2, 0)[::2],
+            "graph": torch.tensor(array.astype(float), requires_grad=True),
+        }
     return found
 
 
