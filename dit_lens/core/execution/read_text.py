@@ -5,6 +5,7 @@ What arrives at its transformer is numbers of tokens (``text_probe``); here they
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -58,23 +59,24 @@ def read_stream_text(
     count = None if uneven else counts.pop() + before + prompts.after
     around = before + prompts.after
     data = _find_data(recording.seen, anatomy, forwards, {at: len(row) + around for at, row in numbers.items()})
+    contradiction = _find_contradiction(recording.seen, forwards, numbers, call.rows)
     why = prompts.mixed
     if call.prompts is None:
         why = "this run has prompt_embeds, not a prompt to find words in"
     elif why is None and not any(some for tokens in numbers.values() for some in tokens):
         why = "what the pipeline's tokenizers return does not arrive in the text stream"
     if why is not None:
-        return StreamText(count=count, before=before, data=data, unknown=why)
+        return StreamText(count=count, before=before, data=data, contradiction=contradiction, unknown=why)
     try:
         spans = _prompt_spans(pipe, call, recording, len(forwards))
     except UnfollowedError as untold:
-        return StreamText(count=count, before=before, data=data, unknown=str(untold))
+        return StreamText(count=count, before=before, data=data, contradiction=contradiction, unknown=str(untold))
     texts = [Text(whole, span) for whole, span in zip(recording.texts, spans, strict=True)]
     rows = {
         at: [[_origin(recording.tokens[number - FIRST], texts) for number in token] for token in tokens]
         for at, tokens in numbers.items()
     }
-    return StreamText(rows, texts, count, before, prompts.after, data)
+    return StreamText(rows, texts, count, before, prompts.after, data, contradiction)
 
 
 def _find_data(
@@ -101,6 +103,41 @@ def _find_data(
             mask = mask_text(masks, range(number, number + 1), lengths[one])
             found[one] = [True] * lengths[one] if mask is None else mask[0].tolist()
     return found
+
+
+def _find_contradiction(
+    seen: Sequence[tuple[tuple, dict]],
+    forwards: Sequence[Sequence[str]],
+    numbers: Mapping[tuple[str, int], list[list[int]]],
+    rows: int,
+) -> str | None:
+    """What is wrong where rows hold the same text under other masks; None where nothing is.
+
+    Some pipelines repeat masks for each image of a prompt in another order than embeddings.
+
+    seen: the arguments of each forward pass of a step.
+    forwards: the branches of each of them.
+    numbers: (branch, row) -> for every token the numbers in it.
+    rows: images of one branch.
+    """
+    for (_, arguments), branches in zip(seen, forwards, strict=True):
+        masks = {name: value for name, value in arguments.items() if "mask" in name and _has_rows(value, rows)}
+        for (name, mask), (i, branch) in itertools.product(masks.items(), enumerate(branches)):
+            first: dict[str, int] = {}
+            for row in range(rows if len(mask) == rows * len(branches) else 0):
+                text = numbers[branch, row]
+                other = first.setdefault(repr(text), row)
+                one, same = mask[i * rows + row], mask[i * rows + other]
+                if any(text) and not one.equal(same):
+                    return (
+                        f"{name} lets {int((same != 0).sum())} tokens of image {other} take part and "
+                        f"{int((one != 0).sum())} of image {row} ({branch}), whose text is the same"
+                    )
+    return None
+
+
+def _has_rows(value: Any, rows: int) -> bool:
+    return hasattr(value, "equal") and value.ndim > 1 and len(value) % rows == 0
 
 
 def _is_ragged(seen: Sequence[tuple[tuple, dict]], anatomy: Anatomy) -> bool:

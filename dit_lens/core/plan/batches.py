@@ -64,9 +64,29 @@ def _pieces(call: Call, plan: Plan, prompts: range, size: int) -> list[tuple[Cal
     """The call and plan of every batch of ``size`` prompts."""
     n = call.images_per_prompt
     if len(prompts) * n == call.rows and size >= len(prompts):
+        _check_masks(call, plan, None)
         return [(call, plan)]
     spans = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    for span in spans:
+        _check_masks(call, plan, span)
     return [(call.for_prompts(span), narrow(plan, range(span.start * n, span.stop * n), span)) for span in spans]
+
+
+def _check_masks(call: Call, plan: Plan, prompts: range | None) -> None:
+    """PromptError where the pipeline masks images of several prompts by other texts than their own.
+
+    call, plan: of the whole run.
+    prompts: those of the batch; None: all.
+    """
+    n, count = call.images_per_prompt, call.count if prompts is None else len(prompts)
+    if call.prompts is None or n == 1 or count == 1:  # embeddings are repeated by the lens
+        return
+    wrong = (plan.outline.text() if prompts is None else plan.outline.text(prompts)).contradiction
+    if wrong is not None:
+        raise PromptError(
+            f"{n} images of each prompt: {wrong}. The pipeline repeats masks in another order than embeddings. List "
+            f"each prompt {n} times, with a seed for each image, or pass batch_size=1."
+        )
 
 
 def _smaller_pieces(

@@ -57,6 +57,7 @@ class StreamText:
     count: how many tokens the stream has; None where only the run can tell.
     before, after: those of them that the model puts in front and behind, which are of no text.
     data: (branch, row) -> for each token whether it takes part in attention; empty where only the run can tell.
+    contradiction: where masks are not those of the text that the rows hold; None where none was found.
     unknown: why words cannot be found in it; None where they can.
     """
 
@@ -66,6 +67,7 @@ class StreamText:
     before: int = 0
     after: int = 0
     data: Mapping[tuple[str, int], Sequence[bool]] = field(default_factory=dict)
+    contradiction: str | None = None
     unknown: str | None = None
 
     def strings(self) -> list[str]:
