@@ -19,7 +19,7 @@ from dit_lens.core.plan.batches import run_in_batches
 from dit_lens.core.plan.compile import Plan, compile_plan
 from dit_lens.core.plan.cost import Cost, cost_of
 from dit_lens.core.plan.outline import Outline
-from dit_lens.core.plan.replay import call_values, record_answers, replay_answers
+from dit_lens.core.plan.replay import call_values, make_recording, record_answers, replay_answers
 from dit_lens.core.plan.spill import reads_container
 from dit_lens.core.request.call import Call, check_latents, prepare_call
 from dit_lens.core.request.indices import list_items
@@ -30,7 +30,7 @@ from dit_lens.core.request.values import copy_of
 from dit_lens.core.runs.comparison import Comparison, compare
 from dit_lens.core.runs.files import read_json, report_damage
 from dit_lens.core.runs.provenance import describe
-from dit_lens.core.runs.run import Recording, Run
+from dit_lens.core.runs.run import Run
 from dit_lens.core.trace import Trace
 from dit_lens.errors import OpError, PromptError, SiteError, show
 from dit_lens.families.checks import Check, check
@@ -217,7 +217,7 @@ class Session:
         provenance = {**describe(self.pipe, self.family), **self.engine.provenance}
         run = assemble(ops, plan, stores, outputs, make_spec(prepared, ops), provenance)
         if record:
-            run.recording = Recording(called, state, self.pipe.transformer, stores[0]["answers"])
+            run.recording = make_recording(called, state, self.pipe, stores[0]["answers"])
         return run
 
     def trace(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Trace:

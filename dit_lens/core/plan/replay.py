@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from dit_lens.core.request.ops import Op, Read
-from dit_lens.core.runs.provenance import checksum, describe_adapters, describe_scheduler, find_modules
+from dit_lens.core.runs.provenance import sum_bits
 from dit_lens.core.runs.run import Recording
+from dit_lens.core.runs.state import capture_settings, capture_state, list_differences
 from dit_lens.errors import OpError
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from dit_lens.core.plan.program import Program
     from dit_lens.core.request.call import Call
     from dit_lens.families import Family
+
+MOST_TOLD = 4  # differences in a message
 
 
 def record_answers(plan: Plan, ops: Sequence[Op], call: Call) -> Plan:
@@ -65,8 +68,12 @@ def replay_answers(
             f"the run of prefix= was called with other {', '.join(odd)}. Its prompts, seeds and arguments must be this "
             "run's own."
         )
-    if odd := [name for name in state if state[name] != recording.state.get(name)]:
-        raise OpError(f"the {' and '.join(odd)} changed since the run of prefix= was recorded. Record it again.")
+    if odd := [name for name in list_differences(recording.state, state) if name not in recording.passing]:
+        raise OpError(
+            f"the {' and '.join(odd[:MOST_TOLD])} changed since the run of prefix= was recorded. Record it again."
+        )
+    if sum_answers(recording.answers) != recording.sums:
+        raise OpError("the answers that the run of prefix= recorded were changed since. Record it again.")
     forwards = plan.program["forwards"]
     first = next((number for number, forward in enumerate(forwards) if forward["visits"]), len(forwards))
     # A pipeline whose first step fills a cache has to compute it, or later steps would find the cache empty.
@@ -83,15 +90,37 @@ def call_values(call: Call) -> dict[str, Any]:
 
 
 def model_state(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """What else decides them: weights, adapters and the scheduler. OpError where weights are not at hand."""
-    modules = find_modules(pipe)
-    sums = {name: checksum(module) for name, module in modules.items()}
-    if absent := [name for name, value in sums.items() if value is None]:
+    """What else decides them, as :func:`capture_state` says. OpError where weights are not at hand."""
+    state = capture_state(pipe)
+    if absent := [name for name, value in state["weights"].items() if value is None]:
         raise OpError(
             f"record= and prefix= compare the weights before and after, and those of {', '.join(absent)} are not at "
             "hand: they are offloaded, or on a server. Run without them."
         )
-    return {"weights": sums, "adapters": describe_adapters(modules), "scheduler": describe_scheduler(pipe)}
+    return state
+
+
+def make_recording(
+    call: Mapping[str, Any], state: Mapping[str, Any], pipe: DiffusionPipeline, answers: list[Any]
+) -> Recording:
+    """What ``prefix=`` needs of a run that ended just now.
+
+    call, state: what it was called with, and what else decided the answers, before it.
+    """
+    # What the run changed by itself, such as what an autoencoder remembers, differs from then on.
+    passing = list_differences(state, capture_settings(pipe))
+    return Recording(dict(call), dict(state), pipe.transformer, answers, sum_answers(answers), passing)
+
+
+def sum_answers(answers: Any) -> list[str]:
+    """A text for every tensor of some answers that any change of its bits changes."""
+    if isinstance(answers, torch.Tensor):
+        return [f"{answers.dtype} {list(answers.shape)} {sum_bits(answers.detach()).tolist()}"]
+    if isinstance(answers, Mapping):
+        return [text for value in answers.values() for text in sum_answers(value)]
+    if isinstance(answers, list | tuple):
+        return [text for value in answers for text in sum_answers(value)]
+    return [repr(answers)]
 
 
 def _refuse_callbacks(call: Call) -> None:

@@ -92,11 +92,11 @@ def checksum(module: nn.Module, *, computed: bool = True) -> str | None:
     tensors = [part for _, tensor in named for part in _plain_parts(tensor.detach())]
     if any(tensor.device.type == "meta" for tensor in tensors):
         return None
-    sums = [" ".join(map(str, total.tolist())) for total in [_sum_bits(tensor) for tensor in tensors]]
+    sums = [" ".join(map(str, total.tolist())) for total in [sum_bits(tensor) for tensor in tensors]]
     return digest("\n".join(sums).encode())
 
 
-def _sum_bits(tensor: torch.Tensor) -> torch.Tensor:
+def sum_bits(tensor: torch.Tensor) -> torch.Tensor:
     """Sums of every 251st element, as integers: a prime, so that exchanged rows or columns fall into other sums."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
     bits = tensor.contiguous().flatten().view(integers[tensor.element_size()])

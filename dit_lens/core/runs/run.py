@@ -48,15 +48,19 @@ class Recording:
     """What the transformer answered in every forward pass of a run without edits.
 
     call: copies of the prompts, seeds and arguments it was called with.
-    state: what else decided the answers: weights, adapters, scheduler.
+    state: what else decided the answers: weights, adapters, the scheduler, settings and functions.
     transformer: the model that answered.
     answers: one for each forward pass, as the pipeline received them, on the model's device.
+    sums: texts that change with any bit of the answers.
+    passing: what of the state the run changed by itself.
     """
 
     call: dict[str, Any]
     state: dict[str, Any]
     transformer: nn.Module
     answers: list[Any]
+    sums: list[str]
+    passing: list[str]
 
 
 @dataclass

@@ -14,9 +14,10 @@ import torch
 
 from dit_lens.core.runs.files import find_folder, read_versioned, report_damage, report_unwritten, write_json
 from dit_lens.core.runs.provenance import describe, digest
+from dit_lens.core.runs.state import describe_state
 from dit_lens.errors import StoreError
 from dit_lens.studies.shared.cells import number_folders, read_cell
-from dit_lens.studies.shared.fingerprints import describe_state, fingerprint_values
+from dit_lens.studies.shared.fingerprints import fingerprint_values
 from dit_lens.studies.shared.old_data import update_study
 from dit_lens.studies.shared.registry import get_study
 

@@ -23,10 +23,11 @@ def calls_of(lens):
 def test_an_edit_after_a_prefix_is_the_edit_alone(lens, step):
     steps = 4
     op = [Zero("blocks.1.img", channels=[0, 3], steps=slice(step, None)), Read("blocks.*.img", steps=[step, -1])]
-    base = lens.run(PROMPTS, seed=3, num_inference_steps=steps, record=True)
-    whole = lens.run(PROMPTS, op, seed=3, num_inference_steps=steps)
     count, handle = calls_of(lens)
     try:
+        base = lens.run(PROMPTS, seed=3, num_inference_steps=steps, record=True)
+        whole = lens.run(PROMPTS, op, seed=3, num_inference_steps=steps)
+        count.clear()
         part = lens.run(PROMPTS, op, seed=3, num_inference_steps=steps, prefix=base)
     finally:
         handle.remove()
@@ -50,8 +51,9 @@ def test_every_family_and_its_scheduler(name):
 
 
 def test_nothing_to_do_replays_everything(lens):
-    base = lens.run(PROMPTS, seed=3, num_inference_steps=2, record=True)
     count, handle = calls_of(lens)
+    base = lens.run(PROMPTS, seed=3, num_inference_steps=2, record=True)
+    count.clear()
     again = lens.run(PROMPTS, seed=3, num_inference_steps=2, prefix=base)
     handle.remove()
     assert not count
