@@ -35,7 +35,7 @@ def run_in_batches(
     """
     prompts = call.count
     asked = size = prompts if batch_size is None else min(check_count("batch_size", batch_size), prompts)
-    pieces, done = _pieces(call, plan, range(prompts), size), 0
+    pieces, done = _pieces(call, plan, range(prompts), size, asked=True), 0
     ran_out: torch.OutOfMemoryError | None = None
     with tqdm(total=prompts, desc="prompts", disable=size == prompts) as bar:
         while pieces:
@@ -60,8 +60,8 @@ def run_in_batches(
         )
 
 
-def _pieces(call: Call, plan: Plan, prompts: range, size: int) -> list[tuple[Call, Plan]]:
-    """The call and plan of every batch of ``size`` prompts."""
+def _pieces(call: Call, plan: Plan, prompts: range, size: int, *, asked: bool) -> list[tuple[Call, Plan]]:
+    """The call and plan of every batch of ``size`` prompts. asked: whether batch_size= asks for it."""
     n = call.images_per_prompt
     if len(prompts) * n == call.rows and size >= len(prompts):
         _check_masks(call, plan, None)
@@ -69,7 +69,11 @@ def _pieces(call: Call, plan: Plan, prompts: range, size: int) -> list[tuple[Cal
     spans = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     for span in spans:
         _check_masks(call, plan, span)
-    return [(call.for_prompts(span), narrow(plan, range(span.start * n, span.stop * n), span)) for span in spans]
+    rows = [range(span.start * n, span.stop * n) for span in spans]
+    return [
+        (call.for_prompts(span, asked=asked), narrow(plan, some, span, asked=asked))
+        for span, some in zip(spans, rows, strict=True)
+    ]
 
 
 def _check_masks(call: Call, plan: Plan, prompts: range | None) -> None:
@@ -95,7 +99,7 @@ def _smaller_pieces(
     """The batches that are left, made smaller; an error with the remedies where they cannot be."""
     try:
         if size:
-            return _pieces(call, plan, prompts, size)
+            return _pieces(call, plan, prompts, size, asked=False)
         why = "with one prompt at a time"
     except (OpError, PromptError) as problem:
         why = f"and the batch cannot be made smaller: {problem}"
@@ -110,21 +114,23 @@ def _out_of_memory(why: str, full: torch.OutOfMemoryError) -> ExecutionError:
     )
 
 
-def narrow(plan: Plan, rows: range, prompts: range) -> Plan:
+def narrow(plan: Plan, rows: range, prompts: range, *, asked: bool = True) -> Plan:
     """The part of a plan that concerns some rows of the batch, with those rows numbered from 0.
 
     Their text is filled up to another length, perhaps in front: tokens that were chosen by it are looked up there, also
     in ``plan.selections``.
 
     prompts: those of the rows.
+    asked: whether batch_size= asks for it.
     """
     if plan.program["record"] or plan.program["replayed"]:
-        raise OpError("a recorded run is one batch: leave batch_size= out, and give fewer prompts where memory ends.")
+        leave = "leave batch_size= out, and " if asked else ""
+        raise OpError(f"a recorded run is one batch: {leave}give fewer prompts where memory ends.")
     forwards: list[Forward] = []
     for forward in plan.program["forwards"]:
         place = partial(_place_text, plan, forward["branches"], rows, prompts)
         visits: list[Visit] = [
-            {**visit, "parts": _narrow_parts(_recount(visit["parts"], plan, prompts), rows, place)}
+            {**visit, "parts": _narrow_parts(_recount(visit["parts"], plan, prompts), rows, place, asked)}
             for visit in forward["visits"]
         ]
         forwards.append({**forward, "visits": [visit for visit in visits if visit["parts"]]})
@@ -162,7 +168,7 @@ def _place_text(plan: Plan, branches: list[str], rows: range, prompts: range, si
     return {**action, "tokens": tokens, "highest_token": max(tokens, default=None), "text_tokens": length}
 
 
-def _narrow_parts(parts: list[Part], rows: range, place: Callable[[str, Action], Action]) -> list[Part]:
+def _narrow_parts(parts: list[Part], rows: range, place: Callable[[str, Action], Action], asked: bool) -> list[Part]:
     """The parts with the actions that concern some rows; a part that is left without any is left out.
 
     place: (site, action) -> the action with the places of its tokens in these rows.
@@ -170,13 +176,13 @@ def _narrow_parts(parts: list[Part], rows: range, place: Callable[[str, Action],
     found: list[Part] = []
     for part in parts:
         placed = [place(part["name"], action) for action in part["actions"]]
-        actions = [kept for action in placed if (kept := _narrow_action(action, rows)) is not None]
+        actions = [kept for action in placed if (kept := _narrow_action(action, rows, asked)) is not None]
         if actions or part["role"] in ("gate", "hold"):
             found.append({**part, "actions": actions})
     return found
 
 
-def _narrow_action(action: Action, rows: range) -> Action | None:
+def _narrow_action(action: Action, rows: range, asked: bool) -> Action | None:
     """An action for some rows, numbered from 0; None where it concerns none of them."""
     source = action.get("source_rows")
     if action["rows"] is None and source is None:
@@ -188,9 +194,10 @@ def _narrow_action(action: Action, rows: range) -> Action | None:
     changed: Action = {**action, "rows": [chosen[i] - rows.start for i in here]}
     if action["kind"] == "CopyRow" and source is not None:
         if source[0] not in rows:
+            who, more = ("batch_size", "raise batch_size") if asked else ("a smaller batch", "give fewer prompts")
             raise OpError(
-                f"batch_size puts row {source[0]}, the source of a swap, and row {chosen[here[0]]} into different "
-                "batches. Rows that exchange values must run together: raise batch_size, or place them side by side."
+                f"{who} puts row {source[0]}, the source of a swap, and row {chosen[here[0]]} into different "
+                f"batches. Rows that exchange values must run together: {more}, or place them side by side."
             )
         changed["source_rows"] = [source[0] - rows.start]
     elif source is not None:

@@ -86,11 +86,13 @@ class Call:
             return value
         return self.division.repeat(name, value, self.images_per_prompt)
 
-    def for_prompts(self, prompts: range) -> Call:
-        """The same call for some of its prompts, or of what stands for them."""
-        if self.seeds is None:
+    def for_prompts(self, prompts: range, *, asked: bool = True) -> Call:
+        """The same call for some of its prompts, or of what stands for them. asked: whether batch_size= asks for it."""
+        if self.seeds is None and asked:
             raise PromptError("batch_size= splits prompts with a seed. Leave it out when passing generator=.")
-        part = PromptSpan(prompts, self.count, self.images_per_prompt)
+        if self.seeds is None:
+            raise PromptError("prompts are split with a seed. Pass seed= instead of generator=, or fewer prompts.")
+        part = PromptSpan(prompts, self.count, self.images_per_prompt, asked)
         return replace(
             self,
             prompts=None if self.prompts is None else self.prompts[prompts.start : prompts.stop],

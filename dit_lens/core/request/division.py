@@ -19,11 +19,13 @@ class PromptSpan:
     prompts: which.
     count: of all prompts of the call.
     each: images drawn of a prompt.
+    asked: whether batch_size= asks for it; where memory ran out, nobody did.
     """
 
     prompts: range
     count: int
     each: int
+    asked: bool = True
 
     @property
     def rows(self) -> range:
@@ -65,9 +67,9 @@ class Division:
         if holding in ("row images", "prompt images"):
             return _select_images(name, value, part, of_rows=holding == "row images")
         if holding == "function":
-            raise _refuse(name, "is called with the rows of one batch only, and once more for every batch")
+            raise _refuse(name, "is called with the rows of one batch only, and once more for every batch", part)
         if not _is_shared(name, value, holding):
-            raise _refuse(name, f"holds {_describe(value)}, of which nobody knows what belongs to which prompt")
+            raise _refuse(name, f"holds {_describe(value)}, of which nobody knows what belongs to which prompt", part)
         return value
 
     def _select_entries(self, name: str, value: Any, part: PromptSpan) -> Any:
@@ -165,7 +167,9 @@ def _select_images(name: str, value: Any, part: PromptSpan, *, of_rows: bool) ->
         return _take_images(name, value, part.rows, count)
     if count is not None and not of_rows and count == part.count:
         return value[part.prompts.start : part.prompts.stop]
-    raise _refuse(name, f"holds {_describe(value)}, which does not fit {part.count} prompts and {part.total} images")
+    raise _refuse(
+        name, f"holds {_describe(value)}, which does not fit {part.count} prompts and {part.total} images", part
+    )
 
 
 def _is_shared(name: str, value: Any, holding: Holding) -> bool:
@@ -180,10 +184,11 @@ def _is_shared(name: str, value: Any, holding: Holding) -> bool:
     return value is None or isinstance(value, str | int | float)
 
 
-def _refuse(name: str, why: str) -> PromptError:
+def _refuse(name: str, why: str, part: PromptSpan) -> PromptError:
+    call = "Leave batch_size= out, or call" if part.asked else "Call"
     return PromptError(
-        f"{name}= {why}, so the prompts cannot go through in batches. Leave batch_size= out, or call lens.run once "
-        f"for each batch, with its own {name}=."
+        f"{name}= {why}, so the prompts cannot go through in batches. {call} lens.run once for each batch, with its "
+        f"own {name}=."
     )
 
 

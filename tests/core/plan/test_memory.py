@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dit_lens import Apply, DiTLens, Read, Run, Swap, Zero
-from dit_lens.errors import ExecutionError
+from dit_lens.errors import DitLensError, ExecutionError
 from tests import pipelines
 
 FIVE = ["a", "b", "c", "d", "e"]
@@ -58,6 +58,21 @@ def test_batches_that_are_done_stay_done(small):
     assert len(run.images) == 4
 
 
+def test_a_function_is_called_for_a_batch_that_is_given_up(cfg_lens):
+    """As its documentation says: four rows are tried at the first block, then two and two."""
+    taken = []
+
+    def full(tensor, hook):
+        taken.append(len(tensor))
+        if hook.name == "blocks.1.img" and len(tensor) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.warns(UserWarning, match="2 fitted"):
+        cfg_lens.run(FIVE[:4], Apply("blocks[0:2].img", fn=full, steps=0, branch="cond"), seed=3)
+    assert taken == [4, 4, 2, 2, 2, 2]
+    assert "nobody can take back" in (Apply.__doc__ or "")
+
+
 def test_embeddings_are_halved_too(small):
     texts = small.encode(FIVE[:4])
     with pytest.warns(UserWarning, match="2 fitted"):
@@ -79,6 +94,26 @@ def test_rows_that_exchange_values_stay_together(small):
 def test_a_generator_cannot_be_split(small):
     with pytest.raises(ExecutionError, match=r"cannot be made smaller: .*generator="):
         small.run(FIVE, generator=[torch.Generator().manual_seed(0) for _ in FIVE])
+
+
+WHOLE = {
+    "generator": lambda: {"generator": [torch.Generator().manual_seed(0) for _ in FIVE]},
+    "callback": lambda: {"seed": 3, "callback_on_step_end": lambda pipe, step, time, given: given},
+    "record": lambda: {"seed": 3, "record": True},
+    "swap": lambda: {"seed": 3, "ops": Swap("blocks.2.img", source="row:0", rows=4)},
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_advice_names_only_what_was_passed(small, name):
+    """Nobody passed batch_size= where memory alone makes batches smaller; where somebody did, it is named."""
+    with pytest.raises(ExecutionError, match=r"cannot be made smaller: .*(seed=|fewer prompts|own callback)") as caught:
+        small.run(FIVE, **WHOLE[name]())
+    assert "batch_size" not in str(caught.value)
+    if name == "swap":
+        return
+    with pytest.raises(DitLensError, match=r"batch_size="):
+        small.run(FIVE, batch_size=2, **WHOLE[name]())
 
 
 def test_nothing_is_said_where_all_fits(small, recwarn):
