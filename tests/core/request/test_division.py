@@ -122,6 +122,15 @@ def test_texts():
     check_batches("flux", call, dict.fromkeys(("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"), "prompt"))
 
 
+def test_a_negative_prompt_for_all_is_one_for_each():
+    """Given it once, the pipeline of FLUX runs the other branch with one row of text, and rounds otherwise."""
+    lens, plain = made("flux")
+    call = {**TEXT, "prompt": PROMPTS, "true_cfg_scale": 2.5}
+    run = lens.run(PROMPTS, seed=[1, 2, 3], negative_prompt="bad", **{**TEXT, "true_cfg_scale": 2.5})
+    assert torch.equal(run.latents, drawn(plain, {**call, "negative_prompt": ["bad"] * 3}, [1, 2, 3]))
+    assert torch.allclose(run.latents, drawn(plain, {**call, "negative_prompt": "bad"}, [1, 2, 3]), atol=1e-4)
+
+
 def test_several_images_of_texts_and_latents_of_their_own():
     noise = normal(6, 96, 16)
     check_batches("flux", {**TEXT, "prompt": PROMPTS, "latents": noise}, {"prompt": "prompt", "latents": "row"}, each=2)
