@@ -136,7 +136,7 @@ def patching(
         lens=lens,
         over=over,
         sites=tuple(sites),
-        steps=tuple(outline.select(steps)),
+        steps=tuple(sorted(outline.select(steps))),
         branch=branch,
         k=k,
         draws=draws,

@@ -85,15 +85,17 @@ def _assemble_read(
     total_steps, grid, spilled = of_run
     branches = tuple(branch for branch in BRANCHES if branch in read.branches)
     values, masks = {}, {}
+    order = [sorted(read.rows).index(row) for row in read.rows]
     for site in read.sites:
         found = [[pieces.pop((read.op, site, step, branch)) for branch in branches] for step in read.steps]
         if read.reduce is None and ".txt" in site:
             found, mask = _fill_up(site, read, found, plan)
             if mask is not None:
-                masks[site] = mask if read.both else mask[0]
+                masks[site] = mask[:, order] if read.both else mask[0, order]
         _check_sizes(site, read, found)
         stacked = [[torch.cat([value for value, _ in batches]) for batches in of_step] for of_step in found]
         both = torch.stack([torch.stack(of_step) for of_step in stacked])  # [s, branch, b, ...]
+        both = both if order == sorted(order) else both[:, :, order]
         value = both if read.both else both[:, 0]
         values[site] = map_to_file(value) if spilled else value
     return Reading(
@@ -104,7 +106,7 @@ def _assemble_read(
         branches=branches,
         both=read.both,
         rows=read.rows,
-        tokens=_list_tokens(read, plan.selections),
+        tokens=_list_tokens(read, plan.selections, order),
         channels=dict(read.channels),
         reduce=read.reduce,
         shape_of_grid=grid if read.image else None,
@@ -112,12 +114,16 @@ def _assemble_read(
     )
 
 
-def _list_tokens(read: PlannedRead, selections: Mapping[tuple, tuple]) -> Any:
-    """The tokens of a read as a Reading holds them: where text chose them, those of the batch that held the row."""
+def _list_tokens(read: PlannedRead, selections: Mapping[tuple, tuple], order: Sequence[int]) -> Any:
+    """The tokens of a read as a Reading holds them: where text chose them, those of the batch that held the row.
+
+    order: of the rows, by their places among those that ascend.
+    """
     if not read.groups:
         return read.tokens
     chosen = [selections[read.op, read.sites[0], group][1] for group in range(len(read.groups))]
-    return list_tokens([branch for branch, _ in read.groups], chosen)
+    found = list_tokens([branch for branch, _ in read.groups], chosen)
+    return {branch: tuple(rows[i] for i in order) for branch, rows in found.items()} if isinstance(found, dict) else found
 
 
 def _fill_up(

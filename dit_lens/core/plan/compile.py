@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.plan.lowering import SiteLowering, check_allowed, check_keys
-from dit_lens.core.plan.selection import Group, select_channels, select_groups
+from dit_lens.core.plan.selection import Group, select_channels, select_groups, select_rows
 from dit_lens.core.request.ops import EDITS, OPS, Op, Read, SigmaInterval
 from dit_lens.core.runs.record import is_text
 from dit_lens.errors import DitLensError, OpError
@@ -27,7 +27,7 @@ class PlannedRead:
 
     op: the number of the read.
     name: its key, or "" where each site is a key of its own.
-    sites, steps, branches, rows: what it keeps, in the order of the plan.
+    sites, steps, branches, rows: what it keeps, in this order; while the run goes on, rows ascend.
     both: whether it keeps both branches on an axis of their own.
     channels: of each site; None means all.
     tokens: None means all; branch -> those of each row, where they are not the same in all.
@@ -206,7 +206,7 @@ class _Compiler:
         groups: its rows and tokens.
         channels: site -> the channels it reads there; None means all.
         """
-        timeline, rows = self.outline.timeline, range(self.outline.rows)
+        timeline = self.outline.timeline
         if op.name is not None and not is_text(op.name):
             raise OpError(f"name={op.name!r} is not a name. Give the read a string of whole characters.")
         if op.reduce is not None and any(group.tokens == [] for group in groups):
@@ -230,9 +230,7 @@ class _Compiler:
                 steps=tuple(steps),
                 branches=tuple(timeline.select_branches(op.default_branch if op.branch is None else op.branch)),
                 both=op.branch == "both",
-                rows=tuple(
-                    dict.fromkeys(row for group in groups for row in (rows if group.rows is None else group.rows))
-                ),
+                rows=tuple(select_rows(op, self.outline) or range(self.outline.rows)),
                 channels={site.name: None if chosen is None else tuple(chosen) for site, chosen in channels.items()},
                 tokens=list_tokens([group.branch for group in groups], [group.tokens for group in groups]),
                 reduce=op.reduce,

@@ -60,7 +60,7 @@ class Outline:
         return self.timeline.sigmas
 
     def select(self, steps: Steps) -> list[int]:
-        """The step indices that ``steps=`` means, ascending."""
+        """The step indices that ``steps=`` means, in the order in which they are named."""
         return self.timeline.select(steps)
 
     def tokens(self, stream: str) -> int | None:

@@ -33,9 +33,8 @@ class Group:
 
 def select_groups(op: Op, sites: Sequence[Site], outline: Outline) -> list[Group]:
     """The rows and tokens of an op: one group, or where they are chosen by the text one for each branch and row."""
-    rows = None if op.rows is None else sorted(to_indices(op.rows, outline.rows, "row", "this run has", "images"))
-    if rows == []:
-        raise OpError("rows=[] selects no image. Leave rows= out for all of them, or leave the op out.")
+    rows = select_rows(op, outline)
+    rows = rows if rows is None or op.sees_rows else sorted(rows)
     streams = {site.stream for site in sites}
     if words := _words(op.tokens):
         if streams != {"txt"}:
@@ -54,6 +53,14 @@ def select_groups(op: Op, sites: Sequence[Site], outline: Outline) -> list[Group
             raise OpError("mask= chooses image tokens: use it on the img stream, and without tokens=.")
         return [Group(rows, _masked_tokens(op.mask, outline))]
     return [Group(rows, _tokens(op, streams, outline))]
+
+
+def select_rows(op: Op, outline: Outline) -> list[int] | None:
+    """The rows of an op in the order in which they are named; None means all."""
+    rows = None if op.rows is None else to_indices(op.rows, outline.rows, "row", "this run has", "images")
+    if rows == []:
+        raise OpError("rows=[] selects no image. Leave rows= out for all of them, or leave the op out.")
+    return rows
 
 
 def _words(tokens: Any) -> list[str]:

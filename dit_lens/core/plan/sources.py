@@ -200,7 +200,7 @@ def _fit_vector(value: Any, wanted: Wanted) -> Tensor:
         )
     if not bool(tensor.float().isfinite().all()):
         raise OpError(f"{wanted.op} at {wanted.name}: value is not finite, or too large for an activation.")
-    if tensor.ndim == 2 and tensor.shape[0] == total != steps:
+    if tensor.ndim == 2 and tensor.shape[0] == total != 1:
         return tensor[wanted.steps]
     return tensor
 

@@ -30,9 +30,11 @@ def list_items(values: Iterable[Any], what: str) -> list[Any]:
 def list_indices(asked: Any, what: str) -> list[Any]:
     """What was given as one index or several, as a list, in plain numbers where it came from numpy or torch.
 
+    They stay in the order in which they are named; a set has none, and ascends.
+
     >>> import numpy as np
-    >>> list_indices(3, "rows="), list_indices(np.array([1, 2]), "rows="), list_indices({4}, "rows=")
-    ([3], [1, 2], [4])
+    >>> list_indices(3, "rows="), list_indices(np.array([2, 1]), "rows="), list_indices({8, 1}, "rows=")
+    ([3], [2, 1], [1, 8])
     """
     if hasattr(asked, "tolist"):
         try:
@@ -41,7 +43,9 @@ def list_indices(asked: Any, what: str) -> list[Any]:
             raise OpError(f"{what} is a {type(asked).__name__} without values to read ({problem}).") from problem
     if isinstance(asked, str | bytes | bytearray | Mapping) or not isinstance(asked, Iterable):
         return [asked]
-    return list_items(asked, what)
+    found = list_items(asked, what)
+    unordered = isinstance(asked, set | frozenset) and all(to_int(one) is not None for one in found)
+    return sorted(found) if unordered else found
 
 
 def to_indices(asked: Any, size: int | None, what: str, owner: str, plural: str) -> list[int]:

@@ -120,6 +120,9 @@ class Op:
     steps: an index, a list or slice of indices, a pair of floats (fractions of the run), ``sigma(high, low)``, or all.
     rows: indices into the batch of images, or all.
     branch: "cond", "uncond" or "both"; None is the op's own default.
+
+    Steps, rows, tokens and channels keep the order in which they are named, in what is read and in what is given; those
+    of a set or a mask ascend.
     """
 
     site: Pattern
@@ -132,6 +135,7 @@ class Op:
 
     default_branch: ClassVar[str] = "both"
     edits: ClassVar[bool] = True  # whether it changes what it finds
+    sees_rows: ClassVar[bool] = False  # whether it is given its rows in the order in which they are named
     exact_under_gate: ClassVar[bool] = False  # whether op(gate * x) = gate * op(x), so that x may be edited instead
 
     def __init_subclass__(cls) -> None:

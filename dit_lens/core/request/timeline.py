@@ -66,11 +66,11 @@ class Timeline:
         return next((i, found.index(branch)) for i, found in enumerate(self.forwards) if branch in found)
 
     def select(self, steps: Steps) -> list[int]:
-        """The step indices that ``steps=`` means, ascending.
+        """The step indices that ``steps=`` means, in the order in which they are named.
 
         >>> timeline = Timeline(4, (("cond",),), (1.0, 0.75, 0.5, 0.25))
-        >>> timeline.select((0.0, 0.5)), timeline.select(-1), timeline.select(SigmaInterval(0.8, 0.3))
-        ([0, 1], [3], [1, 2])
+        >>> timeline.select((0.0, 0.5)), timeline.select([-1, 0]), timeline.select(SigmaInterval(0.8, 0.3))
+        ([0, 1], [3, 0], [1, 2])
         """
         chosen = self._select(steps)
         if not chosen:
@@ -82,7 +82,7 @@ class Timeline:
             raise OpError(
                 f"steps={steps!r} selects none of the {self.steps} steps of this run (0 to {self.steps - 1}{levels})."
             )
-        return sorted(set(chosen))
+        return list(dict.fromkeys(chosen))
 
     def _select(self, steps: Steps) -> list[int]:
         whole = range(self.steps)

@@ -91,7 +91,7 @@ def skips_first_step(lens: DiTLens, prompt: str, steps: Steps, call: Mapping[str
     steps: the steps of an edit.
     call: the other arguments of the pipeline.
     """
-    return lens.outline(prompt, **call).select(steps)[0] > 0
+    return min(lens.outline(prompt, **call).select(steps)) > 0
 
 
 def make_batches(prompts: Sequence[str], seeds: Sequence[int], batch_size: int | None) -> list[PromptBatch]:
