@@ -123,7 +123,9 @@ def _list_tokens(read: PlannedRead, selections: Mapping[tuple, tuple], order: Se
         return read.tokens
     chosen = [selections[read.op, read.sites[0], group][1] for group in range(len(read.groups))]
     found = list_tokens([branch for branch, _ in read.groups], chosen)
-    return {branch: tuple(rows[i] for i in order) for branch, rows in found.items()} if isinstance(found, dict) else found
+    return (
+        {branch: tuple(rows[i] for i in order) for branch, rows in found.items()} if isinstance(found, dict) else found
+    )
 
 
 def _fill_up(

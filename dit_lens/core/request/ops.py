@@ -152,7 +152,8 @@ class Add(Op):
     """Adds ``value`` to every chosen token.
 
     value: a number, a vector over the chosen channels, or one for each chosen step, in their order (or for every step
-        of the run, from the first), as [step, channel]; a mapping "cond" or "uncond" -> one of these; or a mapping site -> any of them.
+        of the run, from the first), as [step, channel]; a mapping "cond" or "uncond" -> one of these; or a mapping
+        site -> any of them.
     """
 
     value: Vectors = field(default=0.0, kw_only=True)
@@ -245,9 +246,9 @@ class Apply(Op):
     ``hook`` has ``name``, ``step``, ``timestep``, ``sigma`` and ``branch``. The answer is a tensor or an array of the
     same shape, or a number for all elements; None changes nothing. A function has no JSON form.
 
-    A function is called once for each batch, with the rows of that batch. Where memory runs out, the batch is drawn anew
-    in halves, and the function is called for those too: what it counts or keeps holds the calls of the batch that was
-    given up, which nobody can take back.
+    A function is called once for each batch, with the rows of that batch. Where memory runs out, the batch is drawn
+    anew in halves, and the function is called for those too: what it counts or keeps holds the calls of the batch that
+    was given up, which nobody can take back.
     """
 
     fn: Callable[[Tensor, Any], Tensor | np.ndarray | float | None] | None = field(default=None, kw_only=True)

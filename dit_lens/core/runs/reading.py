@@ -47,7 +47,7 @@ class Reading(Mapping[str, Tensor]):
 
     name: its key, or "" where each site is a key of its own.
     tensors: what was read, by site.
-    steps: the indices read, of ``total_steps``, in the order in which they were named; so are rows, tokens and channels.
+    steps: the indices read, of ``total_steps``, in the order in which they were named; so are all others.
     total_steps: how many steps ran.
     branches: those it holds, in order.
     both: whether they have an axis of their own.
