@@ -147,35 +147,79 @@ def _recount(parts: list[Part], plan: Plan, prompts: range) -> list[Part]:
     ]
 
 
-def _place_text(plan: Plan, branches: list[str], rows: range, prompts: range, site: str, action: Action) -> Action:
-    """An action whose tokens were chosen by the text of its only row, with their places in a batch.
+def _place_text(plan: Plan, branches: list[str], rows: range, prompts: range, part: Part, action: Action) -> Action:
+    """An action on text with the places of its tokens in a batch, where they were chosen by the text of its only row.
+
+    Raises OpError for tokens that the batch has not, or has elsewhere: padding follows the longest prompt of a batch.
 
     plan: of the whole run.
     branches: of the forward pass.
     rows, prompts: of the batch.
-    site: where it acts.
+    part: where it acts.
     action: for the whole run.
     """
     branch, row = branches[action["branch_index"]], (action["rows"] or [0])[0]
-    if action["text_tokens"] is None or row not in rows:
+    if part["location"]["stream"] != "txt" or part["location"]["layout"] == "whole":
+        return action
+    if action["text_tokens"] is None:
+        _check_places(plan, branch, (rows, prompts), part["name"], action)
+        return action
+    if row not in rows:
         return action
     batch = plan.outline.text(prompts)
     there = batch.rows[branch, row - rows.start]
     tokens = plan.outline.text().move(branch, row, action["tokens"] or (), there)
-    at = (action["op"], site, action["group"])
+    if not tokens or (len(tokens) < len(action["tokens"] or ()) and action["kind"] == "Put"):
+        raise OpError(
+            f"{len(action['tokens'] or ())} tokens of padding were chosen at {part['name']} in row {row} ({branch}), "
+            f"and in its batch the row has {len(tokens)}, as padding follows the longest prompt. Leave batch_size= out."
+        )
+    at = (action["op"], part["name"], action["group"])
     plan.selections[at] = (plan.selections[at][0], tuple(tokens), plan.selections[at][2])
     length = batch.length(branch, row - rows.start)
     return {**action, "tokens": tokens, "highest_token": max(tokens, default=None), "text_tokens": length}
 
 
-def _narrow_parts(parts: list[Part], rows: range, place: Callable[[str, Action], Action], asked: bool) -> list[Part]:
+def _check_places(plan: Plan, branch: str, batch: tuple[range, range], site: str, action: Action) -> None:
+    """OpError where the tokens of an action, by their numbers, are others in a batch than in the whole run.
+
+    plan: of the whole run.
+    branch: of the action.
+    batch: its rows and prompts.
+    site: where it acts.
+    action: for the whole run.
+    """
+    rows, prompts = batch
+    whole, there = plan.outline.text(), plan.outline.text(prompts)
+    tokens, kind = action["tokens"], action["kind"]
+    if tokens is None:
+        source = plan.payload[action["key"]].shape[2] if kind == "Put" else 1
+        if source > 1 and whole.count != there.count:
+            raise OpError(
+                f"the source at {site} has {source} tokens of text, and a batch of {len(prompts)} prompts has "
+                f"{there.count}, as padding follows the longest prompt. Leave batch_size= out, or choose words "
+                "(tokens=)."
+            )
+        return
+    for row in rows if action["rows"] is None else [row for row in action["rows"] if row in rows]:
+        if (branch, row) not in whole.rows or (branch, row - rows.start) not in there.rows:
+            continue
+        if whole.move(branch, row, tokens, there.rows[branch, row - rows.start]) != list(tokens):
+            raise OpError(
+                f"tokens={tokens} at {site} are counted in the {whole.length(branch, row)} text tokens of the whole "
+                f"run, and in its batch row {row} has {there.length(branch, row - rows.start)}, where these are "
+                "others, as padding follows the longest prompt. Leave batch_size= out, or choose words (tokens=)."
+            )
+
+
+def _narrow_parts(parts: list[Part], rows: range, place: Callable[[Part, Action], Action], asked: bool) -> list[Part]:
     """The parts with the actions that concern some rows; a part that is left without any is left out.
 
-    place: (site, action) -> the action with the places of its tokens in these rows.
+    place: (part, action) -> the action with the places of its tokens in these rows.
     """
     found: list[Part] = []
     for part in parts:
-        placed = [place(part["name"], action) for action in part["actions"]]
+        placed = [place(part, action) for action in part["actions"]]
         actions = [kept for action in placed if (kept := _narrow_action(action, rows, asked)) is not None]
         if actions or part["role"] in ("gate", "hold"):
             found.append({**part, "actions": actions})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -213,6 +213,8 @@ class _Compiler:
             raise OpError(
                 f"reduce={op.reduce!r} needs tokens to reduce, and tokens=[] chooses none. Leave tokens= out."
             )
+        if op.reduce is not None:
+            self._check_data(op, groups, channels)
         taken = {key for read in self.reads for key in ([read.name] if read.name else read.sites)}
         for key in [op.name] if op.name is not None else [site.name for site in channels]:
             if key in taken:
@@ -238,6 +240,20 @@ class _Compiler:
                 groups=tuple((group.branch, (group.rows or [0])[0]) for group in groups if group.branch is not None),
             )
         )
+
+    def _check_data(self, op: Read, groups: list[Group], sites: Iterable[Site]) -> None:
+        """OpError where a reduction of text would find nothing but masked tokens in some row."""
+        if not any(site.stream == "txt" and not site.point.startswith("mod.") for site in sites):
+            return
+        text, branches = self.outline.text(), self.outline.timeline.select_branches(op.branch or op.default_branch)
+        for group, branch in itertools.product(groups, branches):
+            for row in range(self.outline.rows) if group.rows is None else group.rows:
+                data = None if group.tokens is None else text.is_data(branch, row, group.tokens)
+                if group.branch in (None, branch) and data is not None and not any(data):
+                    raise OpError(
+                        f"reduce={op.reduce!r} needs tokens that are data: the pipeline masks all {len(data)} tokens "
+                        f"of tokens={op.tokens!r} in row {row} ({branch}). Choose others, or read them without reduce=."
+                    )
 
     def program(self) -> Program:
         """All forward passes with their visits, in the order in which the model computes them."""

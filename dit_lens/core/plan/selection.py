@@ -73,7 +73,8 @@ def _groups_by_text(op: Op, rows: list[int], outline: Outline) -> list[Group]:
     """One group for each branch and row whose text has what is asked for.
 
     An edit leaves out a branch whose text does not have a word, so long as the other has it, and rows that have no
-    tokens of a class, so long as one has. A read needs them in each row and branch.
+    tokens of a class, so long as one has. A read needs them in each row and branch. Of several words each must be
+    somewhere.
     """
     text, branches = outline.text(), outline.timeline.select_branches(op.branch or op.default_branch)
     asked: Any = op.tokens
@@ -83,6 +84,12 @@ def _groups_by_text(op: Op, rows: list[int], outline: Outline) -> list[Group]:
     if missing and not (op.edits and _is_class(asked) and any(found.values())):
         lacking = [branch for branch in branches if not found[branch, missing[0]]]
         raise OpError(_what_is_missing(asked, lacking, missing[0], text))
+    for word in [] if _is_class(asked) else _words(asked):
+        if not any(text.find(branch, row, [word]) for branch, row in found):
+            raise OpError(
+                f"the word {word!r} of tokens={asked!r} is in no prompt of the chosen rows and branches. Leave it out. "
+                "lens.to_str_tokens(prompt) lists the tokens of a prompt."
+            )
     return [Group([row], tokens, branch, text.length(branch, row)) for (branch, row), tokens in found.items() if tokens]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dit_lens.errors import OpError, PromptError
 
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")  # no spaces
 CLASSES = ("prompt", "template", "eos", "pad")  # what a token may be
 
 
@@ -71,9 +73,9 @@ class StreamText:
     unknown: str | None = None
 
     def strings(self) -> list[str]:
-        """The tokens of the first row as their tokenizer writes them."""
+        """The tokens of the first prompt as their tokenizer writes them."""
         self._check("its tokens have no text")
-        (tokens, *_) = self.rows.values()
+        tokens = self.rows["cond", 0]
         return [""] * self.before + ["+".join(dict.fromkeys(origin.piece for origin in token)) for token in tokens]
 
     def find(self, branch: str, row: int, asked: str | Sequence[str]) -> list[int]:
@@ -168,9 +170,47 @@ class StreamText:
 
 
 def find_word(text: Text, word: str) -> list[tuple[int, int]]:
-    """Where a word stands in the prompt of a text, in any case: (start, stop) of each occurrence."""
-    pattern = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
-    return [found.span() for found in pattern.finditer(text.whole, text.prompt.start, text.prompt.stop)]
+    """Where a word stands in the prompt of a text, in any case: (start, stop) of each occurrence.
+
+    Accented letters are the same in both of their forms. Scripts without spaces have no ends of words to look for.
+    """
+    clusters = _split_clusters(text.words)
+    plain = "".join(letters for _, letters in clusters)
+    starts = [start for start, letters in clusters for _ in letters]
+    ends = [*(start for start, _ in clusters[1:]), len(text.words)] if clusters else []
+    stops = [end for (_, letters), end in zip(clusters, ends, strict=True) for _ in letters]
+    pattern, found, at = re.compile(re.escape(unicodedata.normalize("NFC", word)), re.IGNORECASE), [], 0
+    while (match := pattern.search(plain, at)) is not None and match[0]:
+        start, stop = match.span()
+        whole = not (_is_one_word(plain, start) or _is_one_word(plain, stop))
+        at = stop if whole else start + 1
+        if whole:
+            found.append((text.prompt.start + starts[start], text.prompt.start + stops[stop - 1]))
+    return found
+
+
+def _split_clusters(text: str) -> list[tuple[int, str]]:
+    """Where each letter of a text begins, and the letter with its accents in one form."""
+    found: list[tuple[int, str]] = []
+    for at, character in enumerate(text):
+        start, letters = found[-1] if found else (0, "")
+        joined = unicodedata.normalize("NFC", letters + character)
+        if found and len(joined) <= len(letters):
+            found[-1] = (start, joined)
+        else:
+            found.append((at, unicodedata.normalize("NFC", character)))
+    return found
+
+
+def _is_one_word(text: str, at: int) -> bool:
+    """Whether the characters before and after a place belong to one word."""
+    if not 0 < at < len(text):
+        return False
+    before, after = text[at - 1], text[at]
+    if unicodedata.category(after).startswith("M"):  # an accent, or the vowel of the letter before
+        return True
+    letters = all(one == "_" or one.isalnum() or unicodedata.category(one).startswith("M") for one in (before, after))
+    return letters and not any(unicodedata.name(one, "").startswith(UNSPACED) for one in (before, after))
 
 
 def _is(token: Sequence[Origin], kind: str) -> bool:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_lens.errors import PromptError
+from dit_lens import Read, Swap, Zero
+from dit_lens.errors import OpError, PromptError
 from tests import texts
 
+SITE = "blocks.1.txt"
+QWEN = texts.SUBJECTS["qwen"]
 PAIR = ["a cat", "a very big cat by the sea at night"]
 
 
@@ -37,3 +40,46 @@ def test_a_pipeline_that_masks_images_by_another_prompt_is_told(name, mask):
     alone = [subject.lens.run([prompt] * 2, seed=[0, 1], **subject.call).latents for prompt in PAIR]
     torch.testing.assert_close(run.latents, torch.cat(alone), atol=1e-5, rtol=1e-5)
     assert subject.lens.run(["a cat", "a dog"], seed=0, num_images_per_prompt=2, **subject.call)  # of equal length
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max", "topk(2)", "histogram(0,1,4)"])
+def test_a_reduction_of_masked_tokens_alone_is_told_before_the_run(reduce):
+    lens, call = QWEN.lens, QWEN.call
+    found = seen_by_the_transformer(QWEN, PAIR)["encoder_hidden_states_mask"]
+    masked = int((found[0] == 0).sum())
+    for op in (
+        Read(SITE, tokens="pad", rows=[0], reduce=reduce),
+        Read(SITE, tokens=slice(found.shape[1] - masked, found.shape[1]), reduce=reduce),
+    ):
+        with pytest.raises(OpError, match=rf"needs tokens that are data: the pipeline masks all {masked} tokens"):
+            lens.cost(PAIR, op, **call)
+    last = found.shape[1] - masked - 1
+    run = lens.run(PAIR, Read(SITE, tokens=[last, last + 1], reduce="mean"), seed=0, **call)
+    assert torch.equal(run[SITE][:, 0], lens.run(PAIR, Read(SITE, tokens=[last]), seed=0, **call)[SITE][:, 0, 0])
+
+
+def test_padding_in_batches_that_have_none_is_told_before_the_run():
+    for op in (Read(SITE, tokens="pad", rows=[0]), Zero(SITE, tokens="pad")):
+        with pytest.raises(OpError, match=r"in its batch the row has 0, as padding follows the longest prompt"):
+            QWEN.lens.run(PAIR, op, seed=0, batch_size=1, **QWEN.call)
+
+
+@pytest.mark.parametrize(("name", "others", "same"), [("qwen", [200], [10, 150]), ("cogview4", [13], [])])
+def test_numbers_of_tokens_mean_those_of_the_whole_run_in_batches(name, others, same):
+    subject = texts.SUBJECTS[name]
+    with pytest.raises(OpError, match=r"are counted in the \d+ text tokens of the whole run, and in its batch row 0"):
+        subject.lens.run(PAIR, Zero(SITE, tokens=others), seed=0, batch_size=1, **subject.call)
+    if same:
+        run = subject.lens.run(PAIR, Read(SITE, tokens=same), seed=0, batch_size=1, **subject.call)
+        whole = subject.lens.run(PAIR, Read(SITE), seed=0, batch_size=1, **subject.call)
+        assert torch.equal(run[SITE], whole[SITE][:, :, same])
+    equal = ["a cat", "a dog"]
+    whole = subject.lens.run(equal, Read(SITE), seed=0, batch_size=1, **subject.call)
+    found = subject.lens.run(equal, Read(SITE, tokens=[13]), seed=0, batch_size=1, **subject.call)
+    assert torch.equal(found[SITE], whole[SITE][:, :, [13]])
+
+
+def test_a_source_of_another_length_than_a_batch_is_told_before_the_run():
+    source = QWEN.lens.run(PAIR, Read(SITE), seed=0, **QWEN.call)
+    with pytest.raises(OpError, match=r"the source at blocks.1.txt has 213 tokens .* a batch of 1 prompts has 184"):
+        QWEN.lens.run(PAIR, Swap(SITE, source=source), seed=0, batch_size=1, **QWEN.call)
