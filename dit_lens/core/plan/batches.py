@@ -172,7 +172,8 @@ def _place_text(plan: Plan, branches: list[str], rows: range, prompts: range, pa
     if not tokens or (len(tokens) < len(action["tokens"] or ()) and action["kind"] == "Put"):
         raise OpError(
             f"{len(action['tokens'] or ())} tokens of padding were chosen at {part['name']} in row {row} ({branch}), "
-            f"and in its batch the row has {len(tokens)}, as padding follows the longest prompt. Leave batch_size= out."
+            f"and in its batch the row has {len(tokens)}, as padding follows the longest prompt. Keep the "
+            "prompts in one batch."
         )
     at = (action["op"], part["name"], action["group"])
     plan.selections[at] = (plan.selections[at][0], tuple(tokens), plan.selections[at][2])
@@ -197,7 +198,7 @@ def _check_places(plan: Plan, branch: str, batch: tuple[range, range], site: str
         if source > 1 and whole.count != there.count:
             raise OpError(
                 f"the source at {site} has {source} tokens of text, and a batch of {len(prompts)} prompts has "
-                f"{there.count}, as padding follows the longest prompt. Leave batch_size= out, or choose words "
+                f"{there.count}, as padding follows the longest prompt. Keep the prompts in one batch, or choose words "
                 "(tokens=)."
             )
         return
@@ -208,7 +209,8 @@ def _check_places(plan: Plan, branch: str, batch: tuple[range, range], site: str
             raise OpError(
                 f"tokens={tokens} at {site} are counted in the {whole.length(branch, row)} text tokens of the whole "
                 f"run, and in its batch row {row} has {there.length(branch, row - rows.start)}, where these are "
-                "others, as padding follows the longest prompt. Leave batch_size= out, or choose words (tokens=)."
+                "others, as padding follows the longest prompt. Keep the prompts in one batch, or choose words "
+                "(tokens=)."
             )
 
 
