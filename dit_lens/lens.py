@@ -170,7 +170,7 @@ class DiTLens(Session):
     @checked_but("k")
     def massive_channels(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None,
         k: int | None = None,
         *,
         share: float | None = None,
@@ -188,7 +188,7 @@ class DiTLens(Session):
         >>> len(massive["blocks.3.img"])
         4
 
-        prompt: one or several, over which scores are averaged.
+        prompt: one or several, over which scores are averaged, or None with embeddings.
         k: how many channels of each site; 12 by default.
         share: instead of k, as few as hold this share of the squared energy.
         mad: instead of k, those whose score lies this many median absolute deviations above the median, so that a site

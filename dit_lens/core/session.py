@@ -236,7 +236,7 @@ class Session:
         return Trace(partial(self.run, prompt, **call))
 
     def run_with_cache(
-        self, prompt: str | Sequence[str], names_filter: Pattern = "blocks.*.img", **call: Any
+        self, prompt: str | Sequence[str] | None, names_filter: Pattern = "blocks.*.img", **call: Any
     ) -> tuple[list[Any], Run]:
         """Images, and a run that holds the sites of ``names_filter``: the form TransformerLens users know.
 
@@ -257,7 +257,7 @@ class Session:
 
     def run_with_hooks(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None,
         fwd_hooks: Sequence[tuple[Pattern, Callable[[Tensor, Any], Tensor | None]]],
         **call: Any,
     ) -> Run:

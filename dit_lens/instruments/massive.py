@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def find_massive_channels(
     lens: Session,
-    prompt: str | Sequence[str],
+    prompt: str | Sequence[str] | None,
     k: int | None = None,
     *,
     share: float | None = None,

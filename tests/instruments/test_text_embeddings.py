@@ -3,6 +3,7 @@
 import inspect
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -35,6 +36,24 @@ def test_a_run_of_embeddings_is_the_run_of_the_strings(embedded):
     assert same(lens.run(**texts, ops=[Read("blocks.*.*")], seed=3), strings)
     assert ("negative_prompt_embeds" in texts) is not embedded
     assert all(not hasattr(lens.nnsight, name) for name in ("text_encoder", "text_encoder_2"))
+
+
+def test_every_call_that_takes_prompts_takes_embeddings_in_their_place():
+    lens = fresh()
+    site, call = "blocks.1.img", {"seed": 3, "num_inference_steps": 2}
+    texts = lens.encode(PROMPTS)
+    every = {
+        "cache": lambda prompt, **more: lens.run_with_cache(prompt, site, **more)[1][site],
+        "hooks": lambda prompt, **more: lens.run_with_hooks(prompt, [(site, lambda x, hook: 0 * x)], **more).latents,
+        "massive": lambda prompt, **more: lens.massive_channels(prompt, k=3, site=site, **more).scores[site],
+        "x0": lambda prompt, **more: np.asarray(lens.read_x0(prompt, site, **more).images["x0"][0][0]),
+        "pattern": lambda prompt, **more: lens.read_pattern(prompt, 1, heads=[0], **more)[1],
+        "gradients": lambda prompt, **more: lens.gradients(prompt, site, metric=torch.sum, **more)[site],
+    }
+    for name, take in every.items():
+        more = call | ({"output_type": "latent"} if name == "hooks" else {})
+        assert torch.equal(torch.as_tensor(take(None, **texts, **more)), torch.as_tensor(take(PROMPTS, **more))), name
+    assert lens.cost(**texts, ops=Read(site), **call).bytes == lens.cost(PROMPTS, Read(site), **call).bytes
 
 
 def test_other_texts_are_encoded_too():
