@@ -94,7 +94,8 @@ def gradients(
     if through == "run":
         check_latents(lens)
     graph = _Graph(metric, reduce)
-    ops = [Apply(site, fn=graph.keep, steps=steps, branch=branch)]
+    # An op acts once on a tensor of two names, and here each name has a gradient.
+    ops = [Apply(name, fn=graph.keep, steps=steps, branch=branch) for name in lens.sites(site)]
     if through == "step":
         ops.append(Apply("velocity", fn=graph.close, steps=steps, branch=branch))
     detached = _detach_outputs(lens.pipe.transformer) if through == "step" else nullcontext()

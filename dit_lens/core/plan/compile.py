@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dit_lens.core.plan.aliases import name_once, without_name
 from dit_lens.core.plan.lowering import SiteLowering, check_allowed, check_keys
 from dit_lens.core.plan.selection import Group, select_channels, select_groups, select_rows
 from dit_lens.core.request.ops import EDITS, OPS, Op, Read, SigmaInterval
@@ -108,7 +109,9 @@ class _Compiler:
         channels = {site: select_channels(op, site, anatomy.channels(site)) for site in sites}
         if isinstance(op, Read):
             self._plan_read(number, op, steps, groups, channels)
-        for site in sites:
+        else:
+            channels = name_once(op, channels, anatomy)
+        for site in channels:
             for group_number, group in enumerate(groups):
                 self._lower(number, op, site, steps, (group_number, group), channels[site])
         if not self.visits[number] and groups[0].branch is not None and not op.does_nothing():
@@ -340,9 +343,9 @@ def _in_order_of_ops(parts: list[tuple[TensorLocation, Part]]) -> Iterator[tuple
 
     A block of both streams has one modulation, which is ``img.mod.gate`` as well as ``txt.mod.gate``.
     """
-    for location, run in itertools.groupby(parts, key=lambda one: replace(one[0], stream="")):
+    for _, run in itertools.groupby(parts, key=lambda one: without_name(one[0])):
         same = list(run)
-        if len(same) == 1 or location.layout != "whole" or any(part["role"] != "site" for _, part in same):
+        if len(same) == 1 or any(part["role"] != "site" for _, part in same):
             yield from same
             continue
         single: list[tuple[TensorLocation, Part]] = [
