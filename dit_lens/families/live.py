@@ -24,6 +24,7 @@ HOOKS = ("accelerate.hooks", "diffusers.hooks.hooks")  # whose wrappers pass on 
 # compute an attention stands at the path of the attention, with PROCESSOR after it.
 Functions = Mapping[tuple[str, str], frozenset[Callable[..., Any]]]
 PROCESSOR = "()"
+METHOD = ":"
 
 
 def refuse_unsafe(pipe: DiffusionPipeline) -> None:
@@ -35,16 +36,30 @@ def refuse_unsafe(pipe: DiffusionPipeline) -> None:
             "a step cache is enabled, which skips blocks without saying so. "
             "Call pipe.transformer.disable_cache() first, or load the pipeline again where there is no such method."
         )
-    if any(hasattr(one, "_orig_mod") or getattr(one, "_compiled_call_impl", None) is not None for one in modules):
+    if any(map(_compiled, modules)):
         raise FamilyError(
             "the transformer or a part of it is compiled, so nothing inside it can be read or changed. "
             "Load the pipeline again without compiling it."
+        )
+    if any(getattr(one, "_chunk_size", None) is not None for one in modules):
+        raise FamilyError(
+            "forward chunking is enabled, so an MLP is called with some rows or tokens at a time, and mlp.pre and "
+            "mlp.post of one call are a part of them. Call pipe.transformer.disable_forward_chunking() first."
         )
     if any(map(_fused, modules)):
         raise FamilyError(
             "query, key and value projections are fused, so the modules that attn.q, attn.k and attn.v name are not "
             "called. Call pipe.transformer.unfuse_qkv_projections() first."
         )
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether a module, its call or its forward came out of ``torch.compile``."""
+    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    forward = module.forward
+    disabled = getattr(forward, "_torchdynamo_disable", False)  # what is never compiled has the other mark too
+    return hasattr(forward, "_torchdynamo_orig_callable") and not disabled
 
 
 def _fused(module: nn.Module) -> bool:
@@ -59,7 +74,7 @@ def _fused(module: nn.Module) -> bool:
 
 
 def note_functions(anatomy: Anatomy) -> Functions:
-    """What a transformer runs: its own forward, those of its blocks, and those of their parts that have parts.
+    """What a transformer runs: its own forward, those of its blocks, those of their parts that have parts, and methods.
 
     Modules without parts are left out: adapters and quantisation exchange them, and their sites are whatever enters and
     leaves them.
@@ -73,6 +88,8 @@ def note_functions(anatomy: Anatomy) -> Functions:
                 processor = getattr(module, "processor", None)
                 if any(child is not processor for child in module.children()):
                     found[stack.name, path].add(find_forward(module))
+                    for name, function in list_methods(type(module)).items():
+                        found[stack.name, f"{path}{METHOD}{name}"].add(function)
                 if processor is not None:
                     found[stack.name, path + PROCESSOR].add(type(processor).__call__)
     return {key: frozenset(functions) for key, functions in found.items()}
@@ -80,13 +97,43 @@ def note_functions(anatomy: Anatomy) -> Functions:
 
 def find_difference(anatomy: Anatomy, tried: Functions) -> str | None:
     """What a live transformer runs in place of what was tried; None where it runs the same."""
+    return _find_twice(anatomy) or _find_other(anatomy, tried)
+
+
+def _find_twice(anatomy: Anatomy) -> str | None:
+    """A module that is called in two places under names of two tensors; None where there is none."""
+    places: dict[int, str] = {}
+    for stack in anatomy.family.stacks:
+        paths = [path.split(".") if path else [] for path in stack.modules]
+        for number, block in enumerate(anatomy.blocks(stack)):
+            for names in paths:
+                module = _descend(block, names)
+                if module is None:
+                    continue
+                place = ".".join(("pipe.transformer", stack.path, str(number), *names))
+                if places.setdefault(id(module), place) != place:
+                    return (
+                        f"{places[id(module)]} and {place} are one module, which is called in both places, so names of "
+                        "tensors inside cannot tell its calls apart. Put a copy (copy.deepcopy) into one of them."
+                    )
+    return None
+
+
+def _find_other(anatomy: Anatomy, tried: Functions) -> str | None:
+    """A function that runs in the place of one that was tried; None where there is none."""
     for path in ("", anatomy.family.final.module):
         module = anatomy.modules.get(path)
         if (forward := find_forward(module)) not in tried["", path]:
             where = f"pipe.transformer{'.' if path else ''}{path}"
             return _describe(f"{where}, a {type(module).__name__}, runs", forward, tried["", path])
+    of_kind = functools.cache(list_methods)  # for this look only, as classes can be patched
     for stack in anatomy.family.stacks:
-        paths = [(key, key[1].split(".") if key[1] else [], tried[key]) for key in tried if key[0] == stack.name]
+        seen: set[tuple[str, type]] = set()  # whose methods were compared
+        paths = [
+            (key, key[1].split(".") if key[1] else [], tried[key])
+            for key in tried
+            if key[0] == stack.name and METHOD not in key[1]
+        ]
         blocks = anatomy.blocks(stack)
         for number, block in enumerate(blocks):
             for (_, path), names, functions in paths:
@@ -104,7 +151,35 @@ def find_difference(anatomy: Anatomy, tried: Functions) -> str | None:
                     kind = type(module).__name__
                     one_of = f", one of {len(blocks)} in {stack.path}," if not path else ""
                     return _describe(f"{where}, a {kind}{one_of or ','} runs", forward, functions)
+                else:
+                    methods = _list_own_methods(module, of_kind(type(module)), whole=(path, type(module)) not in seen)
+                    seen.add((path, type(module)))
+                    for name, method in methods.items():
+                        usual = tried.get((stack.name, f"{path}{METHOD}{name}"))
+                        if usual and method not in usual:
+                            return _describe(f"{where}, a {type(module).__name__}, has another {name}:", method, usual)
     return None
+
+
+def _list_own_methods(
+    module: nn.Module, of_kind: Mapping[str, Callable[..., Any]], *, whole: bool
+) -> dict[str, Callable[..., Any]]:
+    """The functions behind a module's methods: those put on the module itself, and, where asked, those of its class."""
+    own = {name: vars(module)[name] for name in of_kind.keys() & vars(module).keys()}
+    own = {name: getattr(method, "__func__", method) for name, method in own.items()}
+    return {**of_kind, **own} if whole else own
+
+
+def list_methods(kind: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    """The functions that a class of modules and its parents define beside ``forward``, those of torch left out."""
+    found: dict[str, Callable[..., Any]] = {}
+    for parent in reversed(kind.__mro__):
+        if parent.__module__.partition(".")[0] not in ("torch", "builtins"):
+            for name, value in vars(parent).items():
+                function = getattr(value, "__func__", value)  # of a static method or one of the class
+                if inspect.isfunction(function) and name not in ("forward", "__init__"):
+                    found[name] = function
+    return found
 
 
 def find_processors(anatomy: Anatomy) -> Iterator[tuple[tuple[str, str], Any]]:

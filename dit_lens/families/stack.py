@@ -93,6 +93,13 @@ class Stack:
     attends: str = ""
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths within a block of the modules whose tensors have names; "" is the block."""
+        specs = [one for points in self.points.values() for one in points.values() if isinstance(one, PointSpec)]
+        gates = [one.gate for one in specs if one.gate is not None]
+        return tuple(dict.fromkeys(["", *(one.module for one in [*specs, *gates] if one.entry is None)]))
+
+    @property
     def attention(self) -> str:
         """``attends``, which follows from the streams and their layout where the row does not say it."""
         if self.attends:

@@ -1,0 +1,125 @@
+"""Modules in two places, methods that are others than those tried, and what is compiled, are told by name."""
+
+import copy
+
+import pytest
+import torch
+
+from dit_lens import DiTLens, Read, Zero
+from dit_lens.errors import FamilyError
+from tests import pipelines
+from tests.zoo.truth import ENTRIES
+
+CALL = {**pipelines.TRUE_CFG, "num_inference_steps": 2, "output_type": "latent"}
+
+
+@pytest.fixture
+def flux():
+    return pipelines.flux()
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    entry = ENTRIES["qwen"]
+    return DiTLens(entry.build(), defaults={**entry.call(1), "output_type": "latent"})
+
+
+def refused(pipe, lens, match, **call):
+    """A run and a new lens are refused before the transformer is called."""
+    called = []
+    handle = pipe.transformer.register_forward_pre_hook(lambda *_: called.append(1))
+    for attempt in (lambda: lens.run(ops=Zero("blocks.1.img"), seed=0, **call), lambda: DiTLens(pipe)):
+        with pytest.raises(FamilyError, match=match):
+            attempt()
+    handle.remove()
+    assert not called
+
+
+def test_a_block_that_stands_twice(flux):
+    lens = DiTLens(flux, defaults=CALL)
+    blocks = flux.transformer.transformer_blocks
+    blocks[1] = blocks[0]
+    refused(
+        flux,
+        lens,
+        r"transformer\.transformer_blocks\.0 and pipe\.transformer\.transformer_blocks\.1 are one module",
+        prompt="red",
+    )
+    blocks[1] = copy.deepcopy(blocks[0])
+    seen = []
+    handle = blocks[1].register_forward_hook(lambda _module, _args, output: seen.append(output[1]))
+    plain = flux("red", generator=torch.Generator().manual_seed(0), **CALL).images
+    handle.remove()
+    run = lens.run("red", Read("blocks.1.img"), seed=0)
+    assert torch.equal(run.latents, plain)
+    assert torch.equal(run["blocks.1.img"].as_subclass(torch.Tensor)[:, 0], torch.cat(seen[::2]))
+
+
+@pytest.mark.parametrize("path", ["ff", "norm1.linear", "attn.to_q"])
+def test_a_part_that_stands_twice(flux, path):
+    lens = DiTLens(flux, defaults=CALL)
+    first, second = flux.transformer.transformer_blocks
+    if path == "ff":
+        second.ff_context = second.ff
+    else:
+        second.set_submodule(path, first.get_submodule(path))
+    refused(flux, lens, r"transformer_blocks\.[01]\.\S+ and pipe\S+ are one module.*deepcopy", prompt="red")
+
+
+def double(before):
+    return lambda *args, **kwargs: tuple(2 * one for one in before(*args, **kwargs))
+
+
+def test_a_method_put_on_a_block(qwen):
+    block = qwen.pipe.transformer.transformer_blocks[2]
+    before = block._modulate  # noqa: SLF001 the method that the block's forward calls
+    block._modulate = double(before)  # noqa: SLF001
+    try:
+        match = r"transformer_blocks\.2, a QwenImageTransformerBlock, has another _modulate: .*was tried with"
+        refused(qwen.pipe, qwen, match)
+        block._modulate = before  # noqa: SLF001 the same method, kept on the block
+        assert qwen.run(seed=0).latents is not None
+    finally:
+        del block._modulate  # noqa: SLF001
+    assert qwen.run(seed=0).latents is not None
+
+
+def test_a_method_of_a_subclass(qwen):
+    block = qwen.pipe.transformer.transformer_blocks[1]
+    kind = type(block)
+
+    class Own(kind):
+        def _modulate(self, *args, **kwargs):
+            return double(super()._modulate)(*args, **kwargs)
+
+    class Quiet(kind):
+        """Adds a method and changes none."""
+
+        def note(self):
+            return 1
+
+    block.__class__ = Own
+    try:
+        refused(qwen.pipe, qwen, r"transformer_blocks\.1, a Own, has another _modulate")
+        block.__class__ = Quiet
+        assert qwen.run(seed=0).latents is not None
+    finally:
+        block.__class__ = kind
+
+
+def test_a_method_patched_on_the_class_is_tried(qwen, monkeypatch):
+    kind = type(qwen.pipe.transformer.transformer_blocks[0])
+    before = kind._modulate  # noqa: SLF001
+    monkeypatch.setattr(kind, "_modulate", double(before))
+    with pytest.raises(FamilyError, match="is not its input plus attn_out plus mlp_out"):
+        qwen.run(seed=0)  # the gate is doubled too, behind what attn_out is multiplied by
+
+
+def test_a_compiled_forward_is_told_as_that(flux):
+    lens = DiTLens(flux, defaults=CALL)
+    flux.transformer.forward = torch.compile(flux.transformer.forward)
+    refused(flux, lens, "the transformer or a part of it is compiled", prompt="red")
+    del flux.transformer.forward
+    block = flux.transformer.transformer_blocks[0]
+    block.forward = torch.compile(block.forward)
+    refused(flux, lens, "compiled", prompt="red")
