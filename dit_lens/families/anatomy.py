@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sized
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ class Anatomy:
             tuple[str, str, str], int
         ] = {}  # (stack, module, side) -> when it is computed, as the check saw
         self.tried: Mapping[tuple[str, str], frozenset[Callable[..., Any]]] = {}  # what the check ran, see .live
+        self.once: frozenset[tuple[str, str, str]] = frozenset()  # (stack, stream, point) of one row for all, as it saw
         self._blocks: list[tuple[Stack, int]] = []  # of every block its stack, and its index there
         self.stacks: dict[str, range] = {}
         for stack in family.stacks:
@@ -140,8 +142,9 @@ class Anatomy:
         return f"nothing is added after the last block of {self.family.name}" if last and stack.ends_without else None
 
     def blocks(self, stack: Stack) -> list[nn.Module]:
-        """The blocks of a stack."""
-        return list(self.modules.get(stack.path).children())
+        """The blocks of a stack; one that stands twice in it is there twice."""
+        blocks: Any = self.modules.get(stack.path)
+        return list(blocks)
 
     def _find_inner(self, block: int, path: str) -> nn.Module | None:
         """A module of a block by its path within it."""
@@ -325,7 +328,8 @@ class Anatomy:
             return TensorLocation(f"transformer.{path}", "input", name, position, **tokens)
         spec = self._spec_of(site)
         if spec is not None:
-            return self._locate_spec(site.block, site.stream, spec)
+            once = (stack.name, site.stream, site.point) in self.once
+            return replace(self._locate_spec(site.block, site.stream, spec), once=once)
         return TensorLocation(f"transformer.{path}", "output", stack.outputs[site.stream], **tokens)
 
     @cached_property

@@ -48,7 +48,7 @@ def check(anatomy: Anatomy) -> list[Check]:
         tried = _try_clone(anatomy.family, type(anatomy.transformer), find_processors(anatomy))
         if (difference := find_difference(anatomy, tried.functions)) is not None:
             raise FamilyError(f"{anatomy.family.name}: {difference}")
-    anatomy.order, anatomy.tried = tried.order, tried.functions
+    anatomy.order, anatomy.once, anatomy.tried = tried.order, tried.once, tried.functions
     locations = [anatomy.locate(site) for site in anatomy.sites]
     says = f"{anatomy.depth} blocks, {len(locations)} sites, {len(rules)} rules: all their modules and arguments exist"
     return [Check("structure", says), *tried.checks]
@@ -60,11 +60,13 @@ class Tried:
 
     checks: the statements that hold.
     order: of the modules of a block, as :attr:`Anatomy.order`.
+    once: what has one row for all, as :attr:`Anatomy.once`.
     functions: what ran.
     """
 
     checks: tuple[Check, ...]
     order: dict[tuple[str, str, str], int]
+    once: frozenset[tuple[str, str, str]]
     functions: Functions
 
 
@@ -99,7 +101,8 @@ def _try_clone(
             _check_write(clone),
             _check_readout(clone),
         ]
-    return Tried(tuple(one for one in checks if one is not None), anatomy.order, note_functions(anatomy))
+        once = clone.find_once()
+    return Tried(tuple(one for one in checks if one is not None), anatomy.order, once, note_functions(anatomy))
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from dit_lens.errors import FamilyError
 from dit_lens.families.anatomy import Anatomy
@@ -15,7 +16,7 @@ from dit_lens.families.layout import find_image_tokens, select_stream, select_te
 from dit_lens.families.tensors import apply_to_part, compute_gate, read_out
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
     from torch.utils.hooks import RemovableHandle
 
     from dit_lens.families.locations import TensorLocation
@@ -32,6 +33,7 @@ class HookedClone:
         self.anatomy, self.call, self.name = anatomy, call, anatomy.family.name
         self.rule = anatomy.grid_rule
         self.image = find_image_tokens(((), call), self.rule)
+        self.timed_once = False
         self.points = [site for site in anatomy.sites if site.point != "x0"]
 
     @cached_property
@@ -46,6 +48,24 @@ class HookedClone:
         if not streams:
             raise FamilyError(f"{self.name}: none of its stacks holds image tokens.")
         return streams[-1].name
+
+    def find_once(self) -> frozenset[tuple[str, str, str]]:
+        """(stack, stream, point) of what has one row for all where the call has one time for all."""
+        time = self.anatomy.time_rule()["argument"]
+        if not isinstance(self.call[time], Tensor):
+            return frozenset()
+        self.timed_once = True
+        try:
+            found = self.watch({**self.call, time: self.call[time][:1]})
+        except FamilyError:  # this transformer wants a time for every row
+            return frozenset()
+        finally:
+            self.timed_once = False
+        return frozenset(
+            (self.anatomy.block_name(site.block).rpartition(".")[0], site.stream, site.point)
+            for site in self.points
+            if site.block is not None and site.name in found and len(found[site.name]) == 1
+        )
 
     def watch(self, call: dict[str, Any], *hooks: RemovableHandle) -> dict[str, Tensor]:
         """The tokens of every site in one forward pass."""
@@ -132,11 +152,11 @@ class HookedClone:
             if location.half is not None:
                 value = apply_to_part(module.forward, value, plain)
             tensor = to_tokens(value, plain) if location.table is None else compute_gate(value, plain, module)
-            if tensor.shape[0] != ROWS:
+            if tensor.shape[0] != ROWS and not (self.timed_once and tensor.shape[0] == 1):
                 raise ValueError(f"{site} has {tensor.shape[0]} rows in a call of {ROWS}")
             if location.gate is not None:
                 tensor = tensor * gates[location.gate]
-            found[site.name] = select_stream(tensor, plain, self.image, range(ROWS))[0].clone()
+            found[site.name] = select_stream(tensor, plain, self.image, range(len(tensor)))[0].clone()
 
         return self._module(location).register_forward_hook(keep, with_kwargs=True)
 

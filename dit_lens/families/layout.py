@@ -194,6 +194,12 @@ def grid_of(latents: Any, axes: str, patch: Sequence[int]) -> tuple[list[int], i
     return [frames, h, w] if frames > 1 else [h, w], shape.get("i", 1)
 
 
+def count_rows(arguments: tuple[tuple, dict], rule: GridRule) -> int:
+    """How many rows the transformer is given in a forward pass."""
+    latents = argument(arguments, rule["latents"], rule["latents_position"])
+    return latents.shape[rule["axes"].index("b")] if "b" in rule["axes"] else len(latents)
+
+
 def check_grid(grid: tuple[int, ...], expected: list[int] | None) -> None:
     """Fails where the pipeline drew another size than the plan was made for."""
     if expected is not None and list(grid) != expected:

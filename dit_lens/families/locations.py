@@ -27,6 +27,7 @@ class Location(TypedDict):
     table: (parameter, part) of the module that is added to it.
     x0: whether the clean latents are computed from it.
     entry: of an argument that lists residuals, (rule, block, blocks) as in :class:`~dit_lens.PointSpec`; else None.
+    once: whether it has one row for all where the call has one time for all, as the check at load saw.
     name: what messages call it.
     """
 
@@ -43,6 +44,7 @@ class Location(TypedDict):
     table: tuple[str, int] | None
     x0: bool
     entry: tuple[str, int, int] | None
+    once: bool
     name: NotRequired[str]
 
 
@@ -158,6 +160,7 @@ class TensorLocation:
     table: (parameter, part) of the module that is added to it.
     x0: whether the clean latents are computed from it.
     entry: of an argument that lists residuals, (rule, block, blocks) as in :class:`~dit_lens.PointSpec`.
+    once: whether it has one row for all where the call has one time for all, as the check at load saw.
     """
 
     module: str
@@ -176,6 +179,7 @@ class TensorLocation:
     table: tuple[str, int] | None = None
     x0: bool = False
     entry: tuple[str, int, int] | None = None
+    once: bool = False
 
     def plain(self) -> Location:
         """The same as plain data."""
@@ -193,6 +197,7 @@ class TensorLocation:
             "table": self.table,
             "x0": self.x0,
             "entry": self.entry,
+            "once": self.once,
         }
 
 

@@ -18,6 +18,7 @@ from dit_lens.families.layout import (
     PlanMismatchError,
     argument,
     check_grid,
+    count_rows,
     find_image_tokens,
     find_text_masks,
     from_tokens,
@@ -107,6 +108,8 @@ def execute(model: Any, tracer: Any, program: Program, payload: dict[str, Any], 
         moment = read_clock(arguments, program, store["clock"], forward)
         image = find_image_tokens(arguments, program["grid"])
         check_grid(image.grid, program["expected_grid"])
+        if forward["visits"]:
+            check_rows(count_rows(arguments, program["grid"]), program["rows"], forward)
         if number in program["replayed"]:
             model.get(denoiser).skip(move_answer(payload["answers"][number], arguments))
         store["grid"][:] = image.grid
@@ -156,6 +159,22 @@ def read_clock(arguments: tuple[tuple, dict], program: Program, clock: list[tupl
         )
     clock.append((step, branches[0], timestep, sigma))
     return Moment(step, branches, timestep, sigma)
+
+
+def check_rows(given: int, rows: int, forward: Forward) -> None:
+    """Fails where a forward pass in which something is to be done has other rows than images times branches.
+
+    given: how many rows the transformer is given.
+    rows: images of one branch.
+    forward: the pass that is expected.
+    """
+    expected = rows * len(forward["branches"])
+    if given != expected:
+        raise PlanMismatchError(
+            f"the plan expects {expected} rows in a forward pass of step {forward['step']} "
+            f"({' and '.join(forward['branches'])} of {rows} {'image' if rows == 1 else 'images'}), but the "
+            f"transformer is given {given}. Does a callback end guidance, or change the batch?"
+        )
 
 
 def is_exact(value: Any) -> bool:
@@ -276,12 +295,16 @@ def check_sizes(stream: Tensor, action: Action, part: Part, moment: tuple[int, T
 
 
 def match_rows(tensor: Tensor, part: Part, context: Context) -> Tensor:
-    """Fails where a forward pass has other rows than the program's images times its branches.
+    """Fails where a tensor has other rows than its forward pass.
 
     What is computed once for all rows, such as the modulation of PRX without guidance, can be read in each of them.
     """
     rows = context.program["rows"] * len(context.moment.branches)
-    if tensor.shape[0] == 1 and all(action["kind"] == "Read" for action in part["actions"]):
+    if (
+        part["location"]["once"]
+        and tensor.shape[0] == 1
+        and all(action["kind"] == "Read" for action in part["actions"])
+    ):
         return tensor.expand(rows, *tensor.shape[1:])
     if tensor.shape[0] != rows:
         raise PlanMismatchError(
