@@ -21,6 +21,7 @@ from dit_lens.core.plan.cost import Cost, cost_of
 from dit_lens.core.plan.outline import Outline
 from dit_lens.core.plan.replay import call_values, make_recording, record_answers, replay_answers
 from dit_lens.core.plan.spill import reads_container
+from dit_lens.core.plan.unseeded import refuse_unseeded
 from dit_lens.core.request.call import Call, check_latents, prepare_call
 from dit_lens.core.request.indices import list_items
 from dit_lens.core.request.ops import Apply, Op, Read
@@ -200,6 +201,7 @@ class Session:
                 f"prefix= is a {type(prefix).__name__}. It takes a run that was recorded: lens.run(..., record=True)."
             )
         prepared, plan = self._plan(prompt, ops, seed=seed, num_inference_steps=num_inference_steps, **call)
+        refuse_unseeded(self.pipe, repeated=record or prefix is not None)
         container = reads_container(cost_of(plan, ops, self.anatomy, self.pipe.transformer.dtype))
         state = self.engine.state() if record or prefix is not None else {}
         if record:

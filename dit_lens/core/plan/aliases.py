@@ -1,4 +1,4 @@
-"""Tensors of several names: a single block has one modulation, which is ``img.mod.gate`` as well as ``txt.mod.gate``."""
+"""Tensors of several names: a single block has one modulation, which ``img.mod.gate`` and ``txt.mod.gate`` name."""
 
 from __future__ import annotations
 

@@ -1,0 +1,73 @@
+"""Schedulers that draw noise where no seed reaches: from the random numbers of the process."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import warnings
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dit_lens.errors import OpError
+from dit_lens.families.calls import find_call
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def refuse_unseeded(pipe: DiffusionPipeline, *, repeated: bool) -> None:
+    """Tells that ``seed=`` does not fix an image. OpError where a run is to be repeated, else a warning.
+
+    pipe: the pipeline, whose scheduler is tried on a copy.
+    repeated: whether the run is recorded, or takes steps from one that was.
+    """
+    if not draws_unseeded(pipe):
+        return
+    what = (
+        f"{type(pipe.scheduler).__name__} draws noise at every step, and {type(pipe).__name__} gives it no generator, "
+        "so it takes the random numbers of the process: seed= does not fix the image, and rows of equal seeds differ"
+    )
+    if repeated:
+        raise OpError(f"{what}. record= and prefix= cannot repeat that. Set a scheduler that draws nothing.")
+    warnings.warn(f"{what}. Set a scheduler that draws nothing, or compare no two runs or rows.", stacklevel=4)
+
+
+def draws_unseeded(pipe: DiffusionPipeline) -> bool:
+    """Whether the first steps of the scheduler, as the pipeline calls it, take random numbers of the process.
+
+    >>> from diffusers import FluxPipeline, FlowMatchEulerDiscreteScheduler
+    >>> from dit_lens import DiTLens
+    >>> pipe = DiTLens.toy().pipe
+    >>> draws_unseeded(pipe)
+    False
+    >>> pipe.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    >>> draws_unseeded(pipe)
+    True
+    """
+    scheduler: Any = copy.deepcopy(pipe.scheduler)
+    given = {"generator": torch.Generator()} if _passes_generator(pipe, scheduler) else {}
+    shifted = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+    with torch.random.fork_rng(devices=[]):
+        sample = torch.ones(1, 4, 4, 4)
+        before = torch.get_rng_state()
+        with suppress(Exception):  # a scheduler may ask what only its pipeline gives
+            scheduler.set_timesteps(4, **shifted)
+            for time in scheduler.timesteps[:2]:
+                sample = scheduler.step(torch.ones_like(sample), time, sample, **given)[0]
+        return not torch.equal(before, torch.get_rng_state())
+
+
+def _passes_generator(pipe: DiffusionPipeline, scheduler: Any) -> bool:
+    """Whether the pipeline's source gives its generator to the scheduler's step."""
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        return False
+    try:
+        source = inspect.getsource(find_call(type(pipe)))
+    except (OSError, TypeError):  # a class that was made on the way
+        return False
+    return any(
+        re.search(r"generator|extra_step_kwargs", call) for call in re.findall(r"scheduler\.step\(([^)]*)", source)
+    )
