@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dit_lens.errors import DitLensError, OpError, PromptError, StoreError, show
+from dit_lens.functions import takes
 from dit_lens.numbers import list_entries, to_int, to_number
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -164,7 +165,7 @@ def _read_generic(name: str, inner: list[ast.expr]) -> Kind | None:
             lambda value: value if isinstance(value, str) and value in choices else UNFIT,
         )
     if name == "Callable":
-        return Kind("a function", lambda value: value if callable(value) else UNFIT)
+        return _function_of(len(inner[0].elts)) if isinstance(inner[0], ast.List) else PLAIN["Callable"]
     if name == "tuple" and not any(isinstance(part, ast.Constant) and part.value is ... for part in inner):
         parts = [_read(part) for part in inner]
         named = ", ".join("anything" if part is None else part.name for part in parts)
@@ -179,6 +180,12 @@ def _read_generic(name: str, inner: list[ast.expr]) -> Kind | None:
         named = ["anything" if kind is None else kind.name for kind in kinds]
         return Kind(f"a mapping from {named[0]} to {named[1]}", functools.partial(_fit_mapping, *kinds))
     return None
+
+
+def _function_of(count: int, values: str = "") -> Kind:
+    """A function that can be called with so many values. values: what they are, in words."""
+    named = values or f"{count} value{'s' * (count != 1)}"
+    return Kind(f"a function of {named}", lambda value: value if callable(value) and takes(value, count) else UNFIT)
 
 
 def _last_name(node: ast.expr) -> str:
@@ -303,7 +310,8 @@ PLAIN = {
     "TransferResult": Kind("the result of studies.transfer or transfer_image", _fit_transfer),
     "type": Kind("a class", lambda value: value if isinstance(value, type) else UNFIT),
     **dict.fromkeys(("Ablation", "ChannelsFrom", "How", "Over", "Through"), TEXT),
-    "Judge": Kind("a function", lambda value: value if callable(value) else UNFIT),
-    "PairMetric": Kind("a function", lambda value: value if callable(value) else UNFIT),
+    "Attributes": _function_of(1, "a prompt"),
+    "Judge": _function_of(2, "an image and a prompt"),
+    "PairMetric": _function_of(3, "latents, and those of a source and of a target"),
     "Callable": Kind("a function", lambda value: value if callable(value) else UNFIT),
 }

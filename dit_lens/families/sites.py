@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import fnmatch
-import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from dit_lens.errors import SiteError, nearest
+from dit_lens.functions import name_of, takes
 from dit_lens.numbers import MOST
 
 Pattern: TypeAlias = "str | Callable[[str], bool] | Iterable[str | Callable[[str], bool]]"
@@ -171,33 +171,6 @@ def _is_iterable(value: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def takes(function: Callable[..., Any], count: int) -> bool:
-    """Whether a function can be called with so many values; True where Python cannot tell.
-
-    >>> takes(lambda x: x, 1), takes(lambda x: x, 2), takes(lambda *x: x, 2)
-    (True, False, True)
-    """
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some that are written in C
-        return True
-    try:
-        signature.bind(*range(count))
-    except TypeError:
-        return False
-    return True
-
-
-def name_of(function: Any) -> str:
-    """How a function is called in messages.
-
-    >>> name_of(len), name_of(lambda x: x)
-    ('len', '<lambda>')
-    """
-    name = getattr(function, "__qualname__", None)
-    return name.rsplit("<locals>.", 1)[-1] if isinstance(name, str) else repr(function)
 
 
 def _filter(meant: Callable[[str], bool], sites: Sequence[Site]) -> list[Site]:

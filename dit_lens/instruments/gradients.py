@@ -15,6 +15,7 @@ from dit_lens.arguments import checked
 from dit_lens.core.request.ops import Apply
 from dit_lens.errors import ExecutionError, FamilyError, OpError, PromptError, SiteError, check_choice, nearest, show
 from dit_lens.families.sources import find_without_gradient
+from dit_lens.functions import name_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,8 +85,8 @@ def gradients(
 ) -> Gradients:
     """See :meth:`dit_lens.DiTLens.gradients`."""
     check_choice(through, THROUGH, "value of through")
-    if branch not in ("cond", "uncond"):
-        raise OpError(f"branch={branch!r}: gradients are of one branch, 'cond' or 'uncond'.")
+    if not isinstance(branch, str) or branch not in ("cond", "uncond"):
+        raise OpError(f"branch={show(branch)}: gradients are of one branch, 'cond' or 'uncond'.")
     if odd := [name for name in ("batch_size", "record", "prefix") if name in call]:
         raise PromptError(f"{odd[0]}= has no meaning here: the graph is that of one batch. Leave it out.")
     if call.pop("output_type", "latent") != "latent":
@@ -155,7 +156,7 @@ def attribution(
         lens,
         [source, target],
         site,
-        metric=lambda x: measure(x[1:2], x[0].detach(), x[1].detach()).sum(),
+        metric=lambda x: measure_rows(measure, x[1:2], x[0].detach(), x[1].detach()).sum(),
         through=through,
         steps=steps,
         branch=branch,
@@ -186,6 +187,17 @@ def nearness(x: Tensor, source: Tensor, target: Tensor) -> Tensor:
     return 1 - torch.linalg.vector_norm((x - source).flatten(1), dim=1) / apart
 
 
+def measure_rows(metric: PairMetric, x: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """What a metric says of every row, [m]; OpError if it says something else."""
+    found = metric(x, source, target)
+    if not isinstance(found, Tensor) or found.is_complex() or found.numel() != len(x):
+        raise OpError(
+            f"metric= must return a tensor of one real number per row, [{len(x)}]; {name_of(metric)} returned "
+            f"{show(found)}."
+        )
+    return found
+
+
 def _sum_marginals(value: Tensor, gradient: Tensor) -> Tensor:
     """Rows are source and target: their difference times the gradient, over tokens and over channels: [d + n]."""
     product = (value[0].float() - value[1].float()) * gradient[1].float()
@@ -214,8 +226,10 @@ class _Graph:
     def close(self, outcome: Tensor, hook: Any = None) -> None:  # noqa: ARG002 an Apply passes it
         """Takes the gradients of the metric at all open tensors, and lets go of the graph."""
         value = self.metric(outcome)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            raise OpError(f"metric= must return a tensor of one number, and returned {value!r}. Sum over images.")
+        if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
+            raise OpError(
+                f"metric= must return a tensor of one real number, and returned {show(value)}. Sum over images."
+            )
         if not value.requires_grad:
             raise ExecutionError(
                 "the metric does not depend on the sites through torch: it was detached, or this pipeline or scheduler "
@@ -226,6 +240,8 @@ class _Graph:
         taken = torch.autograd.grad(value.sum(), tensors, materialize_grads=True)
         for key, tensor, gradient in zip(keys, tensors, taken, strict=True):
             kept = gradient if self.reduce is None else self.reduce(tensor.detach(), gradient)
+            if not isinstance(kept, Tensor):
+                raise OpError(f"reduce= must return a tensor, and returned {show(kept)} for {key[0]}.")
             self.found[key] = kept.cpu()
         self.values.append(value.detach().reshape(()).cpu())
 

@@ -15,6 +15,7 @@ from PIL import Image
 from dit_lens.analysis.metrics.perceptual import lpips, ssim
 from dit_lens.analysis.metrics.pixels import apply_pairwise
 from dit_lens.errors import OpError, nearest, show
+from dit_lens.functions import takes
 from dit_lens.numbers import list_entries
 
 Distance = Callable[[Any, Any], Any]
@@ -86,7 +87,9 @@ def distances(chosen: str | Distance | Sequence[str | Distance]) -> dict[str, Di
         found[name] = DISTANCES[one] if isinstance(one, str) else one
     black, grey = (Image.new("RGB", (64, 64), (level,) * 3) for level in (0, 128))
     for name, distance in found.items():
-        if not np.isscalar(answer := distance(black, grey)) or isinstance(answer, str):
+        if not takes(distance, 2):
+            raise OpError(f"The distance {name!r} cannot be called with two images. Give it two parameters.")
+        if not np.isscalar(answer := distance(black, grey)) or isinstance(answer, str | bytes | complex):
             raise OpError(f"The distance {name!r} of two images must be a number, but it returned {show(answer)}.")
     return found
 

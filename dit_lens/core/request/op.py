@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dit_lens.core.request.indices import list_items
 from dit_lens.errors import OpError
-from dit_lens.families.sites import Pattern, name_of
+from dit_lens.families.sites import Pattern
+from dit_lens.functions import name_of
 from dit_lens.numbers import to_number
 
 if TYPE_CHECKING:

@@ -40,8 +40,8 @@ from dit_lens.core.request.op import (
 from dit_lens.core.request.reduce import parse
 from dit_lens.errors import DitLensError, OpError, nearest
 from dit_lens.families.layout import PlanMismatchError
-from dit_lens.families.sites import name_of, takes
 from dit_lens.families.tensors import outer_index
+from dit_lens.functions import name_of, takes
 from dit_lens.numbers import to_int, to_number
 
 if TYPE_CHECKING:

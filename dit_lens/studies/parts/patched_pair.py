@@ -14,7 +14,14 @@ from torch import Tensor
 from dit_lens.analysis.clusters import segment
 from dit_lens.core.request.ops import Branch, Op, Read
 from dit_lens.errors import OpError
-from dit_lens.instruments.gradients import PairMetric, attribution, check_differentiable, check_latents, nearness
+from dit_lens.instruments.gradients import (
+    PairMetric,
+    attribution,
+    check_differentiable,
+    check_latents,
+    measure_rows,
+    nearness,
+)
 from dit_lens.instruments.latents import decode_latents, find_autoencoder, read_latents
 from dit_lens.studies.parts.patches import Patch, patch_groups, patch_heads, patch_regions, patch_steps
 from dit_lens.studies.shared.arguments import check_k
@@ -234,7 +241,7 @@ class PatchedPair:
 
     def _measure_ends(self, latents: Tensor) -> np.ndarray:
         """The metric of the untouched source and target; OpError if it does not tell them apart."""
-        ends = self.map.metric(latents, latents[0], latents[1]).detach().double().numpy()
+        ends = measure_rows(self.map.metric, latents, latents[0], latents[1]).detach().double().numpy()
         if ends.shape != (2,) or not np.isfinite(ends).all() or ends[0] == ends[1]:
             raise OpError(
                 f"metric= must give one number per row and tell the source from the target; it gave {ends.tolist()} "
@@ -245,7 +252,7 @@ class PatchedPair:
     def _measure_effects(self, latents: Tensor, clean: Cell) -> np.ndarray:
         """How far rows have come: 0 is the untouched target, 1 the source."""
         source, target = torch.from_numpy(clean.arrays["latents"])
-        found = self.map.metric(latents, source, target).detach().double().numpy()
+        found = measure_rows(self.map.metric, latents, source, target).detach().double().numpy()
         return (found - clean.arrays["ends"][1]) / _metric_difference(clean)
 
     def _decode(self, run: Run, rows: Sequence[int]) -> list[Any]:

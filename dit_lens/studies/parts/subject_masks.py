@@ -11,6 +11,7 @@ from PIL import Image
 from dit_lens.analysis.arrays import to_numpy
 from dit_lens.core.runs.provenance import digest
 from dit_lens.errors import OpError, show
+from dit_lens.functions import name_of, takes
 from dit_lens.numbers import list_entries
 from dit_lens.studies.shared.judges import choose_judge
 
@@ -36,6 +37,10 @@ def check_masks(masks: Masks | None, lens: DiTLens, prompts: Sequence[str]) -> l
             )
         return None
     if callable(masks):
+        if not takes(masks, 2):
+            raise OpError(
+                f"masks={name_of(masks)} cannot be called with an image and a prompt. Give it two parameters."
+            )
         return masks
     listed = list_entries(masks)
     if listed is None or len(listed) != len(prompts):

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.errors import PromptError
+import numpy as np
+
+from dit_lens.core.runs.record import is_text
+from dit_lens.errors import OpError, PromptError, show
+from dit_lens.functions import name_of
+from dit_lens.numbers import to_number
 from dit_lens.toys.scenes import Scene, recognise_scene
 
 if TYPE_CHECKING:
@@ -41,10 +46,28 @@ def scene_judge(image: Image, prompt: str) -> dict[str, float]:
 
 
 def ask_judge(judge: Judge | None, image: Image, prompt: str) -> dict[str, Any]:
-    """What a judge says of an image, name -> number; empty without a judge.
+    """What a judge says of an image, name -> number; empty without a judge. OpError if it says something else.
 
     judge: a judge, or None.
     image: the image.
     prompt: the prompt that the image is compared with.
     """
-    return {} if judge is None else dict(judge(image.copy(), prompt))  # it may draw on it
+    if judge is None:
+        return {}
+    said = judge(image.copy(), prompt)  # it may draw on it
+    if not isinstance(said, Mapping):
+        raise OpError(
+            f"a judge gives name -> number, such as {{'fidelity': 0.5}}; {name_of(judge)} returned {show(said)}."
+        )
+    for name, value in said.items():
+        if not is_text(name) or not _is_measure(value):
+            raise OpError(
+                f"a judge gives name -> number, such as {{'fidelity': 0.5}}; {name_of(judge)} returned {show(value)} "
+                f"for {show(name)}."
+            )
+    return {name: float(value) if hasattr(value, "detach") else value for name, value in said.items()}
+
+
+def _is_measure(value: Any) -> bool:
+    """Whether a table can hold a value as a number; NaN and None stand for one that is missing."""
+    return value is None or isinstance(value, bool | float | np.bool_ | np.floating) or to_number(value) is not None
