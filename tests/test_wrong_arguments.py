@@ -7,6 +7,7 @@ lets models run; by default some are tried, chosen by a fixed seed, and a call t
 import fnmatch
 import os
 import random
+import time
 import warnings
 from pathlib import Path
 
@@ -111,3 +112,13 @@ def test_numbers_of_another_type_or_shape(calls, stopped):
                 found[f"{name}({argument}={guise})"] = judge(call, {**right, argument: value})
     bad = [f"{given}: {problem}" for given, problem in found.items() if problem]
     assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize("draws", [-1, 10**9, 10**12])
+def test_numbers_of_draws_that_no_study_has(calls, draws):
+    for name, (call, right) in calls.items():
+        if "draws" in right:
+            began = time.monotonic()
+            with pytest.raises(DitLensError, match="draws"):
+                call(**{**right, "draws": draws})
+            assert time.monotonic() - began < 10, name

@@ -26,7 +26,7 @@ from dit_lens.studies.parts.evidence import (
     weigh_edits,
     weigh_variance,
 )
-from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_k, describe_k
+from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_draws, check_k, describe_k
 from dit_lens.studies.shared.arms import Arm, add_controls, average_scores, make_score_reads, select_common_channels
 from dit_lens.studies.shared.batches import PromptBatch, make_batches
 from dit_lens.studies.shared.cells import Cell
@@ -141,6 +141,7 @@ def carrier_or_detail(
     """
     prompts, seeds = as_prompts(prompts), as_seeds(seeds)
     check_k(lens, site, [k])
+    check_draws(draws)
     batches = make_batches(prompts, seeds, batch_size)
     judge = _check_judge(choose_judge(lens, prompts, judge), batches)
     attributes_of = [_read_attributes(prompt, attributes, judge) for prompt in prompts]

@@ -18,7 +18,7 @@ from dit_lens.core.request.ops import MeanAblate, Op, Read, Scale, Swap, Zero
 from dit_lens.errors import OpError, PromptError, check_choice
 from dit_lens.plots import disruption_figure
 from dit_lens.studies.parts.confounds import make_fill_ops, make_push_ops, make_raise_ops
-from dit_lens.studies.shared.arguments import as_ks, as_prompts, as_seeds, as_tuple, check_k, describe_k
+from dit_lens.studies.shared.arguments import as_ks, as_prompts, as_seeds, as_tuple, check_draws, check_k, describe_k
 from dit_lens.studies.shared.arms import DRAWS, Arm, add_controls, average_scores, make_score_reads, select_top_channels
 from dit_lens.studies.shared.batches import BatchRunner, PromptBatch, make_batches, skips_first_step
 from dit_lens.studies.shared.cells import Cell
@@ -127,6 +127,7 @@ def disruption(
     """
     prompts, seeds, ks = as_prompts(prompts), as_seeds(seeds), as_ks(k)
     check_k(lens, site, ks)
+    check_draws(draws)
     _check_ablation(ablation, prompts, batch_size)
     judge, measures = choose_judge(lens, prompts, judge), distances_of(["rmse", *as_tuple(distances)])
     sites = lens.sites(site)

@@ -25,7 +25,7 @@ from dit_lens.studies.parts.saliency import (
 )
 from dit_lens.studies.parts.subject_masks import as_mask, check_masks, digest_mask
 from dit_lens.studies.parts.subject_overlap import assemble, name_mask
-from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_k
+from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_draws, check_k
 from dit_lens.studies.shared.arms import DRAWS, Arm, add_controls, make_score_reads
 from dit_lens.studies.shared.batches import PromptBatch, make_batches
 from dit_lens.studies.shared.cells import Cell
@@ -138,6 +138,7 @@ def organisation(
     """
     prompts, seeds = as_prompts(prompts), as_seeds(seeds)
     check_k(lens, site, [k])
+    check_draws(draws)
     blocks = _find_blocks(lens, site)
     options = ClusteringOptions(n_clusters=n_clusters, method=method, polarity=polarity)
     masks = check_masks(masks, lens, prompts)

@@ -17,7 +17,7 @@ from dit_lens.instruments.gradients import THROUGH, PairMetric, nearness
 from dit_lens.plots import patching_figure
 from dit_lens.studies.parts.patched_pair import ENDS, PatchedPair, PatchMap
 from dit_lens.studies.parts.patches import chunk_patches
-from dit_lens.studies.shared.arguments import as_pairs, as_seeds, describe_k
+from dit_lens.studies.shared.arguments import as_pairs, as_seeds, check_draws, describe_k
 from dit_lens.studies.shared.arms import DRAWS
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
@@ -128,6 +128,7 @@ def patching(
     """
     pairs = as_pairs(pairs)
     _check(pairs, over, attribute, batch_size, tiles, call)
+    check_draws(draws)
     seeds = as_seeds(seeds)
     sites = lens.sites(("blocks.*.img.attn.z" if over == "block x head" else "blocks.*.img") if site is None else site)
     judge = choose_judge(lens, [prompt for pair in pairs for prompt in pair], judge)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.request.division import Division, PromptSpan
 from dit_lens.core.request.values import (
+    allow_none,
     as_plain,
     as_seed,
     check_count,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from dit_lens.families import Family
 
 
+MOST_ROWS = 2**16  # images in one call, far more than any memory holds
 OUTPUTS = ("pil", "np", "pt", "latent")
 USUAL = Division(Pipeline("", None), Prompts())  # of a pipeline whose row says nothing else
 
@@ -68,6 +70,8 @@ class Call:
         import torch
 
         call = {name: copy_of(value) for name, value in self.arguments.items()}
+        if (function := call.get("callback_on_step_end")) is not None:
+            call["callback_on_step_end"] = allow_none(function)
         if self.prompts is not None:
             call["prompt"] = list(self.prompts)
         elif self.images_per_prompt > 1:
@@ -153,6 +157,11 @@ def prepare_call(
     if vocabulary is not None:
         _check_words([*(prompts or ()), *(text for some in texts.values() for text in some)], vocabulary)
     rows = count * _images_per_prompt(arguments)
+    if rows > MOST_ROWS:
+        raise PromptError(
+            f"{count} prompts with {_images_per_prompt(arguments):,} images each are {rows:,} images in one call, more "
+            f"than {MOST_ROWS:,}. Draw them in several runs."
+        )
     arguments |= {name: _fit_entries(name, arguments[name], count, rows, division) for name in held}
     _check_rows(arguments, rows)
     seeds = None if "generator" in call else _list_seeds(seed, count, rows)

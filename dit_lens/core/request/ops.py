@@ -38,7 +38,7 @@ from dit_lens.core.request.op import (
     to_strength,
 )
 from dit_lens.core.request.reduce import parse
-from dit_lens.errors import DitLensError, OpError, nearest
+from dit_lens.errors import DitLensError, OpError, nearest, show
 from dit_lens.families.layout import PlanMismatchError
 from dit_lens.families.tensors import outer_index
 from dit_lens.functions import name_of, takes
@@ -143,7 +143,9 @@ class Scale(Op):
     def lower(self, at: Lowering) -> Lowered:
         factor = to_number(self.factor)
         if factor is None:
-            raise OpError(f"Scale at {at.site}: factor={self.factor!r} is not a finite number.")
+            raise OpError(f"Scale at {at.site}: factor={show(self.factor)} is not a finite number.")
+        if abs(factor) > torch.finfo(torch.float32).max:
+            raise OpError(f"Scale at {at.site}: factor={factor:g} is too large for an activation.")
         return at.on_branches(kind="Scale", parameters={"factor": factor})
 
 

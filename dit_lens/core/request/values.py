@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dit_lens.errors import PromptError, show
@@ -30,8 +31,11 @@ def as_plain(value: Any) -> Any:
     >>> as_plain(np.float32(0.5)), as_plain(torch.tensor(3)), as_plain(np.str_("a")), as_plain([1])
     (0.5, 3, 'a', [1])
     """
-    single = getattr(value, "ndim", None) == 0 and hasattr(value, "item") and getattr(value, "is_meta", False) is False
-    plain = value.item() if single else value
+    single = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    try:
+        plain = value.item() if single else value
+    except (RuntimeError, TypeError, ValueError):  # a tensor without values
+        return value
     return str(plain) if isinstance(plain, str) else plain
 
 
@@ -51,11 +55,27 @@ def copy_of(value: Any) -> Any:
     return value.copy() if type(value).__module__ == "numpy" and hasattr(value, "copy") else value
 
 
+def allow_none(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """A callback of steps that may return None, which changes nothing; pipelines want a mapping of what it changed.
+
+    diffusers' own callback objects are left as they are: pipelines look at their class.
+    """
+    if hasattr(callback, "tensor_inputs"):
+        return callback
+
+    @functools.wraps(callback)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        changed = callback(*args, **kwargs)
+        return {} if changed is None else changed
+
+    return call
+
+
 def check_count(name: str, value: Any) -> int:
     """A whole number of at least 1 as an int; PromptError for anything else."""
     value = as_plain(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise PromptError(f"{name}={value!r} must be a whole number of at least 1.")
+        raise PromptError(f"{name}={show(value)} must be a whole number of at least 1.")
     return value
 
 
@@ -63,13 +83,16 @@ def as_seed(seed: Any) -> int:
     """Returns the seed as an int; raises PromptError if it is not valid."""
     plain = as_plain(seed)
     if isinstance(plain, bool) or not isinstance(plain, int) or not 0 <= plain < 2**63:
-        raise PromptError(f"seed {seed!r} is not a whole number from 0 up.")
+        raise PromptError(f"seed {show(seed)} is not a whole number from 0 up.")
     return plain
 
 
 def list_values(value: Any) -> list[Any]:
     """The values of a list, range, array or other iterable; those of numpy and torch as Python's own."""
-    return value.tolist() if hasattr(value, "tolist") else list(value)
+    try:
+        return value.tolist() if hasattr(value, "tolist") else list(value)
+    except (RuntimeError, TypeError, ValueError) as problem:
+        raise PromptError(f"{show(value)} lists no values that can be read ({problem}).") from problem
 
 
 def is_several(value: Any) -> bool:
@@ -118,8 +141,22 @@ def _check_value(name: str, value: Any, parameter: inspect.Parameter | None) -> 
         raise PromptError(f"{name}={value!r} must be True or False.")
     if kinds and kinds <= {"int", "float"}:
         _check_number(name, value)
+    value = _to_tensor(name, value) if any("Tensor" in kind for kind in kinds) and "ndarray" not in kinds else value
     _check_tensors(name, value)
     return value
+
+
+def _to_tensor(name: str, value: Any) -> Any:
+    """A numpy array as a tensor; anything else as it is. Pipelines that know tensors only fail at arrays."""
+    if type(value).__module__ != "numpy" or not hasattr(value, "dtype"):
+        return value
+    import numpy as np
+    import torch
+
+    try:
+        return torch.as_tensor(np.array(value))
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise PromptError(f"{name}= holds {value.dtype}, which is no number. Give an array of numbers.") from problem
 
 
 def _kinds_of(parameter: inspect.Parameter) -> set[str]:
@@ -153,13 +190,26 @@ def _check_generators(value: Any) -> Any:
 
 
 def _check_tensors(name: str, value: Any) -> None:
-    """PromptError for a tensor or array with values that are no numbers, at any depth."""
+    """PromptError for a tensor or array with values that nothing can be computed from, at any depth.
+
+    Masks may hold the infinity that attention adds.
+    """
     if isinstance(value, list | tuple | Mapping):
         for one in value.values() if isinstance(value, Mapping) else value:
             _check_tensors(name, one)
         return
-    if getattr(value, "is_meta", False) or not hasattr(value, "dtype") or not hasattr(value, "any"):
+    if not hasattr(value, "dtype") or not hasattr(value, "any"):
         return
+    if getattr(value, "is_meta", False) or getattr(value, "is_sparse", False):
+        raise PromptError(
+            f"{name}= is a tensor without plain values ({value.layout}, {value.device}). Give a dense one."
+        )
+    if "complex" in str(value.dtype):
+        raise PromptError(f"{name}= holds complex numbers, of which a model would take the real part only.")
+    value = value.float() if "float8" in str(value.dtype) else value
     unequal: Any = value != value  # noqa: PLR0124 only NaN differs from itself
     if bool(unequal.any()):
         raise PromptError(f"{name}= holds NaN, so that everything computed from it would.")
+    infinite: Any = (value == math.inf) | (value == -math.inf)
+    if "mask" not in name and bool(infinite.any()):
+        raise PromptError(f"{name}= holds infinite numbers, so that everything computed from it would be none.")

@@ -18,7 +18,7 @@ from dit_lens.analysis.channels import ChannelSet
 from dit_lens.analysis.clusters import to_grid
 from dit_lens.core.request.ops import Branch, Op, Swap
 from dit_lens.errors import OpError, check_choice
-from dit_lens.studies.shared.arguments import as_ks, as_tuple, check_k
+from dit_lens.studies.shared.arguments import as_ks, as_tuple, check_draws, check_k
 from dit_lens.studies.shared.arms import Arm, add_controls, select_top_channels
 from dit_lens.studies.shared.judges import Judge
 
@@ -122,6 +122,7 @@ class Transport:
         prompts: all sources and targets of the study, in turn.
         call: other arguments of the pipeline.
         """
+        check_draws(self.draws)
         check_k(self.lens, self.sites, [self.sets_moved * k for k in self.ks[:1]])
         if max(self.ks) > self.width:
             raise OpError(f"k={max(self.ks)} channels were asked for, but there are {self.width}.")

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 from dit_lens.core.request.call import as_seed
 from dit_lens.errors import OpError, PromptError, show
 from dit_lens.families.sites import match
-from dit_lens.numbers import list_entries, to_int
+from dit_lens.numbers import check_number, list_entries, to_int
 
 if TYPE_CHECKING:
     from dit_lens.core.request.ops import Pattern
     from dit_lens.lens import DiTLens
+
+
+MOST_DRAWS = 10_000  # of a random control; each draws an image or more
 
 
 def check_k(lens: DiTLens, site: Pattern, ks: Sequence[int]) -> None:
@@ -37,6 +40,11 @@ def check_k(lens: DiTLens, site: Pattern, ks: Sequence[int]) -> None:
                     f"k={k} leaves no control of equal size: {found} has {width} channels. "
                     f"Choose k from 1 to {width // 2}."
                 )
+
+
+def check_draws(draws: int) -> None:
+    """Raises OpError for a number of random controls that no study has."""
+    check_number("draws", draws, 0, MOST_DRAWS)
 
 
 def as_prompts(prompts: str | Sequence[str]) -> list[str]:

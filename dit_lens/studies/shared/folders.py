@@ -198,6 +198,8 @@ def _encode(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, torch.Tensor):
+        if value.is_meta or value.layout != torch.strided:
+            return f"tensor without plain values, {list(value.shape)}"
         value = value.detach().float().cpu().numpy()
     if hasattr(value, "tobytes"):
         return f"{type(value).__name__} {digest(value.tobytes())}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import numpy as np
 import pytest
@@ -226,3 +227,66 @@ def test_what_is_changed_after_a_lens_was_made_does_not_reach_it(images):
     lens = DiTLens(pipelines.flux(), defaults=defaults)
     defaults["sigmas"][1] = 0.1
     assert seen(lens.run("red", seed=3)) == images
+
+
+def odd_tensors(like):
+    """name -> a tensor of that shape from which nothing can be computed."""
+    yield "complex", like.to(torch.complex64)
+    yield "infinite", torch.full_like(like, float("inf"))
+    yield "minus infinite", torch.full_like(like, -float("inf"))
+    yield "NaN", torch.full_like(like, float("nan"))
+    yield "meta", like.to("meta")
+    yield "sparse", like.to_sparse()
+    yield "array of objects", np.full(like.shape, None)
+    yield "complex array", like.numpy().astype(np.complex64)
+
+
+def test_tensors_without_plain_values_are_told(lens):
+    texts, forwards = lens.encode("red"), []
+    latents = lens.run("red", seed=3, output_type="latent").latents
+    handle = lens.pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
+    for name, odd in odd_tensors(latents):
+        with pytest.raises(PromptError):
+            lens.run("red", latents=odd)
+        assert not forwards, name
+    for argument, value in texts.items():
+        for name, odd in odd_tensors(value) if isinstance(value, torch.Tensor) else ():
+            with pytest.raises(PromptError):
+                lens.run(**{**texts, argument: odd}, seed=3)
+            assert not forwards, (argument, name)
+    for odd in (torch.ones(2, device="meta"), torch.ones(2).to_sparse(), torch.ones((), device="meta")):
+        for call in (
+            lambda odd=odd: lens.run(odd),
+            lambda odd=odd: lens.run("red", seed=odd),
+            lambda odd=odd: lens.run_with_cache(odd),
+            lambda odd=odd: lens.cost("red", seed=odd),
+            lambda odd=odd: lens.massive_channels("red", 2, seed=odd),
+            lambda odd=odd: lens.run("red", num_inference_steps=odd),
+        ):
+            with pytest.raises(DitLensError):
+                call()
+            assert not forwards, odd
+    handle.remove()
+
+
+def test_arrays_are_taken_where_tensors_are(lens):
+    latents = torch.randn_like(lens.run("red", seed=3, output_type="latent").latents)
+    plain = lens.run("red", latents=latents)
+    for given in (latents.numpy(), latents.numpy()[..., ::-1].copy()[..., ::-1]):
+        assert seen(lens.run("red", latents=given)) == seen(plain)
+
+
+def test_a_callback_may_return_nothing(lens, images):
+    steps = []
+    run = lens.run("red", seed=3, callback_on_step_end=lambda pipe, step, t, given: steps.append(step))
+    assert seen(run) == images
+    assert steps == [0, 1]
+
+
+@pytest.mark.parametrize("count", [10**6, 10**9, 10**30])
+def test_more_images_than_can_be_drawn_are_told_at_once(lens, count):
+    began = time.monotonic()
+    for call in (lens.run, lens.outline, lens.cost):
+        with pytest.raises(PromptError):
+            call("red", num_images_per_prompt=count)
+    assert time.monotonic() - began < 5
