@@ -228,7 +228,7 @@ class _Graph:
         value = self.metric(outcome)
         if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
             raise OpError(
-                f"metric= must return a tensor of one real number, and returned {show(value)}. Sum over images."
+                f"metric= must return a real tensor of one number, and returned {show(value)}. Sum over images."
             )
         if not value.requires_grad:
             raise ExecutionError(
