@@ -47,7 +47,7 @@ class _Pipeline(_PipelineModule):
 
     def forward(self, *args: Any, gradients: bool = False, **kwargs: Any) -> Any:
         """The pipeline's call; for gradients the function under its ``no_grad``."""
-        with tell_refusals(self.pipeline):
+        with tell_refusals(self.pipeline, kwargs):
             if not gradients:
                 return super().forward(*args, **kwargs)
             with torch.enable_grad():

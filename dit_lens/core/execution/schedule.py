@@ -54,7 +54,7 @@ def measure_sigmas(
 
     handle = pipe.transformer.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
-        with _keep_pipeline_as_it_is(pipe), suppress(_Stop), tell_refusals(pipe):
+        with _keep_pipeline_as_it_is(pipe), suppress(_Stop), tell_refusals(pipe, call):
             pipe(**{name: copy_generators(value) for name, value in call.items()})
     finally:
         handle.remove()

@@ -12,6 +12,7 @@ from dit_lens.core.request.values import (
     as_plain,
     as_seed,
     check_count,
+    check_steps,
     check_text,
     check_values,
     copy_of,
@@ -145,9 +146,8 @@ def prepare_call(
     if count < 1:
         raise PromptError(f"{given}= has no entry. Give one for each prompt.")
     steps = arguments.get("num_inference_steps") if num_inference_steps is None else num_inference_steps
-    arguments["num_inference_steps"] = check_count(
-        "num_inference_steps", signature["num_inference_steps"].default if steps is None else steps
-    )
+    steps = signature["num_inference_steps"].default if steps is None else steps
+    arguments["num_inference_steps"] = check_steps("num_inference_steps", check_count("num_inference_steps", steps))
     texts = {
         name: _list_texts(name, value, count)
         for name, value in arguments.items()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dit_lens.errors import PromptError, show
+from dit_lens.numbers import list_entries
 
 COUNTS = (
     "num_inference_steps",
@@ -20,6 +21,7 @@ COUNTS = (
     "num_frames",
     "max_sequence_length",
 )
+MOST_STEPS = 10_000  # models are trained with about 1000 noise levels
 SCHEDULES = ("sigmas", "timesteps")
 FUNCTIONS = ("callback", "callback_on_step_end")
 
@@ -77,6 +79,19 @@ def check_count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise PromptError(f"{name}={show(value)} must be a whole number of at least 1.")
     return value
+
+
+def check_steps(name: str, count: int) -> int:
+    """How many steps run; PromptError for more than can be planned: every forward pass is laid out before the first.
+
+    name: of the argument that says so.
+    """
+    if count > MOST_STEPS:
+        raise PromptError(
+            f"{name}= asks for {count:,} steps, more than can be planned: models know about 1000 noise levels. Give "
+            f"{MOST_STEPS:,} at most."
+        )
+    return count
 
 
 def as_seed(seed: Any) -> int:
@@ -142,7 +157,7 @@ def _check_value(name: str, value: Any, parameter: inspect.Parameter | None) -> 
     if kinds and kinds <= {"int", "float"}:
         _check_number(name, value)
     value = _to_tensor(name, value) if any("Tensor" in kind for kind in kinds) and "ndarray" not in kinds else value
-    _check_tensors(name, value)
+    _check_contents(name, value)
     return value
 
 
@@ -174,7 +189,11 @@ def _check_number(name: str, value: Any) -> None:
 
 
 def _check_schedule(name: str, value: Any) -> Any:
-    values = list_values(value) if is_several(value) else []
+    several = list_entries(value.tolist() if hasattr(value, "tolist") else value) if is_several(value) else []
+    if several is None:
+        raise PromptError(f"{name}={show(value)} does not end, or lists more than can be planned.")
+    values = several
+    check_steps(name, len(values))
     if not values or not all(isinstance(one, int | float) and math.isfinite(one) for one in map(as_plain, values)):
         raise PromptError(f"{name}={show(value)} must list finite numbers, one for each step.")
     return value if isinstance(value, list) else values
@@ -189,15 +208,17 @@ def _check_generators(value: Any) -> Any:
     return some if isinstance(value, list | tuple) else value
 
 
-def _check_tensors(name: str, value: Any) -> None:
-    """PromptError for a tensor or array with values that nothing can be computed from, at any depth.
+def _check_contents(name: str, value: Any) -> None:
+    """PromptError for text no tokenizer can read, and for tensors that nothing can be computed from, at any depth.
 
     Masks may hold the infinity that attention adds.
     """
     if isinstance(value, list | tuple | Mapping):
         for one in value.values() if isinstance(value, Mapping) else value:
-            _check_tensors(name, one)
+            _check_contents(name, one)
         return
+    if isinstance(value, str):
+        check_text(f"{name}=", value)
     if not hasattr(value, "dtype") or not hasattr(value, "any"):
         return
     if getattr(value, "is_meta", False) or getattr(value, "is_sparse", False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 
 import numpy as np
@@ -71,6 +72,13 @@ NOTHING = {"prompt": None, "negative_prompt": None, "prompt_embeds": ROW, "poole
 WRONG = {
     "half a character": ({"prompt": "a\ud800b"}, r"a prompt must be text; .* half of a character"),
     "half a character elsewhere": ({"negative_prompt": "\udfff"}, "negative_prompt= must be text"),
+    "half a character inside": (
+        {"joint_attention_kwargs": {"how": ["\udfff"]}},
+        "joint_attention_kwargs= must be text",
+    ),
+    "very many steps": ({"num_inference_steps": 10**9}, "num_inference_steps= asks for 1,000,000,000 steps"),
+    "very many noise levels": ({"sigmas": np.linspace(1, 0.1, 10_001)}, "sigmas= asks for 10,001 steps, more than can be"),
+    "noise levels without an end": ({"sigmas": itertools.repeat(0.5)}, r"sigmas=repeat\(0\.5\) does not end"),
     "prompts without an order": ({"prompt": {"red", "blue"}}, "a prompt must be a string"),
     "a word for the batch size": ({"batch_size": "two"}, "batch_size='two' must be a whole number of at least 1"),
     "truth for the batch size": ({"batch_size": True}, "batch_size=True must be a whole number"),
@@ -117,6 +125,50 @@ def test_what_cannot_be_used_is_told_before_anything_is_drawn(case, lens):
         lens.run(**{"prompt": "red", "seed": 3, **change})
     handle.remove()
     assert not calls
+
+
+UNFIT = {
+    "width": ({"prompt_embeds": torch.zeros(1, 7, 15)}, r"prompt_embeds= \[1, 7, 15\] of torch.float32"),
+    "pooled width": ({"pooled_prompt_embeds": torch.zeros(1, 15)}, r"pooled_prompt_embeds= \[1, 15\]"),
+    "precision": ({"prompt_embeds": ROW.double()}, r"torch.float64.*for a model of torch.float32"),
+    "half": ({"prompt_embeds": ROW.bfloat16()}, r"torch.bfloat16.*for a model of torch.float32"),
+    "latents": ({"latents": torch.zeros(1, 96, 15)}, r"latents= \[1, 96, 15\]"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_does_not_fit_the_model_is_told_before_its_first_block(case, lens):
+    change, message = UNFIT[case]
+    blocks = []
+    handle = lens.pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: blocks.append(1))
+    with pytest.raises(PromptError, match=rf"cannot be called like this: .*Nothing was drawn yet; .*{message}"):
+        lens.run(seed=3, **{**NOTHING, **change})
+    handle.remove()
+    assert not blocks
+    assert lens.run(seed=3, **NOTHING).images
+
+
+@pytest.mark.parametrize("where", ["block", "callback", "transformer"])
+def test_errors_from_the_first_block_on_are_not_those_of_the_call(where, lens):
+    """A module of the user's that fails in the last block, and a callback, say what they say."""
+
+    def fail(*_):
+        raise ValueError("mine")
+
+    call, handle = {}, None
+    if where == "callback":
+        call["callback_on_step_end"] = fail
+    else:
+        transformer = lens.pipe.transformer
+        part = transformer if where == "transformer" else transformer.single_transformer_blocks[-1]
+        handle = part.register_forward_hook(fail)
+    try:
+        with pytest.raises(ValueError, match="mine") as caught:
+            lens.run("red", seed=3, **call)
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert not isinstance(caught.value, DitLensError)
 
 
 @pytest.mark.parametrize(
