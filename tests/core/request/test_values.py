@@ -77,7 +77,10 @@ WRONG = {
         "joint_attention_kwargs= must be text",
     ),
     "very many steps": ({"num_inference_steps": 10**9}, "num_inference_steps= asks for 1,000,000,000 steps"),
-    "very many noise levels": ({"sigmas": np.linspace(1, 0.1, 10_001)}, "sigmas= asks for 10,001 steps, more than can be"),
+    "very many noise levels": (
+        {"sigmas": np.linspace(1, 0.1, 10_001)},
+        "sigmas= asks for 10,001 steps, more than can be",
+    ),
     "noise levels without an end": ({"sigmas": itertools.repeat(0.5)}, r"sigmas=repeat\(0\.5\) does not end"),
     "prompts without an order": ({"prompt": {"red", "blue"}}, "a prompt must be a string"),
     "a word for the batch size": ({"batch_size": "two"}, "batch_size='two' must be a whole number of at least 1"),
