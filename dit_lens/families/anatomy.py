@@ -220,10 +220,12 @@ class Anatomy:
 
     @cached_property
     def text_rule(self) -> TextRule:
-        """What the executor needs to find the text tokens that take part in attention."""
+        """What the executor needs to find the text, and the tokens of it that take part in attention."""
         prompts = self.family.prompts
         paths = [name.split(".") for name in prompts.masks]
         return {
+            "texts": list(prompts.text),
+            "text_positions": [self.modules.find_parameter("", name)[1] for name in prompts.text],
             "masks": paths,
             "positions": [self.modules.find_parameter("", path[0])[1] for path in paths],
             "masked_by": prompts.masked_by,

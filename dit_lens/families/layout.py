@@ -133,6 +133,40 @@ def find_text_masks(arguments: tuple[tuple, dict], rule: TextRule) -> list[Tenso
     return found
 
 
+def list_text_arguments(arguments: tuple[tuple, dict], rule: TextRule) -> list[Any]:
+    """The arguments of a forward pass that hold the text, and its masks; None for one that is left out."""
+    paths = [*([name] for name in rule["texts"]), *rule["masks"]]
+    places = zip(paths, [*rule["text_positions"], *rule["positions"]], strict=True)
+    return [optional_argument(arguments, path, position) for path, position in places]
+
+
+def check_text(text: Sequence[Any], first: Sequence[Any], when: str) -> None:
+    """Fails where a forward pass is given another text than the first of its branch was, by which ops chose tokens.
+
+    Values are compared only where a pipeline passes other tensors than before, so that nothing waits for the device.
+    A text that is left out, as a cache stands for it, is none.
+
+    text, first: as :func:`list_text_arguments` lists them.
+    when: the forward pass, for the message.
+    """
+    for one, other in zip(first, text, strict=True):
+        if one is not None and other is not None and not _is_same(one, other):
+            raise PlanMismatchError(
+                f"ops chose their tokens by the text of the first step, but {when} is given another one, as by a "
+                "callback. Use token indices"
+            )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return bool(one == other)
+
+
 def optional_argument(arguments: tuple[tuple, dict], path: Sequence[str], position: int | None) -> Any:
     """An argument of a forward pass, or what a mapping among them holds; None where there is none."""
     args, kwargs = arguments

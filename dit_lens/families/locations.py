@@ -105,14 +105,18 @@ class GridRule(TypedDict):
 
 
 class TextRule(TypedDict):
-    """Which text tokens take part in attention, by the arguments of the transformer; see :class:`~dit_lens.Prompts`.
+    """The text among the arguments of the transformer; see :class:`~dit_lens.Prompts`.
 
-    masks: the arguments that say so, each as the names that lead to it.
-    positions: their indices among positional arguments; None where they are passed by name only.
+    texts: the arguments that hold it.
+    text_positions: their indices among positional arguments; None where they are passed by name only.
+    masks: the arguments that say which tokens take part in attention, each as the names that lead to it.
+    positions: the indices of those.
     masked_by: how they say it, as in :class:`~dit_lens.Prompts`.
     multiple: each row's tokens are padded to a multiple of this, which takes part.
     """
 
+    texts: list[str]
+    text_positions: list[int | None]
     masks: list[list[str]]
     positions: list[int | None]
     masked_by: str | int

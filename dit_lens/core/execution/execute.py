@@ -18,10 +18,12 @@ from dit_lens.families.layout import (
     PlanMismatchError,
     argument,
     check_grid,
+    check_text,
     count_rows,
     find_image_tokens,
     find_text_masks,
     from_tokens,
+    list_text_arguments,
     mask_text,
     pack,
     replace_tensor,
@@ -101,7 +103,7 @@ def execute(model: Any, tracer: Any, program: Program, payload: dict[str, Any], 
     store: receives reads, what was touched, the clock and the grid.
     """
     indices: dict[Any, Any] = {}
-    denoiser = program["denoiser"]
+    denoiser, first = program["denoiser"], {}
     for number in tracer.iter[: len(program["forwards"])]:
         forward = program["forwards"][number]
         arguments = model.get(denoiser).inputs
@@ -110,6 +112,10 @@ def execute(model: Any, tracer: Any, program: Program, payload: dict[str, Any], 
         check_grid(image.grid, program["expected_grid"])
         if forward["visits"]:
             check_rows(count_rows(arguments, program["grid"]), program["rows"], forward)
+        text = list_text_arguments(arguments, program["text"])
+        began = first.setdefault(tuple(forward["branches"]), text)
+        if is_by_words(forward):
+            check_text(text, began, f"step {forward['step']} ({' and '.join(forward['branches'])})")
         if number in program["replayed"]:
             model.get(denoiser).skip(move_answer(payload["answers"][number], arguments))
         store["grid"][:] = image.grid
@@ -118,6 +124,12 @@ def execute(model: Any, tracer: Any, program: Program, payload: dict[str, Any], 
             at_module(model.get(visit["module"]), visit, context)
         if program["record"]:
             store["answers"].append(model.get(denoiser).output)
+
+
+def is_by_words(forward: Forward) -> bool:
+    """Whether ops chose tokens of a forward pass by words."""
+    actions = (action for visit in forward["visits"] for part in visit["parts"] for action in part["actions"])
+    return any(action["text_tokens"] is not None for action in actions)
 
 
 def move_answer(recorded: Any, arguments: tuple[tuple, dict]) -> Any:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dit_lens import Read, Swap, Zero
-from dit_lens.errors import OpError, PromptError
+from dit_lens.errors import ExecutionError, OpError, PromptError
 from tests import texts
 
 SITE = "blocks.1.txt"
@@ -83,3 +83,25 @@ def test_a_source_of_another_length_than_a_batch_is_told_before_the_run():
     source = QWEN.lens.run(PAIR, Read(SITE), seed=0, **QWEN.call)
     with pytest.raises(OpError, match=r"the source at blocks.1.txt has 213 tokens .* a batch of 1 prompts has 184"):
         QWEN.lens.run(PAIR, Swap(SITE, source=source), seed=0, batch_size=1, **QWEN.call)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_text_that_a_callback_replaces_is_told_where_words_chose_tokens(same):
+    lens = texts.SUBJECTS["sd3"].lens
+    call = {**texts.SUBJECTS["sd3"].call, "num_inference_steps": 3}
+    other = seen_by_the_transformer(texts.SUBJECTS["sd3"], "big cat")["encoder_hidden_states"]
+
+    def switch(_, step, __, given):
+        if step == 0:
+            given["prompt_embeds"] = given["prompt_embeds"].clone() if same else other.to(given["prompt_embeds"])
+        return given
+
+    call |= {"callback_on_step_end": switch, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    by_words, by_numbers = Zero(SITE, tokens="cat"), Zero(SITE, tokens=[3, 4, 5])
+    assert lens.run("a cat", by_numbers, seed=0, **call).receipt
+    assert lens.run("a cat", Zero(SITE, tokens="cat", steps=[0]), seed=0, **call).receipt  # before the switch
+    if same:
+        assert lens.run("a cat", by_words, seed=0, **call).receipt
+    else:
+        with pytest.raises(ExecutionError, match=r"text of the first step, but step 1 .* is given another one"):
+            lens.run("a cat", by_words, seed=0, **call)
