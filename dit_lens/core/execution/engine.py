@@ -55,7 +55,7 @@ class _Pipeline(_PipelineModule):
 
 
 class Engine:
-    """Stock nnsight models over a pipeline. Runs on the same transformer take turns, whichever lens they are of.
+    """Stock nnsight models over a pipeline. Runs that share parts take turns, whichever lens they are of.
 
     nnsight accepts only modules, and a pipeline is not one: nnsight's own wrapper goes in between. nnsight's model of
     pipelines counts prompts to lay out a batch; calls without any (embeddings, classes) go through the general one.
@@ -74,8 +74,8 @@ class Engine:
 
     @property
     def turn(self) -> Turn:
-        """Who may use the transformer."""
-        return turn_of(self.pipe.transformer)
+        """Who may use the pipeline."""
+        return turn_of(self.pipe)
 
     @property
     def stale(self) -> bool:

@@ -89,7 +89,7 @@ class RemoteEngine:
 
         from dit_lens.core.execution.connection import check_host, check_timeout
 
-        self.model, self.turn = model, Turn()
+        self.model, self.turn = model, Turn(lambda: [model], lambda: [model])
         self.timeout = check_timeout(timeout)
         self.host = check_host(CONFIG.API.HOST if host is None else host)
         self.key = _key(model)

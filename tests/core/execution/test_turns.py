@@ -1,5 +1,6 @@
 """Runs on the same weights take turns; a run inside a run is an error, never a hang."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from PIL import Image
 
 from dit_lens import Apply, DiTLens, Read, Zero
+from dit_lens.core.execution import turns
 from dit_lens.errors import ExecutionError
 from dit_lens.instruments.inversion import invert
 from tests import pipelines
@@ -148,3 +150,73 @@ def test_the_bar_comes_back_whichever_thread_ends_last():
     assert vars(pipe)["_progress_bar_config"]["disable"]
     second.__exit__(None, None, None)
     assert vars(pipe).get("_progress_bar_config") == before
+
+
+def test_pipelines_that_share_a_scheduler_do_not_cross():
+    pipes = [pipelines.flux(seed=seed) for seed in (0, 1)]
+    pipes[1].scheduler = pipes[0].scheduler
+    lenses = [DiTLens(pipe, defaults=dict(pipelines.CALL)) for pipe in pipes]
+    steps = 3, 5
+    alone = [lens.run(PROMPT, num_inference_steps=n, **CALL).latents for lens, n in zip(lenses, steps, strict=True)]
+
+    def work(number):
+        return [lenses[number].run(PROMPT, num_inference_steps=steps[number], **CALL).latents for _ in range(6)]
+
+    with ThreadPoolExecutor(2) as threads:
+        jobs = [threads.submit(work, number) for number in (0, 1)]
+        found = [job.result(timeout=120) for job in jobs]
+    for number in (0, 1):
+        assert all(torch.equal(latents, alone[number]) for latents in found[number])
+
+
+def test_a_run_inside_a_run_that_shares_the_scheduler_is_an_error():
+    pipes = [pipelines.flux(seed=seed) for seed in (0, 1)]
+    pipes[1].scheduler = pipes[0].scheduler
+    first, second = (DiTLens(pipe, defaults=dict(pipelines.CALL)) for pipe in pipes)
+    with pytest.raises(ExecutionError, match="inside another run"):
+        first.run(PROMPT, Apply("blocks.1.img", fn=lambda *_: second.run(PROMPT, **CALL) and None), **CALL)
+
+
+def test_a_run_that_is_waited_for_inside_a_run_gives_up(monkeypatch):
+    monkeypatch.setattr(turns, "PATIENCE", 1.0)
+    lens = DiTLens(pipelines.flux(), defaults=dict(pipelines.CALL))
+    problems = []
+
+    def draw():
+        try:
+            lens.run(PROMPT, **CALL)
+        except ExecutionError as problem:
+            problems.append(str(problem))
+
+    def wait(tensor, hook):
+        if not problems:
+            thread = threading.Thread(target=draw)
+            thread.start()
+            thread.join()
+
+    alone = lens.run(PROMPT, **CALL)
+    found = lens.run(PROMPT, Apply("blocks.1.img", fn=wait), **CALL)
+    assert torch.equal(found.latents, alone.latents)
+    assert len(problems) == 1
+    assert "waits for another thread, in a function of Apply" in problems[0]
+    assert torch.equal(lens.run(PROMPT, **CALL).latents, alone.latents)
+
+
+def test_two_threads_never_wait_for_each_other():
+    """Each holds its pipeline, and asks for that of the other."""
+    lenses = [DiTLens(pipelines.flux(), defaults=dict(pipelines.CALL)) for _ in range(2)]
+    both, ended = threading.Barrier(2), []
+
+    def work(number):
+        with lenses[number].engine.turn.hold():
+            both.wait()
+            try:
+                lenses[1 - number].run(PROMPT, **CALL)
+            except ExecutionError as problem:
+                ended.append(str(problem))
+
+    with ThreadPoolExecutor(2) as threads:
+        for job in [threads.submit(work, number) for number in (0, 1)]:
+            job.result(timeout=60)
+    assert len(ended) == 1
+    assert "two threads wait for each other" in ended[0]
