@@ -27,6 +27,7 @@ ERRORS: dict[str, type[DitLensError]] = {
     **dict.fromkeys(("path", "folder", "out", "model"), StoreError),
 }
 CLASSES = [
+    "Adapter",
     "Anatomy",
     "ChannelSet",
     "DataFrame",
@@ -40,6 +41,7 @@ CLASSES = [
     "Guidance",
     "Image",
     "Latents",
+    "Pipeline",
     "PointSpec",
     "Prediction",
     "Prompt",

@@ -11,6 +11,7 @@ from dit_lens.core.execution.engine import Engine
 from dit_lens.core.execution.remote import TIMEOUT, RemoteEngine, pipeline_without_weights
 from dit_lens.core.execution.turns import in_turn
 from dit_lens.core.request.call import needs_weights
+from dit_lens.core.request.values import check_device
 from dit_lens.core.runs.files import check_pipeline
 from dit_lens.core.runs.html import table_html
 from dit_lens.core.session import Session
@@ -118,6 +119,9 @@ class DiTLens(Session):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Moves the pipeline, as ``pipe.to`` does, and returns the lens."""
         needs_weights(self.pipe, "moving a pipeline needs")
+        for given in (*args, *(value for name, value in kwargs.items() if name == "device")):
+            if isinstance(given, str | int) or type(given).__name__ == "device":
+                check_device(given)
         self.pipe.to(*args, **kwargs)
         return self
 

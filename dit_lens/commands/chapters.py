@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.commands import sentences
+from dit_lens.numbers import MOST, check_number
 from dit_lens.studies.shared.registry import StudyRecord, get_study
 from dit_lens.toys.scenes import sample_scenes
 
@@ -34,6 +35,10 @@ class Size:
     draws: int = DRAWS
     k: int = K
     call: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "seeds", "draws", "k"):
+            check_number(name, getattr(self, name), 1, MOST)
 
     @property
     def texts(self) -> list[str]:

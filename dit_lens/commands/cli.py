@@ -212,8 +212,9 @@ def _choose_placement(options: argparse.Namespace) -> tuple[str, Any]:
     import torch
 
     from dit_lens.commands.doctor import default_device
+    from dit_lens.core.request.values import check_device
 
-    device = options.device or default_device()
+    device = default_device() if options.device is None else check_device(options.device)
     return device, getattr(torch, options.dtype or ("float32" if device == "cpu" else "bfloat16"))
 
 

@@ -13,9 +13,10 @@ from PIL.Image import Image
 from dit_lens import plots, studies
 from dit_lens.analysis.channels import top_median_ratio
 from dit_lens.commands.page import Section, write_figures, write_page
-from dit_lens.core.runs.files import whole_folder
+from dit_lens.core.runs.files import check_folder, whole_folder
 from dit_lens.errors import StoreError
 from dit_lens.lens import DiTLens
+from dit_lens.studies.shared.arguments import check_k
 from dit_lens.studies.shared.arms import average_scores, make_score_reads, select_top_channels
 from dit_lens.studies.shared.keys import ImageKey
 from dit_lens.studies.shared.tables import format_summary
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 PROMPT = "a big red circle left on a checkered blue background"
 SOURCE = "a big yellow triangle right on a plain green background"
 K = 8
+MARK = ".dit-lens-demo"
+ROOM = 32 * 2**20  # bytes that a demo takes, about
 OTHERS = 2  # further scenes, so that the studies speak of more than one image
 STRENGTHS = (0.5, 1.0)
 CONTROLS = ("bottom", "random", "energy-matched")
@@ -70,12 +73,15 @@ def demo(
     seed: seed of the noise.
     k: number of channels that count as massive.
     """
-    prompt, source, k = prompt or PROMPT, source or SOURCE, k or K
+    prompt, source = PROMPT if prompt is None else prompt, SOURCE if source is None else source
+    k = K if k is None else k
     for scene in (prompt, source):
         Scene.parse(scene)
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "index.html").exists())):
         raise StoreError(f"{out} exists and holds no earlier demo. Choose another folder with --out.")
+    check_folder(out, MARK, room=ROOM)
     lens = DiTLens.toy()
+    check_k(lens, "blocks.*.img", [k])
     prompts = [prompt, source, *(scene.caption for scene in sample_scenes(OTHERS, seed=seed + 100))]
     with lens.quiet():
         run = lens.run(prompts, make_score_reads("blocks.*.img", "|mean|"), seed=seed)
@@ -90,7 +96,7 @@ def demo(
         _show_organisation(organisation, lens.anatomy.depth),
         _show_transfer(transfer),
     ]
-    with whole_folder(out, mark=".dit-lens-demo") as folder:
+    with whole_folder(out, mark=MARK) as folder:
         write_page(folder / "index.html", title=TITLE, lead=LEAD, sections=sections)
         run.save(folder / "run")
         for result in (disruption, organisation, transfer):

@@ -15,6 +15,7 @@ from dit_lens.core.execution.assemble import output_images
 from dit_lens.core.plan.cost import format_bytes, nbytes
 from dit_lens.core.request.call import prepare_call
 from dit_lens.core.request.ops import Read, Zero
+from dit_lens.core.request.values import check_device
 from dit_lens.core.runs.provenance import describe
 from dit_lens.families.calls import call_parameters
 from dit_lens.instruments.recommend import recommend
@@ -102,6 +103,8 @@ def examine(lens: DiTLens, *, device: str | None = None) -> Diagnosis:
     """
     model = str(getattr(lens.pipe, "name_or_path", "") or "") or type(lens.pipe).__name__
     findings = [_examine_family(lens), _examine_weights(lens)]
+    if device is not None:
+        check_device(device)
     memory = _examine_memory(lens, device)
     findings.append(memory)
     if memory.state == "failed":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.arguments import checked
+from dit_lens.core.runs.files import check_place
 from dit_lens.errors import OpError
 from dit_lens.explorer.code import code_of_lens
 from dit_lens.explorer.explorer import Explorer
@@ -73,6 +74,7 @@ def atlas(
     call: arguments of the pipeline's call.
     Raises OpError if not even one step of coarse maps fits.
     """
+    check_place(path, room=megabytes * 2**20)
     prompts = list(prompts)
     if not prompts:
         raise OpError("there are no prompts. Give at least one.")

@@ -13,7 +13,7 @@ from dit_lens.arguments import checked
 from dit_lens.errors import FamilyError, SiteError, nearest
 from dit_lens.families.calls import call_parameters
 from dit_lens.families.locations import GridRule, ReadoutRule, TensorLocation, TextRule, TimeRule
-from dit_lens.families.module_tree import ModuleTree, class_names, count_heads, measure_width
+from dit_lens.families.module_tree import ModuleTree, class_names, count_heads, measure_width, read_entry
 from dit_lens.families.row import Family, Time
 from dit_lens.families.sites import MODEL_POINTS, POINTS, STREAMS, Site
 from dit_lens.families.stack import PointSpec, Stack
@@ -172,7 +172,7 @@ class Anatomy:
     def patch(self) -> tuple[int, int, int]:
         """Latent frames, rows and columns of an image token."""
         sides = self.family.grid.patch
-        value = self.transformer.config[sides] if isinstance(sides, str) else sides
+        value = read_entry(self.transformer.config, sides, self.family.name) if isinstance(sides, str) else sides
         sizes = [value] * 2 if isinstance(value, int) else list(value)
         f, h, w = (1, *sizes)[-3:]
         return f, h, w

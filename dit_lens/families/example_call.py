@@ -22,6 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dit_lens.errors import FamilyError
+from dit_lens.families.module_tree import read_entry
+from dit_lens.functions import takes
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -63,7 +67,7 @@ def build_call(anatomy: Anatomy, text: int) -> dict[str, Any]:
     """Random arguments for a call on the image tokens of the family's example and ``text`` text tokens."""
     family, sizes = anatomy.family, CallSizes.of(anatomy, text)
     call = {name: make_argument(value, sizes) for name, value in family.example.call.items()}
-    if family.guidance_flag and not sizes.config[family.guidance_flag]:
+    if family.guidance_flag and not read_entry(sizes.config, family.guidance_flag, family.name):
         call.pop("guidance", None)
     return call
 
@@ -78,8 +82,11 @@ def make_argument(value: Any, sizes: CallSizes) -> Any:
         return value(sizes)
     if not isinstance(value, str):
         return value
-    kind, *words = value.split()
-    return getattr(_Maker(sizes), kind)(*words)
+    kind, *words = value.split() or [""]
+    make = getattr(_Maker(sizes), kind, None) if kind.isidentifier() and kind[0] != "_" else None
+    if make is None or not takes(make, len(words)):
+        raise FamilyError(f"an example holds {value!r}, which is no kind of argument with its sizes.")
+    return make(*words)
 
 
 class _Maker:
@@ -96,7 +103,7 @@ class _Maker:
     def _factor(self, name: str) -> int:
         if name.isdecimal():
             return int(name)
-        return self.letters[name] if name in self.letters else int(self.sizes.config[name])
+        return self.letters[name] if name in self.letters else int(read_entry(self.sizes.config, name, "an example"))
 
     def _shape(self, words: tuple[str, ...]) -> list[int]:
         return [self._size(word) for word in words]

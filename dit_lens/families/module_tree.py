@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.errors import FamilyError
+from dit_lens.errors import FamilyError, nearest, show
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -63,10 +64,21 @@ class ModuleTree:
             return int(name)
         entry = name.removeprefix("config.")
         value = None if entry != name else vars(self.transformer).get(name)
-        value = self.transformer.config[entry] if not isinstance(value, int | tuple | list) else value
+        config = self.transformer.config
+        value = read_entry(config, entry, self.family) if not isinstance(value, int | tuple | list) else value
         if value is None and entry == "out_channels":
-            value = self.transformer.config["in_channels"]
-        return math.prod(value) if isinstance(value, tuple | list) else int(value)
+            value = config["in_channels"]
+        sizes = value if isinstance(value, tuple | list) else [value]
+        if not all(isinstance(one, int) for one in sizes):
+            raise FamilyError(f"{self.family}: {name!r} is to be a size, and is {show(value)} in this transformer.")
+        return math.prod(sizes)
+
+
+def read_entry(config: Mapping[str, Any], name: str, family: str) -> Any:
+    """An entry of a transformer's config; FamilyError where a row names one that there is not."""
+    if name not in config:
+        raise FamilyError(f"{family}: the transformer's config has no entry {name!r}.{nearest(name, config)}")
+    return config[name]
 
 
 def class_names(value: Any) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dit_lens.arguments import checked, checked_fields
+from dit_lens.errors import FamilyError
 from dit_lens.families.stack import Adapter, Stack
 
 
@@ -314,6 +315,11 @@ class Family:
     without_gradient: tuple[str, ...] = ()
     adapters: tuple[Adapter, ...] = ()
     note: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("pipelines", "stacks"):
+            if not getattr(self, name):
+                raise FamilyError(f"the row of {self.name} has no {name}. Give at least one.")
 
     @checked
     def pipeline(self, kind: type) -> Pipeline:

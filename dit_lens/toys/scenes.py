@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dit_lens.errors import PromptError, nearest
+from dit_lens.numbers import MOST, check_number
 from dit_lens.old_names import find_old_names
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ def sample_scenes(n: int, seed: int, *, held_out: bool = False) -> list[Scene]:
     >>> all(scene.held_out for scene in sample_scenes(3, seed=0, held_out=True))
     True
     """
+    check_number("n", n, 0, MOST)
     split = _list_split(held_out)
     return [split[i] for i in np.random.default_rng(seed).integers(len(split), size=n)]
 

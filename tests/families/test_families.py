@@ -1,12 +1,13 @@
 """The check at load: true rows pass, and a mutated row is caught, whatever is wrong with it."""
 
-from dataclasses import replace
+import random
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
 
 import dit_lens as dl
-from dit_lens.errors import ExecutionError, FamilyError
+from dit_lens.errors import DitLensError, ExecutionError, FamilyError
 from dit_lens.families import Anatomy, Final, Prediction, Stack
 from dit_lens.families.checks import check
 from dit_lens.families.table.flux import FLUX1 as ROW
@@ -73,6 +74,48 @@ def test_a_family_can_be_registered(monkeypatch):
     lens = dl.DiTLens(pipelines.flux())
     assert lens.family is mine
     assert "mine" in repr(lens)
+
+
+def leaves(value, path=()):
+    """The paths of all texts and sequences in a row."""
+    if is_dataclass(value):
+        for one in fields(value):
+            yield from leaves(getattr(value, one.name), (*path, one.name))
+    elif isinstance(value, tuple | dict):
+        yield path
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(one, (*path, key))
+    elif isinstance(value, str):
+        yield path
+
+
+def changed(value, path, new):
+    """A copy of a row with another value at one path."""
+    if not path:
+        return new
+    first, *rest = path
+    if is_dataclass(value):
+        return replace(value, **{first: changed(getattr(value, first), rest, new)})
+    if isinstance(value, dict):
+        return {**value, first: changed(value[first], rest, new)}
+    return (*value[:first], changed(value[first], rest, new), *value[first + 1 :])
+
+
+def test_a_row_that_does_not_fit_is_told_whatever_is_wrong_in_it(monkeypatch):
+    pipe, bad = pipelines.flux(), []
+    paths = random.Random(0).sample([path for path in leaves(ROW) if path], 30)
+    wrong = [(path, new) for path in paths for new in ("zz", (), (3,), "inner_dim * zz")[:3]]
+    wrong += [(("pipelines",), ()), (("pipelines",), [3]), (("width",), "zz"), (("guidance_flag",), "zz")]
+    for path, new in wrong:
+        monkeypatch.setattr("dit_lens.families.registry.REGISTERED", [])
+        try:
+            dl.register_family(changed(ROW, path, new))
+            dl.DiTLens(pipe)
+        except DitLensError:
+            continue
+        except Exception as problem:  # noqa: BLE001 what else it may be is the question
+            bad.append(f"{path} {new!r}: {problem!r}"[:200])
+    assert not bad, "\n".join(bad)
 
 
 def test_names_and_aliases(cfg_lens):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from dit_lens.errors import PromptError, show
+from dit_lens.errors import OpError, PromptError, nearest, show
 from dit_lens.numbers import list_entries
 
 COUNTS = (
@@ -71,6 +71,19 @@ def allow_none(callback: Callable[..., Any]) -> Callable[..., Any]:
         return {} if changed is None else changed
 
     return call
+
+
+def check_device(device: Any) -> Any:
+    """A device of torch as it was given; OpError where this machine has none of that name."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, TypeError, ValueError, NotImplementedError) as problem:
+        known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        why = str(problem).splitlines()[0][:120] if str(problem) else type(problem).__name__
+        raise OpError(f"device {show(device)} is not there ({why}).{nearest(device, known)}") from problem
+    return device
 
 
 def check_count(name: str, value: Any) -> int:

@@ -74,8 +74,9 @@ def report_unwritten(path: str | Path) -> Generator[None]:
     except DitLensError:
         raise
     except (OSError, SafetensorError) as problem:
+        why = getattr(problem, "strerror", None) or problem  # which names the file beside, and not what was asked
         raise StoreError(
-            f"{show(str(path))} could not be written: {problem}. What was there before is unchanged, and nothing is "
+            f"{show(str(path))} could not be written: {why}. What was there before is unchanged, and nothing is "
             "left half-written. Choose another place, or free some space."
         ) from problem
     except UnicodeEncodeError as problem:
@@ -84,6 +85,44 @@ def report_unwritten(path: str | Path) -> Generator[None]:
             f"{problem.object[problem.start : problem.end]!r}, which is no text. What was there before is unchanged, "
             "and nothing is left half-written. Take it out of the names and texts that you gave."
         ) from problem
+
+
+def check_place(path: str | Path, room: float = 0) -> None:
+    """Raises StoreError where a file could not be written, so that nothing is computed in vain.
+
+    path: the file, or what is to become a folder.
+    room: bytes that must be free there.
+    """
+    path = Path(path)
+    _name_beside(path, "partial")
+    with report_unwritten(path):
+        if path.is_dir():
+            raise StoreError(
+                f"{path} is a folder, and a file is to be written. Add a name, such as {path / 'page.html'}."
+            )
+        _check_room(path, room)
+
+
+def check_folder(path: str | Path, mark: str, room: float = 0) -> None:
+    """As :func:`check_place`, for what :func:`whole_folder` is to write."""
+    path = Path(path)
+    _name_beside(path, "partial")
+    with report_unwritten(path):
+        _check_replaceable(path, mark, overwrite=True)
+        _check_room(path, room)
+
+
+def _check_room(path: Path, room: float) -> None:
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise StoreError(
+            f"{path} cannot be written: {parent} is no folder, or may not be written to. Choose another place."
+        )
+    if (free := shutil.disk_usage(parent).free) < room:
+        raise StoreError(
+            f"{path} needs about {room / 2**20:.0f} MiB, and {free / 2**20:.0f} are free there. Free some space, or "
+            "choose another place."
+        )
 
 
 def _check_replaceable(path: Path, mark: str, overwrite: bool) -> None:
@@ -246,4 +285,6 @@ def read_image(folder: Path, name: Any) -> Image:
 
 
 def _name_beside(path: Path, mark: str) -> Path:
+    if path.name in ("", ".."):
+        raise StoreError(f"{show(str(path))} has no name of its own that could be written. Give a name.")
     return path.with_name(f".{path.name}.{mark}")
