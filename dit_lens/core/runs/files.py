@@ -182,8 +182,10 @@ def find_folder(path: str | Path) -> Path:
     """The folder to read: ``path``, or what it replaced if the writer died between the two renames."""
     path = Path(path)
     try:
+        if path.exists():
+            return path
         old = _name_beside(path, "old")
-        if path.exists() or not old.exists():
+        if not old.exists():
             return path
     except (OSError, ValueError) as problem:  # a name that no file can have
         raise StoreError(f"{str(path)[:200]!r} cannot be read: {problem.__class__.__name__}.") from problem
