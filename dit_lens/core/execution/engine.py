@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from dit_lens.families import Anatomy
     from dit_lens.families.locations import TimeRule
 
+NESTED = "cyclic parent chain"  # what greenlets say where nnsight is asked for a value while it waits for one
+
 
 class _Pipeline(_PipelineModule):
     """A pipeline that hides its weights: nnsight would move arguments to wherever the first of them is offloaded."""
@@ -178,6 +180,13 @@ class Engine:
                 ) from full
             except PlanMismatchError as mismatch:
                 raise ExecutionError(f"{mismatch}. Nothing was kept of this run.") from mismatch
+            except ValueError as problem:
+                if str(problem) != NESTED:
+                    raise
+                raise ExecutionError(
+                    "the pipeline, or a module of it, was called inside a run, by a function of Apply. Finish the run, "
+                    "and call it with what the run read; nothing was kept of this run."
+                ) from problem
         check_finished(program, len(made), results)
         return store, results[0]
 

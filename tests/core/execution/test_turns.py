@@ -35,6 +35,16 @@ def test_a_run_inside_a_callback_is_an_error(cfg_lens):
         cfg_lens.run(PROMPT, callback_on_step_end=nested, **CALL)
 
 
+def test_the_pipeline_called_inside_a_run_is_an_error(cfg_lens):
+    def draw(tensor, hook):
+        cfg_lens.pipe("red", **pipelines.CALL)
+
+    alone = cfg_lens.run(PROMPT, **CALL)
+    with pytest.raises(ExecutionError, match="the pipeline, or a module of it, was called inside a run"):
+        cfg_lens.run(PROMPT, Apply("blocks.1.img", fn=draw), **CALL)
+    assert torch.equal(cfg_lens.run(PROMPT, **CALL).latents, alone.latents)
+
+
 def test_another_lens_on_the_same_weights_inside_a_run_is_an_error(cfg_lens):
     other = DiTLens(cfg_lens.pipe, defaults=cfg_lens.defaults)
     with pytest.raises(ExecutionError, match="inside another run"):
