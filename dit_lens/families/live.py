@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 CACHES = "cache|fbc|pyramid_attention"  # in the names of diffusers' hooks that skip work
 HOOKS = ("accelerate.hooks", "diffusers.hooks.hooks")  # whose wrappers pass on what a module computes
+# Where hooks are defined that only move or cast weights.
+HARMLESS = (*HOOKS, "diffusers.hooks.group_offloading", "diffusers.hooks.layerwise_casting")
 
 # (stack, path within its blocks) -> the functions that ran there; stack "" is the transformer itself. What is called to
 # compute an attention stands at the path of the attention, with PROCESSOR after it.
@@ -36,6 +38,11 @@ def refuse_unsafe(pipe: DiffusionPipeline) -> None:
             "a step cache is enabled, which skips blocks without saying so. "
             "Call pipe.transformer.disable_cache() first, or load the pipeline again where there is no such method."
         )
+    if (changing := _find_hook(pipe.transformer)) is not None:
+        raise FamilyError(
+            f"{changing} may change what this computes, unseen by names of tensors inside. Remove it first; hooks that "
+            "move or cast weights are no harm."
+        )
     if any(map(_compiled, modules)):
         raise FamilyError(
             "the transformer or a part of it is compiled, so nothing inside it can be read or changed. "
@@ -51,6 +58,16 @@ def refuse_unsafe(pipe: DiffusionPipeline) -> None:
             "query, key and value projections are fused, so the modules that attn.q, attn.k and attn.v name are not "
             "called. Call pipe.transformer.unfuse_qkv_projections() first."
         )
+
+
+def _find_hook(transformer: nn.Module) -> str | None:
+    """A hook of diffusers or accelerate that does more than to move or cast weights; None where there is none."""
+    for path, module in transformer.named_modules():
+        first = getattr(module, "_hf_hook", None)
+        for hook in [*_hooks_of(module), *getattr(first, "hooks", [first] if first is not None else [])]:
+            if type(hook).__module__ not in HARMLESS:
+                return f"the hook {type(hook).__name__} on pipe.transformer{'.' if path else ''}{path}"
+    return None
 
 
 def _compiled(module: nn.Module) -> bool:

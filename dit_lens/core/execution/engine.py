@@ -18,6 +18,7 @@ from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule
 
 from dit_lens.core.execution.execute import execute
 from dit_lens.core.execution.forwards import Forwards, Taking
+from dit_lens.core.execution.hooks import refuse_changes
 from dit_lens.core.execution.read_text import read_stream_text
 from dit_lens.core.execution.refusals import tell_refusals
 from dit_lens.core.execution.schedule import measure_sigmas
@@ -77,6 +78,8 @@ class Engine:
     @property
     def turn(self) -> Turn:
         """Who may use the pipeline."""
+        if self.pipe.transformer is None:
+            raise ExecutionError("pipe.transformer is None. Put the transformer back, or load the pipeline again.")
         return turn_of(self.pipe)
 
     @property
@@ -169,7 +172,7 @@ class Engine:
             try:
                 model = self.model if call.get("prompt") is not None else self.promptless
                 arguments = call | {"gradients": True} if self._gradients else call
-                with _count_forwards(self.pipe.transformer) as made:
+                with _count_forwards(self.pipe.transformer) as made, refuse_changes(self.pipe, program):
                     store, results = run_traced(model.trace, model, program, payload, arguments, reads)
             except torch.OutOfMemoryError as full:
                 if not self._gradients:

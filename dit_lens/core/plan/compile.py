@@ -223,9 +223,9 @@ class _Compiler:
             if key in taken:
                 raise OpError(f"two reads are called {key!r}. Give one of them another name=.")
         if isinstance(op.branch, str) and op.branch == "both" and len(timeline.branches) == 1:
+            why = "guidance is off" if timeline.guided else "this pipeline gives this transformer no other"
             raise OpError(
-                f"branch='both': this call has only the {timeline.branches[0]!r} branch, as guidance is off. "
-                "Leave branch= out."
+                f"branch='both': this call has only the {timeline.branches[0]!r} branch, as {why}. Leave branch= out."
             )
         self.reads.append(
             PlannedRead(

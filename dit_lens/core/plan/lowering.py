@@ -13,6 +13,7 @@ from dit_lens.core.request.indices import to_indices
 from dit_lens.core.request.ops import Op
 from dit_lens.core.runs.run import Run
 from dit_lens.errors import OpError, nearest
+from dit_lens.families.linear import why_inexact
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -190,9 +191,16 @@ def check_allowed(op: Op, site: Site, anatomy: Anatomy, kind: str | None) -> Non
             f"x0 cannot be computed: what {anatomy.family.name} predicts under this scheduler is neither a "
             "flow, noise nor v. Read velocity instead."
         )
+    location = anatomy.locate(site)
+    if location.half is not None and not op.edits:
+        path = location.module.removeprefix("transformer.")
+        if (why := why_inexact(anatomy.modules.get(path))) is not None:
+            raise OpError(
+                f"{name} at {site}: it is made of a part of what enters {path}, which {why}. Read {block}.attn.z or "
+                "mlp.post, which enter it."
+            )
     if not op.edits:
         return
-    location = anatomy.locate(site)
     if location.table is not None:
         raise OpError(
             f"{name} at {site}: this is a sum of a table and the time, so it can only be read. "

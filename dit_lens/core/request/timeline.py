@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -37,6 +37,7 @@ class Timeline:
     kind: what is predicted: "flow", "epsilon", "v_prediction", or None for anything else.
     time: the timestep argument passed to the transformer; None: as its family says.
     measure: reads the noise levels off the pipeline, where they are not known.
+    guided: whether the pipeline has a guidance that gives this transformer an unconditional branch.
     """
 
     steps: int
@@ -47,6 +48,7 @@ class Timeline:
     kind: str | None = None
     time: Time | None = None
     measure: Callable[[], tuple[float, ...] | None] | None = field(default=None, repr=False, compare=False)
+    guided: bool = True
 
     @cached_property
     def sigmas(self) -> tuple[float, ...] | None:
@@ -128,10 +130,13 @@ class Timeline:
         if asked == "both":
             return list(self.branches)
         if asked not in self.branches:
-            raise OpError(
-                f"this call has no {asked!r} branch, only {', '.join(self.branches)}: guidance is off. "
-                "Turn it on (lens shows how), for instance by a guidance scale above 1 and a negative prompt."
+            how = (
+                "guidance is off. Turn it on (lens shows how), for instance by a guidance scale above 1 and a negative "
+                "prompt."
+                if self.guided
+                else "this pipeline never gives an unconditional branch to this transformer."
             )
+            raise OpError(f"this call has no {asked!r} branch, only {', '.join(self.branches)}: {how}")
         return [asked]
 
 
@@ -147,7 +152,13 @@ def make_timeline(
     measure: (steps, steps before them) -> the noise levels of a flow, as the pipeline sets them; None where the
       pipeline cannot be asked, as its model is on a server: then they are computed as FLUX does.
     """
-    pipeline = family.pipeline(type(pipe))
+    timeline = _make_timeline(pipe, family.pipeline(type(pipe)), call, tokens, measure)
+    return replace(timeline, guided=family.pipeline(type(pipe)).guidance is not None)
+
+
+def _make_timeline(
+    pipe: DiffusionPipeline, pipeline: Pipeline, call: Mapping[str, Any], tokens: int | None, measure: Measure | None
+) -> Timeline:
     _refuse(pipe, pipeline, call)
     given = call.get("sigmas") if call.get("sigmas") is not None else call.get("timesteps")
     total = len(given) if given is not None else call["num_inference_steps"]
