@@ -74,7 +74,7 @@ DIT = Family(
     grid=IMAGE,
     prediction=IMAGE_OUT,
     readout=Readout(("proj_out_2",), "yxc", shift=("transformer_blocks.0.norm1.emb", None), projection="proj_out_1"),
-    prompts=Prompts(classes="num_embeds_ada_norm"),
+    prompts=Prompts(text=(), classes="num_embeds_ada_norm"),
     example=Example(
         config={
             **SMALL,
