@@ -93,6 +93,7 @@ def test_what_cannot_be_drawn_is_a_finding(lens):
 
 
 def test_a_pipeline_that_does_not_fit_is_not_moved(lens, monkeypatch):
+    monkeypatch.setattr(doctor, "check_device", lambda device: device)  # as where there is a GPU
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (1000, 2000))
     diagnosis = examine(lens, device="cuda")
     assert diagnosis["memory"].state == "failed"

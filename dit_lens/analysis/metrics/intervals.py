@@ -144,4 +144,4 @@ def _check_finite(values: np.ndarray) -> None:
 
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
-        raise OpError(f"level={level} is not a valid coverage. Choose a value between 0 and 1, such as 0.95.")
+        raise OpError(f"level={level:g} is not a valid coverage. Choose a value between 0 and 1, such as 0.95.")
