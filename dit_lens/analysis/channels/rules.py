@@ -56,7 +56,7 @@ def rule_of(
         return partial(share_channels, share=share)
     if mad is not None:
         if not mad > 0:
-            raise OpError(f"mad={mad!r} must be above 0: the threshold in median absolute deviations.")
+            raise OpError(f"mad={mad:g} must be above 0: the threshold in median absolute deviations.")
         return partial(mad_channels, threshold=mad)
     k = TOP if k is None else k
     for site, width in widths.items():

@@ -48,7 +48,8 @@ def tell_refusals(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> Generator
     except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError, RuntimeError) as problem:
         if began or isinstance(problem, OTHERS) or getattr(problem, "__notes__", None):
             raise
-        given = f": {_list_tensors(call)}, for a model of {transformer.dtype}" if entered else ""
+        tensors = _list_tensors(call) if entered else ""
+        given = f": {tensors}, for a model of {transformer.dtype}" if tensors else ""
         raise PromptError(
             f"{type(pipe).__name__} cannot be called like this: {str(problem).rstrip('.')}. Nothing was drawn yet; "
             f"change the arguments that concern it{given}."
@@ -62,4 +63,4 @@ def _list_tensors(call: Mapping[str, Any]) -> str:
     """The tensors of a call, with shape and precision."""
     tensors = {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
     found = [f"{name}= {list(value.shape)} of {value.dtype}" for name, value in tensors.items()]
-    return ", ".join(found) or "none of them is a tensor"
+    return ", ".join(found)
