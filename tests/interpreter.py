@@ -156,7 +156,7 @@ class Interpreter:
             return list(every[chosen])
         if isinstance(chosen, tuple) and any(isinstance(end, float) for end in chosen):
             return [step for step in every if chosen[0] <= step / self.steps < chosen[1]]
-        return sorted({every[step] for step in as_list(chosen)})
+        return list(dict.fromkeys(every[step] for step in as_list(chosen)))
 
     def branches_of(self, op, site) -> list[str]:
         """Reads take cond, edits both, and what comes from a run the branches that the run read."""
@@ -171,7 +171,8 @@ class Interpreter:
     def rows_of(self, op) -> list[int]:
         """Numbers over all batches, in the order of the batch."""
         every = range(self.rows)
-        return list(every) if op.rows is None else sorted(every[row] for row in as_list(op.rows))
+        rows = list(every) if op.rows is None else [every[row] for row in as_list(op.rows)]
+        return sorted(rows) if type(op).__name__ == "Resample" else rows  # what is drawn does not depend on the order
 
     def groups(self, op, site) -> list[tuple[list[int], list[int]]]:
         """Rows and their tokens: one group, except where a word stands elsewhere in every prompt."""

@@ -162,7 +162,7 @@ def _check(lens: DiTLens, sites: Sequence[str], k: int, scores: Sequence[str], s
     if not scores:
         raise OpError("scores=[] names no score. Give at least one, such as '|mean|'.")
     if not 0 < stable <= 1:
-        raise OpError(f"stable={stable!r} must be an overlap in (0, 1]; SPARK's is {STABLE}.")
+        raise OpError(f"stable={stable:g} must be an overlap in (0, 1]; SPARK's is {STABLE}.")
     return width
 
 

@@ -339,7 +339,7 @@ def select_steps(scenario: Scenario, steps) -> list[int]:
         return [step for step in every if steps[0] <= step / total < steps[1]]
     if hasattr(steps, "high"):
         return [step for step in every if steps.low < levels[step] <= steps.high]
-    return sorted({every[step] for step in as_list(steps)})
+    return list(dict.fromkeys(every[step] for step in as_list(steps)))
 
 
 @st.composite

@@ -123,7 +123,7 @@ def test_any_argument_can_be_swept(lens):
         ({"study": "sweep"}, OpError, "'sweep' is not a valid study to sweep"),
         ({"over": {}}, OpError, "asks for nothing"),
         ({"over": {"k": []}}, OpError, "takes a list of values, at least one"),
-        ({"over": {"site": "blocks.*.img"}}, OpError, "takes a list of values"),
+        ({"over": {"site": "blocks.*.img"}}, OpError, "Give a mapping from a string to a list"),
         ({"over": {"draws": [1, 2]}}, OpError, "draws cannot be swept and given at once"),
         ({"over": {"seeds": [[0], [0]]}}, OpError, "has a value twice"),
         # The last combination is wrong, and nothing is drawn for the first.
