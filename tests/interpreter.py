@@ -42,8 +42,19 @@ class Interpreter:
         self.wiring, self.pipe, self.forwards, self.ops, self.steps = wiring, pipe, forwards, ops, steps
         self.prompts, self.rows = prompts, rows
         self.branches = [branch for call in forwards for branch in call]
-        self.sites = [wiring.expand(op.site) for op in ops]
+        self.sites = [self.named_once(op) for op in ops]
         self.outcome, self.pieces, self.gates = Outcome(), defaultdict(list), {}
+
+    def named_once(self, op) -> list[str]:
+        """The sites of an op. An edit acts once on a vector that has two names, by the first of them."""
+        sites = self.wiring.expand(op.site)
+        if type(op).__name__ == "Read":
+            return sites
+        first = {}
+        for site in sites:
+            place = self.wiring.places[site]
+            first.setdefault(place if place.vector else site, site)
+        return list(first.values())
 
     def draw(self, batches) -> Outcome:
         """batches: (arguments of the pipeline, seeds of its rows), one after the other."""

@@ -42,7 +42,7 @@ def scenarios(draw, name: str):
     focus = draw(st.sampled_from(subject.watched))
     calls: list = []
     for _ in range(draw(st.integers(1, 6))):
-        scenario.ops.append(draw(ops(scenario, focus, calls)))
+        scenario.ops.append(draw(ops(scenario, focus, calls).filter(lambda op: means_one_thing(scenario, op))))
     if draw(st.integers(0, 2)) == 0:
         between = Read(focus, branch=draw(branches(scenario, read=True)), name="between")
         scenario.ops.insert(draw(st.integers(0, len(scenario.ops))), between)
@@ -53,6 +53,14 @@ def scenarios(draw, name: str):
     scenario.way = draw(st.sampled_from(["ops", "ops", "trace", "json"] if plain else ["ops", "trace"]))
     scenario.saved, scenario.told = draw(st.integers(0, 3)) == 0, draw(st.integers(0, 3)) == 0
     return scenario
+
+
+def means_one_thing(scenario: Scenario, op) -> bool:
+    """Whether an edit has no values of their own for two names of one vector, which is refused."""
+    places = [scenario.subject.wiring.places[site] for site in sites_of(scenario, op)]
+    vectors = [place for place in places if place.vector]
+    own = (getattr(op, name, None) for name in ("channels", "value", "source", "mean"))
+    return isinstance(op, Read) or len(set(vectors)) == len(vectors) or not any(isinstance(one, dict) for one in own)
 
 
 def source_of(op):
