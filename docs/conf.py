@@ -57,8 +57,9 @@ nitpick_ignore_regex = [
     ("py:class", r"Tensor|NDArray|Image|Path|SimpleNamespace"),
     ("py:class", r"DiffusionPipeline|ModelMixin|CLIPModel|CLIPProcessor"),
     # What the library uses between its own modules and promises to nobody.
-    ("py:class", r"(dit_lens\.core\.[a-z_.]+\.)?(Engine|Plan|Recording|RemoteEngine|Reruns|Session)"),
-    ("py:class", r"(dit_lens\.families\.locations\.)?(GridRule|ImageTokens|ReadoutRule|TensorLocation|TimeRule)"),
+    ("py:class", r"(dit_lens\.core\.[a-z_.]+\.)?(Engine|Plan|Recording|RemoteEngine|Reruns|Session|StreamText)"),
+    ("py:class", r"(dit_lens\.families\.locations\.)?(Grid|Readout|Text|Time)Rule"),
+    ("py:class", r"(dit_lens\.families\.locations\.)?(ImageTokens|TensorLocation)"),
     ("py:class", r"TransferResult|Study"),  # a protocol, and a type variable
     ("py:class", r"Run \| Mapping\[str"),  # half of a type: Sphinx cuts a quoted union at its comma
 ]
