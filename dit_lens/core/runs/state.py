@@ -43,14 +43,12 @@ _PASSING = frozenset({
     "_name_or_path", "name_or_path", "_commit_hash", "_diffusers_version", "_use_default_values", "_is_hf_initialized",
     "_post_init_done", "transformers_version", "init_inputs", "init_kwargs", "files_loaded", "deprecation_warnings",
     "verbose", "_tokenizer", "_in_target_context_manager", "_hf_hook", "_old_forward", "hf_device_map", "device",
-})  # fmt: skip
-# Of the attributes that packages keep to themselves, those a study compares: others come and go with their versions.
+}) | {"num_timesteps", "freqs_cis", "momentum_buffer"}  # what every run of some pipelines sets anew  # fmt: skip
+# Of the attributes that packages keep to themselves, those that decide: others come and go with versions and runs.
 _DECIDING = frozenset({
     "_internal_dict", "_attention_backend", "_attn_implementation_internal", "_experts_implementation_internal",
     "_diffusers_hook",
 })  # fmt: skip
-# What the first run leaves in some pipelines, on which no later one depends.
-_OF_RUNS = frozenset({"num_timesteps", "freqs_cis", "momentum_buffer"})
 
 
 def describe_state(pipe: DiffusionPipeline, reader: Reader | None = None) -> dict[str, Any]:
@@ -226,10 +224,10 @@ class _Look:
                     found[f"{kind.__module__}.{kind.__qualname__}.{name}"] = value
         return found
 
-    def _passes(self, attribute: str) -> bool:
-        if attribute in _PASSING or "cache" in attribute:
-            return True
-        return self._portable and (attribute in _OF_RUNS or (attribute[0] == "_" and attribute not in _DECIDING))
+    @staticmethod
+    def _passes(attribute: str) -> bool:
+        own = attribute[0] == "_" and attribute not in _DECIDING
+        return own or attribute in _PASSING or "cache" in attribute
 
     def plain(self, value: Any, depth: int = 0) -> Any:
         """A value as plain data: an object by its class and attributes, a function by its name."""
