@@ -145,6 +145,8 @@ class Reading(Mapping[str, Tensor]):
         for site, tensor in reading.tensors.items():
             said = [len(reading.steps), *([2] if reading.both else []), len(reading.rows)]
             kept, axis = reading.channels[site], -1 if reading.reduce is None else len(said)
+            if reading.reduce is not None and reading.reduce.startswith("topk"):
+                kept = None  # such a read has an axis of the k largest in place of the channels
             axes = len(said) + (2 if reading.reduce is None else 1)
             if (
                 list(tensor.shape[: len(said)]) != said

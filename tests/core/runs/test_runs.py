@@ -27,6 +27,18 @@ def run(cfg_lens):
     return cfg_lens.run(["red", "a blue one"], OPS, seed=1)
 
 
+@pytest.mark.parametrize(
+    "reduce", [None, "mean", "quantile(0.5)", "quantile(0.1,0.9)", "histogram(-1,1,3)", "topk(1)", "topk(2)"]
+)
+@pytest.mark.parametrize("branch", ["cond", "both"])
+def test_every_reduction_of_chosen_channels_is_loaded(cfg_lens, tmp_path, reduce, branch):
+    op = Read("blocks.1.img", channels=[3, 1], reduce=reduce, branch=branch)
+    run = cfg_lens.run(["red", "a blue one"], op, seed=1, output_type="latent")
+    loaded = dl.Run.load(run.save(tmp_path / "run"))
+    assert torch.equal(loaded["blocks.1.img"], run["blocks.1.img"])
+    assert loaded.readings[0].channels == run.readings[0].channels
+
+
 def test_a_saved_run_equals_the_loaded_one(run, tmp_path):
     loaded = dl.Run.load(run.save(tmp_path / "run"))
     assert loaded.keys() == run.keys()
