@@ -17,6 +17,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (item.get_closest_marker("slow") is None, "site" in item.fixturenames))
 
 
+@pytest.fixture
+def declared():
+    """Ops that the test declares are gone after it."""
+    from dit_lens.core.request.ops import EDITS, OPS
+
+    before = [(known, dict(known)) for known in (OPS, EDITS)]
+    yield
+    for known, those in before:
+        known.clear()
+        known.update(those)
+
+
 @pytest.fixture(scope="session", params=["true-cfg", "embedded"])
 def embedded(request):
     """Whether guidance is embedded, as in FLUX.1-dev, or true classifier-free guidance."""

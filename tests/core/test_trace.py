@@ -12,10 +12,8 @@ from dit_lens.errors import OpError
 
 
 @pytest.fixture
-def clamp(monkeypatch):
+def clamp(declared):
     """An op declared after everything was imported, as in a notebook."""
-    monkeypatch.setattr("dit_lens.core.request.op.OPS", OPS)
-    before = dict(OPS)
 
     @dataclass(frozen=True, eq=False, repr=False)
     class Clamp(Op):
@@ -24,10 +22,7 @@ def clamp(monkeypatch):
         def lower(self, at):
             return at.on_branches(kind="Clamp", parameters={"limit": self.limit})
 
-    yield Clamp
-    OPS.clear()
-    OPS.update(before)
-    EDITS.pop("Clamp", None)
+    return Clamp
 
 
 def test_every_op_is_a_method():

@@ -31,7 +31,7 @@ ERRORS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RUN, ids=lambda path: str(path.relative_to(DOCS)))
-def test_the_code_of_a_page_runs(path, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs(path, tmp_path, monkeypatch, declared):
     monkeypatch.chdir(tmp_path)
     for image, shown in blocks.run(path):
         assert image.is_file(), f"python docs/blocks.py {path.relative_to(ROOT)} draws it"
