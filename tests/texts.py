@@ -10,7 +10,6 @@ from diffusers import (
     Flux2KleinPipeline,
     HunyuanVideoPipeline,
     Lumina2Pipeline,
-    Lumina2Transformer2DModel,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -111,19 +110,7 @@ def zimage():
 def lumina2():
     return absent(
         Lumina2Pipeline,
-        transformer=Lumina2Transformer2DModel(
-            sample_size=8,
-            in_channels=4,
-            hidden_size=32,
-            num_layers=3,
-            num_refiner_layers=2,
-            num_attention_heads=2,
-            num_kv_heads=1,
-            multiple_of=8,
-            axes_dim_rope=(4, 6, 6),
-            axes_lens=(64, 8, 8),
-            cap_feat_dim=FEATURES,
-        ),
+        transformer=transformer_of("lumina2"),
         scheduler=flow(),
         text_encoder=language_model(),
         tokenizer=letters("$A </s>", 2000),

@@ -39,7 +39,7 @@ def lumina2():
         num_kv_heads=1,
         multiple_of=8,
         axes_dim_rope=(4, 6, 6),
-        axes_lens=(16, 8, 8),
+        axes_lens=(64, 8, 8),
         cap_feat_dim=FEATURES,
     )
     return absent(Lumina2Pipeline, transformer=transformer, scheduler=flow())
