@@ -9,27 +9,18 @@ from dataclasses import fields
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from dit_lens import Add, Apply, DiTLens, MeanAblate, Read, Resample, Scale, Swap, TokenMean, Zero
 from dit_lens.errors import DitLensError, ExecutionError, OpError
 from dit_lens.ops import OPS, from_json, to_json
 from tests import pipelines
+from tests.examples import examples
 from tests.wrong_values import OTHER, SITE, VALUES, answer
 
 CALL = {"height": 8, "width": 8, "num_inference_steps": 2, "output_type": "latent"}
-
-
-def examples(count):
-    """Settings for so many examples; a profile with more multiplies them and looks elsewhere in every session."""
-    more = settings.default.max_examples // 100
-    return settings(
-        max_examples=count * max(more, 1),
-        deadline=None,
-        derandomize=more <= 1,
-        suppress_health_check=list(HealthCheck),
-    )
+CHECKS = {"suppress_health_check": list(HealthCheck)}
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +86,14 @@ def changed(draw, run):
     return lambda: type(op)(**given)
 
 
-@examples(120)
+@examples(120, **CHECKS)
 @given(st.data())
 def test_fields_of_ops(lens, run, attempt, data):
     make = data.draw(changed(run))
     attempt(lambda: lens.run("red", make(), seed=0))
 
 
-@examples(50)
+@examples(50, **CHECKS)
 @given(st.data())
 def test_json_of_ops(lens, run, attempt, data):
     make = data.draw(changed(run))
@@ -136,13 +127,13 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-@examples(12)
+@examples(12, **CHECKS)
 @given(value=VALUES)
 def test_arguments(lens, attempt, name, value):
     attempt(lambda: ARGUMENTS[name](lens, value))
 
 
-@examples(25)
+@examples(25, **CHECKS)
 @given(st.data())
 def test_specs(lens, run, attempt, data):
     """The spec of a run, with a part of it missing, or its ops or one of their fields replaced."""
@@ -156,7 +147,7 @@ def test_specs(lens, run, attempt, data):
     attempt(lambda: lens.run_spec(spec))
 
 
-@examples(30)
+@examples(30, **CHECKS)
 @given(
     st.sampled_from(sorted(OPS)), st.dictionaries(st.sampled_from(["site", "op", "value", "steps", "source"]), VALUES)
 )
