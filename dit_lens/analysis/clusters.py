@@ -22,9 +22,9 @@ from PIL import Image
 from scipy.stats import hypergeom
 
 from dit_lens.analysis.arrays import to_numpy
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
+from dit_lens.arguments.numbers import check_number
 from dit_lens.errors import OpError, check_choice, show
-from dit_lens.numbers import check_number
 
 LARGEST = 2**28  # pixels of a mask: 16,384 x 16,384
 MOST_PERMUTATIONS = 1_000_000

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from dit_lens.arguments.numbers import MOST, check_number
 from dit_lens.commands import sentences
-from dit_lens.numbers import MOST, check_number
 from dit_lens.studies.shared.registry import StudyRecord, get_study
 from dit_lens.toys.scenes import sample_scenes
 

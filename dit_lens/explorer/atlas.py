@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
 from dit_lens.core.runs.files import check_place
 from dit_lens.errors import OpError
 from dit_lens.explorer.code import code_of_lens

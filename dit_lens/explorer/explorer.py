@@ -10,7 +10,7 @@ import traitlets
 from PIL import Image
 from tqdm.auto import tqdm
 
-from dit_lens.arguments import checked_but
+from dit_lens.arguments.checks import checked_but
 from dit_lens.errors import OpError, SiteError, nearest
 from dit_lens.explorer.code import STATE, code_of_runs
 from dit_lens.explorer.colours import CLUSTER_COLOURS, PALETTES, parse_colour, read_palette

@@ -16,7 +16,7 @@ import torch
 
 from dit_lens.analysis.channels import top_channels
 from dit_lens.analysis.clusters import cluster
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import OpError
 from dit_lens.explorer.view_arrays import NONE, Pane, Views

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import traitlets
 
-from dit_lens.arguments import checked, checked_fields
+from dit_lens.arguments.checks import checked, checked_fields
 from dit_lens.core.request.ops import Swap
 from dit_lens.errors import DitLensError, OpError, check_choice, nearest
 from dit_lens.explorer.code import code_of_lens

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dit_lens.arguments.functions import takes
 from dit_lens.errors import FamilyError
 from dit_lens.families.module_tree import read_entry
-from dit_lens.functions import takes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dit_lens.arguments import checked, checked_fields
+from dit_lens.arguments.checks import checked, checked_fields
 from dit_lens.errors import FamilyError
 from dit_lens.families.stack import Adapter, Stack
 

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from dit_lens.arguments.functions import name_of, takes
+from dit_lens.arguments.numbers import MOST
 from dit_lens.errors import SiteError, nearest
-from dit_lens.functions import name_of, takes
-from dit_lens.numbers import MOST
 
 Pattern: TypeAlias = "str | Callable[[str], bool] | Iterable[str | Callable[[str], bool]]"
 

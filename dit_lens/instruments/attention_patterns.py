@@ -11,12 +11,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
+from dit_lens.arguments.numbers import list_entries, to_int
 from dit_lens.core.request.call import needs_weights
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, show
 from dit_lens.families.layout import find_image_tokens, select_stream
 from dit_lens.families.locations import ImageTokens
-from dit_lens.numbers import list_entries, to_int
 
 if TYPE_CHECKING:
     from torch import Tensor

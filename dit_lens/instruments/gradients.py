@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
+from dit_lens.arguments.functions import name_of
 from dit_lens.core.request.ops import Apply
 from dit_lens.errors import ExecutionError, FamilyError, OpError, PromptError, SiteError, check_choice, nearest, show
 from dit_lens.families.sources import find_without_gradient
-from dit_lens.functions import name_of
 
 if TYPE_CHECKING:
     from torch import nn

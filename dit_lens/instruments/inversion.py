@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dit_lens.analysis.metrics import rmse
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import FamilyError, OpError
 from dit_lens.families.sources import check_source

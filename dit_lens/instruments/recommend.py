@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
 from dit_lens.core.plan.cost import format_bytes
 from dit_lens.errors import FamilyError, OpError, PromptError
 from dit_lens.families import find_by_pipeline

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
 from dit_lens.core.plan.cost import format_bytes, nbytes
 from dit_lens.core.request.call import Call, needs_weights, prepare_call
 from dit_lens.errors import ExecutionError, PromptError, show

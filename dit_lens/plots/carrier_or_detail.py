@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
 from dit_lens.errors import OpError
 from dit_lens.plots.code import carries_code
 from dit_lens.plots.tables import check_columns, check_summary, error_bars

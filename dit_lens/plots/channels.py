@@ -12,9 +12,9 @@ import torch
 
 from dit_lens.analysis.arrays import to_numpy
 from dit_lens.analysis.channels import top_median_ratio
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
+from dit_lens.arguments.numbers import check_number
 from dit_lens.errors import OpError
-from dit_lens.numbers import check_number
 from dit_lens.plots.code import carries_code
 from dit_lens.plots.theme import INK, LINE, MASSIVE, WIDTH, fade, label_width, place_labels, set_title, shorten_site
 

@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
 from dit_lens.plots.code import carries_code
 from dit_lens.plots.tables import check_summary, column_values, describe_n
 from dit_lens.plots.theme import ARMS, CI, INK, Look, fade, looks, set_title

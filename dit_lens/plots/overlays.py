@@ -14,10 +14,10 @@ from plotly.subplots import make_subplots
 
 from dit_lens.analysis.arrays import to_numpy
 from dit_lens.analysis.clusters import iou, upsample
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
+from dit_lens.arguments.numbers import check_number
 from dit_lens.core.runs.html import data_url
 from dit_lens.errors import OpError
-from dit_lens.numbers import check_number
 from dit_lens.plots.code import carries_code
 from dit_lens.plots.theme import INK, WIDTH, set_title, shorten_site
 

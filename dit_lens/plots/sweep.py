@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from plotly.subplots import make_subplots
 
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
 from dit_lens.errors import OpError, nearest
 from dit_lens.plots.code import carries_code
 from dit_lens.plots.tables import check_columns, column_values, describe_n, error_bars

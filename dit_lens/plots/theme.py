@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
 
 INK = "#767676"
 FAINT = "rgba(128, 128, 128, 0.25)"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from plotly.subplots import make_subplots
 
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
 from dit_lens.errors import OpError
 from dit_lens.plots.code import carries_code
 from dit_lens.plots.overlays import sheet

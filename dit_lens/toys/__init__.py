@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
 from dit_lens.errors import StoreError, nearest
 from dit_lens.old_names import find_old_names
 from dit_lens.toys.kinds import KINDS, kind

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dit_lens.arguments.numbers import MOST, check_number
 from dit_lens.errors import PromptError, nearest
-from dit_lens.numbers import MOST, check_number
 from dit_lens.old_names import find_old_names
 
 if TYPE_CHECKING:

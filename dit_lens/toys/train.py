@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dit_lens.arguments import checked_fields
+from dit_lens.arguments.checks import checked_fields
 from dit_lens.core.request.call import prepare_call
 from dit_lens.core.runs.files import find_folder, read_json, report_damage, report_unwritten, whole_folder, write_json
 from dit_lens.errors import DitLensError, StoreError

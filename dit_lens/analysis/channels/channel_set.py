@@ -22,7 +22,7 @@ from dit_lens.analysis.channels.statistics import (
     ratio,
     to_vector,
 )
-from dit_lens.arguments import checked, checked_fields
+from dit_lens.arguments.checks import checked, checked_fields
 from dit_lens.errors import OpError, SiteError, check_choice, nearest, show
 
 if TYPE_CHECKING:

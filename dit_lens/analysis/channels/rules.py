@@ -18,9 +18,9 @@ from dit_lens.analysis.channels.statistics import (
     to_vector,
     top_median_ratio,
 )
-from dit_lens.arguments import checked, checked_but
+from dit_lens.arguments.checks import checked, checked_but
+from dit_lens.arguments.numbers import to_int
 from dit_lens.errors import OpError, show
-from dit_lens.numbers import to_int
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
 from dit_lens.errors import OpError
 
 

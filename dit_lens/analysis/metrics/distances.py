@@ -14,9 +14,9 @@ from PIL import Image
 
 from dit_lens.analysis.metrics.perceptual import lpips, ssim
 from dit_lens.analysis.metrics.pixels import apply_pairwise
+from dit_lens.arguments.functions import takes
+from dit_lens.arguments.numbers import list_entries
 from dit_lens.errors import OpError, nearest, show
-from dit_lens.functions import takes
-from dit_lens.numbers import list_entries
 
 Distance = Callable[[Any, Any], Any]
 

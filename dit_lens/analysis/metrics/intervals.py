@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import norm
 
 from dit_lens.analysis.arrays import to_numpy
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
 from dit_lens.errors import OpError
 
 MOST_RESAMPLES = 1_000_000

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from dit_lens.arguments.numbers import as_plain, as_seed
 from dit_lens.core.request.division import Division, PromptSpan
 from dit_lens.core.request.values import (
     allow_none,
-    as_plain,
-    as_seed,
     check_count,
     check_steps,
     check_text,

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dit_lens.arguments.numbers import MOST, to_int, to_number
 from dit_lens.errors import OpError
-from dit_lens.numbers import MOST, to_int, to_number
 
 
 def is_span(value: Any) -> bool:

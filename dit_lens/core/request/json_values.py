@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dit_lens.arguments.numbers import to_int, to_number
 from dit_lens.core.request.indices import is_span, list_items
 from dit_lens.core.runs.reading import Reading, find_reading
 from dit_lens.core.runs.run import Run
 from dit_lens.errors import OpError
-from dit_lens.numbers import to_int, to_number
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Required, Ty
 import torch
 from torch import Tensor
 
+from dit_lens.arguments.functions import name_of
+from dit_lens.arguments.numbers import to_number
 from dit_lens.core.request.indices import list_items
 from dit_lens.errors import OpError
 from dit_lens.families.sites import Pattern
-from dit_lens.functions import name_of
-from dit_lens.numbers import to_number
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from dit_lens.arguments.functions import name_of, takes
+from dit_lens.arguments.numbers import to_int, to_number
 from dit_lens.core.request.json_values import SigmaInterval, from_plain, to_plain
 from dit_lens.core.request.op import (
     OPS,
@@ -41,8 +43,6 @@ from dit_lens.core.request.reduce import parse
 from dit_lens.errors import DitLensError, OpError, nearest, show
 from dit_lens.families.layout import PlanMismatchError
 from dit_lens.families.tensors import outer_index
-from dit_lens.functions import name_of, takes
-from dit_lens.numbers import to_int, to_number
 
 if TYPE_CHECKING:
     import numpy as np

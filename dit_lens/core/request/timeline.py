@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from dit_lens.arguments.numbers import to_int, to_number
 from dit_lens.core.request.call import default_argument
 from dit_lens.core.request.indices import check_slice, is_span, list_indices
 from dit_lens.core.request.json_values import SigmaInterval
 from dit_lens.errors import OpError, PromptError, nearest
 from dit_lens.families.calls import find_call
-from dit_lens.numbers import to_int, to_number
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

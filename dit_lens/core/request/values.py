@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from dit_lens.arguments.numbers import as_plain, list_entries
 from dit_lens.errors import OpError, PromptError, nearest, show
-from dit_lens.numbers import list_entries
 
 COUNTS = (
     "num_inference_steps",
@@ -24,21 +24,6 @@ COUNTS = (
 MOST_STEPS = 10_000  # models are trained with about 1000 noise levels
 SCHEDULES = ("sigmas", "timesteps")
 FUNCTIONS = ("callback", "callback_on_step_end")
-
-
-def as_plain(value: Any) -> Any:
-    """A number, truth value or word of numpy or torch as Python's own; anything else as it is.
-
-    >>> import numpy as np, torch
-    >>> as_plain(np.float32(0.5)), as_plain(torch.tensor(3)), as_plain(np.str_("a")), as_plain([1])
-    (0.5, 3, 'a', [1])
-    """
-    single = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
-    try:
-        plain = value.item() if single else value
-    except (RuntimeError, TypeError, ValueError):  # a tensor without values
-        return value
-    return str(plain) if isinstance(plain, str) else plain
 
 
 def copy_of(value: Any) -> Any:
@@ -105,14 +90,6 @@ def check_steps(name: str, count: int) -> int:
             f"{MOST_STEPS:,} at most."
         )
     return count
-
-
-def as_seed(seed: Any) -> int:
-    """Returns the seed as an int; raises PromptError if it is not valid."""
-    plain = as_plain(seed)
-    if isinstance(plain, bool) or not isinstance(plain, int) or not 0 <= plain < 2**63:
-        raise PromptError(f"seed {show(seed)} is not a whole number from 0 up.")
-    return plain
 
 
 def list_values(value: Any) -> list[Any]:
@@ -205,11 +182,10 @@ def _check_schedule(name: str, value: Any) -> Any:
     several = list_entries(value.tolist() if hasattr(value, "tolist") else value) if is_several(value) else []
     if several is None:
         raise PromptError(f"{name}={show(value)} does not end, or lists more than can be planned.")
-    values = several
-    check_steps(name, len(values))
-    if not values or not all(isinstance(one, int | float) and math.isfinite(one) for one in map(as_plain, values)):
+    check_steps(name, len(several))
+    if not several or not all(isinstance(one, int | float) and math.isfinite(one) for one in map(as_plain, several)):
         raise PromptError(f"{name}={show(value)} must list finite numbers, one for each step.")
-    return value if isinstance(value, list) else values
+    return value if isinstance(value, list) else several
 
 
 def _check_generators(value: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
 from dit_lens.core.runs.record import ENTRY, check_record
 
 if TYPE_CHECKING:

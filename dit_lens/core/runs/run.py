@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from dit_lens.analysis.arrays import to_numpy
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
 from dit_lens.core.runs.files import (
     file_inside,
     find_folder,

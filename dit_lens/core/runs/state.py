@@ -21,12 +21,12 @@ import torch
 from torch import nn
 
 from dit_lens.core.runs.provenance import checksum, describe_adapters, describe_scheduler, digest, find_modules
-from dit_lens.core.runs.values import Reader, is_own
+from dit_lens.core.runs.values import PLAIN, Reader, is_own
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, range, torch.dtype)
+_PLAIN = tuple(kind for kind in PLAIN if kind is not torch.device)  # where something lies decides nothing
 FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, staticmethod, classmethod, property)
 DEEPEST = 5  # objects within objects that are followed
 LARGEST = 1000  # items of a list that are looked at whenever it is compared
@@ -177,7 +177,7 @@ class _Look:
                 if not (attribute == "forward" and "_hf_hook" in attributes):  # accelerate's, which moves weights
                     self._functions[f"{name}.{attribute}"] = value
             elif not isinstance(value, nn.Module):
-                self.found[kind.__name__, attribute].append(value if isinstance(value, PLAIN) else self.plain(value))
+                self.found[kind.__name__, attribute].append(value if isinstance(value, _PLAIN) else self.plain(value))
         if "_hf_hook" in attributes and isinstance(before := attributes.get("_old_forward"), FunctionType):
             self._functions[f"{name}.forward"] = before
 
@@ -220,7 +220,7 @@ class _Look:
                 found[f"every module {hooks[8:-1]} {i}"] = hook
         for kind in {base: None for one in self._kinds for base in one.__mro__ if base is not object}:
             for name, value in vars(kind).items():
-                if isinstance(value, FUNCTIONS) or (not self._portable and isinstance(value, PLAIN)):
+                if isinstance(value, FUNCTIONS) or (not self._portable and isinstance(value, _PLAIN)):
                     found[f"{kind.__module__}.{kind.__qualname__}.{name}"] = value
         return found
 
@@ -231,7 +231,7 @@ class _Look:
 
     def plain(self, value: Any, depth: int = 0) -> Any:
         """A value as plain data: an object by its class and attributes, a function by its name."""
-        if isinstance(value, PLAIN):
+        if isinstance(value, _PLAIN):
             return value
         if isinstance(value, torch.Tensor | np.ndarray):
             return self._array(value)

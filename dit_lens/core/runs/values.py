@@ -253,11 +253,12 @@ def _unwrap(value: Any) -> Any:
 def is_own(function: FunctionType) -> bool:
     """Whether a function is the user's own: written outside of packages, even where it bears the name of one's."""
     file = function.__code__.co_filename
-    return not _installed(function.__module__) or not (file.startswith("<") or _in_packages(file))
+    return not _installed(function.__module__) or not (file.startswith("<") or in_packages(file))
 
 
 @cache
-def _in_packages(file: str) -> bool:
+def in_packages(file: str) -> bool:
+    """Whether a file of code belongs to Python, an installed package or this library."""
     return file.startswith(_FOLDERS) or any(folder in Path(file).parts for folder in _INSTALLED)
 
 

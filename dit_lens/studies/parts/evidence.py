@@ -14,7 +14,7 @@ import numpy as np
 from dit_lens.analysis.metrics import bootstrap_ci
 from dit_lens.analysis.metrics.decoding import decode_labels
 from dit_lens.analysis.metrics.variance import variance_shares
-from dit_lens.arguments import checked_fields
+from dit_lens.arguments.checks import checked_fields
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 
 from dit_lens.analysis.arrays import to_numpy
+from dit_lens.arguments.functions import name_of, takes
+from dit_lens.arguments.numbers import list_entries
 from dit_lens.core.runs.provenance import digest
 from dit_lens.errors import OpError, show
-from dit_lens.functions import name_of, takes
-from dit_lens.numbers import list_entries
 from dit_lens.studies.shared.judges import choose_judge
 
 if TYPE_CHECKING:

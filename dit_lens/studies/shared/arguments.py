@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.core.request.call import as_seed
+from dit_lens.arguments.numbers import as_seed, check_number, list_entries, to_int
 from dit_lens.errors import OpError, PromptError, show
 from dit_lens.families.sites import match
-from dit_lens.numbers import check_number, list_entries, to_int
 
 if TYPE_CHECKING:
     from dit_lens.core.request.ops import Pattern

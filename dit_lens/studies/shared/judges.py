@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dit_lens.arguments.functions import name_of
+from dit_lens.arguments.numbers import to_number
 from dit_lens.core.runs.record import is_text
 from dit_lens.errors import OpError, PromptError, show
-from dit_lens.functions import name_of
-from dit_lens.numbers import to_number
 from dit_lens.toys.scenes import Scene, recognise_scene
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dit_lens.arguments import checked, checked_fields
+from dit_lens.arguments.checks import checked, checked_fields
 
 # The fields that follow item and seed, in the forms that studies use.
 _FORMS = (

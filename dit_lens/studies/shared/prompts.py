@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, overload
 
-from dit_lens.arguments import checked, checked_fields
+from dit_lens.arguments.checks import checked, checked_fields
 from dit_lens.errors import PromptError, StoreError, nearest
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
 from dit_lens.errors import OpError, check_choice
 from dit_lens.old_names import OldName
 from dit_lens.studies.shared.folders import add_remarks

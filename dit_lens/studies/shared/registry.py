@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
 from dit_lens.errors import StoreError
 
 if TYPE_CHECKING:

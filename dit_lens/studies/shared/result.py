@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from dit_lens.arguments import checked
+from dit_lens.arguments.checks import checked
 from dit_lens.core.runs.files import (
     file_inside,
     find_folder,

@@ -14,14 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from dit_lens.arguments.functions import takes
+from dit_lens.arguments.numbers import LARGEST, as_seed, list_entries, to_int, to_number
 from dit_lens.errors import DitLensError, OpError, PromptError, StoreError, show
-from dit_lens.functions import takes
-from dit_lens.numbers import list_entries, to_int, to_number
 
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=type)
 
-LARGEST = 2**63  # what 64 bits hold
 ERRORS: dict[str, type[DitLensError]] = {
     **dict.fromkeys(("prompt", "prompts", "seed", "seeds", "captions"), PromptError),
     **dict.fromkeys(("path", "folder", "out", "model"), StoreError),
@@ -128,9 +127,7 @@ def _fit(function: Callable[..., Any], name: str, value: Any, kind: Kind, *, ref
     if found is UNFIT:
         where = getattr(function, "__qualname__", "").removesuffix(".__init__")
         raise ERRORS.get(name, OpError)(f"{where}: {name}={show(value)} cannot be used. Give {kind.name}.")
-    if name == "seed" and isinstance(found, int) and not 0 <= found < LARGEST:
-        raise PromptError(f"seed {show(value)} is not a whole number from 0 up.")
-    return found
+    return as_seed(found) if name == "seed" and isinstance(found, int) else found
 
 
 def _kind_of(parameter: inspect.Parameter) -> Kind | None:

@@ -7,9 +7,25 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dit_lens.errors import OpError, show
+from dit_lens.errors import OpError, PromptError, show
 
+LARGEST = 2**63  # what 64 bits hold
 MOST = 2**20  # of anything that is listed; an iterable that gives more does not end, as far as this library goes
+
+
+def as_plain(value: Any) -> Any:
+    """A number, truth value or word of numpy or torch as Python's own; anything else as it is.
+
+    >>> import numpy as np, torch
+    >>> as_plain(np.float32(0.5)), as_plain(torch.tensor(3)), as_plain(np.str_("a")), as_plain([1])
+    (0.5, 3, 'a', [1])
+    """
+    single = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    try:
+        plain = value.item() if single else value
+    except (RuntimeError, TypeError, ValueError):  # a tensor without values
+        return value
+    return str(plain) if isinstance(plain, str) else plain
 
 
 def to_int(value: Any) -> int | None:
@@ -55,6 +71,14 @@ def list_entries(value: Any) -> list[Any] | None:
     except TypeError:  # a tensor of one number has no entries
         return None
     return found if len(found) <= MOST else None
+
+
+def as_seed(seed: Any) -> int:
+    """A seed as an int, of whatever type it is; PromptError for what is none."""
+    plain = as_plain(seed)
+    if isinstance(plain, bool) or not isinstance(plain, int) or not 0 <= plain < LARGEST:
+        raise PromptError(f"seed {show(seed)} is not a whole number from 0 up.")
+    return plain
 
 
 def check_number(name: str, value: float, low: float, high: float = math.inf, *, open_ends: bool = False) -> None:
