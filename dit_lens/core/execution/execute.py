@@ -1,6 +1,6 @@
 """The program, carried out inside one nnsight trace.
 
-Torch and plain data only: this module travels to a server by source, with what it uses of ``families`` and ``request``.
+Torch and plain data only: this module travels to a server by source, with what it uses of its neighbours.
 Edits replace a module's value by a changed copy and never write into the live tensor.
 """
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from dit_lens.core.execution.comparisons import Moment, check_rows, check_sizes, match_rows, read_clock
 from dit_lens.core.request.ops import EDITS, Edit
 from dit_lens.core.request.reduce import reduce_tokens
 from dit_lens.families.layout import (
@@ -38,19 +39,6 @@ from dit_lens.families.tensors import apply_to_part, compute_gate, outer_index, 
 if TYPE_CHECKING:
     from dit_lens.core.plan.program import Action, Forward, Part, Program, Store, Visit
     from dit_lens.families.locations import ImageTokens
-
-
-class Moment:
-    """When a forward pass takes place.
-
-    step: its number.
-    branches: of its rows, in order.
-    timestep: as the transformer is given it.
-    sigma: the noise level that means.
-    """
-
-    def __init__(self, step: int, branches: list[str], timestep: float, sigma: float):
-        self.step, self.branches, self.timestep, self.sigma = step, branches, timestep, sigma
 
 
 class Hook:
@@ -91,6 +79,11 @@ class Context:
         self.text: list[Tensor] | None = None
         self.gates: dict[str | None, Tensor] = {}
         self.held: dict[str, Tensor] = {}
+
+    @property
+    def rows(self) -> int:
+        """Of the forward pass: images times branches."""
+        return self.program["rows"] * len(self.moment.branches)
 
 
 def execute(model: Any, tracer: Any, program: Program, payload: dict[str, Any], store: Store) -> None:
@@ -136,62 +129,6 @@ def move_answer(recorded: Any, arguments: tuple[tuple, dict]) -> Any:
     """Moves a recorded answer to the device of the forward pass: a recording from a server lies in main memory."""
     device = next(value.device for value in tree_leaves(arguments) if isinstance(value, Tensor) and value.ndim > 1)
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), recorded)
-
-
-def read_clock(arguments: tuple[tuple, dict], program: Program, clock: list[tuple], forward: Forward) -> Moment:
-    """Notes the time of a forward pass, and fails when it is not the one the program expects.
-
-    arguments: of the forward pass.
-    program: the rule for its time.
-    clock: receives (step, first branch, timestep, sigma).
-    forward: the pass that is expected.
-    """
-    time = program["time"]
-    value = argument(arguments, time["argument"], time["position"])
-    timestep = float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
-    step, branches = forward["step"], forward["branches"]
-    if clock:
-        last_step, _, last, _ = clock[-1]
-        repeated = step in program["repeats"]
-        if (last_step == step and last != timestep) or (
-            last_step != step and last == timestep and is_exact(value) and not repeated
-        ):
-            raise PlanMismatchError(
-                f"the plan expects forward pass {len(clock)} to be step {step} ({' and '.join(branches)}), but its "
-                f"time {timestep:.6g} follows {last:.6g}: the pipeline makes another number of forward passes per step "
-                "than the plan"
-            )
-    levels = time["levels"]
-    sigma = time["offset"] + time["scale"] * timestep if levels is None else levels[round(timestep)]
-    planned = program["sigmas"]
-    if planned is not None and abs(planned[step] - sigma) > (1e-4 if is_exact(value) else 1e-2):
-        raise PlanMismatchError(
-            f"the plan expects step {step} at a noise level of {planned[step]:.6g}, by which ops chose their steps, "
-            f"but it runs at {sigma:.6g}"
-        )
-    clock.append((step, branches[0], timestep, sigma))
-    return Moment(step, branches, timestep, sigma)
-
-
-def check_rows(given: int, rows: int, forward: Forward) -> None:
-    """Fails where a forward pass in which something is to be done has other rows than images times branches.
-
-    given: how many rows the transformer is given.
-    rows: images of one branch.
-    forward: the pass that is expected.
-    """
-    expected = rows * len(forward["branches"])
-    if given != expected:
-        raise PlanMismatchError(
-            f"the plan expects {expected} rows in a forward pass of step {forward['step']} "
-            f"({' and '.join(forward['branches'])} of {rows} {'image' if rows == 1 else 'images'}), but the "
-            f"transformer is given {given}. Does a callback end guidance, or change the batch?"
-        )
-
-
-def is_exact(value: Any) -> bool:
-    """Whether a time is not rounded to half precision, in which neighbouring timesteps may be equal."""
-    return not isinstance(value, Tensor) or value.dtype not in (torch.float16, torch.bfloat16)
 
 
 def at_module(envoy: Any, visit: Visit, context: Context) -> None:
@@ -240,7 +177,7 @@ def read_out_held(envoy: Any, inputs: tuple[tuple, dict], part: Part, context: C
 def apply_actions(value: Any, part: Part, context: Context) -> Any | None:
     """Carries out a part's actions in order; returns the edited value, or None when it was only read."""
     location = part["location"]
-    tensor = match_rows(to_tokens(value, location), part, context)
+    tensor = match_rows(to_tokens(value, location), part, context.rows)
     edited, gate = None, context.gates.get(part["gate"])
     for action in part["actions"]:
         if edited is None and action["kind"] != "Read":
@@ -268,61 +205,12 @@ def apply_actions(value: Any, part: Part, context: Context) -> Any | None:
 
 def keep_computed(computed: Tensor, part: Part, context: Context) -> None:
     """Stores reads of what is computed on the way and cannot be written: modulations from tables, x0 of a block."""
-    computed = match_rows(computed, part, context)
+    computed = match_rows(computed, part, context.rows)
     for action in part["actions"]:
         rows = branch_rows(action, context)
         stream = computed[rows.start : rows.stop]
         value = predict_x0(stream, rows, context) if part["role"] == "readout" else stream
         store_read(value, action, part, context)
-
-
-def check_sizes(stream: Tensor, action: Action, part: Part, moment: tuple[int, Tensor | None]) -> None:
-    """Fails where a part has other tokens or channels than those in which the selections of the ops were counted.
-
-    stream: the tokens of one branch.
-    action: what it chooses of them.
-    part: whose site it is.
-    moment: the step, and which of the tokens a row has, where rows have other numbers of text tokens.
-    """
-    step, there = moment
-    tokens, channels = stream.shape[1:]
-    planned = action["text_tokens"]
-    if planned is not None and planned != tokens and part["location"]["layout"] != "ragged":
-        raise PlanMismatchError(
-            f"the pipeline's own tokenisation gives {planned} text tokens, by which ops chose theirs, but "
-            f"{part['name']} has {tokens}: where a word is cannot be told there. Use token indices"
-        )
-    if part["tokens"] not in (None, tokens) or part["channels"] not in (None, channels):
-        raise PlanMismatchError(
-            f"the plan expects {part['tokens'] or 'any number of'} tokens and {part['channels']} channels at "
-            f"{part['name']}, but there are {tokens} tokens and {channels} channels (step {step})"
-        )
-    highest = action["highest_token"]
-    if highest is not None and there is not None:
-        tokens = int(there[slice(None) if action["rows"] is None else action["rows"]].sum(1).min())
-    if highest is not None and highest >= tokens:
-        raise PlanMismatchError(
-            f"token {highest} does not exist at {part['name']}, which has {tokens}, 0 to {tokens - 1} (step {step})"
-        )
-
-
-def match_rows(tensor: Tensor, part: Part, context: Context) -> Tensor:
-    """Fails where a tensor has other rows than its forward pass.
-
-    What is computed once for all rows, such as the modulation of PRX without guidance, can be read in each of them.
-    """
-    rows = context.program["rows"] * len(context.moment.branches)
-    if (
-        part["location"]["once"]
-        and tensor.shape[0] == 1
-        and all(action["kind"] == "Read" for action in part["actions"])
-    ):
-        return tensor.expand(rows, *tensor.shape[1:])
-    if tensor.shape[0] != rows:
-        raise PlanMismatchError(
-            f"the plan expects {rows} rows at {part['name']}, but the forward pass has {tensor.shape[0]}"
-        )
-    return tensor
 
 
 def branch_rows(action: Action, context: Context) -> range:
