@@ -1,14 +1,17 @@
-"""What a pipeline itself refuses about a call, told as an error of this library."""
+"""What a pipeline itself refuses about a call, or fails in, told as an error of this library."""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_lens.errors import DitLensError, PromptError
+from dit_lens.core.execution import execute
+from dit_lens.core.runs.values import in_packages
+from dit_lens.errors import DitLensError, ExecutionError, PromptError
 from dit_lens.families.layout import PlanMismatchError
 
 if TYPE_CHECKING:
@@ -21,8 +24,9 @@ OTHERS = (DitLensError, PlanMismatchError, torch.OutOfMemoryError)  # that say t
 def tell_refusals(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> Generator[None]:
     """Whatever fails inside before the first block of the transformer is the call's fault: a PromptError.
 
-    What embeds the arguments of the transformer takes what the call gave, such as embeddings of another width. Errors
-    from then on are those of the run: a function that ops apply, a callback, memory.
+    What embeds the arguments of the transformer takes what the call gave, such as embeddings of another width. What
+    fails from then on in the pipeline's own code, as with negative embeddings of another width, is an ExecutionError.
+    Functions of the user, such as those that ops apply, and a lack of memory raise their own errors.
 
     call: the keyword arguments of the pipeline.
     """
@@ -46,10 +50,19 @@ def tell_refusals(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> Generator
     try:
         yield
     except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError, RuntimeError) as problem:
-        if began or isinstance(problem, OTHERS) or getattr(problem, "__notes__", None):
+        if (
+            isinstance(problem, OTHERS)
+            or getattr(problem, "__notes__", None)
+            or (began and not _is_of_packages(problem))
+        ):
             raise
         tensors = _list_tensors(call) if entered else ""
         given = f": {tensors}, for a model of {transformer.dtype}" if tensors else ""
+        if began:
+            raise ExecutionError(
+                f"{type(pipe).__name__} fails in its own code ({type(problem).__name__}: {str(problem).rstrip('.')}). "
+                f"Nothing was kept of this run; change the arguments that concern it{given}."
+            ) from problem
         raise PromptError(
             f"{type(pipe).__name__} cannot be called like this: {str(problem).rstrip('.')}. Nothing was drawn yet; "
             f"change the arguments that concern it{given}."
@@ -57,6 +70,12 @@ def tell_refusals(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> Generator
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_of_packages(problem: Exception) -> bool:
+    """Whether nothing that a user wrote or gave took part in an error: all code in its traceback is of packages."""
+    files = {frame.f_code.co_filename for frame, _ in traceback.walk_tb(problem.__traceback__)}
+    return execute.__file__ not in files and all(map(in_packages, files))
 
 
 def _list_tensors(call: Mapping[str, Any]) -> str:

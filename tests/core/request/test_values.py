@@ -13,7 +13,7 @@ import torch
 from dit_lens import Apply, DiTLens, Read
 from dit_lens.errors import DitLensError, OpError, PromptError
 from tests import pipelines
-from tests.zoo.truth import ENTRIES
+from tests.zoo import truth
 
 CALL = {**pipelines.TRUE_CFG, "num_inference_steps": 2}
 
@@ -151,6 +151,20 @@ def test_what_does_not_fit_the_model_is_told_before_its_first_block(case, lens):
     assert lens.run(seed=3, **NOTHING).images
 
 
+@pytest.mark.parametrize("name", ["flux", "krea2", "kandinsky5"])
+def test_what_the_model_cannot_compute_with_is_told(name):
+    """Negative embeddings are looked at in the pass of their branch, and some positive ones inside the blocks."""
+    zoo, told = truth.zoo_of(name), []
+    for key, value in zoo.call.items():
+        if isinstance(value, torch.Tensor):
+            for other in (torch.cat([value, value], -1), value[None], value.int()):
+                try:
+                    zoo.lens.run(**{**zoo.call, "seed": 1, key: other})
+                except DitLensError as problem:
+                    told.append(str(problem))
+    assert any("fails in its own code" in message for message in told)
+
+
 @pytest.mark.parametrize("where", ["block", "callback", "transformer"])
 def test_errors_from_the_first_block_on_are_not_those_of_the_call(where, lens):
     """A module of the user's that fails in the last block, and a callback, say what they say."""
@@ -269,7 +283,7 @@ def test_generators_are_used_up_as_the_pipeline_does():
 
 
 def test_a_list_that_a_pipeline_overwrites():
-    entry = ENTRIES["zimage"]
+    entry = truth.ENTRIES["zimage"]
     lens = DiTLens(entry.build(), defaults={})
     call = {**entry.call(2), "num_inference_steps": 2}
     before = plain(call)
