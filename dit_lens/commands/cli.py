@@ -103,7 +103,13 @@ def _add_work(commands: Any) -> None:
     train.add_argument("name", choices=KINDS)
     train.add_argument("--out", type=Path, help="folder for checkpoints, samples and the finished pipeline")
     train.add_argument("--device", default="cpu")
-    train.add_argument("--minutes", type=float, default=120.0, help="training time, all stages together")
+    train.add_argument("--iterations", type=int, default=8000, help="of the transformer; the other stages have theirs")
+    train.add_argument(
+        "--until",
+        type=float,
+        help="end when this share of images is right in the attribute that is worst, such as 0.95",
+    )
+    train.add_argument("--keep-every", type=int, default=0, help="keep the transformer after every so many iterations")
     train.add_argument("--batch", type=int, default=16)
     train.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     train.add_argument("--seed", type=int, default=0)
@@ -192,7 +198,9 @@ def _train_toy(options: argparse.Namespace) -> int:
             raise StoreError("training needs a folder for its checkpoints. Pass --out DIR.")
         settings = Settings(
             seed=options.seed,
-            minutes=options.minutes,
+            iterations=options.iterations,
+            until=options.until,
+            keep_every=options.keep_every,
             device=options.device,
             batch=options.batch,
             rate=options.rate,

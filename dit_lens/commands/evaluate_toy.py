@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from dit_lens.analysis.metrics import wilson
 from dit_lens.core.runs.files import read_json, write_json, write_text
 from dit_lens.core.session import DEFAULTS_FILE
 from dit_lens.lens import DiTLens
 from dit_lens.toys.kinds import Kind, kind
-from dit_lens.toys.scenes import ATTRIBUTES, Scene, draw, recognise_scene, sample_scenes
+from dit_lens.toys.quality import measure_shares
+from dit_lens.toys.scenes import Scene, draw, sample_scenes
 from dit_lens.toys.stages import draw_batch
 
 PROMPTS = 200
@@ -48,9 +48,9 @@ def evaluate(folder: Path, *, prompts: int = PROMPTS, seed: int = 0) -> dict[str
     return {
         "prompts": prompts,
         "steps": lens.defaults["num_inference_steps"],
-        "generated": _measure_shares(scenes, images),
-        "drawn": _measure_shares(scenes, drawn),
-        "round trip": _measure_shares(scenes, _encode_and_decode(toy, lens, scenes, seed)),
+        "generated": measure_shares(scenes, images),
+        "drawn": measure_shares(scenes, drawn),
+        "round trip": measure_shares(scenes, _encode_and_decode(toy, lens, scenes, seed)),
         "bar": BAR,
     }
 
@@ -134,21 +134,6 @@ def _compare_to_bar(name: str, share: float) -> str:
     if name not in BAR:
         return "none"
     return f"{BAR[name]:.2f}, {'reached' if share >= BAR[name] else f'missed by {BAR[name] - share:.3f}'}"
-
-
-def _measure_shares(scenes: Sequence[Scene], images: Sequence[Image.Image]) -> dict[str, tuple[float, float, float]]:
-    """For every attribute, and for readability, the share of images that are right, with its Wilson interval."""
-    found = [recognise_scene(image).scene for image in images]
-    right = [scene.agreement(read) for scene, read in zip(scenes, found, strict=True)]
-    counts = {name: sum(one[name] for one in right) for name in ATTRIBUTES} | {
-        "readable": sum(read is not None for read in found)
-    }
-    return {name: _measure_share(count, len(images)) for name, count in counts.items()}
-
-
-def _measure_share(count: int, n: int) -> tuple[float, float, float]:
-    share, low, high = wilson(count, n)
-    return float(share), float(low), float(high)
 
 
 @torch.no_grad()

@@ -146,13 +146,12 @@ def describe_retraining(card: Mapping[str, Any]) -> list[str]:
     if training["seed"] == 0:
         return []
     name = f"{card['toy']}-seed{training['seed']}"
-    minutes = round(sum(stage["seconds"] for stage in training["stages"].values()) / 60)
+    iterations = training["stages"]["transformer"]["iterations"]
     return [
         (
-            f"Its weights are not in the repository. `{train_command(name)} --minutes {minutes}` trains it anew from "
-            f"the same beginning, for as many iterations as the machine does in that time; it was trained on "
-            f'{training["hardware"]}. `DiTLens.toy("{name}")` loads it when `DIR/pipeline` is moved to `toys/{name}` '
-            "of a checkout."
+            f"Its weights are not in the repository. `{train_command(name)} --iterations {iterations}` trains it anew "
+            f"from the same beginning; it was trained on {training['hardware']}. "
+            f'`DiTLens.toy("{name}")` loads it when `DIR/pipeline` is moved to `toys/{name}` of a checkout.'
         ),
         "",
     ]

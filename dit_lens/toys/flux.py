@@ -8,7 +8,6 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from dit_lens.toys import kinds
 from dit_lens.toys.scenes import PIXELS, VOCABULARY
 from dit_lens.toys.tokens import make_tokenizer
 
@@ -26,7 +25,6 @@ SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>
 FIRST_WORD = 0
 # sigma' = s sigma / (1 + (s - 1) sigma) puts more steps at high noise (Esser et al., arXiv 2403.03206, eq. 23).
 SHIFT = 3.0
-SHARES = kinds.SHARES
 
 CALL = {
     "height": PIXELS,

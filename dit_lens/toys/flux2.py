@@ -13,7 +13,6 @@ from diffusers import (
 )
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from dit_lens.toys import kinds
 from dit_lens.toys.scenes import PIXELS, VOCABULARY
 from dit_lens.toys.tokens import make_tokenizer
 
@@ -41,7 +40,6 @@ CHAT = (
 )
 FIRST_WORD = 3  # after <|im_start|>, "user" and a line break
 SHIFT = 3.0
-SHARES = kinds.SHARES
 
 CALL = {
     "height": PIXELS,

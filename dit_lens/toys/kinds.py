@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 KINDS = ("flux", "flux2", "qwen-image", "sana")
-SHARES = {"text": 0.02, "autoencoder": 0.06, "transformer": 0.92}  # stage -> share of the training time
 
 
 class Kind(Protocol):
@@ -25,7 +24,6 @@ class Kind(Protocol):
     SHIFT: shift of the noise schedule, in training and in the scheduler.
     FIRST_WORD: index of the caption's first word among the words of :meth:`features`.
     TEXT_WIDTH: width of the features of a word.
-    SHARES: stage -> share of the training time.
     """
 
     TITLE: str
@@ -34,7 +32,6 @@ class Kind(Protocol):
     SHIFT: float
     FIRST_WORD: int
     TEXT_WIDTH: int
-    SHARES: dict[str, float]
 
     def build(self, seed: int = 0, /) -> DiffusionPipeline:
         """Builds the untrained pipeline."""

@@ -42,7 +42,6 @@ WORDS = tuple(dict.fromkeys(["\n", *TEMPLATE.split(), *VOCABULARY]))
 FIRST_WORD = 0
 SHIFT = 3.0
 # Its autoencoder pads an image to a video of three frames, so it takes three times as long.
-SHARES = {"text": 0.02, "autoencoder": 0.14, "transformer": 0.84}
 
 CALL = {
     "height": PIXELS,

@@ -10,7 +10,6 @@ from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, 
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from transformers import Gemma2Config, Gemma2Model
 
-from dit_lens.toys import kinds
 from dit_lens.toys.scenes import PIXELS, VOCABULARY
 from dit_lens.toys.tokens import make_tokenizer
 
@@ -28,7 +27,6 @@ TEXT_TOKENS = 16  # <bos>, the ten words of a caption, and masked padding
 SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
 FIRST_WORD = 1
 SHIFT = 3.0
-SHARES = kinds.SHARES
 
 CALL = {
     "height": PIXELS,

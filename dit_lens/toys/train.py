@@ -1,14 +1,17 @@
 """Trains a toy from scratch on images that are drawn during training: text encoders, autoencoder, then transformer.
 
-Every random number depends on (seed, stage, iteration) only, so a run that was interrupted and resumed from its last
-checkpoint gives the same result as one that was not.
+Every random number and learning rate depends on (seed, stage, iteration) only, so a run that was interrupted and
+resumed from its last checkpoint gives the same result as one that was not, and so does a slower machine.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,21 +23,28 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dit_lens.arguments.checks import checked_fields
+from dit_lens.arguments.numbers import check_number
 from dit_lens.core.request.call import prepare_call
 from dit_lens.core.runs.files import find_folder, read_json, report_damage, report_unwritten, whole_folder, write_json
 from dit_lens.errors import DitLensError, StoreError
-from dit_lens.toys.kinds import SHARES, kind
-from dit_lens.toys.scenes import VOCABULARY, sample_scenes
+from dit_lens.toys import quiet_loading
+from dit_lens.toys.kinds import kind
+from dit_lens.toys.quality import measure_shares
+from dit_lens.toys.scenes import VOCABULARY, Scene, sample_scenes
 from dit_lens.toys.stages import STAGES, Stage, normalise_latents
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+ITERATIONS = {"text": 2000, "autoencoder": 1200}  # of the stages before the transformer's
 EMA = 0.998  # decay of the moving average of the weights
 WARMUP = 100  # iterations in which the learning rate rises
-STABLE = 0.65  # share of a stage after which the learning rate falls
+STABLE = 0.65  # share of a stage's iterations after which the learning rate falls
 CHECKPOINT_SECONDS = 120.0
 SAMPLE_SECONDS = 900.0
+MEASURE_EVERY = 500  # iterations between two measurements for --until
+MEASURED = 64  # held-out prompts of one
+NAMES = [stage.name for stage in STAGES]
 
 
 @checked_fields
@@ -43,7 +53,10 @@ class Settings:
     """Settings of a training run; stored with its checkpoints and in the model card.
 
     seed: seed of the initial weights and of all random numbers.
-    minutes: training time of all stages together.
+    iterations: of the transformer's stage.
+    until: share of right answers at which the transformer's training ends earlier, for the attribute that is worst in
+      images of held-out prompts; None: never.
+    keep_every: iterations after which the transformer is kept in ``kept``, as it is then; 0: never.
     device: name of the device, such as "cpu" or "cuda".
     batch: number of images per iteration.
     rate: learning rate before it falls.
@@ -51,11 +64,20 @@ class Settings:
     """
 
     seed: int = 0
-    minutes: float = 120.0
+    iterations: int = 8000
+    until: float | None = None
+    keep_every: int = 0
     device: str = "cpu"
     batch: int = 16
     rate: float = 1e-3
     toy: str = "flux"
+
+    def __post_init__(self) -> None:
+        check_number("iterations", self.iterations, 1)
+        check_number("batch", self.batch, 1)
+        check_number("keep_every", self.keep_every, 0)
+        check_number("rate", self.rate, 0, open_ends=True)
+        check_number("until", 1.0 if self.until is None else self.until, 0, 1)
 
 
 @dataclass
@@ -65,25 +87,25 @@ class Progress:
     iteration: number of finished iterations.
     seconds: training time so far, without interruptions.
     loss: moving average of the loss.
-    done: whether the stage has used its time.
     sampled: value of ``seconds`` when sample images were last drawn.
+    reached: whether the quality was reached that ends the stage earlier.
     """
 
     iteration: int = 0
     seconds: float = 0.0
     loss: float = float("nan")
-    done: bool = False
     sampled: float = 0.0
+    reached: bool = False
 
 
 def train(out: Path, settings: Settings, *, resume: bool = False) -> DiffusionPipeline:
     """Trains a toy and returns its pipeline.
 
-    out: folder to write: ``checkpoint-*``, ``samples``, and at the end ``pipeline``.
+    out: folder to write: ``checkpoint-*``, ``samples``, ``kept``, and at the end ``pipeline``.
     settings: settings of the run.
     resume: continues from the checkpoints in ``out``. Without it, StoreError is raised if there are any.
     """
-    if not resume and any(find_folder(out / f"checkpoint-{name}").exists() for name in SHARES):
+    if not resume and any(find_folder(out / f"checkpoint-{name}").exists() for name in NAMES):
         raise StoreError(
             f"{out} holds the checkpoints of a training run. Pass --resume to continue it, or choose another folder."
         )
@@ -94,52 +116,49 @@ def train(out: Path, settings: Settings, *, resume: bool = False) -> DiffusionPi
         torch.manual_seed(settings.seed + number)
         pipe.transformer.requires_grad_(stage_class.name == "transformer")
         stage = stage_class(toy, pipe)
-        history[stage.name] = fit(stage, pipe, out, settings, last=number == 2)
+        history[stage.name] = fit(stage, pipe, out, settings)
         if stage.name == "autoencoder":
             normalise_latents(toy, pipe)
     return export(pipe, out, settings, history)
 
 
-def fit(stage: Stage, pipe: DiffusionPipeline, out: Path, settings: Settings, *, last: bool) -> Progress:
+def fit(stage: Stage, pipe: DiffusionPipeline, out: Path, settings: Settings) -> Progress:
     """Trains one stage: AdamW with warm-up, a constant rate and cosine decay; moving average (EMA) of the weights.
 
     stage: the stage to train; its modules have the averaged weights at the end.
     pipe: pipeline that the stage belongs to, for sample images.
     out: folder to write; a checkpoint every two minutes.
-    settings: settings of the run.
-    last: whether this is the last stage, which alone continues to train if a finished run is resumed with more minutes.
+    settings: settings of the run. A finished run that is resumed with more iterations trains its transformer further.
     """
-    toy = kind(settings.toy)
-    folder = out / f"checkpoint-{stage.name}"
+    folder, last = out / f"checkpoint-{stage.name}", stage.name == "transformer"
     optimizer = torch.optim.AdamW(stage.net.parameters(), settings.rate, betas=(0.9, 0.99), weight_decay=0.01)
     ema = {name: value.clone() for name, value in stage.net.state_dict().items()}
     progress = _restore(find_folder(folder), stage.net, ema, optimizer, settings)
-    budget = 60 * settings.minutes * toy.SHARES[stage.name]
-    saved = progress.seconds
+    total, saved = settings.iterations if last else ITERATIONS[stage.name], progress.seconds
     stage.net.train()
-    with tqdm(
-        total=round(budget), initial=round(min(progress.seconds, budget)), unit="s", desc=stage.name, leave=True
-    ) as bar:
-        while progress.seconds < budget and not (progress.done and not last):
+    if last and progress.iteration == 0:
+        _keep(pipe, ema, out, settings, 0)
+    with tqdm(total=total, initial=min(progress.iteration, total), desc=stage.name, leave=True) as bar:
+        while progress.iteration < total and not progress.reached:
             start = time.monotonic()
-            share = progress.seconds / budget
-            optimizer.param_groups[0]["lr"] = settings.rate * _rate_factor(progress.iteration, share)
+            optimizer.param_groups[0]["lr"] = settings.rate * _rate_factor(progress.iteration, total)
             loss = _step(stage, optimizer, settings, progress.iteration)
             _update_average(ema, stage.net, progress.iteration)
             progress.iteration += 1
             progress.loss = loss if math.isnan(progress.loss) else 0.98 * progress.loss + 0.02 * loss
             progress.seconds += time.monotonic() - start
-            progress.done = progress.seconds >= budget
-            bar.update(max(0, round(min(progress.seconds, budget)) - bar.n))
-            bar.set_postfix(iteration=progress.iteration, loss=f"{progress.loss:.4f}")
-            if progress.done or progress.seconds - saved > CHECKPOINT_SECONDS:
+            bar.update()
+            bar.set_postfix(loss=f"{progress.loss:.4f}")
+            if last:
+                _keep(pipe, ema, out, settings, progress.iteration)
+                progress.reached = _is_reached(pipe, ema, settings, progress.iteration)
+            ends = progress.iteration == total or progress.reached
+            if ends or progress.seconds - saved > CHECKPOINT_SECONDS:
                 saved = progress.seconds
                 _save_checkpoint(folder, stage.net, ema, optimizer, progress, settings)
-                if stage.name == "transformer" and (
-                    progress.done or progress.seconds - progress.sampled > SAMPLE_SECONDS
-                ):
-                    progress.sampled = progress.seconds
-                    _draw_samples(pipe, ema, out / "samples" / f"{progress.iteration:06d}.png", toy.CALL)
+            if last and (ends or progress.seconds - progress.sampled > SAMPLE_SECONDS):
+                progress.sampled = progress.seconds
+                _save_samples(pipe, ema, out / "samples" / f"{progress.iteration:06d}.png", settings)
     stage.net.load_state_dict(ema)
     stage.net.eval().requires_grad_(False)
     return progress
@@ -153,7 +172,7 @@ def export(pipe: DiffusionPipeline, out: Path, settings: Settings, history: dict
     settings: settings of the run.
     history: name of a stage -> its final progress, for the model card.
     """
-    with whole_folder(out / "pipeline", mark="model_index.json") as folder:
+    with whole_folder(out / "pipeline", mark="model_index.json") as folder, quiet_loading():
         pipe.save_pretrained(folder)
         pipe.transformer.half().save_pretrained(folder / "transformer")
         pipe.transformer.float()
@@ -181,15 +200,15 @@ def hardware(device: str) -> str:
     return f"{threads} CPU thread{'' if threads == 1 else 's'} ({platform.machine()})"
 
 
-def _rate_factor(iteration: int, share: float) -> float:
-    """Returns the learning rate relative to its maximum. share: share of the stage's time that is over."""
-    decay = min(1.0, max(0.0, (share - STABLE) / (1 - STABLE)))
+def _rate_factor(iteration: int, total: int) -> float:
+    """Returns the learning rate relative to its maximum. total: iterations of the stage."""
+    decay = min(1.0, max(0.0, (iteration / total - STABLE) / (1 - STABLE)))
     return min(1.0, (iteration + 1) / WARMUP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * decay)))
 
 
 def _step(stage: Stage, optimizer: torch.optim.Optimizer, settings: Settings, iteration: int) -> float:
     """Trains on one batch and returns its loss. Raises DitLensError if the loss is not finite."""
-    number = list(SHARES).index(stage.name)
+    number = NAMES.index(stage.name)
     seed = int(np.random.SeedSequence([settings.seed, number, iteration]).generate_state(1)[0])
     scenes = sample_scenes(settings.batch, seed=seed)
     loss = stage.loss(scenes, seed, torch.Generator().manual_seed(seed))
@@ -282,29 +301,60 @@ def _load_checkpoint(
     return progress
 
 
-@torch.no_grad()
-def _draw_samples(pipe: DiffusionPipeline, ema: dict[str, Tensor], path: Path, defaults: dict[str, Any]) -> None:
-    """Saves a strip of held-out scenes, drawn with the averaged weights.
-
-    pipe: the pipeline in training; its own weights are restored.
-    ema: name -> averaged weight of the transformer.
-    path: PNG file to write.
-    defaults: arguments of the pipeline's call.
-    """
-    from PIL import Image
-
+@contextmanager
+def _averaged(pipe: DiffusionPipeline, ema: dict[str, Tensor]) -> Generator[None]:
+    """The transformer has its averaged weights inside. ema: name -> averaged weight."""
     training = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
     pipe.transformer.load_state_dict(ema)
-    pipe.set_progress_bar_config(disable=True)
-    captions = [scene.caption for scene in sample_scenes(8, seed=0, held_out=True)]
-    call = prepare_call(
-        pipe, captions, seed=[0] * 8, num_inference_steps=None, defaults=defaults, vocabulary=VOCABULARY, call={}
-    )
-    images = pipe(**call.keywords()).images
-    pipe.transformer.load_state_dict(training)
+    try:
+        yield
+    finally:
+        pipe.transformer.load_state_dict(training)
+
+
+def _keep(pipe: DiffusionPipeline, ema: dict[str, Tensor], out: Path, settings: Settings, iteration: int) -> None:
+    """Writes the averaged transformer, in half precision, to a folder of its own where it is due."""
+    if not settings.keep_every or iteration % settings.keep_every:
+        return
+    folder = out / "kept" / f"{iteration:06d}"
+    with _averaged(pipe, ema), whole_folder(folder, mark="config.json") as fresh, quiet_loading():
+        copy.deepcopy(pipe.transformer).half().save_pretrained(fresh)
+
+
+def _is_reached(pipe: DiffusionPipeline, ema: dict[str, Tensor], settings: Settings, iteration: int) -> bool:
+    """Whether images of held-out prompts are good enough to end; measured where it is due."""
+    if settings.until is None or iteration % MEASURE_EVERY:
+        return False
+    scenes = sample_scenes(MEASURED, seed=1, held_out=True)
+    images = [image for i in range(0, MEASURED, 8) for image in _draw(pipe, ema, scenes[i : i + 8], settings)]
+    return min(share for share, *_ in measure_shares(scenes, images).values()) >= settings.until
+
+
+def _save_samples(pipe: DiffusionPipeline, ema: dict[str, Tensor], path: Path, settings: Settings) -> None:
+    """Saves a strip of held-out scenes. path: PNG file to write."""
+    from PIL import Image
+
+    images = _draw(pipe, ema, sample_scenes(8, seed=0, held_out=True), settings)
     strip = Image.new("RGB", (sum(image.width for image in images), images[0].height))
     for i, image in enumerate(images):
         strip.paste(image, (i * image.width, 0))
     with report_unwritten(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         strip.save(path)
+
+
+@torch.no_grad()
+def _draw(pipe: DiffusionPipeline, ema: dict[str, Tensor], scenes: list[Scene], settings: Settings) -> list[Any]:
+    """Images of scenes, drawn with the averaged weights and the same noise. ema: name -> averaged weight."""
+    call = prepare_call(
+        pipe,
+        [scene.caption for scene in scenes],
+        seed=[0] * len(scenes),
+        num_inference_steps=None,
+        defaults=kind(settings.toy).CALL,
+        vocabulary=VOCABULARY,
+        call={},
+    )
+    pipe.set_progress_bar_config(disable=True)
+    with _averaged(pipe, ema):
+        return pipe(**call.keywords()).images

@@ -15,15 +15,16 @@ from dit_lens.toys.kinds import KINDS, kind
 from dit_lens.toys.stages import TransformerStage
 from dit_lens.toys.train import Settings
 
-SETTINGS = Settings(minutes=0.06, batch=2)  # with the clock below, the stages take 1, 1 and 7 iterations
+SETTINGS = Settings(iterations=7, batch=2)
 
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
-    """Every iteration takes half a second, so that the schedule is the same in every run."""
+    """Every iteration takes half a second, so that a checkpoint is written after two."""
     ticks = itertools.count()
     monkeypatch.setattr(train.time, "monotonic", lambda: next(ticks) / 2)
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.9)
+    monkeypatch.setattr(train, "ITERATIONS", {"text": 1, "autoencoder": 1})
     for toy in map(kind, KINDS):
         monkeypatch.setattr(toy, "CALL", {**toy.CALL, "num_inference_steps": 1})
 
@@ -69,20 +70,44 @@ def test_a_resumed_run_gives_the_result_of_one_without_interruption(tmp_path):
     assert read_json(tmp_path / "whole" / "pipeline" / "dit_lens.json", "card")["quality"]["prompts"] == 2
 
 
-def test_more_minutes_train_only_the_last_stage_further(tmp_path):
+def test_more_iterations_train_only_the_last_stage_further(tmp_path):
     train.train(tmp_path, SETTINGS)
-    before = {name: load_file(tmp_path / f"checkpoint-{name}" / "weights.safetensors") for name in train.SHARES}
-    train.train(tmp_path, Settings(minutes=0.08, batch=2), resume=True)
-    after = {name: load_file(tmp_path / f"checkpoint-{name}" / "weights.safetensors") for name in train.SHARES}
+    before = {name: load_file(tmp_path / f"checkpoint-{name}" / "weights.safetensors") for name in train.NAMES}
+    train.train(tmp_path, Settings(iterations=9, batch=2), resume=True)
+    after = {name: load_file(tmp_path / f"checkpoint-{name}" / "weights.safetensors") for name in train.NAMES}
     changed = {
         name: any(not torch.equal(before[name][key], after[name][key]) for key in before[name]) for name in before
     }
     assert changed == {"text": False, "autoencoder": False, "transformer": True}
 
 
+def test_transformers_are_kept_along_the_way(tmp_path):
+    train.train(tmp_path, Settings(iterations=4, batch=2, keep_every=2))
+    kept = sorted((tmp_path / "kept").glob("[0-9]*"))
+    assert [folder.name for folder in kept] == ["000000", "000002", "000004"]
+    first, *_, last = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in kept)
+    built = kind("flux").build(0).transformer.half().state_dict()
+    assert all(torch.equal(first[name], built[name]) for name in built)
+    final = load_file(tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(last[name], final[name]) for name in final)
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+
+
+def test_training_ends_when_the_quality_is_reached(tmp_path, monkeypatch):
+    """The share of the worst attribute, measured after every second iteration: 0.5, 0.9, 1.0."""
+    shares = iter([0.5, 0.9, 1.0])
+    monkeypatch.setattr(train, "MEASURE_EVERY", 2)
+    monkeypatch.setattr(train, "MEASURED", 2)
+    monkeypatch.setattr(train, "measure_shares", lambda *_: {"size": (1.0, 0, 1), "shape": (next(shares), 0, 1)})
+    settings = Settings(iterations=50, batch=2, until=0.9)
+    train.train(tmp_path, settings)
+    train.train(tmp_path, settings, resume=True)  # finished: nothing is left to do
+    assert read_json(tmp_path / "checkpoint-transformer" / "progress.json", "progress")["progress"]["iteration"] == 4
+
+
 @pytest.mark.parametrize("name", KINDS[1:])
 def test_the_other_toys_are_trained_the_same_way(tmp_path, name):
-    train.train(tmp_path, Settings(minutes=0.04, batch=2, toy=name))
+    train.train(tmp_path, Settings(iterations=4, batch=2, toy=name))
     assert list((tmp_path / "samples").glob("*.png"))
     lens = DiTLens.from_pretrained(tmp_path / "pipeline")
     assert lens.defaults == kind(name).CALL

@@ -304,7 +304,16 @@ def _stored(folder):
         "toys.untrained": (None, {"name": "flux"}),
         "toys.train.Settings": (
             Settings,
-            {"seed": 0, "minutes": 1.0, "device": "cpu", "batch": 4, "rate": 1e-3, "toy": "flux"},
+            {
+                "seed": 0,
+                "iterations": 10,
+                "until": 0.9,
+                "keep_every": 5,
+                "device": "cpu",
+                "batch": 4,
+                "rate": 1e-3,
+                "toy": "flux",
+            },
         ),
         "recommend": (None, {"path_or_pipe": dl.toys.path("flux"), "gb": 24, "images": 1, "side": 64}),
         "DiTLens.from_pretrained": (None, {"path": "nowhere"}),
