@@ -219,7 +219,7 @@ class Session:
         provenance = {**describe(self.pipe, self.family), **self.engine.provenance}
         run = assemble(ops, plan, stores, outputs, make_spec(prepared, ops), provenance)
         if record:
-            run.recording = make_recording(called, state, self.pipe, stores[0]["answers"])
+            run.recording = make_recording(called, state, self.pipe, stores[0])
         return run
 
     def trace(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Trace:

@@ -23,6 +23,16 @@ from dit_lens.families.layout import (
 if TYPE_CHECKING:
     from dit_lens.families.locations import ImageTokens, Location, ReadoutRule
 
+COLUMNS = 251  # sums that are made of a tensor's bits
+
+
+def sum_bits(tensor: Tensor) -> Tensor:
+    """Sums of every 251st element, as integers: a prime, so that exchanged rows or columns fall into other sums."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+    bits = tensor.contiguous().flatten().view(integers[tensor.element_size()])
+    whole = bits.numel() // COLUMNS * COLUMNS
+    return torch.cat([bits[:whole].view(-1, COLUMNS).sum(0, dtype=torch.int64), bits[whole:].long()])
+
 
 def compute_gate(value: Tensor, location: Location, module: Any) -> Tensor:
     """What a tensor is multiplied by before it is added to the residual: [row, 1 or token, channel].

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from dit_lens.families.layout import PlanMismatchError, argument
+from dit_lens.families.tensors import sum_bits
 
 if TYPE_CHECKING:
     from dit_lens.core.plan.program import Action, Forward, Part, Program
@@ -78,6 +80,47 @@ def check_rows(given: int, rows: int, forward: Forward) -> None:
             f"({' and '.join(forward['branches'])} of {rows} {'image' if rows == 1 else 'images'}), but the "
             f"transformer is given {given}. Does a callback end guidance, or change the batch?"
         )
+
+
+def sum_arguments(arguments: tuple[tuple, dict]) -> dict[str, list[Any]]:
+    """What changes with any bit that a forward pass is given. Sums stay where the tensors are, so nothing waits.
+
+    Returns name of the argument -> for every value in it (precision, shape, sums), or the value itself if it is plain.
+    """
+    args, kwargs = arguments
+    named = {f"argument {i}": value for i, value in enumerate(args)} | kwargs
+    return {name: [sum_value(leaf) for leaf in tree_leaves(value)] for name, value in named.items()}
+
+
+def sum_value(value: Any) -> Any:
+    """A tensor's precision, shape and sums of its bits; of an object its class."""
+    if isinstance(value, Tensor):
+        return (str(value.dtype), tuple(value.shape), sum_bits(value.detach()))
+    return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
+
+
+def check_recorded(given: dict[str, list[Any]], recorded: dict[str, list[Any]], forward: Forward) -> None:
+    """Fails where a forward pass is given something else than the recorded one, which stands in its place.
+
+    given, recorded: as :func:`sum_arguments` makes them.
+    forward: the pass that is expected.
+    """
+    odd = [name for name in {**recorded, **given} if not is_same(given.get(name), recorded.get(name))]
+    if odd:
+        raise PlanMismatchError(
+            f"the transformer was given other {', '.join(odd)} in step {forward['step']} "
+            f"({' and '.join(forward['branches'])}) when the run of prefix= was recorded. A function or a hook that "
+            "the pipeline calls was changed since, or computes something else each time. Record it again"
+        )
+
+
+def is_same(given: Any, recorded: Any) -> bool:
+    """Whether sums are equal, wherever they lie."""
+    if isinstance(given, Tensor) and isinstance(recorded, Tensor):
+        return torch.equal(given.cpu(), recorded.cpu())
+    if isinstance(given, list | tuple) and isinstance(recorded, list | tuple):
+        return len(given) == len(recorded) and all(map(is_same, given, recorded))
+    return bool(given == recorded)
 
 
 def is_exact(value: Any) -> bool:

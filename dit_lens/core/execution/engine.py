@@ -262,7 +262,7 @@ def run_traced(
     reads: receives what is read.
     """
     with open_trace(**call) as tracer:
-        store: Store = {"reads": reads, "masks": {}, "touched": [], "clock": [], "grid": [], "answers": []}
+        store: Store = {"reads": reads, "masks": {}, "touched": [], "clock": [], "grid": [], "answers": [], "given": []}
         nnsight.save(store)
         results = []
         nnsight.save(results)

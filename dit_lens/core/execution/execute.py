@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dit_lens.core.execution.comparisons import Moment, check_rows, check_sizes, match_rows, read_clock
+from dit_lens.core.execution.comparisons import (
+    Moment,
+    check_recorded,
+    check_rows,
+    check_sizes,
+    match_rows,
+    read_clock,
+    sum_arguments,
+)
 from dit_lens.core.request.ops import EDITS, Edit
 from dit_lens.core.request.reduce import reduce_tokens
 from dit_lens.families.layout import (
@@ -109,6 +117,10 @@ def execute(model: Any, tracer: Any, program: Program, payload: dict[str, Any], 
         began = first.setdefault(tuple(forward["branches"]), text)
         if is_by_words(forward):
             check_text(text, began, f"step {forward['step']} ({' and '.join(forward['branches'])})")
+        if program["record"]:
+            store["given"].append(sum_arguments(arguments))
+        if program["replayed"] and number <= program["replayed"].stop:  # the next pass follows from those before it
+            check_recorded(sum_arguments(arguments), payload["given"][number], forward)
         if number in program["replayed"]:
             model.get(denoiser).skip(move_answer(payload["answers"][number], arguments))
         store["grid"][:] = image.grid

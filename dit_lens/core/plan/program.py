@@ -121,6 +121,7 @@ class Store(TypedDict):
     clock: for every forward pass (step, first branch, timestep, sigma).
     grid: image tokens of the last forward pass.
     answers: what the transformer returned, where it was to be recorded.
+    given: what it was given then, as numbers that change with any bit of it: argument -> one for each tensor in it.
     """
 
     reads: dict[tuple[int, str, int, str, int], Tensor]
@@ -129,3 +130,4 @@ class Store(TypedDict):
     clock: list[tuple[int, str, float, float]]
     grid: list[int]
     answers: list[Any]
+    given: list[dict[str, list[Any]]]

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
 from dit_lens.core.request.ops import Op, Read
-from dit_lens.core.runs.provenance import sum_bits
 from dit_lens.core.runs.run import Recording
 from dit_lens.core.runs.state import capture_settings, capture_state, list_differences
 from dit_lens.errors import OpError
+from dit_lens.families.tensors import sum_bits
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from dit_lens.core.plan.compile import Plan
-    from dit_lens.core.plan.program import Program
+    from dit_lens.core.plan.program import Program, Store
     from dit_lens.core.request.call import Call
     from dit_lens.families import Family
 
@@ -79,7 +80,8 @@ def replay_answers(
     # A pipeline whose first step fills a cache has to compute it, or later steps would find the cache empty.
     filling = sum(forward["step"] == 0 for forward in forwards) if family.pipeline(type(pipe)).caches else 0
     program: Program = {**plan.program, "replayed": range(filling, first)}
-    return replace(plan, program=program, payload={**plan.payload, "answers": recording.answers})
+    recorded = {"answers": recording.answers, "given": recording.given}
+    return replace(plan, program=program, payload={**plan.payload, **recorded})
 
 
 def call_values(call: Call) -> dict[str, Any]:
@@ -101,15 +103,17 @@ def model_state(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 def make_recording(
-    call: Mapping[str, Any], state: Mapping[str, Any], pipe: DiffusionPipeline, answers: list[Any]
+    call: Mapping[str, Any], state: Mapping[str, Any], pipe: DiffusionPipeline, store: Store
 ) -> Recording:
     """What ``prefix=`` needs of a run that ended just now.
 
     call, state: what it was called with, and what else decided the answers, before it.
+    store: what the executor left of it.
     """
+    answers, given = store["answers"], tree_map_only(torch.Tensor, torch.Tensor.cpu, store["given"])
     # What the run changed by itself, such as what an autoencoder remembers, differs from then on.
     passing = list_differences(state, capture_settings(pipe))
-    return Recording(dict(call), dict(state), pipe.transformer, answers, sum_answers(answers), passing)
+    return Recording(dict(call), dict(state), pipe.transformer, answers, given, sum_answers(answers), passing)
 
 
 def sum_answers(answers: Any) -> list[str]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dit_lens.families.tensors import sum_bits
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import nn
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from dit_lens.families import Family
 
 SAMPLED = 4096  # elements of a weight, about
-COLUMNS = 251  # sums that are made of a weight
 ADAPTER = ("scaling", "active_adapters", "disable_adapters", "merged")  # of a layer of peft
 PACKAGES = ("dit-lens", "torch", "diffusers", "transformers", "nnsight")
 
@@ -94,14 +95,6 @@ def checksum(module: nn.Module, *, computed: bool = True) -> str | None:
         return None
     sums = [" ".join(map(str, total.tolist())) for total in [sum_bits(tensor) for tensor in tensors]]
     return digest("\n".join(sums).encode())
-
-
-def sum_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums of every 251st element, as integers: a prime, so that exchanged rows or columns fall into other sums."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
-    bits = tensor.contiguous().flatten().view(integers[tensor.element_size()])
-    whole = bits.numel() // COLUMNS * COLUMNS
-    return torch.cat([bits[:whole].view(-1, COLUMNS).sum(0, dtype=torch.int64), bits[whole:].long()])
 
 
 def _computed_buffers(module: nn.Module) -> set[str]:

@@ -51,6 +51,7 @@ class Recording:
     state: what else decided the answers: weights, adapters, the scheduler, settings and functions.
     transformer: the model that answered.
     answers: one for each forward pass, as the pipeline received them, on the model's device.
+    given: for each forward pass the arguments of the transformer, by name: numbers that change with any bit of them.
     sums: texts that change with any bit of the answers.
     passing: what of the state the run changed by itself.
     """
@@ -59,6 +60,7 @@ class Recording:
     state: dict[str, Any]
     transformer: nn.Module
     answers: list[Any]
+    given: list[dict[str, list[Any]]]
     sums: list[str]
     passing: list[str]
 
