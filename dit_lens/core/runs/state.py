@@ -2,13 +2,15 @@
 
 Settings are the plain attributes of modules, of what they hold and of the tokenizers. Functions are hooks, and methods
 that somebody put in the place of a package's. A run in the same process compares functions by identity; a study, which
-goes on in other processes and on other machines, by what they do.
+goes on in other processes and on other machines, by what they do. What packages keep to themselves, in names that begin
+with an underscore or speak of a cache, comes and goes with runs; in a user's own classes it counts.
 """
 
 from __future__ import annotations
 
 import enum
 import functools
+import inspect
 import json
 import sys
 from collections import defaultdict
@@ -20,8 +22,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from dit_lens.core.runs.names import find_named, find_referred
 from dit_lens.core.runs.provenance import checksum, describe_adapters, describe_scheduler, digest, find_modules
-from dit_lens.core.runs.values import PLAIN, Reader, is_own
+from dit_lens.core.runs.values import PLAIN, Reader, is_installed, is_own, list_mentioned
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -168,7 +171,7 @@ class _Look:
         kind = type(part)
         self._kinds[kind] = None
         for attribute, value in attributes.items():
-            if attribute in _OF_MODULES or self._passes(attribute):
+            if attribute in _OF_MODULES or self._passes(attribute, kind):
                 continue
             if attribute == "_diffusers_hook":
                 self._hook_registry(kind.__name__, value)
@@ -177,7 +180,9 @@ class _Look:
                 if not (attribute == "forward" and "_hf_hook" in attributes):  # accelerate's, which moves weights
                     self._functions[f"{name}.{attribute}"] = value
             elif not isinstance(value, nn.Module):
-                self.found[kind.__name__, attribute].append(value if isinstance(value, _PLAIN) else self.plain(value))
+                self.found[kind.__name__, attribute].append(
+                    value if isinstance(value, _PLAIN) else self.plain(value, kind)
+                )
         if "_hf_hook" in attributes and isinstance(before := attributes.get("_old_forward"), FunctionType):
             self._functions[f"{name}.forward"] = before
 
@@ -218,19 +223,26 @@ class _Look:
         for hooks in ("_global_forward_pre_hooks", "_global_forward_hooks"):
             for i, hook in enumerate(getattr(nn.modules.module, hooks).values()):
                 found[f"every module {hooks[8:-1]} {i}"] = hook
-        for kind in {base: None for one in self._kinds for base in one.__mro__ if base is not object}:
+        bases = {base: None for one in self._kinds for base in one.__mro__ if base is not object}
+        for kind in bases:
             for name, value in vars(kind).items():
                 if isinstance(value, FUNCTIONS) or (not self._portable and isinstance(value, _PLAIN)):
                     found[f"{kind.__module__}.{kind.__qualname__}.{name}"] = value
-        return found
+        return found | find_named(bases, portable=self._portable) | ({} if self._portable else find_referred(found))
 
     @staticmethod
-    def _passes(attribute: str) -> bool:
-        own = attribute[0] == "_" and attribute not in _DECIDING
-        return own or attribute in _PASSING or "cache" in attribute
+    def _passes(attribute: str, kind: type) -> bool:
+        """Whether an attribute of an object of a class decides nothing, or comes and goes by itself."""
+        if attribute in _PASSING:
+            return True
+        private = attribute[0] == "_" and attribute not in _DECIDING
+        return (private or "cache" in attribute) and not _is_read_by_own(kind, attribute)
 
-    def plain(self, value: Any, depth: int = 0) -> Any:
-        """A value as plain data: an object by its class and attributes, a function by its name."""
+    def plain(self, value: Any, owner: type = object, depth: int = 0) -> Any:
+        """A value as plain data: an object by its class and attributes, a function by its name.
+
+        owner: the class of the object that holds it.
+        """
         if isinstance(value, _PLAIN):
             return value
         if isinstance(value, torch.Tensor | np.ndarray):
@@ -244,22 +256,25 @@ class _Look:
         if (seen := self._seen.get(id(value))) is not None:
             return seen[1]
         self._seen[id(value)] = value, type(value).__name__  # where it holds itself
-        made = self._inside(value, depth + 1)
+        made = self._inside(value, depth + 1, owner)
         self._seen[id(value)] = value, made
         return made
 
-    def _inside(self, value: Any, depth: int) -> Any:
+    def _inside(self, value: Any, depth: int, owner: type) -> Any:
         if not self._portable and isinstance(value, dict | list | tuple | set) and len(value) > LARGEST:
             return [id(value), len(value)]
         if isinstance(value, Mapping):
-            return {str(k): self.plain(v, depth) for k, v in value.items() if not self._passes(str(k) or " ")}
+            return {
+                str(k): self.plain(v, owner, depth) for k, v in value.items() if not self._passes(str(k) or " ", owner)
+            }
         if isinstance(value, list | tuple):
-            return [self.plain(one, depth) for one in value]
+            return [self.plain(one, owner, depth) for one in value]
         if isinstance(value, set | frozenset):
-            return sorted(repr(self.plain(one, depth)) for one in value)
+            return sorted(repr(self.plain(one, owner, depth)) for one in value)
         self._kinds[type(value)] = None
         own = getattr(value, "__dict__", {})
-        return [type(value).__name__, {k: self.plain(v, depth) for k, v in own.items() if not self._passes(k)}]
+        kind = type(value)
+        return [kind.__name__, {k: self.plain(v, kind, depth) for k, v in own.items() if not self._passes(k, kind)}]
 
     def _array(self, value: torch.Tensor | np.ndarray) -> Any:
         """A tensor beside buffers. Machines compute them with other last digits, so a study knows its form only."""
@@ -272,6 +287,23 @@ class _Look:
             else value
         )
         return [*form, digest(raw.tobytes())]
+
+
+def _is_read_by_own(kind: type, attribute: str) -> bool:
+    """Whether a user's own code may read an attribute: all of a class of one's own, and what its methods mention."""
+    own = [base for base in kind.__mro__ if not is_installed(base.__module__)]
+    if not own:
+        return False
+    if all(base in own or base.__module__.partition(".")[0] in ("builtins", "torch") for base in kind.__mro__):
+        return True
+    return any(attribute in _mentioned_in(base) for base in own)
+
+
+def _mentioned_in(kind: type) -> set[str]:
+    """The names in the code of the methods that a class itself defines."""
+    methods = [getattr(one, "fget", None) or getattr(one, "__func__", one) for one in vars(kind).values()]
+    functions = [inspect.unwrap(one) for one in methods if isinstance(one, FunctionType)]
+    return {name for one in functions for name in list_mentioned(one.__code__)}
 
 
 def _by_value(functions: Mapping[str, Any], reader: Reader) -> dict[str, str]:

@@ -76,11 +76,11 @@ class Reader:
         """What a function refers to; of a user's own module, what the code mentions."""
         outer = self._names
         if is_own(function):
-            mentioned = set(_mentioned(function.__code__))
+            mentioned = set(list_mentioned(function.__code__))
             self._names = outer | mentioned
             self.unknown += [f"{_OUTSIDE[name]}, by {name}" for name in sorted(mentioned & _OUTSIDE.keys())]
         try:
-            inside = {name: self.read(one) for name, one in _refers_to(function).items()}
+            inside = {name: self.read(one) for name, one in refers_to(function).items()}
             if is_own(function):
                 inside |= {f"import {name}": self._import(name, function) for name in _imports(function.__code__)}
             return inside
@@ -97,7 +97,7 @@ class Reader:
             return name
 
     def _module(self, value: ModuleType) -> str:
-        if _installed(value.__name__):
+        if is_installed(value.__name__):
             return value.__name__
         inside = {name: vars(value)[name] for name in sorted(self._names & vars(value).keys())}
         return f"{value.__name__} {_digest({name: self.read(one) for name, one in inside.items()})}"
@@ -162,7 +162,7 @@ class Reader:
 
     def _class(self, value: type) -> str:
         """A class by its name; a user's own by what is defined in it as well."""
-        if _installed(value.__module__):
+        if is_installed(value.__module__):
             return _name(value)
         own = {name: one for name, one in vars(value).items() if not (name.startswith("__") and not callable(one))}
         inside = {name: self.read(_unwrap(one)) for name, one in own.items()}
@@ -181,7 +181,7 @@ class Reader:
         return [code.co_code.hex(), constants, names, code.co_argcount, code.co_kwonlyargcount, code.co_flags]
 
 
-def _refers_to(function: FunctionType) -> dict[str, Any]:
+def refers_to(function: FunctionType) -> dict[str, Any]:
     """Name -> value of the defaults, closure and globals that a function uses."""
     found: dict[str, Any] = {}
     for i, value in enumerate(function.__defaults__ or ()):
@@ -205,13 +205,13 @@ def _global_names(code: CodeType) -> set[str]:
     return found.union(*(_global_names(one) for one in code.co_consts if isinstance(one, CodeType)))
 
 
-def _mentioned(code: CodeType) -> Iterator[str]:
+def list_mentioned(code: CodeType) -> Iterator[str]:
     """Every name in code, and every text that may be one, as for ``getattr``."""
     yield from code.co_names
     yield from (one for one in code.co_consts if isinstance(one, str) and one.isidentifier())
     for one in code.co_consts:
         if isinstance(one, CodeType):
-            yield from _mentioned(one)
+            yield from list_mentioned(one)
 
 
 def _imports(code: CodeType) -> Iterator[str]:
@@ -253,7 +253,7 @@ def _unwrap(value: Any) -> Any:
 def is_own(function: FunctionType) -> bool:
     """Whether a function is the user's own: written outside of packages, even where it bears the name of one's."""
     file = function.__code__.co_filename
-    return not _installed(function.__module__) or not (file.startswith("<") or in_packages(file))
+    return not is_installed(function.__module__) or not (file.startswith("<") or in_packages(file))
 
 
 @cache
@@ -263,7 +263,7 @@ def in_packages(file: str) -> bool:
 
 
 @cache
-def _installed(module: str | None) -> bool:
+def is_installed(module: str | None) -> bool:
     """Whether a module is Python's own or an installed package's, or this library's."""
     top = (module or "").partition(".")[0]
     if top in sys.stdlib_module_names or top == "dit_lens":
@@ -277,7 +277,7 @@ def _name(value: Callable[..., Any] | type) -> str:
         return _name(value.func)
     name = getattr(value, "__qualname__", None) or getattr(value, "__name__", type(value).__name__)
     module = getattr(value, "__module__", None)
-    return f"{module}.{name}" if module and _installed(module) else name
+    return f"{module}.{name}" if module and is_installed(module) else name
 
 
 def _digest(value: Any) -> str:

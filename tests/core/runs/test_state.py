@@ -8,10 +8,14 @@ from unittest import mock
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models import attention_dispatch
+from diffusers.models.transformers import transformer_flux
+from diffusers.pipelines.flux import pipeline_flux
+from torch.overrides import TorchFunctionMode
 
-from dit_lens import DiTLens
+from dit_lens import DiTLens, Zero
 from dit_lens.core.runs.state import capture_state, describe_state
-from dit_lens.errors import OpError, StoreError
+from dit_lens.errors import ExecutionError, OpError, StoreError
 from dit_lens.studies.shared.fingerprints import fingerprint_values
 from dit_lens.studies.shared.folders import claim_folder
 from tests import pipelines
@@ -67,7 +71,39 @@ def last_norm(pipe):
     return pipe.text_encoder_2.encoder.final_layer_norm
 
 
+def changed(module, name, change):
+    """A function of a module, replaced by one that changes what it returns."""
+    before = getattr(module, name)
+    return mock.patch.object(module, name, lambda *args, **kwargs: change(before(*args, **kwargs)))
+
+
+@contextlib.contextmanager
+def another_backend():
+    backends = attention_dispatch._AttentionBackendRegistry._backends  # noqa: SLF001 where kernels are registered
+    chosen = attention_dispatch.AttentionBackendName.NATIVE
+    before = backends[chosen]
+    with mock.patch.dict(backends, {chosen: lambda *args, **kwargs: before(*args, **kwargs) / 2}):
+        yield
+
+
+class Halved(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **kwargs or {})
+        return found / 2 if func is torch.nn.functional.scaled_dot_product_attention else found
+
+
+def half(value):
+    return value / 2
+
+
 CHANGES = {
+    "attention of torch": lambda pipe: changed(torch.nn.functional, "scaled_dot_product_attention", half),
+    "attention of a file": lambda pipe: changed(transformer_flux, "dispatch_attention_fn", half),
+    "attention of a registry": lambda pipe: another_backend(),
+    "positions": lambda pipe: changed(transformer_flux, "apply_rotary_emb", half),
+    "noise": lambda pipe: changed(pipeline_flux, "randn_tensor", half),
+    "times": lambda pipe: changed(pipeline_flux, "retrieve_timesteps", lambda found: (found[0] / 2, found[1])),
+    "mode": lambda pipe: Halved(),
     "eps": lambda pipe: mock.patch.object(pipe.transformer.transformer_blocks[1].norm1.norm, "eps", 0.5),
     "theta": lambda pipe: mock.patch.object(pipe.transformer.pos_embed, "theta", 10),
     "approximate": lambda pipe: mock.patch.object(activation(pipe), "approximate", "none"),
@@ -93,6 +129,68 @@ def test_whatever_changes_the_latents_is_refused(lens, base, change, tmp_path):
             claim_folder(tmp_path, "disruption", {}, lens)
     assert torch.equal(lens.run("red", prefix=base, **CALL).latents, base.latents)
     claim_folder(tmp_path, "disruption", {}, lens)
+
+
+class Gain(torch.nn.Module):
+    """A user's own text encoder."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.config, self._gain, self.cache, self._calls = inner, inner.config, 1.0, {"_scale": 1.0}, 0
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def forward(self, *args, **kwargs):
+        self._calls += 1
+        found = self.inner(*args, **kwargs)
+        found["last_hidden_state"] = found["last_hidden_state"] * self._gain * self.cache["_scale"]
+        return found
+
+
+def test_what_a_user_s_own_module_keeps_to_itself_counts():
+    pipe = pipelines.flux()
+    own = pipe.text_encoder_2 = Gain(pipe.text_encoder_2)
+    lens = DiTLens(pipe, defaults=dict(pipelines.CALL))
+    base, state = lens.run("red", record=True, **CALL), describe_state(pipe)["settings"]
+    for change in (lambda value: setattr(own, "_gain", value), lambda value: own.cache.update(_scale=value)):
+        change(3.0)
+        with pytest.raises(OpError, match=r"Gain\.(_gain|cache) \(settings\) changed since"):
+            lens.run("red", prefix=base, **CALL)
+        assert describe_state(pipe)["settings"] != state
+        change(1.0)
+        lens.run("blue", **CALL)  # what it counts is no change
+        assert torch.equal(lens.run("red", prefix=base, **CALL).latents, base.latents)
+
+
+def test_what_the_transformer_is_given_is_compared(lens):
+    """What no look at the pipeline shows: a list in a hook's closure, and numbers that nobody seeds."""
+    gains, encoder = [1.0], lens.pipe.text_encoder_2
+
+    def hook(module, inputs, output):
+        output["last_hidden_state"] = output["last_hidden_state"] * gains[0]
+
+    with hooked(encoder, hook):
+        base = lens.run("red", record=True, **CALL)
+        assert torch.equal(lens.run("red", prefix=base, **CALL).latents, base.latents)
+        gains[0] = 1 + 2**-20
+        with pytest.raises(
+            ExecutionError, match=r"given other encoder_hidden_states in step 0 \(cond\) when the run of"
+        ):
+            lens.run("red", prefix=base, **CALL)
+
+
+def test_what_the_first_computed_step_is_given_is_compared(lens):
+    """A scheduler that goes another way from the recorded answers on."""
+    shifts = [0.0]
+
+    def step(self, output, *args, **kwargs):
+        return STEP(self, output + shifts[0], *args, **kwargs)
+
+    with mock.patch.object(FlowMatchEulerDiscreteScheduler, "step", step):
+        base = lens.run("red", record=True, **CALL)
+        shifts[0] = 0.5
+        with pytest.raises(ExecutionError, match=r"given other hidden_states in step 1 \(cond\) when the run of"):
+            lens.run("red", Zero("blocks.1.img", channels=[3], steps=-1), prefix=base, **CALL)
 
 
 def test_a_changed_attribute_is_named(lens, base, tmp_path):
