@@ -114,7 +114,7 @@ def write_figures(figures: Mapping[Path, go.Figure], *, width: int = 760, scale:
         kaleido.write_fig_from_object_sync(drawings, cancel_on_error=True, kopts={"path": browser, "mathjax": False})
         for path, file in files.items():
             if file != path:
-                open_image(file).convert("RGB").save(path, lossless=True, quality=100, method=6)
+                open_image(file).convert("RGB").save(path, lossless=True, quality=75, method=4)
     return list(figures)
 
 

@@ -94,7 +94,7 @@ def test_the_demo(tmp_path, capsys, monkeypatch):
 
     def quick(*args, **kwargs):
         lens = load(*args, **kwargs)
-        lens.defaults["num_inference_steps"] = 5
+        lens.defaults["num_inference_steps"] = 3
         return lens
 
     monkeypatch.setattr(DiTLens, "toy", quick)
