@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from dit_lens.arguments.functions import takes
 from dit_lens.arguments.numbers import LARGEST, as_seed, list_entries, to_int, to_number
+from dit_lens.arguments.paths import expand_user
 from dit_lens.errors import DitLensError, OpError, PromptError, StoreError, show
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -237,7 +238,7 @@ def _fit_path(value: Any) -> Any:
         text = os.fsencode(value)
     except (TypeError, UnicodeEncodeError):  # half a character has no bytes
         return UNFIT
-    return value if text and b"\0" not in text else UNFIT
+    return expand_user(value) if text and b"\0" not in text else UNFIT
 
 
 def _fit_tensor(value: Any) -> Any:
@@ -283,14 +284,14 @@ def _fit_list(kind: str, item: Kind | None, value: Any) -> Any:
     return tuple(fitted) if kind == "tuple" or isinstance(value, tuple) else fitted
 
 
-def _fit_mapping(key: Kind | None, item: Kind | None, value: Any) -> Any:
+def _fit_mapping(names: Kind | None, items: Kind | None, value: Any) -> Any:
     if not isinstance(value, Mapping):
         return UNFIT
     pairs = list(value.items())
-    fitted = [(_fit_entry(key, name), _fit_entry(item, one)) for name, one in pairs]
+    fitted = [(_fit_entry(names, name), _fit_entry(items, one)) for name, one in pairs]
     if any(name is UNFIT or one is UNFIT for name, one in fitted):
         return UNFIT
-    same = all(one is other[1] for (_, one), other in zip(fitted, pairs, strict=True))
+    same = all(name is key and one is item for (name, one), (key, item) in zip(fitted, pairs, strict=True))
     return value if same else dict(fitted)
 
 

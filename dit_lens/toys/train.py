@@ -22,10 +22,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dit_lens.arguments.checks import checked_fields
-from dit_lens.arguments.numbers import check_number
+from dit_lens.arguments.checks import checked, checked_fields
+from dit_lens.arguments.numbers import MOST, check_number
 from dit_lens.core.request.call import prepare_call
-from dit_lens.core.runs.files import find_folder, read_json, report_damage, report_unwritten, whole_folder, write_json
+from dit_lens.core.request.values import check_device
+from dit_lens.core.runs.files import (
+    check_folder,
+    check_place,
+    file_inside,
+    find_folder,
+    read_json,
+    report_damage,
+    report_unwritten,
+    whole_folder,
+    write_json,
+)
 from dit_lens.errors import DitLensError, StoreError
 from dit_lens.toys import quiet_loading
 from dit_lens.toys.kinds import kind
@@ -42,6 +53,13 @@ WARMUP = 100  # iterations in which the learning rate rises
 STABLE = 0.65  # share of a stage's iterations after which the learning rate falls
 CHECKPOINT_SECONDS = 120.0
 SAMPLE_SECONDS = 900.0
+# What the folders of a checkpoint, of a kept transformer and of a finished toy have.
+CHECKPOINT = r"progress\.json|(weights|ema|optimizer)\.safetensors"
+TRANSFORMER = r"config\.json|diffusion_pytorch_model\.safetensors"
+PIPELINE = (
+    r"(model_index|dit_lens)\.json|README\.md|"
+    r"(scheduler|transformer|vae|(tokenizer|text_encoder)(_\d)?)/[\w.-]+\.(json|safetensors)"
+)
 MEASURE_EVERY = 500  # iterations between two measurements for --until
 MEASURED = 64  # held-out prompts of one
 NAMES = [stage.name for stage in STAGES]
@@ -73,8 +91,8 @@ class Settings:
     toy: str = "flux"
 
     def __post_init__(self) -> None:
-        check_number("iterations", self.iterations, 1)
-        check_number("batch", self.batch, 1)
+        check_number("iterations", self.iterations, 1, 2**31)
+        check_number("batch", self.batch, 1, MOST)
         check_number("keep_every", self.keep_every, 0)
         check_number("rate", self.rate, 0, open_ends=True)
         check_number("until", 1.0 if self.until is None else self.until, 0, 1)
@@ -98,13 +116,21 @@ class Progress:
     reached: bool = False
 
 
-def train(out: Path, settings: Settings, *, resume: bool = False) -> DiffusionPipeline:
+@checked
+def train(out: str | Path, settings: Settings, *, resume: bool = False) -> DiffusionPipeline:
     """Trains a toy and returns its pipeline.
 
     out: folder to write: ``checkpoint-*``, ``samples``, ``kept``, and at the end ``pipeline``.
     settings: settings of the run.
     resume: continues from the checkpoints in ``out``. Without it, StoreError is raised if there are any.
     """
+    check_device(settings.device)
+    out = Path(out)
+    for name in NAMES:
+        check_folder(out / f"checkpoint-{name}", "progress.json")
+    check_folder(out / "pipeline", "dit_lens.json")
+    for part in ("samples", "kept"):
+        check_place(out / part / "000000")
     if not resume and any(find_folder(out / f"checkpoint-{name}").exists() for name in NAMES):
         raise StoreError(
             f"{out} holds the checkpoints of a training run. Pass --resume to continue it, or choose another folder."
@@ -172,7 +198,7 @@ def export(pipe: DiffusionPipeline, out: Path, settings: Settings, history: dict
     settings: settings of the run.
     history: name of a stage -> its final progress, for the model card.
     """
-    with whole_folder(out / "pipeline", mark="model_index.json") as folder, quiet_loading():
+    with whole_folder(out / "pipeline", mark="dit_lens.json", own=PIPELINE) as folder, quiet_loading():
         pipe.save_pretrained(folder)
         pipe.transformer.half().save_pretrained(folder / "transformer")
         pipe.transformer.float()
@@ -254,7 +280,7 @@ def _save_checkpoint(
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in net.named_parameters()}
     moments = {f"{names[p]}|{key}": value for p, state in optimizer.state.items() for key, value in state.items()}
-    with whole_folder(folder, mark="progress.json") as fresh:
+    with whole_folder(folder, mark="progress.json", own=CHECKPOINT) as fresh:
         save_file({k: v.contiguous().clone() for k, v in net.state_dict().items()}, fresh / "weights.safetensors")
         save_file({k: v.contiguous() for k, v in ema.items()}, fresh / "ema.safetensors")
         save_file({k: v.contiguous() for k, v in moments.items()}, fresh / "optimizer.safetensors")
@@ -284,17 +310,17 @@ def _load_checkpoint(
     folder: Path, net: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer, settings: Settings
 ) -> Progress:
     """What :func:`_restore` reads of a folder that exists."""
-    stored = read_json(folder / "progress.json", "a training checkpoint")
+    stored = read_json(file_inside(folder, "progress.json"), "a training checkpoint")
     if (toy := stored["settings"].get("toy", "flux")) != settings.toy:
         raise StoreError(
             f"{folder} is a checkpoint of the toy {toy!r}, not of {settings.toy!r}. Choose another folder."
         )
     progress = Progress(**stored["progress"])
-    net.load_state_dict(load_file(folder / "weights.safetensors"))
-    for name, value in load_file(folder / "ema.safetensors").items():
+    net.load_state_dict(load_file(file_inside(folder, "weights.safetensors")))
+    for name, value in load_file(file_inside(folder, "ema.safetensors")).items():
         ema[name].copy_(value)
     parameters = dict(net.named_parameters())
-    for key, value in load_file(folder / "optimizer.safetensors").items():
+    for key, value in load_file(file_inside(folder, "optimizer.safetensors")).items():
         name, moment = key.rsplit("|", 1)
         state = optimizer.state[parameters[name]]
         state[moment] = value.to(parameters[name].device) if moment != "step" else value
@@ -317,7 +343,7 @@ def _keep(pipe: DiffusionPipeline, ema: dict[str, Tensor], out: Path, settings: 
     if not settings.keep_every or iteration % settings.keep_every:
         return
     folder = out / "kept" / f"{iteration:06d}"
-    with _averaged(pipe, ema), whole_folder(folder, mark="config.json") as fresh, quiet_loading():
+    with _averaged(pipe, ema), whole_folder(folder, mark="config.json", own=TRANSFORMER) as fresh, quiet_loading():
         copy.deepcopy(pipe.transformer).half().save_pretrained(fresh)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens.analysis.metrics.pixels import apply_pairwise
+from dit_lens.arguments.paths import expand_user
 from dit_lens.errors import OpError, StoreError
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def clip_judge(model: str | Path | CLIPModel, processor: CLIPProcessor | None = 
     from transformers import CLIPModel, CLIPProcessor
 
     if isinstance(model, str | Path):
+        model = expand_user(model)
         try:
             return Clip(CLIPModel.from_pretrained(model), CLIPProcessor.from_pretrained(model))
         except (OSError, ValueError) as problem:

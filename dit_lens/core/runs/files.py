@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
+import stat
 import uuid
 import warnings
 from collections.abc import Generator
@@ -27,21 +29,24 @@ LARGEST_JSON = 2**30  # bytes
 
 
 @contextmanager
-def whole_folder(path: str | Path, *, mark: str, overwrite: bool = True) -> Generator[Path]:
+def whole_folder(path: str | Path, *, mark: str, own: str, overwrite: bool = True) -> Generator[Path]:
     """Yields an empty folder beside ``path``; when the block succeeds it takes the place of ``path``.
 
     When the block raises (Ctrl-C included) ``path`` stays as it was. Several processes may write the same folder: each
-    writes one of its own, and the last to finish stays.
+    writes one of its own, and the last to finish stays. What else lies in ``path``, such as a user's notes, stays
+    there.
 
     path: the folder to write.
     mark: a file that every folder of this kind has. An existing folder without it was not written by this library, and
         is never replaced, unless it is empty.
+    own: a regular expression for the files of this kind of folder, by their path inside it; no others are ever removed.
     overwrite: whether an existing folder of this kind may be replaced.
     """
     path = Path(path)
     with report_unwritten(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone_in(path.parent):
+            _put_back(path)
             _check_replaceable(path, mark, overwrite)
             _remove_leftovers(path)
         fresh = _name_beside(path, f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
@@ -50,10 +55,11 @@ def whole_folder(path: str | Path, *, mark: str, overwrite: bool = True) -> Gene
             yield fresh
             (fresh / mark).touch()
             with _alone_in(path.parent):
+                old = _put_back(path)
                 _check_replaceable(path, mark, overwrite)
-                old = _name_beside(path, "old")
                 shutil.rmtree(old, ignore_errors=True)
                 if path.exists():
+                    _keep_others(path, fresh, own)
                     path.rename(old)
                 fresh.rename(path)
                 shutil.rmtree(old, ignore_errors=True)
@@ -103,12 +109,12 @@ def check_place(path: str | Path, room: float = 0) -> None:
         _check_room(path, room)
 
 
-def check_folder(path: str | Path, mark: str, room: float = 0) -> None:
-    """As :func:`check_place`, for what :func:`whole_folder` is to write."""
+def check_folder(path: str | Path, mark: str, room: float = 0, *, overwrite: bool = True) -> None:
+    """As :func:`check_place`, for what :func:`whole_folder` is to write with the same ``mark`` and ``overwrite``."""
     path = Path(path)
     _name_beside(path, "partial")
     with report_unwritten(path):
-        _check_replaceable(path, mark, overwrite=True)
+        _check_replaceable(path, mark, overwrite)
         _check_room(path, room)
 
 
@@ -136,6 +142,45 @@ def _check_replaceable(path: Path, mark: str, overwrite: bool) -> None:
         raise StoreError(f"{path} holds other files (it has no {mark}), so it is not replaced. Choose another folder.")
     if not overwrite:
         raise StoreError(f"{path} exists already. Pass overwrite=True to replace it, or choose another folder.")
+
+
+def _put_back(path: Path) -> Path:
+    """Where a writer puts what it replaces; if one died before ``path`` was there again, that is put back."""
+    old = _name_beside(path, "old")
+    if old.exists() and not path.exists():
+        old.rename(path)
+    return old
+
+
+def _keep_others(path: Path, fresh: Path, own: str) -> None:
+    """Gives a folder that takes the place of another all that the other has and this library did not write there.
+
+    A file is in both folders for a moment, so that it is never in none.
+    """
+
+    def fail(problem: OSError) -> None:
+        raise problem
+
+    for folder, folders, files in os.walk(path, onerror=fail):
+        links = [name for name in folders if Path(folder, name).is_symlink()]
+        for name in [*files, *links]:
+            file = Path(folder, name)
+            inside = file.relative_to(path)
+            if name != LOCK and not re.fullmatch(own, inside.as_posix()):
+                (fresh / inside).parent.mkdir(parents=True, exist_ok=True)
+                _duplicate(file, fresh / inside)
+        if not files and not folders:
+            (fresh / Path(folder).relative_to(path)).mkdir(parents=True, exist_ok=True)
+
+
+def _duplicate(file: Path, to: Path) -> None:
+    """The same file under another name: a hard link, or a copy where the disk has none."""
+    try:
+        os.link(file, to, follow_symlinks=False)
+    except FileExistsError:
+        raise
+    except OSError:
+        shutil.copy2(file, to, follow_symlinks=False)
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -169,6 +214,7 @@ def check_pipeline(folder: Path) -> bool:
     except (OSError, ValueError) as problem:  # a name that no file can have
         raise StoreError(f"{show(str(folder))} cannot be read: {problem.__class__.__name__}.") from problem
     if found:
+        _check_files(folder)
         return True
     if exists:
         raise StoreError(
@@ -176,6 +222,28 @@ def check_pipeline(folder: Path) -> bool:
             "Name the folder that save_pretrained wrote."
         )
     return False
+
+
+def _check_files(folder: Path) -> None:
+    """Raises StoreError where a folder holds a pipe, socket or device, which whoever loads it would read for ever."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            check_regular(Path(place, name))
+
+
+def check_regular(path: Path) -> Path:
+    """A path as it was given; StoreError where something other than a file is there: a pipe or device has no end.
+
+    What is not there at all is for those to tell who know what it is.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
+        raise StoreError(f"{path} is a {kind}, not a file, so it is not read. Restore the folder or make it again.")
+    return path
 
 
 def find_folder(path: str | Path) -> Path:
@@ -215,8 +283,11 @@ def write_text(path: str | Path, text: str) -> Path:
 def read_json(path: str | Path, what: str) -> Any:
     """Reads JSON; ``what`` names it in the error when it is missing or damaged."""
     try:
-        text = Path(path).read_text(encoding="utf-8") if Path(path).stat().st_size <= LARGEST_JSON else None
+        file = check_regular(Path(path))
+        text = file.read_text(encoding="utf-8") if file.stat().st_size <= LARGEST_JSON else None
         value = None if text is None else json.loads(text)
+    except StoreError:
+        raise
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(
             f"{path} does not exist, so {what} cannot be read from there. Check the folder's name."
@@ -232,7 +303,7 @@ def read_json(path: str | Path, what: str) -> Any:
 
 def read_versioned(path: Path, kind: str, version: int) -> dict[str, Any]:
     """Reads the JSON of a folder that this library wrote, and refuses another format. kind: "run" or "result"."""
-    data = read_json(path, f"a saved {kind}")
+    data = read_json(file_inside(path.parent, path.name), f"a saved {kind}")
     if not isinstance(data, dict) or data.get("format") != version:
         raise StoreError(
             f"{path.parent} holds no {kind} of format {version}. Was it written by another version of dit_lens?"
@@ -268,19 +339,25 @@ def report_damage(folder: Path, remedy: str) -> Generator[None]:
         raise StoreError(f"{folder} is incomplete or damaged: {damage}. {remedy}") from damage
 
 
-def file_inside(folder: Path, name: Any) -> Path:
-    """A file of a folder by its stored name; StoreError if the name or a link leads elsewhere."""
+def file_inside(folder: Path, name: Any, *, under: str = "") -> Path:
+    """A file of a folder by its stored name; StoreError if the name or a link leads elsewhere, or to no file.
+
+    under: the part of the folder that it is in, such as "images".
+    """
     inside = isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
-    if not inside or (folder / name).resolve().parent != folder.resolve():
+    if not inside or (folder / under / name).resolve() != folder.resolve() / under / name:
         raise StoreError(f"{folder} names a file {show(name)} outside itself, which is not read.")
-    return folder / name
+    return check_regular(folder / under / name)
 
 
-def read_image(folder: Path, name: Any) -> Image:
-    """An image of a folder by its stored name; a StoreError comes from ``report_damage``, bombs of pixels included."""
+def read_image(folder: Path, name: Any, *, under: str = "") -> Image:
+    """An image of a folder by its stored name; a StoreError comes from ``report_damage``, bombs of pixels included.
+
+    under: as in :func:`file_inside`.
+    """
     from PIL import Image
 
-    file = file_inside(folder, name)
+    file = file_inside(folder, name, under=under)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return Image.open(file, formats=["PNG"]).copy()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 
 FORMAT = 1
+FILES = r"run\.json|(reads|latents)\.safetensors|images/\d{3,}\.png"  # what a saved run has
 
 
 class Reruns(Protocol):
@@ -172,11 +173,14 @@ class Run(Mapping[str, Any]):
 
     @checked
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Writes the run into a new folder: run.json, reads.safetensors, latents.safetensors, images/000.png ..."""
+        """Writes the run into a new folder: run.json, reads.safetensors, latents.safetensors, images/000.png ...
+
+        overwrite: whether a run that is there already is replaced; other files in its folder stay.
+        """
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        with whole_folder(folder, mark="run.json", overwrite=overwrite) as fresh:
+        with whole_folder(folder, mark="run.json", own=FILES, overwrite=overwrite) as fresh:
             tensors = {
                 f"{i}/{site}": value.contiguous()
                 for i, r in enumerate(self.readings)
@@ -206,7 +210,7 @@ class Run(Mapping[str, Any]):
             clock = [(step, timestep, level) for step, timestep, level in data["clock"]]
             tensors = load_file(file_inside(folder, "reads.safetensors"))
             latents = load_file(file_inside(folder, "latents.safetensors"))["latents"] if data["latents"] else None
-            images = [read_image(folder / "images", f"{i:03d}.png") for i in range(data["images"])]
+            images = [read_image(folder, f"{i:03d}.png", under="images") for i in range(data["images"])]
             readings = [_reading_from(i, record, tensors) for i, record in enumerate(data["readings"])]
             if any(step >= len(clock) for reading in readings for step in reading.steps):
                 raise ValueError(f"a read is of a step that the clock does not show, which has {len(clock)}")

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+FILES = r"cell\.json|\w+\.safetensors|\d{4,}\.png"  # what the folder of a cell has
+
+
 @dataclass
 class Cell:
     """What one finished part of a study left.
@@ -55,7 +58,7 @@ def write_cell(folder: Path, key: str, cell: Cell) -> None:
     """
     from safetensors.numpy import save_file
 
-    with whole_folder(folder, mark="cell.json") as fresh:
+    with whole_folder(folder, mark="cell.json", own=FILES) as fresh:
         files = {name: f"{i:04d}.png" for i, name in enumerate(cell.images)}
         for name, file in files.items():
             cell.images[name].save(fresh / file)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMAT = 1
+FILES = r"result\.json|masks\.safetensors|(images|pictures)/\d{4,}\.png"  # what a saved result has
 
 SHOWN = 40  # lines of a summary that a result shows of itself
 
@@ -99,11 +100,11 @@ class Result:
         """Writes result.json, masks.safetensors and images/*.png into a new folder, and returns its path.
 
         folder: path of the folder.
-        overwrite: whether it may exist already; it is then replaced.
+        overwrite: whether a result that is there already is replaced; other files in its folder stay.
         """
         from safetensors.numpy import save_file
 
-        with whole_folder(folder, mark="result.json", overwrite=overwrite) as fresh:
+        with whole_folder(folder, mark="result.json", own=FILES, overwrite=overwrite) as fresh:
             (fresh / "images").mkdir()
             files = {key: f"{i:04d}.png" for i, key in enumerate(self.images)}
             for key, file in files.items():
@@ -138,7 +139,9 @@ class Result:
         data = read_versioned(folder / "result.json", "result", FORMAT)
         with report_damage(folder, "Restore it from a copy, or run the study again."):
             data = update_study(data)
-            images = {key: read_image(find_images(folder), file) for key, file in data["images"].items()}
+            images = {
+                key: read_image(folder, file, under=find_images(folder).name) for key, file in data["images"].items()
+            }
             masks = load_file(file_inside(folder, "masks.safetensors"))
             tables = {name: pd.DataFrame(**data[name]) for name in ("table", "summary")}
             return cls(

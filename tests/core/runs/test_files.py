@@ -72,7 +72,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(saved, tmp_path):
     endless = f"""
 import time
 from dit_lens.core.runs.files import whole_folder
-with whole_folder({str(out)!r}, mark="run.json"):
+with whole_folder({str(out)!r}, mark="run.json", own="run.json"):
     print("in", flush=True)
     time.sleep(60)
 """
@@ -114,7 +114,7 @@ def test_only_what_a_run_wrote_is_replaced(saved, tmp_path, overwrite):
 
 
 def test_a_folder_that_becomes_somebody_elses_meanwhile_is_not_replaced(tmp_path):
-    writing = whole_folder(tmp_path / "out", mark="run.json")
+    writing = whole_folder(tmp_path / "out", mark="run.json", own="run.json")
     writing.__enter__()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years")
