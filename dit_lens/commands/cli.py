@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dit_lens.arguments.paths import expand_user
 from dit_lens.errors import DitLensError
 from dit_lens.toys.kinds import KINDS
 
@@ -34,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _path(text: str) -> Path:
+    return Path(expand_user(text))  # a shell leaves the ~ of --out=~/page alone
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dit-lens", description="Look inside Diffusion Transformers.")
     parser.add_argument("--version", action="version", version=f"dit-lens {version('dit-lens')}")
@@ -46,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_pages(commands: Any) -> None:
     """The commands that write a page."""
     demo = commands.add_parser("demo", help="find the massive channels of the toy, run the three studies, write a page")
-    demo.add_argument("--out", type=Path, default=Path("dit-lens-demo"), help="folder for index.html, images and data")
+    demo.add_argument("--out", type=_path, default=Path("dit-lens-demo"), help="folder for index.html, images and data")
     demo.add_argument("--prompt", help="the scene to draw and to edit")
     demo.add_argument("--source", help="the scene whose channels are moved into it")
     demo.add_argument("--seed", type=int, default=0)
@@ -55,9 +60,9 @@ def _add_pages(commands: Any) -> None:
 
     found = commands.add_parser("findings", help="run every study on toys, and write pages of what they found")
     found.add_argument(
-        "--out", type=Path, default=Path("dit-lens-findings"), help="folder for index.md and a folder for each toy"
+        "--out", type=_path, default=Path("dit-lens-findings"), help="folder for index.md and a folder for each toy"
     )
-    found.add_argument("--cells", type=Path, help="folder for finished cells, from which the command goes on")
+    found.add_argument("--cells", type=_path, help="folder for finished cells, from which the command goes on")
     found.add_argument("--toys", nargs="+", metavar="TOY", default=["flux"], help="such as flux, flux-seed1, sana")
     found.add_argument("--prompts", type=int, default=None, help="held-out prompts")
     found.add_argument("--seeds", type=int, default=None, help="seeds of each prompt")
@@ -66,8 +71,8 @@ def _add_pages(commands: Any) -> None:
 
     atlas = commands.add_parser("atlas", help="write an explorer of some prompts as one file to share")
     atlas.add_argument("pipeline", help="a folder written by save_pretrained, a repository, or toy:flux")
-    atlas.add_argument("--out", type=Path, default=Path("atlas.html"), help="the file")
-    atlas.add_argument("--prompts", type=Path, help="a .csv or .jsonl of prompts; a few by default")
+    atlas.add_argument("--out", type=_path, default=Path("atlas.html"), help="the file")
+    atlas.add_argument("--prompts", type=_path, help="a .csv or .jsonl of prompts; a few by default")
     atlas.add_argument("-k", type=int, default=8, help="how many channels of a block count as massive")
     atlas.add_argument("--seed", type=int, default=0)
     atlas.add_argument("--steps", type=int, default=None, help="denoising steps")
@@ -93,15 +98,15 @@ def _add_work(commands: Any) -> None:
     run = commands.add_parser("run", help="draw one prompt under ops from a JSON file, and save the run")
     run.add_argument("pipeline", help="a folder written by save_pretrained, or toy:flux")
     run.add_argument("prompt")
-    run.add_argument("--ops", type=Path, help="a JSON list of ops, as in a run's spec")
-    run.add_argument("--out", type=Path, required=True, help="a new folder for the run")
+    run.add_argument("--ops", type=_path, help="a JSON list of ops, as in a run's spec")
+    run.add_argument("--out", type=_path, required=True, help="a new folder for the run")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--steps", type=int, default=None)
     run.set_defaults(command=_run)
 
     train = commands.add_parser("train-toy", help="train a toy from nothing, or evaluate one")
     train.add_argument("name", choices=KINDS)
-    train.add_argument("--out", type=Path, help="folder for checkpoints, samples and the finished pipeline")
+    train.add_argument("--out", type=_path, help="folder for checkpoints, samples and the finished pipeline")
     train.add_argument("--device", default="cpu")
     train.add_argument("--iterations", type=int, default=8000, help="of the transformer; the other stages have theirs")
     train.add_argument(
@@ -173,9 +178,10 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from dit_lens.core.request.ops import from_json
-    from dit_lens.core.runs.files import read_json
+    from dit_lens.core.runs.files import check_folder, read_json
     from dit_lens.errors import OpError
 
+    check_folder(options.out, "run.json", overwrite=False)
     listed = read_json(options.ops, "a list of ops") if options.ops else []
     if not isinstance(listed, list):
         raise OpError(f"{options.ops} must hold a JSON list of ops, not a {type(listed).__name__}.")
@@ -187,7 +193,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _train_toy(options: argparse.Namespace) -> int:
-    from dit_lens.commands.evaluate_toy import evaluate, report, write_card
+    from dit_lens.commands.evaluate_toy import CARD, evaluate, report, write_card
+    from dit_lens.core.runs.files import check_place
     from dit_lens.errors import StoreError
     from dit_lens.toys import path
 
@@ -208,6 +215,8 @@ def _train_toy(options: argparse.Namespace) -> int:
         )
         train(options.out, settings, resume=options.resume)
     folder = path(options.name) if options.out is None else options.out / "pipeline"
+    if options.out is not None:
+        check_place(folder / CARD)
     quality = evaluate(folder)
     if options.out is not None:
         write_card(folder, quality)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,13 +13,17 @@ from PIL.Image import Image
 
 from dit_lens import plots, studies
 from dit_lens.analysis.channels import top_median_ratio
+from dit_lens.arguments.checks import checked
+from dit_lens.arguments.numbers import as_seed
 from dit_lens.commands.page import Section, write_figures, write_page
 from dit_lens.core.runs.files import check_folder, whole_folder
+from dit_lens.core.runs.run import FILES as RUN_FILES
 from dit_lens.errors import StoreError
 from dit_lens.lens import DiTLens
 from dit_lens.studies.shared.arguments import check_k
 from dit_lens.studies.shared.arms import average_scores, make_score_reads, select_top_channels
 from dit_lens.studies.shared.keys import ImageKey
+from dit_lens.studies.shared.result import FILES as RESULT_FILES
 from dit_lens.studies.shared.tables import format_summary
 from dit_lens.toys.scenes import Scene, recognise_scene, sample_scenes
 
@@ -33,6 +38,10 @@ PROMPT = "a big red circle left on a checkered blue background"
 SOURCE = "a big yellow triangle right on a plain green background"
 K = 8
 MARK = ".dit-lens-demo"
+FILES = (  # what the folder of a demo has
+    rf"{re.escape(MARK)}|index\.html|(image|figure)-\d+\.png|run/({RUN_FILES})|"
+    rf"(disruption|organisation|transfer)/({RESULT_FILES})"
+)
 ROOM = 32 * 2**20  # bytes that a demo takes, about
 OTHERS = 2  # further scenes, so that the studies speak of more than one image
 STRENGTHS = (0.5, 1.0)
@@ -59,8 +68,9 @@ class Outcome:
     headline: pd.DataFrame
 
 
+@checked
 def demo(
-    out: Path, *, prompt: str | None = None, source: str | None = None, seed: int = 0, k: int | None = None
+    out: str | Path, *, prompt: str | None = None, source: str | None = None, seed: int = 0, k: int | None = None
 ) -> Outcome:
     """Draws, finds the massive channels, runs the three studies, and writes ``out/index.html``, PNGs and raw results.
 
@@ -73,6 +83,7 @@ def demo(
     seed: seed of the noise.
     k: number of channels that count as massive.
     """
+    out, seed = Path(out), as_seed(seed)
     prompt, source = PROMPT if prompt is None else prompt, SOURCE if source is None else source
     k = K if k is None else k
     for scene in (prompt, source):
@@ -96,7 +107,7 @@ def demo(
         _show_organisation(organisation, lens.anatomy.depth),
         _show_transfer(transfer),
     ]
-    with whole_folder(out, mark=MARK) as folder:
+    with whole_folder(out, mark=MARK, own=FILES) as folder:
         write_page(folder / "index.html", title=TITLE, lead=LEAD, sections=sections)
         run.save(folder / "run")
         for result in (disruption, organisation, transfer):

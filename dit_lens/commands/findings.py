@@ -13,16 +13,30 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from dit_lens.analysis.channels import gini, top_median_ratio
+from dit_lens.arguments.checks import checked
 from dit_lens.commands.chapters import CHAPTERS, Size
 from dit_lens.commands.page import write_figures
-from dit_lens.core.runs.files import read_json, whole_folder, write_text
+from dit_lens.core.runs.files import (
+    check_folder,
+    check_place,
+    check_regular,
+    read_json,
+    report_damage,
+    whole_folder,
+    write_text,
+)
 from dit_lens.core.session import DEFAULTS_FILE
+from dit_lens.errors import StoreError
 from dit_lens.lens import DiTLens
 from dit_lens.studies.shared.tables import format_summary
 from dit_lens.toys import path, train_command
 
 if TYPE_CHECKING:
     from dit_lens.studies import Result
+
+MARK = "glance.csv"  # the row of a toy in the overview
+# What the folder of a toy has.
+FILES = rf"index\.md|({MARK.removesuffix('.csv')}|concentration|{'|'.join(one.name for one in CHAPTERS)})\.(csv|webp)"
 
 INTRO = """# Findings
 
@@ -43,12 +57,13 @@ of the two. Iterations are those in which the transformer was trained.
 """
 
 
+@checked
 def findings(
-    out: Path,
+    out: str | Path,
     *,
     toys: Sequence[str] = ("flux",),
     size: Size = Size(),  # noqa: B008 frozen
-    cells: Path | None = None,
+    cells: str | Path | None = None,
 ) -> Path:
     """Runs every study on every toy; returns ``out/index.md``, about all toys whose pages are in ``out``.
 
@@ -60,21 +75,38 @@ def findings(
     """
     # First of all, so that a name that does not exist does not cost the hours of the toys before it.
     cards = {toy: read_json(path(toy) / DEFAULTS_FILE, "the card of a toy") for toy in toys}
+    out, folders = Path(out), {toy: None if cells is None else Path(cells) / toy for toy in toys}
+    _check_out(out, toys)
+    for folder in filter(None, folders.values()):
+        check_place(folder / CHAPTERS[0].name / "study.json")
     for toy, card in tqdm(cards.items(), desc="toys", disable=len(cards) == 1):
         lens = DiTLens.toy(toy)
         concentration = _measure_concentration(lens, DiTLens.toy(toy, untrained=True), size)
-        results = run_chapters(lens, size, None if cells is None else cells / toy)
-        with whole_folder(out / toy, mark="index.md") as fresh:
+        results = run_chapters(lens, size, folders[toy])
+        with whole_folder(out / toy, mark=MARK, own=FILES) as fresh:
             lines = [f"# Findings on {toy}", *_write_toy(fresh, card, lens, concentration, results, size)]
             (fresh / "index.md").write_text("\n".join(lines), encoding="utf-8")
-            _summarise_toy(toy, card, concentration, results).to_csv(fresh / "glance.csv", index=False)
+            _summarise_toy(toy, card, concentration, results).to_csv(fresh / MARK, index=False)
         _write_overview(out)
     return out / "index.md"
 
 
+def _check_out(out: Path, toys: Sequence[str]) -> None:
+    """Raises StoreError where the pages could not be written, or would take the place of somebody else's."""
+    page = out / "index.md"
+    if page.exists():
+        with report_damage(page, "Move it, or choose another folder."):
+            foreign = not check_regular(page).read_text("utf-8").startswith(INTRO.partition("\n\n")[0])
+        if foreign:
+            raise StoreError(f"{page} is a page of something else, so it is not replaced. Choose another folder.")
+    check_place(page)
+    for toy in toys:
+        check_folder(out / toy, MARK)
+
+
 def _write_overview(out: Path) -> None:
     """The page about all toys of a folder, from the row that each keeps beside its own page."""
-    lines = [pd.read_csv(file, dtype=str) for file in sorted(out.glob("[!.]*/glance.csv"))]
+    lines = [pd.read_csv(check_regular(file), dtype=str) for file in sorted(out.glob(f"[!.]*/{MARK}"))]
     table = pd.concat(lines, ignore_index=True)
     table["toy"] = [f"[{toy}]({toy}/index.md)" for toy in table["toy"]]
     write_text(out / "index.md", "\n".join([INTRO, *_format_table(table), ""]))

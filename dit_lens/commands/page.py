@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from PIL.Image import Image
 from PIL.Image import open as open_image
 
+from dit_lens.arguments.checks import checked
 from dit_lens.core.runs.files import write_text
 from dit_lens.core.runs.html import data_url
 from dit_lens.errors import OpError
@@ -64,6 +65,7 @@ class Section:
             )
 
 
+@checked
 def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Section]) -> Path:
     """Writes one self-contained HTML page and returns its path.
 
@@ -90,6 +92,7 @@ def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Se
     return write_text(path, page)
 
 
+@checked
 def write_figures(figures: Mapping[Path, go.Figure], *, width: int = 760, scale: float = 2) -> list[Path]:
     """Writes plotly figures as image files, dark on white; returns their paths, or [] if none can be drawn here.
 

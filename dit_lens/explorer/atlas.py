@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.arguments.checks import checked
+from dit_lens.arguments.numbers import check_number
 from dit_lens.core.runs.files import check_place
 from dit_lens.errors import OpError
 from dit_lens.explorer.code import code_of_lens
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # Bytes of a page per byte of maps: base64 adds a third, and gzip compresses noisy maps only a little.
 BYTES_PER_BYTE = 1.3
+SITES = "blocks.*.img"
 STEPS, SIDE = 8, 32  # control channels are left out only when steps and maps have been reduced to these
 
 
@@ -74,14 +76,15 @@ def atlas(
     call: arguments of the pipeline's call.
     Raises OpError if not even one step of coarse maps fits.
     """
+    check_number("megabytes", megabytes, 0, open_ends=True)
     check_place(path, room=megabytes * 2**20)
     prompts = list(prompts)
     if not prompts:
         raise OpError("there are no prompts. Give at least one.")
-    massive = lens.massive_channels(prompts, k, seed=seed, batch_size=batch_size, **call)
-    outline = lens.outline(prompts[:1], **call)
+    outline, sites = lens.outline(prompts[:1], **call), lens.sites(SITES)
     grid, steps = outline.grid, outline.steps
-    extent = fit_extent(len(prompts) * len(massive), k, grid or (SIDE, SIDE), steps, megabytes * 2**20)
+    extent = fit_extent(len(prompts) * len(sites), k, grid or (SIDE, SIDE), steps, megabytes * 2**20)
+    massive = lens.massive_channels(prompts, k, site=SITES, seed=seed, batch_size=batch_size, **call)
     kept = _choose_steps(steps, extent.steps)
     reads = [replace(read, steps=kept) for read in explorer_reads(massive)[: extent.groups]]
     run = lens.run(prompts, reads, seed=seed, batch_size=batch_size, **call)
