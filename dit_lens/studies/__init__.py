@@ -8,6 +8,7 @@ from dit_lens.studies.disruption import disruption
 from dit_lens.studies.organisation import organisation
 from dit_lens.studies.parts.evidence import Thresholds
 from dit_lens.studies.patching import patching
+from dit_lens.studies.power import power
 from dit_lens.studies.shared.keys import ImageKey
 from dit_lens.studies.shared.registry import find_study, study_names
 from dit_lens.studies.shared.result import Result
@@ -28,6 +29,7 @@ __all__ = [
     "disruption",
     "organisation",
     "patching",
+    "power",
     "stability",
     "sweep",
     "transfer",

@@ -267,6 +267,18 @@ def _pictures():
             },
         ),
         "studies.ImageKey.parse": (None, {"text": "0/1/4/top"}),
+        "studies.power": (
+            None,
+            {
+                "pilot": 20.0,
+                "difference": 10.0,
+                "measure": None,
+                "base": "top",
+                "prompts": 16,
+                "power": 0.8,
+                "level": 0.95,
+            },
+        ),
         "studies.Thresholds": (None, {"carrier": 0.3, "detail": 0.1, "change": 0.5}),
         "explorer.Setting": (
             None,
