@@ -298,6 +298,9 @@ def from_tensors(draw, scenario: Scenario, kind, pattern, sites: list[str], wher
         where["channels"] = None
     rows, total = scenario.rows, scenario.steps
     steps = len(select_steps(scenario, where["steps"]))
+    named = [] if where["rows"] is None else [range(rows)[row] for row in as_list(where["rows"])]
+    if named != sorted(named) and len(named) == rows:  # a value for each could be meant in either order
+        rows = 1
 
     def channel_axis(site):
         full, count = wiring.places[site].width, count_channels(scenario.subject, site, where["channels"])

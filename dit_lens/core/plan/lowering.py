@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
-from dit_lens.core.plan.selection import Group
+from dit_lens.core.plan.selection import Group, select_rows
 from dit_lens.core.plan.sources import Wanted, is_by_branch, list_some, pick_branch, pick_vectors, source_values
 from dit_lens.core.request.indices import to_indices
 from dit_lens.core.request.ops import Op
@@ -162,6 +162,7 @@ class SiteLowering:
             family=self.anatomy.family.name,
             site=self.where,
             steps=self.steps,
+            rows=select_rows(self.op, self.outline),
             tokens=self.group.tokens,
             channels=self.channels,
             outline=self.outline,

@@ -31,7 +31,7 @@ class Wanted:
     means: whether means per channel are wanted instead of values per token.
     family: of the model.
     site: the site.
-    steps, tokens, channels: those to be replaced; None means all.
+    steps, rows, tokens, channels: those to be replaced, in the order in which they are named; None means all.
     outline: of the run.
     width: the number of channels at the site.
     """
@@ -41,6 +41,7 @@ class Wanted:
     family: str
     site: Site
     steps: list[int]
+    rows: list[int] | None
     tokens: list[int] | None
     channels: list[int] | None
     outline: Outline
@@ -85,7 +86,9 @@ def source_values(source: Any, wanted: Wanted) -> Values:
             "Give a Run, a tensor, or a mapping site -> tensor."
         )
     tensor = _fit(source, wanted)
-    return Values({None: tensor}, tuple(range(tensor.shape[1])))
+    count = tensor.shape[1]
+    named = wanted.rows is not None and count == len(wanted.rows) < wanted.outline.rows
+    return Values({None: tensor}, tuple(wanted.rows or ()) if named else tuple(range(count)))
 
 
 def _from_run(run: Run, wanted: Wanted) -> Values:
@@ -200,6 +203,10 @@ def _fit_vector(value: Any, wanted: Wanted) -> Tensor:
         )
     if not bool(tensor.float().isfinite().all()):
         raise OpError(f"{wanted.op} at {wanted.name}: value is not finite, or too large for an activation.")
+    if tensor.ndim:
+        _refuse_two_orders(tensor.shape[-1], wanted.channels, wanted.width, wanted, "channels")
+    if tensor.ndim == 2:
+        _refuse_two_orders(tensor.shape[0], wanted.steps, total, wanted, "steps")
     if tensor.ndim == 2 and tensor.shape[0] == total != 1:
         return tensor[wanted.steps]
     return tensor
@@ -278,14 +285,43 @@ def _fit(source: Tensor, wanted: Wanted) -> Tensor:
     all_tokens = wanted.outline.tokens(wanted.site.stream)
     tensor = _narrow_axis(tensor, 3, wanted.channels, wanted.width, wanted, "channels")
     tensor = _narrow_axis(tensor, 2, wanted.tokens, all_tokens, wanted, "tokens")
-    tensor = _narrow_axis(tensor, 1, None, wanted.outline.rows, wanted, "rows")
+    tensor = _fit_rows(tensor, wanted)
     return _narrow_axis(tensor, 0, wanted.steps, wanted.outline.steps, wanted, "steps")
+
+
+def _fit_rows(tensor: Tensor, wanted: Wanted) -> Tensor:
+    """A tensor with one row, one for each of the run, or one for each that was named, in their order."""
+    rows = wanted.outline.rows
+    some = wanted.rows is not None and tensor.shape[1] == len(wanted.rows) < rows
+    _refuse_two_orders(tensor.shape[1], wanted.rows, rows, wanted, "rows")
+    return tensor if some else _narrow_axis(tensor, 1, None, rows, wanted, "rows")
+
+
+def _refuse_two_orders(size: int, chosen: list[int] | None, full: int | None, wanted: Wanted, what: str) -> None:
+    """OpError where values may go by numbers as well as by the order in which an op names them: all, in another order.
+
+    size: of the axis of the values.
+    chosen: the indices that the op names; None means all.
+    full: how many there are; None if unknown.
+    wanted: what the op asks of the source, for messages.
+    what: the name of the axis, for messages.
+    """
+    if chosen is None or size == 1 or full not in (None, size) or chosen == sorted(chosen):
+        return
+    if sorted(chosen) == list(range(size)):
+        raise OpError(
+            f"{wanted.op} at {wanted.name}: {what}= names all {size} in another order than ascending "
+            f"({list_some(chosen)}), and there is a value for each: they may be meant in either order. Name them in "
+            f"ascending order, or leave {what}= out, with values in that order."
+        )
 
 
 def _narrow_axis(
     tensor: Tensor, axis: int, chosen: list[int] | None, full: int | None, wanted: Wanted, what: str
 ) -> Tensor:
     """Takes of one axis what the op chose: a full axis goes by numbers, one of the chosen size is in their order.
+
+    OpError where it may be either.
 
     tensor: the source, [step, row, token, channel].
     axis: which of them.
@@ -297,6 +333,7 @@ def _narrow_axis(
     size = tensor.shape[axis]
     if size == 1 or (chosen is None and full in (None, size)):
         return tensor
+    _refuse_two_orders(size, chosen, full, wanted, what)
     if chosen is not None and size == full:
         return tensor.index_select(axis, torch.tensor(chosen, dtype=torch.long))
     if chosen is not None and size == len(chosen):

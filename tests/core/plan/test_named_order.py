@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 
-from dit_lens import Add, Apply, Read, Swap, Zero
+from dit_lens import Add, Apply, MeanAblate, Read, Swap, Zero
 from dit_lens.core.runs.run import Run
+from dit_lens.errors import OpError
 
 PROMPTS = ["red", "a blue one", "xyz"]
 CALL = {"seed": [3, 4, 5], "output_type": "latent"}
@@ -82,7 +83,7 @@ def test_reads_of_words_and_their_masks(cfg_lens, tmp_path):
         assert torch.equal(plain(loaded["word, turned"][site]), plain(run["word, turned"][site]))
 
 
-@pytest.mark.parametrize("steps", [[2, 0], [1, 0, 2], [-1, 0], slice(None, None, -1)])
+@pytest.mark.parametrize("steps", [[2, 0], [0, 1, 2], [-1, 0], slice(None, 0, -1)])
 def test_vectors_of_steps(cfg_lens, whole, steps):
     """As many as were chosen go by their order; one for each step of the run goes by its number."""
     chosen = list(range(STEPS))[steps] if isinstance(steps, slice) else [step % STEPS for step in steps]
@@ -97,6 +98,49 @@ def test_vectors_of_steps(cfg_lens, whole, steps):
     for step, (before, after) in seen.items():
         place = step if len(chosen) == STEPS else chosen.index(step) if step in chosen else None
         assert torch.equal(after, before if place is None else before + value[place])
+
+
+def turned(size):
+    return list(reversed(range(size)))
+
+
+EITHER = {
+    "channels of a vector to add": lambda: Add(SITE, channels=turned(WIDTH), value=torch.randn(WIDTH)),
+    "channels of a vector": lambda: Swap(SITE, channels=turned(WIDTH), source=torch.randn(WIDTH)),
+    "channels by site": lambda: Swap(SITE, channels=turned(WIDTH), source={SITE: torch.randn(STEPS, 1, 1, WIDTH)}),
+    "channels of a mean": lambda: MeanAblate(SITE, channels=turned(WIDTH), mean={SITE: torch.randn(WIDTH)}),
+    "tokens": lambda: Swap(SITE, tokens=turned(TOKENS), source=torch.randn(TOKENS, WIDTH)),
+    "rows": lambda: Swap(SITE, rows=[2, 0, 1], source=torch.randn(ROWS, TOKENS, WIDTH)),
+    "steps": lambda: Swap(SITE, steps=slice(None, None, -1), source=torch.randn(STEPS, 1, 1, WIDTH)),
+    "steps of a vector to add": lambda: Add(SITE, steps=[1, 0, 2], value=torch.randn(STEPS, WIDTH)),
+    "steps of numbers to add": lambda: Add(SITE, steps=[1, 0, 2], value=torch.randn(STEPS, 1)),
+}
+
+
+@pytest.mark.parametrize("name", EITHER)
+def test_values_for_all_in_another_order_than_their_numbers_are_told(cfg_lens, name):
+    what = name.split()[0]
+    with pytest.raises(OpError, match=rf"{what}= names all \d+ in another order .* or leave {what}= out"):
+        cfg_lens.cost(PROMPTS, EITHER[name](), **CALL)
+
+
+def test_one_value_for_all_has_no_order(cfg_lens):
+    ops = [
+        Add(SITE, channels=turned(WIDTH), steps=turned(STEPS), value=1.5),
+        Swap(SITE, rows=turned(ROWS), tokens=turned(TOKENS), source=torch.randn(WIDTH)),
+        MeanAblate(SITE, rows=turned(ROWS), mean={SITE: torch.randn(STEPS, WIDTH)}),
+    ]
+    assert cfg_lens.cost(PROMPTS, ops, **CALL)
+
+
+@pytest.mark.parametrize(("rows", "steps"), [([2, 0], [2, 0]), ([1, 0], [1]), ([0, 2], [0, 1])])
+def test_a_tensor_of_the_chosen_entries_is_in_the_chosen_order(cfg_lens, rows, steps):
+    tokens, channels = [7, 90, 3], [9, 4]
+    source = torch.randn(len(steps), len(rows), len(tokens), len(channels))
+    op = Swap(SITE, source=source, rows=rows, steps=steps, tokens=tokens, channels=channels, branch="cond")
+    for batch_size in (None, 2, 1):
+        found = plain(cfg_lens.run(PROMPTS, [op, WHOLE], batch_size=batch_size, **CALL)["whole"][SITE])
+        assert torch.equal(found[steps][:, rows][:, :, tokens][..., channels], source)
 
 
 @pytest.mark.parametrize("given", ["tensor", "read"])
