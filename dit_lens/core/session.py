@@ -25,7 +25,8 @@ from dit_lens.core.plan.unseeded import refuse_unseeded
 from dit_lens.core.request.call import Call, check_latents, prepare_call
 from dit_lens.core.request.indices import list_items
 from dit_lens.core.request.ops import Apply, Op, Read
-from dit_lens.core.request.spec import make_spec, read_spec
+from dit_lens.core.request.spec import make_spec, prepare_asked, read_spec
+from dit_lens.core.request.text_tokens import StreamText
 from dit_lens.core.request.timeline import Timeline, make_timeline
 from dit_lens.core.request.values import copy_of
 from dit_lens.core.runs.comparison import Comparison, compare
@@ -33,7 +34,7 @@ from dit_lens.core.runs.files import read_json, report_damage
 from dit_lens.core.runs.provenance import describe
 from dit_lens.core.runs.run import Run
 from dit_lens.core.trace import Trace
-from dit_lens.errors import OpError, PromptError, SiteError, show
+from dit_lens.errors import DitLensError, OpError, PromptError, SiteError, show
 from dit_lens.families.checks import Check, check
 from dit_lens.families.live import find_difference
 from dit_lens.families.sites import Site, match
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from dit_lens.core.execution.remote import RemoteEngine
     from dit_lens.core.plan.program import Store
     from dit_lens.core.request.ops import Pattern
-    from dit_lens.core.request.text_tokens import StreamText
 
 DEFAULTS_FILE = "dit_lens.json"
 
@@ -350,8 +350,26 @@ class Session:
             some = prepared if prompts is None else prepared.for_prompts(prompts)
             return self.engine.read_text(self.anatomy, some, timeline.forwards)
 
-        outline = Outline(prepared.rows, grid, timeline, read_text)
+        asked = make_spec(prepared, ())
+        others: dict[str, StreamText] = {}
+
+        def read_other_text(other: Mapping[str, Any]) -> StreamText:
+            if all(other.get(name) == asked[name] for name in ("prompt", "call")):
+                return read_text()
+            if (key := repr(other)) not in others:
+                others[key] = self._read_other_text(other)
+            return others[key]
+
+        outline = Outline(prepared.rows, grid, timeline, read_text, read_other_text)
         return prepared, compile_plan(ops, self.anatomy, outline)
+
+    def _read_other_text(self, asked: Mapping[str, Any]) -> StreamText:
+        """What is in the text stream of another run. asked: "prompt" and "call" of its spec."""
+        try:
+            call, forwards = prepare_asked(self.pipe, self.family, asked)
+        except DitLensError as problem:
+            return StreamText(unknown=str(problem))
+        return self.engine.read_text(self.anatomy, call, forwards)
 
 
 def _stored_defaults(pipe: DiffusionPipeline) -> dict[str, Any]:

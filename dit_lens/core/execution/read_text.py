@@ -60,6 +60,8 @@ def read_stream_text(
     around = before + prompts.after
     data = _find_data(recording.seen, anatomy, forwards, {at: len(row) + around for at, row in numbers.items()})
     contradiction = _find_contradiction(recording.seen, forwards, numbers, call.rows)
+    if contradiction is not None:
+        data = _data_of_prompts(pipe, anatomy, call, forwards, {at: len(row) + around for at, row in numbers.items()})
     why = prompts.mixed
     if call.prompts is None:
         why = "this run has prompt_embeds, not a prompt to find words in"
@@ -103,6 +105,27 @@ def _find_data(
             mask = mask_text(masks, range(number, number + 1), lengths[one])
             found[one] = [True] * lengths[one] if mask is None else mask[0].tolist()
     return found
+
+
+def _data_of_prompts(
+    pipe: DiffusionPipeline,
+    anatomy: Anatomy,
+    call: Call,
+    forwards: Sequence[Sequence[str]],
+    lengths: Mapping[tuple[str, int], int],
+) -> dict[tuple[str, int], list[bool]]:
+    """As :func:`_find_data`, from each prompt alone: where all of them together are masked wrongly, they run so.
+
+    Pipelines that mask text fill it up behind, so that numbers of tokens are the same.
+    """
+    found: dict[tuple[str, int], list[bool]] = {}
+    n = call.images_per_prompt
+    for prompt in range(call.count if call.seeds is not None else 0):
+        alone = read_stream_text(pipe, anatomy, call.for_prompts(range(prompt, prompt + 1)), forwards).data
+        for (branch, row), data in alone.items():
+            at = (branch, prompt * n + row)
+            found[at] = [*data, *[False] * (lengths[at] - len(data))]
+    return found if len(found) == len(lengths) else {}
 
 
 def _find_contradiction(

@@ -18,6 +18,7 @@ from dit_lens.errors import ExecutionError, OpError, PromptError
 
 if TYPE_CHECKING:
     from dit_lens.core.plan.program import Action, Forward, Part, Visit
+    from dit_lens.core.request.text_tokens import StreamText
 
 Drawn = TypeVar("Drawn")
 
@@ -169,6 +170,7 @@ def _place_text(plan: Plan, branches: list[str], rows: range, prompts: range, pa
     batch = plan.outline.text(prompts)
     there = batch.rows[branch, row - rows.start]
     tokens = plan.outline.text().move(branch, row, action["tokens"] or (), there)
+    action = _place_source(plan, branch, (rows, batch), action)
     if not tokens or (len(tokens) < len(action["tokens"] or ()) and action["kind"] == "Put"):
         raise OpError(
             f"{len(action['tokens'] or ())} tokens of padding were chosen at {part['name']} in row {row} ({branch}), "
@@ -178,7 +180,27 @@ def _place_text(plan: Plan, branches: list[str], rows: range, prompts: range, pa
     at = (action["op"], part["name"], action["group"])
     plan.selections[at] = (plan.selections[at][0], tuple(tokens), plan.selections[at][2])
     length = batch.length(branch, row - rows.start)
+    if len(action.get("source_tokens", tokens)) != len(tokens):  # padding, of which the source's row kept less
+        raise OpError(
+            f"the padding chosen at {part['name']} in row {row} ({branch}) has {len(tokens)} tokens in its batch, and "
+            f"in the row of the source {len(action['source_tokens'])}. Keep the prompts in one batch."
+        )
     return {**action, "tokens": tokens, "highest_token": max(tokens, default=None), "text_tokens": length}
+
+
+def _place_source(plan: Plan, branch: str, batch: tuple[range, StreamText], action: Action) -> Action:
+    """An action that copies tokens of another row by its text, with their places in a batch.
+
+    plan: of the whole run.
+    branch: of the action.
+    batch: its rows and text. One without the source's row is told elsewhere.
+    action: for the whole run.
+    """
+    (rows, text), source = batch, (action.get("source_rows") or [-1])[0]
+    if "source_tokens" not in action or source not in rows:
+        return action
+    there = text.rows[branch, source - rows.start]
+    return {**action, "source_tokens": plan.outline.text().move(branch, source, action["source_tokens"], there)}
 
 
 def _check_places(plan: Plan, branch: str, batch: tuple[range, range], site: str, action: Action) -> None:

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
 from dit_lens.core.plan.selection import Group, select_rows
-from dit_lens.core.plan.sources import Wanted, is_by_branch, list_some, pick_branch, pick_vectors, source_values
+from dit_lens.core.plan.sources import (
+    Wanted,
+    is_by_branch,
+    list_some,
+    match_words,
+    pick_branch,
+    pick_vectors,
+    source_values,
+)
 from dit_lens.core.request.indices import to_indices
 from dit_lens.core.request.ops import Op
 from dit_lens.core.runs.run import Run
@@ -69,22 +77,33 @@ class SiteLowering:
             found.append((branch, {"kind": "Add", "key": key}))
         return found
 
-    def row(self, source: str) -> list[int]:
+    def copy(self, source: str, *, strength: float = 1.0) -> Lowered:
+        row = self._find_row(source)
+        of_text = self.where.stream == "txt" and not self.where.point.startswith("mod.")
+        found: Lowered = []
+        for branch in self._branches():
+            action: ActionDetails = {"kind": "CopyRow", "source_rows": [row], "strength": strength}
+            tokens = self.group.tokens
+            if of_text and self.group.branch is not None and row not in self._targets:
+                tokens = match_words(self._wanted(means=False), self.outline.text(), branch, row)
+                action["source_tokens"] = tokens
+            if of_text:
+                text = self.outline.text()
+                asked = range(len(text.data.get((branch, row), ()))) if tokens is None else tokens
+                if (held := text.is_data(branch, row, asked)) is not None:
+                    self._check_data(branch, {row: held}, [row] * len(self._targets))
+            found.append((branch, action))
+        return found
+
+    def _find_row(self, source: str) -> int:
+        """The row that "row:0" names."""
         named = re.fullmatch(r"row:(-?\d{1,9})", source)
         if named is None:
             raise OpError(
                 f"source={source!r} is not a valid source. Write 'row:0' for another image of the batch, or give a "
                 "Run, a tensor, or site -> tensor."
             )
-        rows = to_indices(int(named[1]), self.outline.rows, "row", "this run has", "images")
-        if self.where.stream == "txt" and not self.where.point.startswith("mod."):
-            text = self.outline.text()
-            tokens = self.group.tokens
-            for branch in self._branches():
-                asked = range(len(text.data.get((branch, rows[0]), ()))) if tokens is None else tokens
-                if (held := text.is_data(branch, rows[0], asked)) is not None:
-                    self._check_data(branch, {rows[0]: held}, rows * len(self._targets))
-        return rows
+        return to_indices(int(named[1]), self.outline.rows, "row", "this run has", "images")[0]
 
     def put(
         self,
@@ -102,6 +121,9 @@ class SiteLowering:
             key = f"{self.number}/{self.site}/{branch}/{self.group.rows}"
             self._give(key, pick_branch(there, branch, self._name))
             action: ActionDetails = {"kind": "Put", "key": key, "source_rows": source_rows, "strength": strength}
+            for row in [values.rows[i] for i in source_rows]:
+                if row in values.unmatched:
+                    raise OpError(values.unmatched[row])
             mask = values.masks.get(branch, values.masks.get(None))
             if mask is not None and not mask[source_rows].all():
                 held = {row: mask[i].tolist() for i, row in enumerate(values.rows)}
@@ -164,6 +186,7 @@ class SiteLowering:
             steps=self.steps,
             rows=select_rows(self.op, self.outline),
             tokens=self.group.tokens,
+            words=None if self.group.branch is None else (self.op.tokens, self.group.branch, self._targets[0]),
             channels=self.channels,
             outline=self.outline,
             width=self.anatomy.channels(self.where),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dit_lens.core.request.ops import Steps
@@ -27,12 +27,14 @@ class Outline:
     grid: (h, w) image tokens; None where only the pipeline knows.
     timeline: the steps, with their branches and noise levels.
     text: what is in the text stream of the run, or of a batch of some prompts; asked of the pipeline when needed.
+    text_of: what is in that of another run, of which "prompt" and "call" of the spec are known.
     """
 
     rows: int
     grid: tuple[int, int] | None
     timeline: Timeline
     text: Callable[..., StreamText] = field(repr=False)
+    text_of: Callable[[Mapping[str, Any]], StreamText] = field(repr=False)
 
     @property
     def text_tokens(self) -> int | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens.core.request.ops import to_real_tensor
+from dit_lens.core.request.text_tokens import StreamText, match_tokens
 from dit_lens.core.runs.reading import Reading, find_reading
 from dit_lens.core.runs.run import Run
 from dit_lens.errors import OpError, nearest
@@ -32,6 +33,7 @@ class Wanted:
     family: of the model.
     site: the site.
     steps, rows, tokens, channels: those to be replaced, in the order in which they are named; None means all.
+    words: where tokens were chosen by the text of one branch and row: the words or class, the branch, the row.
     outline: of the run.
     width: the number of channels at the site.
     """
@@ -43,6 +45,7 @@ class Wanted:
     steps: list[int]
     rows: list[int] | None
     tokens: list[int] | None
+    words: tuple[Any, str, int] | None
     channels: list[int] | None
     outline: Outline
     width: int
@@ -61,11 +64,13 @@ class Values:
     rows: the numbers of its rows; one row stands for all.
     masks: branch -> which of these tokens it has, bool [b, n]; all of them where a branch is left out. What the
         pipeline masked is no data, and neither is what was not read.
+    unmatched: row -> what is said where it is chosen, as its words are not those to replace.
     """
 
     by_branch: dict[str | None, Tensor]
     rows: tuple[int, ...]
     masks: dict[str | None, Tensor] = field(default_factory=dict)
+    unmatched: dict[int, str] = field(default_factory=dict)
 
 
 def source_values(source: Any, wanted: Wanted) -> Values:
@@ -122,6 +127,8 @@ def _from_reading(reading: Reading, grid: tuple[int, ...] | None, wanted: Wanted
         )
     if isinstance(reading.tokens, Mapping):
         return _from_words(reading, reading.tokens, wanted)
+    if reading.tokens is None and wanted.words is not None:
+        return _from_text(reading, wanted.words[1], wanted)
     of_branches = reading.by_branch(wanted.name)
     values = {branch: _pick(value, reading, wanted) for branch, value in of_branches.items()}
     found = reading.masks.get(wanted.name)
@@ -154,6 +161,67 @@ def _from_words(reading: Reading, tokens: Mapping[str, Sequence[Sequence[int]]],
         values[branch] = torch.stack([chosen[:, i, positions] for i, positions in enumerate(held)], 1)
         masks[branch] = torch.tensor(held) >= 0
     return Values(values, reading.rows, masks)
+
+
+def _from_text(reading: Reading, branch: str, wanted: Wanted) -> Values:
+    """What a read of all tokens holds of some words, wherever they stand in its own text. branch: of the words."""
+    of_branches = reading.by_branch(wanted.name)
+    value, text = of_branches.get(branch), _text_of(reading, wanted)
+    if value is None:  # another branch of the op holds it, or it is told
+        return Values({other: _pick_channels(some, reading, wanted) for other, some in of_branches.items()}, (0,))
+    value = _pick_channels(value, reading, wanted)
+    found, unmatched = [], {}
+    for row in reading.rows:
+        missing = value.shape[2] - text.length(branch, row)  # what rows of batches were filled up with
+        if missing < 0 or text.count not in (None, value.shape[2]):
+            raise OpError(
+                f"{wanted.op}: the source has {value.shape[2]} tokens at {wanted.name}, and the text of its run has "
+                f"{text.length(branch, row)} (row {row}, {branch}) here, so where its words stand cannot be told. Use "
+                "token indices, which go by number."
+            )
+        try:
+            tokens = match_words(wanted, text, branch, row)
+        except OpError as problem:
+            unmatched[row], tokens = str(problem), [0] * len(wanted.tokens or ())
+        found.append([token + (missing if text.pads_in_front() else 0) for token in tokens])
+    picked = torch.stack([value[:, i, tokens] for i, tokens in enumerate(found)], 1)
+    masks = reading.masks.get(wanted.name)
+    if masks is None:
+        return Values({branch: picked}, reading.rows, {}, unmatched)
+    mask = masks[list(of_branches).index(branch)] if reading.both else masks
+    held = torch.stack([mask[i, tokens] for i, tokens in enumerate(found)])
+    return Values({branch: picked}, reading.rows, {branch: held}, unmatched)
+
+
+def _text_of(reading: Reading, wanted: Wanted) -> StreamText:
+    """The text of the run that a read is of; OpError where nobody knows it."""
+    text = StreamText(unknown="it was stored without its prompt") if reading.call is None else None
+    text = wanted.outline.text_of(reading.call or {}) if text is None else text
+    if text.unknown is not None:
+        raise OpError(
+            f"{wanted.op} at {wanted.name}: where the words of tokens= stand in the source cannot be told: "
+            f"{text.unknown}. Use token indices, which go by number."
+        )
+    return text
+
+
+def match_words(wanted: Wanted, text: StreamText, branch: str, row: int) -> list[int]:
+    """For each token of the words to replace the one of the same place in a row of the source; OpError where none is.
+
+    wanted: with words.
+    text: of the source.
+    branch, row: of that.
+    """
+    asked, _, target = wanted.words or ("", "", 0)
+    pairs = match_tokens((wanted.outline.text(), branch, target), (text, branch, row), asked)
+    if pairs is None:
+        there = text.find(branch, row, asked)
+        raise OpError(
+            f"{wanted.op} at {wanted.name}: the tokens of {asked!r} are {list_some(wanted.tokens or [])} in row "
+            f"{target} of this run, and {list_some(there) or 'none'} in row {row} of the source ({branch}), so they do "
+            "not correspond one to one. Choose what has as many tokens in both, or token indices, which go by number."
+        )
+    return [pairs[token] for token in wanted.tokens or ()]
 
 
 def is_by_branch(value: Mapping) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.arguments.numbers import to_int, to_number
@@ -62,7 +62,8 @@ def _plain_source(value: Any) -> dict[str, Any]:
     if (reading := find_reading(value)) is not None:
         masks = {f"mask/{site}": mask for site, mask in reading.masks.items()}
         tensors = {name: to_plain(tensor) for name, tensor in (reading.tensors | masks).items()}
-        return {"reading": reading.to_json(), "tensors": tensors}
+        asked = {} if reading.call is None else {"call": dict(reading.call)}
+        return {"reading": reading.to_json(), "tensors": tensors, **asked}
     if hasattr(value, "reference"):
         return value.reference()
     return {"mapping": {str(key): to_plain(item) for key, item in value.items()}}
@@ -116,7 +117,8 @@ def _read_mapping(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_reading(value: dict[str, Any]) -> Reading:
-    return Reading.from_json(value["reading"], {site: from_plain(item) for site, item in value["tensors"].items()})
+    tensors = {site: from_plain(item) for site, item in value["tensors"].items()}
+    return replace(Reading.from_json(value["reading"], tensors), call=value.get("call"))
 
 
 def _read_array(value: dict[str, Any]) -> np.ndarray:

@@ -42,6 +42,7 @@ class ActionDetails(TypedDict, total=False):
     reduce: how a read is reduced over tokens (``core.request.reduce``).
     key: under which the payload holds an edit's tensor or function.
     source_rows: for every target row the row its values come from.
+    source_tokens: the tokens there, where they are not those that are replaced.
     source_mask: under which the payload holds the tokens that a source has, bool [row, token]; left out: all.
     strength: in (0, 1]; 1 assigns.
     parameters: what else an edit of this kind needs, such as a factor.
@@ -51,6 +52,7 @@ class ActionDetails(TypedDict, total=False):
     reduce: list[Any] | None
     key: str
     source_rows: list[int]
+    source_tokens: list[int]
     source_mask: str
     strength: float
     parameters: dict[str, Any]
@@ -87,8 +89,8 @@ class Lowering(Protocol):
         """
         ...
 
-    def row(self, source: str) -> list[int]:
-        """The row that ``"row:0"`` names."""
+    def copy(self, source: str, *, strength: float = 1.0) -> Lowered:
+        """Replacing by another row of the batch: ``"row:0"``. strength: in (0, 1]; 1 assigns."""
         ...
 
     def put(

@@ -183,7 +183,7 @@ class Swap(Op):
     def lower(self, at: Lowering) -> Lowered:
         strength = to_strength(self.strength)
         if isinstance(self.source, str):
-            return at.on_branches(kind="CopyRow", source_rows=at.row(self.source), strength=strength)
+            return at.copy(self.source, strength=strength)
         return at.put(self.source, strength=strength)
 
 
@@ -315,7 +315,8 @@ def put(edit: Edit) -> Tensor:
 def copy_row(edit: Edit) -> Tensor:
     """The same tokens and channels of another row of the batch."""
     action = edit.action
-    where = outer_index(edit.stream, action["source_rows"], action["tokens"], action["channels"], edit.indices)
+    tokens = action.get("source_tokens", action["tokens"])
+    where = outer_index(edit.stream, action["source_rows"], tokens, action["channels"], edit.indices)
     return edit.stream[where].expand_as(edit.old).clone()
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dit_lens.core.request.call import Call
+from dit_lens.core.request.call import Call, prepare_call
 from dit_lens.core.request.ops import Op, from_json, to_json
+from dit_lens.core.request.timeline import make_timeline
 from dit_lens.core.runs.provenance import holds_unsaved, to_plain_data
 from dit_lens.errors import OpError, PromptError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dit_lens.families import Family
 
 PARTS = ("prompt", "seed", "call", "ops")
 OTHERS = ("prompt", "ops", "seed", "batch_size", "record", "prefix")  # what a run takes beside the pipeline's arguments
@@ -41,6 +47,27 @@ def read_spec(spec: Any) -> tuple[list[Op], dict[str, Any]]:
         raise PromptError(f"this is not the spec of a run: its call holds {odd[0]!r}. Pass run.spec.")
     ops = [from_json(op) for op in spec["ops"]]
     return ops, {"prompt": spec["prompt"], "seed": spec["seed"], **spec["call"]}
+
+
+def prepare_asked(
+    pipe: DiffusionPipeline, family: Family, asked: Mapping[str, Any]
+) -> tuple[Call, Sequence[Sequence[str]]]:
+    """The checked call of a run of which "prompt" and "call" of its spec are known, and its forward passes of a step.
+
+    pipe, family: of the run.
+    """
+    _, options = read_spec({"seed": 0, "ops": [], **asked})
+    call = prepare_call(
+        pipe,
+        options.pop("prompt"),
+        seed=options.pop("seed"),
+        num_inference_steps=None,
+        defaults={},
+        vocabulary=None,
+        call=options,
+        family=family,
+    )
+    return call, make_timeline(pipe, family, call.arguments, None, None).forwards
 
 
 def _describe(op: Op) -> dict[str, Any]:

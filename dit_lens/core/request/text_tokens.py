@@ -94,6 +94,18 @@ class StreamText:
         words = [asked] if isinstance(asked, str) else asked
         return sorted({token for word in words for token in self._find_word(branch, row, word)})
 
+    def find_each(self, branch: str, row: int, asked: str | Sequence[str]) -> list[list[int]]:
+        """The tokens of a class or word, or those of each of several words."""
+        return [
+            self.find(branch, row, one) for one in ([asked] if isinstance(asked, str) else [[one] for one in asked])
+        ]
+
+    def encoders(self, branch: str, row: int, token: int) -> list[int]:
+        """Which of the texts of a row a token is of, counted among them: several encoders have one each."""
+        tokens = self.rows[branch, row]
+        texts = sorted({origin.text for some in tokens for origin in some})
+        return sorted({texts.index(origin.text) for origin in tokens[token - self.before]})
+
     def length(self, branch: str, row: int) -> int:
         """How many tokens the stream has in a row."""
         return self.before + len(self.rows[branch, row]) + self.after
@@ -120,12 +132,14 @@ class StreamText:
         for i, token in enumerate(to):
             same = places[_is(token, "pad")]
             same[len(same)] = i
-        found, seen = {}, [0, 0]
-        for i, token in enumerate(self.rows[branch, row]):
+        own, seen = self.rows[branch, row], [0, 0]
+        found: dict[int, int | None] = {i: i for i in range(-self.before, 0)}
+        found |= {len(own) + i: len(to) + i for i in range(self.after)}
+        for i, token in enumerate(own):
             padding = _is(token, "pad")
             found[i] = places[padding].get(seen[padding])
             seen[padding] += 1
-        moved = (found[token - self.before] for token in tokens)
+        moved = (found.get(token - self.before) for token in tokens)
         return [self.before + i for i in moved if i is not None]
 
     def prompts(self, branch: str, row: int) -> list[str]:
@@ -167,6 +181,27 @@ class StreamText:
                 "the pipeline has one."
             )
         return (self.before + i for i in sorted(whole))
+
+
+def match_tokens(
+    here: tuple[StreamText, str, int], there: tuple[StreamText, str, int], asked: str | Sequence[str]
+) -> dict[int, int] | None:
+    """Each token of a class, or of words, in one row -> the one of the same place in another; None where they differ.
+
+    here, there: a text, and the branch and row of it.
+    asked: as in :meth:`StreamText.find`.
+    """
+    found: dict[int, int] = {}
+    (mine, branch, row), (other, branch_there, row_there) = here, there
+    words = zip(mine.find_each(branch, row, asked), other.find_each(branch_there, row_there, asked), strict=True)
+    for some, same in words:
+        if len(some) != len(same):
+            return None
+        for one, two in zip(some, same, strict=True):
+            encoders = mine.encoders(branch, row, one), other.encoders(branch_there, row_there, two)
+            if (all(encoders) and encoders[0] != encoders[1]) or found.setdefault(one, two) != two:
+                return None
+    return found
 
 
 def find_word(text: Text, word: str) -> list[tuple[int, int]]:

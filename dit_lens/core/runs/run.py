@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -94,6 +94,11 @@ class Run(Mapping[str, Any]):
     recording: Recording | None = field(default=None, repr=False)
 
     tape = OldName("recording")
+
+    def __post_init__(self) -> None:
+        """Reads keep what was asked of the run, without which nobody could tell where words stand in them."""
+        asked = {name: self.spec.get(name) for name in ("prompt", "call")}
+        self.readings = [replace(reading, call=asked) for reading in self.readings]
 
     def __getitem__(self, key: str) -> Any:
         """A read by its name (a mapping site -> tensor), or the tensor of a site that was read without a name."""

@@ -42,6 +42,33 @@ def test_a_pipeline_that_masks_images_by_another_prompt_is_told(name, mask):
     assert subject.lens.run(["a cat", "a dog"], seed=0, num_images_per_prompt=2, **subject.call)  # of equal length
 
 
+@pytest.mark.parametrize(
+    ("name", "last", "more"),
+    [("qwen", "sea", "the cat sat" + " so" * 20 + " by the sea"), ("lumina2", "eos", "the cat sat")],
+)
+def test_masks_of_a_batch_that_never_runs_decide_nothing(name, last, more):
+    """Images of a prompt, one prompt at a time: as with each prompt listed for each of its images."""
+    subject, prompts = texts.SUBJECTS[name], ["a cat", more]
+    call = {**subject.call, "seed": [3, 4, 5, 6]}
+    ops = [
+        Read(SITE, tokens="cat", reduce="mean", name="cat"),
+        Read(SITE, tokens=last, reduce="mean", name="last", rows=[2, 3]),
+        Swap(SITE, tokens="cat", source="row:2", rows=3),
+        Read(SITE, tokens="prompt", name="after", rows=[3]),
+    ]
+    run = subject.lens.run(prompts, ops, num_images_per_prompt=2, batch_size=1, **call)
+    first = subject.lens.run(prompts[:1] * 2, ops[0], **{**call, "seed": [3, 4]})
+    moved = [Swap(SITE, tokens="cat", source="row:0", rows=1), Read(SITE, tokens="prompt", name="after", rows=[1])]
+    listed = [ops[0], Read(SITE, tokens=last, reduce="mean", name="last"), *moved]
+    second = subject.lens.run(prompts[1:] * 2, listed, **{**call, "seed": [5, 6]})
+    assert torch.equal(run["cat"][SITE], torch.cat([first["cat"][SITE], second["cat"][SITE]], 1))
+    assert all(torch.equal(run[key][SITE], second[key][SITE]) for key in ("last", "after"))
+    assert torch.equal(run.latents, torch.cat([first.latents, second.latents]))
+    pads = Read(SITE, tokens="pad", rows=[0], reduce="mean")
+    with pytest.raises(OpError, match=r"the pipeline masks all \d+ tokens of tokens='pad' in row 0"):
+        subject.lens.cost(prompts, pads, num_images_per_prompt=2, **call)
+
+
 @pytest.mark.parametrize("reduce", ["mean", "max", "topk(2)", "histogram(0,1,4)"])
 def test_a_reduction_of_masked_tokens_alone_is_told_before_the_run(reduce):
     lens, call = QWEN.lens, QWEN.call
