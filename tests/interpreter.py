@@ -252,8 +252,10 @@ class Interpreter:
             new = op.fn(old.clone(), hook)
             return old if new is None else new.to(old.dtype)
         if kind == "Swap" and isinstance(op.source, str):
-            source = range(self.rows)[int(op.source.removeprefix("row:"))] - self.first
-            new = x[outer([source], tokens, channels)].expand_as(old)
+            source = range(self.rows)[int(op.source.removeprefix("row:"))]
+            if isinstance(op.tokens, str):  # where the word stands there
+                tokens = self.wiring.words(self.prompts[source // (self.rows // len(self.prompts))], op.tokens)
+            new = x[outer([source - self.first], tokens, channels)].expand_as(old)
         else:
             new = self.given(op, site, branch, (rows, tokens, channels)).to(old.dtype).expand_as(old)
         strength = getattr(op, "strength", 1.0)

@@ -283,6 +283,11 @@ def row_swaps(draw, scenario: Scenario, pattern, where: dict):
         where["rows"] = [first + draw(st.integers(0, min(size, scenario.rows - first) - 1))]
         if isinstance(where["tokens"], str):
             where["tokens"] = None
+    if isinstance(where["tokens"], str):  # as often in the source as in each row
+        rows = range(scenario.rows) if where["rows"] is None else as_list(where["rows"])
+        chosen = [scenario.texts[range(scenario.rows)[row] // scenario.each] for row in [source, *rows]]
+        if len({len(scenario.subject.wiring.words(text, where["tokens"])) for text in chosen}) > 1:
+            where["tokens"] = None
     shown = draw(st.sampled_from([source, source - scenario.rows]))
     return Swap(pattern, source=f"row:{shown}", strength=draw(STRENGTHS), **where)
 
