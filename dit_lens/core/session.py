@@ -21,7 +21,7 @@ from dit_lens.core.plan.cost import Cost, cost_of
 from dit_lens.core.plan.outline import Outline
 from dit_lens.core.plan.replay import call_values, make_recording, record_answers, replay_answers
 from dit_lens.core.plan.spill import reads_container
-from dit_lens.core.plan.unseeded import refuse_unseeded
+from dit_lens.core.plan.unseeded import random_state, refuse_unseeded, tell_draws
 from dit_lens.core.request.call import Call, check_latents, prepare_call
 from dit_lens.core.request.indices import list_items
 from dit_lens.core.request.ops import Apply, Op, Read
@@ -201,9 +201,10 @@ class Session:
                 f"prefix= is a {type(prefix).__name__}. It takes a run that was recorded: lens.run(..., record=True)."
             )
         prepared, plan = self._plan(prompt, ops, seed=seed, num_inference_steps=num_inference_steps, **call)
-        refuse_unseeded(self.pipe, repeated=record or prefix is not None)
+        repeated = record or prefix is not None
+        told = refuse_unseeded(self.pipe, repeated=repeated)
         container = reads_container(cost_of(plan, ops, self.anatomy, self.pipe.transformer.dtype))
-        state = self.engine.state() if record or prefix is not None else {}
+        state = self.engine.state() if repeated else {}
         if record:
             plan = record_answers(plan, ops, prepared)
             called = call_values(prepared)
@@ -215,7 +216,10 @@ class Session:
             with nullcontext() if batch.rows == prepared.rows else self.quiet():
                 return self.engine.generate(piece.program, piece.payload, batch.keywords(), container())
 
+        random = random_state()
         stores, outputs = zip(*run_in_batches(prepared, plan, batch_size, draw), strict=True)
+        if not told:
+            tell_draws(self.pipe, random, ops, prepared, repeated=repeated)
         provenance = {**describe(self.pipe, self.family), **self.engine.provenance}
         run = assemble(ops, plan, stores, outputs, make_spec(prepared, ops), provenance)
         if record:
