@@ -7,13 +7,15 @@ import inspect
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from dit_lens.errors import FamilyError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-    from torch import nn
 
     from dit_lens.families.anatomy import Anatomy
 
@@ -27,6 +29,8 @@ HARMLESS = (*HOOKS, "diffusers.hooks.group_offloading", "diffusers.hooks.layerwi
 Functions = Mapping[tuple[str, str], frozenset[Callable[..., Any]]]
 PROCESSOR = "()"
 METHOD = ":"
+CALLING = ("__call__", "_wrapped_call_impl", "_call_impl")  # what comes between the call of a module and its forward
+TORCH = str(Path(nn.__file__).parents[1])
 
 
 def refuse_unsafe(pipe: DiffusionPipeline) -> None:
@@ -42,6 +46,11 @@ def refuse_unsafe(pipe: DiffusionPipeline) -> None:
         raise FamilyError(
             f"{changing} may change what this computes, unseen by names of tensors inside. Remove it first; hooks that "
             "move or cast weights are no harm."
+        )
+    if (calling := _find_other_call(pipe.transformer)) is not None:
+        raise FamilyError(
+            f"{calling} in the place of torch's own, which may change what is given to its forward and what that "
+            "returns, unseen by names of tensors inside. Put back what was there; a change belongs into the forward."
         )
     if any(map(_compiled, modules)):
         raise FamilyError(
@@ -68,6 +77,27 @@ def _find_hook(transformer: nn.Module) -> str | None:
             if type(hook).__module__ not in HARMLESS:
                 return f"the hook {type(hook).__name__} on pipe.transformer{'.' if path else ''}{path}"
     return None
+
+
+def _find_other_call(transformer: nn.Module) -> str | None:
+    """A module that torch does not call by itself; None where there is none. What is compiled is told apart."""
+    others: dict[type, tuple[str, Any] | None] = {}
+    for path, module in transformer.named_modules():
+        kind = type(module)
+        if path.endswith("processor") or _compiled(module):  # processors are called by attentions, and compared apart
+            continue
+        if kind not in others:
+            found = ((name, getattr(kind, name)) for name in CALLING)
+            others[kind] = next(((name, one) for name, one in found if not _is_of_torch(one)), None)
+        own = next(((name, vars(module)[name]) for name in CALLING if name in vars(module)), others[kind])
+        if own is not None:
+            where = f"pipe.transformer{'.' if path else ''}{path}, a {kind.__name__},"
+            return f"{where} has {_name(own[1])} as its {own[0]}"
+    return None
+
+
+def _is_of_torch(function: Any) -> bool:
+    return getattr(getattr(function, "__code__", None), "co_filename", "").startswith(TORCH)
 
 
 def _compiled(module: nn.Module) -> bool:
@@ -114,7 +144,7 @@ def note_functions(anatomy: Anatomy) -> Functions:
 
 def find_difference(anatomy: Anatomy, tried: Functions) -> str | None:
     """What a live transformer runs in place of what was tried; None where it runs the same."""
-    return _find_twice(anatomy) or _find_other(anatomy, tried)
+    return _find_twice(anatomy) or _find_reordered(anatomy) or _find_other(anatomy, tried)
 
 
 def _find_twice(anatomy: Anatomy) -> str | None:
@@ -133,6 +163,21 @@ def _find_twice(anatomy: Anatomy) -> str | None:
                         f"{places[id(module)]} and {place} are one module, which is called in both places, so names of "
                         "tensors inside cannot tell its calls apart. Put a copy (copy.deepcopy) into one of them."
                     )
+    return None
+
+
+def _find_reordered(anatomy: Anatomy) -> str | None:
+    """A list that gives its blocks in another order than that of their numbers; None where there is none."""
+    for stack in anatomy.family.stacks:
+        blocks: Any = anatomy.modules.get(stack.path)
+        numbered = list(map(id, blocks._modules.values()))  # noqa: SLF001 those that paths name
+        for given in (list(blocks), [blocks[i] for i in range(len(blocks))]):
+            if list(map(id, given)) != numbered:
+                return (
+                    f"pipe.transformer.{stack.path}, a {type(blocks).__name__}, gives its blocks in another order than "
+                    "that of their numbers, by which sites are named. Put them into a plain torch.nn.ModuleList, in "
+                    "the order in which they run."
+                )
     return None
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook, apply_layerwise_casting
+from torch.nn.modules.module import register_module_forward_hook
 
 from dit_lens import Add, DiTLens, Read
 from dit_lens.errors import ExecutionError, FamilyError, OpError
@@ -60,6 +61,71 @@ def test_a_hook_that_looks_is_no_harm(lens):
     handle.remove()
     assert torch.equal(run["blocks.0.img"].as_subclass(torch.Tensor)[:, 0], torch.cat(seen[::2]))
     assert not block._forward_hooks  # noqa: SLF001 nothing stays
+
+
+def test_a_hook_on_all_modules_that_changes_is_told(lens):
+    block = lens.pipe.transformer.transformer_blocks[0]
+    handle = register_module_forward_hook(
+        lambda module, args, output: returns_more(module, args, output) if module is block else None
+    )
+    try:
+        with pytest.raises(
+            ExecutionError, match=r"changes what pipe\.transformer\.transformer_blocks\.0 returns, after"
+        ):
+            lens.run("red", Read("blocks.0.img"), seed=0)
+        assert lens.run("red", Read("blocks.1.img"), seed=0).latents is not None
+    finally:
+        handle.remove()
+
+
+def halves(name):
+    def hook(_module, args, kwargs):
+        return args, {**kwargs, name: kwargs[name] / 2}
+
+    return hook
+
+
+def halves_in_place(_module, _args, kwargs):
+    kwargs["hidden_states"].mul_(0.5)
+
+
+GIVEN = {
+    "latents": ("", halves("hidden_states"), Read("x0", steps=-1)),
+    "time": ("", halves("timestep"), ()),
+    "a block": ("transformer_blocks.1", halves("hidden_states"), Read("blocks.1.img.resid_pre")),
+    "a block in place": ("transformer_blocks.1", halves_in_place, Read("blocks.1.img.resid_pre")),
+    "an edited input": ("transformer_blocks.1", halves("hidden_states"), Add("blocks.1.img.resid_pre", value=1.0)),
+}
+
+
+@pytest.mark.parametrize("case", GIVEN)
+def test_a_hook_that_changes_what_is_given_is_told(lens, case):
+    path, hook, op = GIVEN[case]
+    module = lens.pipe.transformer.get_submodule(path)
+    before = len(module._forward_pre_hooks)  # noqa: SLF001 nothing stays
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    name = f"transformer{'.' * bool(path)}{path}".replace(".", r"\.")
+    with pytest.raises(
+        ExecutionError, match=rf"forward pre hook .* changes what pipe\.{name} is given, before the run"
+    ):
+        lens.run("red", op, seed=0)
+    handle.remove()
+    assert len(module._forward_pre_hooks) == before  # noqa: SLF001
+    assert lens.run("red", op, seed=0).latents is not None
+
+
+def test_a_hook_that_changes_a_text_or_looks_at_what_is_given_is_no_harm(lens):
+    seen, block = [], lens.pipe.transformer.transformer_blocks[1]
+    handles = [
+        lens.pipe.transformer.register_forward_pre_hook(halves("encoder_hidden_states"), with_kwargs=True),
+        block.register_forward_pre_hook(lambda _m, _a, kw: seen.append(kw["hidden_states"]), with_kwargs=True),
+    ]
+    plain = lens.pipe("red", generator=torch.Generator().manual_seed(0), **CALL).images
+    seen.clear()
+    run = lens.run("red", Read("blocks.1.img.resid_pre"), seed=0)
+    [handle.remove() for handle in handles]
+    assert torch.equal(run.latents, plain)
+    assert torch.equal(run["blocks.1.img.resid_pre"].as_subclass(torch.Tensor)[:, 0], torch.cat(seen[::2]))
 
 
 class More(ModelHook):

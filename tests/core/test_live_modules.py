@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dit_lens import DiTLens, Read, Zero
-from dit_lens.errors import FamilyError
+from dit_lens.errors import ExecutionError, FamilyError
 from tests import pipelines
 from tests.zoo.truth import ENTRIES
 
@@ -123,3 +123,70 @@ def test_a_compiled_forward_is_told_as_that(flux):
     block = flux.transformer.transformer_blocks[0]
     block.forward = torch.compile(block.forward)
     refused(flux, lens, "compiled", prompt="red")
+
+
+# What comes between the call of a module and its forward
+
+
+def more(function):
+    return lambda self, *args, **kwargs: tuple(one + 1 for one in function(self, *args, **kwargs))
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["before the lens", "after"])
+@pytest.mark.parametrize("where", ["class", "subclass", "instance", "torch"])
+def test_a_call_that_is_not_torch_s(flux, monkeypatch, where, early):
+    lens = None if early else DiTLens(flux, defaults=CALL)
+    block = flux.transformer.transformer_blocks[1]
+    kind, call = type(block), torch.nn.Module.__call__
+    plain = flux("red", generator=torch.Generator().manual_seed(0), **CALL).images
+    if where == "class":
+        monkeypatch.setattr(kind, "__call__", more(call))
+    elif where == "subclass":
+        block.__class__ = type(kind.__name__, (kind,), {"__call__": more(call)})
+    elif where == "instance":
+        before = block._call_impl  # noqa: SLF001 what torch calls
+        monkeypatch.setattr(
+            block, "_call_impl", lambda *args, **kwargs: tuple(one + 1 for one in before(*args, **kwargs))
+        )
+    else:
+        monkeypatch.setattr(
+            torch.nn.Module, "__call__", lambda self, *a, **k: (more(call) if self is block else call)(self, *a, **k)
+        )
+    changed = flux("red", generator=torch.Generator().manual_seed(0), **CALL).images
+    assert not torch.equal(plain, changed)
+    match = r"pipe\.transformer.* has .* as its (__call__|_call_impl) in the place of torch's own"
+    if early:
+        with pytest.raises(FamilyError, match=match):
+            DiTLens(flux, defaults=CALL)
+    else:
+        refused(flux, lens, match, prompt="red")
+
+
+class Turned(torch.nn.ModuleList):
+    turned = True
+
+    def __iter__(self):
+        found = list(super().__iter__())
+        return iter(found[::-1] if self.turned else found)
+
+
+def test_blocks_in_another_order_than_their_numbers(flux):
+    lens = DiTLens(flux, defaults=CALL)
+    flux.transformer.single_transformer_blocks = Turned(flux.transformer.single_transformer_blocks)
+    refused(flux, lens, r"single_transformer_blocks, a Turned, gives its blocks in another order", prompt="red")
+
+
+@pytest.mark.parametrize("op", [Read("blocks.*.img"), Read("blocks.3.img"), Zero("blocks.4.img.attn.q")], ids=str)
+def test_blocks_that_run_in_another_order_than_they_are_listed(flux, op):
+    lens = DiTLens(flux, defaults=CALL)
+    blocks = flux.transformer.single_transformer_blocks = Turned(flux.transformer.single_transformer_blocks)
+    blocks.turned = False
+    handles = [
+        flux.transformer.register_forward_pre_hook(lambda *_: setattr(blocks, "turned", True)),
+        flux.transformer.register_forward_hook(lambda *_: setattr(blocks, "turned", False)),
+    ]
+    with pytest.raises(ExecutionError, match=r"single_transformer_blocks ran in the order 2, 1.*that of their numbers"):
+        lens.run("red", op, seed=0)
+    blocks.turned = False
+    [handle.remove() for handle in handles]
+    assert lens.run("red", op, seed=0).latents is not None

@@ -7,7 +7,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -19,6 +19,7 @@ from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule
 from dit_lens.core.execution.execute import execute
 from dit_lens.core.execution.forwards import Forwards, Taking
 from dit_lens.core.execution.hooks import refuse_changes
+from dit_lens.core.execution.order import refuse_another_order
 from dit_lens.core.execution.read_text import read_stream_text
 from dit_lens.core.execution.refusals import tell_refusals
 from dit_lens.core.execution.schedule import measure_sigmas
@@ -172,7 +173,8 @@ class Engine:
             try:
                 model = self.model if call.get("prompt") is not None else self.promptless
                 arguments = call | {"gradients": True} if self._gradients else call
-                with _count_forwards(self.pipe.transformer) as made, refuse_changes(self.pipe, program):
+                ordered = nullcontext() if self._gradients else refuse_another_order(self.pipe, program)
+                with _count_forwards(self.pipe.transformer) as made, refuse_changes(self.pipe, program), ordered:
                     store, results = run_traced(model.trace, model, program, payload, arguments, reads)
             except torch.OutOfMemoryError as full:
                 if not self._gradients:
