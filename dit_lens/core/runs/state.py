@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dit_lens.core.runs.memory import list_kept
 from dit_lens.core.runs.names import find_named, find_referred
 from dit_lens.core.runs.provenance import checksum, describe_adapters, describe_scheduler, digest, find_modules
 from dit_lens.core.runs.values import PLAIN, Reader, is_installed, is_own, list_mentioned
@@ -230,10 +231,11 @@ class _Look:
                     found[f"{kind.__module__}.{kind.__qualname__}.{name}"] = value
         return found | find_named(bases, portable=self._portable) | ({} if self._portable else find_referred(found))
 
-    @staticmethod
-    def _passes(attribute: str, kind: type) -> bool:
+    def _passes(self, attribute: str, kind: type) -> bool:
         """Whether an attribute of an object of a class decides nothing, or comes and goes by itself."""
         if attribute in _PASSING:
+            return True
+        if self._portable and _is_written_by_own(kind, attribute):
             return True
         private = attribute[0] == "_" and attribute not in _DECIDING
         return (private or "cache" in attribute) and not _is_read_by_own(kind, attribute)
@@ -297,6 +299,12 @@ def _is_read_by_own(kind: type, attribute: str) -> bool:
     if all(base in own or base.__module__.partition(".")[0] in ("builtins", "torch") for base in kind.__mro__):
         return True
     return any(attribute in _mentioned_in(base) for base in own)
+
+
+def _is_written_by_own(kind: type, attribute: str) -> bool:
+    """Whether methods of a user's own class write an attribute as they run."""
+    own = [base for base in kind.__mro__ if not is_installed(base.__module__)]
+    return bool(own) and attribute in list_kept(own)
 
 
 def _mentioned_in(kind: type) -> set[str]:

@@ -1,7 +1,8 @@
 """Values that JSON cannot hold, such as a judge, as texts: equal for equal values, in every process.
 
-A function is what it does: its code, its defaults and attributes, and what it refers to, by value. What belongs to an
-installed package counts by its name. What code looks up as it runs, such as files, is noted as not known.
+A function is what it does: its code, its defaults and attributes, and what it refers to, by value, but for what it
+writes itself. What belongs to an installed package counts by its name. What code looks up as it runs, such as files, is
+noted as not known.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
+from dit_lens.core.runs.memory import list_filled, list_kept
 from dit_lens.core.runs.provenance import digest
 
 DEEPEST = 40  # references within references that are followed
@@ -65,7 +67,10 @@ class Reader:
         if isinstance(value, functools.partial):
             given = {f"argument {i}": one for i, one in enumerate(value.args)} | value.keywords
             return {**self.parts(value.func), **{name: self.read(one) for name, one in given.items()}}
+        if isinstance(value, functools._lru_cache_wrapper):  # noqa: SLF001 what functools.cache makes
+            return self.parts(value.__wrapped__)
         if isinstance(value, MethodType):
+            self._names |= {value.__func__.__name__}
             return {**self.parts(value.__func__), "self": self.read(value.__self__)}
         if isinstance(value, FunctionType):
             self._open.setdefault(id(value), len(self._open))
@@ -80,7 +85,8 @@ class Reader:
             self._names = outer | mentioned
             self.unknown += [f"{_OUTSIDE[name]}, by {name}" for name in sorted(mentioned & _OUTSIDE.keys())]
         try:
-            inside = {name: self.read(one) for name, one in refers_to(function).items()}
+            filled = list_filled(function) if is_own(function) else set()
+            inside = {name: self.read(one) for name, one in refers_to(function).items() if name not in filled}
             if is_own(function):
                 inside |= {f"import {name}": self._import(name, function) for name in _imports(function.__code__)}
             return inside
@@ -123,7 +129,7 @@ class Reader:
         kind = type(value).__name__
         if isinstance(value, ModuleType):
             return self._module(value)
-        if isinstance(value, FunctionType | MethodType | functools.partial):
+        if isinstance(value, FunctionType | MethodType | functools.partial | functools._lru_cache_wrapper):  # noqa: SLF001
             return f"{_name(value)} {_digest(self.parts(value))}"
         if isinstance(value, type):
             return self._class(value)
@@ -157,6 +163,7 @@ class Reader:
         if isinstance(kept, str):  # the name of something global
             return f"{type(value).__module__}.{kept}"
         # What follows the state are iterators over the items of lists and dictionaries.
+        kept = (*kept[:2], _without_kept(kept[2:3], type(value), self._names), *kept[3:])
         fields = [*kept[:3], *(list(more) if more is not None else None for more in kept[3:5])]
         return f"{type(value).__name__} {_digest([self.read(type(value)), *map(self.read, fields)])}"
 
@@ -179,6 +186,16 @@ class Reader:
         constants = [self._instructions(c) if isinstance(c, CodeType) else self.read(c) for c in code.co_consts]
         names = [code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars]
         return [code.co_code.hex(), constants, names, code.co_argcount, code.co_kwonlyargcount, code.co_flags]
+
+
+def _without_kept(state: tuple[Any, ...], kind: type, called: set[str]) -> Any:
+    """The state of an object without what the methods of a user's own class write as they are called."""
+    found = state[0] if state else None
+    own = [base for base in kind.__mro__ if not is_installed(base.__module__)]
+    if not own or not isinstance(found, dict):
+        return found
+    left_out = list_kept(own, called)
+    return {name: one for name, one in found.items() if name not in left_out}
 
 
 def refers_to(function: FunctionType) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What decides a pipeline's answers: whatever changes an image changes the state, and a run alone does not."""
 
 import contextlib
+import functools
 import sys
 from types import ModuleType
 from unittest import mock
@@ -310,8 +311,6 @@ def test_what_code_looks_up_as_it_runs_is_told(lens, body, said, tmp_path):
 
 
 def test_a_method_of_a_package_that_a_user_wrote_is_read(monkeypatch):
-    import functools
-
     @functools.wraps(STEP)
     def step(self, *args, **kwargs):
         return STEP(self, *args, **kwargs)
@@ -323,3 +322,149 @@ def test_a_method_of_a_package_that_a_user_wrote_is_read(monkeypatch):
     assert not state()
     monkeypatch.setattr(type(pipe.scheduler), "step", step)
     assert [name.rsplit(".", 1)[-1] for name in state()] == ["step"]
+
+
+# What a judge writes itself is no other judge
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, value):
+        self.calls += 1
+        return value
+
+
+def lazily(limit):
+    global MODEL  # noqa: PLW0603 as judges load what they need
+    if MODEL is None:
+        MODEL = Net()
+    return MODEL(limit)
+
+
+MODEL, SCORES = None, {}
+
+
+def keeps_in_closure(limit):
+    memo, count = {}, 0
+
+    def judge(image, prompt):
+        nonlocal count
+        count += 1
+        memo[prompt] = limit
+        return {"it": memo[prompt]}
+
+    return judge
+
+
+def keeps_in_module(limit):
+    def judge(image, prompt):
+        SCORES.setdefault(prompt, []).append(limit)
+        return {"it": lazily(limit)}
+
+    return judge
+
+
+def keeps_in_default(limit):
+    def judge(image, prompt, memo=[], *, more={}):  # noqa: B006 as judges are written
+        memo.append(prompt)
+        more[prompt] = limit
+        judge.calls = len(memo)
+        return {"it": limit}
+
+    return judge
+
+
+def keeps_in_cache(limit):
+    @functools.cache
+    def judge(image, prompt):
+        return {"it": limit}
+
+    return judge
+
+
+class Judge:
+    def __init__(self, limit):
+        self.limit, self.model, self.memo = limit, None, {}
+
+    def __call__(self, image, prompt):
+        self.model = self.model or Net()
+        self.memo[prompt] = self.limit
+        return {"it": self.model(self.memo[prompt])}
+
+
+class Scorer:
+    def __init__(self, limit):
+        self.limit, self._calls = limit, 0
+
+    def set_limit(self, limit):
+        self.limit = limit
+
+    @functools.cached_property
+    def net(self):
+        return Net()
+
+    @property
+    def calls(self):
+        self._calls += 1
+        return self._calls
+
+    def score(self, image, prompt):
+        return {"it": self.net(self.limit * self.calls // self._calls)}
+
+
+class JudgeOfTorch(Net):
+    def __init__(self, limit):
+        super().__init__()
+        self.limit = limit
+
+    set_limit = Scorer.set_limit
+
+    def forward(self, image, prompt):
+        return {"it": super().forward(self.limit)}
+
+
+def keeps_in_method(limit):
+    return Scorer(limit).score
+
+
+def keeps_in_scorer(limit):
+    scorer = Scorer(limit)
+    return lambda image, prompt: dict(scorer.score(image, prompt))
+
+
+KEEPING = [
+    keeps_in_method,
+    keeps_in_scorer,
+    keeps_in_closure,
+    keeps_in_module,
+    keeps_in_default,
+    keeps_in_cache,
+    Judge,
+    JudgeOfTorch,
+]
+
+
+@pytest.mark.parametrize("make", KEEPING, ids=lambda make: make.__name__)
+def test_a_judge_that_keeps_what_it_found_is_the_same_judge(lens, make, tmp_path):
+    judge = make(2)
+    before = found(judge)
+    claim_folder(tmp_path, "disruption", {"judge": judge}, lens)
+    for prompt in ("red", "blue"):
+        assert judge(None, prompt) == {"it": 2}
+    assert found(judge) == before
+    claim_folder(tmp_path, "disruption", {"judge": judge}, lens)
+    with pytest.raises(StoreError, match="with another function or array"):
+        claim_folder(tmp_path, "disruption", {"judge": make(3)}, lens)
+
+
+def test_what_a_setter_sets_is_a_choice():
+    scorer, net = Scorer(2), JudgeOfTorch(2)
+    for one, judge in ((scorer, scorer.score), (net, net)):
+        before = found(judge)
+        one.set_limit(3)
+        assert found(judge) != before
+        one.set_limit(2)
+        assert found(judge) == before
