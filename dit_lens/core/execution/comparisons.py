@@ -5,6 +5,7 @@ Torch and plain data only: this module travels to a server by source.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,13 +32,48 @@ class Moment:
         self.step, self.branches, self.timestep, self.sigma = step, branches, timestep, sigma
 
 
-def read_clock(arguments: tuple[tuple, dict], program: Program, clock: list[tuple], forward: Forward) -> Moment:
+def list_levels(scheduler: Any, skipped: int, steps: int) -> list[float]:
+    """The noise level of every step as a scheduler of flows has it; empty where it keeps none. It waits for a GPU.
+
+    skipped: how many of its steps come before them.
+    """
+    sigmas = getattr(scheduler, "sigmas", None)
+    return sigmas[skipped : skipped + steps].tolist() if isinstance(sigmas, Tensor) and skipped >= 0 else []
+
+
+def measure_rounding(scheduler: Any) -> float:
+    """How far a noise level that is made of a scheduler's time may be from its own: it may keep whole times only."""
+    timesteps = getattr(scheduler, "timesteps", None)
+    if isinstance(timesteps, Tensor) and not timesteps.is_floating_point():
+        return 1.001 / scheduler.config.get("num_train_timesteps", 1000)
+    return 1e-4
+
+
+def choose_level(made: float, own: Sequence[float], step: int, within: float) -> float:
+    """The scheduler's own noise level of a step, where that which was made of the time is the same but for rounding.
+
+    made: of the time.
+    own: of every step; perhaps none.
+    step: its number.
+    within: how far rounding may lead.
+    """
+    return own[step] if step < len(own) and abs(own[step] - made) <= within else made
+
+
+def read_clock(
+    arguments: tuple[tuple, dict],
+    program: Program,
+    clock: list[tuple],
+    forward: Forward,
+    own: tuple[Sequence[float], float],
+) -> Moment:
     """Notes the time of a forward pass, and fails when it is not the one the program expects.
 
     arguments: of the forward pass.
     program: the rule for its time.
     clock: receives (step, first branch, timestep, sigma).
     forward: the pass that is expected.
+    own: the scheduler's own noise level of every step, and how far its time may be from that.
     """
     time = program["time"]
     value = argument(arguments, time["argument"], time["position"])
@@ -55,7 +91,11 @@ def read_clock(arguments: tuple[tuple, dict], program: Program, clock: list[tupl
                 "than the plan"
             )
     levels = time["levels"]
-    sigma = time["offset"] + time["scale"] * timestep if levels is None else levels[round(timestep)]
+    if levels is None:
+        made = time["offset"] + time["scale"] * timestep
+        sigma = choose_level(made, own[0], step, own[1] if is_exact(value) else 1e-2)
+    else:
+        sigma = levels[round(timestep)]
     planned = program["sigmas"]
     if planned is not None and abs(planned[step] - sigma) > (1e-4 if is_exact(value) else 1e-2):
         raise PlanMismatchError(

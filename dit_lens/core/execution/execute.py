@@ -17,7 +17,9 @@ from dit_lens.core.execution.comparisons import (
     check_recorded,
     check_rows,
     check_sizes,
+    list_levels,
     match_rows,
+    measure_rounding,
     read_clock,
     sum_arguments,
 )
@@ -104,11 +106,17 @@ def execute(model: Any, tracer: Any, program: Program, payload: dict[str, Any], 
     store: receives reads, what was touched, the clock and the grid.
     """
     indices: dict[Any, Any] = {}
-    denoiser, first = program["denoiser"], {}
+    denoiser, first, own = program["denoiser"], {}, ([], 0.0)
     for number in tracer.iter[: len(program["forwards"])]:
         forward = program["forwards"][number]
         arguments = model.get(denoiser).inputs
-        moment = read_clock(arguments, program, store["clock"], forward)
+        if number == 0 and program["time"]["kind"] == "flow":  # the pipeline has set its scheduler up
+            scheduler, steps = model.pipeline.scheduler, program["forwards"][-1]["step"] + 1
+            own = (
+                list_levels(scheduler, len(getattr(scheduler, "timesteps", ())) - steps, steps),
+                measure_rounding(scheduler),
+            )
+        moment = read_clock(arguments, program, store["clock"], forward, own)
         image = find_image_tokens(arguments, program["grid"])
         check_grid(image.grid, program["expected_grid"])
         if forward["visits"]:

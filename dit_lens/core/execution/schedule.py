@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dit_lens.core.execution.comparisons import choose_level, list_levels, measure_rounding
 from dit_lens.core.execution.refusals import tell_refusals
 from dit_lens.families.layout import argument
 
@@ -44,12 +45,13 @@ def measure_sigmas(
     steps: how many steps run.
     skipped: how many of the scheduler's come before them, as with ``strength=``.
     """
-    seen: list[tuple[torch.Tensor, torch.Tensor, Any]] = []
+    seen: list[tuple[torch.Tensor, torch.Tensor, list[float], float]] = []
 
     def stop(_: Any, args: tuple, kwargs: dict) -> None:
         value = torch.as_tensor(argument((args, kwargs), time["argument"], time["position"]))
         scheduler = pipe.scheduler
-        seen.append((value.flatten()[0], scheduler.timesteps, getattr(scheduler, "sigmas", None)))
+        own = list_levels(scheduler, skipped, steps)
+        seen.append((value.flatten()[0], scheduler.timesteps, own, measure_rounding(scheduler)))
         raise _Stop
 
     handle = pipe.transformer.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
@@ -61,14 +63,13 @@ def measure_sigmas(
         pipe.maybe_free_model_hooks()
     if not seen:
         return None
-    first, timesteps, sigmas = seen[0]
-    return _follow(first, timesteps[skipped : skipped + steps].double().cpu(), sigmas, time, skipped)
+    first, timesteps, own, rounding = seen[0]
+    levels = _follow(first, timesteps[skipped : skipped + steps].double().cpu(), own, time)
+    return None if levels is None else tuple(choose_level(one, own, i, rounding) for i, one in enumerate(levels))
 
 
-def _follow(
-    first: torch.Tensor, timesteps: torch.Tensor, sigmas: torch.Tensor | None, time: TimeRule, skipped: int
-) -> tuple[float, ...] | None:
-    """The levels by the one form that gives the first time, and the scheduler's own levels where they are the same."""
+def _follow(first: torch.Tensor, timesteps: torch.Tensor, own: list[float], time: TimeRule) -> tuple[float, ...] | None:
+    """The levels by the one form that gives the first time."""
     within = 5e-3 if first.dtype in (torch.float16, torch.bfloat16) else 1e-5
     value = float(first)
     found = {
@@ -76,9 +77,9 @@ def _follow(
         for form in FORMS
         if len(timesteps) and abs(float(form(timesteps[0])) - value) <= within * max(1.0, abs(value))
     }
-    if len(found) > 1 and isinstance(sigmas, torch.Tensor):  # in the middle t and 1 - t are equal
-        own = sigmas[skipped : skipped + len(timesteps)].double().cpu()
-        found = {levels for levels in found if torch.allclose(torch.tensor(levels).double(), own, atol=5e-3)}
+    if len(found) > 1 and len(own) == len(timesteps):  # in the middle t and 1 - t are equal
+        levels_here = torch.tensor(own).double()
+        found = {levels for levels in found if torch.allclose(torch.tensor(levels).double(), levels_here, atol=5e-3)}
     return found.pop() if len(found) == 1 else None
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 
-from dit_lens import DiTLens, Read, Zero, sigma
+from dit_lens import Apply, DiTLens, Read, Zero, sigma
 from dit_lens.errors import ExecutionError
-from tests import pipelines
+from tests import pipelines, texts
 from tests.zoo import truth
 
 # Their times follow from the scheduler's in forms of their own; dl.sigma is refused before a run.
@@ -60,3 +61,42 @@ def test_a_level_other_than_planned_is_told(monkeypatch):
     with pytest.raises(ExecutionError, match=f"noise level of {wrong[1]:.6g}.*runs at {levels[1]:.6g}"):
         lens.run("red", Zero("blocks.1.img", steps=sigma(1.1, 0.2)), seed=1)
     assert lens.run("red", Zero("blocks.1.img", steps=[1]), seed=1).images  # no op chose its steps by noise
+
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+def test_levels_of_a_scheduler_of_whole_times_are_its_own():
+    """UniPC tells the transformer times without fractions, and goes by levels that have some."""
+    pipe = texts.sd3()
+    pipe.scheduler = UniPCMultistepScheduler(**FLOW, flow_shift=3.0)
+    lens, seen = DiTLens(pipe, defaults={}), []
+    call = {**texts.SUBJECTS["sd3"].call, "num_inference_steps": 4, "seed": 0}
+    chosen = Zero("blocks.0.img", channels=[0], steps=sigma(1.0, 0.75))
+    run = lens.run("a cat", [chosen, Apply("blocks.1.img", fn=lambda _, hook: seen.append(hook.sigma))], **call)
+    own = pipe.scheduler.sigmas[:4].tolist()
+    assert [level > 0.75 for level in own] == [True, True, True, False]
+    assert (run.sigmas, list(lens.outline("a cat", **call).sigmas)) == (own, own)
+    assert {entry.steps for entry in run.receipt.entries if entry.op == 0} == {(0, 1, 2)}
+    assert sorted(set(seen), reverse=True) == own
+
+
+@pytest.mark.parametrize("kind", ["whole times", "half precision"])
+def test_clean_latents_follow_from_the_levels_of_the_scheduler(kind):
+    half = kind == "half precision"
+    pipe = pipelines.flux(dtype=torch.bfloat16 if half else torch.float32)
+    if not half:
+        pipe.scheduler = UniPCMultistepScheduler(**FLOW, use_dynamic_shifting=True, time_shift_type="exponential")
+    lens, call, seen = DiTLens(pipe, defaults={}), {**pipelines.CALL, "num_inference_steps": 28}, []
+    handle = pipe.transformer.register_forward_hook(
+        lambda _, __, given, answer: seen.append((given["hidden_states"].float(), answer[0].float())), with_kwargs=True
+    )
+    try:
+        pipe("red", generator=[torch.Generator().manual_seed(0)], **call)
+    finally:
+        handle.remove()
+    own = pipe.scheduler.sigmas[:28].tolist()
+    run = lens.run("red", Read("x0"), seed=0, **call)
+    assert run.sigmas == own == list(lens.outline("red", **call).sigmas)
+    for x0, level, (noisy, predicted) in zip(run["x0"], own, seen, strict=True):
+        assert torch.equal(x0.as_subclass(torch.Tensor), noisy - level * predicted)
