@@ -35,6 +35,8 @@ TORCH = str(Path(nn.__file__).parents[1])
 
 def refuse_unsafe(pipe: DiffusionPipeline) -> None:
     """Refuses what would silently change which calls and modules run; looked at before every run."""
+    if (script := _find_script(pipe.transformer)) is not None:
+        raise FamilyError(script)
     modules = list(pipe.transformer.modules())
     hooks = [name for module in modules for name in getattr(getattr(module, "_diffusers_hook", None), "hooks", ())]
     if getattr(pipe.transformer, "is_cache_enabled", False) or any(re.search(CACHES, name) for name in hooks):
@@ -67,6 +69,19 @@ def refuse_unsafe(pipe: DiffusionPipeline) -> None:
             "query, key and value projections are fused, so the modules that attn.q, attn.k and attn.v name are not "
             "called. Call pipe.transformer.unfuse_qkv_projections() first."
         )
+
+
+def _find_script(transformer: nn.Module) -> str | None:
+    """What is said of a part that TorchScript has made, which is no module of Python any more."""
+    import torch
+
+    for path, module in transformer.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            return (
+                f"pipe.transformer{'.' if path else ''}{path} was made by torch.jit, so nothing inside it can be read "
+                "or changed, and what it computes cannot be looked up. Put back the module that it was made of."
+            )
+    return None
 
 
 def _find_hook(transformer: nn.Module) -> str | None:
@@ -144,7 +159,8 @@ def note_functions(anatomy: Anatomy) -> Functions:
 
 def find_difference(anatomy: Anatomy, tried: Functions) -> str | None:
     """What a live transformer runs in place of what was tried; None where it runs the same."""
-    return _find_twice(anatomy) or _find_reordered(anatomy) or _find_other(anatomy, tried)
+    script = _find_script(anatomy.modules.get(""))
+    return script or _find_twice(anatomy) or _find_reordered(anatomy) or _find_other(anatomy, tried)
 
 
 def _find_twice(anatomy: Anatomy) -> str | None:

@@ -190,3 +190,26 @@ def test_blocks_that_run_in_another_order_than_they_are_listed(flux, op):
     blocks.turned = False
     [handle.remove() for handle in handles]
     assert lens.run("red", op, seed=0).latents is not None
+
+
+SCRIPTS = {
+    "a traced MLP": lambda block: setattr(block, "ff", torch.jit.trace(block.ff, torch.randn(1, 4, pipelines.WIDTH))),
+    "a scripted projection": lambda block: block.ff.net.__setitem__(2, torch.jit.script(block.ff.net[2])),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_parts_made_by_torchscript_are_told(name):
+    """At load, and where they come later, in every use of the lens."""
+    pipe = pipelines.flux()
+    lens, said = DiTLens(pipe, defaults=dict(pipelines.EMBEDDED)), r"transformer_blocks\.0\.ff.* was made by torch\.jit"
+    block = pipe.transformer.transformer_blocks[0]
+    before = block.ff
+    SCRIPTS[name](block)
+    for use in (lambda: DiTLens(pipe), lens.sites, lambda: lens.run("red", seed=0), lambda: lens.outline("red")):
+        with pytest.raises(FamilyError, match=said):
+            use()
+    if block.ff is not before:  # put back, it works again
+        block.ff = before
+        assert lens.run("red", seed=0).images
