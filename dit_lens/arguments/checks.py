@@ -10,12 +10,12 @@ import ast
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dit_lens.arguments.functions import takes
-from dit_lens.arguments.numbers import LARGEST, as_seed, list_entries, to_int, to_number
+from dit_lens.arguments.numbers import LARGEST, MOST, as_seed, list_entries, to_int, to_number
 from dit_lens.arguments.paths import expand_user
 from dit_lens.errors import DitLensError, OpError, PromptError, StoreError, show
 
@@ -98,7 +98,8 @@ def checked(function: F, but: Sequence[str] = ()) -> F:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs)
-        for name, value in given.arguments.items():
+        for name in given.arguments:
+            value = given.arguments[name] = _keep(signature.parameters[name], given.arguments[name])
             if name not in kinds:
                 kinds[name] = _kind_of(signature.parameters[name])
             kind = kinds[name]
@@ -129,6 +130,26 @@ def _fit(function: Callable[..., Any], name: str, value: Any, kind: Kind, *, ref
         where = getattr(function, "__qualname__", "").removesuffix(".__init__")
         raise ERRORS.get(name, OpError)(f"{where}: {name}={show(value)} cannot be used. Give {kind.name}.")
     return as_seed(found) if name == "seed" and isinstance(found, int) else found
+
+
+def _keep(parameter: inspect.Parameter, value: Any) -> Any:
+    """An argument that can be gone through as often as is needed: an iterator, which is empty afterwards, as a list.
+
+    parameter: what it is of the function.
+    value: what was given; of ``*args`` and ``**kwargs`` each one counts.
+    """
+    if parameter.kind is parameter.VAR_KEYWORD:
+        return {name: _list_iterator(name, one) for name, one in value.items()}
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        return tuple(_list_iterator(parameter.name, one) for one in value)
+    return _list_iterator(parameter.name, value)
+
+
+def _list_iterator(name: str, value: Any) -> Any:
+    found = list_entries(value) if isinstance(value, Iterator) else value
+    if found is None and value is not None:
+        raise ERRORS.get(name, OpError)(f"{name}= gives more than {MOST:,} values, or does not end. Give a list.")
+    return found
 
 
 def _kind_of(parameter: inspect.Parameter) -> Kind | None:
