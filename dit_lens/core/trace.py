@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from dit_lens.core.request.ops import OPS, Op, Read
-from dit_lens.errors import NotYetError, nearest
+from dit_lens.errors import NotYetError, OpError, nearest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,7 +30,7 @@ class Handle(Mapping[str, "Tensor"]):
     def reading(self) -> Reading:
         """The read itself, with its steps, rows and channels."""
         if self._trace.finished is None:
-            raise NotYetError(
+            raise self._trace.tell_missing(
                 "this value does not exist yet: the run starts when the with block ends. "
                 "To compute with it during the run, use t.apply(site, fn)."
             )
@@ -61,7 +61,8 @@ class Trace:
 
     Every op is a method, and takes the op's own arguments: ``t.zero("blocks.3.img", channels=[5])`` adds
     ``Zero("blocks.3.img", channels=[5])``, ``t.mean_ablate(...)`` a ``MeanAblate``. ``t.read`` returns a
-    :class:`Handle`, the others nothing. ``run``, ``images`` and ``receipt`` exist afterwards.
+    :class:`Handle`, the others nothing. ``run``, ``images`` and ``receipt`` exist afterwards. From the end of the block
+    on nothing can be added: it would not be carried out.
 
     run_ops: what carries out the ops.
     """
@@ -69,12 +70,16 @@ class Trace:
     def __init__(self, run_ops: Callable[[Sequence[Op]], Run]):
         self._run_ops = run_ops
         self.ops: list[Op] = []
+        self.ended = False
         self.finished: Run | None = None
 
     def __enter__(self) -> Self:
+        if self.ended:
+            raise OpError("the block of this trace is over. Begin another one: with lens.trace(...) as t.")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.ended = True  # before the run: an op that is added during it would not be carried out either
         if kind is None:
             self.finished = self._run_ops(self.ops)
 
@@ -82,8 +87,26 @@ class Trace:
     def run(self) -> Run:
         """The finished run."""
         if self.finished is None:
-            raise NotYetError("there is no run yet: it starts when the with block ends.")
+            raise self.tell_missing("there is no run yet: it starts when the with block ends.")
         return self.finished
+
+    def tell_missing(self, before: str) -> NotYetError:
+        """The error for what only a finished run has. before: the message while the run is still to come."""
+        if not self.ended:
+            return NotYetError(before)
+        return NotYetError(
+            "there is no run: the with block, or the run at its end, stopped with an error, or still runs."
+        )
+
+    def collect(self, op: Op) -> Handle | None:
+        """Adds an op, and returns the handle of a read; OpError once the block has ended."""
+        if self.ended:
+            raise OpError(
+                f"{op!r} comes too late: the run of this trace started when its with block ended, and would not carry "
+                "it out. Put it inside the block, or begin another one: with lens.trace(...) as t."
+            )
+        self.ops.append(op)
+        return Handle(self, len(self.ops) - 1) if isinstance(op, Read) else None
 
     @property
     def images(self) -> list[Image]:
@@ -114,8 +137,7 @@ def _method(name: str, op: type[Op]) -> Callable[..., Any]:
         named = dict(zip(own, args, strict=False))
         if len(args) > len(own) or named.keys() & options.keys():
             raise TypeError(f"{name}() takes site, {', '.join(own)} once each, and keywords of {op.__name__}")
-        self.ops.append(op(site, **named, **options))
-        return Handle(self, len(self.ops) - 1) if op is Read else None
+        return self.collect(op(site, **named, **options))
 
     add.__name__, add.__qualname__ = name, f"Trace.{name}"
     add.__doc__ = f"{(inspect.getdoc(op) or '').splitlines()[0]} See :class:`~dit_lens.{op.__name__}`."

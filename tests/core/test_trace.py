@@ -8,7 +8,7 @@ import torch
 from dit_lens import Read
 from dit_lens.core.request.ops import EDITS, OPS, Op
 from dit_lens.core.trace import Trace
-from dit_lens.errors import OpError
+from dit_lens.errors import DitLensError, NotYetError, OpError
 
 
 @pytest.fixture
@@ -62,3 +62,56 @@ def test_arguments_by_position(cfg_lens):
     assert (t.ops[0].source, t.ops[0].strength, t.ops[1].reduce) == ("row:0", 0.5, "mean")
     with pytest.raises(TypeError, match="once each"):
         cfg_lens.trace("red").add("blocks.2.img", 1.0, value=2.0)
+
+
+def forwards_of(lens):
+    found = []
+    return found, lens.pipe.transformer.register_forward_pre_hook(lambda *_: found.append(1))
+
+
+def test_what_comes_after_the_block_is_told(cfg_lens):
+    """It would not be carried out: the run is the one of the ops inside, and no pass is made for others."""
+    with cfg_lens.trace("red", seed=1, output_type="latent") as t:
+        before = t.read("blocks.2.img")
+    plain = cfg_lens.run("red", Read("blocks.2.img"), seed=1, output_type="latent")
+    found, handle = forwards_of(cfg_lens)
+    for late in (
+        lambda: t.zero("blocks.*.img"),
+        lambda: t.read("velocity", name="late"),
+        lambda: t.add("blocks.2.img", 1.0),
+        t.__enter__,
+    ):
+        with pytest.raises(OpError, match=r"with lens\.trace"):
+            late()
+    handle.remove()
+    assert not found
+    assert len(t.ops) == 1
+    assert torch.equal(before.tensor, plain["blocks.2.img"])
+
+
+def test_what_is_added_by_the_run_itself_is_told(cfg_lens):
+    with pytest.raises(DitLensError, match="comes too late"), cfg_lens.trace("red", seed=1) as t:
+        t.apply("blocks.2.img", lambda x, hook: t.zero("blocks.3.img"))
+
+
+@pytest.mark.parametrize("stop", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_block_that_raised_is_over(cfg_lens, stop):
+    with pytest.raises(stop), cfg_lens.trace("red", seed=1) as t:  # noqa: PT012
+        read = t.read("blocks.2.img")
+        raise stop
+    for asked in (lambda: t.run, lambda: t.images, lambda: read["blocks.2.img"]):
+        with pytest.raises(NotYetError, match="stopped with an error"):
+            asked()
+    with pytest.raises(OpError, match="comes too late"):
+        t.zero("blocks.2.img")
+
+
+def test_ops_may_come_before_the_block(cfg_lens):
+    trace = cfg_lens.trace("red", seed=1, output_type="latent")
+    read = trace.read("blocks.2.img")
+    with pytest.raises(NotYetError, match="starts when the with block ends"):
+        read.tensor  # noqa: B018
+    with trace as t:
+        t.zero("blocks.1.img")
+    assert torch.equal(read.tensor, t.run["blocks.2.img"])
+    assert [entry.kind for entry in t.receipt.entries][:1] == ["Zero"]
