@@ -15,6 +15,7 @@ import numpy as np
 
 from dit_lens.analysis.channels.controls import count_hits, matched_map, random_map
 from dit_lens.analysis.channels.statistics import (
+    count_from_start,
     energy_share,
     jaccard,
     median_of,
@@ -266,13 +267,25 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
 
     @checked
     def jaccard(self, other: Mapping[str, Iterable[int]]) -> dict[str, float]:
-        """Returns site -> Jaccard overlap with ``other``, for the sites that both have. Raises OpError if none."""
+        """Returns site -> Jaccard overlap with ``other``, for the sites that both have.
+
+        other: site -> channels; negative ones count from the end, as in ops.
+        Raises OpError if they share no site, and for a channel that a site does not have.
+        """
         shared = [site for site in self.channels if site in other]
         if not shared:
             raise OpError(
                 f"The two sets share no site. This one has {_list_sites(self)}. The other has {_list_sites(other)}."
             )
-        return {site: jaccard(self[site], other[site]) for site in shared}
+        widths = {site: len(self.scores[site]) for site in shared}
+        if isinstance(other, ChannelSet) and (
+            odd := [site for site in shared if len(other.scores[site]) != widths[site]]
+        ):
+            raise OpError(
+                f"{odd[0]} has {widths[odd[0]]} channels in this set and {len(other.scores[odd[0]])} in the other, so "
+                "their numbers mean different channels. Compare sets of one model."
+            )
+        return {site: jaccard(self[site], count_from_start(set(other[site]), widths[site], site)) for site in shared}
 
     def union(self) -> tuple[int, ...]:
         """Returns every channel that is chosen at any site, ascending. Raises OpError if the sites differ in width."""

@@ -22,10 +22,35 @@ def jaccard(a: Iterable[int], b: Iterable[int]) -> float:
     >>> jaccard([1, 2, 3], [2, 3, 4])
     0.5
 
+    a, b: numbers of channels, from 0 up: of how many they are is not known here, so none can count from the end.
     Source: Jaccard (1912); equal to ``sklearn.metrics.jaccard_score`` of the two membership vectors.
     """
     first, second = set(a), set(b)
+    if odd := sorted(c for c in first | second if c < 0):
+        raise OpError(
+            f"channel {odd[0]} counts from the end, but of how many channels is not known. Number them from 0 up, or "
+            "compare by ChannelSet.jaccard, which knows the width."
+        )
     return len(first & second) / len(first | second) if first | second else 1.0
+
+
+def count_from_start(channels: Iterable[int], width: int, owner: str) -> list[int]:
+    """Numbers of channels, negative ones counted from the end; OpError if one does not exist or is named twice.
+
+    >>> count_from_start([-1, 0], 4, "The energy")
+    [3, 0]
+
+    channels: the numbers.
+    width: how many channels there are.
+    owner: of what, for the message.
+    """
+    given = list(channels)
+    if any(not -width <= c < width for c in given):
+        raise OpError(f"{owner} has channels 0 to {width - 1}; got {given}. Negative ones count from the end.")
+    found = [c % width for c in given]
+    if len(set(found)) < len(found):
+        raise OpError(f"{owner} has channels 0 to {width - 1}, each allowed once; got {given}.")
+    return found
 
 
 @checked
@@ -35,13 +60,12 @@ def energy_share(energy: Tensor, channels: Iterable[int]) -> float:
     >>> energy_share(torch.tensor([6.0, 1.0, 1.0]), [0])
     0.75
 
-    energy: [d], mean square of each channel, not negative. channels: indices, each at most once.
+    energy: [d], mean square of each channel, not negative. channels: indices, each at most once; negative ones count
+    from the end.
     Source: the concentration measure of SPARK (8 channels hold 68.8 % of the hidden-stream energy of its model).
     """
     values = to_vector(energy, "The energy").double()
-    chosen = list(channels)
-    if any(not 0 <= c < len(values) for c in chosen):
-        raise OpError(f"The energy has channels 0 to {len(values) - 1}; got {chosen}.")
+    chosen = count_from_start(channels, len(values), "The energy")
     total = float(values.sum())
     return float(values[chosen].sum()) / total if total else 0.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from IPython.core.formatters import DisplayFormatter
 
 from dit_lens.analysis.channels import (
     ChannelSet,
+    energy_share,
     jaccard,
     top_channels,
 )
@@ -100,6 +102,45 @@ def test_jaccard():
     assert a.jaccard({"s1": [2]}) == {"s1": 0.5}
     with pytest.raises(OpError, match=r"share no site\. This one has s0, s1\. The other has x\."):
         a.jaccard({"x": [2]})
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_the_jaccard_index_is_that_of_membership_vectors(data):
+    """Of the channels that an index into a vector means, from either end."""
+    width = data.draw(st.integers(2, 12))
+    ours, theirs = (
+        data.draw(st.lists(st.integers(0, width - 1), min_size=1, max_size=width, unique=True)) for _ in range(2)
+    )
+    one, other = np.zeros(width, bool), np.zeros(width, bool)
+    one[ours] = True
+    given = [c - width if data.draw(st.booleans()) else c for c in theirs]
+    other[given] = True
+    scores = {"s0": torch.ones(width)}
+    found = ChannelSet({"s0": tuple(ours)}, scores, scores).jaccard({"s0": given})
+    assert found["s0"] == pytest.approx((one & other).sum() / (one | other).sum())
+    assert energy_share(torch.arange(1.0, width + 1), given) == pytest.approx(
+        np.arange(1, width + 1)[other].sum() / np.arange(1, width + 1).sum()
+    )
+
+
+def test_channels_that_do_not_exist_have_no_overlap():
+    scores = {"s0": torch.ones(4)}
+    one = ChannelSet({"s0": (0, 1)}, scores, scores)
+    for odd in (4, -5, 999):
+        with pytest.raises(OpError, match=rf"s0 has channels 0 to 3; got \[.*{odd}.*\]"):
+            one.jaccard({"s0": [0, odd]})
+        with pytest.raises(OpError, match=rf"energy has channels 0 to 3; got \[{odd}\]"):
+            energy_share(torch.ones(4), [odd])
+    with pytest.raises(OpError, match="each allowed once"):
+        energy_share(torch.ones(4), [1, 1])
+    with pytest.raises(OpError, match="each allowed once"):
+        energy_share(torch.ones(4), [3, -1])
+    with pytest.raises(OpError, match="channel -1 counts from the end"):
+        jaccard([0, 1], [-1])
+    wide = {"s0": torch.ones(8)}
+    with pytest.raises(OpError, match="s0 has 4 channels in this set and 8 in the other"):
+        one.jaccard(ChannelSet({"s0": (0, 1)}, wide, wide))
 
 
 def test_table():
