@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from dit_lens.arguments.checks import checked_but
+from dit_lens.arguments.numbers import as_plain, check_number
 from dit_lens.errors import OpError, SiteError, nearest
 from dit_lens.explorer.code import STATE, code_of_runs
 from dit_lens.explorer.colours import CLUSTER_COLOURS, PALETTES, parse_colour, read_palette
@@ -77,6 +79,8 @@ def explore(
     if isinstance(shown, Result):
         if beside is not None:
             raise OpError("beside= is for runs; a result already has its images side by side.")
+        if channels is not None or {"k": k, "clusters": clusters} != DEFAULTS:
+            raise OpError("channels=, k= and clusters= are for runs; a result shows what its study chose.")
         return Explorer(view_result(shown), **state)
     runs = (shown,) if beside is None else (shown, beside)
     chosen = {"k": k, "clusters": clusters}
@@ -131,9 +135,11 @@ class Explorer(Widget):
 
     def __init__(self, views: Views, **state: Any):
         self.views = views
+        state = {name: as_plain(value) for name, value in state.items()}
         initial = _initial_state(views)
         if unknown := [name for name in state if name not in initial]:
             raise OpError(f"an explorer has no attribute {unknown[0]!r} to start from.{nearest(unknown[0], initial)}")
+        state = _choose_channel(views, initial, state)
         images, spans = _join_images(views)
         shown: dict[str, Any] = {
             "data_info": _info(views, spans, initial),
@@ -151,13 +157,18 @@ class Explorer(Widget):
             raise OpError(f"an explorer cannot start so: {problem}") from problem
         self.on_msg(self._answer)
 
-    @traitlets.validate("left", "right", "step", "site", "group", "overlay", "palette", "scale")
+    @traitlets.validate(
+        "left", "right", "step", "site", "group", "channel", "token", "overlay", "palette", "scale", "opacity"
+    )
     def _check_state(self, proposal: Any) -> Any:
         name, value = proposal["trait"].name, proposal["value"]
+        if name == "opacity":
+            check_number(name, value, 0, 1)
+            return value
         known = _allowed_values(self.views)[name]
         if value not in known:
             problem = SiteError if name == "site" else OpError
-            raise problem(f"there is no {name} {value!r} in this explorer.{nearest(str(value), map(str, known))}")
+            raise problem(f"there is no {name} {value!r} in this explorer.{_list_known(value, known)}")
         return value
 
     def whole_state(self) -> dict[str, Any]:
@@ -175,7 +186,8 @@ class Explorer(Widget):
             return image
         block, group = views.blocks.index(self.site), views.groups.index(self.group)
         step = [index for index, _ in views.steps].index(self.step)
-        rank = views.channels[block, group].tolist().index(self.channel)
+        shown = views.channels[block, group].tolist()
+        rank = shown.index(self.channel) if self.channel in shown else 0  # as the browser does
         values = views.maps(block).reshape(*views.means.shape[1:], *views.grid)[pane.map_index, step, group, rank]
         palette = np.array(read_palette(self.palette))
         position = values / 255 * (len(palette) - 1)
@@ -222,6 +234,31 @@ def _initial_state(views: Views) -> dict[str, Any]:
     }
 
 
+def _choose_channel(views: Views, initial: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """The state to begin with, with a channel of its site and group; OpError if they do not have the one asked for.
+
+    views: the views.
+    initial: the state of a new explorer.
+    state: what was asked for; a site or group that does not exist is told elsewhere.
+    """
+    site, group = ({**initial, **state}[name] for name in ("site", "group"))
+    if not views.channels.size or site not in views.blocks or group not in views.groups:
+        return state
+    shown = views.channels[views.blocks.index(site), views.groups.index(group)].tolist()
+    asked = state.get("channel", shown[0])
+    if asked not in shown:
+        known = [channel for channel in shown if channel >= 0]
+        raise OpError(f"there is no channel {asked!r} in the group {group!r} at {site}.{nearest(str(asked), known)}")
+    return {**state, "channel": asked}
+
+
+def _list_known(value: Any, known: Sequence[Any]) -> str:
+    """The end of a message: what exists; of numbers in a row, from which to which."""
+    if isinstance(known, range):
+        return f" Choose {known[0]} to {known[-1]}."
+    return nearest(str(value), map(str, known))
+
+
 def _allowed_values(views: Views) -> dict[str, Sequence[Any]]:
     return {
         "left": range(len(views.panes)),
@@ -229,6 +266,8 @@ def _allowed_values(views: Views) -> dict[str, Sequence[Any]]:
         "step": [step for step, _ in views.steps] or [0],
         "site": views.blocks or ("",),
         "group": views.groups or ("",),
+        "channel": sorted({-1, *views.channels.ravel().tolist()}),
+        "token": range(-1, prod(views.grid) if views.blocks else 0),
         "overlay": OVERLAYS,
         "palette": PALETTES,
         "scale": SCALES,

@@ -70,6 +70,11 @@ def view_runs(
     side: longest side of the maps in tokens; larger maps are reduced by averaging.
     """
     data = _RunData(tuple(runs), channels, k, clusters, side)
+    if not 2 <= clusters <= min(prod(data.grid), NONE):
+        raise OpError(
+            f"clusters={clusters} was asked for, but the maps have {prod(data.grid)} tokens. Choose 2 to "
+            f"{min(prod(data.grid), NONE)}."
+        )
     summaries = [_summarise_maps(data.values(block), data.grid) for block in range(len(data.blocks))]
     return Views(
         panes=data.panes,

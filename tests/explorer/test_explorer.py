@@ -7,7 +7,9 @@ import json
 import runpy
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from IPython.core.formatters import DisplayFormatter
 from PIL import Image
 
@@ -133,6 +135,60 @@ def test_what_cannot_be_shown_raises(toy, run):
     result = Result("stability", table=None, summary=None, settings={})
     with pytest.raises(OpError, match="keeps no images"):
         dl.explore(result)
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"channel": 999}, "no channel 999 in the group 'top'"),
+        ({"channel": -1}, "no channel -1"),
+        ({"token": 9999}, r"no token 9999 in this explorer\. Choose -1 to 255\."),
+        ({"token": -2}, "no token -2"),
+        ({"left": 9}, r"no left 9 in this explorer\. Choose 0 to 1\."),
+        ({"opacity": 5.0}, "opacity=5.0 is out of range"),
+        ({"clusters": 0}, r"clusters=0 was asked for, but the maps have 256 tokens\. Choose 2 to 255\."),
+        ({"clusters": 999}, "clusters=999"),
+    ],
+)
+def test_a_state_that_a_view_cannot_have_is_told(run, state, said):
+    with pytest.raises(OpError, match=said):
+        dl.explore(run, k=4, **state)
+
+
+def test_a_view_begins_with_a_channel_of_its_group_and_site(run):
+    for site in ("blocks.3.img", "blocks.4.img", "blocks.5.img"):
+        for group in ("top", "bottom", "random"):
+            explorer = dl.explore(run, k=4, site=site, group=group)
+            shown = explorer.views.channels[explorer.views.blocks.index(site), explorer.views.groups.index(group)]
+            assert explorer.channel == shown[0]
+            other = int(shown[2])
+            assert dl.explore(run, k=4, site=site, group=group, channel=np.int64(other)).channel == other
+    explorer.channel, explorer.token = int(shown[1]), 255
+    with pytest.raises(OpError, match="no channel"):
+        explorer.channel = next(c for c in range(128) if c not in explorer.views.channels)
+    with pytest.raises(OpError, match="no token"):
+        explorer.token = 256
+    explorer.site = "blocks.3.img"  # which may not have the channel; the picture shows the first one, as the page does
+    assert explorer.preview().size == explorer.views.panes[0].image.size
+
+
+def test_a_state_is_any_number(run):
+    given = dl.explore(
+        run, step=torch.tensor(1), token=np.int64(3), opacity=np.float32(0.5), palette=np.str_("Cividis")
+    )
+    assert (given.step, given.token, given.opacity, given.palette) == (1, 3, 0.5, "Cividis")
+    plain = dl.explore(run, step=1, token=3, opacity=0.5)
+    assert plain.whole_state()["data_info"] == given.whole_state()["data_info"]
+
+
+def test_what_a_result_does_not_show_is_told():
+    image = Image.new("RGB", (4, 4))
+    empty = pd.DataFrame()
+    result = Result("disruption", empty, empty, {"prompts": ["red"]}, {"0/0/0/untouched": image})
+    assert len(dl.explore(result).views.panes) == 1
+    for given in ({"k": 3}, {"clusters": 4}):
+        with pytest.raises(OpError, match="are for runs"):
+            dl.explore(result, **given)
 
 
 def test_beyond_the_budget_blocks_are_sent_when_they_are_requested(run, monkeypatch):
