@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -211,7 +211,7 @@ class DiTLens(Session):
     def subject_mask(
         self,
         prompt: str,
-        channels: ChannelSet | None = None,
+        channels: ChannelSet | Mapping[str, Sequence[int]] | None = None,
         *,
         k: int = 12,
         block: int | None = None,
@@ -221,7 +221,7 @@ class DiTLens(Session):
         """Where the subject is, bool [h, w] on the token grid: K-means (K = 2) of one block's massive channels.
 
         prompt: one.
-        channels: those to cluster; by default the prompt's own massive ones.
+        channels: those to cluster, as a set or site -> channels; by default the prompt's own massive ones.
         k: how many of them, where ``channels`` is not given.
         block: by default the one after two thirds of the depth.
         steps: the step whose activations are clustered.

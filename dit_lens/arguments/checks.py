@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dit_lens.arguments.functions import takes
+from dit_lens.arguments.images import WORDS, to_image
 from dit_lens.arguments.numbers import LARGEST, MOST, as_seed, list_entries, to_int, to_number
 from dit_lens.arguments.paths import expand_user
 from dit_lens.errors import DitLensError, OpError, PromptError, StoreError, show
@@ -39,7 +40,6 @@ CLASSES = [
     "Final",
     "Grid",
     "Guidance",
-    "Image",
     "Latents",
     "Pipeline",
     "PointSpec",
@@ -97,9 +97,8 @@ def checked(function: F, but: Sequence[str] = ()) -> F:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs)
-        for name in given.arguments:
-            value = given.arguments[name] = _keep(signature.parameters[name], given.arguments[name])
+        given = bind(signature, args, kwargs)
+        for name, value in given.arguments.items():
             if name not in kinds:
                 kinds[name] = _kind_of(signature.parameters[name])
             kind = kinds[name]
@@ -108,6 +107,28 @@ def checked(function: F, but: Sequence[str] = ()) -> F:
         return function(*given.args, **given.kwargs)
 
     return call  # ty: ignore[invalid-explicit-return]
+
+
+def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+    """Arguments by name, to be gone through as often as is needed: iterators, which are empty then, become lists.
+
+    >>> def join(words, *more, by=" "):
+    ...     return by.join(words)
+    >>> bind(inspect.signature(join), (iter("ab"),), {}).arguments
+    {'words': ['a', 'b']}
+
+    signature: of the function that is called.
+    args, kwargs: what it was given.
+    """
+    given = signature.bind(*args, **kwargs)
+    for name, value in given.arguments.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            given.arguments[name] = {own: _list_iterator(own, one) for own, one in value.items()}
+        elif signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+            given.arguments[name] = tuple(_list_iterator(name, one) for one in value)
+        else:
+            given.arguments[name] = _list_iterator(name, value)
+    return given
 
 
 def checked_but(*names: str) -> Callable[[F], F]:
@@ -130,19 +151,6 @@ def _fit(function: Callable[..., Any], name: str, value: Any, kind: Kind, *, ref
         where = getattr(function, "__qualname__", "").removesuffix(".__init__")
         raise ERRORS.get(name, OpError)(f"{where}: {name}={show(value)} cannot be used. Give {kind.name}.")
     return as_seed(found) if name == "seed" and isinstance(found, int) else found
-
-
-def _keep(parameter: inspect.Parameter, value: Any) -> Any:
-    """An argument that can be gone through as often as is needed: an iterator, which is empty afterwards, as a list.
-
-    parameter: what it is of the function.
-    value: what was given; of ``*args`` and ``**kwargs`` each one counts.
-    """
-    if parameter.kind is parameter.VAR_KEYWORD:
-        return {name: _list_iterator(name, one) for name, one in value.items()}
-    if parameter.kind is parameter.VAR_POSITIONAL:
-        return tuple(_list_iterator(parameter.name, one) for one in value)
-    return _list_iterator(parameter.name, value)
 
 
 def _list_iterator(name: str, value: Any) -> Any:
@@ -329,6 +337,7 @@ PLAIN = {
     "Path": Kind("a path that a file can have", _fit_path),
     "Tensor": Kind("a tensor of real numbers", _fit_tensor),
     "TransferResult": Kind("the result of studies.transfer or transfer_image", _fit_transfer),
+    "Image": Kind(WORDS, lambda value: UNFIT if (image := to_image(value)) is None else image),
     "type": Kind("a class", lambda value: value if isinstance(value, type) else UNFIT),
     **dict.fromkeys(("Ablation", "ChannelsFrom", "How", "Over", "Through"), TEXT),
     "Attributes": _function_of(1, "a prompt"),

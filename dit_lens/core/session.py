@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens import families
+from dit_lens.arguments.numbers import as_plain
 from dit_lens.core.execution.assemble import assemble
 from dit_lens.core.execution.blocks import Blocks
 from dit_lens.core.execution.engine import Engine, hide_progress_bar
@@ -193,7 +194,7 @@ class Session:
         Every mistake in the arguments or ops raises before the first denoising step. A batch that runs out of GPU
         memory is started again with half the prompts; a warning says which batch_size worked.
         """
-        ops = _list_ops(ops)
+        ops, record = _list_ops(ops), as_plain(record)
         if not isinstance(record, bool):
             raise PromptError(f"record={record!r} is neither True nor False.")
         if prefix is not None and not isinstance(prefix, Run):

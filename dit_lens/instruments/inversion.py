@@ -65,7 +65,9 @@ class Inversion:
 
 @renamed_keywords(pictures="images")
 @checked
-def invert(lens: Session, images: Sequence[Image], prompts: Sequence[str] | str | None = "", **call: Any) -> Inversion:
+def invert(
+    lens: Session, images: Image | Sequence[Image], prompts: Sequence[str] | str | None = "", **call: Any
+) -> Inversion:
     """Runs the ODE of the flow backwards from images to noise.
 
     >>> from dit_lens import DiTLens
@@ -81,11 +83,12 @@ def invert(lens: Session, images: Sequence[Image], prompts: Sequence[str] | str 
     arXiv 2410.10792). Raises FamilyError if the sampler is not Euler's method on a flow, or if latents cannot be given
     to the pipeline.
 
-    images: PIL, of the run's size.
+    images: one or several, of the run's size: PIL, paths, or arrays as a run gives them (``output_type="np"``, "pt").
     prompts: of the images, one for all or one each; None where ``call`` has embeddings.
     call: the pipeline's arguments.
     """
     check_invertible(lens)
+    images = _list_images(images)
     prompts = _list_prompts(prompts, images)
     call = {**call, **_turn_off_guidance(lens)}
     latents, grid = encode_images(lens, images, prompts, call)
@@ -104,7 +107,7 @@ def invert(lens: Session, images: Sequence[Image], prompts: Sequence[str] | str 
 @renamed_keywords(pictures="images")
 @checked
 def noised_reference(
-    lens: Session, images: Sequence[Image], *, seed: int, prompts: Sequence[str] | str | None = "", **call: Any
+    lens: Session, images: Image | Sequence[Image], *, seed: int, prompts: Sequence[str] | str | None = "", **call: Any
 ) -> Tensor:
     """The velocity along which images lie under the noise of a seed: x_t = (1 - s) x_0 + s noise at every step.
 
@@ -119,10 +122,11 @@ def noised_reference(
     Returns float32 [1, b, n, d]: the same at every step. Raises OpError, before any denoising, if the scheduler does
     not sample a flow.
 
-    images: PIL, of the run's size.
+    images: as in :func:`invert`.
     seed: whose noise it is.
     prompts, call: of the run that the noise is for.
     """
+    images = _list_images(images)
     prompts = _list_prompts(prompts, images)
     check_flow(lens, prompts, call)
     latents, _ = encode_images(lens, images, prompts, call)
@@ -170,6 +174,10 @@ def check_invertible(lens: Session) -> None:
             f"{type(pipe).__name__} always guides, and guidance is not undone by going backwards. Use the noised "
             "reference (how='noised')."
         )
+
+
+def _list_images(images: Image | Sequence[Image]) -> list[Image]:
+    return list(images) if isinstance(images, Sequence) else [images]
 
 
 def _list_prompts(prompts: Sequence[str] | str | None, images: Sequence[Image]) -> list[str] | None:

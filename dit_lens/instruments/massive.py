@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.analysis.channels import ChannelSet, rule_of
@@ -40,7 +40,7 @@ def find_massive_channels(
 def find_subject_mask(
     lens: Session,
     prompt: str,
-    channels: ChannelSet | None = None,
+    channels: ChannelSet | Mapping[str, Sequence[int]] | None = None,
     *,
     k: int = 12,
     block: int | None = None,

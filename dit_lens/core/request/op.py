@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_lens.arguments.functions import name_of
-from dit_lens.arguments.numbers import to_number
+from dit_lens.arguments.numbers import as_plain, list_entries, to_number
 from dit_lens.core.request.indices import list_items
 from dit_lens.errors import OpError
 from dit_lens.families.sites import Pattern
@@ -145,13 +145,14 @@ class Op:
         OPS[cls.__name__] = cls
 
     def __post_init__(self) -> None:
-        """Iterators, which are empty after one site, become lists."""
+        """Iterators, which are empty after one site, become lists, and so do words in whatever lists them."""
         for name in ("site", "channels", "tokens", "steps", "rows"):
             value = getattr(self, name)
             if hasattr(value, "__next__"):
                 object.__setattr__(self, name, list_items(value, f"{name}="))
             elif isinstance(value, Mapping) and any(hasattr(item, "__next__") for item in value.values()):
                 object.__setattr__(self, name, {key: _as_list(item, name) for key, item in value.items()})
+        object.__setattr__(self, "tokens", _list_words(self.tokens))
 
     def does_nothing(self) -> bool:
         """Whether there is nothing to carry out, whatever the site; what it names is checked all the same."""
@@ -197,6 +198,16 @@ class Edit:
 
 def _as_list(value: Any, name: str) -> Any:
     return list_items(value, f"{name}=") if hasattr(value, "__next__") else value
+
+
+def _list_words(tokens: Any) -> Any:
+    """Words in an array or a set as a list, those of a set in alphabetical order; anything else as it is."""
+    plain = as_plain(tokens)
+    listed = None if isinstance(plain, str | list | tuple) else list_entries(plain)
+    if not listed or not all(isinstance(word, str) for word in listed):
+        return plain if isinstance(plain, str) else tokens
+    words = [str(word) for word in listed]
+    return sorted(words) if isinstance(tokens, set | frozenset) else words
 
 
 def to_strength(value: Any) -> float:
