@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dit_lens.arguments.paths import expand_user
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -36,7 +38,7 @@ def _open(path: Any) -> Image | None:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(expand_user(path)) as image:
             image.load()
             return image.copy()
     except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError):

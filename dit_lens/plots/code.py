@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec
 
+from dit_lens.arguments.checks import bind
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
@@ -37,11 +39,13 @@ def carries_code(plot: Callable[P, go.Figure]) -> Callable[P, go.Figure]:
 
     @functools.wraps(plot)
     def made(*args: P.args, **kwargs: P.kwargs) -> go.Figure:
-        given = signature.bind(*args, **kwargs).arguments
+        bound = bind(signature, args, kwargs)
         by_name = {name for name, one in signature.parameters.items() if one.kind is one.KEYWORD_ONLY}
-        lines = "".join(f"    {_write_argument(name, value, named=name in by_name)}\n" for name, value in given.items())
+        lines = "".join(
+            f"    {_write_argument(name, value, named=name in by_name)}\n" for name, value in bound.arguments.items()
+        )
         code = f"import dit_lens as dl\n\ndl.plots.{made.__name__}(\n{lines})"
-        return plot(*args, **kwargs).update_layout(meta={"code": code})
+        return plot(*bound.args, **bound.kwargs).update_layout(meta={"code": code})
 
     return made
 

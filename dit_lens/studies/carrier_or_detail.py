@@ -26,7 +26,7 @@ from dit_lens.studies.parts.evidence import (
     weigh_edits,
     weigh_variance,
 )
-from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_draws, check_k, describe_k
+from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_draws, check_k, describe_k, find_meant
 from dit_lens.studies.shared.arms import Arm, add_controls, average_scores, make_score_reads, select_common_channels
 from dit_lens.studies.shared.batches import PromptBatch, make_batches
 from dit_lens.studies.shared.cells import Cell
@@ -38,13 +38,17 @@ from dit_lens.studies.shared.result import Result
 from dit_lens.toys.scenes import Scene
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from dit_lens.core.request.ops import Pattern
     from dit_lens.lens import DiTLens
 
 Attributes = Callable[[str], Mapping[str, str]]
 
 PROBED_BLOCKS, PROBED_STEPS = 4, 4
-COLUMNS = ["measure", "part", "value", "value_low", "value_high", "control", "strongest control", "says", "n"]
+EVIDENCE = ["measure", "part", "value", "value_low", "value_high", "control", "strongest control", "says", "n"]
+# What the table has of the study itself.
+COLUMNS = ("measure", "arm", "part", "draw", "prompt", "seed", "effect", "rmse", "source", "to_source")
 
 
 def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
@@ -57,7 +61,7 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
         if len(lines):
             evidence += [{"measure": measure, **one} for one in weigh_edits(lines, "effect", thresholds)]
     evidence += _weigh_information(settings, cells, thresholds)
-    summary = pd.DataFrame(evidence, columns=COLUMNS)
+    summary = pd.DataFrame(evidence, columns=EVIDENCE)
     ablated = table[(table["measure"] == "ablation") & (table["arm"] == "top")]
     changes = ablated.groupby("part")["rmse"].mean().to_dict() if len(ablated) else {}
     found = decide_verdict(summary, changes, thresholds)
@@ -164,7 +168,8 @@ def carrier_or_detail(
     }
     edit = EditStudy(lens=lens, site=site, score=score, judge=judge, call=call)
     total = len(batches) * 2 * (6 + draws)
-    with StudyCheckpoints("carrier_or_detail", settings, lens=lens, total=total, out=out) as cells:
+    meant = find_meant(lens, batches[0].prompts, call, site)
+    with StudyCheckpoints("carrier_or_detail", settings, lens=lens, total=total, out=out, meant=meant) as cells:
         clean = [cells.get(f"{batch.key}/clean", partial(edit.run_clean, batch)) for batch in batches]
         common = select_common_channels([cell.arrays for cell in clean], k, score)
         edits = _list_edits(add_controls([common], draws, 0))
@@ -226,13 +231,17 @@ class EditStudy:
     judge: Judge
     call: Mapping[str, Any]
 
+    def ask_judge(self, image: Image, prompt: str) -> dict[str, Any]:
+        """How far an image shows a prompt, and what else the judge says."""
+        return ask_judge(self.judge, image, prompt, COLUMNS, need_fidelity=True)
+
     def run_clean(self, batch: PromptBatch) -> Cell:
         """The untouched images of a batch, and the scores of their channels."""
         run = self.lens.run(batch.prompts, make_score_reads(self.site, self.score), seed=batch.seed, **self.call)
         cell = Cell(arrays={**average_scores(run), "grid": np.array(run.grid)})
         for row, prompt, image in zip(batch.rows, batch.prompts, run.images, strict=True):
             cell.images[_name_untouched(row, batch)] = image
-            measures = ask_judge(self.judge, image, prompt)
+            measures = self.ask_judge(image, prompt)
             cell.lines.append(_line("untouched", Arm("untouched", 0), "whole", prompt, batch.seed, measures))
         return cell
 
@@ -266,7 +275,7 @@ class EditStudy:
         run = self.lens.run(batch.prompts, op, seed=batch.seed, **self.call)
         cell = Cell()
         for row, prompt, image, before in zip(batch.rows, batch.prompts, run.images, clean.lines, strict=True):
-            measures = ask_judge(self.judge, image, prompt)
+            measures = self.ask_judge(image, prompt)
             changed = float(rmse(clean.images[_name_untouched(row, batch)], image))
             measures |= {"effect": before["fidelity"] - measures["fidelity"], "rmse": changed}
             cell.lines.append(_line("ablation", arm, part, prompt, batch.seed, measures))
@@ -292,11 +301,11 @@ class EditStudy:
         cell = Cell()
         for i, (row, prompt) in enumerate(zip(batch.rows, batch.prompts, strict=True)):
             source = batch.prompts[sources[i]]
-            before = ask_judge(self.judge, untouched[i], source)["fidelity"]
-            after = ask_judge(self.judge, images[i], source)["fidelity"]
+            before = self.ask_judge(untouched[i], source)["fidelity"]
+            after = self.ask_judge(images[i], source)["fidelity"]
             measures = {
                 "effect": (after - before) / (1 - before) if before < 1 else np.nan,
-                "fidelity": ask_judge(self.judge, images[i], prompt)["fidelity"],
+                "fidelity": self.ask_judge(images[i], prompt)["fidelity"],
                 "source": source,
                 "rmse": float(rmse(untouched[i], images[i])),
                 "to_source": float(rmse(untouched[sources[i]], images[i])),

@@ -12,19 +12,30 @@ import numpy as np
 import pandas as pd
 
 from dit_lens.analysis.channels import ChannelSet
-from dit_lens.analysis.metrics import Distance
+from dit_lens.analysis.metrics import DISTANCES, Distance
 from dit_lens.analysis.metrics.distances import distances as distances_of
+from dit_lens.analysis.metrics.distances import measure_distance
 from dit_lens.core.request.ops import MeanAblate, Op, Read, Scale, Swap, Zero
 from dit_lens.errors import OpError, PromptError, check_choice
 from dit_lens.plots import disruption_figure
 from dit_lens.studies.parts.confounds import make_fill_ops, make_push_ops, make_raise_ops
-from dit_lens.studies.shared.arguments import as_ks, as_prompts, as_seeds, as_tuple, check_draws, check_k, describe_k
+from dit_lens.studies.shared.arguments import (
+    as_ks,
+    as_prompts,
+    as_seeds,
+    as_tuple,
+    check_draws,
+    check_k,
+    describe_k,
+    find_meant,
+)
 from dit_lens.studies.shared.arms import DRAWS, Arm, add_controls, average_scores, make_score_reads, select_top_channels
 from dit_lens.studies.shared.batches import BatchRunner, PromptBatch, make_batches, skips_first_step
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
 from dit_lens.studies.shared.judges import Judge, ask_judge, choose_judge
 from dit_lens.studies.shared.keys import ImageKey
+from dit_lens.studies.shared.measures import check_measures
 from dit_lens.studies.shared.protocols import with_protocols
 from dit_lens.studies.shared.registry import study
 from dit_lens.studies.shared.result import Result
@@ -37,6 +48,8 @@ if TYPE_CHECKING:
 Ablation = Literal["zero", "mean", "resample"]
 Distances = Sequence["str | Distance"]
 CONFOUNDS = ("attenuated", "norm-kept", "rescaled", "random-direction")
+KEYS = ("prompt", "seed", "k", "k_share", "arm", "draw")
+COLUMNS = (*KEYS, "energy_share", "matched")  # what the table has of the study itself
 
 
 def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
@@ -130,6 +143,7 @@ def disruption(
     check_draws(draws)
     _check_ablation(ablation, prompts, batch_size)
     judge, measures = choose_judge(lens, prompts, judge), distances_of(["rmse", *as_tuple(distances)])
+    check_measures(measures, (*COLUMNS, "fidelity"), "distances=")
     sites = lens.sites(site)
     extra = _choose_confounds(confounds, possible=ablation == "zero" and all(name.count(".") == 2 for name in sites))
     settings = {
@@ -148,9 +162,12 @@ def disruption(
         "call": call,
         "width": lens.anatomy.width,
     }
+    if own := {name: distance for name, distance in measures.items() if distance is not DISTANCES.get(name)}:
+        settings["functions"] = own  # their names alone do not tell whether they are still the same
     batches = make_batches(prompts, seeds, batch_size)
     total = len(batches) * (2 + len(ks) * (3 + draws + len(extra)))
-    with StudyCheckpoints("disruption", settings, lens=lens, total=total, out=out) as cells:
+    meant = find_meant(lens, batches[0].prompts, call, site, steps)
+    with StudyCheckpoints("disruption", settings, lens=lens, total=total, out=out, meant=meant) as cells:
         late = skips_first_step(lens, prompts[0], steps, call)
         runner = BatchRunner(lens=lens, call=call, twice=ablation == "resample", late=late)
         measure = Measure(runner=runner, distances=measures, judge=judge)
@@ -215,7 +232,7 @@ class Measure:
             cell.arrays |= {f"all/mean/{name}": value.float().numpy() for name, value in run["mean"].items()}
         for row, prompt, image in zip(batch.rows, batch.prompts, run.images, strict=False):
             cell.images[_name_image(row, batch, 0, "untouched")] = image
-            measures = ask_judge(self.judge, image, prompt)
+            measures = ask_judge(self.judge, image, prompt, (*COLUMNS, *self.distances))
             cell.lines.append(_line(prompt, batch.seed, 0, Arm("untouched", 0), measures))
         return cell
 
@@ -232,12 +249,13 @@ class Measure:
         for i, (row, prompt) in enumerate(zip(batch.rows, batch.prompts, strict=True)):
             before, after = clean.images[_name_image(row, batch, 0, "untouched")], images[i]
             measures: dict[str, Any] = {
-                name: _drop_infinity(distance(before, after)) for name, distance in self.distances.items()
+                name: _drop_infinity(measure_distance(name, distance, before, after))
+                for name, distance in self.distances.items()
             }
             if arm.sets:
                 held = float(np.mean(list(arm.sets[i].energy_share().values())))
                 measures |= {"energy_share": held, "matched": arm.sets[i].matched}
-            measures |= ask_judge(self.judge, after, prompt)
+            measures |= ask_judge(self.judge, after, prompt, (*COLUMNS, *self.distances))
             cell.lines.append(_line(prompt, batch.seed, k, arm, measures))
             if arm.draw == 0:
                 cell.images[_name_image(row, batch, k, arm.name)] = after
@@ -322,16 +340,15 @@ def _line(prompt: str, seed: int, k: int, arm: Arm, measures: Mapping[str, Any])
     return {"prompt": prompt, "seed": seed, "k": k, "arm": arm.name, "draw": arm.draw, **measures}
 
 
-def _drop_infinity(distance: Any) -> float:
+def _drop_infinity(distance: float) -> float:
     """A distance; missing if it is infinite, as the psnr of equal images."""
-    return float(distance) if np.isfinite(distance) else np.nan
+    return distance if np.isfinite(distance) else np.nan
 
 
 def _list_judged(table: pd.DataFrame) -> list[str]:
     """What a judge measured: all numbers of the untouched images."""
-    own = ("prompt", "seed", "k", "k_share", "arm", "draw")
     measured = table.loc[table["arm"] == "untouched"].dropna(axis="columns", how="all")
-    return [name for name in measured if name not in own]
+    return [name for name in measured if name not in KEYS]
 
 
 def _notes(table: pd.DataFrame, edited: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:

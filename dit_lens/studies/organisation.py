@@ -25,7 +25,7 @@ from dit_lens.studies.parts.saliency import (
 )
 from dit_lens.studies.parts.subject_masks import as_mask, check_masks, digest_mask
 from dit_lens.studies.parts.subject_overlap import assemble, name_mask
-from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_draws, check_k
+from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_draws, check_k, find_meant
 from dit_lens.studies.shared.arms import DRAWS, Arm, add_controls, make_score_reads
 from dit_lens.studies.shared.batches import PromptBatch, make_batches
 from dit_lens.studies.shared.cells import Cell
@@ -183,7 +183,8 @@ def organisation(
         call=call,
     )
     batches = make_batches(prompts, seeds, batch_size)
-    with StudyCheckpoints("organisation", settings, lens=lens, total=len(batches), out=out) as cells:
+    meant = find_meant(lens, batches[0].prompts, call, site, steps)
+    with StudyCheckpoints("organisation", settings, lens=lens, total=len(batches), out=out, meant=meant) as cells:
         for batch in batches:
             cells.get(batch.key, partial(cluster.run_batch, batch))
     result = cells.result()

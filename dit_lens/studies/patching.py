@@ -17,7 +17,7 @@ from dit_lens.instruments.gradients import THROUGH, PairMetric, nearness
 from dit_lens.plots import patching_figure
 from dit_lens.studies.parts.patched_pair import ENDS, PatchedPair, PatchMap
 from dit_lens.studies.parts.patches import chunk_patches
-from dit_lens.studies.shared.arguments import as_pairs, as_seeds, check_draws, describe_k
+from dit_lens.studies.shared.arguments import as_pairs, as_seeds, check_draws, check_once, describe_k
 from dit_lens.studies.shared.arms import DRAWS
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
@@ -206,6 +206,7 @@ def _check(
     for through in attribute:
         if through not in THROUGH:
             raise OpError(f"attribute= knows no {through!r}.{nearest(str(through), THROUGH)}")
+    check_once("attribute", attribute, "an attribution")
     if batch_size < 2:
         raise OpError(f"batch_size={batch_size} has no room for the source and a target. Take at least 2.")
     if tiles < 1:

@@ -16,7 +16,7 @@ from dit_lens.analysis.channels.statistics import RunningStats, chance_jaccard, 
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import OpError
 from dit_lens.plots import stability_figure
-from dit_lens.studies.shared.arguments import as_ks, as_prompts, as_seeds, describe_k
+from dit_lens.studies.shared.arguments import as_ks, as_prompts, as_seeds, check_once, describe_k, find_meant
 from dit_lens.studies.shared.batches import PromptBatch, make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
@@ -132,7 +132,8 @@ def stability(
     }
     batches = make_batches(prompts, seeds, batch_size)
     seen: dict[int, RunningStats] = defaultdict(RunningStats)
-    with StudyCheckpoints("stability", settings, lens=lens, total=len(batches), out=out) as cells:
+    meant = find_meant(lens, batches[0].prompts, call, site, steps)
+    with StudyCheckpoints("stability", settings, lens=lens, total=len(batches), out=out, meant=meant) as cells:
         reads = [Read(site, reduce=score, steps=steps, name=score) for score in scores]
         for batch in batches:
             cell = cells.get(batch.key, partial(_find_sets, lens, batch, reads, k, seen[batch.seed], call))
@@ -161,6 +162,7 @@ def _check(lens: DiTLens, sites: Sequence[str], k: int, scores: Sequence[str], s
         raise OpError(f"k={k} channels were asked for, but {sites[0]} has {width}. Choose k from 1 to {width}.")
     if not scores:
         raise OpError("scores=[] names no score. Give at least one, such as '|mean|'.")
+    check_once("scores", scores, "a score")
     if not 0 < stable <= 1:
         raise OpError(f"stable={stable:g} must be an overlap in (0, 1]; SPARK's is {STABLE}.")
     return width

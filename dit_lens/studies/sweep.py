@@ -14,6 +14,7 @@ from dit_lens.errors import OpError, StudyInterrupted, nearest
 from dit_lens.plots import sweep_figure
 from dit_lens.studies.shared.checkpoints import check_arguments_only, share_progress_bar
 from dit_lens.studies.shared.folders import claim_folder, describe_settings
+from dit_lens.studies.shared.measures import keep_for_sweep
 from dit_lens.studies.shared.registry import StudyRecord, find_study, study_names
 from dit_lens.studies.shared.registry import study as register
 from dit_lens.studies.shared.result import Result
@@ -93,13 +94,13 @@ def sweep(
         }
     )
     for point in points:
-        with check_arguments_only():
+        with check_arguments_only(), keep_for_sweep(over):
             swept.function(lens, prompts, **fixed, **point)
     folder = None if out is None else Path(out)
     if folder is not None:
         claim_folder(folder, "sweep", settings, lens)
     parts: list[Result] = []
-    with share_progress_bar("sweep", len(points)):
+    with share_progress_bar("sweep", len(points)), keep_for_sweep(over):
         for i, point in enumerate(points):
             part = folder and folder / "parts" / f"{i:06d}"
             try:
@@ -141,15 +142,21 @@ def _find_swept(study: str | Study) -> StudyRecord:
     return record
 
 
+def _name_value(value: Any) -> str:
+    """The label of a value, the same for 1 and 1.0."""
+    name = label(value)
+    return str(int(name)) if isinstance(name, float) and name.is_integer() else str(name)
+
+
 def _list_points(over: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not over:
         raise OpError('over={} asks for nothing. Name an argument and its values, as in over={"k": [4, 8, 12]}.')
     for argument, values in over.items():
-        if isinstance(values, str) or not isinstance(values, Sequence) or not len(values):
+        if not values:
             raise OpError(f"over={{{argument!r}: ...}} takes a list of values, at least one; got {values!r}.")
         if argument in fixed or argument == "out":
             raise OpError(f"{argument} cannot be swept and given at once. Leave it out of one of them.")
-        if len({str(label(value)) for value in values}) < len(values):
+        if len({_name_value(value) for value in values}) < len(values):
             raise OpError(f"over={{{argument!r}: ...}} has a value twice: {list(values)!r}.")
     return [dict(zip(over, values, strict=True)) for values in product(*over.values())]
 

@@ -15,7 +15,7 @@ from dit_lens.studies.parts.blends import explain_no_prompt_blend
 from dit_lens.studies.parts.transport import ChannelsFrom, PairBatch, plan_transport
 from dit_lens.studies.parts.transport_cells import run_transport
 from dit_lens.studies.parts.transport_measures import MATCHED, add_matched_measures
-from dit_lens.studies.shared.arguments import as_pairs, as_seeds, describe_k
+from dit_lens.studies.shared.arguments import as_pairs, as_seeds, describe_k, find_meant
 from dit_lens.studies.shared.arms import DRAWS
 from dit_lens.studies.shared.batches import make_batches
 from dit_lens.studies.shared.cells import Cell
@@ -166,7 +166,8 @@ def transfer(
     settings |= transport.settings()
     batches = make_batches([source for source, _ in pairs], seeds, batch_size)
     total = len(batches) * transport.cells_per_batch
-    with StudyCheckpoints("transfer", settings, lens=lens, total=total, out=out) as cells:
+    meant = find_meant(lens, prompts[: 2 * len(batches[0].rows)], call, site, steps)
+    with StudyCheckpoints("transfer", settings, lens=lens, total=total, out=out, meant=meant) as cells:
         for batch in batches:
             some = [pairs[i] for i in batch.rows]
             pair_batch = PairBatch(

@@ -20,7 +20,7 @@ from dit_lens.instruments.latents import decode_latents, encode_images
 from dit_lens.plots import transfer_image_figure
 from dit_lens.studies.parts.transport import ChannelsFrom, PairBatch, plan_transport
 from dit_lens.studies.parts.transport_cells import run_transport
-from dit_lens.studies.shared.arguments import as_pairs, as_seeds
+from dit_lens.studies.shared.arguments import as_pairs, as_seeds, find_meant
 from dit_lens.studies.shared.arms import DRAWS
 from dit_lens.studies.shared.batches import PromptBatch, make_batches
 from dit_lens.studies.shared.cells import Cell
@@ -108,7 +108,7 @@ def transfer_image(
     Raises OpError or FamilyError, before any denoising, if the model is not a flow, or cannot be inverted.
 
     lens: lens on the model.
-    pairs: pairs (PIL image of the run's size, target prompt).
+    pairs: pairs (image of the run's size, target prompt); the image of PIL, a path of one, or an array.
     how: "noised" or "inverted".
     captions: prompt of each image, for the model and for a judge; "" by default.
     k: one or several numbers of channels, up to the width; those above half of it have no controls.
@@ -155,7 +155,8 @@ def transfer_image(
     }
     batches = make_batches(targets, seeds, batch_size)
     total = len(batches) * (1 + transport.cells_per_batch)
-    with StudyCheckpoints("transfer_image", settings, lens=lens, total=total, out=out) as cells:
+    meant = find_meant(lens, prompts[: 2 * len(batches[0].rows)], call, site, steps)
+    with StudyCheckpoints("transfer_image", settings, lens=lens, total=total, out=out, meant=meant) as cells:
         for batch in batches:
             some = [images[i] for i in batch.rows]
             texts = [captions[i] for i in batch.rows]

@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import SiteError
 from dit_lens.plots import write_attribution_figure
-from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_k, describe_k
+from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_k, describe_k, find_meant
 from dit_lens.studies.shared.arms import average_scores, make_score_reads, select_top_channels
 from dit_lens.studies.shared.batches import PromptBatch, make_batches
 from dit_lens.studies.shared.cells import Cell
@@ -115,7 +115,8 @@ def write_attribution(
     if gates:
         reads.append(Read(gates, reduce="mean|x|", steps=steps, name="gate"))
     batches = make_batches(prompts, seeds, batch_size)
-    with StudyCheckpoints("write_attribution", settings, lens=lens, total=len(batches), out=out) as cells:
+    meant = find_meant(lens, batches[0].prompts, call, end, steps)
+    with StudyCheckpoints("write_attribution", settings, lens=lens, total=len(batches), out=out, meant=meant) as cells:
         for batch in batches:
             cells.get(batch.key, partial(_trace_batch, lens, batch, reads, writes, end, k, call))
         return cells.result()

@@ -6,6 +6,7 @@ An image is a PIL image, or an array or tensor of uint8 in [0, 255] or floats in
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 from dit_lens.analysis.metrics.perceptual import lpips, ssim
 from dit_lens.analysis.metrics.pixels import apply_pairwise
 from dit_lens.arguments.functions import takes
-from dit_lens.arguments.numbers import list_entries
+from dit_lens.arguments.numbers import as_plain, list_entries
 from dit_lens.errors import OpError, nearest, show
 
 Distance = Callable[[Any, Any], Any]
@@ -72,8 +73,8 @@ def distances(chosen: str | Distance | Sequence[str | Distance]) -> dict[str, Di
     ['rmse', 'darkest']
 
     chosen: one or more of the names in ``DISTANCES`` and of functions (PIL image, PIL image) -> number.
-    Raises OpError for an unknown name, for a distance that needs a package that is not installed, and for a function
-    that does not return a number.
+    Raises OpError for an unknown name, for two distances of one name, for a distance that needs a package that is not
+    installed, and for a function that does not return a number.
     """
     found: dict[str, Distance] = {}
     listed = [chosen] if isinstance(chosen, str) or callable(chosen) else list_entries(chosen)
@@ -84,14 +85,32 @@ def distances(chosen: str | Distance | Sequence[str | Distance]) -> dict[str, Di
                 "accepted."
             )
         name = one if isinstance(one, str) else getattr(one, "__name__", type(one).__name__)
-        found[name] = DISTANCES[one] if isinstance(one, str) else one
+        distance = DISTANCES[one] if isinstance(one, str) else one
+        if found.setdefault(name, distance) != distance or DISTANCES.get(name, distance) != distance:
+            theirs = "this library's" if name in DISTANCES else "another one"
+            raise OpError(
+                f"two distances are called {name!r}, and a table has one column for each name: a function of yours and "
+                f"{theirs}. Give yours a name of its own, such as fn.__name__ = 'mine'."
+            )
     black, grey = (Image.new("RGB", (64, 64), (level,) * 3) for level in (0, 128))
     for name, distance in found.items():
         if not takes(distance, 2):
             raise OpError(f"The distance {name!r} cannot be called with two images. Give it two parameters.")
-        if not np.isscalar(answer := distance(black, grey)) or isinstance(answer, str | bytes | complex):
-            raise OpError(f"The distance {name!r} of two images must be a number, but it returned {show(answer)}.")
+        measure_distance(name, distance, black, grey)
     return found
+
+
+def measure_distance(name: str, distance: Distance, a: Any, b: Any) -> float:
+    """The distance of two images as a float, whatever type of number it is; OpError if it is none.
+
+    name: name of the distance, for the message.
+    distance: function of two images.
+    a, b: the images.
+    """
+    answer = as_plain(distance(a, b))
+    if not isinstance(answer, numbers.Real):
+        raise OpError(f"The distance {name!r} of two images must be a number, but it returned {show(answer)}.")
+    return float(answer)
 
 
 def _rmse(a: np.ndarray, b: np.ndarray) -> float:

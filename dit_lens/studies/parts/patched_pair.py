@@ -260,9 +260,9 @@ class PatchedPair:
         return decode_latents(lens, read_latents(lens, run.latents, run.grid)[list(rows)], run.grid)
 
     def _ask_judge(self, image: Any) -> dict[str, float]:
-        """How far an image shows either prompt, if the judge says so."""
+        """How far an image shows either prompt, if there is a judge."""
         found = {
-            f"fidelity_{end}": ask_judge(self.map.judge, image, prompt)
+            f"fidelity_{end}": ask_judge(self.map.judge, image, prompt, need_fidelity=True)
             for end, prompt in zip(ENDS, self.prompts, strict=True)
         }
         return {name: measures["fidelity"] for name, measures in found.items() if "fidelity" in measures}

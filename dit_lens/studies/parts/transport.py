@@ -18,7 +18,7 @@ from dit_lens.analysis.channels import ChannelSet
 from dit_lens.analysis.clusters import to_grid
 from dit_lens.core.request.ops import Branch, Op, Swap
 from dit_lens.errors import OpError, check_choice
-from dit_lens.studies.shared.arguments import as_ks, as_tuple, check_draws, check_k
+from dit_lens.studies.shared.arguments import as_ks, as_strengths, check_draws, check_k
 from dit_lens.studies.shared.arms import Arm, add_controls, select_top_channels
 from dit_lens.studies.shared.judges import Judge
 
@@ -259,7 +259,7 @@ def plan_transport(
     strengths: one or several strengths.
     choices: the other fields of :class:`Transport`.
     """
-    transport = Transport(ks=tuple(as_ks(k)), strengths=as_tuple(strengths), **choices)
+    transport = Transport(ks=tuple(as_ks(k)), strengths=as_strengths(strengths), **choices)
     transport.check(prompts, call)
     return transport
 

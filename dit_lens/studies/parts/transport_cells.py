@@ -233,4 +233,4 @@ def _choose_mask(mask_from: Any, source: np.ndarray, target: np.ndarray) -> np.n
 
 
 def _ask_fidelity(judge: Any, image: Image, prompt: str) -> float:
-    return ask_judge(judge, image, prompt).get("fidelity", np.nan)
+    return ask_judge(judge, image, prompt, need_fidelity=True).get("fidelity", np.nan)

@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.arguments.numbers import as_seed, check_number, list_entries, to_int
-from dit_lens.errors import OpError, PromptError, show
+from dit_lens.arguments.numbers import as_seed, check_number, list_entries, to_int, to_number
+from dit_lens.errors import DitLensError, OpError, PromptError, show
 from dit_lens.families.sites import match
+from dit_lens.studies.shared.fingerprints import fingerprint_values
 
 if TYPE_CHECKING:
-    from dit_lens.core.request.ops import Pattern
+    from dit_lens.core.request.ops import Pattern, Steps
     from dit_lens.lens import DiTLens
 
 
 MOST_DRAWS = 10_000  # of a random control; each draws an image or more
+
+
+def check_once(
+    name: str,
+    values: Sequence[Any],
+    what: str,
+    error: type[DitLensError] = OpError,
+    by: Callable[[Any], Any] = lambda value: value,
+) -> None:
+    """Raises an error for a list that names something twice: its one measurement would count as two.
+
+    >>> check_once("strengths", [0.5, 1, 1.0], "a strength")
+    Traceback (most recent call last):
+    ...
+    dit_lens.errors.OpError: strengths=[0.5, 1, 1.0] names a strength twice, 1.0. Name each once: what is measured ...
+
+    name: of the argument.
+    values: what it lists.
+    what: one of them, in words.
+    error: the error.
+    by: value -> what is equal, and can be hashed, where two values are the same.
+    """
+    seen = set()
+    for value in values:
+        if (same := by(value)) in seen:
+            raise error(
+                f"{name}={show(list(values))} names {what} twice, {show(value)}. Name each once: what is measured "
+                "again is no second measurement."
+            )
+        seen.add(same)
 
 
 def check_k(lens: DiTLens, site: Pattern, ks: Sequence[int]) -> None:
@@ -56,6 +87,7 @@ def as_prompts(prompts: str | Sequence[str]) -> list[str]:
     for one in found:
         if not isinstance(one, str):
             raise PromptError(f"a prompt must be a string; one is {show(one)} ({type(one).__name__}).")
+    check_once("prompts", found, "a prompt", PromptError)
     return found
 
 
@@ -64,8 +96,7 @@ def as_seeds(seeds: int | Sequence[int]) -> list[int]:
     found = [as_seed(seed) for seed in as_tuple(seeds)]
     if not found:
         raise PromptError("the list of seeds is empty. Pass at least one seed.")
-    if len(set(found)) < len(found):
-        raise PromptError(f"seeds={found} names a seed twice, which draws the same image again. Name each once.")
+    check_once("seeds", found, "a seed", PromptError)
     return found
 
 
@@ -82,7 +113,16 @@ def as_ks(k: int | Sequence[int]) -> list[int]:
     for one, number in zip(found, whole, strict=True):
         if number is None:
             raise OpError(f"k={show(one)} is not a valid number of channels. Give a whole number, or a list of them.")
-    return sorted(number for number in whole if number is not None)
+    ks = [number for number in whole if number is not None]
+    check_once("k", ks, "a number of channels")
+    return sorted(ks)
+
+
+def as_strengths(strengths: float | Sequence[float]) -> tuple[float, ...]:
+    """One or several strengths as a tuple; OpError if one is given twice, to the digits by which images are named."""
+    found = as_tuple(strengths)
+    check_once("strengths", found, "a strength", by=lambda one: one if to_number(one) is None else f"{one:g}")
+    return found
 
 
 def as_pairs(pairs: Sequence[tuple[Any, str]], source: str = "source prompt") -> list[tuple[Any, str]]:
@@ -101,7 +141,26 @@ def as_pairs(pairs: Sequence[tuple[Any, str]], source: str = "source prompt") ->
             raise OpError(
                 f"pairs[{i}] is {show(pair)}, which is not a valid pair. Give a list of ({source}, target prompt)."
             )
+    check_once("pairs", given, "a pair", by=lambda pair: (_identify(pair[0]), pair[1]))
     return [(pair[0], pair[1]) for pair in given]
+
+
+def _identify(source: Any) -> str:
+    """What is equal for two sources of a pair that are the same: a prompt itself, of an image its pixels."""
+    return source if isinstance(source, str) else str(fingerprint_values({"source": source})[0])
+
+
+def find_meant(
+    lens: DiTLens, prompts: Sequence[str], call: Mapping[str, Any], site: Pattern, steps: Steps = None
+) -> dict[str, Any]:
+    """What a study's sites and steps mean, however they were written; OpError or SiteError if they mean none.
+
+    lens: the lens whose sites are meant.
+    prompts: those of the study's first batch.
+    call: other arguments of the pipeline.
+    site, steps: as they were given.
+    """
+    return {"site": lens.sites(site), "steps": lens.outline(prompts, **{"seed": 0, **call}).select(steps)}
 
 
 def describe_k(k: int, width: int) -> str:

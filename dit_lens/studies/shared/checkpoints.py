@@ -41,10 +41,18 @@ class StudyCheckpoints:
     lens: the lens that the study runs on.
     total: number of cells of the whole study.
     out: folder for the cells, or None to keep them in memory.
+    meant: argument -> what it means, of arguments that can be written in several ways; a study goes on with the same.
     """
 
     def __init__(
-        self, study: str, settings: Mapping[str, Any], *, lens: DiTLens, total: int, out: str | Path | None = None
+        self,
+        study: str,
+        settings: Mapping[str, Any],
+        *,
+        lens: DiTLens,
+        total: int,
+        out: str | Path | None = None,
+        meant: Mapping[str, Any] | None = None,
     ):
         self.study = study
         self.settings: dict[str, Any] = describe_settings(settings)
@@ -54,7 +62,7 @@ class StudyCheckpoints:
         if _CHECKING.get():
             raise _CheckedError
         if self.folder is not None:
-            claim_folder(self.folder, study, settings, lens)
+            claim_folder(self.folder, study, settings, lens, meant)
 
     def __enter__(self) -> Self:
         self._quiet = self._lens.quiet()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dit_lens.arguments.numbers import as_plain
 from dit_lens.core.runs.state import describe_part
 from dit_lens.core.runs.values import PLAIN, Parts, Reader
 
@@ -35,6 +36,7 @@ def fingerprint_values(settings: Mapping[str, Any]) -> tuple[dict[str, Parts], l
 
 def _find_values(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
     """What is not plain in nested mappings and lists, by where it is."""
+    value = as_plain(value)
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _find_values(item, f"{name}.{key}" if name else str(key))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dit_lens.arguments.numbers import as_plain
 from dit_lens.core.runs.files import find_folder, read_versioned, report_damage, report_unwritten, write_json
 from dit_lens.core.runs.provenance import describe, digest
 from dit_lens.core.runs.state import describe_state
@@ -41,7 +42,9 @@ MOST_TOLD = 4  # differences in a message
 LONGEST = 80  # characters of a value in one
 
 
-def claim_folder(folder: Path, study: str, settings: Mapping[str, Any], lens: DiTLens) -> None:
+def claim_folder(
+    folder: Path, study: str, settings: Mapping[str, Any], lens: DiTLens, meant: Mapping[str, Any] | None = None
+) -> None:
     """Makes a folder this study's, or checks that it is; StoreError says what differs.
 
     What cannot be compared, as an earlier release did not store it, or as it has no value, is said in a warning.
@@ -50,6 +53,7 @@ def claim_folder(folder: Path, study: str, settings: Mapping[str, Any], lens: Di
     study: name of the study.
     settings: every choice that decides a number, by argument.
     lens: the lens whose model the study runs.
+    meant: argument -> what it means, of arguments that can be written in several ways; compared in their place.
     """
     file = folder / "study.json"
     values, unknown = fingerprint_values(settings)
@@ -58,6 +62,7 @@ def claim_folder(folder: Path, study: str, settings: Mapping[str, Any], lens: Di
         "study": study,
         "settings": describe_settings(settings),
         "values": values,
+        "meant": describe_settings(meant or {}),
         "model": describe_settings(describe_model(lens, settings.get("call", {}))),
     }
     if not find_folder(file).exists():
@@ -74,6 +79,11 @@ def claim_folder(folder: Path, study: str, settings: Mapping[str, Any], lens: Di
     if found["study"] != study:
         raise StoreError(f"{folder} holds the study {found['study']!r}. Choose another folder for out=.")
     _check_machine(folder, study, found["model"], wanted["model"])
+    for name in wanted["meant"].keys() & found.get("meant", {}).keys():
+        for one in (found, wanted):
+            one["settings"][name] = one["meant"][name]
+            one["values"] = {part: value for part, value in one["values"].items() if part.split("[")[0] != name}
+    values = wanted["values"]
     missing = [NEW[name] for name in NEW if name not in found["model"]]
     missing += [] if "values" in found else [f"the functions and arrays given ({', '.join(values)})"] * bool(values)
     now = {name: value for name, value in wanted["model"].items() if name not in NEW or name in found["model"]}
@@ -193,8 +203,8 @@ def describe_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _encode(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
+    if (plain := as_plain(value)) is not value:  # a number is the same number in whatever type it was given
+        return plain
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, torch.Tensor):

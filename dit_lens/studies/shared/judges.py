@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from dit_lens.arguments.functions import name_of
 from dit_lens.arguments.numbers import to_number
 from dit_lens.core.runs.record import is_text
 from dit_lens.errors import OpError, PromptError, show
+from dit_lens.studies.shared.measures import check_measures
 from dit_lens.toys.scenes import Scene, recognise_scene
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
 
 Judge = Callable[["Image", str], Mapping[str, float]]
+
+ROUNDING = 1e-6  # by which a fidelity may lie outside of [0, 1]
 
 
 def choose_judge(lens: DiTLens, prompts: Sequence[str], judge: Judge | None) -> Judge | None:
@@ -45,12 +49,21 @@ def scene_judge(image: Image, prompt: str) -> dict[str, float]:
     return {"readable": float(found is not None), "fidelity": sum(right.values()) / len(right), **right}
 
 
-def ask_judge(judge: Judge | None, image: Image, prompt: str) -> dict[str, Any]:
+def ask_judge(
+    judge: Judge | None,
+    image: Image,
+    prompt: str,
+    taken: Collection[str] = (),
+    *,
+    need_fidelity: bool = False,
+) -> dict[str, Any]:
     """What a judge says of an image, name -> number; empty without a judge. OpError if it says something else.
 
     judge: a judge, or None.
     image: the image.
     prompt: the prompt that the image is compared with.
+    taken: columns that the study's table has without the judge.
+    need_fidelity: whether the study goes by the ``fidelity``, so that a judge has to give it.
     """
     if judge is None:
         return {}
@@ -65,9 +78,27 @@ def ask_judge(judge: Judge | None, image: Image, prompt: str) -> dict[str, Any]:
                 f"a judge gives name -> number, such as {{'fidelity': 0.5}}; {name_of(judge)} returned {show(value)} "
                 f"for {show(name)}."
             )
-    return {name: float(value) if hasattr(value, "detach") else value for name, value in said.items()}
+    check_measures(said, taken, f"the judge {name_of(judge)}")
+    found = {name: _as_measure(value) for name, value in said.items()}
+    fidelity = found.get("fidelity", math.nan)
+    if need_fidelity and "fidelity" not in found:
+        raise OpError(
+            f"this study goes by how far an image shows its prompt, 'fidelity', and the judge {name_of(judge)} gave "
+            f"{', '.join(map(repr, found)) or 'nothing'}. Return {{'fidelity': number from 0 to 1}}, and what else you "
+            "like."
+        )
+    if not (math.isnan(fidelity) or -ROUNDING <= fidelity <= 1 + ROUNDING):
+        raise OpError(
+            f"'fidelity' is from 0 (another image) to 1 (all that the prompt asks for), and the judge {name_of(judge)} "
+            f"gave {show(said['fidelity'])}. Scale it, or give it another name."
+        )
+    return found
 
 
 def _is_measure(value: Any) -> bool:
     """Whether a table can hold a value as a number; NaN and None stand for one that is missing."""
     return value is None or isinstance(value, bool | float | np.bool_ | np.floating) or to_number(value) is not None
+
+
+def _as_measure(value: Any) -> Any:
+    return math.nan if value is None else float(value) if hasattr(value, "detach") else value

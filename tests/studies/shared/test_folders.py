@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from PIL import Image, ImageDraw
 
-from dit_lens import DiTLens
+from dit_lens import DiTLens, studies
 from dit_lens.errors import StoreError
 from dit_lens.studies import disruption
 from dit_lens.studies.shared.fingerprints import fingerprint_values
@@ -204,3 +204,32 @@ def test_a_judge_may_draw_on_its_image():
 
     assert ask_judge(judge, image, "red") == {"it": 1}
     assert image.getbbox() is None
+
+
+SAME = {
+    "a number of torch": ({"guidance_scale": 3.5}, {"guidance_scale": torch.tensor(3.5)}),
+    "a number of numpy": ({"guidance_scale": np.float64(3.5)}, {"guidance_scale": np.array(3.5)}),
+    "steps as a slice": ({"steps": [0]}, {"steps": slice(0, 1)}),
+    "steps from the end": ({"steps": 1}, {"steps": -1}),
+    "all steps": ({"steps": None}, {"steps": (0.0, 1.0)}),
+    "steps of numpy": ({"steps": np.array([0, 1])}, {"steps": range(2)}),
+    "sites": ({"site": "blocks[1:3].img"}, {"site": ["blocks.1.img", "blocks.2.img"]}),
+    "sites by a function": (
+        {"site": "blocks.*.img"},
+        {"site": lambda name: name.endswith(".img") and "final" not in name},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_study_goes_on_however_its_arguments_are_written(tmp_path, monkeypatch, name):
+    """And an argument that means another thing is told, with what it means."""
+    lens = DiTLens(pipelines.flux(), defaults={**pipelines.CALL, "num_inference_steps": 2})
+    one, other = SAME[name]
+    first = studies.stability(lens, ["red"], k=2, out=tmp_path / "study", **one)
+    monkeypatch.setattr(lens.engine, "generate", lambda *_: pytest.fail("it was drawn"))
+    again = studies.stability(lens, ["red"], k=2, out=tmp_path / "study", **other)
+    assert again.table.equals(first.table)
+    for odd, said in (({"steps": [1, 0]}, r"steps: .* there, \[1, 0\] now"), ({"site": "blocks.0.img"}, "site")):
+        with pytest.raises(StoreError, match=said):
+            studies.stability(lens, ["red"], k=2, out=tmp_path / "study", **{**one, **odd})
