@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from dit_lens.arguments.checks import checked_but
 from dit_lens.arguments.numbers import as_plain, check_number
-from dit_lens.errors import OpError, SiteError, nearest
+from dit_lens.errors import OpError, SiteError, nearest, show
 from dit_lens.explorer.code import STATE, code_of_runs
 from dit_lens.explorer.colours import CLUSTER_COLOURS, PALETTES, parse_colour, read_palette
 from dit_lens.explorer.results import view_result
@@ -139,6 +139,8 @@ class Explorer(Widget):
         initial = _initial_state(views)
         if unknown := [name for name in state if name not in initial]:
             raise OpError(f"an explorer has no attribute {unknown[0]!r} to start from.{nearest(unknown[0], initial)}")
+        if odd := [name for name, value in state.items() if not isinstance(value, str | int | float)]:
+            raise OpError(f"an explorer cannot start so: {odd[0]}={show(state[odd[0]])} is not a number or a name.")
         state = _choose_channel(views, initial, state)
         images, spans = _join_images(views)
         shown: dict[str, Any] = {

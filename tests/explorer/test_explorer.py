@@ -142,6 +142,9 @@ def test_what_cannot_be_shown_raises(toy, run):
     [
         ({"channel": 999}, "no channel 999 in the group 'top'"),
         ({"channel": -1}, "no channel -1"),
+        ({"channel": torch.ones(2)}, r"channel=Tensor of shape \[2\] is not a number or a name"),
+        ({"group": np.array(["top", "top"])}, "is not a number or a name"),
+        ({"step": [1]}, "is not a number or a name"),
         ({"token": 9999}, r"no token 9999 in this explorer\. Choose -1 to 255\."),
         ({"token": -2}, "no token -2"),
         ({"left": 9}, r"no left 9 in this explorer\. Choose 0 to 1\."),
