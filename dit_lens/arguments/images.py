@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from dit_lens.arguments.paths import expand_user
 
 if TYPE_CHECKING:
@@ -19,7 +17,7 @@ CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 def to_image(value: Any) -> Image | None:
     """One image as PIL has it; None for what is none.
 
-    >>> import torch
+    >>> import numpy as np, torch
     >>> to_image(np.zeros((2, 4, 3))).size, to_image(torch.ones(3, 2, 4)).getpixel((0, 0))
     ((4, 2), (255, 255, 255))
 
@@ -46,6 +44,7 @@ def _open(path: Any) -> Image | None:
 
 
 def _from_array(value: Any) -> Image | None:
+    import numpy as np
     from PIL import Image
 
     of_torch = hasattr(value, "detach")
