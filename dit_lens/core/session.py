@@ -355,6 +355,10 @@ class Session:
             some = prepared if prompts is None else prepared.for_prompts(prompts)
             return self.engine.read_text(self.anatomy, some, timeline.forwards)
 
+        @cache
+        def ask_grid() -> tuple[int, ...] | None:
+            return self.engine.read_grid(self.anatomy, prepared)
+
         asked = make_spec(prepared, ())
         others: dict[str, StreamText] = {}
 
@@ -365,7 +369,7 @@ class Session:
                 others[key] = self._read_other_text(other)
             return others[key]
 
-        outline = Outline(prepared.rows, grid, timeline, read_text, read_other_text)
+        outline = Outline(prepared.rows, grid, timeline, read_text, read_other_text, ask_grid)
         return prepared, compile_plan(ops, self.anatomy, outline)
 
     def _read_other_text(self, asked: Mapping[str, Any]) -> StreamText:

@@ -20,7 +20,7 @@ from dit_lens.core.execution.execute import execute
 from dit_lens.core.execution.forwards import Forwards, Taking
 from dit_lens.core.execution.hooks import refuse_changes
 from dit_lens.core.execution.order import refuse_another_order
-from dit_lens.core.execution.read_text import read_stream_text
+from dit_lens.core.execution.read_text import read_grid, read_stream_text
 from dit_lens.core.execution.refusals import tell_refusals
 from dit_lens.core.execution.schedule import measure_sigmas
 from dit_lens.core.execution.turns import Turn, turn_of
@@ -150,6 +150,11 @@ class Engine:
         """
         with self.turn.run():
             return read_stream_text(self.pipe, anatomy, call, forwards)
+
+    def read_grid(self, anatomy: Anatomy, call: Call) -> tuple[int, ...] | None:
+        """The image tokens of a call, by its pipeline. anatomy: of the transformer."""
+        with self.turn.run():
+            return read_grid(self.pipe, anatomy, call)
 
     def state(self) -> dict[str, Any]:
         """What decides the transformer's answers beside the call."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dit_lens.core.execution.text_probe import FIRST, LAST, Recording, UnfollowedError
 from dit_lens.core.request.text_tokens import Origin, StreamText, Text
 from dit_lens.families.arguments import holds_text
-from dit_lens.families.layout import PlanMismatchError, find_text_masks, mask_text, optional_argument
+from dit_lens.families.layout import PlanMismatchError, find_image_tokens, find_text_masks, mask_text, optional_argument
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -79,6 +79,17 @@ def read_stream_text(
         for at, tokens in numbers.items()
     }
     return StreamText(rows, texts, count, before, prompts.after, data, contradiction)
+
+
+def read_grid(pipe: DiffusionPipeline, anatomy: Anatomy, call: Call) -> tuple[int, ...] | None:
+    """(h, w) image tokens of a call, (f, h, w) of a video, off the pipeline's own; None where it cannot be followed.
+
+    pipe, anatomy, call: as in :func:`read_stream_text`.
+    """
+    recording = Recording()
+    with suppress(Exception):  # whatever a pipeline raises, its run will say it again
+        recording.run(pipe, call.keywords(), 1)
+    return tuple(map(int, find_image_tokens(recording.seen[0], anatomy.grid_rule).grid)) if recording.seen else None
 
 
 def _find_data(

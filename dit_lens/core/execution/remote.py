@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from dit_lens.core.execution.read_text import read_stream_text
+from dit_lens.core.execution.read_text import read_grid, read_stream_text
 from dit_lens.core.execution.turns import Turn
 from dit_lens.core.request.call import needs_weights
 from dit_lens.core.runs.files import check_pipeline
@@ -145,6 +145,10 @@ class RemoteEngine:
         forwards: the branches of each forward pass of a step.
         """
         return read_stream_text(self.model.pipeline, anatomy, call, forwards)
+
+    def read_grid(self, anatomy: Anatomy, call: Call) -> tuple[int, ...] | None:
+        """The image tokens of a call, by its pipeline. anatomy: of the transformer."""
+        return read_grid(self.model.pipeline, anatomy, call)
 
     def state(self) -> dict[str, Any]:
         """What decides the transformer's answers beside the call: the server's model, as far as its name tells."""

@@ -93,6 +93,7 @@ class _Compiler:
     selections: dict[tuple[int, str, int], tuple[tuple[int, ...] | None, ...]] = field(default_factory=dict)
     # (number of the forward pass, site) -> actions in the order of the ops
     actions: dict[tuple[int, Site], list[Action]] = field(default_factory=dict)
+    by_mask: bool = False  # whether an op chose its tokens by their places in the image
     by_sigma: bool = False  # whether an op chose its steps by their noise
 
     def add(self, number: int, op: Op) -> None:
@@ -104,6 +105,7 @@ class _Compiler:
             check_allowed(op, site, anatomy, timeline.kind)
         steps = timeline.select(op.steps)
         self.by_sigma |= isinstance(op.steps, SigmaInterval)
+        self.by_mask |= op.mask is not None
         groups = select_groups(op, sites, self.outline)
         self.visits[number] = 0
         channels = {site: select_channels(op, site, anatomy.channels(site)) for site in sites}
@@ -260,7 +262,8 @@ class _Compiler:
 
     def program(self) -> Program:
         """All forward passes with their visits, in the order in which the model computes them."""
-        timeline, anatomy, grid = self.outline.timeline, self.anatomy, self.outline.grid
+        timeline, anatomy = self.outline.timeline, self.anatomy
+        grid = self.outline.find_grid() if self.by_mask else self.outline.grid
         forwards: list[Forward] = [
             {"step": step, "branches": list(branches), "visits": []}
             for step in range(timeline.steps)

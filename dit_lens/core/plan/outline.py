@@ -27,6 +27,7 @@ class Outline:
     grid: (h, w) image tokens; None where only the pipeline knows.
     timeline: the steps, with their branches and noise levels.
     text: what is in the text stream of the run, or of a batch of some prompts; asked of the pipeline when needed.
+    ask_grid: asks the pipeline itself for the grid, (f, h, w) of a video; None where it cannot be followed.
     text_of: what is in that of another run, of which "prompt" and "call" of the spec are known.
     """
 
@@ -35,11 +36,16 @@ class Outline:
     timeline: Timeline
     text: Callable[..., StreamText] = field(repr=False)
     text_of: Callable[[Mapping[str, Any]], StreamText] = field(repr=False)
+    ask_grid: Callable[[], tuple[int, ...] | None] = field(repr=False)
 
     @property
     def text_tokens(self) -> int | None:
         """Length of the text stream; None where only the run can tell."""
         return self.text().count
+
+    def find_grid(self) -> tuple[int, ...] | None:
+        """The grid of image tokens, (f, h, w) of a video; the first look may call the pipeline up to its first step."""
+        return self.ask_grid() if self.grid is None else self.grid
 
     @property
     def steps(self) -> int:

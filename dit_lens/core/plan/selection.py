@@ -153,22 +153,25 @@ def _masked_tokens(given: Any, outline: Outline) -> list[int]:
         raise OpError(
             f"mask= must be a bool array [h, w]; this {type(given).__name__} cannot be read as one ({problem})."
         ) from problem
-    if mask.ndim != 2 or mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
+    if mask.ndim not in (2, 3) or mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
         raise OpError(
             f"mask= must be a bool array [h, w]; it has shape {list(mask.shape)} and dtype {mask.dtype}. "
             "Threshold it first."
         )
-    if outline.grid is None:
+    grid = outline.find_grid()
+    if grid is None:
         raise OpError(
-            "mask= needs the token grid, which this pipeline decides while it runs. "
-            "Pass height= and width=, or tokens=."
+            "mask= needs the token grid, and this pipeline could not be followed to where it makes it. Use tokens=, "
+            "whose numbers run.grid of a first run tells."
         )
-    if mask.shape != outline.grid:
+    if mask.shape not in (grid, grid[-2:]):
+        frames = ", in every frame or each" if len(grid) == 3 else ""
         raise OpError(
-            f"the mask is {mask.shape[0]} x {mask.shape[1]}, but this run has a grid of {outline.grid[0]} x "
-            f"{outline.grid[1]} image tokens. Resize it to the grid (dit_lens.clusters.to_grid), or change "
-            "height= and width=."
+            f"the mask is {' x '.join(map(str, mask.shape))}, but this run has a grid of "
+            f"{' x '.join(map(str, grid))} image tokens{frames}. Resize it to the grid (dit_lens.clusters.to_grid), or "
+            "change height= and width=."
         )
+    mask = np.broadcast_to(mask, grid)
     if not mask.any():
         raise OpError("mask= chooses no token: every entry is False. Leave the op out, or choose another mask.")
     return [int(token) for token in np.flatnonzero(mask)]

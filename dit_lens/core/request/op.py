@@ -119,7 +119,7 @@ class Op:
     channels: indices, a mapping site -> indices (a ChannelSet), or None for all.
     tokens: image or text token indices; on the text stream also a word of the prompt, a list of words, or a class of
         tokens: "prompt", "template", "eos" or "pad" (``["pad"]`` is the word).
-    mask: bool [h, w] over image tokens.
+    mask: bool [h, w] over image tokens; of a video [f, h, w], or [h, w] for every frame.
     steps: an index, a list or slice of indices, a pair of floats (fractions of the run), ``sigma(high, low)``, or all.
     rows: indices into the batch of images, or all.
     branch: "cond", "uncond" or "both"; None is the op's own default.
