@@ -23,6 +23,10 @@ class SiteError(DitLensError, KeyError):
         return Exception.__str__(self)
 
 
+class CallError(DitLensError, TypeError):
+    """A call with an argument that a function does not have, or without one that it needs."""
+
+
 class OpError(DitLensError, ValueError):
     """An operation that cannot be carried out: channels, tokens, steps, rows, shapes or sources that do not fit."""
 

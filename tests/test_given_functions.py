@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dit_lens import Apply, DiTLens, studies
-from dit_lens.errors import DitLensError, OpError
+from dit_lens.errors import DitLensError, ExecutionError, OpError
 from dit_lens.instruments import gradients
 from tests import pipelines
 
@@ -99,3 +99,42 @@ def test_odd_answers_are_told(lens, name):
             continue  # it may reduce to any tensor
         with pytest.raises(OpError if name != "hook" else DitLensError):
             call(lens, lambda *_, odd=odd: odd)
+
+
+def stop(*_, **__):
+    """What next() does where nothing is left."""
+    return next(iter([]))
+
+
+ENDING = {
+    "Apply": lambda lens: lens.run("red", [Apply("blocks.3.img", fn=stop)]),
+    "Apply in a batch": lambda lens: lens.run(PROMPTS, [Apply("blocks.3.img", fn=stop)], batch_size=1),
+    "callback": lambda lens: lens.run("red", callback_on_step_end=stop),
+    "metric": lambda lens: lens.gradients("red", "blocks.3.img", metric=stop),
+    "metric of a step": lambda lens: lens.gradients("red", "blocks.3.img", metric=stop, through="step"),
+    "reduce": lambda lens: lens.gradients("red", "blocks.3.img", metric=lambda x: x.sum(), reduce=stop),
+    "pair metric": lambda lens: gradients.attribution(lens, "red", "blue", metric=stop),
+}
+
+
+@pytest.mark.parametrize("taker", ENDING)
+def test_an_iterator_that_ends_is_told(lens, taker):
+    with pytest.raises(OpError, match="raised StopIteration") as told:
+        ENDING[taker](lens)
+    assert isinstance(told.value.__cause__, StopIteration)
+    if "Apply" in taker:
+        assert "raised by stop, applied at blocks.3.img, step 0" in str(told.value)
+    assert lens.run("red").images  # nothing is left open
+
+
+@pytest.mark.parametrize("through", ["run", "step"])
+@pytest.mark.parametrize("where", ["metric", "reduce", "backward"])
+def test_memory_that_runs_out_beside_the_run_is_told(lens, through, where, monkeypatch):
+    def run_out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    given = {"metric": lambda x: x.sum(), **({where: run_out} if where != "backward" else {})}
+    if where == "backward":
+        monkeypatch.setattr(torch.autograd, "grad", run_out)
+    with pytest.raises(ExecutionError, match=r"memory ran out .* gradients keep the graph"):
+        lens.gradients("red", "blocks.3.img", through=through, **given)

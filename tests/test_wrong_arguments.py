@@ -5,6 +5,7 @@ lets models run; by default some are tried, chosen by a fixed seed, and a call t
 """
 
 import fnmatch
+import inspect
 import os
 import random
 import time
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from dit_lens.errors import DitLensError, show
+import dit_lens as dl
+from dit_lens.errors import DitLensError, OpError, show
 from tests.wrong_arguments.calls import ELSEWHERE, make_calls, tiny_lens
 from tests.wrong_arguments.surface import find_calls
 from tests.wrong_arguments.values import make_guises, make_values
@@ -112,6 +114,40 @@ def test_numbers_of_another_type_or_shape(calls, stopped):
                 found[f"{name}({argument}={guise})"] = judge(call, {**right, argument: value})
     bad = [f"{given}: {problem}" for given, problem in found.items() if problem]
     assert not bad, "\n".join(bad)
+
+
+def judge_misfit(call, arguments, nearest=""):
+    """What went wrong with a call that no function of this library takes, or None."""
+    try:
+        call(**arguments)
+    except DitLensError as problem:
+        told = isinstance(problem, TypeError | OpError) and nearest in str(problem)
+        return None if told else f"{type(problem).__name__}: {problem}"
+    except Exception as problem:  # noqa: BLE001 what else it may be is the question
+        return show(problem)
+    return "it was taken"
+
+
+def test_arguments_that_a_call_does_not_have_or_lacks(calls, stopped):
+    """Found by Python's own signatures: a name with a slip in it, and each argument without a default left out."""
+    ops = {name: (getattr(dl, name), {"site": "blocks.0.img"}) for name in dl.ops.OPS if hasattr(dl, name)}
+    found = {}
+    for name, (call, right) in {**calls, **ops}.items():
+        if not call.__module__.startswith("dit_lens") or name.startswith("metrics."):
+            continue  # Python's own mappings, this test's lambdas, and functions of two images
+        parameters = inspect.signature(call).parameters
+        kinds = [one.kind for one in parameters.values()]
+        own = [one for one in parameters if len(one) > 3 and one not in right]
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            slip = {f"{own[-1][:-2]}{own[-1][-1]}": 1} if own else {"nothing_like_it": 1}
+            found[f"{name}({slip})"] = judge_misfit(call, {**right, **slip}, f"Nearest: {own[-1]!r}" if own else "")
+        for lacking, one in parameters.items():
+            if lacking in right and one.default is one.empty:
+                rest = {argument: value for argument, value in right.items() if argument != lacking}
+                found[f"{name}() without {lacking}"] = judge_misfit(call, rest, lacking)
+    bad = [f"{given}: {problem}" for given, problem in found.items() if problem]
+    assert not bad, "\n".join(bad)
+    assert len(found) > 150
 
 
 @pytest.mark.parametrize("draws", [-1, 10**9, 10**12])

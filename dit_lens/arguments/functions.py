@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
+
+from dit_lens.errors import OpError
 
 
 def takes(function: Callable[..., Any], count: int) -> bool:
@@ -24,6 +27,22 @@ def takes(function: Callable[..., Any], count: int) -> bool:
     except TypeError:
         return False
     return True
+
+
+@contextmanager
+def told_end(whose: str) -> Generator[None]:
+    """Turns a StopIteration of a user's function into an OpError: loops on the way would end there, or fail namelessly.
+
+    whose: the function, in words.
+    """
+    try:
+        yield
+    except StopIteration as end:
+        notes = "".join(f" ({note})" for note in getattr(end, "__notes__", ()))
+        raise OpError(
+            f"{whose} raised StopIteration{notes}, as next() does where nothing is left. Give it as many values as "
+            "there are calls, or a default: next(values, None)."
+        ) from end
 
 
 def name_of(function: Any) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens import families
+from dit_lens.arguments.checks import told
 from dit_lens.arguments.numbers import as_plain
 from dit_lens.core.execution.assemble import assemble
 from dit_lens.core.execution.blocks import Blocks
@@ -62,6 +63,7 @@ class Session:
     Raises FamilyError when no family describes the pipeline, or when its structure differs from what the family says.
     """
 
+    @told
     def __init__(
         self,
         pipe: DiffusionPipeline,
@@ -96,6 +98,7 @@ class Session:
 
     # What there is
 
+    @told
     def sites(self, pattern: Pattern = "*") -> list[str]:
         """The names a pattern means on this model, in the order they are computed; "*" lists them all.
 
@@ -113,6 +116,7 @@ class Session:
         )
         return [site.name for site in found]
 
+    @told
     def heads(self, site: Pattern) -> list[range]:
         """The channels of every head at ``attn.q``, ``attn.k``, ``attn.v`` or ``attn.z`` of a block, head by head.
 
@@ -129,6 +133,7 @@ class Session:
             raise SiteError(f"{site!r} means {len(names)} sites. Ask for the heads of one, such as {names[0]!r}.")
         return self.anatomy.heads(self.anatomy.site(names[0]))
 
+    @told
     def to_str_tokens(self, prompt: str, **call: Any) -> list[str]:
         """The text stream's tokens as strings, in order, with the pipeline's template and its padding.
 

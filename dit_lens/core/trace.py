@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from dit_lens.core.request.ops import OPS, Op, Read
-from dit_lens.errors import NotYetError, OpError, nearest
+from dit_lens.errors import CallError, NotYetError, OpError, nearest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -131,13 +131,13 @@ class Trace:
 def _method(name: str, op: type[Op]) -> Callable[..., Any]:
     """A method that adds an op, with the op's signature. What the op cannot do without may be given by position."""
     signature = inspect.signature(op)
-    own = [name for name in vars(op).get("__annotations__", {}) if name in signature.parameters]
+    own = ["site", *(name for name in vars(op).get("__annotations__", {}) if name in signature.parameters)]
 
-    def add(self: Trace, site: Any, *args: Any, **options: Any) -> Handle | None:
+    def add(self: Trace, *args: Any, **options: Any) -> Handle | None:
         named = dict(zip(own, args, strict=False))
         if len(args) > len(own) or named.keys() & options.keys():
-            raise TypeError(f"{name}() takes site, {', '.join(own)} once each, and keywords of {op.__name__}")
-        return self.collect(op(site, **named, **options))
+            raise CallError(f"{name}() takes {', '.join(own)} once each, and keywords of {op.__name__}.")
+        return self.collect(op(**named, **options))
 
     add.__name__, add.__qualname__ = name, f"Trace.{name}"
     add.__doc__ = f"{(inspect.getdoc(op) or '').splitlines()[0]} See :class:`~dit_lens.{op.__name__}`."

@@ -15,8 +15,10 @@ import anywidget
 import traitlets
 
 from dit_lens.arguments.checks import checked
+from dit_lens.arguments.numbers import as_plain
 from dit_lens.core.runs.files import write_text
 from dit_lens.core.runs.html import data_url
+from dit_lens.errors import OpError, show
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,6 +65,13 @@ class Widget(anywidget.AnyWidget):
         """
         page = _PAGE.format(policy=_POLICY, title=html.escape(title), body=self.fragment())
         return write_text(path, page)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """An attribute of the view: numbers of numpy and torch count as Python's; OpError for what it cannot be."""
+        try:
+            super().__setattr__(name, as_plain(value))
+        except traitlets.TraitError as problem:
+            raise OpError(f"{type(self).__name__}.{name}={show(value)} cannot be used: {problem}") from problem
 
     def fragment(self) -> str:
         """Returns the view as part of a page: markup, data, style and the module that draws it."""

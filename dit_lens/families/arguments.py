@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
 
 _TEXT = r"(negative_)?prompt(_\d)?"
 _EMBEDDING = r"(pooled_)?prompt_(embeds|attention_mask|cu_seqlens)\w*|prior_token_ids"
 _ENCODER = r"text_encoder(_\d+)?"
+_TOKENIZER = r"tokenizer(_\d+)?"
 
 
 def holds_text(name: str) -> bool:
@@ -50,3 +55,19 @@ def is_text_encoder(part: str) -> bool:
     [True, True, False]
     """
     return re.fullmatch(_ENCODER, part) is not None
+
+
+def explain_unread(pipe: DiffusionPipeline) -> str:
+    """Why a pipeline cannot read a prompt: what of its text encoders and tokenizers is gone; "" where none is."""
+    optional = getattr(pipe, "_optional_components", ())
+    gone = [
+        name
+        for name, part in pipe.components.items()
+        if part is None and name not in optional and re.fullmatch(f"{_ENCODER}|{_TOKENIZER}", name)
+    ]
+    if not gone:
+        return ""
+    return (
+        f"{type(pipe).__name__} cannot read a prompt: it has no {' and no '.join(gone)} (None), as after "
+        "lens.release_encoders(). Put back what is missing, or give embeddings that lens.encode made before."
+    )

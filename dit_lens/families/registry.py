@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch.nn import Module
 
-from dit_lens.arguments.checks import checked
+from dit_lens.arguments.checks import checked, told
 from dit_lens.errors import FamilyError
 from dit_lens.families.live import refuse_unsafe
 from dit_lens.families.module_tree import class_names
@@ -32,6 +32,7 @@ def register_family(family: Family) -> None:
     REGISTERED.append(family)
 
 
+@told
 def find(pipe: DiffusionPipeline) -> Family:
     """The family of a pipeline's transformer; FamilyError names the nearest one where no row describes it."""
     if "ModularPipeline" in class_names(pipe):

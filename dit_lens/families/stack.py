@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dit_lens.arguments.checks import checked_fields
+from dit_lens.arguments.checks import checked_fields, told_fields
 
 
 @checked_fields
@@ -48,6 +48,7 @@ class PointSpec:
     entry: str | None = None
 
 
+@told_fields
 @dataclass(frozen=True)
 class Adapter:
     """A processor of attention with weights of its own, and how one is made and called for the check at load.

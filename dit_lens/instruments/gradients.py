@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from dit_lens.arguments.checks import checked
-from dit_lens.arguments.functions import name_of
+from dit_lens.arguments.functions import name_of, told_end
 from dit_lens.core.request.ops import Apply
 from dit_lens.errors import ExecutionError, FamilyError, OpError, PromptError, SiteError, check_choice, nearest, show
 from dit_lens.families.sources import find_without_gradient
@@ -225,7 +225,8 @@ class _Graph:
 
     def close(self, outcome: Tensor, hook: Any = None) -> None:  # noqa: ARG002 an Apply passes it
         """Takes the gradients of the metric at all open tensors, and lets go of the graph."""
-        value = self.metric(outcome)
+        with told_end("metric="):
+            value = self.metric(outcome)
         if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
             raise OpError(
                 f"metric= must return a real tensor of one number, and returned {show(value)}. Sum over images."
@@ -239,7 +240,8 @@ class _Graph:
         self.open = {}
         taken = torch.autograd.grad(value.sum(), tensors, materialize_grads=True)
         for key, tensor, gradient in zip(keys, tensors, taken, strict=True):
-            kept = gradient if self.reduce is None else self.reduce(tensor.detach(), gradient)
+            with told_end("reduce="):
+                kept = gradient if self.reduce is None else self.reduce(tensor.detach(), gradient)
             if not isinstance(kept, Tensor):
                 raise OpError(f"reduce= must return a tensor, and returned {show(kept)} for {key[0]}.")
             self.found[key] = kept.cpu()

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from dit_lens.analysis.channels import ChannelSet, rule_of
 from dit_lens.analysis.clusters import segment
 from dit_lens.core.request.ops import Pattern, Read, Steps
+from dit_lens.core.request.reduce import parse
+from dit_lens.errors import OpError, show
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +30,7 @@ def find_massive_channels(
     **call: Any,
 ) -> ChannelSet:
     """See :meth:`dit_lens.DiTLens.massive_channels`."""
+    check_score(score)
     ops = [Read(site, reduce=score, steps=steps, name="score"), Read(site, reduce="rms", steps=steps, name="rms")]
     widths = {name: lens.anatomy.channels(lens.anatomy.site(name)) for name in lens.sites(site)}
     rule = rule_of(widths, k, share, mad)
@@ -35,6 +38,19 @@ def find_massive_channels(
     scores = {name: value.float().mean((0, 1)) for name, value in run["score"].items()}
     energy = {name: value.float().square().mean((0, 1)) for name, value in run["rms"].items()}
     return rule(scores, energy, score=score)
+
+
+def check_score(score: str) -> None:
+    """Raises OpError, before anything is drawn, for a reduction that gives no one number per channel."""
+    try:
+        name, *numbers = parse(score)
+    except ValueError as problem:
+        raise OpError(f"score={show(score)}: {problem}") from None
+    if name in ("topk", "histogram") or len(numbers) > 1:
+        raise OpError(
+            f"score={score!r} gives several numbers for a channel, or none, and channels are ranked by one. Choose "
+            "mean, |mean|, mean|x|, rms, max or a single quantile such as p99.9."
+        )
 
 
 def find_subject_mask(

@@ -14,7 +14,7 @@ from dit_lens.core.plan.cost import format_bytes, nbytes
 from dit_lens.core.request.call import Call, needs_weights, prepare_call
 from dit_lens.errors import ExecutionError, PromptError, show
 from dit_lens.families import find, find_by_pipeline
-from dit_lens.families.arguments import IMAGES_PER_PROMPT, holds_text, is_text_encoder
+from dit_lens.families.arguments import IMAGES_PER_PROMPT, explain_unread, holds_text, is_text_encoder
 from dit_lens.families.calls import call_parameters
 from dit_lens.families.sources import check_source
 
@@ -95,7 +95,12 @@ def encode_prompts(
     arguments = _complete_arguments(pipe, prepared)
     guidance = family.pipeline(type(pipe)).guidance
     with _move_encoders(pipe, device) as where:
-        embeddings = _encode(pipe, names, arguments, guidance, where)
+        try:
+            embeddings = _encode(pipe, names, arguments, guidance, where)
+        except (AttributeError, TypeError, ValueError) as problem:
+            if why := explain_unread(pipe):
+                raise PromptError(why) from problem
+            raise
     texts = [name for name, value in arguments.items() if holds_text(name) and value is not None]
     return {**{name: None for name in texts if name != "prompt"}, **embeddings}
 

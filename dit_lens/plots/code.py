@@ -39,7 +39,7 @@ def carries_code(plot: Callable[P, go.Figure]) -> Callable[P, go.Figure]:
 
     @functools.wraps(plot)
     def made(*args: P.args, **kwargs: P.kwargs) -> go.Figure:
-        bound = bind(signature, args, kwargs)
+        bound = bind(plot, signature, args, kwargs)
         by_name = {name for name, one in signature.parameters.items() if one.kind is one.KEYWORD_ONLY}
         lines = "".join(
             f"    {_write_argument(name, value, named=name in by_name)}\n" for name, value in bound.arguments.items()

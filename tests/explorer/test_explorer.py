@@ -388,3 +388,16 @@ def test_an_atlas_opens_without_model_or_kernel(tmp_path, capsys, monkeypatch):
         page.get_by_label("image").first.select_option(label=f"{CROSS}, seed 0")
         assert page.get_by_text("To keep this file small").count() == 1
         assert "rank 1" in page.locator(".spectrum").get_attribute("aria-label")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("step", "0"), ("site", None), ("channel", 1.5), ("opacity", "half"), ("data_maps", 3)]
+)
+def test_attributes_that_cannot_be_are_told(run, name, value):
+    explorer = dl.explore(run, k=2)
+    before = getattr(explorer, name)
+    with pytest.raises(OpError, match=f"Explorer.{name}=.* cannot be used"):
+        setattr(explorer, name, value)
+    assert getattr(explorer, name) == before
+    explorer.step = np.int64(1)
+    assert explorer.step == 1

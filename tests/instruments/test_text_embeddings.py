@@ -207,3 +207,14 @@ def test_names_of_other_families(name, monkeypatch):
         wanted, found = call[key], texts[key]
         pairs = zip(wanted, found, strict=True) if isinstance(wanted, list) else [(wanted, found)]
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])
+def test_a_part_that_reads_prompts_and_is_gone_is_named(part):
+    lens = fresh()
+    texts, image = lens.encode("red"), lens.run("red", seed=3).images[0]
+    setattr(lens.pipe, part, None)
+    for draw in (lens.run, lens.encode):
+        with pytest.raises(PromptError, match=rf"FluxPipeline cannot read a prompt: it has no {part} \(None\)"):
+            draw("red")
+    assert lens.run(**texts, seed=3).images[0].tobytes() == image.tobytes()

@@ -31,7 +31,12 @@ def ssim(a: Any, b: Any) -> float | np.ndarray:
     Raises OpError if torchmetrics is not installed. Source: Wang et al. 2004.
     """
     measure = _import("ssim", "torchmetrics.functional.image").structural_similarity_index_measure
-    return apply_pairwise(a, b, lambda x, y: float(measure(_to_batch(x), _to_batch(y), data_range=1.0)))
+
+    def compare(x: np.ndarray, y: np.ndarray) -> float:
+        _check_size("ssim", x, 6)
+        return float(measure(_to_batch(x), _to_batch(y), data_range=1.0))
+
+    return apply_pairwise(a, b, compare)
 
 
 def lpips(a: Any, b: Any) -> float | np.ndarray:
@@ -41,7 +46,14 @@ def lpips(a: Any, b: Any) -> float | np.ndarray:
     Raises OpError if torchmetrics or torchvision is not installed. Source: Zhang et al. 2018.
     """
     measure = _load_lpips()
-    return apply_pairwise(a, b, lambda x, y: float(measure(_to_rgb(_to_batch(x)), _to_rgb(_to_batch(y)))))
+
+    def compare(x: np.ndarray, y: np.ndarray) -> float:
+        _check_size("lpips", x, 31)  # what AlexNet's strides leave a pixel of
+        if x.ndim == 3 and x.shape[-1] not in (1, 3, 4):
+            raise OpError(f"lpips takes grey, RGB or RGBA images; these have {x.shape[-1]} channels.")
+        return float(measure(_to_rgb(_to_batch(x)), _to_rgb(_to_batch(y))))
+
+    return apply_pairwise(a, b, compare)
 
 
 class Clip:
@@ -106,6 +118,16 @@ def clip_judge(model: str | Path | CLIPModel, processor: CLIPProcessor | None = 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
     return float(torch.cosine_similarity(a.float(), b.float(), dim=0))
+
+
+def _check_size(distance: str, pixels: np.ndarray, least: int) -> None:
+    """Raises OpError for images that are too small. least: pixels of the shorter side."""
+    height, width = pixels.shape[:2]
+    if min(height, width) < least:
+        raise OpError(
+            f"{distance} needs images of {least} x {least} pixels or more; these have {height} x {width}. An image is "
+            "[h, w] or [h, w, c], with its channels last. Enlarge both, or use rmse."
+        )
 
 
 def _to_batch(pixels: np.ndarray) -> Tensor:

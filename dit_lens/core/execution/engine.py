@@ -16,6 +16,7 @@ import nnsight
 import torch
 from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule
 
+from dit_lens.arguments.functions import told_end
 from dit_lens.core.execution.execute import execute
 from dit_lens.core.execution.forwards import Forwards, Taking
 from dit_lens.core.execution.hooks import refuse_changes
@@ -127,6 +128,8 @@ class Engine:
                 self._gradients = True
                 self.pipe.scheduler = stand_in
                 yield
+            except torch.OutOfMemoryError as full:  # of a backward pass, or of what is made of the gradients
+                raise _graph_too_large(full) from full
             finally:
                 self._gradients = False
                 self.pipe.scheduler = scheduler
@@ -172,7 +175,7 @@ class Engine:
         call: the keyword arguments of the pipeline.
         reads: an empty dictionary, or something like one, for what is read.
         """
-        with self.turn.run():
+        with self.turn.run(), told_end("a function of this run"):
             if self.stale:
                 self.follow()
             try:
@@ -184,10 +187,7 @@ class Engine:
             except torch.OutOfMemoryError as full:
                 if not self._gradients:
                     raise
-                raise ExecutionError(
-                    f"memory ran out ({full}): gradients keep the graph of every block and step. Give fewer prompts, "
-                    "smaller images, through='step', or pipe.transformer.enable_gradient_checkpointing()."
-                ) from full
+                raise _graph_too_large(full) from full
             except PlanMismatchError as mismatch:
                 raise ExecutionError(f"{mismatch}. Nothing was kept of this run.") from mismatch
             except ValueError as problem:
@@ -255,6 +255,13 @@ def check_finished(program: Program, made: int, results: list[Any]) -> None:
             f"the plan expects {planned} forward passes of the transformer, but the pipeline made {made}. Was the run "
             "interrupted, are steps skipped by a cache or a callback, or does the pipeline draw more than once?"
         )
+
+
+def _graph_too_large(full: torch.OutOfMemoryError) -> ExecutionError:
+    return ExecutionError(
+        f"memory ran out ({full}): gradients keep the graph of every block and step. Give fewer prompts, smaller "
+        "images, through='step', or pipe.transformer.enable_gradient_checkpointing()."
+    )
 
 
 def run_traced(

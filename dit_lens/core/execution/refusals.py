@@ -12,6 +12,7 @@ import torch
 from dit_lens.core.execution import execute
 from dit_lens.core.runs.values import in_packages
 from dit_lens.errors import DitLensError, ExecutionError, PromptError
+from dit_lens.families.arguments import explain_unread
 from dit_lens.families.layout import PlanMismatchError
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def tell_refusals(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> Generator
                 f"{type(pipe).__name__} fails in its own code ({type(problem).__name__}: {str(problem).rstrip('.')}). "
                 f"Nothing was kept of this run; change the arguments that concern it{given}."
             ) from problem
+        if call.get("prompt") is not None and (why := explain_unread(pipe)):
+            raise PromptError(why) from problem
         raise PromptError(
             f"{type(pipe).__name__} cannot be called like this: {str(problem).rstrip('.')}. Nothing was drawn yet; "
             f"change the arguments that concern it{given}."

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from dit_lens.arguments.checks import told_fields
 from dit_lens.arguments.functions import name_of, takes
 from dit_lens.arguments.numbers import to_int, to_number
 from dit_lens.core.request.json_values import SigmaInterval, from_plain, to_plain
@@ -91,6 +92,7 @@ def sigma(high: float, low: float) -> SigmaInterval:
     return SigmaInterval(high, low)
 
 
+@told_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class Read(Op):
     """Keeps the values at a site: [step, row, token, channel], or [step, row, channel, ...] after a reduction.
@@ -125,6 +127,7 @@ class Read(Op):
         return spec
 
 
+@told_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class Zero(Op):
     """Sets the chosen elements to zero."""
@@ -132,6 +135,7 @@ class Zero(Op):
     exact_under_gate: ClassVar[bool] = True
 
 
+@told_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class Scale(Op):
     """Multiplies the chosen elements by ``factor``."""
@@ -149,6 +153,7 @@ class Scale(Op):
         return at.on_branches(kind="Scale", parameters={"factor": factor})
 
 
+@told_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class Add(Op):
     """Adds ``value`` to every chosen token.
@@ -164,6 +169,7 @@ class Add(Op):
         return at.add(self.value)
 
 
+@told_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class Swap(Op):
     """Replaces the chosen elements by those of a source: x <- (1 - strength) x + strength source.
@@ -187,6 +193,7 @@ class Swap(Op):
         return at.put(self.source, strength=strength)
 
 
+@told_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class Resample(Op):
     """Replaces the chosen elements by those of a randomly chosen row of another run (resample ablation).
@@ -214,6 +221,7 @@ class Resample(Op):
         return [int(rng.choice(rows)) for rows in others]
 
 
+@told_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenMean(Op):
     """Keeps one part of each channel: its mean over the chosen tokens, or the spatial residual around that mean."""
@@ -228,6 +236,7 @@ class TokenMean(Op):
         return at.on_branches(kind="TokenMean", parameters={"keep": self.keep})
 
 
+@told_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class MeanAblate(Op):
     """Replaces the chosen elements by a fixed mean per channel, taken from a data set.
@@ -241,6 +250,7 @@ class MeanAblate(Op):
         return at.put(self.mean, means=True)
 
 
+@told_fields
 @dataclass(frozen=True, eq=False, repr=False)
 class Apply(Op):
     """Calls ``fn(tensor, hook)`` with the chosen elements [row, token, channel]; what it returns replaces them.

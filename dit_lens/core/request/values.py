@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from dit_lens.arguments.numbers import as_plain, list_entries
+from dit_lens.arguments.numbers import LARGEST, as_plain, list_entries, to_number
 from dit_lens.errors import OpError, PromptError, nearest, show
 
 COUNTS = (
@@ -76,6 +76,8 @@ def check_count(name: str, value: Any) -> int:
     value = as_plain(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise PromptError(f"{name}={show(value)} must be a whole number of at least 1.")
+    if value >= LARGEST:
+        raise PromptError(f"{name}={show(value)} is more than anything can draw. Give a number below 2**63.")
     return value
 
 
@@ -174,8 +176,13 @@ def _kinds_of(parameter: inspect.Parameter) -> set[str]:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not _is_finite(value):
         raise PromptError(f"{name}={show(value)} must be a finite number.")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a number that a float can hold: Python's whole numbers go on beyond it."""
+    return isinstance(value, int | float) and to_number(value) is not None
 
 
 def _check_schedule(name: str, value: Any) -> Any:
@@ -183,7 +190,7 @@ def _check_schedule(name: str, value: Any) -> Any:
     if several is None:
         raise PromptError(f"{name}={show(value)} does not end, or lists more than can be planned.")
     check_steps(name, len(several))
-    if not several or not all(isinstance(one, int | float) and math.isfinite(one) for one in map(as_plain, several)):
+    if not several or not all(_is_finite(as_plain(one)) for one in several):
         raise PromptError(f"{name}={show(value)} must list finite numbers, one for each step.")
     return value if isinstance(value, list) else several
 

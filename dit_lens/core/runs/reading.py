@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_lens.arguments.checks import told
 from dit_lens.core.runs.record import READING, check_record
 from dit_lens.errors import OpError, SiteError, nearest, show
 from dit_lens.families.sites import Site
@@ -90,6 +91,11 @@ class Reading(Mapping[str, Tensor]):
         return first
 
     @property
+    def is_ranked(self) -> bool:
+        """Whether it holds (|mean|, channel) of the k largest channels; channels count among those it was taken of."""
+        return self.reduce is not None and self.reduce.strip().startswith("topk")
+
+    @property
     def on_grid(self) -> tuple[str, ...]:
         """The sites that were read at every token of the image."""
         if self.reduce is not None or self.tokens is not None or self.shape_of_grid is None:
@@ -147,7 +153,8 @@ class Reading(Mapping[str, Tensor]):
         for site, tensor in reading.tensors.items():
             said = [len(reading.steps), *([2] if reading.both else []), len(reading.rows)]
             kept, axis = reading.channels[site], -1 if reading.reduce is None else len(said)
-            if reading.reduce is not None and reading.reduce.startswith("topk"):
+            if reading.is_ranked:
+                _check_ranked(site, tensor, kept)
                 kept = None  # such a read has an axis of the k largest in place of the channels
             axes = len(said) + (2 if reading.reduce is None else 1)
             if (
@@ -170,6 +177,7 @@ class Reading(Mapping[str, Tensor]):
             raise SiteError(f"this read has {len(self.tensors)} sites; name one: {', '.join(list(self.tensors)[:8])}.")
         return self[next(iter(self.tensors))]
 
+    @told
     def by_branch(self, site: str) -> dict[str | None, Tensor]:
         """[s, b, ...] for every branch that was read."""
         value = self[site].as_subclass(Tensor)
@@ -184,6 +192,14 @@ def find_reading(value: Any) -> Reading | None:
     """The read that a value is, or stands for as the handle of a trace does; None for anything else."""
     found = value if isinstance(value, Reading) else getattr(value, "reading", None)
     return found if isinstance(found, Reading) else None
+
+
+def _check_ranked(site: str, tensor: Tensor, kept: tuple[int, ...] | None) -> None:
+    """ValueError where the k largest of a site are more, or others, than the channels that they are taken of."""
+    if tensor.shape[-1:] != (2,):
+        raise ValueError(f"{site} has the shape {list(tensor.shape)}, which is not what the record says")
+    if kept is not None and not bool(((tensor[..., 1] >= 0) & (tensor[..., 1] < len(kept))).all()):
+        raise ValueError(f"{site} ranks channels beyond the {len(kept)} that the record names")
 
 
 def _equal(a: Tensor, b: Tensor | None) -> bool:

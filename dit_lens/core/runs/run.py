@@ -65,6 +65,14 @@ class Recording:
     sums: list[str]
     passing: list[str]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recording:
+        """Itself: it stands for the live model, and nothing changes it."""
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """None: a pickle holds no live model, so a run is pickled as it is saved, without its recording."""
+        return type(None), ()
+
 
 @dataclass
 class Run(Mapping[str, Any]):
@@ -292,8 +300,11 @@ def _long_form(reading: Reading, site: str, sigmas: list[float]) -> pd.DataFrame
     frames = []
     for branch, value in reading.by_branch(site).items():
         array = _array(value)
-        axes = np.indices(array.shape).reshape(array.ndim, -1)
         kept = reading.channels[site]
+        ranked = array[..., 1].ravel().astype(int) if reading.is_ranked else None
+        array = array if ranked is None else array[..., 0]
+        axes = np.indices(array.shape).reshape(array.ndim, -1)
+        channel = axes[2] if ranked is None else ranked
         columns = {
             "read": reading.name or site,
             "site": site,
@@ -301,7 +312,7 @@ def _long_form(reading: Reading, site: str, sigmas: list[float]) -> pd.DataFrame
             "sigma": np.asarray([sigmas[step] for step in reading.steps])[axes[0]],
             "branch": branch,
             "row": np.asarray(reading.rows)[axes[1]],
-            "channel": axes[2] if kept is None else np.asarray(kept)[axes[2]],
+            "channel": channel if kept is None else np.asarray(kept)[channel],
             **({"bin": axes[3]} if array.ndim > 3 else {}),
             "value": array.ravel(),
         }

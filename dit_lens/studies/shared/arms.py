@@ -11,6 +11,7 @@ import torch
 
 from dit_lens.analysis.channels import ChannelSet, top_channels
 from dit_lens.core.request.ops import Read
+from dit_lens.instruments.massive import check_score
 
 if TYPE_CHECKING:
     from dit_lens.core.request.ops import Pattern, Steps
@@ -40,6 +41,7 @@ def make_score_reads(site: Pattern, score: str, steps: Steps = None) -> list[Rea
     score: reduction that gives one number per channel, such as "|mean|".
     steps: denoising steps that are read; all by default.
     """
+    check_score(score)
     return [Read(site, reduce=score, steps=steps, name="score"), Read(site, reduce="rms", steps=steps, name="rms")]
 
 

@@ -179,3 +179,10 @@ def test_what_is_not_a_clip_model_raises(model, tmp_path):
         metrics.clip_judge(model[0])
     image = Image.fromarray(noise(0))
     assert metrics.clip_judge(*model)(image, "red") == metrics.clip_judge(*model)(image, "red")
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 3), (5, 32, 3), (32, 5), (3, 32, 48)], ids=str)
+def test_images_that_are_too_small_are_told(shape):
+    with pytest.raises(OpError, match=rf"6 x 6 pixels or more; these have {shape[0]} x {shape[1]}"):
+        metrics.ssim(np.zeros(shape), np.zeros(shape))
+    assert metrics.ssim(np.zeros((6, 6)), np.zeros((6, 6))) == 1

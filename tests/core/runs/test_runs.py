@@ -1,5 +1,8 @@
 """A saved run equals the loaded one, in a process without the model; runs are compared and repeated."""
 
+import copy
+import json
+import pickle
 import subprocess
 import sys
 
@@ -9,10 +12,10 @@ import torch
 from peft import LoraConfig
 
 import dit_lens as dl
-from dit_lens import Read, Swap, Zero
+from dit_lens import Read, Run, Swap, Zero
 from dit_lens.core.request.ops import from_json, to_json
 from dit_lens.core.runs.provenance import fingerprint, to_plain_data
-from dit_lens.errors import PromptError, SiteError
+from dit_lens.errors import DitLensError, PromptError, SiteError, StoreError
 from tests import pipelines
 
 OPS = [
@@ -241,3 +244,39 @@ def test_the_strength_of_an_adapter_is_part_of_where_a_run_came_from():
     runs.append(lens.run("red", seed=0))
     assert [where for where, *_ in dl.compare(*runs[:2]).differences] == ["provenance.adapters"]
     assert dl.compare(*runs[1:]).differences == (("provenance.shift", 1.0, 2.0),)
+
+
+def test_a_recorded_run_is_copied_with_its_recording_and_pickled_without(cfg_lens):
+    run = cfg_lens.run("red", [Read("blocks.0.img")], seed=0, record=True)
+    for made in (copy.copy(run), copy.deepcopy(run)):
+        again = cfg_lens.run("red", [Read("blocks.1.img")], seed=0, prefix=made)
+        assert again.images[0].tobytes() == run.images[0].tobytes()
+    loaded = pickle.loads(pickle.dumps(run))
+    assert loaded.recording is None
+    assert torch.equal(loaded["blocks.0.img"], run["blocks.0.img"])
+    with pytest.raises(DitLensError, match="record=True"):
+        cfg_lens.run("red", [Read("blocks.1.img")], seed=0, prefix=loaded)
+
+
+@pytest.mark.parametrize("channels", [None, [9, 4, 7, 2, 11]])
+def test_a_table_of_ranked_channels_names_them(cfg_lens, channels):
+    reads = [Read("blocks.1.img", name="all"), Read("blocks.1.img", reduce="topk(3)", channels=channels, name="top")]
+    run = cfg_lens.run("red", reads, seed=0)
+    table = run.to_pandas()
+    means = run["all"].tensor[:, 0].double().mean(1).abs()  # [s, d]
+    offered = channels or range(means.shape[-1])
+    for step, rows in table.groupby("step"):
+        ranked = sorted(offered, key=lambda c: -means[step, c])[:3]
+        assert rows["channel"].tolist() == ranked
+        np.testing.assert_allclose(rows["value"], means[step, ranked], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [[], [1], [1, 2]])
+def test_a_ranking_of_more_channels_than_the_record_names_is_damaged(cfg_lens, tmp_path, kept):
+    read = Read("blocks.1.img", reduce="topk(3)", channels=[9, 4, 7])
+    folder = cfg_lens.run("red", [read], seed=0).save(tmp_path / "run")
+    data = json.loads((folder / "run.json").read_text())
+    data["readings"][0]["channels"] = {"blocks.1.img": kept}
+    (folder / "run.json").write_text(json.dumps(data))
+    with pytest.raises(StoreError, match="ranks channels beyond"):
+        Run.load(folder)
