@@ -213,12 +213,12 @@ def test_errors_of_a_function_that_ops_apply_are_its_own(lens):
 
 
 class Writes:
-    """A pipeline's transformer that writes into whatever tensors and lists it is given."""
+    """A pipeline's transformer that writes into whatever tensors and lists it was given, when it is done with them."""
 
     def __init__(self, pipe):
-        self.handle = pipe.transformer.register_forward_pre_hook(self.write, with_kwargs=True)
+        self.handle = pipe.transformer.register_forward_hook(self.write, with_kwargs=True)
 
-    def write(self, module, args, kwargs):
+    def write(self, module, args, kwargs, output):
         for name in ("encoder_hidden_states", "pooled_projections", "hidden_states"):
             kwargs[name].fill_(0.5)
         (kwargs["joint_attention_kwargs"] or {}).clear()
