@@ -214,20 +214,28 @@ class DiTLens(Session):
         channels: ChannelSet | Mapping[str, Sequence[int]] | None = None,
         *,
         k: int = 12,
+        polarity: str = "distance",
         block: int | None = None,
         steps: Steps = -1,
         **call: Any,
     ) -> np.ndarray:
-        """Where the subject is, bool [h, w] on the token grid: K-means (K = 2) of one block's massive channels.
+        """Where the subject is, bool [h, w] on the token grid, by the massive channels of image tokens.
+
+        Warns of a mask that covers most of the image or of its border. How well masks fit: docs/how-to/draw-a-mask.
 
         prompt: one.
-        channels: those to cluster, as a set or site -> channels; by default the prompt's own massive ones.
+        channels: those to look at, as a set or site -> channels; by default the prompt's own massive ones.
         k: how many of them, where ``channels`` is not given.
-        block: by default the one after two thirds of the depth.
-        steps: the step whose activations are clustered.
+        polarity: "distance": tokens that differ from those on the border (:func:`~dit_lens.analysis.subjects.
+            distance_from_border`), in all blocks together; "border" or "heat": K-means (K = 2) in one block, of which
+            the cluster that is not at the border, or the hotter one, is the subject, as ``clusters.segment`` says.
+        block: one block; by default all of them, or for K-means the one after two thirds of the depth.
+        steps: the step whose activations are looked at.
         call: as in :meth:`run`.
         """
-        return massive.find_subject_mask(self, prompt, channels, k=k, block=block, steps=steps, **call)
+        return massive.find_subject_mask(
+            self, prompt, channels, k=k, polarity=polarity, block=block, steps=steps, **call
+        )
 
     @checked
     def mask_site(self, block: int | None = None) -> str:

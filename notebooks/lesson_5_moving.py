@@ -114,8 +114,8 @@ panel
 # %% [markdown]
 # ## Only on the subject
 #
-# A mask over tokens limits the swap. `subject_mask` makes one from the clusters of lesson 4; a mask that you draw works
-# too, as `bool [16, 16]`.
+# A mask over tokens limits the swap. `subject_mask` makes one from the massive channels, of the tokens that differ from
+# those on the border; a mask that you draw works too, as `bool [16, 16]`.
 
 # %%
 subject = lens.subject_mask(source, massive, seed=0)

@@ -4,7 +4,8 @@ Independent of any model: numpy arrays or tensors in, numpy arrays out. Letters:
 token grid, H W image in pixels, m masks, t true masks, p prompts.
 
 Method: Claim 2 of arXiv 2605.13974 with the settings of its public reproduction (min-max normalisation per channel,
-K-means with K = 2, the cluster with the larger mean heat is the foreground); each of them is an argument here.
+K-means with K = 2, the cluster with the larger mean heat is the foreground); each of them is an argument here. Which
+cluster is in front is decided by the border unless "heat" is asked for, since massive channels may be negative.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LARGEST = 2**28  # pixels of a mask: 16,384 x 16,384
 MOST_PERMUTATIONS = 1_000_000
 
 METHODS = ("minmax", "robust")
-POLARITIES = ("heat", "border")
+POLARITIES = ("border", "heat")
 
 # A cluster with a smaller share of the tokens consists of a few outliers and is not a region of the image.
 DEGENERATE_SHARE = 0.01
@@ -69,7 +70,7 @@ def segment(
     grid: tuple[int, ...],
     *,
     n_clusters: int = 2,
-    polarity: str = "heat",
+    polarity: str = "border",
     method: str = "minmax",
     seed: int = 0,
 ) -> Segmentation:
@@ -85,7 +86,7 @@ def segment(
     x: [n, k], the chosen channels of the image tokens, row by row.
     grid: (h, w) with h * w == n.
     n_clusters: number of clusters, as in :func:`cluster`.
-    polarity: "heat" or "border", as in :func:`foreground`. A massive channel that is negative on the subject inverts
+    polarity: "border" or "heat", as in :func:`foreground`. A massive channel that is negative on the subject inverts
       the heat; "border" is unaffected.
     method: "minmax" or "robust", as in :func:`normalise`.
     seed: seed of K-means.
@@ -159,19 +160,19 @@ def cluster(x: Any, n_clusters: int = 2, seed: int = 0, method: str = "minmax") 
 
 
 @checked
-def foreground(labels: Any, heat: Any, grid: tuple[int, ...], polarity: str = "heat") -> np.ndarray:
+def foreground(labels: Any, heat: Any, grid: tuple[int, ...], polarity: str = "border") -> np.ndarray:
     """Chooses the foreground among clusters.
 
-    >>> foreground([0, 1, 1, 0], [0.1, 0.9, 0.7, 0.2], (2, 2)).tolist()
+    >>> foreground([0, 1, 1, 0], [0.1, 0.9, 0.7, 0.2], (2, 2), "heat").tolist()
     [[False, True], [True, False]]
 
     Returns the mask, bool [h, w].
     labels: int [n] or [h, w], the cluster of each token.
     heat: [n] or [h, w], the heat of each token.
     grid: (h, w) with h * w == n.
-    polarity: "heat": the cluster with the highest mean heat is the foreground. "border": the cluster with the most
-      tokens on the border of the grid is the background (if equal, the one with the lower mean heat), and all others
-      are the foreground.
+    polarity: "border": the cluster with the most tokens on the border of the grid is the background (if equal, the one
+      with the lower mean heat), and all others are the foreground. "heat": the cluster with the highest mean heat is
+      the foreground.
     """
     check_choice(polarity, POLARITIES, "polarity")
     names, numbers = np.unique(to_numpy(labels).ravel(), return_inverse=True)
@@ -182,11 +183,16 @@ def foreground(labels: Any, heat: Any, grid: tuple[int, ...], polarity: str = "h
     means = _mean_heat(numbers, heats, len(names))
     if polarity == "heat":
         return (numbers == means.argmax()).reshape(grid)
-    edge = np.ones(grid, dtype=bool)
-    edge[1:-1, 1:-1] = False
-    on_border = np.bincount(numbers[edge.ravel()], minlength=len(names))
+    on_border = np.bincount(numbers[border_of(grid).ravel()], minlength=len(names))
     background = np.lexsort((means, -on_border))[0]
     return (numbers != background).reshape(grid)
+
+
+def border_of(grid: tuple[int, ...]) -> np.ndarray:
+    """Which tokens lie on the border of a grid: bool [h, w]."""
+    edge = np.ones(grid, dtype=bool)
+    edge[1:-1, 1:-1] = False
+    return edge
 
 
 @checked

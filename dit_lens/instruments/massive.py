@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dit_lens.analysis.channels import ChannelSet, rule_of
-from dit_lens.analysis.clusters import segment
+from dit_lens.analysis.clusters import POLARITIES, border_of, segment
+from dit_lens.analysis.subjects import distance_from_border, threshold
 from dit_lens.core.request.ops import Pattern, Read, Steps
 from dit_lens.core.request.reduce import parse
-from dit_lens.errors import OpError, show
+from dit_lens.errors import OpError, check_choice, show
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from dit_lens.core.session import Session
+
+MASK_RULES = ("distance", *POLARITIES)
 
 
 def find_massive_channels(
@@ -59,15 +63,38 @@ def find_subject_mask(
     channels: ChannelSet | Mapping[str, Sequence[int]] | None = None,
     *,
     k: int = 12,
+    polarity: str = "distance",
     block: int | None = None,
     steps: Steps = -1,
     **call: Any,
 ) -> np.ndarray:
     """See :meth:`dit_lens.DiTLens.subject_mask`."""
-    name = mask_site(lens, block)
+    check_choice(polarity, MASK_RULES, "polarity")
     channels = find_massive_channels(lens, prompt, k, **call) if channels is None else channels
-    run = lens.run(prompt, [Read(name, channels=channels, steps=steps)], **call)
-    return segment(run[name][-1, 0].float().numpy(), run.grid).mask
+    if polarity == "distance" and block is None:
+        sites = [site for site in lens.sites("blocks.*.img") if site in channels]
+    else:
+        sites = [mask_site(lens, block)]
+    run = lens.run(prompt, [Read(sites, channels=channels, steps=steps)], **call)
+    tokens = np.concatenate([run[site][-1, 0].float().numpy() for site in sites], axis=1)
+    if polarity == "distance":
+        distance = distance_from_border(tokens, run.grid)
+        mask = distance > threshold(distance)
+    else:
+        mask = segment(tokens, run.grid, polarity=polarity).mask
+    _warn_of_background(mask, prompt)
+    return mask
+
+
+def _warn_of_background(mask: np.ndarray, prompt: str) -> None:
+    """Warns of a mask that is more likely the background, or everything."""
+    size, border = mask.mean(), mask[border_of(mask.shape)].mean()
+    if max(size, border) > 0.5:
+        warnings.warn(
+            f"the mask of {prompt!r} covers {size:.0%} of the image and {border:.0%} of its border: it may be the "
+            "background. Look at it (plots.overlay), and try another polarity= or block=.",
+            stacklevel=4,
+        )
 
 
 def mask_site(lens: Session, block: int | None = None) -> str:

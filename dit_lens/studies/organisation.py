@@ -64,7 +64,7 @@ def organisation(
     site: Pattern = "blocks.*.img",
     n_clusters: int = 2,
     method: str = "minmax",
-    polarity: str = "heat",
+    polarity: str = "border",
     masks: Masks | None = None,
     words: str | Sequence[str] | None = None,
     batch_size: int | None = None,
@@ -112,8 +112,9 @@ def organisation(
     site: one site of image tokens per block.
     n_clusters: number of clusters, at least 2.
     method: "minmax" (as reproduced) or "robust" (quantile clip).
-    polarity: what is in front: the "heat"-iest cluster, all but the one at the "border", or, as "oracle", the heat mask
-      or its complement, whichever fits the truth better; then chance is that of the better of a random mask and its
+    polarity: what is in front: all but the cluster at the "border"; the one with the most "heat", as in the
+      reproduction, which inverts where massive channels are negative on the subject; or, as "oracle", the mask or its
+      complement, whichever fits the truth better, and chance is that of the same choice between a random mask and its
       complement.
     masks: where the subject truly is: one bool [H, W] or PIL image (white is subject) per prompt, or a function
       (image, prompt) that returns one; toys read the image back (unreadable ones are left out and counted).

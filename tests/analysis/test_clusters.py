@@ -86,8 +86,8 @@ def test_segment_finds_a_subject():
 
 def test_a_negative_channel_inverts_heat_and_not_the_border():
     x, truth = subject(sign=-1)
-    np.testing.assert_array_equal(segment(x, (10, 10)).mask, ~truth)
-    np.testing.assert_array_equal(segment(x, (10, 10), polarity="border").mask, truth)
+    np.testing.assert_array_equal(segment(x, (10, 10), polarity="heat").mask, ~truth)
+    np.testing.assert_array_equal(segment(x, (10, 10)).mask, truth)
 
 
 def test_outlier_tokens_make_a_degenerate_mask():
@@ -116,8 +116,8 @@ def test_bfloat16_tensors_are_accepted():
 def test_foreground_of_three_clusters():
     labels = np.array([[5, 5, 5, 5], [5, 2, 9, 5], [5, 5, 9, 5]])
     heat = np.array([[0, 0, 0, 0], [0, 3, 1, 0], [0, 0, 1, 0]])
-    np.testing.assert_array_equal(foreground(labels.ravel(), heat.ravel(), (3, 4)), labels == 2)
-    np.testing.assert_array_equal(foreground(labels.ravel(), heat.ravel(), (3, 4), "border"), labels != 5)
+    np.testing.assert_array_equal(foreground(labels.ravel(), heat.ravel(), (3, 4), "heat"), labels == 2)
+    np.testing.assert_array_equal(foreground(labels.ravel(), heat.ravel(), (3, 4)), labels != 5)
 
 
 def test_border_counts_every_token_once_and_of_equal_clusters_the_colder_is_background():

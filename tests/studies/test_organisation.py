@@ -183,8 +183,8 @@ def test_masks_are_made_of_what_the_run_had(toy, batch_size):
             "noisy latent": segment(noisy, run.grid).mask,
         }
         size = int(expected["top"].sum())
-        expected["norm"] = select_largest(token_norm(x), size, run.grid)
-        expected["attention"] = select_largest(attention[step, row], size, run.grid)
+        expected["norm"] = select_largest(token_norm(x), size, run.grid, "border")
+        expected["attention"] = select_largest(attention[step, row], size, run.grid, "border")
         for arm, mask in expected.items():
             found = result.masks[f"{row}/0/{step}/5/{arm}"]
             assert (found == mask).mean() > 0.98, (step, row, arm)  # batches of one differ in the last bit

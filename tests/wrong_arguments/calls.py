@@ -384,7 +384,10 @@ def _models(lens):
             lens.massive_channels,
             {**call, "k": 2, "share": None, "mad": None, "score": "rms", "site": "blocks.*.img", "steps": None},
         ),
-        "DiTLens.subject_mask": (lens.subject_mask, {**call, "channels": None, "k": 2, "block": None, "steps": -1}),
+        "DiTLens.subject_mask": (
+            lens.subject_mask,
+            {**call, "channels": None, "k": 2, "polarity": "distance", "block": None, "steps": -1},
+        ),
         "DiTLens.read_x0": (lens.read_x0, {**call, "site": "blocks.0.img", "steps": [0]}),
         "DiTLens.read_pattern": (
             lens.read_pattern,

@@ -33,7 +33,7 @@ class ClusteringOptions:
 
     n_clusters: number of clusters, at least 2.
     method: how channels are scaled, one of ``clusters.METHODS``.
-    polarity: what is in front: "heat", "border" or "oracle".
+    polarity: what is in front: "border", "heat" or "oracle".
     """
 
     n_clusters: int
@@ -50,7 +50,7 @@ class ClusteringOptions:
     @property
     def rule(self) -> str:
         """The polarity by which the front is found without the truth."""
-        return "heat" if self.polarity == "oracle" else self.polarity
+        return "border" if self.polarity == "oracle" else self.polarity
 
     def cluster(self, x: Any, grid: tuple[int, ...]) -> TokenMask:
         """K-means of tokens.
