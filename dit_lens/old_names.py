@@ -81,6 +81,26 @@ def renamed_keywords(**names: str) -> Callable[[Function], Function]:
     return decorate
 
 
+def retired_keywords(*names: str) -> Callable[[Function], Function]:
+    """Lets a function take keywords that decide nothing any more; they are said to be without effect."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **given: Any) -> Any:
+            for name in [name for name in names if name in given]:
+                given.pop(name)
+                warnings.warn(
+                    f"the keyword {name}= decides nothing any more; it goes with the next release.",
+                    FutureWarning,
+                    stacklevel=2,
+                )
+            return function(*args, **given)
+
+        return call  # ty: ignore[invalid-explicit-return]
+
+    return decorate
+
+
 def warn_of_old_name(old: str, new: str, stacklevel: int = 2) -> None:
     """Says how something is called now."""
     warnings.warn(f"{old} is called {new} now; the old name goes with the next release.", FutureWarning, stacklevel)

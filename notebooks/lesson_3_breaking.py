@@ -100,7 +100,7 @@ matched.matched, matched.note
 #
 # `studies.disruption` runs all these arms with the same prompts and noise. The set of each image comes from its own
 # untouched run. `no-op` is an edit without channels: it must not change anything, otherwise no other result is valid.
-# Intervals are 95 % bootstrap intervals over prompts, then seeds and draws.
+# Intervals (95 %) are of new prompts and new seeds.
 
 # %%
 prompts = [scene.caption for scene in sample_scenes(4, seed=0, held_out=True)]

@@ -1,6 +1,6 @@
 """All studies on the toys, and pages that say in plain words what they found, with the numbers beside the words.
 
-Every sentence with a number is made from a result; whether a claim holds is decided by intervals, not by hand.
+Every sentence with a number is made from a result; whether a claim holds is decided by a rule, not by hand.
 """
 
 from __future__ import annotations
@@ -46,14 +46,15 @@ an architecture. Compare toys that differ by the seed and the length of their tr
 show what the instruments measure where the truth can be checked, and they say so where a claim does not hold. They are
 written by `dit-lens findings`; every number in them comes from the tables beside it.
 
-Intervals are 95 % hierarchical bootstrap over prompts, then seeds and draws. Arms are compared image by image: the
-same prompt, the same seed. A claim *holds* where the interval of the mean difference between the massive channels and
-each control of equal size lies wholly beyond 0, *fails* where it lies wholly on the other side for one of them, and is
-*undecided* between. Distances between images are RMSE over grey levels, 0 to 255.
+Intervals are 95 %, of new prompts and new seeds ([how](../concepts/statistics.md)). Arms are compared image by image:
+the same prompt, the same seed. A claim *holds* where the massive channels lie beyond each control of equal size, by
+p-values corrected for the number of controls (Holm), *fails* where they lie on the other side of one by the same rule,
+and is *undecided* between. Distances between images are RMSE over grey levels, 0 to 255.
 
 ## At a glance
 A claim's verdict: what it rests on, for the massive channels; the same for the strongest control; the mean difference
-of the two. Iterations are those in which the transformer was trained.
+of the two; and the largest corrected p-value of the three controls. Iterations are those in which the
+transformer was trained.
 """
 
 

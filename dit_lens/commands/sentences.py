@@ -1,6 +1,6 @@
 """What studies found, in plain words: sentences whose numbers are a result's own.
 
-Whether a claim holds is decided by intervals of paired differences, see :func:`decide_claim`.
+Whether a claim holds is decided by paired differences, see :func:`decide_claim`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from dit_lens.analysis.metrics.intervals import holm
 from dit_lens.studies.shared.tables import compare_arms
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
 
 CONTROLS = ["bottom", "random", "energy-matched"]
+LEVEL = 0.05  # chance of a false alarm among the controls of a claim
 
 
 class ControlComparison(NamedTuple):
@@ -48,10 +52,10 @@ class ControlComparison(NamedTuple):
         column = self.means.loc[CONTROLS, self.measure]
         arm = column.idxmax() if self.larger else column.idxmin()
         own, other = (format_interval(self.means.loc[one], self.measure, self.form) for one in ("top", arm))
-        difference = format_interval(
-            subtract_controls(self.table, self.measure).loc[arm], self.measure, f"+{self.form}"
-        )
-        return f"{self.verdict}: {own}; {arm} {other}; difference {difference}"
+        found = subtract_controls(self.table, self.measure)
+        difference = format_interval(found.loc[arm], self.measure, f"+{self.form}")
+        weakest = found["p_corrected"].max(skipna=False)
+        return f"{self.verdict}: {own}; {arm} {other}; difference {difference}; largest p {_format_p(weakest)}"
 
 
 def decide_claim(
@@ -64,8 +68,9 @@ def decide_claim(
     >>> decide_claim(arms.assign(prompt=[*"aabbccdd"], seed=0), "x", over=["bottom"])
     'holds'
 
-    By the 95 % intervals of the differences between images of one prompt and seed: beyond 0 for every control, on the
-    other side of it for one, or neither.
+    Every control is compared over images of one prompt and seed, and the p-values are corrected for their number
+    (Holm). A claim holds where the arm lies beyond every control, and fails where it lies on the other side of one,
+    by the same corrected p-values of at most 0.05. A difference whose interval is not determined decides nothing.
 
     table: columns prompt, seed, arm and the measure.
     measure: column to compare.
@@ -73,18 +78,18 @@ def decide_claim(
     over: its controls.
     larger: whether the claim says that the measure is larger for the arm.
     """
-    found = subtract_controls(table, measure, arm, over)
-    low, high = found[f"{measure}_low"], found[f"{measure}_high"]
-    above, below = (low > 0).all(), (high < 0).all()
-    if above if larger else below:
-        return "holds"
-    return "fails" if ((high < 0).any() if larger else (low > 0).any()) else "is undecided"
+    found = subtract_controls(table, measure, arm, over).reindex(list(over))
+    sign = np.sign(found[measure]) * (found["p_corrected"] <= LEVEL) * (1 if larger else -1)
+    return "holds" if (sign > 0).all() else "fails" if (sign < 0).any() else "is undecided"
 
 
 def subtract_controls(
     table: pd.DataFrame, measure: str, arm: str = "top", over: Sequence[str] = CONTROLS
 ) -> pd.DataFrame:
-    """By how much an arm exceeds every control, with intervals; indexed by control.
+    """By how much an arm exceeds every control, with intervals and p-values; indexed by control.
+
+    The columns are the measure with its ``_low``, ``_high`` and ``_p``, the numbers of
+    :func:`~dit_lens.studies.shared.tables.compare_arms` and so of every summary, and p_corrected.
 
     table: columns prompt, seed, arm and the measure.
     measure: column to compare.
@@ -93,7 +98,8 @@ def subtract_controls(
     """
     some = table[table["arm"].isin([arm, *over])].assign(all=0)
     found = compare_arms(some, ["all"], [measure], base=arm).set_index("arm")
-    return found.rename(columns=lambda name: name.replace(f"_{arm}_minus", ""))
+    found = found.rename(columns=lambda name: name.replace(f"_{arm}_minus", ""))
+    return found.assign(p_corrected=holm(found[f"{measure}_p"]))
 
 
 def format_interval(row: pd.Series, measure: str, form: str = ".1f") -> str:
@@ -106,6 +112,11 @@ def format_interval(row: pd.Series, measure: str, form: str = ".1f") -> str:
     value, low, high = (row[f"{measure}{bound}"] for bound in ("", "_low", "_high"))
     bounds = "" if math.isnan(low) else f" ({low:{form}} to {high:{form}})"
     return f"{value:{form}}{bounds}"
+
+
+def _format_p(p: float) -> str:
+    """A p-value to two digits."""
+    return "unknown" if math.isnan(p) else "below 0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def compare_damage(result: Result) -> ControlComparison:

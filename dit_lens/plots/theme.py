@@ -25,7 +25,7 @@ WIDTH = 700
 # The height of a line of labels, in pixels.
 LINE = 13
 
-CI = "CI: 95 % bootstrap"
+CI = "CI: 95 %"
 
 
 class Look(NamedTuple):

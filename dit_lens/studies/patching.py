@@ -236,6 +236,7 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
             lines.append(
                 {
                     "prompt": one["prompt"].iloc[0],
+                    "seed": one["seed"].iloc[0],
                     "attribution": str(name).removeprefix("attribution_"),
                     "cells": len(both),
                     "pearson": float(pearsonr(*both.T).statistic) if varied else np.nan,

@@ -24,7 +24,7 @@ from dit_lens.studies.shared.judges import Judge, choose_judge
 from dit_lens.studies.shared.protocols import with_protocols
 from dit_lens.studies.shared.registry import study
 from dit_lens.studies.shared.result import Result
-from dit_lens.studies.shared.tables import summarise
+from dit_lens.studies.shared.tables import compare_arms, summarise
 
 if TYPE_CHECKING:
     from dit_lens.core.request.ops import Mask, Pattern, Steps
@@ -62,10 +62,14 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell], name: str = "tr
     if len(direct):
         table = table.merge(direct, how="left", on=_KEY)
     measures = [measure for measure in _MEASURES if measure in table]
+    summary = summarise(table, ("k", "arm", "masked", "strength"), measures)
+    edits = table[table["arm"].isin(["top", "bottom", "random", "energy-matched"])]
+    if len(contrasts := compare_arms(edits, ("k", "masked", "strength"), ["to_source"])):
+        summary = summary.merge(contrasts, how="left", on=["k", "arm", "masked", "strength"])
     return Result(
         name,
         table,
-        summarise(table, ("k", "arm", "masked", "strength"), measures),
+        summary,
         dict(settings),
         {key: image for cell in cells for key, image in cell.images.items()},
         {key: mask for cell in cells for key, mask in cell.masks.items()},

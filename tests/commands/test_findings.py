@@ -9,6 +9,7 @@ from dit_lens.commands.chapters import CHAPTERS, Size
 from dit_lens.commands.findings import describe_retraining, describe_training, findings
 from dit_lens.errors import StoreError
 from dit_lens.studies import Result
+from dit_lens.studies.shared.tables import compare_arms
 
 
 def summary(columns, rows):
@@ -49,6 +50,46 @@ def test_a_claim_is_decided_by_differences_within_prompts(top, word):
     assert sentences.decide_claim(table.assign(rmse=-table["rmse"]), "rmse", over=over, larger=False) == word
     shuffled = table.assign(prompt=table["arm"] + table["prompt"])  # nothing to compare: no prompt has two arms
     assert sentences.decide_claim(shuffled, "rmse", over=over) == "is undecided"
+
+
+def of_arms(rng, effects, prompts, seeds=2, draws=3, missing=0.0):
+    """Measurements of arms with several draws of each control, of which some may be missing."""
+    own, lines = rng.normal(size=(prompts, seeds)), []
+    for arm, effect in effects.items():
+        for p, s, draw in np.ndindex(prompts, seeds, 1 if arm == "top" else draws):
+            if arm == "top" or rng.random() >= missing:
+                value = effect + own[p, s] + rng.normal()
+                lines.append({"arm": arm, "prompt": f"{p}", "seed": s, "draw": draw, "k": 8, "x": value})
+    return pd.DataFrame(lines)
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.3])
+def test_verdicts_and_tables_have_the_same_numbers(missing):
+    table = of_arms(np.random.default_rng(0), dict.fromkeys(("top", *sentences.CONTROLS), 0.0), 9, missing=missing)
+    columns = compare_arms(table, ["k"], ["x"]).set_index("arm")
+    index = sentences.subtract_controls(table, "x")
+    for end in ("", "_low", "_high", "_p"):
+        assert columns[f"x_top_minus{end}"].to_dict() == index[f"x{end}"].to_dict()
+
+
+def test_holds_and_fails_are_rare_where_nothing_differs_and_mirror_each_other():
+    words = []
+    for seed in range(40):
+        table = of_arms(np.random.default_rng(seed), dict.fromkeys(("top", *sentences.CONTROLS), 0.0), 8, draws=1)
+        words.append(sentences.decide_claim(table, "x"))
+        assert sentences.decide_claim(table.assign(x=-table["x"]), "x", larger=False) == words[-1]
+    assert words.count("holds") <= 1
+    assert words.count("fails") <= 4  # 2.5 % of 40 are 1
+    one = pd.DataFrame({"arm": [*sentences.CONTROLS], "x": 0.0}).assign(prompt="a", seed=0)
+    top = one.assign(arm="top", x=1.0).iloc[:1]
+    assert sentences.decide_claim(pd.concat([one, top]), "x") == "is undecided"  # one prompt decides nothing
+
+
+def test_a_claim_that_only_some_controls_support_is_undecided():
+    effects = {"top": 3.0, "bottom": 0.0, "random": 0.0, "energy-matched": 3.0}
+    table = of_arms(np.random.default_rng(1), effects, 12)
+    assert sentences.decide_claim(table, "x") == "is undecided"
+    assert sentences.decide_claim(table, "x", over=["bottom", "random"]) == "holds"
 
 
 def test_a_comparison_names_the_strongest_control():

@@ -283,7 +283,7 @@ def test_one_k_gives_bars_with_intervals_and_shares():
     assert bars[0].marker.line.color == ARMS["top"].colour
     assert "70 %" in figure.layout.yaxis.ticktext[0]
     assert "n = 8 to 24 per point" in figure.layout.title.subtitle.text
-    assert "95 % bootstrap" in figure.layout.title.subtitle.text
+    assert "CI: 95 %" in figure.layout.title.subtitle.text
     assert "0 to 255" in figure.layout.xaxis.title.text
 
 

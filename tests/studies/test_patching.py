@@ -101,7 +101,7 @@ def test_the_map_points_to_the_massive_channels_of_a_carrier_only(model, groups)
         assert rows.loc[carried, measure].min() > 0.9
         assert rows.loc[list(idle), measure].max() < 0.3
     assert rows.loc[carried, "fidelity_source"].min() == 1
-    assert rows.loc["top", "effect_low"].min() > 0.9 or name == "detail"
+    assert not (rows.loc["top", "effect_low"] <= 0.9).any() or name == "detail"  # equal effects have no interval
     found = agreement(groups.table).set_index("attribution")
     assert found.loc["run", "cells"] == 4 * 5
     assert found.loc["run", "pearson_low"] > 0.95

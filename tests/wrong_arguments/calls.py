@@ -171,11 +171,20 @@ def _data():
         "clusters.ious": (None, {"masks": [mask], "truths": [mask]}),
         "clusters.chance_iou": (None, {"truth": mask, "size": 3, "oracle": True}),
         "clusters.permutation_p": (None, {"scores": np.eye(7), "seed": 0, "n": 50}),
-        "metrics.bootstrap_ci": (
+        "metrics.mean_ci": (
             None,
-            {"values": x[:, 0], "groups": list("aabbccddeeffgghh"), "seed": 0, "n": 100, "level": 0.9},
+            {
+                "values": x[:, 0],
+                "prompts": list("aabbccddeeffgghh"),
+                "seeds": [0, 1] * 8,
+                "level": 0.9,
+                "limits": (-100.0, 100.0),
+            },
         ),
-        "metrics.paired_difference_ci": (None, {"a": x, "b": x * 0.5, "seed": 0, "n": 100, "level": 0.9}),
+        "metrics.paired_difference_ci": (
+            None,
+            {"a": x, "b": x * 0.5, "level": 0.9, "limits": (-100.0, 100.0)},
+        ),
         "metrics.wilson": (None, {"successes": 3, "n": 7, "level": 0.9}),
         "metrics.distances": (None, {"chosen": ["rmse"]}),
         **{

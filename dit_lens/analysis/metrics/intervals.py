@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import norm
 
 from dit_lens.analysis.arrays import to_numpy
+from dit_lens.analysis.metrics.crossed import DIRICHLETS, bounded_bounds, crossed_bounds
 from dit_lens.arguments.checks import checked
 from dit_lens.errors import OpError
+from dit_lens.old_names import renamed_keywords, retired_keywords
 
-MOST_RESAMPLES = 1_000_000
+LEAST_P = 1e-6  # below it a p-value says nothing but that
 
 
 class Interval(NamedTuple):
@@ -23,64 +26,120 @@ class Interval(NamedTuple):
     high: float
 
 
+@renamed_keywords(groups="prompts")
+@retired_keywords("seed", "n")
 @checked
-def bootstrap_ci(values: Any, groups: Any = None, seed: int = 0, n: int = 2000, level: float = 0.95) -> Interval:
-    """Returns the mean over prompts with its hierarchical bootstrap interval.
+def mean_ci(
+    values: Any,
+    prompts: Any = None,
+    seeds: Any = None,
+    level: float = 0.95,
+    limits: tuple[float, float] | None = None,
+) -> Interval:
+    """Returns the mean over prompts with its confidence interval, which is of new prompts and new seeds.
 
-    >>> [round(x, 2) for x in bootstrap_ci([[0.125, 0.25], [0.5, 0.625]])]
-    [0.38, 0.16, 0.59]
-    >>> bootstrap_ci([[0.1]])  # one value does not determine an interval
-    Interval(mean=0.1, low=nan, high=nan)
+    >>> [round(x, 2) for x in mean_ci([[0.1, 0.2], [0.5, 0.6], [0.3, 0.5], [0.2, 0.2]])]
+    [0.33, -0.33, 1.06]
+    >>> mean_ci([[0.5], [0.5], [0.5]])  # equal values do not determine an interval
+    Interval(mean=0.5, low=nan, high=nan)
+    >>> [round(x, 2) for x in mean_ci([[0.5], [0.5], [0.5]], limits=(0, 1))]  # but limits do
+    [0.5, 0.15, 0.85]
 
-    With one prompt, the interval covers the variation over seeds only; with one seed per prompt, over prompts only.
+    Seeds are crossed with prompts: each is the same noise for all prompts, so two seeds say little about others if they
+    differ. With one seed, the interval is of prompts only; with one prompt, of seeds only. The bounds are NaN for one
+    value, for equal values, and where fewer than three prompts (of less than six, half) lie apart from the rest, unless
+    ``limits`` are known. How often the interval covers the truth is measured in docs/concepts/statistics.md.
 
-    values: [prompts, seeds], or [m] with ``groups`` if prompts have unequal numbers of seeds; finite. For arms that
-      share prompts and seeds, use :func:`paired_difference_ci`.
-    groups: [m], the prompt of each value. Every prompt has the same weight, however many seeds it has.
-    seed: seed of the resampling.
-    n: number of resamples.
+    values: [prompts, seeds], or [m] with ``prompts``; finite. For arms that share prompts and seeds, use
+      :func:`paired_difference_ci`.
+    prompts: [m], the prompt of each value. Every prompt has the same weight, however many values it has.
+    seeds: [m], the seed of each value; those of one prompt and seed are averaged, and any may be missing. Without
+      seeds, those of one prompt are averaged: each is taken to have noise of its own.
     level: coverage, between 0 and 1.
-    Raises OpError for NaN or infinite values and for shapes that do not fit.
-    Source: percentile interval of the hierarchical bootstrap (Saravanan, Berman & Sober 2020): prompts are drawn with
-    replacement, then seeds within each drawn prompt.
+    limits: the least and the greatest value that is possible; the bounds stay between them.
+    Raises OpError for NaN or infinite values, values beyond the limits and shapes that do not fit.
+    Source: see :func:`~dit_lens.analysis.metrics.crossed.crossed_bounds`.
     """
     _check_level(level)
-    if not 1 <= n <= MOST_RESAMPLES:
-        raise OpError(f"n={n:,} resamples were asked for. Use 1,000 to {MOST_RESAMPLES:,}.")
-    rows, counts = _group_by_prompt(np.asarray(to_numpy(values), dtype=np.float64), groups)
-    mean = float((rows.sum(1) / counts).mean())
-    if rows.size == 1:
-        return Interval(mean, math.nan, math.nan)
-    rng = np.random.default_rng(seed)
-    prompts = rng.integers(len(rows), size=(n, len(rows), 1))
-    drawn = (rng.random((n, *rows.shape)) * counts[prompts]).astype(np.int64)  # [n, prompts, seeds]
-    # Rows are padded to the longest; of every drawn prompt, only as many seeds count as it has.
-    kept = np.arange(rows.shape[1]) < counts[prompts]
-    means = (np.where(kept, rows[prompts, drawn], 0).sum(2) / counts[prompts[..., 0]]).mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean, float(low), float(high))
+    cells = _arrange_cells(np.asarray(to_numpy(values), dtype=np.float64), prompts, seeds)
+    _check_limits(cells, limits)
+    mean, low, high = (float(value) for value in crossed_bounds(cells, level))
+    if limits is None:
+        return Interval(mean, low, high)
+    if math.isnan(low) and len(cells) > 1:
+        low, high = bounded_bounds(np.nanmean(cells, 1), *limits, level)
+    return Interval(mean, *(float(np.clip(bound, *limits)) for bound in (low, high)))
 
 
+def mean_p(values: Any, prompts: Any = None, seeds: Any = None, limits: tuple[float, float] | None = None) -> float:
+    """Returns the two-sided p-value of a mean of 0: the level at which :func:`mean_ci` would just reach it.
+
+    >>> round(mean_p([[0.3], [0.2], [0.3], [0.5]]), 3), mean_p([[0.3], [0.3]])
+    (0.014, nan)
+
+    NaN where the interval is not determined; never below 1e-6, and where limits decide never below 1 / 4000.
+
+    values, prompts, seeds, limits: as of :func:`mean_ci`.
+    """
+    cells = _arrange_cells(np.asarray(to_numpy(values), dtype=np.float64), prompts, seeds)
+    _check_limits(cells, limits)
+    if not math.isnan(float(crossed_bounds(cells)[1])):
+        return _find_p(lambda p: crossed_bounds(cells, 1 - p)[1:])
+    if limits is None or len(cells) == 1:
+        return math.nan
+    return max(_find_p(lambda p: bounded_bounds(np.nanmean(cells, 1), *limits, 1 - p)), 1 / DIRICHLETS)
+
+
+def _find_p(bounds: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> float:
+    """The largest p whose interval, of level 1 - p, has 0 inside; ``bounds`` takes many at once."""
+    least, most = math.log(LEAST_P), 0.0
+    for _ in range(4):
+        tried = np.linspace(least, most, 33)
+        low, high = bounds(np.exp(tried))
+        inside = np.flatnonzero((low <= 0) & (high >= 0))
+        if not len(inside):
+            return math.exp(least)
+        last = int(inside.max())
+        least, most = tried[last], tried[min(last + 1, 32)]
+    return math.exp(least)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Returns p-values corrected for their number; NaN counts as a test, and stays NaN.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+
+    Source: Holm (1979): the chance of any false alarm among them is at most the level.
+    """
+    p = np.asarray(values, dtype=np.float64)
+    order = np.argsort(p)  # NaN last
+    steps = np.arange(len(p), 0, -1) * np.nan_to_num(p[order], nan=1.0)
+    corrected = np.empty_like(p)
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return np.where(np.isnan(p), np.nan, corrected).tolist()
+
+
+@retired_keywords("seed", "n")
 @checked
-def paired_difference_ci(a: Any, b: Any, seed: int = 0, n: int = 2000, level: float = 0.95) -> Interval:
-    """Returns the mean of a - b with its :func:`bootstrap_ci`, over pairs that share prompt and seed.
+def paired_difference_ci(a: Any, b: Any, level: float = 0.95, limits: tuple[float, float] | None = None) -> Interval:
+    """Returns the mean of a - b with its :func:`mean_ci`, over pairs that share prompt and seed.
 
-    >>> paired_difference_ci([[0.5, 0.75], [1.0, 1.25]], [[0.25, 0.5], [0.75, 1.0]])
-    Interval(mean=0.25, low=0.25, high=0.25)
+    >>> [round(x, 2) for x in paired_difference_ci([[0.5], [0.7], [0.9]], [[0.2], [0.5], [0.6]])]
+    [0.27, 0.12, 0.41]
 
     a, b: [prompts, seeds], of the same prompts and seeds in the same order.
-    seed: seed of the resampling.
-    n: number of resamples.
     level: coverage, between 0 and 1.
+    limits: the least and the greatest difference that is possible.
     """
     first, second = (np.asarray(to_numpy(x), dtype=np.float64) for x in (a, b))
     if first.shape != second.shape:
         raise OpError(
             f"Pairs need equal shapes; got {first.shape} and {second.shape}. Run both arms on the same seeds."
         )
-    with np.errstate(invalid="ignore"):  # the difference of two infinite PSNRs is NaN, for which bootstrap_ci raises
+    with np.errstate(invalid="ignore"):  # the difference of two infinite PSNRs is NaN, for which mean_ci raises
         difference = first - second
-    return bootstrap_ci(difference, seed=seed, n=n, level=level)
+    return mean_ci(difference, level=level, limits=limits)
 
 
 @checked
@@ -105,30 +164,44 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     return Interval(p, 0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half)
 
 
-def _group_by_prompt(values: np.ndarray, groups: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the values as [prompts, seeds], padded with 0, and the number of seeds of each prompt."""
+def _arrange_cells(values: np.ndarray, prompts: Any, seeds: Any) -> np.ndarray:
+    """Returns the mean of every prompt and seed, [prompts, seeds]; NaN where there is no value."""
     _check_finite(values)
-    if groups is None:
+    if prompts is None:
+        if seeds is not None:
+            raise OpError("seeds name the values of prompts. Give prompts= too, one name for each value.")
         if values.ndim != 2:
             raise OpError(
                 f"Values must be [prompts, seeds]; got shape {list(values.shape)}. With one seed per prompt pass "
-                "values[:, None]; with unequal numbers of seeds pass groups."
+                "values[:, None]; with unequal numbers of seeds pass prompts= and seeds=."
             )
-        return values, np.full(len(values), values.shape[1])
-    labels = to_numpy(groups, labels=True)
+        return values
+    row, rows = _number_labels("prompts", prompts, values)
+    column, columns = _number_labels("seeds", seeds, values) if seeds is not None else _number_seeds(row, rows)
+    total, count = np.zeros((rows, columns)), np.zeros((rows, columns))
+    np.add.at(total, (row, column), values)
+    np.add.at(count, (row, column), 1)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _number_labels(name: str, given: Any, values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Returns the number of the label of every value, and how many labels there are."""
+    labels = to_numpy(given, labels=True)
     if values.ndim != 1 or labels.shape != values.shape:
         raise OpError(
-            f"With groups, values and groups must both be [m]; got shapes {list(values.shape)} and "
-            f"{list(labels.shape)}. Name the prompt of every value."
+            f"With {name}, values and {name} must both be [m]; got shapes {list(values.shape)} and "
+            f"{list(labels.shape)}. Name the {name[:-1]} of every value."
         )
     try:
-        _, prompt, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        found, number = np.unique(labels, return_inverse=True)
     except TypeError as problem:  # entries without an order, such as numbers among texts
-        raise OpError(f"groups cannot be told apart: {problem}. Name every prompt by a text, or by a number.") from None
-    rows = np.zeros((len(counts), counts.max()))
-    for i in range(len(counts)):
-        rows[i, : counts[i]] = values[prompt == i]
-    return rows, counts
+        raise OpError(f"{name} cannot be told apart: {problem}. Name every one by a text, or by a number.") from None
+    return number, len(found)
+
+
+def _number_seeds(row: np.ndarray, rows: int) -> tuple[np.ndarray, int]:
+    """Values without seeds: those of one prompt are one cell, but of a single prompt each is a cell."""
+    return (np.arange(len(row)), len(row)) if rows == 1 else (np.zeros_like(row), 1)
 
 
 def _check_finite(values: np.ndarray) -> None:
@@ -139,6 +212,23 @@ def _check_finite(values: np.ndarray) -> None:
         raise OpError(
             f"{int((~np.isfinite(values)).sum())} of {values.size} values are NaN or infinite, the first at {where}. "
             "Leave them out explicitly, or use rmse instead of psnr, which is infinite for equal images."
+        )
+
+
+def _check_limits(cells: np.ndarray, limits: tuple[float, float] | None) -> None:
+    if limits is None:
+        return
+    least, greatest = limits
+    if not least < greatest:
+        raise OpError(
+            f"limits={least:g} and {greatest:g} have no value between them. Give the least and the greatest possible "
+            "value."
+        )
+    if np.nanmin(cells) < least or np.nanmax(cells) > greatest:
+        raise OpError(
+            f"the values reach from {np.nanmin(cells):g} to {np.nanmax(cells):g}, beyond the limits {least:g} and "
+            f"{greatest:g}. Give the "
+            "least and the greatest possible value, or no limits."
         )
 
 

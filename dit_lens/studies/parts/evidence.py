@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dit_lens.analysis.metrics import bootstrap_ci
+from dit_lens.analysis.metrics import Interval, mean_ci
 from dit_lens.analysis.metrics.decoding import decode_labels
 from dit_lens.analysis.metrics.variance import variance_shares
 from dit_lens.arguments.checks import checked_fields
@@ -50,14 +50,13 @@ def split(values: np.ndarray, part: str) -> np.ndarray:
     return {"whole": values, "mean": mean, "residual": values - mean}[part]
 
 
-def weigh_edits(lines: pd.DataFrame, column: str, thresholds: Thresholds, seed: int = 0) -> list[dict[str, Any]]:
+def weigh_edits(lines: pd.DataFrame, column: str, thresholds: Thresholds) -> list[dict[str, Any]]:
     """For every part what an edit of it does, beside the control that does most.
 
     lines: columns arm, part, draw, prompt, seed and the effect, of the arm "top" in its parts and of the controls as
       wholes.
     column: column of the effect.
     thresholds: what counts.
-    seed: seed of the bootstrap.
     """
     effects = lines.dropna(subset=[column]).groupby(["arm", "part", "prompt", "seed"])[column].mean()
     controls = [arm for arm in lines["arm"].unique() if arm != "top"]
@@ -68,12 +67,12 @@ def weigh_edits(lines: pd.DataFrame, column: str, thresholds: Thresholds, seed: 
         if ("top", part) not in effects.index.droplevel(["prompt", "seed"]):
             continue
         top = effects["top", part]
-        value, low, high = bootstrap_ci(top.to_numpy(), groups=top.index.get_level_values("prompt"), seed=seed)
+        value, low, high = _estimate_mean(top)
         line: dict[str, Any] = {"part": part, "value": value, "value_low": low, "value_high": high, "n": len(top)}
         excess = np.nan
         if strongest is not None:
             control = effects[strongest, "whole"].reindex(top.index)
-            over = bootstrap_ci((top - control).to_numpy(), groups=top.index.get_level_values("prompt"), seed=seed)
+            over = _estimate_mean(top - control)
             excess = over.mean if np.isnan(over.low) else over.low
             line |= {"control": control.mean(), "strongest control": strongest}
         found.append({**line, "says": _rate_effect(value, excess, high, thresholds)})
@@ -168,6 +167,12 @@ def decide_verdict(evidence: pd.DataFrame, changes: Mapping[str, float], thresho
             parts[part] = "undecided"
     both = {"carrier", "detail"} <= set(parts.values())
     return {**parts, "overall": "both" if both else parts["whole"]}
+
+
+def _estimate_mean(effects: pd.Series) -> Interval:
+    """The mean of effects, indexed by prompt and seed, with its interval."""
+    prompts, seeds = (effects.index.get_level_values(name).to_numpy() for name in ("prompt", "seed"))
+    return mean_ci(effects.to_numpy(), prompts, seeds)
 
 
 def _rate_effect(value: float, excess: float, high: float, thresholds: Thresholds) -> str:

@@ -14,13 +14,14 @@ from dit_lens.studies.shared.arguments import describe_k
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.keys import ImageKey
 from dit_lens.studies.shared.result import Result
-from dit_lens.studies.shared.tables import summarise
+from dit_lens.studies.shared.tables import compare_arms, summarise
 
 ARMS = ("top", "bottom", "random", "energy-matched", "all")
 BASELINES = ("attention", "norm", "component")
 NULLS = ("centre", "noisy latent", "x0")
 COLUMNS = ("step", "block", "arm", "n", "iou", "low", "high", "chance", "iou_other_prompts", "p")
-COLUMNS += ("iou_gap", "iou_gap_low", "iou_gap_high", "size", "degenerate", "energy_share")
+_GAPS = ("iou_gap", "iou_gap_low", "iou_gap_high", "iou_gap_p")
+COLUMNS += (*_GAPS, "size", "degenerate", "energy_share")
 
 
 def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
@@ -82,7 +83,9 @@ def _compare_with_other_prompts(
 
 def _summarise(table: pd.DataFrame, p: Mapping[tuple[int, int, str], float]) -> pd.DataFrame:
     by = ["step", "block", "arm"]
-    summary = summarise(table, by, ("iou", "iou_gap")).rename(columns={"iou_low": "low", "iou_high": "high"})
+    summary = summarise(table, by, ("iou",)).rename(columns={"iou_low": "low", "iou_high": "high"})
+    gaps = compare_arms(table, by[:2], ("iou",)).rename(columns=lambda name: name.replace("iou_top_minus", "iou_gap"))
+    summary = summary.merge(gaps, how="left", on=by) if len(gaps) else summary.assign(**dict.fromkeys(_GAPS, np.nan))
     means = ["chance", "iou_other_prompts", "size", "degenerate", "energy_share"]
     plain = table.groupby([*by, "prompt"])[means].mean()
     summary = summary.merge(plain.groupby(level=by).mean().reset_index(), on=by)

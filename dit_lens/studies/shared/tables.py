@@ -8,33 +8,35 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dit_lens.analysis.metrics import bootstrap_ci
+from dit_lens.analysis.metrics.intervals import mean_ci, mean_p
+
+# The least and the greatest value of measures whose name says it, for intervals of few events.
+LIMITS = {
+    **dict.fromkeys(("rmse", "to_source", "to_target", "inside", "outside"), (0.0, 255.0)),
+    **dict.fromkeys(("fidelity", "fidelity_source", "fidelity_target", "iou", "jaccard", "energy_share"), (0.0, 1.0)),
+}
 
 
-def summarise(table: pd.DataFrame, by: Sequence[str], measures: Sequence[str], seed: int = 0) -> pd.DataFrame:
-    """Means of measures per group, with 95 % bootstrap intervals over prompts, then the seeds and draws within them.
+def summarise(table: pd.DataFrame, by: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
+    """Means of measures per group, with their 95 % intervals: see :func:`~dit_lens.analysis.metrics.mean_ci`.
 
     Returns one row per group: ``by``, n (number of measurements) and, for every measure, columns ``measure``,
     ``measure_low`` and ``measure_high``. Measurements that are missing everywhere in a group stay missing.
 
-    table: one row per measurement; columns prompt, ``by`` and the measures.
+    table: one row per measurement; columns prompt, ``by``, the measures and, if there are any, seed.
     by: columns whose values a group shares.
     measures: columns to average.
-    seed: seed of the bootstrap.
     """
     lines = []
     for _, group in table.groupby(list(by), sort=False, dropna=False):
         line: dict[str, Any] = {name: group[name].iloc[0] for name in by} | {"n": len(group)}
         for measure in measures:
-            values = group[[measure, "prompt"]].dropna()
-            line |= _bounds(measure, values[measure], values["prompt"], seed)
+            line |= _bounds(measure, group.dropna(subset=[measure]), measure, LIMITS.get(measure))
         lines.append(line)
     return pd.DataFrame(lines)
 
 
-def compare_arms(
-    table: pd.DataFrame, by: Sequence[str], measures: Sequence[str], base: str = "top", seed: int = 0
-) -> pd.DataFrame:
+def compare_arms(table: pd.DataFrame, by: Sequence[str], measures: Sequence[str], base: str = "top") -> pd.DataFrame:
     """By how much one arm exceeds every other, over pairs that share prompt and seed.
 
     >>> table = pd.DataFrame({"arm": ["top", "random", "random"], "draw": [0, 0, 1], "rmse": [9.0, 2.0, 4.0]})
@@ -43,15 +45,15 @@ def compare_arms(
     ... ].values.tolist()
     [[4, 'random', 6.0]]
 
-    An arm's draws are averaged within a pair; the interval (95 %) is bootstrapped over prompts, then the seeds within
-    them. Returns one row per group and arm: ``by``, arm, and for every measure ``measure_{base}_minus`` with its
-    ``_low`` and ``_high``, missing if the arms share no pair.
+    An arm's draws are averaged within a pair; intervals are as in :func:`summarise`. Returns one row per group and arm:
+    ``by``, arm, and for every measure ``measure_{base}_minus`` with its ``_low`` and ``_high`` and, as ``_p``, the
+    two-sided p-value of no difference, for one comparison; missing if the arms share no pair. Every verdict on a claim
+    is made of these columns.
 
     table: one row per measurement; columns prompt, seed, arm, ``by`` and the measures.
     by: columns whose values a group shares, besides prompt and seed.
     measures: columns to compare.
     base: the arm that is compared with the others.
-    seed: seed of the bootstrap.
     """
     lines = []
     for _, group in table.groupby(list(by), sort=False):
@@ -61,8 +63,10 @@ def compare_arms(
                 continue
             line: dict[str, Any] = {name: group[name].iloc[0] for name in by} | {"arm": arm}
             for measure in measures:
-                excess = (pairs[measure, base] - pairs[measure, arm]).dropna()
-                line |= _bounds(f"{measure}_{base}_minus", excess, excess.index.get_level_values("prompt"), seed)
+                excess = (pairs[measure, base] - pairs[measure, arm]).dropna().rename("excess").reset_index()
+                limits = LIMITS.get(measure)
+                limits = limits and (limits[0] - limits[1], limits[1] - limits[0])
+                line |= _bounds(f"{measure}_{base}_minus", excess, "excess", limits, p=True)
             lines.append(line)
     return pd.DataFrame(lines)
 
@@ -100,9 +104,17 @@ def _format_number(value: Any) -> str:
     return "" if np.isnan(value) else f"{value:.0f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
-def _bounds(name: str, values: pd.Series, prompts: Any, seed: int) -> dict[str, float]:
-    """The mean of a measure with its interval, as three columns; missing where there are no values."""
-    found: tuple[float, ...] = (np.nan,) * 3
-    if len(values):
-        found = bootstrap_ci(values.to_numpy(float), groups=np.asarray(prompts), seed=seed)
-    return dict(zip((name, f"{name}_low", f"{name}_high"), map(float, found), strict=True))
+def _bounds(
+    name: str, rows: pd.DataFrame, measure: str, limits: tuple[float, float] | None, *, p: bool = False
+) -> dict[str, float]:
+    """The mean of a measure with its interval, as three columns, and its p-value; missing where there are no values."""
+    if rows.empty:
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high", *([f"{name}_p"] * p)), np.nan)
+    values = rows[measure].to_numpy(float)
+    seeds = rows["seed"].to_numpy() if "seed" in rows and rows["seed"].notna().all() else None
+    if limits is not None and not limits[0] <= values.min() <= values.max() <= limits[1]:
+        limits = None  # another scale, of a user's judge
+    prompts = rows["prompt"].to_numpy()
+    found = mean_ci(values, prompts, seeds, limits=limits)
+    line = dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
+    return {**line, f"{name}_p": mean_p(values, prompts, seeds, limits)} if p else line

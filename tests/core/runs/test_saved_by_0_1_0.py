@@ -141,6 +141,13 @@ def today(name):
     return name
 
 
+def without_intervals(table, columns):
+    """A table as JSON with these columns, but for bounds of intervals."""
+    kept = [name for name in table["columns"] if name in columns and not name.endswith(("_low", "_high"))]
+    places = [table["columns"].index(name) for name in kept]
+    return {"columns": kept, "data": [[row[i] for i in places] for row in table["data"]]}
+
+
 @pytest.mark.parametrize("study", STUDIES)
 def test_a_study(study):
     """Four folders of ``out=``, one of them a sweep's, and a result that was saved."""
@@ -152,6 +159,9 @@ def test_a_study(study):
         expected["settings"]["study"] = today(expected["settings"]["study"])
     for table in ("table", "summary"):
         expected[table]["columns"] = [today(column) for column in expected[table]["columns"]]
+    if study != "organisation":  # whose summary was saved itself; others are summarised anew, with today's intervals
+        found["summary"] = without_intervals(found["summary"], expected["summary"]["columns"])
+        expected["summary"] = without_intervals(expected["summary"], expected["summary"]["columns"])
     for part in ("table", "summary", "images", "masks", "settings"):
         assert_same(found[part], expected[part], part)
     numbers = [[re.findall(r"\d+(?:\.\d+)?", note) for note in notes] for notes in (found["notes"], expected["notes"])]
