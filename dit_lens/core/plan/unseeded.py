@@ -7,10 +7,11 @@ the call's generator, is seen by the run: afterwards they are not as they were.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,8 @@ def draws_unseeded(pipe: DiffusionPipeline) -> bool:
     True
     """
     scheduler: Any = copy.deepcopy(pipe.scheduler)
-    given = {"generator": torch.Generator()} if _passes_generator(pipe, scheduler) else {}
+    takes = "generator" in inspect.signature(scheduler.step).parameters
+    given = {"generator": torch.Generator()} if takes and _passes_generator(find_call(type(pipe))) else {}
     shifted = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
     with torch.random.fork_rng(devices=[]):
         sample = torch.ones(1, 4, 4, 4)
@@ -103,12 +105,11 @@ def draws_unseeded(pipe: DiffusionPipeline) -> bool:
         return not torch.equal(before, torch.get_rng_state())
 
 
-def _passes_generator(pipe: DiffusionPipeline, scheduler: Any) -> bool:
-    """Whether the pipeline's source gives its generator to the scheduler's step."""
-    if "generator" not in inspect.signature(scheduler.step).parameters:
-        return False
+@functools.lru_cache(256)  # reading source takes longer than all else that precedes a small run
+def _passes_generator(draw: Callable[..., Any]) -> bool:
+    """Whether a pipeline's source gives its generator to the scheduler's step. draw: its call."""
     try:
-        source = inspect.getsource(find_call(type(pipe)))
+        source = inspect.getsource(draw)
     except (OSError, TypeError):  # a class that was made on the way
         return False
     return any(
