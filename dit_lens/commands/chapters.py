@@ -42,8 +42,8 @@ class Size:
 
     @property
     def texts(self) -> list[str]:
-        """The prompts."""
-        return [scene.caption for scene in sample_scenes(self.prompts, seed=100, held_out=True)]
+        """The prompts, no two equal."""
+        return [scene.caption for scene in sample_scenes(self.prompts, seed=100, held_out=True, distinct=True)]
 
     @property
     def pairs(self) -> list[tuple[str, str]]:

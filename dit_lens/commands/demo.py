@@ -93,7 +93,7 @@ def demo(
     check_folder(out, MARK, room=ROOM)
     lens = DiTLens.toy()
     check_k(lens, "blocks.*.img", [k])
-    prompts = [prompt, source, *(scene.caption for scene in sample_scenes(OTHERS, seed=seed + 100))]
+    prompts = [prompt, source, *(scene.caption for scene in sample_scenes(OTHERS, seed=seed + 100, distinct=True))]
     with lens.quiet():
         run = lens.run(prompts, make_score_reads("blocks.*.img", "|mean|"), seed=seed)
     massive = select_top_channels(average_scores(run), k, "|mean|")[0]

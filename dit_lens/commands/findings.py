@@ -211,8 +211,8 @@ def _write_toy(
     means = concentration.groupby("model", sort=False)[["energy share", "top/median", "Gini of energy"]].mean()
     lines = [
         (
-            f"{type(lens.pipe).__name__}, {lens.anatomy.depth} blocks, {share}; {size.prompts} held-out prompts x "
-            f"{size.seeds} seeds, {size.draws} draws of random controls. [What the words mean](../index.md)."
+            f"{type(lens.pipe).__name__}, {lens.anatomy.depth} blocks, {share}; held-out prompts, as many as each "
+            f"study says. [What the words mean](../index.md)."
         ),
         "",
         describe_training(card),
@@ -227,12 +227,39 @@ def _write_toy(
     for chapter, result in zip(CHAPTERS, results, strict=True):
         name, question = chapter.name, chapter.study.question
         result.summary.to_csv(folder / f"{name}.csv", index=False)
-        lines += [f"## {question}", chapter.describe(result), "", f"*Published:* {chapter.published}", ""]
+        lines += [
+            f"## {question}",
+            describe_sizes(result),
+            "",
+            chapter.describe(result),
+            "",
+            f"*Published:* {chapter.published}",
+            "",
+        ]
         lines += [f"![{question}]({name}.webp)", ""] if folder / f"{name}.webp" in drawn else []
         lines += [f"All numbers: [{name}.csv]({name}.csv)", ""]
         lines += [*(f"- {note}" for note in result.notes), ""]
     concentration.to_csv(folder / "concentration.csv", index=False)
     return lines
+
+
+def describe_sizes(result: Result) -> str:
+    """How much a study drew, counted in its table: prompts or pairs of them, seeds, and draws of controls."""
+    table = result.table
+    what = "pair of prompts" if result.study in ("transfer", "patching") else "prompt"
+    counts = [_count(table["prompt"].dropna().nunique(), what), _count(table["seed"].dropna().nunique(), "seed")]
+    said = " x ".join(counts)
+    if {"arm", "draw"} <= set(table):
+        draws = table.groupby("arm")["draw"].nunique()
+        repeated = [f"{_count(n, 'draw')} of {arm}" for arm, n in draws.items() if arm in ("random", "energy-matched")]
+        said += f"; {', '.join(repeated)}" if repeated else ""
+    return f"*Size:* {said}."
+
+
+def _count(n: int, what: str) -> str:
+    """A number of things, such as "2 seeds"."""
+    head, space, tail = what.partition(" ")
+    return f"{n} {head}{'s' if n != 1 else ''}{space}{tail}"
 
 
 def _format_table(frame: pd.DataFrame) -> list[str]:

@@ -171,15 +171,28 @@ def every_scene() -> Iterator[Scene]:
             yield scene
 
 
-def sample_scenes(n: int, seed: int, *, held_out: bool = False) -> list[Scene]:
-    """Samples ``n`` scenes with replacement, all from the training split or all from the held-out one.
+def sample_scenes(n: int, seed: int, *, held_out: bool = False, distinct: bool = False) -> list[Scene]:
+    """Samples ``n`` scenes, all from the training split or all from the held-out one.
 
     >>> all(scene.held_out for scene in sample_scenes(3, seed=0, held_out=True))
     True
+
+    n: number of scenes.
+    seed: seed of the choice; the scenes of a larger n begin with those of a smaller one.
+    held_out: True for combinations that were not in training, False for those that were.
+    distinct: whether no two are equal: prompts of a study. Raises PromptError if there are not so many.
     """
     check_number("n", n, 0, MOST)
-    split = _list_split(held_out)
-    return [split[i] for i in np.random.default_rng(seed).integers(len(split), size=n)]
+    split, rng = _list_split(held_out), np.random.default_rng(seed)
+    if not distinct:
+        return [split[i] for i in rng.integers(len(split), size=n)]
+    if n > len(split):
+        where = "held out of training" if held_out else "of training"
+        raise PromptError(f"n={n:,} scenes were asked for, and there are {len(split):,} {where}. Ask for fewer.")
+    found: dict[int, None] = {}
+    while len(found) < n:
+        found.setdefault(int(rng.integers(len(split))))
+    return [split[i] for i in found]
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import pytest
 
 from dit_lens.commands import sentences
 from dit_lens.commands.chapters import CHAPTERS, Size
-from dit_lens.commands.findings import describe_retraining, describe_training, findings
+from dit_lens.commands.findings import describe_retraining, describe_sizes, describe_training, findings
 from dit_lens.errors import StoreError
 from dit_lens.studies import Result
 from dit_lens.studies.shared.tables import compare_arms
@@ -163,6 +163,19 @@ def test_weights_that_are_not_in_the_repository_can_be_trained():
     assert "`dit-lens train-toy sana --seed 3 --out DIR --iterations 1234` trains it anew" in said
     assert "`DIR/pipeline` is moved to `toys/sana-seed3`" in said
     assert describe_retraining({"toy": "sana", "training": {**training, "seed": 0}}) == []
+
+
+def test_every_study_states_its_own_size():
+    table = of_arms(np.random.default_rng(0), dict.fromkeys(("top", "random", "energy-matched"), 0.0), 3, 1, 4)
+    found = Result("disruption", table, table, {})
+    assert describe_sizes(found) == "*Size:* 3 prompts x 1 seed; 4 draws of energy-matched, 4 draws of random."
+    pairs = pd.DataFrame({"prompt": ["a -> b"], "seed": [0], "row": ["x"]})
+    assert describe_sizes(Result("patching", pairs, pairs, {})) == "*Size:* 1 pair of prompts x 1 seed."
+
+
+def test_no_prompt_of_the_findings_is_there_twice():
+    assert len(set(Size(prompts=64).texts)) == 64
+    assert Size(prompts=16).texts == Size(prompts=64).texts[:16]
 
 
 @pytest.mark.slow

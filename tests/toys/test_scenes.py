@@ -73,6 +73,19 @@ def test_held_out_combinations_are_never_sampled_for_training():
     assert 0.05 < len(kept) / 640 < 0.15
 
 
+def test_distinct_scenes_are_those_of_before_without_what_was_drawn_twice():
+    for seed in (0, 100):
+        drawn = sample_scenes(400, seed, held_out=True)
+        found = sample_scenes(120, seed, held_out=True, distinct=True)
+        assert found == list(dict.fromkeys(drawn))[:120]
+        assert len(set(found)) == 120
+        assert sample_scenes(30, seed, held_out=True, distinct=True) == found[:30]
+    every = [scene for scene in every_scene() if scene.held_out]
+    assert set(sample_scenes(len(every), 0, held_out=True, distinct=True)) == set(every)
+    with pytest.raises(PromptError, match=r"held out of training\. Ask for fewer"):
+        sample_scenes(len(every) + 1, 0, held_out=True, distinct=True)
+
+
 @pytest.mark.parametrize(
     ("caption", "message"),
     [

@@ -23,7 +23,6 @@ from dit_lens.errors import PromptError, StoreError, nearest
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-MOST_SCENES = 1_000_000
 ROLES = ("source", "target")
 COLUMNS = ("id", "prompt", "subject", "pair", "role")
 
@@ -149,7 +148,7 @@ def bundled() -> PromptList:
 
 @checked
 def scenes(n: int, seed: int, *, held_out: bool = False) -> PromptList:
-    """Captions of scenes that the toys draw; the subject is the shape.
+    """Captions of scenes that the toys draw, no two equal; the subject is the shape.
 
     >>> scenes(2, seed=0).subjects
     ['...', '...']
@@ -160,9 +159,9 @@ def scenes(n: int, seed: int, *, held_out: bool = False) -> PromptList:
     """
     from dit_lens.toys.scenes import sample_scenes
 
-    if not 1 <= n <= MOST_SCENES:
-        raise PromptError(f"n={n:,} scenes were asked for. Ask for at least 1, and at most {MOST_SCENES:,}.")
-    drawn = sample_scenes(n, seed, held_out=held_out)
+    if n < 1:
+        raise PromptError(f"n={n:,} scenes were asked for. Ask for at least 1.")
+    drawn = sample_scenes(n, seed, held_out=held_out, distinct=True)
     found = (Prompt(scene.caption, id=f"scene-{i}", subject=scene.shape) for i, scene in enumerate(drawn))
     return PromptList(tuple(found))
 

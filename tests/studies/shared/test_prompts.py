@@ -126,6 +126,8 @@ def test_scenes_are_those_of_the_grammar():
     assert all(Scene.parse(text).held_out for text in dl.prompts.scenes(3, 0, held_out=True).texts)
     with pytest.raises(PromptError, match="n=0 scenes were asked for"):
         dl.prompts.scenes(0, 0)
+    with pytest.raises(PromptError, match=r"n=1,000,000 scenes were asked for, and there are \d,\d{3} of training"):
+        dl.prompts.scenes(1_000_000, 0)
 
 
 def test_a_list_of_prompts_is_what_runs_and_studies_take(toy):
