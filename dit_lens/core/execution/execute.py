@@ -52,10 +52,10 @@ if TYPE_CHECKING:
 
 
 class Hook:
-    """Where and when an applied function is called."""
+    """Where and when an applied function is called: at which module, and for which rows of its tensors."""
 
-    def __init__(self, name: str, moment: Moment, branch: str):
-        self.name, self.branch = name, branch
+    def __init__(self, name: str, moment: Moment, branch: str, module: Any, rows: list[int]):
+        self.name, self.branch, self.module, self.rows = name, branch, module, rows
         self.step, self.timestep, self.sigma = moment.step, moment.timestep, moment.sigma
 
 
@@ -168,9 +168,9 @@ def at_module(envoy: Any, visit: Visit, context: Context) -> None:
         elif location["table"] is not None:
             keep_computed(compute_gate(tensor, location, envoy), part, context)
         elif location["half"] is not None:
-            apply_actions(apply_to_part(envoy, tensor, location), part, context)
+            apply_actions(apply_to_part(envoy, tensor, location), part, context, envoy)
         else:
-            edited = apply_actions(tensor, part, context)
+            edited = apply_actions(tensor, part, context, envoy)
             changed = changed if edited is None else replace_tensor(changed, side, location, edited)
     if changed is not value:
         if side == "output":
@@ -194,7 +194,7 @@ def read_out_held(envoy: Any, inputs: tuple[tuple, dict], part: Part, context: C
     return read_out(context.model, envoy, inputs, part["location"], tokens, conditioning, context.image, rule)
 
 
-def apply_actions(value: Any, part: Part, context: Context) -> Any | None:
+def apply_actions(value: Any, part: Part, context: Context, envoy: Any) -> Any | None:
     """Carries out a part's actions in order; returns the edited value, or None when it was only read."""
     location = part["location"]
     tensor = match_rows(to_tokens(value, location), part, context.rows)
@@ -211,7 +211,9 @@ def apply_actions(value: Any, part: Part, context: Context) -> Any | None:
         factor = None if gate is None else select_stream(gate.expand_as(current), location, context.image, rows)[0]
         if action["kind"] != "Read":
             check_sizes(stream, action, part, (context.moment.step, there))
-            hook = Hook(part["name"], context.moment, context.moment.branches[action["branch_index"]])
+            chosen = list(rows) if action["rows"] is None else [rows[row] for row in action["rows"]]
+            branch, module = context.moment.branches[action["branch_index"]], envoy._module  # noqa: SLF001 torch's own
+            hook = Hook(part["name"], context.moment, branch, module, chosen)
             mask = find_mask(stream, action, part, context)
             context.store["touched"].append(edit(stream, action, hook, factor, mask, context))
             if index is not None:

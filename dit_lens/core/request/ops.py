@@ -255,7 +255,8 @@ class MeanAblate(Op):
 class Apply(Op):
     """Calls ``fn(tensor, hook)`` with the chosen elements [row, token, channel]; what it returns replaces them.
 
-    ``hook`` has ``name``, ``step``, ``timestep``, ``sigma`` and ``branch``. The answer is a tensor or an array of the
+    ``hook`` has ``name``, ``step``, ``timestep``, ``sigma`` and ``branch``, and ``module``, the one whose input or
+    output the site is, with ``rows``, where these rows are in its tensors. The answer is a tensor or an array of the
     same shape, or a number for all elements; None changes nothing. A function has no JSON form.
 
     A function is called once for each batch, with the rows of that batch. Where memory runs out, the batch is drawn
