@@ -92,9 +92,11 @@ matched.matched, matched.note
 # ## Objection 2: the next normalisation is the reason
 #
 # Every block begins with a normalisation, which divides a token by its length. If the largest channels are removed, all
-# others become larger after it. Perhaps that breaks the image, and not the missing values. Two arms separate these
-# explanations. **rescaled** removes nothing, and scales the other channels up as the normalisation would. **norm-kept**
-# overwrites the top channels with a fixed pattern of the same statistics, so that the normalisation is unchanged.
+# others become larger after it. Perhaps that breaks the image, and not the missing values. Three arms separate these
+# explanations. **rescaled** removes nothing, and scales the other channels up as the normalisation would.
+# **norm-frozen** zeroes the top channels, and normalisations divide by what they would have divided by before.
+# **norm-kept** overwrites the top channels with a fixed pattern of the same statistics, so that the normalisation is
+# unchanged.
 #
 # ## The study
 #
@@ -165,7 +167,7 @@ print(f"Exercise 1 is solved: {rmse(early, untouched):.0f} grey levels early, {r
 # **Exercise 2.** Make an attenuated arm yourself: `dl.Scale` multiplies channels by `factor`. Zeroing channels moves a
 # token by their length, the square root of their energy; scaling them by f moves it by (1 - f) times their length. The
 # top channels have a share `large` of the energy. Which factor moves tokens as far as zeroing channels with a share
-# `small` does?
+# `small` does? (At one block: a `Scale` at every block would multiply what the block before had scaled.)
 
 # %%
 large = massive.energy_share()["blocks.5.img"]

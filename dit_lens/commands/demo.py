@@ -158,10 +158,11 @@ def _show_disruption(result: Result, k: int, seed: int) -> Section:
         f"against {rows.loc['random', 'fidelity']:.0%} with random channels zeroed. The top hold {held['top']:.0%} of "
         f"the energy, the energy-matched {held['energy-matched']:.0%}: turned down only until tokens move as far as "
         f"with those, the top change the images by {changed['attenuated']}. Overwritten so that the next norm sees "
-        f"the mean and variance of before, they change them by {changed['norm-kept']}; left in place while the others "
-        f"are raised as that norm would raise them, by {changed['rescaled']}."
+        f"the mean and variance of before, they change them by {changed['norm-kept']}; zeroed while norms use the "
+        f"statistics of before, by {changed['norm-frozen']}; left in place while norms raise the others as zeroing "
+        f"would, by {changed['rescaled']}."
     )
-    arms = ["untouched", "top", *CONTROLS, "attenuated", "norm-kept", "rescaled"]
+    arms = ["untouched", "top", *CONTROLS, "attenuated", "norm-kept", "norm-frozen", "rescaled"]
     shown = [result.image(0, seed, k=0 if arm == "untouched" else k, arm=arm) for arm in arms]
     figures = (plots.strip(shown, arms, title="One image, different channels changed"), result.figure())
     code = f"result = studies.disruption(lens, prompts, k={k})\nresult.figure()"

@@ -137,20 +137,32 @@ def describe_disruption(result: Result) -> str:
     equal = partial(decide_claim, result.table, arm="attenuated", over=["energy-matched"])
     by_pixels, by_attributes = equal("rmse"), equal("fidelity", larger=False) if judged else None
     norm = _describe_norm(result.table, rows)
+    frozen = (
+        f"; zeroing them while norms use the statistics they would have had, by {changes['norm-frozen']}"
+        if "norm-frozen" in changes
+        else ""
+    )
     return (
         f"**The claim {compare_damage(result).verdict}.** Zeroing the top channels (energy share "
         f"{top['energy_share']:.2f}) changes images by {changes['top']}; {listed}.\n\n"
         f"{norm}: raising all other channels as the ablation would, with nothing removed, changes images by "
         f"{changes['rescaled']}; overwriting the top channels so that the norm's statistics stay, by "
-        f"{changes['norm-kept']}.\n\n"
+        f"{changes['norm-kept']}{frozen}.\n\n"
         f"Size may be: no other channels hold as much energy (energy-matched reaches a share of "
         f"{rows.loc['energy-matched', 'energy_share']:.2f}). The top channels, scaled down until tokens move as far as "
-        f"with those others zeroed (attenuated), change images by {changes['attenuated']}. That they matter more for "
-        f"their size {by_pixels} by the change of pixels"
-        f"{f' and {by_attributes} by the attributes' if by_attributes else ''}. Pushing "
-        f"tokens in one random direction, as far as zeroing the top would, changes images by "
-        f"{changes['random-direction']}."
+        f"with those others zeroed (attenuated), change images by {changes['attenuated']}{_describe_doses(rows)}. "
+        f"That they matter more for their size {by_pixels} by the change of pixels"
+        f"{f' and {by_attributes} by the attributes' if by_attributes else ''}. Pushing tokens in one random "
+        f"direction, as far as zeroing the top would, changes images by {changes['random-direction']}."
     )
+
+
+def _describe_doses(rows: pd.DataFrame) -> str:
+    """The energy that both edits of one size moved, where it was weighed; rows: of a disruption's summary, by arm."""
+    if "dose" not in rows:
+        return ""
+    dose, other = rows.loc[["attenuated", "energy-matched"], "dose"]
+    return f" (a share of {dose:.2f} of their energy was moved, and {other:.2f} with the others)"
 
 
 def _describe_norm(table: pd.DataFrame, rows: pd.DataFrame) -> str:

@@ -50,6 +50,7 @@ ARMS = {
     "energy-matched": Look("energy-matched", "#CC79A7", "triangle-up"),
     "attenuated": Look("attenuated (top, scaled down)", "#56B4E9", "cross"),
     "norm-kept": Look("norm-kept (top overwritten)", "#A6761D", "pentagon"),
+    "norm-frozen": Look("norm-frozen (top zeroed, norms held)", "#882255", "star-square"),
     "rescaled": Look("rescaled (others raised)", "#7570B3", "hexagram"),
     "random-direction": Look("random-direction (a push)", "#B3A400", "triangle-down"),
     "all": Look("all", "#E69F00", "star"),

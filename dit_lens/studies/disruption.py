@@ -6,19 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from dit_lens.analysis.channels import ChannelSet
 from dit_lens.analysis.metrics import DISTANCES, Distance
 from dit_lens.analysis.metrics.distances import distances as distances_of
 from dit_lens.analysis.metrics.distances import measure_distance
-from dit_lens.core.request.ops import MeanAblate, Op, Read, Scale, Swap, Zero
+from dit_lens.core.request.ops import Op, Read
 from dit_lens.errors import OpError, PromptError, check_choice
 from dit_lens.plots import disruption_figure
-from dit_lens.studies.parts.confounds import make_fill_ops, make_push_ops, make_raise_ops
+from dit_lens.studies.parts.ablations import CONFOUNDS, AblationKind, plan_ablation
+from dit_lens.studies.parts.doses import AGREES, read_doses
 from dit_lens.studies.shared.arguments import (
     as_ks,
     as_prompts,
@@ -42,14 +42,13 @@ from dit_lens.studies.shared.result import Result
 from dit_lens.studies.shared.tables import compare_arms, format_summary, summarise
 
 if TYPE_CHECKING:
+    from dit_lens.analysis.channels import ChannelSet
     from dit_lens.core.request.ops import Pattern, Steps
     from dit_lens.lens import DiTLens
 
-Ablation = Literal["zero", "mean", "resample"]
 Distances = Sequence["str | Distance"]
-CONFOUNDS = ("attenuated", "norm-kept", "rescaled", "random-direction")
 KEYS = ("prompt", "seed", "k", "k_share", "arm", "draw")
-COLUMNS = (*KEYS, "energy_share", "matched")  # what the table has of the study itself
+COLUMNS = (*KEYS, "energy_share", "matched", "dose_intended", "dose")  # what the table has of the study itself
 
 
 def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
@@ -61,7 +60,7 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
     # A psnr has no mean where some images are equal.
     measured = [name for name in settings["distances"] if name != "psnr" and name in table]
     judged = ["fidelity"] if "fidelity" in table else _list_judged(table)
-    held = ["energy_share"] if "energy_share" in table else []
+    held = [name for name in ("energy_share", "dose_intended", "dose") if name in table]
     summary = summarise(edited, ("k", "k_share", "arm"), [*measured, *judged, *held])
     if len(contrasts := compare_arms(edited, ("k",), [*measured, *judged])):
         summary = summary.merge(contrasts, on=["k", "arm"], how="left")
@@ -84,7 +83,7 @@ def disruption(
     score: str = "|mean|",
     site: Pattern = "blocks.*.img",
     steps: Steps = None,
-    ablation: Ablation = "zero",
+    ablation: AblationKind = "zero",
     confounds: bool | Sequence[str] = True,
     distances: Distances = ("rmse", "psnr"),
     judge: Judge | None = None,
@@ -98,22 +97,35 @@ def disruption(
     >>> result = disruption(
     ...     DiTLens.toy(), "a big red circle left on a plain blue background", k=4, draws=1, num_inference_steps=2
     ... )
-    >>> sorted(result.summary["arm"])
-    ['attenuated', 'bottom', 'energy-matched', 'no-op', 'norm-kept', 'random', 'random-direction', 'rescaled', 'top']
+    >>> sorted(result.summary["arm"])  # doctest: +NORMALIZE_WHITESPACE
+    ['attenuated', 'bottom', 'energy-matched', 'no-op', 'norm-frozen', 'norm-kept', 'random', 'random-direction',
+     'rescaled', 'top']
 
     Every image's own sets come from its clean run, averaged over all its steps, and stay fixed. All arms of a batch
     run at one batch shape. Arms: no-op (an edit of no channel, which must change nothing), top, bottom, random
     (``draws`` of them; each one map of channels for all blocks) and energy-matched (other channels, with energy as near
     as can be). Arms for what else could explain the damage, unless ``confounds=False``:
 
-    - attenuated: the top channels scaled down just as far as zeroing the energy-matched ones moves the tokens;
+    - attenuated: the top channels kept just as much smaller as moves tokens as far as zeroing the energy-matched ones;
     - norm-kept: the top channels overwritten by a fixed pattern that leaves the next norm's statistics as they were;
-    - rescaled: nothing removed, all other channels raised as the next norm would raise them;
+    - norm-frozen: the top channels zeroed, while norms use the statistics they would have had without that;
+    - rescaled: nothing removed; norms give out all other channels as large as zeroing the top would make them;
     - random-direction: every token pushed in one random direction, as far as zeroing would move it.
 
     The table has the distances (rmse in grey levels, psnr in dB and missing for equal images), k over the width, the
-    share of energy the ablated channels held, and what the judge says. The summary has the means with their intervals,
-    and ``..._top_minus``: by how much the top arm exceeds the arm of the line, over the same prompts and seeds.
+    share of energy the ablated channels held, the doses, and what the judge says. The summary has the means with their
+    intervals, and ``..._top_minus``: by how much the top arm exceeds the arm of the line, over the same prompts and
+    seeds.
+
+    ``dose`` is how far the run's edits moved the tokens of an image, at the first edited step (conditional branch),
+    averaged over sites: |moved|^2 / |x|^2, where x are the tokens as they would be without the edits here and at
+    earlier blocks, whose outputs pass them on, and moved is what these edits changed together. ``dose_intended`` is
+    what the arm means to give by the energies e of the clean run at that step: sum of e over its channels / sum of e
+    over all; the smaller of the shares of top and energy-matched for attenuated; missing for norm-kept and for
+    ablation by resampling. Of rescaled, which moves nothing, the dose is the share whose zeroing raises the others as
+    much, 1 - 1 / gain^2, by what norms gave out; it and that of norm-frozen are 0 where no norm was found to hold. The
+    notes name arms whose dose is not within 5 % of what was intended. Points with a gate of their own are not weighed.
+
     Confounds are of zeroing, so they run with it alone, and only if ``site`` is the output of blocks.
     Raises OpError or PromptError before anything is drawn.
 
@@ -168,22 +180,27 @@ def disruption(
     total = len(batches) * (2 + len(ks) * (3 + draws + len(extra)))
     meant = find_meant(lens, batches[0].prompts, call, site, steps)
     with StudyCheckpoints("disruption", settings, lens=lens, total=total, out=out, meant=meant) as cells:
+        first = min(lens.outline(prompts[0], **call).select(steps))
         late = skips_first_step(lens, prompts[0], steps, call)
         runner = BatchRunner(lens=lens, call=call, twice=ablation == "resample", late=late)
         measure = Measure(runner=runner, distances=measures, judge=judge)
         reads = make_score_reads(site, score)
         reads += [Read(site, reduce="mean", name="mean")] if ablation == "mean" else []
-        clean = [cells.get(f"{batch.key}/clean", partial(measure.run_clean, batch, reads)) for batch in batches]
+        clean = [cells.get(f"{batch.key}/clean", partial(measure.run_clean, batch, reads, first)) for batch in batches]
         means = average_means(clean) if ablation == "mean" else {}
-        make = partial(make_ops, ablation=ablation, site=site, steps=steps, sites=set(lens.sites()), means=means)
+        ablate = plan_ablation(lens, site, steps, ablation, first, means)
         for batch, cell in zip(batches, clean, strict=True):
-            arms = [(0, Arm("no-op", 0))]
+            arms: list[tuple[int, Arm, Sequence[ChannelSet]]] = [(0, Arm("no-op", 0), ())]
             for size in ks:
                 top = select_top_channels(cell.arrays, size, score)
-                controlled = [*add_controls(top, draws, batch.seed), *(Arm(name, 0, tuple(top)) for name in extra)]
-                arms += [(size, arm) for arm in controlled]
-            for size, arm in arms:
-                edit = partial(measure.run_edited, batch, make(arm, batch.seed), cell, size, arm)
+                controlled = add_controls(top, draws, batch.seed)
+                matched = next(arm.sets for arm in controlled if arm.name == "energy-matched")
+                arms += [(size, arm, matched) for arm in controlled]
+                arms += [(size, Arm(name, 0, tuple(top)), matched) for name in extra]
+            for size, arm, matched in arms:
+                ops = ablate.make_ops(arm, matched, batch.seed)
+                intended = [ablate.intend(arm, matched, row, cell.arrays) for row in range(len(batch.prompts))]
+                edit = partial(measure.run_edited, batch, ops, cell, size, arm, intended)
                 cells.get(f"{batch.key}/{size}/{arm.name}/{arm.draw}", edit)
         return cells.result()
 
@@ -224,19 +241,29 @@ class Measure:
     distances: Mapping[str, Distance]
     judge: Judge | None
 
-    def run_clean(self, batch: PromptBatch, reads: Sequence[Read]) -> Cell:
-        """The untouched images of a batch, and the scores of their channels."""
+    def run_clean(self, batch: PromptBatch, reads: Sequence[Read], first: int) -> Cell:
+        """The untouched images of a batch, and the scores of their channels.
+
+        batch: the prompts and their seed.
+        reads: those from which channels and means are taken.
+        first: the step at which doses are weighed.
+        """
         run = self.runner.run(batch, reads)
         cell = Cell(arrays=average_scores(run, len(batch.prompts)))
+        squares = {site: rms.float().square() for site, rms in run["rms"].items()}
+        cell.arrays |= _pick_step("energy at first", squares, first, len(batch.prompts))
         if "mean" in run:
             cell.arrays |= {f"all/mean/{name}": value.float().numpy() for name, value in run["mean"].items()}
+            cell.arrays |= _pick_step("mean at first", run["mean"], first, len(batch.prompts))
         for row, prompt, image in zip(batch.rows, batch.prompts, run.images, strict=False):
             cell.images[_name_image(row, batch, 0, "untouched")] = image
             measures = ask_judge(self.judge, image, prompt, (*COLUMNS, *self.distances))
             cell.lines.append(_line(prompt, batch.seed, 0, Arm("untouched", 0), measures))
         return cell
 
-    def run_edited(self, batch: PromptBatch, ops: Sequence[Op], clean: Cell, k: int, arm: Arm) -> Cell:
+    def run_edited(
+        self, batch: PromptBatch, ops: Sequence[Op], clean: Cell, k: int, arm: Arm, intended: Sequence[float]
+    ) -> Cell:
         """The images of a batch under the edits of an arm.
 
         batch: the prompts and their seed.
@@ -244,8 +271,10 @@ class Measure:
         clean: cell of the untouched images.
         k: number of channels of the arm.
         arm: the arm.
+        intended: for every image the dose that the arm means to give.
         """
-        cell, images = Cell(), self.runner.run_edited(batch, ops).images
+        run = self.runner.run_edited(batch, ops)
+        cell, images, doses = Cell(), run.images, read_doses(ops, run.receipt)
         for i, (row, prompt) in enumerate(zip(batch.rows, batch.prompts, strict=True)):
             before, after = clean.images[_name_image(row, batch, 0, "untouched")], images[i]
             measures: dict[str, Any] = {
@@ -255,6 +284,7 @@ class Measure:
             if arm.sets:
                 held = float(np.mean(list(arm.sets[i].energy_share().values())))
                 measures |= {"energy_share": held, "matched": arm.sets[i].matched}
+            measures |= {"dose_intended": intended[i], "dose": doses.get(i, np.nan if arm.sets else 0.0)}
             measures |= ask_judge(self.judge, after, prompt, (*COLUMNS, *self.distances))
             cell.lines.append(_line(prompt, batch.seed, k, arm, measures))
             if arm.draw == 0:
@@ -272,68 +302,17 @@ def average_means(clean: Iterable[Cell]) -> dict[str, Any]:
     return {site: torch.from_numpy(mean) for site, mean in means.items()}
 
 
-def make_ops(
-    arm: Arm,
-    seed: int,
-    *,
-    ablation: str,
-    site: Pattern,
-    steps: Steps,
-    sites: set[str],
-    means: Mapping[str, Any],
-) -> list[Op]:
-    """The ops of an arm, for every image of a batch.
-
-    arm: the arm, with a set of channels for every image.
-    seed: seed of the batch.
-    ablation: "zero", "mean" or "resample".
-    site: sites whose channels are ablated.
-    steps: denoising steps at which they are ablated.
-    sites: names of all sites of the model.
-    means: site -> [s, d], for ablation by the mean.
-    """
-    if not arm.sets:
-        return [Zero(site, channels=[], steps=steps)]
-    ops: list[Op] = []
-    for row, one in enumerate(arm.sets):
-        if arm.name == "attenuated":
-            ops += attenuate(one, seed, row, steps)
-        elif arm.name == "norm-kept":
-            ops += make_fill_ops(one, row, seed, steps)
-        elif arm.name == "rescaled":
-            ops += make_raise_ops(one, row, steps, sites)
-        elif arm.name == "random-direction":
-            ops += make_push_ops(one, row, seed, steps)
-        elif ablation == "mean":
-            ops.append(MeanAblate(site, channels=one, rows=row, steps=steps, mean=means))
-        elif ablation == "resample":
-            other = len(arm.sets) + (row + 1) % len(arm.sets)
-            ops.append(Swap(site, channels=one, rows=row, steps=steps, source=f"row:{other}", branch="both"))
-        else:
-            ops.append(Zero(site, channels=one, rows=row, steps=steps))
-    return ops
-
-
-def attenuate(top: ChannelSet, seed: int, row: int, steps: Steps) -> list[Scale]:
-    """Scales the top channels down as far as zeroing the energy-matched control moves the tokens.
-
-    top: the top channels of an image.
-    seed: seed of the control.
-    row: row of the batch that is edited.
-    steps: denoising steps.
-    """
-    held, reached = top.energy_share(), top.energy_matched(seed).energy_share()
-    # Zeroing channels that hold a share e of a token's energy moves it by sqrt(e) of its norm; scaling them by a factor
-    # f moves it by (1 - f) sqrt(e).
-    return [
-        Scale(site, channels=chosen, rows=row, steps=steps, factor=1 - min(1.0, reached[site] / held[site]) ** 0.5)
-        for site, chosen in top.items()
-        if held[site]
-    ]
-
-
 def _name_image(row: int, batch: PromptBatch, k: int, arm: str) -> str:
     return str(ImageKey(row, batch.seed, k=k, arm=arm))
+
+
+def _pick_step(name: str, values: Mapping[str, Any], step: int, rows: int) -> dict[str, np.ndarray]:
+    """Reductions [s, b, d] at one step, for each image: "row/name/site" -> [d]."""
+    return {
+        f"{row}/{name}/{site}": value[step, row].float().numpy()
+        for site, value in values.items()
+        for row in range(rows)
+    }
 
 
 def _line(prompt: str, seed: int, k: int, arm: Arm, measures: Mapping[str, Any]) -> dict[str, Any]:
@@ -357,6 +336,7 @@ def _notes(table: pd.DataFrame, edited: pd.DataFrame, settings: Mapping[str, Any
         return [*notes, "no image was edited yet"]
     floor = edited.loc[edited["arm"] == "no-op", "rmse"].max()
     notes.append(f"noise floor: an edit of no channel changes images by rmse {floor:g}")
+    notes += describe_doses(edited)
     notes += _describe_differences(edited, "top", ("bottom", "random", "energy-matched"))
     matched = edited[edited["arm"] == "energy-matched"]
     if len(matched) and not matched["matched"].astype(bool).all():
@@ -371,6 +351,27 @@ def _notes(table: pd.DataFrame, edited: pd.DataFrame, settings: Mapping[str, Any
         notes.append("norm-kept leaves two numbers per token, which is all that one or two channels held: take k >= 3")
     if "fidelity" in table:
         notes.append(f"untouched images: fidelity {table.loc[table['arm'] == 'untouched', 'fidelity'].mean():.3f}")
+    return notes
+
+
+def describe_doses(edited: pd.DataFrame) -> list[str]:
+    """Which arms gave another dose than they intended, for every k.
+
+    edited: table of a disruption, without untouched images; results of earlier releases have no doses.
+    """
+    if "dose" not in edited:
+        return []
+    means = edited[edited["k"] > 0].groupby(["k", "arm"], sort=False)[["dose_intended", "dose"]].mean()
+    given = means.dropna()
+    off = given[(given["dose"] - given["dose_intended"]).abs() > AGREES * given["dose_intended"]]
+    notes = [
+        f"k={k}: {arm} gave a dose of {dose:.3g} where {meant:.3g} was intended ({dose / meant - 1:+.0%})"
+        for (k, arm), meant, dose in off.itertuples(name=None)
+    ]
+    if len(given) and not notes:
+        notes = [f"every arm gave the dose it intended, within {AGREES:.0%} (arms that intend none: see dose)"]
+    if len(lacking := means.index[means["dose"].isna()].unique("arm")):
+        notes.append(f"doses were not weighed: {', '.join(lacking)}")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""Edits that answer two objections to zeroing massive channels: the next norm, and the size of the change.
+"""Edits that answer objections to zeroing massive channels: the size of the change, and the next norm.
 
 Tensors are [row, token, channel]; ``top`` are the channels that would be zeroed. The functions are pure; the ops that
 carry them out remember, within one forward pass, what they did at the site before.
@@ -6,7 +6,7 @@ carry them out remember, within one forward pass, what they did at the site befo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,23 +43,20 @@ def fill_top(x: Tensor, top: Sequence[int], seed: int = 0) -> Tensor:
     return new
 
 
-def raise_others(x: Tensor, top: Sequence[int]) -> Tensor:
-    """Raises all channels but the top, as much as the next norm raises them when the top are zeroed.
+def attenuate(x: Tensor, top: Sequence[int], size: Tensor) -> Tensor:
+    """Scales the top channels by one factor, so that all tokens together move by a size; they are zeroed at most.
 
-    >>> raise_others(torch.tensor([[[4.0, 3.0, 0.0]]]), [0])[0, 0].tolist()
-    [4.0, 5.0, 0.0]
+    >>> attenuate(torch.tensor([[[4.0, 3.0, 1.0]]]), [0, 1], torch.tensor([2.5]))[0, 0].tolist()
+    [2.0, 1.5, 1.0]
 
-    The factor of a token is its norm over the norm of what the zeroing leaves: that of RMSNorm, and of LayerNorm but
-    for the shift of its mean. The norm that reads the result takes part of it back, since the top are still there and
-    all it gives out has one length: with a share s of the energy in the top, the others come out 1 / sqrt(1 - s^2)
-    times as large as without an edit and the top 1 / sqrt(1 + s) times; zeroing makes it 1 / sqrt(1 - s) for the
-    others. No input of a norm does more while it keeps the top.
+    x: [row, token, channel].
+    top: the channels that are scaled.
+    size: the root of the summed squares by which each row moves, [row].
     """
-    rest = x.float().clone()
-    rest[..., list(top)] = 0
-    whole, left = (torch.linalg.vector_norm(part.float(), dim=-1, keepdim=True) for part in (x, rest))
-    new = (x * torch.where(left > 0, whole / left, 1)).to(x.dtype)
-    new[..., list(top)] = x[..., list(top)]
+    held = torch.linalg.vector_norm(x[..., list(top)].float(), dim=(-2, -1))
+    factor = 1 - torch.where(held > 0, size / held, 0).clamp_max(1)
+    new = x.clone()
+    new[..., list(top)] = (x[..., list(top)] * factor[..., None, None]).to(x.dtype)
     return new
 
 
@@ -79,6 +76,36 @@ def make_push(x: Tensor, top: Sequence[int], seed: int = 0) -> Tensor:
     return (size * direction / direction.norm()).to(x.dtype)
 
 
+def make_attenuated_ops(
+    channels: Mapping[str, Sequence[int]], others: Mapping[str, Sequence[int]], row: int, steps: Steps
+) -> list[Apply]:
+    """Keeps the top channels as much smaller as moves tokens as far as zeroing others would: see :func:`attenuate`.
+
+    What zeroing takes from a channel at one site is lost at later ones, also where these zero other channels.
+
+    channels: site -> channels that are scaled.
+    others: site -> channels that would be zeroed.
+    row: row of the batch that is edited.
+    steps: denoising steps.
+    """
+    return [op for part in split_streams(channels) for op in _make_attenuated_ops(part, others, row, steps)]
+
+
+def _make_attenuated_ops(
+    channels: Mapping[str, Sequence[int]], others: Mapping[str, Sequence[int]], row: int, steps: Steps
+) -> list[Apply]:
+    first = next(iter(channels))
+    lost: dict[str, Tensor] = {}  # by branch: what zeroing the others would have taken from tokens so far
+
+    def shift(x: Tensor, hook: Any) -> Tensor:
+        loss = torch.zeros_like(x) if hook.name == first else lost[hook.branch].clone()
+        loss[..., list(others[hook.name])] = x[..., list(others[hook.name])]
+        lost[hook.branch] = loss
+        return attenuate(x, channels[hook.name], torch.linalg.vector_norm(loss.float(), dim=(-2, -1))) - x
+
+    return make_shift_ops(channels, row, steps, shift)
+
+
 def make_fill_ops(channels: Mapping[str, Sequence[int]], row: int, seed: int, steps: Steps) -> list[Apply]:
     """Zeroing with the norm's statistics kept: see :func:`fill_top`.
 
@@ -87,90 +114,55 @@ def make_fill_ops(channels: Mapping[str, Sequence[int]], row: int, seed: int, st
     seed: seed of the pattern.
     steps: denoising steps.
     """
-    return [
-        Apply(site, rows=row, steps=steps, fn=lambda x, _, top=top: fill_top(x, top, seed))
-        for site, top in channels.items()
-    ]
+    return make_shift_ops(channels, row, steps, lambda x, hook: fill_top(x, channels[hook.name], seed) - x)
 
 
 def make_push_ops(channels: Mapping[str, Sequence[int]], row: int, seed: int, steps: Steps) -> list[Apply]:
     """Keeps every token as far from where it would be as zeroing would, in a random direction: see :func:`make_push`.
-
-    Blocks pass on what they receive, so each site takes back the push of the site before.
 
     channels: site -> channels that would be zeroed.
     row: row of the batch that is edited.
     seed: seed of the direction.
     steps: denoising steps.
     """
-    return [op for part in _split_streams(channels) for op in _make_push_ops(part, row, seed, steps)]
+    return make_shift_ops(channels, row, steps, lambda x, hook: make_push(x, channels[hook.name], seed))
 
 
-def _make_push_ops(channels: Mapping[str, Sequence[int]], row: int, seed: int, steps: Steps) -> list[Apply]:
-    first = next(iter(channels))
-    pushes: dict[str, Tensor] = {}  # by branch, since branches take turns within a site
-
-    def push(x: Tensor, hook: Any) -> Tensor:
-        if hook.name != first:
-            x = x - pushes[hook.branch]
-        pushes[hook.branch] = make_push(x, channels[hook.name], seed)
-        return x + pushes[hook.branch]
-
-    return [Apply(site, rows=row, steps=steps, fn=push) for site in channels]
-
-
-def make_raise_ops(
-    channels: Mapping[str, Sequence[int]], row: int, steps: Steps, sites: Collection[str]
+def make_shift_ops(
+    channels: Mapping[str, Sequence[int]], row: int, steps: Steps, shift: Callable[[Tensor, Any], Tensor]
 ) -> list[Apply]:
-    """What reads a site sees the others raised as zeroing would raise them, and the top kept: see :func:`raise_others`.
+    """Keeps every token away from where it would be, by a shift that is made anew at each site.
 
-    The residual stream itself stays: a block's output is given without what its input was raised by, so that factors
-    do not pile up from block to block.
+    Blocks pass on what they receive, so each site takes back the shift of the site before. Else shifts pile up: scaling
+    by f at each of n blocks leaves f^n of what entered the first.
 
-    channels: site -> channels that would be zeroed.
+    channels: site -> channels, of which the sites count.
     row: row of the batch that is edited.
     steps: denoising steps.
-    sites: names of the model's sites; the next block's input and the final norm's are edited.
+    shift: (where tokens would be [row, token, channel], hook) -> by how much they are moved.
     """
-    return [op for part in _split_streams(channels) for op in _make_raise_ops(part, row, steps, sites)]
+    return [op for part in split_streams(channels) for op in _make_shift_ops(part, row, steps, shift)]
 
 
-def _make_raise_ops(
-    channels: Mapping[str, Sequence[int]], row: int, steps: Steps, sites: Collection[str]
+def _make_shift_ops(
+    channels: Mapping[str, Sequence[int]], row: int, steps: Steps, shift: Callable[[Tensor, Any], Tensor]
 ) -> list[Apply]:
-    raised: dict[str, Tensor] = {}  # by branch
-    ops = []
-    for site, top in channels.items():
+    first = next(iter(channels))
+    shifts: dict[str, Tensor] = {}  # by branch, since branches take turns within a site
 
-        def lift(x: Tensor, hook: Any, top: Sequence[int] = top) -> Tensor:
-            new = raise_others(x, top)
-            raised[hook.branch] = new - x
-            return new
+    def move(x: Tensor, hook: Any) -> Tensor:
+        if hook.name != first:
+            x = x - shifts[hook.branch]
+        shifts[hook.branch] = shift(x, hook)
+        return x + shifts[hook.branch]
 
-        def lower(x: Tensor, hook: Any) -> Tensor:
-            return x - raised[hook.branch]
-
-        reader, after = find_reader(site, sites)
-        if reader:
-            ops.append(Apply(reader, rows=row, steps=steps, fn=lift))
-        if after:
-            ops.append(Apply(after, rows=row, steps=steps, fn=lower))
-    return ops
+    return [Apply(site, rows=row, steps=steps, fn=move) for site in channels]
 
 
-def _split_streams(channels: Mapping[str, Sequence[int]]) -> list[dict[str, Sequence[int]]]:
-    """The channels of image and text sites apart: their tokens are others, and so is what is remembered of them."""
+def split_streams(channels: Mapping[str, Sequence[int]]) -> list[dict[str, Sequence[int]]]:
+    """The channels of image and text sites apart: their tokens are others, and so is what is remembered of them.
+
+    channels: site -> channels.
+    """
     names = dict.fromkeys(site.split(".")[2] for site in channels)
     return [{site: top for site, top in channels.items() if site.split(".")[2] == name} for name in names]
-
-
-def find_reader(site: str, sites: Collection[str]) -> tuple[str | None, str | None]:
-    """What reads a block's output, and where that is passed on: the next block with the stream, or the final norm.
-
-    The last block's text is read by nothing.
-    """
-    _, block, stream = site.split(".")
-    later = (other.split(".") for other in sites if other.endswith(f".{stream}.resid_pre"))
-    if number := min((int(other[1]) for other in later if int(other[1]) > int(block)), default=None):
-        return f"blocks.{number}.{stream}.resid_pre", f"blocks.{number}.{stream}"
-    return (f"final.{stream}", None) if f"final.{stream}" in sites else (None, None)
