@@ -39,7 +39,7 @@ def write_call(study: str, settings: Mapping[str, Any]) -> str:
         if name in settings and name not in LEFT_OUT:
             value = _write_argument(name, settings[name], parameter.default)
             lines += [] if value is None else [value if parameter.default is parameter.empty else f"{name}={value}"]
-    if (judge := settings.get("judge", STOCK_JUDGE)) != STOCK_JUDGE:
+    if (judge := settings.get("judge")) not in (None, STOCK_JUDGE):
         lines.append(f"judge=...,  # {judge}")
     lines += [f"{name}={value!r}" for name, value in settings.get("call", {}).items()]
     arguments = "".join(f"    {line},\n" for line in lines)
