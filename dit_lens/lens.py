@@ -198,7 +198,7 @@ class DiTLens(Session):
         mad: instead of k, those whose score lies this many median absolute deviations above the median, so that a site
             may have none.
         score: any reduction that gives one number per channel: "|mean|" (the paper's), "mean|x|", "rms", "max",
-            "p99.9".
+            "p99.9"; or "relevance", how much the prediction depends on a channel (gradient x activation).
         site: where channels are looked for.
         steps: which denoising steps count; all by default.
         call: as in :meth:`run`. Conditional branch only.

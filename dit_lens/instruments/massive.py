@@ -14,6 +14,7 @@ from dit_lens.analysis.subjects import distance_from_border, threshold
 from dit_lens.core.request.ops import Pattern, Read, Steps
 from dit_lens.core.request.reduce import parse
 from dit_lens.errors import OpError, check_choice, show
+from dit_lens.instruments.relevance import RELEVANCE, read_relevance
 
 if TYPE_CHECKING:
     from dit_lens.core.session import Session
@@ -34,12 +35,18 @@ def find_massive_channels(
     **call: Any,
 ) -> ChannelSet:
     """See :meth:`dit_lens.DiTLens.massive_channels`."""
-    check_score(score)
-    ops = [Read(site, reduce=score, steps=steps, name="score"), Read(site, reduce="rms", steps=steps, name="rms")]
+    if score != RELEVANCE:
+        check_score(score)
+    ops = [Read(site, reduce="rms", steps=steps, name="rms")]
     widths = {name: lens.anatomy.channels(lens.anatomy.site(name)) for name in lens.sites(site)}
     rule = rule_of(widths, k, share, mad)
-    run = lens.run(prompt, ops, **call)
-    scores = {name: value.float().mean((0, 1)) for name, value in run["score"].items()}
+    if score == RELEVANCE:
+        scored = read_relevance(lens, prompt, site, steps=steps, **call)
+        run = lens.run(prompt, ops, **{**call, "seed": scored.run.spec["seed"]})
+    else:
+        run = lens.run(prompt, [Read(site, reduce=score, steps=steps, name="score"), *ops], **call)
+        scored = run["score"]
+    scores = {name: value.float().mean((0, 1)) for name, value in scored.items()}
     energy = {name: value.float().square().mean((0, 1)) for name, value in run["rms"].items()}
     return rule(scores, energy, score=score)
 
