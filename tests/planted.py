@@ -1,9 +1,13 @@
 """Models whose truth is known: what massive channels do in them was built in by hand.
 
-Both are FLUX pipelines that draw the scene of their prompt exactly, and both have sixteen massive channels.
+All are FLUX pipelines. Carrier and detail have sixteen massive channels and draw the scene of their prompt exactly, the
+others a part of it.
 
-carrier  the massive channels hold the image, token by token; the rest scales faint detail.
-detail   the image is spread over the ordinary channels; the massive ones hold a constant that adds faint detail.
+carrier    the massive channels hold the image, token by token; the rest scales faint detail.
+detail     the image is spread over the ordinary channels; the massive ones hold a constant that adds faint detail.
+direction  one direction, which is no channel, holds all that is drawn; half of it lies in eight channels, so they are
+           massive.
+channels   every one of sixteen massive channels holds a part of what is drawn; nothing reads the energy of others.
 """
 
 from dataclasses import replace
@@ -112,6 +116,51 @@ class DetailOnly(Planted):
 
     def read(self, x):
         return x[..., self.massive :] @ self.spread + FAINT * (x[..., : self.massive] / AMPLITUDE - 1)
+
+
+class Direction(Planted):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        along = torch.full((self.inner_dim,), (0.5 / (self.inner_dim - 8)) ** 0.5)
+        along[:8] = 0.25
+        self.register_buffer("along", along)  # [d], of length 1
+        self.register_buffer("unread", spread_beside(along[:, None], 3))
+
+    def code(self, image):
+        said = image.mean(-1, keepdim=True) + 0.7
+        return AMPLITUDE * (said * self.along + add_unread(image, self.unread, 0.5))
+
+    def read(self, x):
+        return (x @ self.along / AMPLITUDE - 0.7)[..., None].expand(*x.shape[:2], self.massive)
+
+
+class Channels(Planted):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("unread", spread_beside(torch.eye(self.inner_dim)[:, : self.massive], 4))
+
+    def code(self, image):
+        sign = 1.0 - 2 * (torch.arange(self.massive) % 2)  # so that the tokens' mean is no pattern of the image's
+        rest = torch.zeros(*image.shape[:2], self.inner_dim - self.massive)
+        return AMPLITUDE * (torch.cat([0.5 * image + sign, rest], -1) + add_unread(image, self.unread, 1.0))
+
+    def read(self, x):
+        said = 2 * x[..., : self.massive] / AMPLITUDE
+        return said - said.mean(1, keepdim=True)
+
+
+def spread_beside(taken, count):
+    """Some directions that lie across all channels, [d, count], orthonormal and orthogonal to those taken [d, m]."""
+    width = len(taken)
+    drawn = torch.randn(width, count, generator=torch.Generator().manual_seed(1))
+    return torch.linalg.qr(torch.cat([taken, drawn], 1))[0][:, taken.shape[1] :]
+
+
+def add_unread(image, directions, size):
+    """Energy along directions that nothing reads: signs that change from token to token, and cancel over tokens."""
+    tokens = torch.arange(image.shape[1])
+    signs = torch.stack([1.0 - 2 * (tokens // 2**i % 2) for i in range(directions.shape[1])], 1)
+    return (size * signs @ directions.T).expand(len(image), -1, -1)
 
 
 # It makes its prediction by itself, not by the final norm and projection.

@@ -1,6 +1,7 @@
 """Plotly figures made of plain data: import every figure from here; nothing is shown or printed."""
 
 from dit_lens.old_names import find_old_names
+from dit_lens.plots.basis import basis_figure
 from dit_lens.plots.carrier_or_detail import carrier_or_detail_figure
 from dit_lens.plots.channels import block_channel_map, channel_histogram, channel_spectrum
 from dit_lens.plots.disruption import disruption_figure
@@ -16,6 +17,7 @@ from dit_lens.plots.write_attribution import write_attribution_figure
 __all__ = [
     "ARMS",
     "TEMPLATE",
+    "basis_figure",
     "block_channel_map",
     "carrier_or_detail_figure",
     "channel_histogram",

@@ -3,6 +3,7 @@
 from typing import Any
 
 from dit_lens.old_names import warn_of_old_name
+from dit_lens.studies.basis import basis
 from dit_lens.studies.carrier_or_detail import carrier_or_detail
 from dit_lens.studies.disruption import disruption
 from dit_lens.studies.organisation import organisation
@@ -25,6 +26,7 @@ __all__ = [
     "ImageKey",
     "Result",
     "Thresholds",
+    "basis",
     "carrier_or_detail",
     "disruption",
     "organisation",

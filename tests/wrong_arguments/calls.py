@@ -211,6 +211,7 @@ def _pictures():
         "carrier_or_detail_figure": ["block", "arm", "n", "carrier"],
         "write_attribution_figure": ["block", "arm", "n", "share"],
         "sweep_figure": ["k", "arm", "n", "rmse"],
+        "basis_figure": ["k", "arm", "n", "energy_share", "rmse"],
     }
     tables = {name: pd.DataFrame([dict.fromkeys(columns, 1.0) | {"arm": "top"}]) for name, columns in summaries.items()}
     options = {
@@ -602,6 +603,20 @@ def _studies(lens):
         "studies.stability": (
             None,
             {**common, "scores": ["rms", "|mean|"], "steps": None, "stable": 0.9, "protocol": None},
+        ),
+        "studies.basis": (
+            None,
+            {
+                **common,
+                "energies": [0.5],
+                "bases": ["components"],
+                "draws": 1,
+                "score": "rms",
+                "steps": None,
+                "ablation": "zero",
+                "distances": ["rmse"],
+                "judge": None,
+            },
         ),
         "studies.write_attribution": (None, {**common, "site": "blocks.-1.img", "steps": None}),
         "studies.carrier_or_detail": (

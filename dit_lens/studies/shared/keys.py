@@ -12,6 +12,7 @@ from dit_lens.arguments.checks import checked, checked_fields
 _FORMS = (
     (),
     ("k", "arm"),  # disruption
+    ("arm", "part"),  # basis
     ("k", "arm", "part", "strength"),  # transfer, transfer_image
     ("step", "block", "arm"),  # organisation
     ("step", "block", "arm", "draw"),
@@ -49,7 +50,7 @@ class ImageKey:
     column: column of a map of patches: a step, a group of channels, a head, or the number of a tile.
     arm: what was done, such as "top", or what else the image shows, such as "source", "untouched" or "truth".
     draw: number of a random draw; the first draw of an arm has None.
-    part: part of the channels or of the image that was edited, such as "mean", "masked" or "whole".
+    part: part of the channels, of the image or of the energy that was edited, such as "mean", "masked" or "whole".
     strength: strength of the edit.
     """
 

@@ -118,6 +118,9 @@ def test_methods_and_studies_that_are_made_of_runs_work_there(lenses, served):
     assert len(served) == 2
     local, remote = (dl.studies.disruption(lens, ["red"], k=3, draws=1, seeds=[0]) for lens in lenses)
     assert local.summary.equals(remote.summary)
+    bases = {"bases": ["components", "mean-direction"], "k": 3, "ablation": "mean"}
+    local, remote = (dl.studies.basis(lens, ["red"], **bases) for lens in lenses)
+    assert local.summary.equals(remote.summary)
     inside = np.zeros((8, 12), bool)
     inside[2:6, 3:9] = True
     organisation = dl.studies.organisation(there, ["red"], k=3, draws=1, masks=[inside], words="red", steps=[-1])
@@ -165,6 +168,14 @@ def test_mistakes_are_found_before_anything_is_sent(lenses, served):
 def test_what_needs_weights_is_refused(lenses, served, work):
     with pytest.raises(ExecutionError, match=r"needs? the model's weights on this machine.*DiTLens\.from_pretrained"):
         work(lenses[1])
+    assert served == []
+
+
+def test_relevant_channels_need_weights(lenses, served):
+    with pytest.raises(
+        ExecutionError, match=r"need the model's weights on this machine.*Leave 'relevant' out of bases="
+    ):
+        dl.studies.basis(lenses[1], ["red"], k=3)
     assert served == []
 
 
