@@ -24,7 +24,7 @@ from dit_lens.instruments.massive import check_score
 from dit_lens.plots import basis_figure
 from dit_lens.studies.parts.direction_arms import BASES, DirectionArm, DirectionFinder, list_arms
 from dit_lens.studies.parts.directions import make_removal_ops, share_removed
-from dit_lens.studies.parts.equal_energy import compare_with_top, describe_comparison
+from dit_lens.studies.parts.equal_energy import compare_with_top, describe_comparison, summarise_comparison
 from dit_lens.studies.shared.arguments import as_ks, as_prompts, as_seeds, as_tuple, check_draws, check_once, find_meant
 from dit_lens.studies.shared.batches import BatchRunner, PromptBatch, make_batches, skips_first_step
 from dit_lens.studies.shared.cells import Cell
@@ -58,9 +58,8 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
     edited = table[table["arm"] != "untouched"]
     if edited.empty:
         return Result("basis", table, edited, dict(settings), images, notes=["no image was edited yet"])
-    excess = [name for name in table if name.endswith("_top_minus") and table[name].notna().any()]
-    summary = summarise(edited, ("arm", "level"), ["k", "energy_share", *measures, *excess])
-    summary = summary.drop(columns=["k_low", "k_high"])
+    summary = summarise(edited, ("arm", "level"), ["k", "energy_share", *measures]).drop(columns=["k_low", "k_high"])
+    summary = summary.merge(summarise_comparison(table, ("level",), measures), on=["arm", "level"], how="left")
     return Result("basis", table, summary, dict(settings), images, notes=_notes(table))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from dit_lens.analysis.metrics import bootstrap_ci
-from dit_lens.studies.shared.tables import format_summary, summarise
+from dit_lens.analysis.metrics.intervals import holm
+from dit_lens.studies.shared.tables import compare_arms, format_summary
 
 OTHERS = ("rotation", "components", "mean-direction")  # directions that are no channels
 WITHOUT = ("untouched", "no-op", "top")  # arms that are not compared
@@ -41,44 +42,62 @@ def compare_with_top(table: pd.DataFrame, measures: Sequence[str]) -> pd.DataFra
     return table
 
 
+def summarise_comparison(table: pd.DataFrame, by: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
+    """By how much the top channels exceed every arm at equal energy, with intervals: see ``compare_arms``.
+
+    Returns one row for every arm and ``by``: these, and for every measure ``measure_top_minus`` with its ``_low``,
+    ``_high`` and ``_p``. Rows of one image are averaged.
+
+    table: as :func:`compare_with_top` returned it.
+    by: columns whose values a group shares, besides the arm.
+    measures: columns to compare.
+    """
+    found = pd.DataFrame(columns=["arm", *by])
+    for measure in measures:
+        known = table.dropna(subset=[f"{measure}_top_minus"])
+        known = known.assign(against=known["arm"], **{measure: known[measure].astype(float)})
+        top = known.assign(arm="top", **{measure: known[measure] + known[f"{measure}_top_minus"]})
+        both = pd.concat([known.assign(arm="other"), top])
+        contrasts = compare_arms(both, ("against", *by), [measure])
+        if len(contrasts):
+            contrasts = contrasts.drop(columns="arm").rename(columns={"against": "arm"})
+            found = found.merge(contrasts, on=["arm", *by], how="outer")
+    return found
+
+
 def describe_comparison(table: pd.DataFrame) -> list[str]:
-    """What the comparison at equal energy says in words, averaged over levels within each image; nothing without arms.
+    """What the comparison at equal energy says in words, over all levels of each image; nothing without arms.
 
     table: as :func:`compare_with_top` returned it.
     """
     compared = table[~table["arm"].isin(WITHOUT)]
     if compared.empty:
         return []
-    notes, column = [], "rmse_top_minus"
-    missing = int(compared[column].isna().sum())
-    if missing:
+    notes = []
+    if missing := int(compared["rmse_top_minus"].isna().sum()):
         notes.append(
             f"{missing} of {len(compared)} measurements are compared with nothing: top never removed as much energy"
         )
-    known = compared.dropna(subset=[column])
-    if known.empty:
+    found = summarise_comparison(table, (), ["rmse"])
+    if found.empty:
         return notes
-    means = known.groupby(["prompt", "seed", "arm"], sort=False, as_index=False)[column].mean()
-    shown = format_summary(summarise(means, ("arm",), [column]))
-    differences = ", ".join(f"{more} more than {arm}" for arm, more in zip(shown["arm"], shown[column], strict=True))
-    notes.append(f"at equal energy top changes images by rmse {differences} (paired, mean over levels)")
-    return [*notes, _answer(means[means["arm"].isin(OTHERS)], column)]
+    shown = format_summary(found)
+    differences = zip(shown["arm"], shown["rmse_top_minus"], strict=True)
+    text = ", ".join(f"{more} more than {arm}" for arm, more in differences)
+    notes.append(f"at equal energy top changes images by rmse {text} (paired, mean over levels)")
+    return [*notes, _answer(found[found["arm"].isin(OTHERS)])]
 
 
-def _answer(means: pd.DataFrame, column: str) -> str:
-    """Channels, directions or undecided: one sentence."""
-    arms = list(dict.fromkeys(means["arm"]))
+def _answer(found: pd.DataFrame) -> str:
+    """Channels, directions or undecided: one sentence. One arm above top is enough, so p-values are corrected."""
+    arms = found["arm"].tolist()
     if not arms:
         return "channels or directions? not asked: no arm removes directions that are no channels"
-    # One arm above top is enough for an answer, so each is held to a stricter level (Bonferroni).
-    bounds = {}
-    for arm in arms:
-        of_arm = means[means["arm"] == arm]
-        bounds[arm] = bootstrap_ci(
-            of_arm[column].to_numpy(float), groups=of_arm["prompt"].to_numpy(), level=1 - 0.05 / len(arms)
-        )
-    if above := [arm for arm in arms if bounds[arm].high < 0]:
-        return f"channels or directions? directions: at equal energy more than top changes images: {', '.join(above)}"
-    if all(bounds[arm].low > 0 for arm in arms):
+    certain = np.asarray(holm(found["rmse_top_minus_p"])) < 0.05
+    above, below = (certain & (sign * found["rmse_top_minus"].to_numpy() > 0) for sign in (-1, 1))
+    if above.any():
+        names = ", ".join(itertools.compress(arms, above))
+        return f"channels or directions? directions: at equal energy more than top changes images: {names}"
+    if below.all():
         return f"channels or directions? channels: at equal energy top changes images more than {', '.join(arms)}"
     return "channels or directions? undecided: at equal energy no basis is above top for certain, and not all are below"
