@@ -251,7 +251,8 @@ def describe_sizes(result: Result) -> str:
     said = " x ".join(counts)
     if {"arm", "draw"} <= set(table):
         draws = table.groupby("arm")["draw"].nunique()
-        repeated = [f"{_count(n, 'draw')} of {arm}" for arm, n in draws.items() if arm in ("random", "energy-matched")]
+        drawn = draws[draws.index.isin(["random", "energy-matched"])]
+        repeated = [f"{_count(int(n), 'draw')} of {arm}" for arm, n in drawn.items()]
         said += f"; {', '.join(repeated)}" if repeated else ""
     return f"*Size:* {said}."
 

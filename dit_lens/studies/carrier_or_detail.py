@@ -27,7 +27,14 @@ from dit_lens.studies.parts.evidence import (
     weigh_variance,
 )
 from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_draws, check_k, describe_k, find_meant
-from dit_lens.studies.shared.arms import Arm, add_controls, average_scores, make_score_reads, select_common_channels
+from dit_lens.studies.shared.arms import (
+    Arm,
+    add_controls,
+    average_scores,
+    count_arms,
+    make_score_reads,
+    select_common_channels,
+)
 from dit_lens.studies.shared.batches import PromptBatch, make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
@@ -167,12 +174,12 @@ def carrier_or_detail(
         "probed": {"steps": steps, "sites": sites},
     }
     edit = EditStudy(lens=lens, site=site, score=score, judge=judge, call=call)
-    total = len(batches) * 2 * (6 + draws)
+    total = len(batches) * 2 * (3 + count_arms(draws))
     meant = find_meant(lens, batches[0].prompts, call, site)
     with StudyCheckpoints("carrier_or_detail", settings, lens=lens, total=total, out=out, meant=meant) as cells:
         clean = [cells.get(f"{batch.key}/clean", partial(edit.run_clean, batch)) for batch in batches]
         common = select_common_channels([cell.arrays for cell in clean], k, score)
-        edits = _list_edits(add_controls([common], draws, 0))
+        edits = _list_edits(add_controls([common], draws, 0, ["all prompts"]))
         for batch, cell in zip(batches, clean, strict=True):
             cells.get(f"{batch.key}/values", partial(edit.read_values, batch, edits, steps, sites))
             for arm, part in edits:

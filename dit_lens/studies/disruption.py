@@ -29,7 +29,15 @@ from dit_lens.studies.shared.arguments import (
     describe_k,
     find_meant,
 )
-from dit_lens.studies.shared.arms import DRAWS, Arm, add_controls, average_scores, make_score_reads, select_top_channels
+from dit_lens.studies.shared.arms import (
+    DRAWS,
+    Arm,
+    add_controls,
+    average_scores,
+    count_arms,
+    make_score_reads,
+    select_top_channels,
+)
 from dit_lens.studies.shared.batches import BatchRunner, PromptBatch, make_batches, skips_first_step
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
@@ -39,6 +47,7 @@ from dit_lens.studies.shared.measures import check_measures
 from dit_lens.studies.shared.protocols import with_protocols
 from dit_lens.studies.shared.registry import study
 from dit_lens.studies.shared.result import Result
+from dit_lens.studies.shared.streams import make_stream
 from dit_lens.studies.shared.tables import compare_arms, format_summary, summarise
 
 if TYPE_CHECKING:
@@ -177,7 +186,7 @@ def disruption(
     if own := {name: distance for name, distance in measures.items() if distance is not DISTANCES.get(name)}:
         settings["functions"] = own  # their names alone do not tell whether they are still the same
     batches = make_batches(prompts, seeds, batch_size)
-    total = len(batches) * (2 + len(ks) * (3 + draws + len(extra)))
+    total = len(batches) * (2 + len(ks) * (count_arms(draws) + len(extra)))
     meant = find_meant(lens, batches[0].prompts, call, site, steps)
     with StudyCheckpoints("disruption", settings, lens=lens, total=total, out=out, meant=meant) as cells:
         first = min(lens.outline(prompts[0], **call).select(steps))
@@ -193,12 +202,13 @@ def disruption(
             arms: list[tuple[int, Arm, Sequence[ChannelSet]]] = [(0, Arm("no-op", 0), ())]
             for size in ks:
                 top = select_top_channels(cell.arrays, size, score)
-                controlled = add_controls(top, draws, batch.seed)
+                controlled = add_controls(top, draws, batch.seed, batch.prompts, size)
                 matched = next(arm.sets for arm in controlled if arm.name == "energy-matched")
                 arms += [(size, arm, matched) for arm in controlled]
                 arms += [(size, Arm(name, 0, tuple(top)), matched) for name in extra]
             for size, arm, matched in arms:
-                ops = ablate.make_ops(arm, matched, batch.seed)
+                streams = [make_stream(batch.seed, prompt, size, arm.name, arm.draw) for prompt in batch.prompts]
+                ops = ablate.make_ops(arm, matched, streams)
                 intended = [ablate.intend(arm, matched, row, cell.arrays) for row in range(len(batch.prompts))]
                 edit = partial(measure.run_edited, batch, ops, cell, size, arm, intended)
                 cells.get(f"{batch.key}/{size}/{arm.name}/{arm.draw}", edit)

@@ -297,7 +297,9 @@ class ClusterStudy:
             if truth is not None:
                 cell.masks[str(ImageKey(batch.rows[i], batch.seed, arm="truth"))] = truth
         for s, step in enumerate(steps):
-            arms = add_controls(_select_channels(run, s, self.k, self.score), self.draws, batch.seed)
+            arms = add_controls(
+                _select_channels(run, s, self.k, self.score), self.draws, batch.seed, batch.prompts, step
+            )
             for i, truth in truths.items():
                 if truth is not None:
                     self._cluster_image(cell, batch, run, (s, step, i), arms, maps, truth)

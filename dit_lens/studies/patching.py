@@ -25,6 +25,7 @@ from dit_lens.studies.shared.judges import Judge, choose_judge
 from dit_lens.studies.shared.keys import ImageKey
 from dit_lens.studies.shared.registry import study
 from dit_lens.studies.shared.result import Result
+from dit_lens.studies.shared.streams import make_stream
 from dit_lens.studies.shared.tables import format_summary, summarise
 
 if TYPE_CHECKING:
@@ -178,7 +179,9 @@ def patching(
                     through: cells.get(f"{number}/{seed}/{through}", partial(pair.attribute, through, clean)).arrays
                     for through in attribute
                 }
-                for i, some in enumerate(chunk_patches(patch_map.list_patches(clean, seed), max(sizes))):
+                for i, some in enumerate(
+                    chunk_patches(patch_map.list_patches(clean, make_stream(seed, *prompts)), max(sizes))
+                ):
                     cells.get(f"{number}/{seed}/{i}", partial(pair.run_patches, some, clean, shares))
         return cells.result()
 

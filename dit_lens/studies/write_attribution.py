@@ -22,6 +22,7 @@ from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
 from dit_lens.studies.shared.registry import study
 from dit_lens.studies.shared.result import Result
+from dit_lens.studies.shared.streams import make_stream
 from dit_lens.studies.shared.tables import summarise
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ def _trace_batch(
     for row, (prompt, top) in enumerate(zip(batch.prompts, sets, strict=True)):
         share = shares(added[:, :, row], final[:, row])  # [w, d]
         gates = _measure_gates(run, row)
-        for arm in (top, top.random(batch.seed)):
+        for arm in (top, top.random(make_stream(batch.seed, prompt, "random", 0))):
             chosen = list(arm[end])
             about = {"prompt": prompt, "seed": batch.seed, "arm": arm.arm}
             cell.lines += _share_lines(about, chosen, writes, share[:, chosen])

@@ -16,6 +16,7 @@ from dit_lens import Apply, Scale, Zero, toys
 from dit_lens.studies import disruption
 from dit_lens.studies.parts import confounds, doses, norms
 from dit_lens.studies.shared.arms import average_scores, make_score_reads, select_top_channels
+from dit_lens.studies.shared.streams import make_stream
 from tests import oracle, pipelines, planted
 
 module = importlib.import_module("dit_lens.studies.disruption")  # the function of this name hides it
@@ -78,7 +79,7 @@ class Hand:
                 new[:, top] *= 1 - min(1, (lost.norm() / whole[:, top].norm()).item())
             elif self.arm == "norm-kept":
                 pattern = torch.linspace(-1, 1, len(top))[
-                    torch.randperm(len(top), generator=torch.Generator().manual_seed(SEED))
+                    torch.randperm(len(top), generator=torch.Generator().manual_seed(self.streams[row]))
                 ]
                 old, new = whole[:, top], whole.clone()
                 new[:, top] = (
@@ -86,7 +87,9 @@ class Hand:
                     + old.std(-1, keepdim=True, correction=0) * pattern / pattern.square().mean().sqrt()
                 )
             elif self.arm == "random-direction":
-                way = F.normalize(torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(SEED)), dim=0)
+                way = F.normalize(
+                    torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(self.streams[row])), dim=0
+                )
                 new = whole + whole[:, top].norm(dim=-1, keepdim=True) * way
             else:
                 new = x[row].clone()
@@ -128,6 +131,7 @@ class Hand:
         return hook
 
     images = 0  # image tokens
+    streams = ()  # for every row a seed
 
     def pass_number(self, norm):
         """How often this norm has run."""
@@ -139,7 +143,13 @@ def choose(lens, prompts, k):
     """For every row, block -> channels: the top, and their energy-matched controls."""
     clean = lens.run(prompts, make_score_reads("blocks.*.img", "|mean|"), seed=SEED, num_inference_steps=STEPS)
     top = select_top_channels(average_scores(clean), k, "|mean|")
-    return [[list(one.values()) for one in sets] for sets in (top, [one.energy_matched(SEED) for one in top])]
+    matched = [one.energy_matched(seed) for one, seed in zip(top, seeds_of(prompts, k, "energy-matched"), strict=True)]
+    return [[list(one.values()) for one in sets] for sets in (top, matched)]
+
+
+def seeds_of(prompts, k, arm):
+    """The seed of an arm's first draw, for every prompt."""
+    return [make_stream(SEED, prompt, k, arm, 0) for prompt in prompts]
 
 
 def check_arms(lens, plain, prompts, k, embedded):
@@ -149,7 +159,7 @@ def check_arms(lens, plain, prompts, k, embedded):
     tokens = lens.outline(prompts, num_inference_steps=STEPS).grid
     for arm in ARMS:
         hand = Hand(plain, arm, *sets, embedded)
-        hand.images = int(np.prod(tokens))
+        hand.images, hand.streams = int(np.prod(tokens)), seeds_of(prompts, k, arm)
         images, given = hand.draw(prompts, call)
         lines = result.table[result.table["arm"] == arm].set_index("prompt")
         for row, prompt in enumerate(prompts):

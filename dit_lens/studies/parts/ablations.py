@@ -46,18 +46,18 @@ class Ablation:
     weighed: Sequence[Sequence[str]]
     means: Mapping[str, Any]
 
-    def make_ops(self, arm: Arm, matched: Sequence[ChannelSet], seed: int) -> list[Op]:
+    def make_ops(self, arm: Arm, matched: Sequence[ChannelSet], streams: Sequence[int]) -> list[Op]:
         """The ops of an arm, for every image of a batch.
 
         arm: the arm, with a set of channels for every image.
         matched: for every image the channels whose zeroing "attenuated" equals.
-        seed: seed of the batch.
+        streams: for every image a seed of the arm's random numbers.
         """
         if not arm.sets:
             return [Zero(self.site, channels=[], steps=self.steps)]
         ops: list[Op] = []
         for row, one in enumerate(arm.sets):
-            edits = self._edit(arm, one, matched, row, seed)
+            edits = self._edit(arm, one, matched, row, streams[row])
             for sites in [] if arm.name in WEIGHS_ITSELF else self.weighed:
                 edits = weigh(edits, sites, row, self.first, carried=all(map(_is_residual, sites)))
             ops += edits

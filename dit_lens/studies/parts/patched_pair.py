@@ -112,7 +112,7 @@ class PatchMap:
         """The cells of the map.
 
         clean: the cell of the untouched pair; without it the patches are as many, and empty.
-        seed: seed of the random groups.
+        seed: seed of the random groups, of this pair alone.
         """
         if self.over == "block x step":
             return patch_steps(self.sites, self.steps)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dit_lens.core.request.ops import Branch, Swap
+from dit_lens.studies.shared.streams import make_stream
 
 if TYPE_CHECKING:
     from dit_lens.analysis.channels import ChannelSet
@@ -77,7 +78,7 @@ def patch_groups(
     sites: rows of the map.
     steps: denoising steps of every patch.
     draws: number of random groups.
-    seed: seed of the random groups.
+    seed: seed of the random groups, of this pair alone.
     """
     columns = [("top", 0), ("bottom", 0), *(("random", draw) for draw in range(draws)), ("rest", 0)]
 
@@ -86,7 +87,7 @@ def patch_groups(
             return dict.fromkeys(sites, ())
         if name == "rest":
             return {site: np.setdiff1d(np.arange(len(top.scores[site])), top[site]).tolist() for site in sites}
-        return {"top": top, "bottom": top.bottom()}.get(name) or top.random(seed + draw)
+        return {"top": top, "bottom": top.bottom()}.get(name) or top.random(make_stream(seed, "random", draw))
 
     return [
         Patch(site, name, (site,), tuple(steps), channels=tuple(group[site]), draw=draw)

@@ -19,7 +19,7 @@ from dit_lens.analysis.clusters import to_grid
 from dit_lens.core.request.ops import Branch, Op, Swap
 from dit_lens.errors import OpError, check_choice
 from dit_lens.studies.shared.arguments import as_ks, as_strengths, check_draws, check_k
-from dit_lens.studies.shared.arms import Arm, add_controls, select_top_channels
+from dit_lens.studies.shared.arms import Arm, add_controls, count_arms, select_top_channels
 from dit_lens.studies.shared.judges import Judge
 
 if TYPE_CHECKING:
@@ -188,7 +188,9 @@ class Transport:
     @property
     def cells_per_batch(self) -> int:
         """The number of cells of a batch."""
-        arms = 1 + sum(3 + self.draws + (2 if self.early else 0) if k in self.controlled else 1 for k in self.ks)
+        arms = 1 + sum(
+            count_arms(self.draws) + (2 if self.early else 0) if k in self.controlled else 1 for k in self.ks
+        )
         direct = len(self.controlled) if self.early else 0
         return 2 + arms * len(self.conditions) + direct + (len(self.strengths) if self.prompt_blend else 0)
 
@@ -201,20 +203,23 @@ class Transport:
         rows = select_top_channels(scores, k, self.score)
         return [choose_channels(*pair, self.channels_from) for pair in zip(rows[0::2], rows[1::2], strict=True)]
 
-    def list_arms(self, scores: Mapping[str, np.ndarray], seed: int) -> Iterator[tuple[int, Arm]]:
+    def list_arms(
+        self, scores: Mapping[str, np.ndarray], seed: int, labels: Sequence[str]
+    ) -> Iterator[tuple[int, Arm]]:
         """Every k with its arms, and all channels, which bracket them.
 
         scores: as in :meth:`select_channels`.
-        seed: seed of the random controls.
+        seed: seed of the images.
+        labels: names of the pairs.
         """
         for k in self.ks:
             top = [one.restrict(self.sites) for one in self.select_channels(scores, k)]
-            arms = self._add_controls(top, seed) if k in self.controlled else [Arm("top", 0, tuple(top))]
+            arms = self._add_controls(top, seed, labels, k) if k in self.controlled else [Arm("top", 0, tuple(top))]
             yield from ((k, arm) for arm in arms)
         yield self.width, Arm("all", 0)
 
-    def _add_controls(self, top: Sequence[ChannelSet], seed: int) -> list[Arm]:
-        arms = add_controls(top, self.draws, seed)
+    def _add_controls(self, top: Sequence[ChannelSet], seed: int, labels: Sequence[str], k: int) -> list[Arm]:
+        arms = add_controls(top, self.draws, seed, labels, k)
         if self.early:
             arms.append(Arm("top-early", 0, tuple(one.restrict(self.early) for one in top)))
             arms.append(Arm("top-readout", 0, tuple(map(keep_readout, top))))

@@ -58,7 +58,7 @@ def run_transport(cells: StudyCheckpoints, transport: Transport, batch: PairBatc
     # Source rows that are made by ops of their own leave no step alone.
     late = not batch.ops and skips_first_step(transport.lens, batch.prompts[0], transport.steps, batch.call)
     runner = BatchRunner(lens=transport.lens, call=batch.call, late=late)
-    arms = list(transport.list_arms(clean.arrays, batch.seed))
+    arms = list(transport.list_arms(clean.arrays, batch.seed, batch.labels))
     for k, arm in arms:
         for masked, strength in transport.conditions:
             make = partial(pairs.run_arm, runner, Condition(k, arm, masked, strength))

@@ -12,12 +12,14 @@ import torch
 from dit_lens.analysis.channels import ChannelSet, top_channels
 from dit_lens.core.request.ops import Read
 from dit_lens.instruments.massive import check_score
+from dit_lens.studies.shared.streams import make_stream
 
 if TYPE_CHECKING:
     from dit_lens.core.request.ops import Pattern, Steps
     from dit_lens.core.runs.run import Run
 
 DRAWS = 10  # of a random control, so that the variance between them is inside the interval
+MATCHED_DRAWS = 3  # at most, of an energy-matched control: few maps are as good as the best
 
 
 @dataclass(frozen=True)
@@ -91,16 +93,40 @@ def select_common_channels(scores: Sequence[Mapping[str, np.ndarray]], k: int, s
     return top_channels(means["score"], means["energy"], k, score)
 
 
-def add_controls(top: Sequence[ChannelSet], draws: int, seed: int) -> list[Arm]:
+def add_controls(top: Sequence[ChannelSet], draws: int, seed: int, names: Sequence[str], *more: int) -> list[Arm]:
     """The arm of the top channels and its controls: bottom, random and energy-matched.
 
+    Every draw of every image has random numbers of its own: see :func:`~dit_lens.studies.shared.streams.make_stream`.
+
     top: the top channels of every image.
-    draws: number of random arms; each is one map of channels for all sites.
-    seed: seed of the random arms.
+    draws: number of random arms; each is one map of channels for all sites. Of energy-matched ones there are as many,
+      but at most 3.
+    seed: seed of the images.
+    names: name of every image in the study, its prompt.
+    more: what else tells this call from others on the same images, such as k.
     """
-    random = [Arm("random", draw, tuple(one.random(seed + draw) for one in top)) for draw in range(draws)]
-    matched = Arm("energy-matched", 0, tuple(one.energy_matched(seed) for one in top))
-    return [Arm("top", 0, tuple(top)), Arm("bottom", 0, tuple(one.bottom() for one in top)), *random, matched]
+
+    def draw(arm: str, number: int) -> Arm:
+        streams = [make_stream(seed, name, *more, arm, number) for name in names]
+        make = {"random": ChannelSet.random, "energy-matched": ChannelSet.energy_matched}[arm]
+        return Arm(arm, number, tuple(make(one, stream) for one, stream in zip(top, streams, strict=True)))
+
+    return [
+        Arm("top", 0, tuple(top)),
+        Arm("bottom", 0, tuple(one.bottom() for one in top)),
+        *(draw("random", number) for number in range(draws)),
+        *(draw("energy-matched", number) for number in range(count_matched(draws))),
+    ]
+
+
+def count_matched(draws: int) -> int:
+    """The number of energy-matched arms beside so many random ones."""
+    return max(1, min(draws, MATCHED_DRAWS))
+
+
+def count_arms(draws: int) -> int:
+    """The number of arms that :func:`add_controls` returns."""
+    return 2 + draws + count_matched(draws)
 
 
 def _read_scores(arrays: Mapping[str, np.ndarray]) -> list[tuple[int, str, str, np.ndarray]]:

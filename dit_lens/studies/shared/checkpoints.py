@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Self
 from tqdm.auto import tqdm
 
 from dit_lens.core.runs.files import find_folder
-from dit_lens.errors import StudyInterrupted
+from dit_lens.errors import StoreError, StudyInterrupted
 from dit_lens.studies.shared.cells import Cell, read_cell, write_cell
-from dit_lens.studies.shared.folders import claim_folder, describe_settings
+from dit_lens.studies.shared.folders import claim_folder, describe_settings, has_other_streams
 from dit_lens.studies.shared.registry import get_study
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class StudyCheckpoints:
             raise _CheckedError
         if self.folder is not None:
             claim_folder(self.folder, study, settings, lens, meant)
+        self._closed = self.folder is not None and has_other_streams(self.folder)
 
     def __enter__(self) -> Self:
         self._quiet = self._lens.quiet()
@@ -86,6 +87,12 @@ class StudyCheckpoints:
         if folder is not None and find_folder(folder).exists():
             cell = read_cell(folder, self.study, key)
         else:
+            if self._closed:
+                raise StoreError(
+                    f"{self.folder} was begun by an earlier release of dit_lens, which drew other random controls: new "
+                    "cells do not go with those in it. Load what there is with "
+                    f"dl.studies.Result.load({str(self.folder)!r}), or choose another folder for out=."
+                )
             cell = make()
             cell.clean_lines()
             if folder is not None:

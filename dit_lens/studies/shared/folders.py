@@ -21,6 +21,7 @@ from dit_lens.studies.shared.cells import number_folders, read_cell
 from dit_lens.studies.shared.fingerprints import fingerprint_values
 from dit_lens.studies.shared.old_data import update_study
 from dit_lens.studies.shared.registry import get_study
+from dit_lens.studies.shared.streams import STREAMS
 
 if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
@@ -64,6 +65,7 @@ def claim_folder(
         "values": values,
         "meant": describe_settings(meant or {}),
         "model": describe_settings(describe_model(lens, settings.get("call", {}))),
+        "streams": STREAMS,
     }
     if not find_folder(file).exists():
         with report_unwritten(folder):
@@ -148,6 +150,11 @@ def _outside() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("dit_lens."):
         frame, count = frame.f_back, count + 1
     return count
+
+
+def has_other_streams(folder: Path) -> bool:
+    """Whether the cells of a study's folder have random numbers that today's code would not draw."""
+    return read_versioned(folder / "study.json", "study", FORMAT).get("streams") != STREAMS
 
 
 def add_remarks(folder: str | Path, settings: Mapping[str, Any], notes: Sequence[str]) -> None:
