@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-# Colours of Okabe & Ito; channels are drawn through, other directions dashed.
+# Colours of Okabe & Ito; channels are solid, other directions dashed.
 _LINES = {
     "top": ARMS["top"],
     "relevant": Look("relevant channels", "#E69F00", "cross"),
@@ -62,7 +62,7 @@ def basis_figure(summary: pd.DataFrame) -> go.Figure:
         if measure == "fidelity":
             figure.update_yaxes(range=[0, 1.05], row=1, col=column)
     figure.update_xaxes(title="share of the energy that is removed", tickformat=".0%", rangemode="tozero")
-    small = f"{describe_n(table[table['arm'].isin(drawn)])}; {CI}; through: channels, dashed: other directions"
+    small = f"{describe_n(table[table['arm'].isin(drawn)])}; {CI}; solid: channels, dashed: other directions"
     return set_title(figure, "Channels or directions?", small, height=440)
 
 

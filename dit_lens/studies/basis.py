@@ -58,7 +58,9 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
     edited = table[table["arm"] != "untouched"]
     if edited.empty:
         return Result("basis", table, edited, dict(settings), images, notes=["no image was edited yet"])
-    summary = summarise(edited, ("arm", "level"), ["k", "energy_share", *measures]).drop(columns=["k_low", "k_high"])
+    known = ["k", "energy_share"]  # of what was done, so that no interval belongs to it
+    summary = summarise(edited, ("arm", "level"), [*known, *measures])
+    summary = summary.drop(columns=[f"{name}_{bound}" for name in known for bound in ("low", "high")])
     summary = summary.merge(summarise_comparison(table, ("level",), measures), on=["arm", "level"], how="left")
     return Result("basis", table, summary, dict(settings), images, notes=_notes(table))
 

@@ -52,7 +52,7 @@ def summarise_comparison(table: pd.DataFrame, by: Sequence[str], measures: Seque
     by: columns whose values a group shares, besides the arm.
     measures: columns to compare.
     """
-    found = pd.DataFrame(columns=["arm", *by])
+    found = table.loc[~table["arm"].isin(WITHOUT), ["arm", *by]].drop_duplicates()
     for measure in measures:
         known = table.dropna(subset=[f"{measure}_top_minus"])
         known = known.assign(against=known["arm"], **{measure: known[measure].astype(float)})
@@ -61,7 +61,7 @@ def summarise_comparison(table: pd.DataFrame, by: Sequence[str], measures: Seque
         contrasts = compare_arms(both, ("against", *by), [measure])
         if len(contrasts):
             contrasts = contrasts.drop(columns="arm").rename(columns={"against": "arm"})
-            found = found.merge(contrasts, on=["arm", *by], how="outer")
+            found = found.merge(contrasts, on=["arm", *by], how="left")
     return found
 
 
@@ -79,8 +79,9 @@ def describe_comparison(table: pd.DataFrame) -> list[str]:
             f"{missing} of {len(compared)} measurements are compared with nothing: top never removed as much energy"
         )
     found = summarise_comparison(table, (), ["rmse"])
-    if found.empty:
+    if "rmse_top_minus" not in found:
         return notes
+    found = found.dropna(subset=["rmse_top_minus"])
     shown = format_summary(found)
     differences = zip(shown["arm"], shown["rmse_top_minus"], strict=True)
     text = ", ".join(f"{more} more than {arm}" for arm, more in differences)
