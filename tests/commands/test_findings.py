@@ -186,6 +186,7 @@ def test_a_toy_has_its_page_and_all_toys_have_one(tmp_path):
     (earlier / "glance.csv").write_text('toy,iterations\nanother,"1,234"\n')
     (out / "flux").mkdir()
     (out / "flux" / "index.md").write_text("an earlier page")
+    (out / "flux" / "glance.csv").write_text("of an earlier page")
     (out / "flux" / "old.csv").write_text("of a toy that was trained anew")
 
     page = findings(out, size=size, cells=tmp_path / "cells")
