@@ -12,6 +12,7 @@ import pandas as pd
 from dit_lens.core.request.ops import Branch
 from dit_lens.plots import transfer_figure
 from dit_lens.studies.parts.blends import explain_no_prompt_blend
+from dit_lens.studies.parts.doses import AGREES
 from dit_lens.studies.parts.transport import ChannelsFrom, PairBatch, plan_transport
 from dit_lens.studies.parts.transport_cells import run_transport
 from dit_lens.studies.parts.transport_measures import MATCHED, add_matched_measures
@@ -44,6 +45,8 @@ _MEASURES = (
     "direct_share",
     "energy_share",
     "distinct",
+    "dose_intended",
+    "dose",
 )
 
 
@@ -131,7 +134,10 @@ def transfer(
     blend (the triangle inequality), so compare what the images show. ``direct_share``, of top and random at full
     strength: along the target's own trajectory, how much of the change of the predicted velocity remains when the
     channels are swapped for the final norm and projection alone (1 - squared error; 1: a transport that is read out and
-    no more). ``distinct`` counts the channels an arm touches at any site.
+    no more). ``distinct`` counts the channels an arm touches at any site. ``dose``, beside the strength as
+    ``dose_intended``, is how much of the way to the source the swaps of an arm move its channels, at their first step
+    (conditional branch), averaged over sites: <moved, w> / |w|^2, where w leads from where the channels would be
+    without the swaps here and at earlier blocks to the source's, and moved is what these swaps changed together.
 
     lens: lens on the model.
     pairs: pairs (source prompt, target prompt).
@@ -197,6 +203,15 @@ def _notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     if "direct_share" in table and table["direct_share"].notna().any():
         shares = arms["direct_share"].mean().dropna()
         notes.append("share of the change that is read out directly: " + _format_arms(shares, "{:.2f}"))
+    if "dose" in table:
+        top = table[(table["arm"] == "top") & ~table["masked"].astype(bool)]
+        given = top.groupby("strength")[["dose_intended", "dose"]].mean().dropna()
+        off = given[(given["dose"] - given["dose_intended"]).abs() > AGREES * given["dose_intended"]]["dose"]
+        if len(off):
+            told = ", ".join(f"{strength:g} moves them {dose:.2f} of it" for strength, dose in off.items())
+            notes.append(
+                f"strengths are of every block, and blocks pass on: on the way to the source's channels, {told}"
+            )
     matched = whole[whole["arm"] == "energy-matched"]
     if len(matched) and not matched["matched"].astype(bool).all():
         held = whole.groupby("arm")["energy_share"].mean()

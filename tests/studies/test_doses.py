@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_lens import Apply, Scale, Zero, toys
-from dit_lens.studies import disruption
+from dit_lens.studies import disruption, transfer
 from dit_lens.studies.parts import confounds, doses, norms
 from dit_lens.studies.shared.arms import average_scores, make_score_reads, select_top_channels
 from dit_lens.studies.shared.streams import make_stream
@@ -185,6 +185,40 @@ def test_arms_and_doses_of_the_trained_toy_are_what_hooks_do(toy):
         assert rows.loc[arm, "dose"] == pytest.approx(rows.loc[arm, "dose_intended"], rel=0.25), arm
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_way_of_a_transport_is_what_hooks_do(cfg_lens, masked):
+    """Half the strength at every block is most of the way, and the table says how much."""
+    plain, pair, strength = pipelines.flux(), ("a cat", "red"), 0.5
+    mask = np.zeros(pipelines.GRID, bool)
+    mask[2:5, 3:7] = True
+    tokens = torch.from_numpy(mask.ravel() if masked else np.ones(mask.size, bool)).nonzero()[:, 0]
+    call = {"k": K, "strengths": strength, "seeds": [SEED], "draws": 1, "num_inference_steps": 1}
+    result = transfer(cfg_lens, [pair], mask_from=mask if masked else None, **call)
+    rows = result.table[(result.table["masked"] == masked) & (result.table["k"] == K)].set_index("arm")
+    clean = cfg_lens.run(list(pair), make_score_reads("blocks.*.img", "|mean|"), seed=SEED, num_inference_steps=1)
+    top = list(select_top_channels(average_scores(clean), K, "|mean|")[0].values())
+    moved, found = torch.zeros(()), []
+
+    def swap(call, block, stream, x):
+        nonlocal moved
+        if stream == "txt" or call != 0:  # the conditional pass alone
+            return None
+        whole, at = x[1] - moved, (tokens[:, None], torch.tensor(top[block]))
+        x[1][at] = (1 - strength) * x[1][at] + strength * x[0][at]
+        moved = x[1] - whole
+        way = (x[0] - whole)[at]
+        found.append(((moved[at] * way).sum() / way.square().sum()).item())
+        return x
+
+    oracle.draw(plain, pair, [SEED] * 2, {**cfg_lens.defaults, "num_inference_steps": 1}, swap)
+    assert rows.loc["top", "dose"] == pytest.approx(np.mean(found), rel=1e-3)
+    assert rows.loc["top", "dose_intended"] == strength
+    assert rows.loc["top", "dose"] > 1.2 * strength
+    assert rows.loc["top-readout", "dose"] == pytest.approx(strength, abs=1e-4)  # a single site
+    if not masked:
+        assert any("strengths are of every block" in note for note in result.notes)
+
+
 # What piles up, in streams to which every block adds what it would add anyway.
 
 
@@ -254,7 +288,7 @@ def test_a_dose_is_how_far_the_stream_lies_off(case, name):
         "push": confounds.make_push_ops(top, 0, 0, None),
     }[name]
     plain, _ = carry_out(edits, writes)
-    seen, noted = carry_out(doses.weigh(edits, list(writes), 0, 0, carried=True), writes)
+    seen, noted = carry_out(doses.weigh(edits, list(writes), 0, 0), writes)
     assert all(torch.equal(seen[site], plain[site]) for site in writes)  # weighing changes nothing
     assert noted == pytest.approx(distances(plain, writes), rel=1e-6, abs=1e-8)
     if name == "zero":
@@ -270,9 +304,9 @@ def test_a_scale_at_every_block_piles_up_and_its_dose_says_so():
     writes = {f"blocks.{i}.img": torch.zeros(1, 2) for i in range(4)}
     writes["blocks.0.img"] = torch.tensor([[1.0, 1.0]])
     scale = [Scale(site, channels=[0], factor=0.5) for site in writes]
-    _, noted = carry_out(doses.weigh(scale, list(writes), 0, 0, carried=True), writes)
+    _, noted = carry_out(doses.weigh(scale, list(writes), 0, 0), writes)
     assert list(noted.values()) == pytest.approx([(1 - 0.5**n) ** 2 / 2 for n in range(1, 5)])
-    _, alone = carry_out(doses.weigh(scale[3:], list(writes)[3:], 0, 0, carried=False), writes)
+    _, alone = carry_out(doses.weigh(scale[3:], list(writes)[3:], 0, 0), writes)
     assert alone["blocks.3.img"] == 0.125
 
 

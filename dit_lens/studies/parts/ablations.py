@@ -10,9 +10,15 @@ import numpy as np
 
 from dit_lens.analysis.channels import ChannelSet
 from dit_lens.core.request.ops import MeanAblate, Op, Swap, Zero
-from dit_lens.families.sites import Site
 from dit_lens.studies.parts.confounds import make_attenuated_ops, make_fill_ops, make_push_ops
-from dit_lens.studies.parts.doses import predict_means, predict_share, predict_zeroing, weigh
+from dit_lens.studies.parts.doses import (
+    group_sites,
+    is_residual,
+    predict_means,
+    predict_share,
+    predict_zeroing,
+    weigh,
+)
 from dit_lens.studies.parts.norms import Reader, find_readers, make_frozen_ops, make_rescaled_ops
 
 if TYPE_CHECKING:
@@ -59,7 +65,7 @@ class Ablation:
         for row, one in enumerate(arm.sets):
             edits = self._edit(arm, one, matched, row, streams[row])
             for sites in [] if arm.name in WEIGHS_ITSELF else self.weighed:
-                edits = weigh(edits, sites, row, self.first, carried=all(map(_is_residual, sites)))
+                edits = weigh(edits, sites, row, self.first)
             ops += edits
         return ops
 
@@ -112,7 +118,7 @@ class Ablation:
         found: dict[str, float] = {}
         for sites in self.weighed:
             some = {site: channels[site] for site in sites}
-            found |= predict_zeroing(energy, some, carried=all(map(_is_residual, sites)))
+            found |= predict_zeroing(energy, some, carried=is_residual(sites))
         return found
 
 
@@ -126,19 +132,13 @@ def plan_ablation(
     """
     anatomy, sites = lens.anatomy, lens.sites(site)
     outputs = [name for name in sites if name.count(".") == 2]
-    streams: dict[str, list[str]] = {}
-    for where in map(Site.parse, sites):
-        at = anatomy.locate(where)
-        # A gated or divided output takes no op that could weigh it, and a vector has no tokens.
-        if at.gate is None and at.half is None and at.table is None and at.layout != "whole":
-            streams.setdefault(where.stream, []).append(where.name)
     return Ablation(
         kind=kind,
         site=site,
         steps=steps,
         first=first,
         readers=find_readers(outputs, anatomy),
-        weighed=list(streams.values()),
+        weighed=group_sites(sites, anatomy),
         means=means,
     )
 
@@ -152,11 +152,6 @@ def pick_arrays(arrays: Mapping[str, np.ndarray], row: int, name: str) -> dict[s
     """
     start = f"{row}/{name}/"
     return {key.removeprefix(start): value for key, value in arrays.items() if key.startswith(start)}
-
-
-def _is_residual(site: str) -> bool:
-    """Whether a site is of the residual stream between blocks."""
-    return site.count(".") == 2 or site.endswith(".resid_pre")
 
 
 def _average(doses: Mapping[str, float]) -> float:

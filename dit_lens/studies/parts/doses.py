@@ -16,7 +16,7 @@ it into one element of a site, whose norm the receipt keeps, and another puts th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from dit_lens.core.request.ops import Apply
+from dit_lens.families.sites import Site
 
 if TYPE_CHECKING:
     from dit_lens.core.request.ops import Op
     from dit_lens.core.runs.receipt import Receipt
+    from dit_lens.families import Anatomy
 
 AGREES = 0.05  # how far a dose may lie from the one that was intended, as a share of that
 
@@ -45,33 +47,109 @@ def share_of(part: Tensor, whole: Tensor) -> float:
     return round(float(part.double().square().sum()) / energy, 9) if energy else 0.0
 
 
-def weigh(edits: Sequence[Op], sites: Sequence[str], row: int, step: int, *, carried: bool) -> list[Op]:
+def group_sites(sites: Sequence[str], anatomy: Anatomy) -> list[list[str]]:
+    """The sites at which doses can be weighed, those of a stream together.
+
+    A gated or divided output takes no op that could weigh it, and a vector has no tokens.
+
+    sites: their names, in the model's order.
+    anatomy: of the model.
+    """
+    streams: dict[str, list[str]] = {}
+    for where in map(Site.parse, sites):
+        at = anatomy.locate(where)
+        if at.gate is None and at.half is None and at.table is None and at.layout != "whole":
+            streams.setdefault(where.stream, []).append(where.name)
+    return list(streams.values())
+
+
+def is_residual(sites: Sequence[str]) -> bool:
+    """Whether sites are all of the residual stream between blocks, where each passes on what it was given.
+
+    >>> is_residual(["blocks.0.img", "blocks.1.img.resid_pre"]), is_residual(["blocks.0.img.attn.z"])
+    (True, False)
+    """
+    return all(site.endswith(".resid_pre") or Site.parse(site).point in ("resid_post", "final") for site in sites)
+
+
+def weigh(edits: Sequence[Op], sites: Sequence[str], row: int, step: int) -> list[Op]:
     """The edits of one image, and around them the ops that weigh their dose at every site.
 
     edits: what is done.
-    sites: where it is done, in the model's order.
+    sites: where it is done, in the model's order; of one stream.
     row: row of the batch that is edited.
     step: the denoising step at which it is weighed.
-    carried: whether each site passes on what it was given.
+    """
+
+    def share(moved: Tensor, whole: Tensor, _: str) -> float:
+        return share_of(moved, whole)
+
+    return _weigh(edits, sites, [row], step, share)
+
+
+def weigh_way(
+    edits: Sequence[Op],
+    sites: Sequence[str],
+    rows: tuple[int, int],
+    step: int,
+    *,
+    channels: Mapping[str, Sequence[int]] | None = None,
+    mask: np.ndarray | None = None,
+) -> list[Op]:
+    """The swaps of one image, and around them the ops that weigh how much of the way to their source they go.
+
+    With w the way from where a tokens' channels would be to the source's, the dose is <moved, w> / |w|^2: 1 is there.
+
+    edits: what is done.
+    sites: where it is done, in the model's order; of one stream.
+    rows: of the image that is edited, and of its source.
+    step: the denoising step at which it is weighed.
+    channels: site -> channels that are swapped; all by default.
+    mask: the tokens that are swapped, bool [h, w]; all by default.
+    """
+    tokens = slice(None) if mask is None else torch.from_numpy(mask.ravel().nonzero()[0])
+
+    def go(moved: Tensor, whole: Tensor, site: str) -> float:
+        chosen = slice(None) if channels is None else list(channels[site])
+        gone = moved[0][tokens][..., chosen].double()
+        way = (whole[1] - whole[0])[tokens][..., chosen].double()
+        length = float(way.square().sum())
+        return round(float((gone * way).sum()) / length, 9) if length else 0.0
+
+    return _weigh(edits, sites, rows, step, go)
+
+
+def _weigh(
+    edits: Sequence[Op],
+    sites: Sequence[str],
+    rows: Sequence[int],
+    step: int,
+    rate: Callable[[Tensor, Tensor, str], float],
+) -> list[Op]:
+    """The edits, and around them the ops that weigh them.
+
+    rows: the one that is edited, and others that are looked at.
+    rate: (what was moved, where it would be [row, token, channel], site) -> the dose.
     """
     before: dict[str, Tensor] = {}  # by branch, since branches take turns within a site
     moved: dict[str, Tensor] = {}
     at: dict[str, Doses] = {site: {} for site in sites}
-    first = sites[0]
+    alone = [] if is_residual(sites) else sites[1:]
+    fresh = {sites[0], *alone}  # sites that are passed nothing that was moved
 
     def keep(x: Tensor, hook: Any) -> None:
         before[hook.branch] = x
 
     def compare(x: Tensor, hook: Any) -> None:
         raw = before.pop(hook.branch)
-        whole = raw if hook.name == first or not carried else raw - moved[hook.branch]
+        whole = raw if hook.name in fresh else raw - moved[hook.branch]
         moved[hook.branch] = x - whole
-        at[hook.name][hook.branch] = share_of(moved[hook.branch], whole)
+        at[hook.name][hook.branch] = rate(moved[hook.branch], whole, hook.name)
 
-    where: dict[str, Any] = {"rows": row, "steps": [step], "branch": "cond"}
+    where: dict[str, Any] = {"rows": list(rows), "steps": [step], "branch": "cond"}
     heads = [Apply(site, fn=keep, **where) for site in sites]
     tails = [Apply(site, fn=compare, **where) for site in sites]
-    return [*heads, *edits, *tails, *(op for site in sites for op in note(site, row, step, at[site]))]
+    return [*heads, *edits, *tails, *(op for site in sites for op in note(site, rows[0], step, at[site]))]
 
 
 def note(site: str, row: int, step: int, doses: Doses) -> list[Op]:

@@ -12,9 +12,10 @@ import torch
 
 from dit_lens.analysis.clusters import segment, to_grid
 from dit_lens.analysis.metrics import rmse
-from dit_lens.core.request.ops import Read, Swap
+from dit_lens.core.request.ops import Op, Read, Swap
 from dit_lens.instruments.latents import read_latents
 from dit_lens.studies.parts.blends import blend_images, blend_latents, blend_texts
+from dit_lens.studies.parts.doses import group_sites, read_doses, weigh_way
 from dit_lens.studies.parts.transport import PairBatch, Transport, keep_readout
 from dit_lens.studies.parts.transport_measures import explained_share, measure_change
 from dit_lens.studies.shared.arms import Arm, average_scores, make_score_reads
@@ -54,7 +55,8 @@ def run_transport(cells: StudyCheckpoints, transport: Transport, batch: PairBatc
     """
     pairs = PairCells(transport=transport, batch=batch)
     clean = cells.get(f"{batch.key}/clean", pairs.run_clean)
-    pairs = replace(pairs, clean=clean)
+    first = min(transport.lens.outline(batch.prompts[0], **batch.call).select(transport.steps))
+    pairs = replace(pairs, clean=clean, first=first)
     # Source rows that are made by ops of their own leave no step alone.
     late = not batch.ops and skips_first_step(transport.lens, batch.prompts[0], transport.steps, batch.call)
     runner = BatchRunner(lens=transport.lens, call=batch.call, late=late)
@@ -78,11 +80,13 @@ class PairCells:
     transport: what is moved, and how.
     batch: the pairs.
     clean: the cell of the untouched pairs; empty until it is made.
+    first: the first step of a swap, at which its dose is weighed.
     """
 
     transport: Transport
     batch: PairBatch
     clean: Cell = field(default_factory=Cell)
+    first: int = 0
 
     def run_clean(self) -> Cell:
         """Sources and targets without any transport: scores, masks, images and final latents."""
@@ -112,7 +116,24 @@ class PairCells:
         """Targets under the swaps of an arm."""
         masks = self.masks if condition.masked else None
         swaps = self.transport.make_swaps(condition.arm, len(self.batch.numbers), masks, condition.strength)
-        return self.measure(condition, runner.run_edited(self.batch, [*self.batch.ops, *swaps]).images[1::2])
+        ops = [*self.batch.ops, *self._weigh(swaps, condition.arm, masks)]
+        run = runner.run_edited(self.batch, ops)
+        cell, doses = self.measure(condition, run.images[1::2]), read_doses(ops, run.receipt)
+        for i, line in enumerate(cell.lines):
+            line |= {"dose_intended": condition.strength, "dose": doses.get(2 * i + 1, np.nan)}
+        return cell
+
+    def _weigh(self, swaps: Sequence[Swap], arm: Arm, masks: Sequence[np.ndarray] | None) -> list[Op]:
+        """The swaps of every pair, and the ops that weigh how much of the way to the source each goes."""
+        ops: list[Op] = []
+        for i, swap in enumerate(swaps):
+            channels = arm.sets[i] if arm.sets else None
+            edits: list[Op] = [swap]
+            for sites in group_sites(list(channels or self.transport.sites), self.transport.lens.anatomy):
+                mask = None if masks is None else masks[i]
+                edits = weigh_way(edits, sites, (2 * i + 1, 2 * i), self.first, channels=channels, mask=mask)
+            ops += edits
+        return ops
 
     def blend(self) -> Cell:
         """The two images of every pair blended in pixels, and in latents."""
