@@ -211,8 +211,8 @@ def _run_arm(
     ops, told, new = [], [], [find.is_new(clean.arrays, i, arm) for i in range(len(batch.rows))]
     if not any(new):
         return Cell()
-    for i, row in enumerate(batch.rows):
-        bases = find.load(clean.arrays, i, [batch.seed, row], arm)
+    for i, prompt in enumerate(batch.prompts):
+        bases = find.load(clean.arrays, i, (batch.seed, prompt), arm)
         ops += make_removal_ops(bases, i, steps, means)
         shares = []
         for site, one in bases.items():

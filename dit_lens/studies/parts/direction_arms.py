@@ -13,6 +13,7 @@ from torch import Tensor
 from dit_lens.core.request.ops import Read
 from dit_lens.instruments.relevance import read_relevance
 from dit_lens.studies.parts.directions import Basis, count_directions, find_basis, make_rotation
+from dit_lens.studies.shared.streams import make_stream
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,9 +95,9 @@ class DirectionFinder:
             images = images or run.images
             relevance = self._read_relevance(runner, batch, sites)
             for site, x in run["x"].items():
-                for i, row in enumerate(batch.rows):
+                for i, prompt in enumerate(batch.prompts):
                     scores = relevance[site][:, i].mean(0) if relevance else None
-                    found = self._describe(x[:, i].float(), scores, [batch.seed, row])
+                    found = self._describe(x[:, i].float(), scores, (batch.seed, prompt))
                     arrays |= {f"{i}/{site}/{what}": value.numpy() for what, value in found.items()}
         return images, arrays
 
@@ -120,11 +121,11 @@ class DirectionFinder:
         return all(self.count(arrays, i, other) != found for other in same)
 
     def load(
-        self, arrays: Mapping[str, np.ndarray], i: int, draw_of: Sequence[int], arm: DirectionArm
+        self, arrays: Mapping[str, np.ndarray], i: int, draw_of: tuple[int, str], arm: DirectionArm
     ) -> dict[str, Basis]:
         """The directions that an arm removes from one image: site -> basis.
 
-        draw_of: the image, as a seed of its draws. Others: as in :meth:`count`.
+        draw_of: the image, as seed and prompt. Others: as in :meth:`count`.
         """
         found: dict[str, Basis] = {}
         for site, count in self.count(arrays, i, arm).items():
@@ -132,7 +133,7 @@ class DirectionFinder:
             order, held = (torch.from_numpy(arrays[f"{of_arm}/{part}"]) for part in ("order", "held"))
             vectors = None
             if arm.name == "rotation":
-                vectors = make_rotation(len(order), _seed(draw_of, arm.name, arm.draw))
+                vectors = make_rotation(len(order), make_stream(*draw_of, arm.name, arm.draw))
             elif f"{of_arm}/vectors" in arrays:
                 vectors = torch.from_numpy(arrays[f"{of_arm}/vectors"])
             found[site] = Basis(order, held, vectors).take(count)
@@ -167,18 +168,18 @@ class DirectionFinder:
         steps = list(self.steps)
         return read_relevance(runner.lens, batch.prompts, sites, steps=steps, seed=batch.seed, **runner.call)
 
-    def _describe(self, x: Tensor, relevance: Tensor | None, draw_of: Sequence[int]) -> dict[str, Tensor]:
+    def _describe(self, x: Tensor, relevance: Tensor | None, draw_of: tuple[int, str]) -> dict[str, Tensor]:
         """What is kept of the bases of one image at one site.
 
         x: [s, n, d].
         relevance: [d], for "relevant".
-        draw_of: the image, as a seed of its draws.
+        draw_of: the image, as seed and prompt.
         """
         found = {"mean": x.mean(1), "energy": x[list(self.steps)].square().mean(1).sum()}
         levels = list(self.levels)
         for name in dict.fromkeys((ONE, "top", *self.bases)):
             for draw in range(_count_draws(name, self.draws)):
-                seed = _seed(draw_of, name, draw)
+                seed = make_stream(*draw_of, name, draw)
                 one = find_basis(name, x, self.steps, score=self.score, seed=seed, relevance=relevance)
                 if name == ONE:
                     levels.append(float(one.held[0]))
@@ -192,8 +193,3 @@ class DirectionFinder:
 
 def _count_draws(name: str, draws: int) -> int:
     return draws if name in DRAWN else 1
-
-
-def _seed(draw_of: Sequence[int], name: str, draw: int) -> list[int]:
-    """A seed of its own for every image, basis and draw."""
-    return [*draw_of, BASES.index(name) if name in BASES else len(BASES), draw]

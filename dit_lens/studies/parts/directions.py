@@ -81,12 +81,12 @@ def share_removed(basis: Basis, own: Tensor, put: Tensor | None, energy: float, 
 
 
 def find_basis(
-    name: str, x: Tensor, steps: Sequence[int], *, score: str, seed: Sequence[int], relevance: Tensor | None = None
+    name: str, x: Tensor, steps: Sequence[int], *, score: str, seed: int, relevance: Tensor | None = None
 ) -> Basis:
     """All directions of a basis at one site, the first to be removed first.
 
     >>> x = torch.tensor([[[3.0, 4.0], [3.0, 4.0]]])
-    >>> found = find_basis("mean-direction", x, [0], score="|mean|", seed=[0])
+    >>> found = find_basis("mean-direction", x, [0], score="|mean|", seed=0)
     >>> found.vectors.flatten(), found.held
     (tensor([0.6000, 0.8000]), tensor([1.]))
 
@@ -126,10 +126,10 @@ def find_basis(
     return Basis(order, held[order], vectors)
 
 
-def make_rotation(width: int, seed: Sequence[int]) -> Tensor:
+def make_rotation(width: int, seed: int) -> Tensor:
     """A random orthonormal basis, [d, d], every one as likely as any other.
 
-    >>> basis = make_rotation(3, [0])
+    >>> basis = make_rotation(3, 0)
     >>> torch.allclose(basis.T @ basis, torch.eye(3), atol=1e-6)
     True
 
