@@ -143,7 +143,7 @@ class Result:
                 key: read_image(folder, file, under=find_images(folder).name) for key, file in data["images"].items()
             }
             masks = load_file(file_inside(folder, "masks.safetensors"))
-            tables = {name: pd.DataFrame(**data[name]) for name in ("table", "summary")}
+            tables = {name: _from_json(data[name]) for name in ("table", "summary")}
             return cls(
                 data["study"],
                 **tables,
@@ -176,6 +176,13 @@ class Result:
     def _heading(self) -> str:
         images = f", {len(self.images)} images" if self.images else ""
         return f"{self.study}: {len(self.table)} measurements{images}; intervals are 95 %"
+
+
+def _from_json(data: Mapping[str, Any]) -> pd.DataFrame:
+    table = pd.DataFrame(**data)
+    # JSON has no NaN, so a column that is missing everywhere would be one of objects.
+    missing = table.columns[table.isna().all()] if len(table) else []
+    return table.astype(dict.fromkeys(missing, float))
 
 
 def _to_json(table: pd.DataFrame) -> dict[str, Any]:

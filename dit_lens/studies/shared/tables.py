@@ -11,10 +11,7 @@ import pandas as pd
 from dit_lens.analysis.metrics.intervals import mean_ci, mean_p
 
 # The least and the greatest value of measures whose name says it, for intervals of few events.
-LIMITS = {
-    **dict.fromkeys(("rmse", "to_source", "to_target", "inside", "outside"), (0.0, 255.0)),
-    **dict.fromkeys(("fidelity", "fidelity_source", "fidelity_target", "iou", "jaccard", "energy_share"), (0.0, 1.0)),
-}
+LIMITS = dict.fromkeys(("fidelity", "fidelity_source", "fidelity_target", "iou", "jaccard", "energy_share"), (0.0, 1.0))
 
 
 def summarise(table: pd.DataFrame, by: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
