@@ -1,4 +1,4 @@
-"""Conversion of what users pass as arrays: numpy arrays, tensors of any dtype and device, lists."""
+"""What users pass as arrays (numpy arrays, tensors of any dtype and device, lists), and the border of a grid of tokens."""
 
 from __future__ import annotations
 
@@ -29,3 +29,10 @@ def to_numpy(x: Any, *, labels: bool = False) -> np.ndarray:
     if not labels and array.dtype.kind not in NUMBERS:
         raise OpError(f"{show(x)} holds {array.dtype}, which is not real numbers. Give an array or a tensor of them.")
     return array
+
+
+def border_of(grid: tuple[int, ...]) -> np.ndarray:
+    """Which tokens lie on the border of a grid: bool [h, w]."""
+    edge = np.ones(grid, dtype=bool)
+    edge[1:-1, 1:-1] = False
+    return edge

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from scipy.stats import hypergeom
 
-from dit_lens.analysis.arrays import to_numpy
+from dit_lens.analysis.arrays import border_of, to_numpy
 from dit_lens.arguments.checks import checked
 from dit_lens.arguments.numbers import check_number
 from dit_lens.errors import OpError, check_choice, show
@@ -186,13 +186,6 @@ def foreground(labels: Any, heat: Any, grid: tuple[int, ...], polarity: str = "b
     on_border = np.bincount(numbers[border_of(grid).ravel()], minlength=len(names))
     background = np.lexsort((means, -on_border))[0]
     return (numbers != background).reshape(grid)
-
-
-def border_of(grid: tuple[int, ...]) -> np.ndarray:
-    """Which tokens lie on the border of a grid: bool [h, w]."""
-    edge = np.ones(grid, dtype=bool)
-    edge[1:-1, 1:-1] = False
-    return edge
 
 
 @checked

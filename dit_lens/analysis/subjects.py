@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dit_lens.analysis.arrays import to_numpy
-from dit_lens.analysis.clusters import border_of, normalise
+from dit_lens.analysis.arrays import border_of, to_numpy
+from dit_lens.analysis.clusters import normalise
 from dit_lens.arguments.checks import checked
 from dit_lens.errors import OpError, show
 

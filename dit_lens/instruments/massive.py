@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dit_lens.analysis.arrays import border_of
 from dit_lens.analysis.channels import ChannelSet, rule_of
-from dit_lens.analysis.clusters import POLARITIES, border_of, segment
+from dit_lens.analysis.clusters import POLARITIES, segment
 from dit_lens.analysis.subjects import distance_from_border, threshold
 from dit_lens.core.request.ops import Pattern, Read, Steps
 from dit_lens.core.request.reduce import parse
