@@ -85,7 +85,7 @@ def test_blocks_steps_arms_and_prompts_are_all_there(carried):
     assert sorted(table["step"].unique()) == [0, planted.STEPS - 1]
     arms = {"top", "bottom", "random", "energy-matched", "all", "norm", "component", "centre", "noisy latent", "x0"}
     assert set(table["arm"]) == arms
-    assert len(table) == len(PROMPTS) * 2 * 4 * (len(arms) + 1)  # random twice
+    assert len(table) == len(PROMPTS) * 2 * 4 * (len(arms) + 2)  # random and energy-matched twice
     assert not table[["prompt", "seed", "step", "block", "arm", "draw"]].duplicated().any()
     assert any(note.startswith("left out: attention") for note in carried.notes)
 
