@@ -187,7 +187,7 @@ def test_a_toy_has_its_page_and_all_toys_have_one(tmp_path):
     (out / "flux").mkdir()
     (out / "flux" / "index.md").write_text("an earlier page")
     (out / "flux" / "glance.csv").write_text("of an earlier page")
-    (out / "flux" / "old.csv").write_text("of a toy that was trained anew")
+    (out / "flux" / "notes.csv").write_text("mine")
 
     page = findings(out, size=size, cells=tmp_path / "cells")
 
@@ -199,7 +199,7 @@ def test_a_toy_has_its_page_and_all_toys_have_one(tmp_path):
         assert len(pd.read_csv(out / "flux" / f"{chapter.name}.csv"))
     assert "untrained twin" in of_toy
     assert "Trained from seed 0 for 8,716 iterations. Shares right in images of 200 held-out prompts: " in of_toy
-    assert not (out / "flux" / "old.csv").exists()
+    assert (out / "flux" / "notes.csv").read_text() == "mine"
     assert earlier.is_dir()
 
     said = page.read_text(encoding="utf-8")
