@@ -1,4 +1,4 @@
-"""What users pass as arrays: numpy arrays, tensors of any dtype and device, lists; and the border of a grid of tokens."""
+"""What users pass as arrays (numpy arrays, tensors of any dtype and device, lists), and the border of a grid."""
 
 from __future__ import annotations
 
