@@ -226,9 +226,9 @@ class DiTLens(Session):
         prompt: one.
         channels: those to look at, as a set or site -> channels; by default the prompt's own massive ones.
         k: how many of them, where ``channels`` is not given.
-        polarity: "distance": tokens that differ from those on the border (:func:`~dit_lens.analysis.subjects.
-            distance_from_border`), in all blocks together; "border" or "heat": K-means (K = 2) in one block, of which
-            the cluster that is not at the border, or the hotter one, is the subject, as ``clusters.segment`` says.
+        polarity: "distance": tokens that differ from those on the border, in all blocks together, as
+            :func:`~dit_lens.analysis.subjects.distance_from_border` says; "border" or "heat": K-means (K = 2) in one
+            block, of which the cluster that is not at the border, or the hotter one, is the subject.
         block: one block; by default all of them, or for K-means the one after two thirds of the depth.
         steps: the step whose activations are looked at.
         call: as in :meth:`run`.

@@ -30,7 +30,7 @@ def distance_from_border(x: Any, grid: tuple[int, ...], method: str = "minmax") 
 
     x: [n, k], the chosen channels of the image tokens, row by row.
     grid: (h, w) with h * w == n.
-    method: how channels are scaled first, as in :func:`normalise`.
+    method: how channels are scaled first, as in ``clusters.normalise``.
     Source: the border as a sample of the background (Wei, Wen, Zhu & Sun, ECCV 2012), here of channels, not colours.
     """
     tokens, border = normalise(x, method), border_of(grid).ravel()

@@ -386,7 +386,7 @@ PLAIN = {
     "TransferResult": Kind("the result of studies.transfer or transfer_image", _fit_transfer),
     "Image": Kind(WORDS, lambda value: UNFIT if (image := to_image(value)) is None else image),
     "type": Kind("a class", lambda value: value if isinstance(value, type) else UNFIT),
-    **dict.fromkeys(("Ablation", "ChannelsFrom", "How", "Over", "Through"), TEXT),
+    **dict.fromkeys(("AblationKind", "ChannelsFrom", "How", "Over", "Through"), TEXT),
     "Attributes": _function_of(1, "a prompt"),
     "Judge": _function_of(2, "an image and a prompt"),
     "PairMetric": _function_of(3, "latents, and those of a source and of a target"),

@@ -58,7 +58,7 @@ def mean_ci(
     level: coverage, between 0 and 1.
     limits: the least and the greatest value that is possible; the bounds stay between them.
     Raises OpError for NaN or infinite values, values beyond the limits and shapes that do not fit.
-    Source: see :func:`~dit_lens.analysis.metrics.crossed.crossed_bounds`.
+    Source: see ``dit_lens.analysis.metrics.crossed``.
     """
     _check_level(level)
     cells = _arrange_cells(np.asarray(to_numpy(values), dtype=np.float64), prompts, seeds)
