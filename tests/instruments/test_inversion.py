@@ -186,7 +186,7 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(tiny, noisy, image,
         invert(linear, [image], CAPTION)
     with pytest.raises(OpError, match=r"64 x 64 pixels, and the run draws 48 x 32"):
         noised_reference(tiny, [image], seed=0)
-    with pytest.raises(OpError, match=r"images=\['noisy.png'\] cannot be used. Give a list"):
+    with pytest.raises(OpError, match=r"images=\['noisy.png'\] cannot be used. Give an image"):
         noised_reference(tiny, ["noisy.png"], seed=0)
     with pytest.raises(OpError, match="Give at least one, and all of one size"):
         invert(tiny, [noisy, image])

@@ -55,8 +55,8 @@ def run_transport(cells: StudyCheckpoints, transport: Transport, batch: PairBatc
     """
     pairs = PairCells(transport=transport, batch=batch)
     clean = cells.get(f"{batch.key}/clean", pairs.run_clean)
-    first = min(transport.lens.outline(batch.prompts[0], **batch.call).select(transport.steps))
-    pairs = replace(pairs, clean=clean, first=first)
+    outline = transport.lens.outline(list(batch.prompts), seed=batch.seed, **batch.call)
+    pairs = replace(pairs, clean=clean, first=min(outline.select(transport.steps)))
     # Source rows that are made by ops of their own leave no step alone.
     late = not batch.ops and skips_first_step(transport.lens, batch.prompts[0], transport.steps, batch.call)
     runner = BatchRunner(lens=transport.lens, call=batch.call, late=late)
