@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
     FluxIPAdapterAttnProcessor,
@@ -328,7 +329,9 @@ def test_processors_of_adapters_without_a_row_are_refused():
         lens.sites()
 
 
-def test_another_backend_of_attention(lens):
+def test_another_backend_of_attention(lens, monkeypatch):
+    # diffusers sets it for all models of the process as well, and resets it for one.
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)  # noqa: SLF001
     untouched = lens.run("red", [Read("blocks.1.img.attn.q")], seed=0)
     lens.pipe.transformer.set_attention_backend("_native_math")
     try:
