@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.sparse.linalg import svds
 
+from dit_lens.analysis.arrays import border_of
 from dit_lens.core.request.call import needs_weights
 from dit_lens.errors import OpError, check_choice
 from dit_lens.studies.shared.judges import choose_judge
@@ -66,9 +67,7 @@ def select_largest(values: np.ndarray, size: int, grid: tuple[int, ...], polarit
       the grid is farther from on average.
     """
     check_choice(polarity, POLARITIES, "polarity")
-    edge = np.ones(grid, dtype=bool)
-    edge[1:-1, 1:-1] = False
-    turned = polarity == "border" and values[edge.ravel()].mean() > values.mean()
+    turned = polarity == "border" and values[border_of(grid).ravel()].mean() > values.mean()
     mask = np.zeros(values.size, dtype=bool)
     mask[np.argsort(values if turned else -values, kind="stable")[:size]] = True
     return mask.reshape(grid)
