@@ -44,6 +44,15 @@ def lens(embedded):
     return DiTLens(pipelines.flux(embedded=embedded), defaults=pipelines.call_for(embedded))
 
 
+@pytest.fixture
+def forwards(lens):
+    """One entry for every forward pass of the transformer of ``lens``, which may be the test file's own."""
+    found = []
+    handle = lens.pipe.transformer.register_forward_pre_hook(lambda *_: found.append(1))
+    yield found
+    handle.remove()
+
+
 @pytest.fixture(scope="session")
 def plain(embedded):
     """The same pipeline, never wrapped."""

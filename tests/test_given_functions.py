@@ -24,14 +24,6 @@ def lens():
     return DiTLens(pipelines.flux(), defaults=dict(pipelines.CALL))
 
 
-@pytest.fixture
-def forwards(lens):
-    found = []
-    handle = lens.pipe.transformer.register_forward_pre_hook(lambda *_: found.append(1))
-    yield found
-    handle.remove()
-
-
 # name -> (number of parameters, an answer that is right, what calls it)
 TAKERS = {
     "judge": (

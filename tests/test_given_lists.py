@@ -24,14 +24,6 @@ def lens():
     return DiTLens(pipelines.flux(), defaults=dict(pipelines.CALL))
 
 
-@pytest.fixture
-def forwards(lens):
-    found = []
-    handle = lens.pipe.transformer.register_forward_pre_hook(lambda *_: found.append(1))
-    yield found
-    handle.remove()
-
-
 STUDIES = {
     "disruption": lambda lens, **given: studies.disruption(
         lens, **{"prompts": ["red"], "draws": 1, "confounds": False, **FEW, **given}

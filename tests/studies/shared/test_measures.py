@@ -19,14 +19,6 @@ def lens():
     return DiTLens(pipelines.flux(), defaults=dict(pipelines.CALL))
 
 
-@pytest.fixture
-def forwards(lens):
-    found = []
-    handle = lens.pipe.transformer.register_forward_pre_hook(lambda *_: found.append(1))
-    yield found
-    handle.remove()
-
-
 def named(name, value=1.0):
     """A distance of a name."""
 
