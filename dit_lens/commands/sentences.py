@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dit_lens.analysis.metrics.intervals import holm
-from dit_lens.studies.shared.tables import compare_arms
+from dit_lens.studies.parts.chosen_block import CONTROLS, LEAST, NULLS, RIVALS, choose_block
+from dit_lens.studies.shared.tables import compare_arms, summarise
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from dit_lens.studies import Result
 
 
-CONTROLS = ["bottom", "random", "energy-matched"]
 LEVEL = 0.05  # chance of a false alarm among the controls of a claim
 
 
@@ -33,6 +33,8 @@ class ControlComparison(NamedTuple):
     measure: column of the measure.
     larger: whether the claim says that it is larger for the massive channels.
     form: format of its values.
+    over: the arms that the claim is decided against.
+    lacks: why nothing can be decided; "" if something can.
     """
 
     means: pd.DataFrame
@@ -40,19 +42,30 @@ class ControlComparison(NamedTuple):
     measure: str
     larger: bool = True
     form: str = ".1f"
+    over: Sequence[str] = CONTROLS
+    lacks: str = ""
 
     @property
     def verdict(self) -> str:
         """Whether the claim "holds", "fails" or "is undecided"."""
-        return decide_claim(self.table, self.measure, larger=self.larger)
+        if self.lacks:
+            return "is undecided"
+        return decide_claim(self.table, self.measure, over=self.over, larger=self.larger)
+
+    @property
+    def differences(self) -> pd.DataFrame:
+        """By how much the massive channels exceed every arm of ``over``: see :func:`subtract_controls`."""
+        return subtract_controls(self.table, self.measure, over=self.over)
 
     @property
     def brief(self) -> str:
         """The verdict, and the massive channels beside the strongest control."""
-        column = self.means.loc[CONTROLS, self.measure]
+        if self.lacks:
+            return f"{self.verdict}: {self.lacks}"
+        column = self.means.reindex(list(self.over))[self.measure]
         arm = column.idxmax() if self.larger else column.idxmin()
         own, other = (format_interval(self.means.loc[one], self.measure, self.form) for one in ("top", arm))
-        found = subtract_controls(self.table, self.measure)
+        found = self.differences
         difference = format_interval(found.loc[arm], self.measure, f"+{self.form}")
         weakest = found["p_corrected"].max(skipna=False)
         return f"{self.verdict}: {own}; {arm} {other}; difference {difference}; largest p {_format_p(weakest)}"
@@ -196,31 +209,35 @@ def _name_writer(row: pd.Series) -> str:
     return f"{'all' if row['point'] == 'block' else row['point']} of block {row['block']:.0f}"
 
 
-def _find_best_block(result: Result) -> tuple[int, pd.DataFrame]:
-    """The block where the top channels' clusters fit best, and the arms of an organisation there."""
-    rows = result.summary.rename(columns={"low": "iou_low", "high": "iou_high"})
-    best = int(rows[rows["arm"] == "top"].set_index("block")["iou"].idxmax())
-    return best, rows[rows["block"] == best].set_index("arm")
-
-
 def compare_overlap(result: Result) -> ControlComparison:
-    """How well clusters fit the subject: the comparison of an organisation, at the best block of the top channels."""
-    best, at = _find_best_block(result)
-    return ControlComparison(at, result.table[result.table["block"] == best], "iou", form=".2f")
+    """How well clusters fit the subject: the comparison of an organisation, at a block that other prompts chose."""
+    found, lacks = choose_block(result.table), ""
+    table = result.table if found is None else found.table  # of all blocks where none can be chosen
+    if found is None:
+        n = table["prompt"].nunique()
+        lacks = f"{n} readable prompts cannot choose a block and judge it ({2 * LEAST} or more can)"
+    means = summarise(table, ["arm"], ["iou"]).set_index("arm")
+    return ControlComparison(means, table, "iou", form=".2f", over=RIVALS, lacks=lacks)
 
 
 def describe_organisation(result: Result) -> str:
-    """What an organisation found, at the block where the top channels' clusters fit best."""
-    best, at = _find_best_block(result)
-    baselines = [arm for arm in at.index if arm not in ("top", *CONTROLS)]
-    listed = ", ".join(f"{arm} {format_interval(at.loc[arm], 'iou', '.2f')}" for arm in CONTROLS)
-    beside = ", ".join(f"{arm} {format_interval(at.loc[arm], 'iou', '.2f')}" for arm in baselines)
+    """What an organisation found, at a block that half of the prompts chose and the others judge."""
+    compared, found = compare_overlap(result), choose_block(result.table)
+    if found is None:
+        return f"**The claim {compared.verdict}:** {compared.lacks}."
+    at = {arm: format_interval(row, "iou", ".2f") for arm, row in compared.means.iterrows()}
+    controls, nulls, beside = (
+        ", ".join(f"{arm} {at[arm]}" for arm in arms if arm in at)
+        for arms in (CONTROLS, NULLS, [arm for arm in at if arm not in ("top", *RIVALS)])
+    )
+    chosen = f"{found.chosen_on} prompts chose it, by the top channels, and the other {found.judged_on} judge"
+    chosen = chosen if found.chosen_on else f"It was named beforehand, and {found.judged_on} prompts judge"
+    chance = found.table.loc[found.table["arm"] == "top", "chance"].mean()
     return (
-        f"**At its best block ({best}) the claim {compare_overlap(result).verdict}.** Mean IoU of the top "
-        f"channels' clusters with the subject: {format_interval(at.loc['top'], 'iou', '.2f')}; {listed}; chance "
-        f"{at.loc['top', 'chance']:.2f}; with the subjects of other prompts {at.loc['top', 'iou_other_prompts']:.2f}. "
-        f"What knows nothing of massive channels reaches, at the same block: {beside}. The block was chosen by the top "
-        "arm, which favours it."
+        f"**At block {found.block} the claim {compared.verdict}.** {chosen}. Mean IoU of the top channels' masks with "
+        f"the subject: {at['top']}; {controls}; chance {chance:.2f}. What needs no massive channels has to be exceeded "
+        f"too: {nulls} (component: the first principal component of all channels; centre: a disc; other prompts: the "
+        f"same masks on the subjects of other prompts). Beside them, at the same block: {beside}."
     )
 
 

@@ -1,4 +1,4 @@
-"""Claim 2: are massive channels spatially organised? Cluster the tokens by them, and compare with the subject."""
+"""Claim 2: are massive channels spatially organised? Part the tokens by them, and compare with the subject."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def organisation(
     site: Pattern = "blocks.*.img",
     n_clusters: int = 2,
     method: str = "minmax",
-    polarity: str = "border",
+    polarity: str = "distance",
     masks: Masks | None = None,
     words: str | Sequence[str] | None = None,
     batch_size: int | None = None,
     out: str | Path | None = None,
     **call: Any,
 ) -> Result:
-    """K-means of the image tokens on k channels, per block and step, against the subject in the generated image.
+    """The image tokens in two parts by k channels, per block and step, against the subject in the generated image.
 
     >>> import numpy as np
     >>> from dit_lens import DiTLens
@@ -90,15 +90,21 @@ def organisation(
     Arms are sets of channels: top, bottom, random (``draws`` of them), energy-matched, and all channels. Baselines are
     maps from the same run: attention to the subject's word (its share of the attention to text, mean over heads), the
     norm of every token, the first principal component of all channels. Nulls know nothing of the block: a centred disc,
-    K-means of the noisy latent and of the predicted clean one (x0); the last two stand beside every block. Maps and the
+    and masks from the noisy latent and from the predicted clean one (x0), which stand beside every block. Maps and the
     disc become masks of as many tokens as the top channels' mask, so that they differ from it in place alone.
 
     The table has one row per prompt, seed, step, block and arm: iou; chance, of an equally large random mask;
     iou_other_prompts, the same mask's IoU with the subjects of all other prompts, which a smooth mask in the centre has
     as well; iou_gap, how far the IoU lies below that of top on the same image; size, the share of tokens in front;
-    clusters, the tokens of each, from cold to hot; degenerate, a cluster under 1 %; energy_share, of the channels that
-    were looked at. The summary adds p: the share of orders of the prompts in which masks and subjects fit as well (of
-    one arm, block and step, not corrected for their number). Intervals are 95 %.
+    clusters, the tokens of each, from cold to hot, or near and far; degenerate, a part under 1 %; energy_share, of the
+    channels that were looked at; half, whether the prompt "chooses" or "judges". The summary adds p: the share of
+    orders of the prompts in which masks and subjects fit as well (of one arm, block and step, not corrected for their
+    number). Intervals are 95 %.
+
+    The best of several blocks is partly the luckiest, so a block is chosen on half of the prompts, by the mean IoU of
+    top, and judged on the other half: a note says by how much top exceeds the other channels there, the first
+    component, the disc, and its own masks on the subjects of other prompts. With less than four readable prompts no
+    block can be chosen and judged; name it beforehand, as ``site="blocks.5.img"``, and all prompts judge.
 
     Memory: all channels of every token are read, tokens x channels per block, step and image of a batch.
 
@@ -110,12 +116,13 @@ def organisation(
     draws: number of random controls.
     score: reduction by which channels are ranked.
     site: one site of image tokens per block.
-    n_clusters: number of clusters, at least 2.
-    method: "minmax" (as reproduced) or "robust" (quantile clip).
-    polarity: what is in front: all but the cluster at the "border"; the one with the most "heat", as in the
-      reproduction, which inverts where massive channels are negative on the subject; or, as "oracle", the mask or its
-      complement, whichever fits the truth better, and chance is that of the same choice between a random mask and its
-      complement.
+    n_clusters: number of clusters of K-means, at least 2.
+    method: how channels are scaled: "minmax" (as reproduced) or "robust" (quantile clip).
+    polarity: what is in front: the tokens at a "distance" from those on the border of the image (see
+      :func:`~dit_lens.analysis.subjects.distance_from_border`); or a cluster of K-means: all but the one at the
+      "border"; the one with the most "heat", as in the reproduction, which inverts where massive channels are negative
+      on the subject; or, as "oracle", that at the border or its complement, whichever fits the truth better, and chance
+      is that of the same choice between a random mask and its complement.
     masks: where the subject truly is: one bool [H, W] or PIL image (white is subject) per prompt, or a function
       (image, prompt) that returns one; toys read the image back (unreadable ones are left out and counted).
     words: word of the subject, one for all prompts or one each, for the attention baseline; toys take the shape's; []

@@ -9,6 +9,7 @@ from dit_lens.commands.chapters import CHAPTERS, Size
 from dit_lens.commands.findings import describe_retraining, describe_sizes, describe_training, findings
 from dit_lens.errors import StoreError
 from dit_lens.studies import Result
+from dit_lens.studies.parts.chosen_block import choose_halves
 from dit_lens.studies.shared.tables import compare_arms
 
 
@@ -132,15 +133,16 @@ def test_what_enters_the_first_block_writes_too():
 
 
 def test_claim_2_in_words():
-    arms = [("top", 0.5), ("bottom", 0.2), ("random", 0.45), ("energy-matched", 0.3), ("norm", 0.6)]
-    rows = summary(["iou"], [(arm, (iou, iou - 0.1, iou + 0.1)) for arm, iou in arms])
-    table = pd.concat([rows.assign(block=3), rows.assign(block=4, iou=0.1)])
-    table = table.rename(columns={"iou_low": "low", "iou_high": "high"}).assign(chance=0.21, iou_other_prompts=0.25)
-    lines = measured(["iou"], arms)
-    lines = pd.concat([lines.assign(block=3), lines.assign(block=4, iou=0.1)])
-    said = sentences.describe_organisation(result("organisation", table, lines))
-    assert "best block (3) the claim is undecided" in said  # 0.05 apart, beside noise of 0.3
-    assert "norm 0.60 (0.50 to 0.70)" in said
+    arms = [("top", 0.5), ("bottom", 0.2), ("random", 0.45), ("energy-matched", 0.3), ("norm", 0.6), ("component", 0.4)]
+    rows = measured(["iou"], [*arms, ("centre", 0.4)]).assign(chance=0.21, iou_other_prompts=0.25, step=3)
+    rows["iou"] = (rows["iou"] - 0.5) / 100 + 0.5  # of eight prompts, far apart, beside noise of 0.003
+    lines = pd.concat([rows.assign(block=3), rows.assign(block=4, iou=rows["iou"] - 0.2)])
+    lines["half"] = lines["prompt"].map(choose_halves(lines["prompt"]))
+    said = sentences.describe_organisation(result("organisation", lines))
+    assert "At block 3 the claim is undecided" in said  # top and random are 0.0005 apart
+    assert "4 prompts chose it, by the top channels, and the other 4 judge" in said
+    assert "norm 0." in said
+    assert "other prompts 0.25" in said
     assert "chance 0.21" in said
 
 

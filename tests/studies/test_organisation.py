@@ -43,14 +43,19 @@ def detail(toy):
     return DiTLens(planted.pipeline(toy, planted.DetailOnly), defaults=planted.CALL)
 
 
-@pytest.fixture(scope="module")
-def carried(carrier):
-    return studies.organisation(carrier, PROMPTS, k=K, draws=2, masks=MASKS, polarity="border", steps=[0, -1])
+@pytest.fixture(scope="module", params=["border", "distance"])
+def polarity(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def detailed(detail):
-    return studies.organisation(detail, PROMPTS, k=K, draws=2, masks=MASKS, polarity="border", steps=[0, -1])
+def carried(carrier, polarity):
+    return studies.organisation(carrier, PROMPTS, k=K, draws=2, masks=MASKS, polarity=polarity, steps=[0, -1])
+
+
+@pytest.fixture(scope="module")
+def detailed(detail, polarity):
+    return studies.organisation(detail, PROMPTS, k=K, draws=2, masks=MASKS, polarity=polarity, steps=[0, -1])
 
 
 def last(result, block=3):
@@ -141,7 +146,7 @@ def test_an_oracle_takes_the_better_half_and_says_so(carrier):
 
 def test_more_clusters(carrier):
     result = studies.organisation(
-        carrier, PROMPTS[:1], k=K, draws=1, masks=MASKS[:1], n_clusters=4, site="blocks.3.img"
+        carrier, PROMPTS[:1], k=K, draws=1, masks=MASKS[:1], n_clusters=4, polarity="border", site="blocks.3.img"
     )
     assert {len(sizes) for sizes in result.table.loc[result.table["arm"] == "top", "clusters"]} == {4}
     assert result.summary["p"].isna().all()  # of a single prompt
@@ -163,12 +168,33 @@ def test_masks_come_as_arrays_images_and_functions(carrier):
     assert tables[0].equals(tables[2])
 
 
-@pytest.mark.parametrize("batch_size", [None, 1])
-def test_masks_are_made_of_what_the_run_had(toy, batch_size):
+def part(x, grid, polarity):
+    """Tokens in two parts, by hand where the rule is the distance from the border."""
+    if polarity == "border":
+        return segment(x, grid, polarity="border").mask
+    x = np.asarray(x, np.float64)
+    x = (x - x.min(0)) / (x.max(0) - x.min(0))
+    edge = np.pad(np.zeros((grid[0] - 2, grid[1] - 2), bool), 1, constant_values=True).ravel()
+    far = (((x - x[edge].mean(0)) / (x[edge].std(0) + 0.05)) ** 2).mean(1) ** 0.5
+    ranked = np.sort(far)  # the cut that leaves the least variance within both parts
+    spread = [ranked[:i].var() * i + ranked[i:].var() * (len(far) - i) for i in range(1, len(far))]
+    return (far >= ranked[np.argmin(spread) + 1]).reshape(grid)
+
+
+def stand_out(values, size, grid, polarity):
+    edge = np.pad(np.zeros((grid[0] - 2, grid[1] - 2), bool), 1, constant_values=True).ravel()
+    away = np.abs(values - values[edge].mean())
+    if polarity == "distance":
+        return (away >= np.sort(away)[-size]).reshape(grid)
+    return select_largest(values, size, grid, "border")
+
+
+@pytest.mark.parametrize(("polarity", "batch_size"), [("border", None), ("distance", 1)])
+def test_masks_are_made_of_what_the_run_had(toy, polarity, batch_size):
     call = {"seed": 0, "num_inference_steps": 2}
     result = studies.organisation(
         toy, [SCENE, OTHER], k=4, draws=1, steps=[0, 1], site="blocks.5.img", masks=MASKS[:2],
-        num_inference_steps=2, batch_size=batch_size,
+        num_inference_steps=2, batch_size=batch_size, polarity=polarity,
     )  # fmt: skip
     run = toy.run([SCENE, OTHER], [Read("blocks.5.img"), Read("x0"), Read("velocity")], **call)
     words = [[SCENE.split().index("circle")], [OTHER.split().index("cross")]]
@@ -177,14 +203,14 @@ def test_masks_are_made_of_what_the_run_had(toy, batch_size):
         x, clean = run["blocks.5.img"][step, row].numpy(), run["x0"][step, row]
         noisy = clean + run.sigmas[step] * run["velocity"][step, row]
         expected = {
-            "top": segment(x[:, np.abs(x.mean(0)).argsort()[-4:]], run.grid).mask,
-            "all": segment(x, run.grid).mask,
-            "x0": segment(clean, run.grid).mask,
-            "noisy latent": segment(noisy, run.grid).mask,
+            "top": part(x[:, np.abs(x.mean(0)).argsort()[-4:]], run.grid, polarity),
+            "all": part(x, run.grid, polarity),
+            "x0": part(clean, run.grid, polarity),
+            "noisy latent": part(noisy, run.grid, polarity),
         }
         size = int(expected["top"].sum())
-        expected["norm"] = select_largest(token_norm(x), size, run.grid, "border")
-        expected["attention"] = select_largest(attention[step, row], size, run.grid, "border")
+        expected["norm"] = stand_out(token_norm(x), size, run.grid, polarity)
+        expected["attention"] = stand_out(attention[step, row], size, run.grid, polarity)
         for arm, mask in expected.items():
             found = result.masks[f"{row}/0/{step}/5/{arm}"]
             assert (found == mask).mean() > 0.98, (step, row, arm)  # batches of one differ in the last bit
@@ -207,7 +233,7 @@ def test_equal_tokens_have_no_component():
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.tuples(*[st.integers(1, 8)] * 2), st.data(), st.sampled_from(["heat", "border"]))
+@given(st.tuples(*[st.integers(1, 8)] * 2), st.data(), st.sampled_from(["heat", "border", "distance"]))
 def test_a_threshold_keeps_the_size_and_the_order(grid, data, polarity):
     n = grid[0] * grid[1]
     size = data.draw(st.integers(0, n))
@@ -215,6 +241,9 @@ def test_a_threshold_keeps_the_size_and_the_order(grid, data, polarity):
     mask = select_largest(values, size, grid, polarity).ravel()
     assert mask.sum() == size
     if 0 < size < n:
+        if polarity == "distance":
+            edge = [min(i, j, grid[0] - 1 - i, grid[1] - 1 - j) == 0 for i, j in np.ndindex(*grid)]
+            values = np.abs(values - values[edge].mean())
         inside, outside = values[mask], values[~mask]
         assert inside.min() >= outside.max() or (polarity == "border" and inside.max() <= outside.min())
 
@@ -222,8 +251,8 @@ def test_a_threshold_keeps_the_size_and_the_order(grid, data, polarity):
 def test_the_border_is_never_in_front():
     values = np.zeros((6, 6))
     values[2:4, 2:4] = 1
-    for sign in (1, -1):
-        found = select_largest(sign * values.ravel(), 4, (6, 6), "border")
+    for sign, polarity in itertools.product((1, -1), ("border", "distance")):
+        found = select_largest(sign * values.ravel(), 4, (6, 6), polarity)
         np.testing.assert_array_equal(found, values > 0)
     assert not select_largest(-values.ravel(), 4, (6, 6))[2:4, 2:4].any()
     with pytest.raises(OpError, match=r"'boarder' is not a valid polarity\. Nearest: 'border'"):
@@ -344,6 +373,7 @@ def test_images_that_cannot_be_read_are_left_out(toy, monkeypatch):
         ({"method": "min-max"}, OpError, r"'min-max' is not a valid method\. Nearest: 'minmax'"),
         ({"polarity": "oracel"}, OpError, r"'oracel' is not a valid polarity\. Nearest: 'oracle'"),
         ({"n_clusters": 1}, OpError, "n_clusters=1 separates nothing"),
+        ({"n_clusters": 3}, OpError, "polarity='distance' parts the tokens in two, and n_clusters=3 is of K-means"),
         ({"masks": MASKS}, OpError, "got 4 for 1 prompts"),
         ({"masks": [np.ones((4, 4))]}, OpError, r"masks\[0\] must be a bool array \[H, W\] or a PIL image"),
         ({"words": ["circle", "cross"]}, OpError, "got 2 for 1 prompts"),

@@ -10,17 +10,18 @@ import numpy as np
 
 from dit_lens.analysis import clusters
 from dit_lens.analysis.clusters import DEGENERATE_SHARE, chance_iou, ious, segment, upsample
+from dit_lens.analysis.subjects import distance_from_border, threshold
 from dit_lens.errors import OpError, check_choice
 from dit_lens.studies.parts.saliency import select_largest
 
-POLARITIES = (*clusters.POLARITIES, "oracle")
+POLARITIES = ("distance", *clusters.POLARITIES, "oracle")
 
 
 class TokenMask(NamedTuple):
     """A mask of the image tokens.
 
     mask: bool [h, w].
-    sizes: number of tokens in each cluster that it was made from, from cold to hot.
+    sizes: number of tokens in each cluster that it was made from, from cold to hot, or from near to far.
     """
 
     mask: np.ndarray
@@ -33,7 +34,7 @@ class ClusteringOptions:
 
     n_clusters: number of clusters, at least 2.
     method: how channels are scaled, one of ``clusters.METHODS``.
-    polarity: what is in front: "border", "heat" or "oracle".
+    polarity: what is in front: "distance", which needs no clusters, "border", "heat" or "oracle".
     """
 
     n_clusters: int
@@ -46,6 +47,11 @@ class ClusteringOptions:
             check_choice(asked, known, name)
         if self.n_clusters < 2:
             raise OpError(f"n_clusters={self.n_clusters} separates nothing. Choose 2 or more.")
+        if self.n_clusters > 2 and self.polarity == "distance":
+            raise OpError(
+                f"polarity='distance' parts the tokens in two, and n_clusters={self.n_clusters} is of K-means. Pass "
+                "polarity='border' with it."
+            )
 
     @property
     def rule(self) -> str:
@@ -53,11 +59,15 @@ class ClusteringOptions:
         return "border" if self.polarity == "oracle" else self.polarity
 
     def cluster(self, x: Any, grid: tuple[int, ...]) -> TokenMask:
-        """K-means of tokens.
+        """The tokens in front, by K-means, or by their distance from those on the border.
 
         x: [n, k].
         grid: token grid, (h, w).
         """
+        if self.rule == "distance":
+            distance = distance_from_border(x, grid, self.method)
+            mask = distance > threshold(distance)
+            return TokenMask(mask, (int((~mask).sum()), int(mask.sum())))
         found = segment(x, grid, n_clusters=self.n_clusters, method=self.method, polarity=self.rule)
         return TokenMask(found.mask, found.sizes)
 

@@ -21,7 +21,7 @@ from dit_lens.toys.scenes import Scene
 if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
 
-POLARITIES = ("heat", "border")
+POLARITIES = ("heat", "border", "distance")
 PATTERN_BYTES = 2e9  # of the patterns of attention that are held at once
 
 
@@ -64,12 +64,16 @@ def select_largest(values: np.ndarray, size: int, grid: tuple[int, ...], polarit
     size: number of tokens.
     grid: token grid, (h, w).
     polarity: "heat": the largest values stand out; "border": the largest or the smallest, whichever end the border of
-      the grid is farther from on average.
+      the grid is farther from on average; "distance": those farthest from the mean of the border.
     """
     check_choice(polarity, POLARITIES, "polarity")
-    turned = polarity == "border" and values[border_of(grid).ravel()].mean() > values.mean()
+    border = values[border_of(grid).ravel()].mean()
+    if polarity == "distance":
+        values = np.abs(values - border)
+    elif polarity == "border" and border > values.mean():
+        values = -values
     mask = np.zeros(values.size, dtype=bool)
-    mask[np.argsort(values if turned else -values, kind="stable")[:size]] = True
+    mask[np.argsort(-values, kind="stable")[:size]] = True
     return mask.reshape(grid)
 
 

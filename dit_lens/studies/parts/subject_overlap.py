@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from dit_lens.analysis.clusters import permutation_p
+from dit_lens.studies.parts.chosen_block import choose_halves, describe_choice
 from dit_lens.studies.parts.clustering import score_masks
 from dit_lens.studies.shared.arguments import describe_k
 from dit_lens.studies.shared.cells import Cell
@@ -36,6 +37,7 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
     top = table.loc[table["arm"] == "top", [*pair, "iou"]].rename(columns={"iou": "iou_gap"})
     table = table.assign(iou_other_prompts=others).merge(top, on=pair)
     table["iou_gap"] -= table["iou"]
+    table["half"] = table["prompt"].map(choose_halves(table["prompt"]))
     readable = len(table[["row", "seed"]].drop_duplicates())
     notes = _notes(table, settings, len(images) - readable)
     table = table.drop(columns="row")
@@ -96,7 +98,7 @@ def _summarise(table: pd.DataFrame, p: Mapping[tuple[int, int, str], float]) -> 
 
 
 def _notes(table: pd.DataFrame, settings: Mapping[str, Any], unreadable: int) -> list[str]:
-    notes = [describe_k(settings["k"], settings["width"])]
+    notes = [describe_k(settings["k"], settings["width"]), describe_choice(table)]
     if settings["polarity"] == "oracle":
         notes.append(
             "polarity oracle: every mask is the better of itself and its complement, chosen with the truth in hand; "
