@@ -4,6 +4,7 @@
     python3 dev.py demo [arguments]    the demo: dit-lens demo [arguments]
     python3 dev.py test [arguments]    lint, then pytest [arguments], such as tests/families -k pattern
     python3 dev.py lint [--fix]        ruff check, ruff format, ty, import-linter; --fix corrects what ruff can correct
+    python3 dev.py bench [arguments]   what looking costs: python -m benchmarks [arguments]
     python3 dev.py docs [arguments]    the documentation, into build/docs: sphinx-build [arguments]
 
 Which torch is installed: what UV_TORCH_BACKEND says (cpu, cu128, ...) if it is set; else the CPU wheel that
@@ -82,6 +83,11 @@ def docs(rest: list[str]) -> int:
     return run("-m", "sphinx", "-W", "-n", "--keep-going", "--quiet", *rest, "docs", "build/docs")
 
 
+def bench(rest: list[str]) -> int:
+    """The table of benchmarks."""
+    return run("-m", "benchmarks", *rest, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+
+
 def linters(*, fix: bool = False) -> dict[str, tuple[str, ...]]:
     """The checks of the code as text."""
     return {
@@ -95,7 +101,7 @@ def linters(*, fix: bool = False) -> dict[str, tuple[str, ...]]:
     }
 
 
-TASKS = {"demo": demo, "docs": docs, "lint": lint, "test": test}
+TASKS = {"bench": bench, "demo": demo, "docs": docs, "lint": lint, "test": test}
 
 # The dependency groups of a task that needs more than "dev".
 GROUPS = {"docs": ("dev", "docs"), "test": ("dev", "docs", "live")}

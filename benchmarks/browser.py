@@ -1,22 +1,24 @@
 """How long the explorer takes from a slider to the drawn image, at the size of FLUX.1 with 28 steps and 1024 pixels.
 
-    python benchmarks/explorer.py
-
-57 blocks x 28 steps x 8 channels x 64 x 64 tokens: 50 MB of maps, all in the browser. Prints milliseconds from the
-input event to the end of drawing, over 200 moves of the block's and the step's slider, in the browser of this machine.
+57 blocks x 28 steps x 8 channels x 64 x 64 tokens: 50 MB of maps, all in the browser. Milliseconds from the input event
+to the end of drawing, over 200 moves of the block's and the step's slider, in the browser of this machine.
 """
+
+from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from benchmarks.measure import Row, quartiles
 from dit_lens.commands.page import find_browser
 from dit_lens.explorer import Explorer, Views
-from dit_lens.explorer.views import Pane
+from dit_lens.explorer.view_arrays import Pane
 
 BLOCKS, STEPS, CHANNELS, SIDE = 57, 28, 8, 64
 MOVES = """async () => {
@@ -55,23 +57,25 @@ def views():
     )
 
 
-def main():
-    began = time.perf_counter()
-    explorer = Explorer(views())
-    made = time.perf_counter() - began
-    path = explorer.to_html(Path(tempfile.mkdtemp()) / "page.html")
-    with sync_playwright() as playwright:
+def measure_explorer() -> Iterator[Row]:
+    """The page of the explorer, opened and moved through."""
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        path = Explorer(views()).to_html(Path(folder) / "page.html")
         browser = playwright.chromium.launch(executable_path=find_browser(), args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page()
         began = time.perf_counter()
         page.goto(path.as_uri())
         page.wait_for_selector("[data-ready]", state="attached")
         opened = time.perf_counter() - began
-        median, slow = np.percentile(page.evaluate(MOVES), [50, 95])
-        print(f"{browser.version}: slider to drawn, median {median:.2f} ms, 95 % within {slow:.2f} ms")
-        print(f"made in {made:.2f} s; its page has {path.stat().st_size / 2**20:.0f} MB and opens in {opened:.1f} s")
+        times, note = page.evaluate(MOVES), f"{browser.version}, a page of {path.stat().st_size / 2**20:.0f} MB"
         browser.close()
-
-
-if __name__ == "__main__":
-    main()
+    yield Row(
+        "explorer",
+        "slider to drawn, 57 x 28 x 8 maps of 64 x 64",
+        "ms",
+        **quartiles(times),
+        target=2,
+        rounds=len(times),
+        note=note,
+    )
+    yield Row("explorer", "opening that page", "s", opened, opened, opened, target=1)
