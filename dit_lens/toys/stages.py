@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CAPTION_DROPOUT = 0.1  # share of captions that are replaced by the empty one, for classifier-free guidance
 KL_WEIGHT = 1e-6
+NORMALISED = 256  # drawn images whose latents decide the VAE's constants
 ATTRIBUTE_WORDS = (1, 2, 3, 4, 7, 8)  # indices of the attributes among the ten words of a caption
 
 
@@ -119,7 +120,7 @@ def draw_batch(scenes: list[Scene], first: int, device: torch.device | str) -> T
 @torch.no_grad()
 def normalise_latents(toy: Kind, pipe: DiffusionPipeline) -> None:
     """Sets the VAE's constants so that the latents of drawn images have mean 0 and variance 1."""
-    images = draw_batch(sample_scenes(256, seed=1), 0, pipe.device)
+    images = draw_batch(sample_scenes(NORMALISED, seed=1), 0, pipe.device)
     toy.set_normalisation(pipe, toy.posterior(pipe, images).mode())
 
 

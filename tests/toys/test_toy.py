@@ -9,6 +9,7 @@ from dit_lens import DiTLens
 from dit_lens.analysis.channels import top_median_ratio
 from dit_lens.commands.evaluate_toy import BAR
 from dit_lens.core.runs.files import read_json
+from dit_lens.studies.shared.arms import average_scores, make_score_reads, select_common_channels
 from dit_lens.toys import WEIGHTS, path
 from dit_lens.toys.scenes import recognise_scene, sample_scenes
 
@@ -97,6 +98,12 @@ def lens(name, toy):
 
 
 @pytest.fixture(scope="module")
+def drawn(lens):
+    """The captions, drawn while the scores of channels are read."""
+    return lens.run(CAPTIONS, make_score_reads("blocks.*.img", "|mean|"), seed=0)
+
+
+@pytest.fixture(scope="module")
 def card(name):
     return read_json(path(name) / "dit_lens.json", "the toy's card")
 
@@ -105,9 +112,8 @@ def test_every_toy_in_the_package_is_recorded():
     assert sorted(RECORDED) == sorted(folder.name for folder in WEIGHTS.iterdir())
 
 
-def test_held_out_prompts_are_drawn_as_well_as_the_card_says(lens, card):
-    images = lens.run(CAPTIONS, seed=0).images
-    right = [scene.agreement(recognise_scene(image).scene) for scene, image in zip(SCENES, images, strict=True)]
+def test_held_out_prompts_are_drawn_as_well_as_the_card_says(drawn, card):
+    right = [scene.agreement(recognise_scene(image).scene) for scene, image in zip(SCENES, drawn.images, strict=True)]
     for attribute in BAR:
         assert sum(one[attribute] for one in right) >= 7, attribute
         assert card["quality"]["generated"][attribute][0] >= BAR[attribute]
@@ -123,8 +129,8 @@ def test_the_card_states_which_bars_are_missed(name, card):
     assert card["training"]["stages"]["transformer"]["iterations"] == RECORDED[name].iterations
 
 
-def test_massive_channels_are_as_recorded(lens, name):
-    massive, recorded = lens.massive_channels(CAPTIONS, k=8, seed=0), RECORDED[name]
+def test_massive_channels_are_as_recorded(drawn, name):
+    massive, recorded = select_common_channels([average_scores(drawn)], 8, "|mean|"), RECORDED[name]
     assert min(massive.jaccard(recorded.channels).values()) >= 0.7
     ratios = {site: top_median_ratio(scores) for site, scores in massive.scores.items()}
     assert {site: ratios[site] for site in recorded.ratios} == pytest.approx(recorded.ratios, rel=0.1)
@@ -151,5 +157,8 @@ def test_the_untrained_twin_differs_in_its_transformer_alone(lens, name):
         same = zip(getattr(lens.pipe, part).parameters(), getattr(twin.pipe, part).parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in same)
     prompt = "a big red circle left on a plain blue background"
-    found = twin.massive_channels(prompt, k=8, seed=0)  # the lens follows the exchanged module
-    assert max(found.energy_share().values()) < min(lens.massive_channels(prompt, k=8, seed=0).energy_share().values())
+    found, ours = (
+        one.massive_channels(prompt, k=8, seed=0, num_inference_steps=4)
+        for one in (twin, lens)  # the lens follows the exchanged module
+    )
+    assert max(found.energy_share().values()) < min(ours.energy_share().values())

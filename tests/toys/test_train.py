@@ -10,7 +10,7 @@ from dit_lens.commands import evaluate_toy as evaluate
 from dit_lens.core.runs.files import read_json
 from dit_lens.errors import StoreError
 from dit_lens.lens import DiTLens
-from dit_lens.toys import train
+from dit_lens.toys import stages, train
 from dit_lens.toys.kinds import KINDS, kind
 from dit_lens.toys.stages import TransformerStage
 from dit_lens.toys.train import Settings
@@ -25,6 +25,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(train.time, "monotonic", lambda: next(ticks) / 2)
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.9)
     monkeypatch.setattr(train, "ITERATIONS", {"text": 1, "autoencoder": 1})
+    monkeypatch.setattr(stages, "NORMALISED", 8)
     for toy in map(kind, KINDS):
         monkeypatch.setattr(toy, "CALL", {**toy.CALL, "num_inference_steps": 1})
 
