@@ -5,21 +5,25 @@
 
 A paper leaves choices open, and results depend on them. A protocol fills them in and tells the authors' ("paper") from
 those of the public reproduction of its Fig. 3 ("repro") and from this library's ("ours"). An argument that is given
-explicitly wins, and counts as "yours".
+explicitly wins, and counts as "yours". How the paper's models are run is in ``get("turri2026").models``, where
+"default" is diffusers' and "makers" what those say who made the model.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from dit_lens.arguments.checks import checked
+from dit_lens.core.runs.provenance import digest
 from dit_lens.errors import OpError, check_choice
 from dit_lens.old_names import OldName
 from dit_lens.studies.shared.folders import add_remarks
+from dit_lens.studies.shared.model_rows import TURRI_2026, ModelRow
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 Study = TypeVar("Study", bound="Callable[..., Result]")
 
 ORIGINS = {"paper": "the authors'", "repro": "the reproduction's", "ours": "this library's", "yours": "given"}
+ORIGINS |= {"default": "diffusers'", "makers": "the model's makers'"}
 
 
 @dataclass(frozen=True)
@@ -58,14 +63,21 @@ class Protocol:
     >>> get("turri2026").table.query("study == 'disruption' and argument == 'ablation'")["origin"].item()
     'paper'
 
+    >>> get("turri2026").models.query("argument == 'num_inference_steps'")[["model", "value", "origin"]].iloc[
+    ...     1
+    ... ].tolist()
+    ['FLUX.1-schnell', 4, 'makers']
+
     name: name of the protocol.
     about: what it follows.
     choices: its choices, for every study that it covers.
+    rows: how its models are run.
     """
 
     name: str
     about: str
     choices: tuple[Choice, ...]
+    rows: tuple[ModelRow, ...] = ()
 
     chosen = OldName("apply")
 
@@ -80,6 +92,29 @@ class Protocol:
         import pandas as pd
 
         return pd.DataFrame([asdict(choice) for choice in self.choices])
+
+    @property
+    def models(self) -> pd.DataFrame:
+        """One row per choice of how a model is run: model, argument, value (None: the pipeline's own), origin, why."""
+        import pandas as pd
+
+        lines = [
+            {"model": row.name, "argument": name, **asdict(setting)}
+            for row in self.rows
+            for name, setting in row.settings.items()
+        ]
+        return pd.DataFrame(lines, columns=["model", "argument", "value", "origin", "why"], dtype=object)
+
+    @property
+    def digest(self) -> str:
+        """A hash of what it sets; wording and origins do not count."""
+        choices = [[choice.study, choice.argument, choice.value] for choice in self.choices]
+        return digest(json.dumps(choices).encode())
+
+    @checked
+    def find_row(self, repository: str) -> ModelRow | None:
+        """How the model of a repository is run; None if it is none of the protocol's."""
+        return next((row for row in self.rows if row.repository.lower() == repository.lower()), None)
 
     @checked
     def arguments(self, study: str) -> dict[str, Any]:
@@ -195,6 +230,7 @@ _PROTOCOLS = {
             "turri2026",
             "arXiv 2605.13974, the authors' values where they are stated, else the reproduction's, else ours.",
             (*_DISRUPTION, *_ORGANISATION, *_TRANSFER, *_TRANSFER_IMAGE, *_STABILITY),
+            TURRI_2026,
         ),
         Protocol(
             "fig3-reproduction",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
+import diffusers
 import pandas as pd
 import pytest
 
@@ -110,3 +112,43 @@ def test_a_real_study_runs_by_a_protocol(toy, tmp_path):
         assert loaded.notes == result.notes
     again = studies.disruption(toy, prompt, protocol="turri2026", **choices)  # what was added does not stand in the way
     assert again.notes == result.notes
+
+
+def test_every_model_of_the_paper_has_a_row_that_says_whose_it_is():
+    protocol = protocols.get("turri2026")
+    table = protocol.models
+    assert list(table["model"].unique()) == ["FLUX.1-dev", "FLUX.1-schnell", "FLUX.2-klein", "Qwen-Image", "SANA-1.5"]
+    assert set(table["origin"]) <= protocols.ORIGINS.keys() - {"yours", "paper"}  # of no setting the authors' is known
+    assert table["why"].str.len().min() > 0
+    for row in protocol.rows:
+        needed = {"repository", "num_inference_steps", "height", "width", "dtype", "k"}
+        assert needed <= row.settings.keys()
+        assert row.settings.keys() & {"guidance_scale", "true_cfg_scale"}
+        assert row is protocol.find_row(row.repository.upper())
+    assert protocol.find_row("black-forest-labs/FLUX.1-kontext") is None
+    assert protocols.get("fig3-reproduction").models.empty
+
+
+PIPELINES = {
+    "FLUX.1-dev": "FluxPipeline",
+    "FLUX.1-schnell": "FluxPipeline",
+    "FLUX.2-klein": "Flux2KleinPipeline",
+    "Qwen-Image": "QwenImagePipeline",
+    "SANA-1.5": "SanaPipeline",
+}
+
+
+@pytest.mark.parametrize("row", protocols.get("turri2026").rows, ids=lambda row: row.name)
+def test_a_row_has_arguments_of_its_pipeline_and_says_defaults_as_they_are(row):
+    parameters = inspect.signature(getattr(diffusers, PIPELINES[row.name]).__call__).parameters
+    assert row.call.keys() <= parameters.keys()
+    for name, value in row.call.items():
+        if row.settings[name].origin == "default" and name not in ("height", "width"):
+            assert parameters[name].default == value
+
+
+def test_the_hash_of_a_protocol_follows_its_values_and_not_its_words():
+    protocol = protocols.get("turri2026")
+    first = protocol.choices[0]
+    assert replace(protocol, choices=(replace(first, why="x"), *protocol.choices[1:])).digest == protocol.digest
+    assert replace(protocol, choices=(replace(first, value="rms"), *protocol.choices[1:])).digest != protocol.digest
