@@ -6,6 +6,7 @@ from dit_lens.old_names import warn_of_old_name
 from dit_lens.studies.basis import basis
 from dit_lens.studies.carrier_or_detail import carrier_or_detail
 from dit_lens.studies.disruption import disruption
+from dit_lens.studies.model_report import ModelReport
 from dit_lens.studies.organisation import organisation
 from dit_lens.studies.parts.evidence import Thresholds
 from dit_lens.studies.patching import patching
@@ -24,6 +25,7 @@ STUDIES = study_names()
 __all__ = [
     "STUDIES",
     "ImageKey",
+    "ModelReport",
     "Result",
     "Thresholds",
     "basis",

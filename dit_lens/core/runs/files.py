@@ -268,12 +268,18 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def write_text(path: str | Path, text: str) -> Path:
     """Writes a file whole or not at all, folders included, and returns its path."""
+    with report_unwritten(path):
+        return write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> Path:
+    """As :func:`write_text`, what is no text."""
     path = Path(path)
     with report_unwritten(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = _name_beside(path, f"{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
         try:
-            fresh.write_text(text, encoding="utf-8")
+            fresh.write_bytes(content)
             fresh.replace(path)
         finally:
             fresh.unlink(missing_ok=True)
