@@ -1,4 +1,4 @@
-"""The command line: dit-lens demo | findings | atlas | info | doctor | run | train-toy."""
+"""The command line: dit-lens demo | findings | study | board | atlas | info | doctor | run | train-toy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DitLensError as problem:
         print(f"dit-lens: {problem}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("dit-lens: interrupted.", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"dit-lens: {stop or 'interrupted.'}", file=sys.stderr)
         return 130
 
 
@@ -69,6 +70,8 @@ def _add_pages(commands: Any) -> None:
     found.add_argument("--draws", type=int, default=None, help="draws of the random controls")
     found.set_defaults(command=_findings)
 
+    _add_study(commands)
+
     atlas = commands.add_parser("atlas", help="write an explorer of some prompts as one file to share")
     atlas.add_argument("pipeline", help="a folder written by save_pretrained, a repository, or toy:flux")
     atlas.add_argument("--out", type=_path, default=Path("atlas.html"), help="the file")
@@ -80,6 +83,40 @@ def _add_pages(commands: Any) -> None:
     atlas.add_argument("--device", help="cuda, cuda:1, cpu ...; the GPU where there is one")
     atlas.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16 on a GPU, else float32")
     atlas.set_defaults(command=_atlas)
+
+
+def _add_study(commands: Any) -> None:
+    """The commands that compare models by one protocol."""
+    study = commands.add_parser(
+        "study", help="run a protocol's studies on a pipeline; a page, and result.json to compare"
+    )
+    study.add_argument("pipeline", help="a folder written by save_pretrained, a repository, or toy:flux")
+    study.add_argument(
+        "--protocol", default="turri2026", help="what sets every free choice: turri2026, fig3-reproduction"
+    )
+    study.add_argument("--prompts", type=_path, help="a .csv or .jsonl of prompts; those of the library by default")
+    study.add_argument("--masks", help="birefnet, FILE.py with masks(image, prompt), or a folder of PROMPT-ID.png")
+    study.add_argument("--judge", help="clip, vqa, or FILE.py with judge(image, prompt)")
+    study.add_argument("--device", help="cuda, cuda:1, cpu ...; the GPU where there is one")
+    study.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16 on a GPU, else float32")
+    study.add_argument("-k", "--k", type=int, default=None, help="how many channels count as massive")
+    study.add_argument("--steps", type=int, default=None, help="denoising steps")
+    study.add_argument("--call", nargs="+", metavar="NAME=VALUE", default=(), help="other arguments of the pipeline")
+    study.add_argument("--seeds", type=int, default=2, help="how many seeds every prompt is run with")
+    study.add_argument("--draws", type=int, default=None, help="draws of the random controls")
+    study.add_argument("--trust-remote-code", action="store_true", help="code that comes with a segmenter may run")
+    study.add_argument(
+        "--out", type=_path, default=Path("dit-lens-study"), help="folder, from which the command goes on"
+    )
+    study.add_argument("--plan", action="store_true", help="only say rules, power and cost")
+    study.set_defaults(command=_study)
+
+    board = commands.add_parser("board", help="lay the results of dit-lens study side by side, in one table that sorts")
+    board.add_argument("folders", nargs="+", type=_path, metavar="DIR", help="folders that dit-lens study wrote")
+    board.add_argument(
+        "--out", type=_path, default=Path("dit-lens-board"), help="folder for board.html, .csv and .json"
+    )
+    board.set_defaults(command=_board)
 
 
 def _add_work(commands: Any) -> None:
@@ -141,6 +178,32 @@ def _findings(options: argparse.Namespace) -> int:
     given = {name: getattr(options, name) for name in ("prompts", "seeds", "draws")}
     size = Size(**{name: value for name, value in given.items() if value is not None})
     print(findings(options.out, toys=options.toys, size=size, cells=options.cells))
+    return 0
+
+
+def _study(options: argparse.Namespace) -> int:
+    from dit_lens.commands.study import check_out, make_plan, run_plan
+    from dit_lens.commands.study_inputs import StudyOptions
+
+    asked = StudyOptions(**{field.name: getattr(options, field.name) for field in fields(StudyOptions)})
+    if not options.plan:
+        check_out(options.out)
+    device, dtype = _choose_placement(options)
+    plan = make_plan(_load(options.pipeline, dtype=dtype).to(device), options.pipeline, asked)
+    print(plan.describe(), flush=True)
+    if not options.plan:
+        print(f"\n{run_plan(plan, options.out)}\n{options.out / 'index.md'}")
+    return 0
+
+
+def _board(options: argparse.Namespace) -> int:
+    from dit_lens.commands.board import DATA, board
+    from dit_lens.core.runs.files import read_json
+
+    page = board(options.folders, options.out)
+    for warning in read_json(options.out / DATA, "a board")["warnings"]:
+        print(f"dit-lens: {warning}", file=sys.stderr)
+    print(page)
     return 0
 
 

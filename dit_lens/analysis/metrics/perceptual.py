@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens.analysis.metrics.pixels import apply_pairwise
-from dit_lens.arguments.paths import expand_user
-from dit_lens.errors import OpError, StoreError
+from dit_lens.analysis.metrics.pretrained import load_pretrained
+from dit_lens.errors import OpError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,19 +68,20 @@ class Clip:
         self.__qualname__ = f"Clip({model.name_or_path})"  # the judge's name in the settings of a study
 
     def __call__(self, image: Image, prompt: str) -> dict[str, float]:
-        return {"clip": _cosine(self._embed_image(image), self._embed_text(prompt))}
+        return {"clip": _cosine(self.embed(image), self._embed_text(prompt))}
 
     @property
     def distance(self) -> Callable[[Image, Image], float]:
         """The distance between two images, 0 to 2, as a function with the name ``clip_distance``."""
 
         def clip_distance(a: Image, b: Image) -> float:
-            return 1 - _cosine(self._embed_image(a), self._embed_image(b))
+            return 1 - _cosine(self.embed(a), self.embed(b))
 
         return clip_distance
 
     @torch.no_grad()
-    def _embed_image(self, image: Image) -> Tensor:
+    def embed(self, image: Image) -> Tensor:
+        """The embedding of an image, [d]; not normalised."""
         inputs = self.processor(images=image.convert("RGB"), return_tensors="pt").to(self.model.device)
         return self.model.get_image_features(**inputs).pooler_output[0]
 
@@ -106,11 +107,7 @@ def clip_judge(model: str | Path | CLIPModel, processor: CLIPProcessor | None = 
     from transformers import CLIPModel, CLIPProcessor
 
     if isinstance(model, str | Path):
-        model = expand_user(model)
-        try:
-            return Clip(CLIPModel.from_pretrained(model), CLIPProcessor.from_pretrained(model))
-        except (OSError, ValueError) as problem:
-            raise StoreError(f"{model} could not be loaded as a CLIP model with its processor: {problem}") from problem
+        return Clip(*load_pretrained(model, "a CLIP model with its processor", CLIPModel, CLIPProcessor))
     if processor is None:
         raise OpError("A loaded CLIPModel needs its processor: clip_judge(model, CLIPProcessor.from_pretrained(...)).")
     return Clip(model, processor)

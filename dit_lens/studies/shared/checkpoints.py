@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # The bar that studies inside `share_progress_bar` advance instead of showing their own.
 _BAR: ContextVar[tqdm | None] = ContextVar("bar", default=None)
 
-# Whether a study is only to check its arguments, which it does before its first cell.
-_CHECKING: ContextVar[bool] = ContextVar("checking", default=False)
+# Where a study that is only to check its arguments, which it does before its first cell, says how many cells it has.
+_CHECKING: ContextVar[list[int] | None] = ContextVar("checking", default=None)
 
 
 class StudyCheckpoints:
@@ -59,7 +59,8 @@ class StudyCheckpoints:
         self.folder = None if out is None else Path(out)
         self.finished: list[Cell] = []
         self._lens, self._total = lens, total
-        if _CHECKING.get():
+        if (totals := _CHECKING.get()) is not None:
+            totals.append(total)
             raise _CheckedError
         if self.folder is not None:
             claim_folder(self.folder, study, settings, lens, meant)
@@ -111,12 +112,16 @@ class _CheckedError(Exception):
 
 
 @contextmanager
-def check_arguments_only() -> Generator[None]:
-    """A study inside this context checks its arguments, and ends before it draws."""
-    outer = _CHECKING.set(True)
+def check_arguments_only() -> Generator[list[int]]:
+    """A study inside this context checks its arguments, and ends before it draws.
+
+    Yields a list, in which it says how many cells it has.
+    """
+    totals: list[int] = []
+    outer = _CHECKING.set(totals)
     try:
         with suppress(_CheckedError):
-            yield
+            yield totals
     finally:
         _CHECKING.reset(outer)
 

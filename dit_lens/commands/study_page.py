@@ -1,0 +1,110 @@
+"""The page about one model: index.md, with a figure, a table and a sentence for each study."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dit_lens.commands.chapters import CHAPTERS
+from dit_lens.commands.findings import describe_sizes
+from dit_lens.commands.page import write_figures
+from dit_lens.commands.sentences import CONTROLS
+from dit_lens.commands.study_verdicts import find_weakest
+from dit_lens.core.runs.files import write_text
+from dit_lens.studies import power
+from dit_lens.studies.model_report import PICTURES, REPORT
+
+if TYPE_CHECKING:
+    from dit_lens.commands.chapters import Chapter
+    from dit_lens.commands.study_plan import StudyPlan
+    from dit_lens.studies import ModelReport, Result
+
+JUDGED = ("transfer", "carrier_or_detail")  # whose sentences tell of attributes, which a judge sees
+
+
+def write_study_page(out: Path, plan: StudyPlan, results: Mapping[str, Result], report: ModelReport) -> Path:
+    """Writes index.md, and beside it a figure and a table of every study; returns its path.
+
+    out: the folder.
+    plan: what was run.
+    results: study -> its result.
+    report: what it found.
+    """
+    drawn = write_figures({out / f"{name}.webp": result.figure() for name, result in results.items()})
+    chapters = {chapter.name: chapter for chapter in CHAPTERS}
+    lines = [*_write_head(plan, report)]
+    for name, result in results.items():
+        write_text(out / f"{name}.csv", result.summary.to_csv(index=False))
+        chapter = chapters[name]
+        lines += [f"## {chapter.study.question}", "", describe_sizes(result), ""]
+        lines += [_describe(chapter, result, judged=plan.judged), "", f"*Published:* {chapter.published}", ""]
+        lines += [f"![{chapter.study.question}]({name}.webp)", ""] if out / f"{name}.webp" in drawn else []
+        lines += [_describe_power(result), ""] if name == "disruption" else []
+        lines += [f"All numbers: [{name}.csv]({name}.csv)", "", *(f"- {note}" for note in result.notes), ""]
+    return write_text(out / "index.md", "\n".join(lines))
+
+
+def _describe(chapter: Chapter, result: Result, *, judged: bool) -> str:
+    """What a study found, in words."""
+    if judged or chapter.name not in JUDGED:
+        return chapter.describe(result)
+    return f"**The claim {chapter.compare(result).brief}.**" if chapter.compare else ""
+
+
+def _describe_power(result: Result) -> str:
+    """How many prompts would decide each difference, if it is as large as it was here."""
+    table = power(result)
+    needs = {row["arm"]: row["needs"] for _, row in table[table["arm"].isin(CONTROLS)].iterrows()}
+    told = ", ".join(f"{arm} {'more than 100,000' if math.isnan(n) else f'{n:,.0f}'}" for arm, n in needs.items())
+    return f"Prompts that decide a difference as large as this one, with a chance of 80 %: {told}."
+
+
+def _write_head(plan: StudyPlan, report: ModelReport) -> list[str]:
+    """What stands above the studies: the model, the verdicts at a glance, and the rules."""
+    content = report.content
+    model, versions = content["model"], content["versions"]
+    told = ", ".join(f"{name} {versions[name]}" for name in ("dit-lens", "diffusers", "torch", "nnsight"))
+    verdicts = [f"- **{one['claim']}**: {_write_verdict(one)}" for one in content["verdicts"]]
+    ceiling = [f"- ceiling: {one['what']} {_write_estimate(one['estimate'])}" for one in content["ceiling"]]
+    known = ", ".join(f"{name} {model[name]}" for name in ("revision", "weights") if model[name])
+    made = f"{content['dtype']} on {content['device']}; {told}. {content['date']}."
+    return [
+        f"# {model['id']} by {content['protocol']['name']}",
+        "",
+        f"{model['pipeline']}, {model['blocks']} blocks of {model['width']} channels{f'; {known}' if known else ''}.",
+        f"{made} The numbers of this page are also in [{REPORT}]({REPORT}),",
+        f"and every measurement is in [{PICTURES}]({PICTURES}).",
+        "",
+        "## At a glance",
+        "",
+        *verdicts,
+        *ceiling,
+        "",
+        "Of each claim: the verdict, the massive channels, and by how much they exceed the control with the largest",
+        "corrected p-value. Intervals are 95 %, of new prompts and new seeds.",
+        "",
+        "```text",
+        plan.describe(),
+        "```",
+        "",
+    ]
+
+
+def _write_verdict(one: Mapping) -> str:
+    """A verdict with its numbers."""
+    if one["value"] is None:
+        return one["verdict"]
+    said = f"{one['verdict']}: {one['measure']} {_write_estimate(one['value'])}"
+    weakest = find_weakest(one["differences"])
+    if weakest is None:
+        return said
+    return f"{said}; {_write_estimate(weakest['estimate'], '+.3g')} from {weakest['from']}"
+
+
+def _write_estimate(estimate: Mapping | None, form: str = ".3g") -> str:
+    if estimate is None or estimate["mean"] is None:
+        return "unknown"
+    bounds = "" if estimate["low"] is None else f" ({estimate['low']:{form}} to {estimate['high']:{form}})"
+    return f"{estimate['mean']:{form}}{bounds}"
