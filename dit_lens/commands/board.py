@@ -105,7 +105,8 @@ def _describe(folder: str, content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _describe_claim(one: Mapping[str, Any]) -> dict[str, Any]:
     """A verdict, and the difference from the control with the largest corrected p-value."""
-    found: dict[str, Any] = {"verdict": one["verdict"], "value": one["value"], "difference": None, "from": None}
+    found: dict[str, Any] = {name: one[name] for name in ("verdict", "reason", "value")}
+    found |= {"difference": None, "from": None}
     if (weakest := find_weakest(one["differences"])) is not None:
         found |= {"difference": weakest["estimate"], "from": weakest["from"], "p_corrected": weakest["p_corrected"]}
     return found

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from dit_lens.commands.chapters import CHAPTERS
 from dit_lens.commands.findings import describe_sizes
 from dit_lens.commands.page import write_figures
-from dit_lens.commands.sentences import CONTROLS
 from dit_lens.commands.study_verdicts import find_weakest
 from dit_lens.core.runs.files import write_text
 from dit_lens.studies import power
 from dit_lens.studies.model_report import PICTURES, REPORT
+from dit_lens.studies.parts.chosen_block import CONTROLS
 
 if TYPE_CHECKING:
     from dit_lens.commands.chapters import Chapter
@@ -94,6 +94,8 @@ def _write_head(plan: StudyPlan, report: ModelReport) -> list[str]:
 
 def _write_verdict(one: Mapping) -> str:
     """A verdict with its numbers."""
+    if one["reason"] is not None:
+        return f"{one['verdict']}: {one['reason']}"
     if one["value"] is None:
         return one["verdict"]
     said = f"{one['verdict']}: {one['measure']} {_write_estimate(one['value'])}"

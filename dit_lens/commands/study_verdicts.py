@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.analysis.metrics import mean_ci
 from dit_lens.commands.chapters import CHAPTERS
-from dit_lens.commands.sentences import subtract_controls
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,17 +26,17 @@ def find_verdicts(results: Mapping[str, Result]) -> list[dict[str, Any]]:
             found.append({"claim": chapter.claim, "study": name, **_describe(chapter.compare(result))})
         elif name == "carrier_or_detail":
             says = result.summary.set_index(["measure", "part"]).loc[("verdict", "overall"), "says"]
-            line = {"measure": None, "verdict": str(says), "value": None, "differences": []}
+            line = {"measure": None, "verdict": str(says), "reason": None, "value": None, "differences": []}
             found.append({"claim": "carrier or detail", "study": name, **line})
     return found
 
 
 def _describe(comparison: ControlComparison) -> dict[str, Any]:
-    measure = comparison.measure
-    controls = subtract_controls(comparison.table, measure)
+    measure, controls = comparison.measure, comparison.differences
     return {
         "measure": measure,
         "verdict": comparison.verdict,
+        "reason": comparison.lacks or None,
         "value": _estimate(comparison.means.loc["top"], measure),
         "differences": [
             {

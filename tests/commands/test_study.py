@@ -136,7 +136,7 @@ def test_a_study_that_was_interrupted_says_how_to_go_on(finished):
 
 def written(column, kind):
     """The values of a column; lists, and numbers that are mixed with texts, as texts."""
-    missing = [value is None or value != value for value in column]
+    missing = [value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)) for value in column]
     texts = [str(value) if kind == "text" else value for value in column]
     return [None if gone else text for gone, text in zip(missing, texts, strict=True)]
 
@@ -218,7 +218,7 @@ def test_without_a_judge_what_needs_one_is_left_out(place, tmp_path, no_browser)
         (["--call", "height"], "--call height has no '='"),
         (["--call", "hight=32"], "hight"),
         (["--prompts", "{place}/one.csv"], "has one prompt, of which no difference can be told"),
-        (["-k", "40"], "k=40 leaves no control of equal size"),
+        (["-k", "20"], "k=20 leaves no control of equal size"),
         (["--out", "{place}"], "holds other files and no study"),
     ],
 )
