@@ -13,6 +13,7 @@ from dit_lens.studies import Result
 from dit_lens.toys.train import Settings
 from tests import pipelines
 from tests.channel_sets import sample_set
+from tests.reports import made_up
 from tests.wrong_arguments.surface import find_calls
 
 # Public names that are not called by a user with arguments of their own, and where they are tried instead.
@@ -68,7 +69,10 @@ ELSEWHERE = {
         "explorer.Views.labels",
         "inversion.Inversion",
         "metrics.Clip",
+        "metrics.Clip.*",
+        "metrics.Vqa",
         "metrics.Interval",
+        "studies.ModelReport",
         "studies.Result",
         "protocols.Choice",
         "protocols.Protocol",
@@ -192,7 +196,29 @@ def _data():
             for name in ("rmse", "psnr", "mean_abs", "ssim", "lpips")
         },
         "metrics.clip_judge": (None, {"model": "openai/clip", "processor": None}),
+        "metrics.vqa_judge": (None, {"model": "someone/vqa", "processor": None}),
+        "metrics.dino_distance": (None, {"model": "someone/dino"}),
+        "metrics.birefnet_masks": (None, {"model": "someone/birefnet", "trust_remote_code": False}),
+        "metrics.set_distances": (
+            None,
+            {
+                "a": [image(0), image(1)],
+                "b": [image(2), image(3)],
+                "measures": ["fid"],
+                "features": Colours(),
+                "clip": None,
+            },
+        ),
     }
+
+
+class Colours(torch.nn.Module):
+    """The mean colour of images."""
+
+    num_features = 3
+
+    def forward(self, images):
+        return images.float().mean((2, 3))
 
 
 def image(seed, size=8):
@@ -320,6 +346,9 @@ def _stored(folder):
         "prompts.PromptList": (None, {"prompts": (dl.prompts.Prompt("a", id="1"),)}),
         "protocols.get": (None, {"name": "turri2026"}),
         "protocols.Protocol.arguments": (protocol.arguments, {"study": "transfer"}),
+        "protocols.Protocol.find_row": (protocol.find_row, {"repository": "someone/model"}),
+        "studies.ModelReport.save": (made_up().save, {"folder": folder / "new-report"}),
+        "studies.ModelReport.load": (None, {"path": made_up().save(folder / "report")}),
         "protocols.Protocol.apply": (protocol.apply, {"study": "transfer", "given": {"k": 1}}),
         "toys.path": (None, {"name": "flux"}),
         "toys.train_command": (None, {"name": "flux"}),

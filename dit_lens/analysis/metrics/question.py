@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens.analysis.metrics.pretrained import load_pretrained
+from dit_lens.arguments.checks import checked
 from dit_lens.errors import OpError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Vqa:
         return self.model(**inputs).logits[0, -1].float()
 
 
+@checked
 def vqa_judge(model: str | Path | Any = VQA, processor: Any = None) -> Vqa:
     """Loads a vision-language model for ``judge=`` of a study: does an image show its prompt?
 

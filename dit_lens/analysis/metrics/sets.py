@@ -11,7 +11,11 @@ import numpy as np
 import torch
 
 from dit_lens.analysis.metrics.perceptual import Clip
-from dit_lens.errors import OpError, StoreError, check_choice
+from dit_lens.arguments.checks import checked
+from dit_lens.arguments.images import WORDS, to_image
+from dit_lens.arguments.numbers import list_entries
+from dit_lens.arguments.paths import expand_user
+from dit_lens.errors import OpError, StoreError, check_choice, show
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,6 +30,7 @@ WEIGHTS = "weights-inception-2015-12-05-6cffb8a4.pth"
 Images = Sequence[Any] | str | Path
 
 
+@checked
 def set_distances(
     a: Images,
     b: Images,
@@ -59,8 +64,10 @@ def set_distances(
     """
     for measure in measures:
         check_choice(measure, MEASURES, "measure")
-    if "cmmd" in measures and clip is None:
+    if "cmmd" in measures and not callable(getattr(clip, "embed", None)):
         raise OpError("cmmd compares embeddings of CLIP. Pass clip=dl.metrics.clip_judge(...), or leave cmmd out.")
+    if features is not None and not isinstance(features, torch.nn.Module):
+        raise OpError(f"features={show(features)} is no torch module of images [b, 3, h, w] -> features [b, d].")
     first, second = _as_images(a, "a"), _as_images(b, "b")
     found: dict[str, float] = {}
     for measure in measures:
@@ -122,19 +129,31 @@ def _mmd(x: Tensor, y: Tensor) -> float:
 
 
 def _as_images(given: Images, name: str) -> list[Image]:
-    """A set as PIL images."""
-    from PIL import Image
-
+    """A set as PIL images, in RGB."""
     if isinstance(given, str | Path):
-        folder = Path(given)
-        files = sorted(file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES)
-        if not files:
-            raise StoreError(f"{folder} has no images ({', '.join(SUFFIXES)}).")
-        given = [Image.open(file).copy() for file in files]
-    found = [one if isinstance(one, Image.Image) else Image.fromarray(np.asarray(one)) for one in given]
-    if len(found) < 2:
-        raise OpError(f"the set {name} has {len(found)} images, and a distance of sets takes two or more.")
-    return [one.convert("RGB") for one in found]
+        folder = Path(expand_user(given))
+        entries: list[Any] | None = sorted(file for file in _list_files(folder) if file.suffix.lower() in SUFFIXES)
+        if not entries:
+            raise StoreError(f"{show(str(folder))} has no images ({', '.join(SUFFIXES)}).")
+    else:
+        entries = list_entries(given)
+    if entries is None or len(entries) < 2:
+        count = show(given) if entries is None else f"{len(entries)} image{'s' * (len(entries) != 1)}"
+        raise OpError(f"the set {name} is {count}, and a distance of sets takes two images or more, or a folder.")
+    found = []
+    for i, entry in enumerate(entries):
+        image = to_image(entry)
+        if image is None:
+            raise OpError(f"{name}[{i}] is {show(entry)}, which is no image. Give {WORDS}.")
+        found.append(image.convert("RGB"))
+    return found
+
+
+def _list_files(folder: Path) -> list[Path]:
+    try:
+        return [file for file in folder.glob("*") if file.is_file()]
+    except (OSError, ValueError):  # a name that no folder can have
+        return []
 
 
 def _stack(images: Sequence[Image]) -> Tensor:

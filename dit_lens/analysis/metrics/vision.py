@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dit_lens.analysis.metrics.pretrained import load_pretrained
+from dit_lens.arguments.checks import checked
 from dit_lens.errors import OpError, StoreError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Dino:
         return self.model(**inputs.to(self.model.device, self.model.dtype)).last_hidden_state[0, 0].float()
 
 
+@checked
 def dino_distance(model: str | Path = DINO) -> Dino:
     """Loads a DINO model as an entry for ``distances=`` of a study: how alike two images are in what they show.
 
@@ -76,6 +78,7 @@ class BiRefNet:
         return (chances[0, 0] > 0.5).numpy()
 
 
+@checked
 def birefnet_masks(model: str | Path = BIREFNET, *, trust_remote_code: bool = False) -> BiRefNet:
     """Loads BiRefNet for ``masks=`` of ``organisation``: the subject of each image.
 

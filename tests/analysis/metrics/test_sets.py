@@ -91,7 +91,7 @@ def test_folders_are_sets_too(tmp_path):
     choice = {"features": Corners(), "clip": Embedder()}
     assert metrics.set_distances(tmp_path / "a", str(tmp_path / "b"), **choice) == metrics.set_distances(a, b, **choice)
     (tmp_path / "c").mkdir()
-    with pytest.raises(StoreError, match=r"/c has no images"):
+    with pytest.raises(StoreError, match=r"/c' has no images"):
         metrics.set_distances(tmp_path / "a", tmp_path / "c", ["fid"], features=Corners())
 
 
@@ -99,7 +99,7 @@ def test_folders_are_sets_too(tmp_path):
     ("a", "measures", "message"),
     [
         (pictures(0, 3), ["fdi"], "'fdi' is not a valid measure. Nearest: 'fid'"),
-        (pictures(0, 1), ["fid"], "the set a has 1 images"),
+        (pictures(0, 1), ["fid"], "the set a is 1 image, and"),
         ([*pictures(0, 2), Image.new("RGB", (5, 5))], ["fid"], "these have 5 x 5, 10 x 8"),
         (pictures(0, 3), ["cmmd"], "Pass clip="),
     ],
