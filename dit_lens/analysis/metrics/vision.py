@@ -41,7 +41,7 @@ class Dino:
 
 
 @checked
-def dino_distance(model: str | Path = DINO) -> Dino:
+def dino_distance(model: str | Path = DINO) -> Callable[[Image, Image], float]:
     """Loads a DINO model as an entry for ``distances=`` of a study: how alike two images are in what they show.
 
         dl.studies.disruption(lens, prompts, distances=["rmse", dl.metrics.dino_distance()])
@@ -79,7 +79,9 @@ class BiRefNet:
 
 
 @checked
-def birefnet_masks(model: str | Path = BIREFNET, *, trust_remote_code: bool = False) -> BiRefNet:
+def birefnet_masks(
+    model: str | Path = BIREFNET, *, trust_remote_code: bool = False
+) -> Callable[[Image, str], np.ndarray]:
     """Loads BiRefNet for ``masks=`` of ``organisation``: the subject of each image.
 
         masks = dl.metrics.birefnet_masks(trust_remote_code=True)
@@ -94,8 +96,8 @@ def birefnet_masks(model: str | Path = BIREFNET, *, trust_remote_code: bool = Fa
     from transformers import AutoModelForImageSegmentation
 
     try:
-        kind: Callable = AutoModelForImageSegmentation
-        return BiRefNet(*load_pretrained(model, "BiRefNet", kind, trust_remote_code=trust_remote_code))
+        found = load_pretrained(model, "BiRefNet", AutoModelForImageSegmentation, trust_remote_code=trust_remote_code)
+        return BiRefNet(*found)
     except StoreError as problem:
         if trust_remote_code or "trust_remote_code" not in str(problem):
             raise
