@@ -30,6 +30,7 @@ second and touches none of the model's own weights. The checks:
 | chain | what leaves a block enters the next one |
 | residual | a block adds `attn_out`, `mlp_out` (and `attn2_out`, `cross_out`, `ip_out`) to its input and nothing else |
 | final | the last block's image tokens enter the final norm |
+| modulation | a prediction is made of what enters the final norm and `final.img.mod`, and of nothing else |
 | grid | image tokens lie row by row |
 | write | a write to a block's image tokens reaches the prediction |
 | readout | final norm and projection of the last block's tokens are the model's prediction |
@@ -75,6 +76,8 @@ def _section(family: Family) -> str:
         f"Checked at load: {', '.join(one.name for one in checks)}.\n",
     ]
     lines += [line for stack in family.stacks for line in _points(anatomy, stack)]
+    if isinstance(family.final.mod, str):
+        lines.append(f"- no `final.img.mod`: {family.final.mod}")
     lines += [
         f"- `{pipeline.name}`: {describe_guidance(pipeline.guidance)}."
         for pipeline in others

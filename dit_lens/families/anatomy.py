@@ -81,7 +81,8 @@ class Anatomy:
             for stream in STREAMS
             if self.why_not(i, stream, point) is None
         ]
-        return (*inner, *(Site(None, "img", point) for point in MODEL_POINTS))
+        outer = [Site(None, "img", point) for point in MODEL_POINTS if self.why_not(None, "img", point) is None]
+        return (*inner, *outer)
 
     def find_attention(self, block: int) -> tuple[nn.Module, str]:
         """A block's module, and the order of the streams inside its attention; SiteError if it has no pattern."""
@@ -93,8 +94,10 @@ class Anatomy:
             )
         return self.blocks(stack)[index], "ragged" if stack.layout == "ragged" else stack.attention
 
-    def why_not(self, block: int, stream: str, point: str) -> str | None:
-        """Why a block lacks a point; None where it has it."""
+    def why_not(self, block: int | None, stream: str, point: str) -> str | None:
+        """Why a block, or for None the whole model, lacks a point; None where it has it."""
+        if block is None:
+            return self._why_no_modulation() if point == "mod.final" else None
         stack, _ = self._blocks[block]
         streams = stack.inputs if point == "resid_pre" else self._streams_after(block)
         if point in ("resid_pre", "resid_post"):
@@ -117,6 +120,13 @@ class Anatomy:
         if self.order and (stack.name, f".{spec.module}" if spec.module else "", spec.side) not in self.order:
             return f"{spec.module} of the {stack.name} blocks was not called when {self.family.name} was checked"
         return self._find_missing(block, spec)
+
+    def _why_no_modulation(self) -> str | None:
+        """Why what modulates the final norm has no name."""
+        final, name = self.family.final, self.family.name
+        if isinstance(final.mod, str):
+            return f"{name} has none: {final.mod}"
+        return None if final.mod else f"the row of {name} does not say what modulates {final.module}"
 
     def _find_missing(self, block: int, spec: PointSpec) -> str | None:
         """What a spec needs that this very block does not have."""
@@ -254,6 +264,9 @@ class Anatomy:
         """The number of channels at a site."""
         if site.point in ("velocity", "x0"):
             return self.out_width if site.point == "velocity" else self.latent_width
+        if site.point == "mod.final":
+            asked = self.family.final.mod_width
+            return self.width if asked is None else self.modules.measure(asked)
         spec = self._spec_of(site)
         if spec is None or spec.half is not None:
             return self.width
@@ -293,6 +306,13 @@ class Anatomy:
             raise FamilyError(f"{self.family.name}: {site} does not exist: {spec}.")
         return spec
 
+    def _is_once(self, site: Site) -> bool:
+        return (self.stack_name(site), site.stream, site.point) in self.once
+
+    def stack_name(self, site: Site) -> str:
+        """The stack of a site's block; "" for the whole model."""
+        return "" if site.block is None else self._blocks[site.block][0].name
+
     def block_name(self, block: int) -> str:
         """A block's name within its stack, such as "single.4"."""
         stack, index = self._blocks[block]
@@ -311,6 +331,8 @@ class Anatomy:
                 patch=self.patch,
                 x0=site.point == "x0",
             )
+        if site.block is None and site.point == "mod.final":
+            return replace(self._locate_modulation(), once=self._is_once(site))
         if site.block is None:
             name, position = self.modules.find_parameter(family.final.module, 0)
             return TensorLocation(
@@ -330,9 +352,24 @@ class Anatomy:
             return TensorLocation(f"transformer.{path}", "input", name, position, **tokens)
         spec = self._spec_of(site)
         if spec is not None:
-            once = (stack.name, site.stream, site.point) in self.once
-            return replace(self._locate_spec(site.block, site.stream, spec), once=once)
+            return replace(self._locate_spec(site.block, site.stream, spec), once=self._is_once(site))
         return TensorLocation(f"transformer.{path}", "output", stack.outputs[site.stream], **tokens)
+
+    def _locate_modulation(self) -> TensorLocation:
+        """Where what modulates the final norm is."""
+        spec, final = self.family.final.mod, self.family.final.module
+        if not isinstance(spec, PointSpec):
+            raise FamilyError(f"{self._why_no_modulation()}.")
+        path, slot, position = spec.module or final, spec.slot, None
+        self.modules.get(path)
+        if (path, spec.side) not in self._ends:
+            raise FamilyError(
+                f"{self.family.name}: mod= of its Final names the {spec.side} of {path}, which is none of what follows "
+                f"the blocks: {', '.join(f'the {side} of {module}' for module, side in self._ends[:-1])}."
+            )
+        if spec.side == "input":
+            slot, position = self.modules.find_parameter(path, 0 if slot is None else slot)
+        return TensorLocation(f"transformer.{path}", spec.side, slot, position, layout="whole")
 
     @cached_property
     def final(self) -> TensorLocation:
@@ -414,7 +451,15 @@ class Anatomy:
                 return number, self.order[stack.name, location.module[len(path) :], location.side]
         if self.family.readout and self.family.readout.shift and location == self.shift:
             return -1, 0  # what all blocks are given is computed before them
-        return self.depth, ["input", "output"].index(location.side)
+        return self.depth, self._ends.index((location.module.removeprefix("transformer").lstrip("."), location.side))
+
+    @cached_property
+    def _ends(self) -> list[tuple[str, str]]:
+        """(module, side) of what has a name after the blocks, in the order in which the model computes it."""
+        final, readout = self.family.final.module, self.family.readout
+        before = [] if readout is None or readout.projection is None else [(readout.projection, "output")]
+        after = [] if readout is None else [(module, "input") for module in readout.modules]
+        return [*before, (final, "input"), *after, ("", "output")]
 
 
 def _describe_blocks(stack: Stack) -> str:

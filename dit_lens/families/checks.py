@@ -97,6 +97,7 @@ def _try_clone(
             _check_chain(clone),
             _check_residual(clone),
             _check_final(clone),
+            _check_modulation(clone),
             _check_grid(clone),
             _check_write(clone),
             _check_readout(clone),
@@ -180,6 +181,27 @@ def _check_final(clone: HookedClone) -> Check:
             f"does not have {clone.anatomy.out_width} channels. Are stacks missing or out of order?"
         )
     return Check("final", "the last block's image tokens enter the final norm")
+
+
+def _check_modulation(clone: HookedClone) -> Check | None:
+    """Rows that share what enters the final norm, and what modulates it, share their prediction."""
+    anatomy, final = clone.anatomy, clone.anatomy.family.final
+    if final.mod is None:
+        return None
+    shared = [site for site in clone.points if site.point in ("final", "mod.final")]
+    hooks = [clone.entering(anatomy.locate(site), _share_first_row) for site in shared]
+    seen = clone.watch(clone.call, *hooks)["velocity"]
+    rest = "nothing else" if isinstance(final.mod, str) else "what modulates it"
+    if not _close(seen[:1].expand_as(seen), seen):
+        raise FamilyError(
+            f"{clone.name}: image tokens that enter {final.module} and {rest} are not all that its prediction is made "
+            "of. Is mod= of its Final wrong?"
+        )
+    return Check("modulation", f"a prediction is made of what enters the final norm and {rest}")
+
+
+def _share_first_row(tensor: Tensor) -> Tensor:
+    return tensor[:1].expand_as(tensor)
 
 
 def _check_grid(clone: HookedClone) -> Check:

@@ -12,7 +12,14 @@ from torch import Tensor
 from dit_lens.errors import FamilyError
 from dit_lens.families.anatomy import Anatomy
 from dit_lens.families.example_call import ROWS
-from dit_lens.families.layout import find_image_tokens, select_stream, select_tensor, to_tokens
+from dit_lens.families.layout import (
+    find_image_tokens,
+    from_tokens,
+    replace_tensor,
+    select_stream,
+    select_tensor,
+    to_tokens,
+)
 from dit_lens.families.tensors import apply_to_part, compute_gate, read_out
 
 if TYPE_CHECKING:
@@ -62,9 +69,9 @@ class HookedClone:
         finally:
             self.timed_once = False
         return frozenset(
-            (self.anatomy.block_name(site.block).rpartition(".")[0], site.stream, site.point)
+            (self.anatomy.stack_name(site), site.stream, site.point)
             for site in self.points
-            if site.block is not None and site.name in found and len(found[site.name]) == 1
+            if site.name in found and len(found[site.name]) == 1
         )
 
     def watch(self, call: dict[str, Any], *hooks: RemovableHandle) -> dict[str, Tensor]:
@@ -125,6 +132,20 @@ class HookedClone:
     def changing(self, location: TensorLocation, fn: Callable[[Any], Any]) -> RemovableHandle:
         """A hook that replaces a module's whole output."""
         return self._module(location).register_forward_hook(lambda _module, _args, output: fn(output))
+
+    def entering(self, location: TensorLocation, fn: Callable[[Tensor], Tensor]) -> RemovableHandle:
+        """A hook that replaces the tensor [row, token, channel] at a location, whatever side it is on."""
+        plain, side = location.plain(), location.side
+
+        def change(value: Any) -> Any:
+            whole = select_tensor(value, side, plain)
+            return replace_tensor(value, side, plain, from_tokens(fn(to_tokens(whole, plain)), whole, plain))
+
+        if side == "output":
+            return self.changing(location, change)
+        return self._module(location).register_forward_pre_hook(
+            lambda _module, args, kwargs: change((args, kwargs)), with_kwargs=True
+        )
 
     def run(self, call: dict[str, Any], handles: list[RemovableHandle]) -> None:
         """One forward pass under hooks, which are removed; FamilyError where a block is not as the family says."""

@@ -45,11 +45,11 @@ class ModuleTree:
         """
         parameters = list(inspect.signature(type(self.get(path)).forward).parameters.values())[1:]
         names = [parameter.name for parameter in parameters]
-        if isinstance(asked, int):
+        if isinstance(asked, int) and asked < len(names):
             return names[asked], asked
-        if asked in names:
+        if isinstance(asked, str) and asked in names:
             return asked, names.index(asked)
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        if isinstance(asked, str) and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             return asked, None
         raise FamilyError(
             f"{self.family}: {path or 'the transformer'} takes no argument {asked!r}; it takes {', '.join(names)}."

@@ -8,7 +8,7 @@ from typing import Any
 
 from dit_lens.arguments.checks import checked, checked_fields
 from dit_lens.errors import FamilyError
-from dit_lens.families.stack import Adapter, Stack
+from dit_lens.families.stack import Adapter, PointSpec, Stack
 
 
 @checked_fields
@@ -157,12 +157,17 @@ class Final:
     layout: where image tokens lie in that argument, as in :class:`Stack`.
     sequence_first: whether it is [token, row, channel].
     axes: "tokens", or those of an image, as in :class:`Grid`.
+    mod: what shift and scale of that norm are made of, one vector per row: where it is, or a text that says why there
+      is none; None: unknown. Its module is a path in the transformer; "" is the final norm.
+    mod_width: how many channels it has, as ``Family.width`` is written; None: the hidden size.
     """
 
     module: str = "norm_out"
     layout: str = "own"
     sequence_first: bool = False
     axes: str = "tokens"
+    mod: PointSpec | str | None = None
+    mod_width: str | None = None
 
 
 @checked_fields

@@ -44,7 +44,8 @@ POINTS = (
     "control_out",
     "x0",
 )
-MODEL_POINTS = ("final", "velocity", "x0")
+MODEL_POINTS = ("mod.final", "final", "velocity", "x0")
+_MODEL_NAMES = {"mod.final": "final.img.mod", "final": "final.img"}
 STREAMS = ("txt", "img")
 
 
@@ -63,7 +64,7 @@ class Site:
     @property
     def name(self) -> str:
         if self.block is None:
-            return "final.img" if self.point == "final" else self.point
+            return _MODEL_NAMES.get(self.point, self.point)
         suffix = "" if self.point == DEFAULT_POINT else f".{self.point}"
         return f"blocks.{self.block}.{self.stream}{suffix}"
 
@@ -79,8 +80,8 @@ class Site:
         parts = name.split(".", 3)
         if parts[0] == "blocks" and len(parts) > 2 and parts[1].isdecimal() and parts[2] in STREAMS:
             return cls(int(parts[1]), parts[2], parts[3] if len(parts) > 3 else DEFAULT_POINT)
-        point = name.removesuffix(".img") if name == "final.img" else name
-        if point not in MODEL_POINTS:
+        point = next((point for point in MODEL_POINTS if _MODEL_NAMES.get(point, point) == name), None)
+        if point is None:
             raise SiteError(f"{name!r} is not the name of a site, such as 'blocks.3.img' or 'velocity'.")
         return cls(None, "img", point)
 
@@ -117,7 +118,7 @@ def match(
     pattern: Pattern,
     sites: Sequence[Site],
     stacks: Mapping[str, range] | None = None,
-    why_not: Callable[[int, str, str], str | None] | None = None,
+    why_not: Callable[[int | None, str, str], str | None] | None = None,
 ) -> list[Site]:
     """The sites a pattern means, in the order the model computes them.
 
@@ -125,7 +126,7 @@ def match(
         function that is given each site's name and says whether it is meant; or several of these in a list.
     sites: every site the model has.
     stacks: the blocks of each stack, by name.
-    why_not: (block, stream, point) -> the reason why a block lacks a point.
+    why_not: (block, stream, point) -> the reason why a block lacks a point, or for None the whole model.
 
     Raises SiteError, naming what exists and the nearest match, when a pattern selects nothing.
     """
@@ -200,11 +201,14 @@ def _match_one(
     pattern: str,
     sites: Sequence[Site],
     stacks: Mapping[str, range],
-    why_not: Callable[[int, str, str], str | None] | None,
+    why_not: Callable[[int | None, str, str], str | None] | None,
 ) -> list[Site]:
     named = [site for site in sites if site.block is None and site.name == pattern]
     if named:
         return named
+    if pattern in _MODEL_NAMES.values() and why_not is not None:
+        site = Site.parse(pattern)
+        raise SiteError(f"{pattern!r}: {why_not(None, site.stream, site.point)}.")
     if pattern.endswith("attn.pattern"):
         raise SiteError(
             f"{pattern!r} is not a tensor that a block computes: attention patterns are made from q and k, by "

@@ -28,7 +28,8 @@ def summarise_lens(lens: Session) -> list[tuple[str, str]]:
         ("streams", ", ".join(STREAM_WORDS[stream] for stream in streams)),
         (
             "sites",
-            f"blocks.0-{anatomy.depth - 1}.{{{','.join(streams)}}}[.{'|'.join(inside)}], final.img, velocity, x0",
+            f"blocks.0-{anatomy.depth - 1}.{{{','.join(streams)}}}[.{'|'.join(inside)}], "
+            + ", ".join(site.name for site in anatomy.sites if site.block is None),
         ),
         ("grid", f"{grid[0]} x {grid[1]} image tokens by default" if grid else "known when it runs"),
         ("guidance", ("a guidance scale is embedded; " if embedded else "") + guidance),

@@ -13,6 +13,7 @@ from dit_lens.errors import FamilyError
 from dit_lens.families import Anatomy, Family, Final, Pipeline, PointSpec, Readout, Stack, write_template
 from dit_lens.families.checks import check
 from dit_lens.families.table import TABLE
+from tests.zoo.truth import TEXT_IN_THE_FINAL_NORM
 
 FAMILIES = {family.name: family for family in TABLE}
 FLIPPED = {"text_first": "image_first", "image_first": "text_first", "ragged": "image_first"}
@@ -109,6 +110,22 @@ MUTATIONS: dict[str, Callable[[Family], list[Family]]] = {
     "patch": another_patch,
     "no such norm": lambda family: [replace(family, final=Final("norm_of_old"))],
     "another norm": lambda family: [replace(family, final=Final(f"{family.stacks[-1].path}.0"))],
+    "nothing modulates it": lambda family: (
+        [replace(family, final=replace(family.final, mod="nothing"))]
+        if family.transformer in TEXT_IN_THE_FINAL_NORM and family.name != "DiT"  # whose example has one class
+        else []
+    ),
+    "width of what modulates it": lambda family: (
+        [replace(family, final=replace(family.final, mod_width="7"))] if isinstance(family.final.mod, PointSpec) else []
+    ),
+    "another argument modulates it": lambda family: (
+        [replace(family, final=replace(family.final, mod=PointSpec("", "input", 7)))]
+        if isinstance(family.final.mod, PointSpec)
+        else []
+    ),
+    "what modulates it is no module after the blocks": lambda family: [
+        replace(family, final=replace(family.final, mod=PointSpec(family.stacks[-1].path + ".0", "input", 0)))
+    ],
     "width of a predicted token": lambda family: [
         replace(family, prediction=replace(family.prediction, width=f"{family.prediction.width}*2"))
     ],
@@ -144,7 +161,7 @@ def test_the_row_passes(name):
         for point, spec in inside.items()
         if isinstance(spec, PointSpec)
     }
-    expected = ["structure", "sizes", "chain", "residual", "final", "grid", "write", "readout"]
+    expected = ["structure", "sizes", "chain", "residual", "final", "modulation", "grid", "write", "readout"]
     if "mlp_out" not in points:
         expected.remove("residual")
     if family.readout is None:
@@ -175,4 +192,4 @@ def test_a_template_is_a_row_that_passes():
 
     source = write_template(FAMILIES["Chroma"], "ChromaTransformer2DModel")
     row = eval(source, {"dit_lens": dit_lens})
-    assert checked(row) == ["structure", "sizes", "chain", "final", "grid", "write", "readout"]
+    assert checked(row) == ["structure", "sizes", "chain", "final", "modulation", "grid", "write", "readout"]

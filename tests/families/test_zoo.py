@@ -64,6 +64,23 @@ def test_swapping_a_row_with_itself_is_the_identity(zoo):
     assert torch.equal(zoo.drawn(run), zoo.plain().drawn)
 
 
+def test_all_that_a_row_is_made_of_makes_it_the_other_row(zoo):
+    """Every channel of the image stream, and what modulates the final norm, where text enters again in some models."""
+    if zoo.rows == 1:
+        pytest.skip("its pipeline draws one image at a time")
+    source, target = zoo.plain().drawn[:2]
+    assert not torch.equal(source, target)
+    within = 1e-5 if zoo.entry.name == "cosmos2" else 0.0  # whose sums depend on the place of a row
+    mod = [site for site in zoo.lens.sites() if site == "final.img.mod"]
+    swapped = zoo.drawn(zoo.run([Swap(["blocks.*.img", *mod], source="row:0", rows=1)]))
+    assert torch.equal(swapped[0], source)
+    assert torch.allclose(swapped[1], source, rtol=0, atol=within)
+    without = zoo.drawn(zoo.run([Swap("blocks.*.img", source="row:0", rows=1)]))
+    assert torch.allclose(without[1], source, rtol=0, atol=within) == (
+        zoo.entry.transformer not in truth.TEXT_IN_THE_FINAL_NORM
+    )
+
+
 def test_a_stored_read_put_back_is_the_identity(zoo):
     site = zoo.sites_of_image[0]
     run = zoo.run([Read(site, branch="both" if len(zoo.branches) > 1 else None)])

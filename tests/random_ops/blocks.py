@@ -193,15 +193,19 @@ def clean_by_noise(module, predicted, moment):
     return (latents.float() - moment.sigma * noise.float()) / (1 - moment.sigma**2) ** 0.5
 
 
-def named(blocks, final, velocity, sign=1):
-    """Sites by name, in the order of the model."""
+def named(blocks, final, velocity, sign=1, mod=None):
+    """Sites by name, in the order of the model.
+
+    mod: name of the final norm's argument, its second, from which shift and scale are made; None: it has none.
+    """
     places = {
         f"blocks.{i}.{stream}" + ("" if point == "resid_post" else f".{point}"): place
         for i, block in enumerate(blocks)
         for (stream, point), place in ordered(block).items()
     }
     x0 = replace(velocity, writes="none", made=clean(sign))
-    return {**places, "final.img": final, "velocity": velocity, "x0": x0}
+    norm = {} if mod is None else {"final.img.mod": Place(final.module, "in", (mod, 1), vector=True)}
+    return {**places, **norm, "final.img": final, "velocity": velocity, "x0": x0}
 
 
 def image_block(path, attention, norm, mlp, gates, more):

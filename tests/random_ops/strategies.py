@@ -301,11 +301,7 @@ def from_tensors(draw, scenario: Scenario, kind, pattern, sites: list[str], wher
     wiring = scenario.subject.wiring
     if where["channels"] == []:
         where["channels"] = None
-    rows, total = scenario.rows, scenario.steps
-    steps = len(select_steps(scenario, where["steps"]))
-    named = [] if where["rows"] is None else [range(rows)[row] for row in as_list(where["rows"])]
-    if named != sorted(named) and len(named) == rows:  # a value for each could be meant in either order
-        rows = 1
+    rows, total, steps = unambiguous_sizes(scenario, where)
 
     def channel_axis(site):
         full, count = wiring.places[site].width, count_channels(scenario.subject, site, where["channels"])
@@ -341,6 +337,19 @@ def from_tensors(draw, scenario: Scenario, kind, pattern, sites: list[str], wher
         return Resample(pattern, source=mapping, seed=draw(st.integers(0, 9)), **where)
     source = mapping if draw(st.booleans()) else tensor(sites)
     return Swap(pattern, source=source, strength=draw(STRENGTHS), **where)
+
+
+def unambiguous_sizes(scenario: Scenario, where: dict) -> tuple[int, int, int]:
+    """How many rows and steps there are, and how many steps are chosen, of which there may be a value for each.
+
+    1 where all are chosen in another order than theirs, so that a value for each could be meant in either.
+    """
+    rows, total = scenario.rows, scenario.steps
+    steps = select_steps(scenario, where["steps"])
+    named = [] if where["rows"] is None else [range(rows)[row] for row in as_list(where["rows"])]
+    if named != sorted(named) and len(named) == rows:
+        rows = 1
+    return (rows, 1, 1) if steps != sorted(steps) and len(steps) == total else (rows, total, len(steps))
 
 
 def select_steps(scenario: Scenario, steps) -> list[int]:

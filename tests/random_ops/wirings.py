@@ -27,6 +27,7 @@ from tests.random_ops.blocks import (
 from tests.random_ops.places import Place, Wiring
 
 IMAGE, TEXT = 24, 7
+MOD = "conditioning_embedding"
 
 
 def letters(prompt, word):
@@ -44,7 +45,7 @@ def letters(prompt, word):
 def flux():
     singles = transformer_blocks(3, "single_transformer_blocks")
     blocks = [*map(adaln_block, transformer_blocks(2)), *(flux_single(path, pipelines.LENGTH) for path in singles)]
-    places = named(blocks, Place("norm_out", "in", ("x", 0)), Place("", "out", 0, width=16))
+    places = named(blocks, Place("norm_out", "in", ("x", 0)), Place("", "out", 0, width=16), mod=MOD)
     stacks = {"blocks": range(5), "double": range(2), "single": range(2, 5)}
     return Wiring(places, stacks, grid=(4, 7), text=pipelines.LENGTH, knows_text=True, words=letters)
 
@@ -57,7 +58,7 @@ def sd3():
     blocks = [adaln_block(path) for path in transformer_blocks(3)]
     left = ("resid_pre", "attn.q", "attn.k", "attn.v")
     blocks[-1]["txt"] = {point: blocks[-1]["txt"][point] for point in left}
-    places = named(blocks, Place("norm_out", "in", ("x", 0)), Place("", "out", 0, patch=(2, 2), width=16))
+    places = named(blocks, Place("norm_out", "in", ("x", 0)), Place("", "out", 0, patch=(2, 2), width=16), mod=MOD)
     return Wiring(places, THREE)
 
 
@@ -72,7 +73,7 @@ def qwen():
             for stream in names
         }
         blocks.append(joint_block(path, names, gates, more))
-    return Wiring(named(blocks, Place("norm_out", "in", ("x", 0)), Place("", "out", 0, width=16)), THREE)
+    return Wiring(named(blocks, Place("norm_out", "in", ("x", 0)), Place("", "out", 0, width=16), mod=MOD), THREE)
 
 
 def klein():
@@ -97,7 +98,7 @@ def klein():
                 for stream, span in spans.items()
             }
         )
-    places = named(blocks, Place("norm_out", "in", ("x", 0)), Place("", "out", 0, width=16))
+    places = named(blocks, Place("norm_out", "in", ("x", 0)), Place("", "out", 0, width=16), mod=MOD)
     return Wiring(places, {"blocks": range(5), "double": range(2), "single": range(2, 5)})
 
 
@@ -115,7 +116,7 @@ def sana():
             "mlp_out": Place(f"{path}.ff", "out", writes="linear", gate=(path, "in", gates[1]), patch=(1, 1)),
         }
         blocks.append(image_block(path, "attn1", "norm2", "ff", gates, inside(f"{path}.attn1", "") | conv))
-    places = named(blocks, Place("norm_out", "in", HIDDEN), Place("", "out", 0, patch=(1, 1), width=4))
+    places = named(blocks, Place("norm_out", "in", HIDDEN), Place("", "out", 0, patch=(1, 1), width=4), mod="temb")
     return Wiring(places, THREE, text=None)
 
 
@@ -142,6 +143,7 @@ def zimage():
         Place("all_final_layer.2-1", "in", ("x", 0), **image),
         Place("", "out", 0, patch=(2, 2), width=16),
         sign=-1,
+        mod="c",
     )
     stacks = {"blocks": range(5), "noise_refiner": [0], "context_refiner": [1], "layer": range(2, 5)}
     return Wiring(places, stacks, ("t", 1), text=32)
@@ -162,7 +164,7 @@ def ernie():
             }
         )
     final = Place("final_norm", "in", ("x", 0), first(IMAGE), transposed=True)
-    places = named(blocks, final, Place("", "out", 0, patch=(1, 1), width=4))
+    places = named(blocks, final, Place("", "out", 0, patch=(1, 1), width=4), mod="conditioning")
     return Wiring(places, {"blocks": range(3), "layer": range(3)})
 
 
@@ -178,7 +180,7 @@ def lumina():
     blocks = [text, text, *map(block, refiners)]
     blocks += [text | block(path, **ragged) for path in transformer_blocks(3, "layers")]
     velocity = Place("", "out", 0, patch=(2, 2), width=16)
-    places = named(blocks, Place("norm_out", "in", ("x", 0), **ragged), velocity, sign=-1)
+    places = named(blocks, Place("norm_out", "in", ("x", 0), **ragged), velocity, sign=-1, mod=MOD)
     stacks = {"blocks": range(7), "context_refiner": [0, 1], "noise_refiner": [2, 3], "layer": range(4, 7)}
     return Wiring(places, stacks)
 
@@ -196,6 +198,6 @@ def hunyuan_dit():
         for path in transformer_blocks(6, "blocks")
     ]
     velocity = Place("", "out", 0, patch=(2, 2), width=32)
-    places = named(blocks, Place("norm_out", "in", ("x", 0)), velocity)
+    places = named(blocks, Place("norm_out", "in", ("x", 0)), velocity, mod=MOD)
     places["x0"] = replace(velocity, width=16, writes="none", made=clean_by_noise)
     return Wiring(places, {"blocks": range(6), "block": range(6)}, ("timestep", 1), text=None)

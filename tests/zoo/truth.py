@@ -78,6 +78,17 @@ STACKS = {
 }
 SEQUENCE_FIRST = ("ErnieImageTransformer2DModel",)
 PADDED = {"ZImageTransformer2DModel": 32, "HiDreamImageTransformer2DModel": 36}
+# Pooled embeddings of the text, or a class, are added to the time that modulates the final norm.
+TEXT_IN_THE_FINAL_NORM = (
+    "FluxTransformer2DModel",
+    "SD3Transformer2DModel",
+    "HiDreamImageTransformer2DModel",
+    "HunyuanDiT2DModel",
+    "HunyuanVideoTransformer3DModel",
+    "LuminaNextDiT2DModel",
+    "Kandinsky5Transformer3DModel",
+    "DiTTransformer2DModel",
+)
 
 
 def stop(tensor: torch.Tensor, hook: Any) -> None:

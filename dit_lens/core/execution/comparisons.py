@@ -201,16 +201,12 @@ def check_sizes(stream: Tensor, action: Action, part: Part, moment: tuple[int, T
 def match_rows(tensor: Tensor, part: Part, rows: int) -> Tensor:
     """Fails where a tensor has other rows than its forward pass.
 
-    What is computed once for all rows, such as the modulation of PRX without guidance, can be read in each of them.
+    What is computed once for all rows, such as the modulation of PRX without guidance, is laid out for each of them.
 
     part: whose site it is.
     rows: of the forward pass.
     """
-    if (
-        part["location"]["once"]
-        and tensor.shape[0] == 1
-        and all(action["kind"] == "Read" for action in part["actions"])
-    ):
+    if part["location"]["once"] and tensor.shape[0] == 1:
         return tensor.expand(rows, *tensor.shape[1:])
     if tensor.shape[0] != rows:
         raise PlanMismatchError(

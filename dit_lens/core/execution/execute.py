@@ -222,7 +222,11 @@ def apply_actions(value: Any, part: Part, context: Context, envoy: Any) -> Any |
             store_read(predict_x0(stream, rows, context), action, part, context)
         else:
             store_read(stream if factor is None else stream * factor, action, part, context, there)
-    return None if edited is None else from_tokens(edited, value, location)
+    if edited is None:
+        return None
+    if location["once"] and len(to_tokens(value, location)) == 1 and (edited == edited[:1]).all():
+        edited = edited[:1]  # it was one row for all, and still is
+    return from_tokens(edited, value, location)
 
 
 def keep_computed(computed: Tensor, part: Part, context: Context) -> None:

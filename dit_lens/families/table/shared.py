@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dit_lens.families.row import Grid, Guidance, Latents, Prediction, Readout, Refusal
-from dit_lens.families.stack import Stack
+from dit_lens.families.row import Final, Grid, Guidance, Latents, Prediction, Readout, Refusal
+from dit_lens.families.stack import PointSpec, Stack
 from dit_lens.families.table.points import Points
 
 Inside = Mapping[str, Points]
@@ -53,6 +53,11 @@ def not_returned(*names: str) -> str:
 FLUX2_VAE = Latents(normalised="token", statistics="bn")  # AutoencoderKLFlux2
 WAN_VAE = Latents(normalised="channel", channels="z_dim", frames=True)  # AutoencoderKLWan, AutoencoderKLQwenImage
 VIDEO_VAE = Latents(frames=True)  # AutoencoderKLHunyuanVideo, AutoencoderKLCogVideoX
+
+# What modulates the final norm: the norm's second argument, or the transformer makes shift and scale itself.
+SECOND = PointSpec("", "input", 1)
+OF_TIME = "its transformer makes shift and scale there itself, of the time alone"
+NORM_OUT = Final(mod=SECOND)
 
 PACKED = Readout()
 PATCHED = Readout(order="yxc")
