@@ -47,6 +47,7 @@ def test_the_row_passes():
         "chain",
         "residual",
         "final",
+        "modulation",
         "grid",
         "write",
         "readout",
