@@ -11,6 +11,7 @@ from dit_lens.plots.patching import patching_figure
 from dit_lens.plots.stability import stability_figure
 from dit_lens.plots.sweep import sweep_figure
 from dit_lens.plots.theme import ARMS, TEMPLATE, looks
+from dit_lens.plots.training import training_figure
 from dit_lens.plots.transfer import transfer_figure, transfer_image_figure, transfer_strips
 from dit_lens.plots.write_attribution import write_attribution_figure
 
@@ -32,6 +33,7 @@ __all__ = [
     "stability_figure",
     "strip",
     "sweep_figure",
+    "training_figure",
     "transfer_figure",
     "transfer_image_figure",
     "transfer_strips",

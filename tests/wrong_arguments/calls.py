@@ -225,6 +225,9 @@ def image(seed, size=8):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8))
 
 
+TRAINING = ["iteration", "n", "fidelity", "energy_share", "damage", "iou"]
+
+
 def _pictures():
     mask = np.eye(4, dtype=bool)
     summaries = {
@@ -277,6 +280,7 @@ def _pictures():
         ),
         "plots.strip": (None, {"images": [image(0)], "labels": ["a"], "title": "", "subtitle": ""}),
         "plots.sheet": (None, {"images": [[image(0)]], "rows": ["a"], "columns": ["b"], "title": "", "subtitle": ""}),
+        "plots.training_figure": (None, {"table": pd.DataFrame([dict.fromkeys(TRAINING, 1.0) | {"run": "a"}])}),
         "plots.looks": (None, {"arms": ["top", "mine"]}),
         "plots.transfer_strips": (
             None,
