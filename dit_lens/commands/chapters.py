@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from dit_lens.commands.sentences import ControlComparison
     from dit_lens.studies import Result
 
-# The least images from which an interval says something, in about half an hour for a toy on two cores.
-PROMPTS, SEEDS, DRAWS, K = 16, 2, 10, 8
+# 64 prompts decide differences of half a standard deviation (studies.power); draws of a control matter less.
+PROMPTS, SEEDS, DRAWS, K = 64, 2, 4, 8
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,32 @@ class Chapter:
     def study(self) -> StudyRecord:
         """The study."""
         return get_study(self.name)
+
+    def write_code(self, toy: str, size: Size) -> str:
+        """The code that runs the study on a toy, as Python.
+
+        toy: name of the toy.
+        size: how much is drawn.
+        """
+        named = {"prompts": (size.texts, "size.texts"), "pairs": (size.pairs, "size.pairs")}
+        given = [
+            f"{name}={named[name][1] if name in named and value == named[name][0] else write_value(value, size)}"
+            for name, value in self.arguments(size).items()
+        ]
+        return (
+            "import dit_lens as dl\n"
+            "from dit_lens.commands.chapters import Size\n\n"
+            f"size = {size}\n"
+            f"dl.studies.{self.name}(dl.DiTLens.toy({toy!r}), {', '.join(given)})\n"
+        )
+
+
+def write_value(value: Any, size: Size) -> str:
+    """An argument in code: pairs by their number, anything else as a literal."""
+    pairs = size.pairs
+    if isinstance(value, list) and value and value == pairs[: len(value)]:
+        return f"size.pairs[:{len(value)}]"
+    return repr(value)
 
 
 def _patch_groups(size: Size) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line: dit-lens demo | findings | study | board | atlas | info | doctor | run | train-toy."""
+"""The command line: dit-lens demo | findings | training | study | board | atlas | info | doctor | run | train-toy."""
 
 from __future__ import annotations
 
@@ -68,7 +68,15 @@ def _add_pages(commands: Any) -> None:
     found.add_argument("--prompts", type=int, default=None, help="held-out prompts")
     found.add_argument("--seeds", type=int, default=None, help="seeds of each prompt")
     found.add_argument("--draws", type=int, default=None, help="draws of the random controls")
+    found.add_argument("--plan", action="store_true", help="only say how many images and hours it would take")
     found.set_defaults(command=_findings)
+
+    grown = commands.add_parser("training", help="follow massive channels through trainings, and write a page of it")
+    grown.add_argument("folders", nargs="+", type=_path, metavar="DIR", help="what train-toy --keep-every wrote")
+    grown.add_argument("--out", type=_path, default=Path("dit-lens-training"), help="folder for index.md and the table")
+    grown.add_argument("--cells", type=_path, help="folder for finished cells, from which the command goes on")
+    grown.add_argument("--prompts", type=int, default=16, help="held-out prompts at every point")
+    grown.set_defaults(command=_training)
 
     _add_study(commands)
 
@@ -174,10 +182,25 @@ def _demo(options: argparse.Namespace) -> int:
 def _findings(options: argparse.Namespace) -> int:
     from dit_lens.commands.chapters import Size
     from dit_lens.commands.findings import findings
+    from dit_lens.commands.findings_cost import describe_cost
 
     given = {name: getattr(options, name) for name in ("prompts", "seeds", "draws")}
     size = Size(**{name: value for name, value in given.items() if value is not None})
-    print(findings(options.out, toys=options.toys, size=size, cells=options.cells))
+    print(describe_cost(options.toys, size), flush=True)
+    if not options.plan:
+        print(findings(options.out, toys=options.toys, size=size, cells=options.cells))
+    return 0
+
+
+def _training(options: argparse.Namespace) -> int:
+    from dit_lens.commands.chapters import Size
+    from dit_lens.commands.training import training
+
+    print(
+        training(
+            options.folders, options.out, size=Size(prompts=options.prompts, seeds=1, draws=1), cells=options.cells
+        )
+    )
     return 0
 
 

@@ -5,6 +5,7 @@ Every sentence with a number is made from a result; whether a claim holds is dec
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,9 @@ from tqdm.auto import tqdm
 
 from dit_lens.analysis.channels import gini, top_median_ratio
 from dit_lens.arguments.checks import checked
+from dit_lens.commands import sentences
 from dit_lens.commands.chapters import CHAPTERS, Size
+from dit_lens.commands.heat_sheet import draw_heat_sheet
 from dit_lens.commands.page import write_figures
 from dit_lens.core.runs.files import (
     check_folder,
@@ -35,8 +38,12 @@ if TYPE_CHECKING:
     from dit_lens.studies import Result
 
 MARK = "glance.csv"  # the row of a toy in the overview
+SHEET = "heat-and-masks"
 # What the folder of a toy has.
-FILES = rf"index\.md|({MARK.removesuffix('.csv')}|concentration|{'|'.join(one.name for one in CHAPTERS)})\.(csv|webp)"
+_NAMES = "|".join((MARK.removesuffix(".csv"), SHEET, "concentration", *(one.name for one in CHAPTERS)))
+FILES = rf"index\.md|({_NAMES})\.(csv|csv\.gz|webp)"
+# GitHub and Sphinx both show these in colour, on light and on dark pages; the word beside it says the same.
+MARKS = {"holds": "🟢", "fails": "🔴", "undecided": "🟡"}
 
 INTRO = """# Findings
 
@@ -49,13 +56,36 @@ written by `dit-lens findings`; every number in them comes from the tables besid
 Intervals are 95 %, of new prompts and new seeds ([how](../concepts/statistics.md)). Arms are compared image by image:
 the same prompt, the same seed. A claim *holds* where the massive channels lie beyond each control of equal size, by
 p-values corrected for the number of controls (Holm), *fails* where they lie on the other side of one by the same rule,
-and is *undecided* between. Distances between images are RMSE over grey levels, 0 to 255.
+and is *undecided* between. Claim 2 has nulls to exceed as well, at a block that one half of the prompts chose and the
+other half judges. Distances between images are RMSE over grey levels, 0 to 255.
 
-## At a glance
-A claim's verdict: what it rests on, for the massive channels; the same for the strongest control; the mean difference
-of the two; and the largest corrected p-value of the three controls. Iterations are those in which the
-transformer was trained.
+A reader who distrusts a number makes it again: every study's page has the code that draws it, and every image's
+measurements as a compressed table, from which any verdict follows, as in
+`sentences.decide_claim(pandas.read_csv("flux/disruption.csv.gz"), "rmse")` with `dit_lens.commands.sentences`.
+`tests/studies/test_headline.py` recomputes the kinds of numbers by plain torch, without this library.
 """
+
+
+CARRIER = "carrier or detail"
+VERDICTS = [*(chapter.claim for chapter in CHAPTERS if chapter.claim), CARRIER]
+SCALE = ["k of the width", "top sets of two prompts overlap by", "strongest over median"]
+MARKED = (
+    "🟢 holds, 🔴 fails, 🟡 undecided; 🔵 a verdict without sides. Iterations are those in which the transformer was "
+    "trained; energy share is that of the top channels, mean over blocks, and in brackets before training."
+)
+SCALED = (
+    f"In the literature {sentences.LITERATURE[0]} of {sentences.LITERATURE[1]:,} channels of FLUX count as massive "
+    f"({100 * sentences.LITERATURE[0] / sentences.LITERATURE[1]:.1f} % of its width), the same few for all "
+    "prompts. The toys' are more of the width and change from prompt to prompt; so what holds of them need not hold "
+    "there."
+)
+RESTS = (
+    "What each verdict rests on, for the massive channels; the same for the strongest control; the mean difference of "
+    "the two; and the largest corrected p-value of all that have to be exceeded."
+)
+OVER_TRAINING = (
+    "When massive channels appear in a training, and when they begin to matter: [over training](training/index.md)."
+)
 
 
 @checked
@@ -85,10 +115,12 @@ def findings(
         concentration = _measure_concentration(lens, DiTLens.toy(toy, untrained=True), size)
         results = run_chapters(lens, size, folders[toy])
         with whole_folder(out / toy, mark=MARK, own=FILES) as fresh:
-            lines = [f"# Findings on {toy}", *_write_toy(fresh, card, lens, concentration, results, size)]
+            lines = [f"# Findings on {toy}", *_write_toy(fresh, toy, card, lens, concentration, results, size)]
             (fresh / "index.md").write_text("\n".join(lines), encoding="utf-8")
-            _summarise_toy(toy, card, concentration, results).to_csv(fresh / MARK, index=False)
-        _write_overview(out)
+            scale = _measure_scale(lens, concentration, results, size)
+            said = f"{scale[0]} of {scale[1]}", f"{scale[2]:.2f}", f"{scale[3]:.0f}"
+            _summarise_toy(toy, card, concentration, results, said).to_csv(fresh / MARK, index=False)
+        write_overview(out)
     return out / "index.md"
 
 
@@ -105,12 +137,41 @@ def _check_out(out: Path, toys: Sequence[str]) -> None:
         check_folder(out / toy, MARK)
 
 
-def _write_overview(out: Path) -> None:
+def write_overview(out: Path) -> None:
     """The page about all toys of a folder, from the row that each keeps beside its own page."""
     lines = [pd.read_csv(check_regular(file), dtype=str) for file in sorted(out.glob(f"[!.]*/{MARK}"))]
-    table = pd.concat(lines, ignore_index=True)
+    table = pd.concat(lines, ignore_index=True).fillna("")
     table["toy"] = [f"[{toy}]({toy}/index.md)" for toy in table["toy"]]
-    write_text(out / "index.md", "\n".join([INTRO, *_format_table(table), ""]))
+    claims = [name for name in VERDICTS if name in table]
+    glance, rests = table.drop(columns=[*SCALE, *claims], errors="ignore"), table[["toy", *claims]]
+    for name in claims:
+        glance[name.partition(":")[0]] = [mark_verdict(said) for said in table[name]]
+        rests[name] = [said.removeprefix("is ") for said in table[name]]
+    page = [INTRO, "## At a glance", "", *_format_table(glance), "", MARKED, ""]
+    if set(SCALE) <= set(table):
+        page += [
+            "## How the toys differ from the literature",
+            "",
+            SCALED,
+            "",
+            *_format_table(table[["toy", *SCALE]]),
+            "",
+        ]
+    page += ["## What the verdicts rest on", "", RESTS, "", *_format_table(rests), ""]
+    page += [OVER_TRAINING, ""] if (out / "training" / "index.md").exists() else []
+    write_text(out / "index.md", "\n".join(page))
+
+
+def mark_verdict(said: str) -> str:
+    """A verdict in a word behind its colour.
+
+    >>> mark_verdict("is undecided: 19.3 (17.3 to 21.4)"), mark_verdict("necessary, movable")
+    ('🟡 undecided', '🔵 necessary, movable')
+
+    said: a verdict, with what it rests on or without.
+    """
+    word = said.partition(":")[0].removeprefix("is ")
+    return f"{MARKS.get(word, '🔵')} {word}" if word else ""
 
 
 def run_chapters(lens: DiTLens, size: Size, folder: Path | None) -> list[Result]:
@@ -140,7 +201,7 @@ def _measure_concentration(lens: DiTLens, twin: DiTLens, size: Size) -> pd.DataF
 
 
 def _summarise_toy(
-    toy: str, card: Mapping[str, Any], concentration: pd.DataFrame, results: Sequence[Result]
+    toy: str, card: Mapping[str, Any], concentration: pd.DataFrame, results: Sequence[Result], scale: Sequence[str]
 ) -> pd.DataFrame:
     """A toy in one row: how long it was trained, whether it has massive channels, and the verdicts on the claims.
 
@@ -148,6 +209,7 @@ def _summarise_toy(
     card: its card.
     concentration: what its top channels hold.
     results: results of the chapters.
+    scale: how its massive channels differ from the literature's, as SCALE names it.
     """
     found = {result.study: result for result in results}
     shares = concentration.groupby("model")["energy share"].mean()
@@ -155,7 +217,17 @@ def _summarise_toy(
     line["energy share (untrained)"] = f"{shares['trained']:.2f} ({shares['untrained twin']:.2f})"
     line |= {chapter.claim: chapter.compare(found[chapter.name]).brief for chapter in CHAPTERS if chapter.compare}
     rows = found["carrier_or_detail"].summary.set_index(["measure", "part"])
-    return pd.DataFrame([{**line, "carrier or detail": rows.loc[("verdict", "overall"), "says"]}])
+    line |= {CARRIER: rows.loc[("verdict", "overall"), "says"], **dict(zip(SCALE, scale, strict=True))}
+    return pd.DataFrame([line])
+
+
+def _measure_scale(
+    lens: DiTLens, concentration: pd.DataFrame, results: Sequence[Result], size: Size
+) -> tuple[int, int, float, float]:
+    """k, width, overlap and ratio, as :func:`~dit_lens.commands.sentences.describe_scale` takes them."""
+    stable = next(result for result in results if result.study == "stability")
+    ratio = concentration.groupby("model")["top/median"].mean()["trained"]
+    return size.k, lens.anatomy.width, sentences.find_overlap(stable), ratio
 
 
 def _count_iterations(card: Mapping[str, Any]) -> str:
@@ -192,6 +264,7 @@ def describe_retraining(card: Mapping[str, Any]) -> list[str]:
 
 def _write_toy(
     folder: Path,
+    toy: str,
     card: Mapping[str, Any],
     lens: DiTLens,
     concentration: pd.DataFrame,
@@ -201,6 +274,7 @@ def _write_toy(
     """The page of one toy below its title; its figures and tables are written beside it.
 
     folder: folder of the page.
+    toy: name of the toy.
     card: card of the toy.
     lens: lens on the toy.
     concentration: what its top channels hold.
@@ -222,11 +296,21 @@ def _write_toy(
         "",
         *_format_table(means.reset_index()),
         "",
+        sentences.describe_scale(*_measure_scale(lens, concentration, results, size)),
+        "",
     ]
-    drawn = write_figures({folder / f"{result.study}.webp": result.figure() for result in results})
+    figures = {folder / f"{result.study}.webp": result.figure() for result in results}
+    sheet = draw_heat_sheet(lens, size.texts, k=size.k, **size.call)
+    drawn = write_figures({**figures, folder / f"{SHEET}.webp": sheet})
+    made = f"dit-lens findings --toys {toy} --prompts {size.prompts} --seeds {size.seeds} --draws {size.draws}"
+    lines += [f"Everything on this page is made by `{made}`.", ""]
+    if folder / f"{SHEET}.webp" in drawn:
+        lines += ["What channels show of one image, block by block, at the last step:", ""]
+        lines += [f"![Heat and masks of top, bottom and random channels]({SHEET}.webp)", ""]
     for chapter, result in zip(CHAPTERS, results, strict=True):
         name, question = chapter.name, chapter.study.question
         result.summary.to_csv(folder / f"{name}.csv", index=False)
+        write_table(folder / f"{name}.csv.gz", result.table)
         lines += [
             f"## {question}",
             describe_sizes(result),
@@ -237,10 +321,17 @@ def _write_toy(
             "",
         ]
         lines += [f"![{question}]({name}.webp)", ""] if folder / f"{name}.webp" in drawn else []
-        lines += [f"All numbers: [{name}.csv]({name}.csv)", ""]
+        lines += [f"All numbers: [{name}.csv]({name}.csv); of every image: [{name}.csv.gz]({name}.csv.gz). Made by", ""]
+        lines += ["```{code-block} python", chapter.write_code(toy, size).rstrip(), "```", ""]
         lines += [*(f"- {note}" for note in result.notes), ""]
     concentration.to_csv(folder / "concentration.csv", index=False)
     return lines
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Writes every measurement of a study, compressed; equal tables are equal files."""
+    text = table.to_csv(index=False, float_format="%.7g")
+    path.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 def describe_sizes(result: Result) -> str:

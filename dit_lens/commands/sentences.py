@@ -185,6 +185,37 @@ def _describe_norm(table: pd.DataFrame, rows: pd.DataFrame) -> str:
     return "The next norm is not the reason" if kept and not raised else "The next norm may be part of the reason"
 
 
+LITERATURE = (12, 3072)  # channels that count as massive, of the width of FLUX: the reproduction's k
+
+
+def describe_scale(k: int, width: int, overlap: float, ratio: float) -> str:
+    """How the massive channels of a toy differ from those of the literature, in plain words.
+
+    >>> print(describe_scale(8, 128, 0.39, 32.0)[:99])
+    Unlike the literature's: k = 8 of 128 channels is 6.2 %, 16 times the share there (12 of 3,072, 0.4
+
+    k: number of channels.
+    width: number of all channels.
+    overlap: mean Jaccard overlap of the top sets of two prompts.
+    ratio: strongest over median score, mean over blocks.
+    """
+    their_k, their_width = LITERATURE
+    share, theirs = k / width, their_k / their_width
+    return (
+        f"Unlike the literature's: k = {k} of {width} channels is {100 * share:.1f} %, {share / theirs:.0f} times the "
+        f"share there ({their_k} of {their_width:,}, {100 * theirs:.1f} %); the top sets of two prompts overlap by "
+        f"{overlap:.2f} (Jaccard), where the literature speaks of the same few channels for all prompts; the strongest "
+        f"channel responds {ratio:.0f} times as strongly as the median one, and massive activations of language models "
+        "up to 100,000 times (arXiv 2402.17762)."
+    )
+
+
+def find_overlap(result: Result) -> float:
+    """The mean overlap of the top sets of two prompts. result: of a stability study."""
+    rows = result.summary
+    return float(rows.loc[rows["over"] == "prompts", "jaccard"].mean())
+
+
 def describe_stability(result: Result) -> str:
     """What a stability study found."""
     means = result.summary.groupby("over")["jaccard"].mean()

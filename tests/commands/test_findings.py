@@ -6,7 +6,15 @@ import pytest
 
 from dit_lens.commands import sentences
 from dit_lens.commands.chapters import CHAPTERS, Size
-from dit_lens.commands.findings import describe_retraining, describe_sizes, describe_training, findings
+from dit_lens.commands.findings import (
+    describe_retraining,
+    describe_sizes,
+    describe_training,
+    findings,
+    write_overview,
+    write_table,
+)
+from dit_lens.commands.findings_cost import count_images
 from dit_lens.errors import StoreError
 from dit_lens.studies import Result
 from dit_lens.studies.parts.chosen_block import choose_halves
@@ -180,6 +188,81 @@ def test_no_prompt_of_the_findings_is_there_twice():
     assert Size(prompts=16).texts == Size(prompts=64).texts[:16]
 
 
+def test_a_reader_sees_in_colour_what_holds_and_below_what_it_rests_on(tmp_path):
+    claims = [chapter.claim for chapter in CHAPTERS if chapter.claim]
+    flux = [
+        "holds: 62.8; random 8.6; difference +54",
+        "is undecided: 3 prompts",
+        "fails: 9.0; bottom 1.0; difference +8",
+    ]
+    row = {"toy": "flux", "iterations": "8,716", **dict(zip(claims, flux, strict=True))}
+    row |= {"carrier or detail": "necessary, not movable", "k of the width": "8 of 128"}
+    row |= {"top sets of two prompts overlap by": "0.39", "strongest over median": "32"}
+    earlier = {"toy": "sana", "iterations": "5,136", claims[0]: "holds: 23.9", "carrier or detail": "undecided"}
+    for line in (row, earlier):
+        (tmp_path / line["toy"]).mkdir()
+        pd.DataFrame([line]).to_csv(tmp_path / line["toy"] / "glance.csv", index=False)
+    write_overview(tmp_path)
+    said = (tmp_path / "index.md").read_text("utf-8")
+    glance, rests = said.split("## At a glance")[1].split("## What the verdicts rest on")
+    assert (
+        "| [flux](flux/index.md) | 8,716 | 🟢 holds | 🟡 undecided | 🔴 fails | 🔵 necessary, not movable |" in glance
+    )
+    assert "| [sana](sana/index.md) | 5,136 | 🟢 holds |  |  | 🟡 undecided |" in glance
+    assert "12 of 3,072 channels of FLUX count as massive (0.4 % of its width)" in glance
+    assert "| [flux](flux/index.md) | 8 of 128 | 0.39 | 32 |" in glance
+    assert f"| {' | '.join([flux[0], 'undecided: 3 prompts', flux[2]])} |" in rests
+    assert "over training" not in said
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "index.md").touch()
+    write_overview(tmp_path)
+    assert "[over training](training/index.md)" in (tmp_path / "index.md").read_text("utf-8")
+
+
+def test_every_measurement_is_kept_and_gives_the_verdict_again(tmp_path):
+    table = of_arms(np.random.default_rng(0), {"top": 9.0, "bottom": 0.0, "random": 1.0, "energy-matched": 2.0}, 8)
+    for name in ("one", "two"):
+        write_table(tmp_path / f"{name}.csv.gz", table)
+    assert (tmp_path / "one.csv.gz").read_bytes() == (tmp_path / "two.csv.gz").read_bytes()
+    kept = pd.read_csv(tmp_path / "one.csv.gz")
+    np.testing.assert_allclose(kept["x"], table["x"], rtol=1e-6)
+    assert sentences.decide_claim(kept, "x") == sentences.decide_claim(table, "x") == "holds"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.name)
+def test_the_code_beside_a_chapter_is_the_call_that_made_it(chapter, monkeypatch):
+    size, calls = Size(prompts=4, seeds=1, draws=2, call={"num_inference_steps": 2}), []
+    monkeypatch.setattr("dit_lens.DiTLens.toy", lambda name: name)
+    monkeypatch.setattr(f"dit_lens.studies.{chapter.name}", lambda lens, **given: calls.append((lens, given)))
+    code = chapter.write_code("flux-seed1", size)
+    exec(code, {})  # what a reader would paste
+    assert calls == [("flux-seed1", chapter.arguments(size))]
+    assert len(code) < 700
+
+
+def test_what_will_be_drawn_is_counted_before_it_is(toy, monkeypatch):
+    size = Size(prompts=2, seeds=1, draws=1, call={"num_inference_steps": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(toy), "run", lambda *_, **__: pytest.fail("drawn"))
+        count = count_images(toy, size)
+    assert list(count) == [chapter.name for chapter in CHAPTERS]
+    drawn = []
+    forward = toy.pipe.transformer.register_forward_pre_hook(
+        lambda module, args, given: drawn.append(len(given["hidden_states"])), with_kwargs=True
+    )
+    try:
+        for name in ("stability", "disruption", "organisation"):
+            chapter = next(one for one in CHAPTERS if one.name == name)
+            drawn.clear()
+            with toy.quiet():
+                chapter.study.function(toy, **chapter.arguments(size))
+            assert sum(drawn) / 2 == count[name], name  # every image is drawn with and without its prompt
+    finally:
+        forward.remove()
+    twice = count_images(toy, Size(prompts=4, seeds=2, draws=1))
+    assert twice["disruption"] == 4 * count["disruption"]
+
+
 @pytest.mark.slow
 def test_a_toy_has_its_page_and_all_toys_have_one(tmp_path):
     out, size = tmp_path / "page", Size(prompts=2, seeds=1, draws=1, call={"num_inference_steps": 2})
@@ -199,13 +282,21 @@ def test_a_toy_has_its_page_and_all_toys_have_one(tmp_path):
         assert f"({chapter.name}.webp)" in of_toy
         assert (out / "flux" / f"{chapter.name}.webp").stat().st_size > 10_000
         assert len(pd.read_csv(out / "flux" / f"{chapter.name}.csv"))
+        assert len(pd.read_csv(out / "flux" / f"{chapter.name}.csv.gz")) > 1
+        assert f"dl.studies.{chapter.name}(dl.DiTLens.toy('flux'), " in of_toy
+    assert (out / "flux" / "heat-and-masks.webp").stat().st_size > 10_000
+    assert "Unlike the literature's: k = 8 of 128 channels is 6.2 %, 16 times" in of_toy
+    assert (
+        "Everything on this page is made by `dit-lens findings --toys flux --prompts 2 --seeds 1 --draws 1`" in of_toy
+    )
     assert "untrained twin" in of_toy
     assert "Trained from seed 0 for 8,716 iterations. Shares right in images of 200 held-out prompts: " in of_toy
     assert (out / "flux" / "notes.csv").read_text() == "mine"
     assert earlier.is_dir()
 
     said = page.read_text(encoding="utf-8")
-    rows = [line for line in said.split("## At a glance")[1].splitlines() if line.startswith("| [")]
+    glance = said.split("## At a glance")[1].split("## ")[0]
+    rows = [line for line in glance.splitlines() if line.startswith("| [")]
     assert [row.split(" | ")[:2] for row in rows] == [
         ["| [another](another/index.md)", "1,234"],
         ["| [flux](flux/index.md)", "8,716"],

@@ -1,0 +1,60 @@
+"""What the findings cost, before they are drawn: images and hours, by one batch that is timed on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from dit_lens.commands.chapters import CHAPTERS, Size
+from dit_lens.lens import DiTLens
+from dit_lens.studies.shared.checkpoints import check_arguments_only
+
+TIMED = 2  # prompts, drawn together
+# Images drawn for one of a batch in one cell, where it is not one; measured. A cell of patching draws a map.
+IMAGES = {"organisation": 2.0, "transfer": 2.3}
+
+
+def count_images(lens: DiTLens, size: Size) -> dict[str, int]:
+    """How many images every chapter draws, about; a mistake in the size raises here.
+
+    lens: lens on the toy.
+    size: how much is drawn.
+    """
+    found = {}
+    for chapter in CHAPTERS:
+        arguments = chapter.arguments(size)
+        with check_arguments_only() as totals:
+            chapter.study.function(lens, **arguments)
+        items = len(arguments.get("prompts") or arguments["pairs"])
+        rows = items / -(-items // arguments.get("batch_size", items))  # of a batch, on average
+        found[chapter.name] = round(totals[0] * rows * IMAGES.get(chapter.name, 1.0))
+    return found
+
+
+def describe_cost(toys: Sequence[str], size: Size) -> str:
+    """The images and hours of every toy, in lines of text.
+
+    toys: names of the toys.
+    size: how much is drawn.
+    """
+    lines, total = [], 0.0
+    for toy in toys:
+        lens = DiTLens.toy(toy)
+        seconds, images = _time_image(lens, size), count_images(lens, size)
+        hours = seconds * sum(images.values()) / 3600
+        total += hours
+        listed = ", ".join(f"{name} {count:,}" for name, count in images.items())
+        lines.append(f"{toy}: {hours:.1f} hours for about {sum(images.values()):,} images ({listed})")
+    return "\n".join([*lines, f"together {total:.1f} hours, by the {seconds:.2g} s that an image takes here now"])
+
+
+def _time_image(lens: DiTLens, size: Size) -> float:
+    """Seconds that an image takes in a batch of a few, after a first one, which takes longer."""
+    some, call = Size(prompts=TIMED).texts, dict[str, Any]({"seed": 0, **size.call})
+    first: dict[str, Any] = {**call, "num_inference_steps": 1}
+    with lens.quiet():
+        lens.run(some[:1], **first)
+        began = time.perf_counter()
+        lens.run(some, **call)
+    return (time.perf_counter() - began) / TIMED
