@@ -184,9 +184,9 @@ def _check_final(clone: HookedClone) -> Check:
 
 
 def _check_modulation(clone: HookedClone) -> Check | None:
-    """Rows that share what enters the final norm, and what modulates it, share their prediction."""
+    """Rows that share what enters the final norm, and what modulates it, share their prediction, if it makes that."""
     anatomy, final = clone.anatomy, clone.anatomy.family.final
-    if final.mod is None:
+    if final.mod is None or anatomy.family.readout is None:
         return None
     shared = [site for site in clone.points if site.point in ("final", "mod.final")]
     hooks = [clone.entering(anatomy.locate(site), _share_first_row) for site in shared]
