@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from dit_lens.arguments.checks import checked
+from dit_lens.core.runs.distances import read_distances, relative_distance
 from dit_lens.errors import OpError
 
 if TYPE_CHECKING:
     import pandas as pd
     from PIL.Image import Image
-    from torch import Tensor
 
     from dit_lens.core.runs.run import Run
 
@@ -26,8 +23,10 @@ class Comparison:
     a, b: the runs.
     differences: (where, value in a, value in b) for everything in spec and provenance that is not equal.
     table: per image rmse (0 to 255) and psnr (dB; infinite when equal).
-    reads: site -> relative L2 distance.
+    reads: site -> relative L2 distance of what both runs have read there: the same steps, branches, rows, tokens and
+        channels by their numbers, whatever the order in which they were named.
     latents: relative L2 distance of the latents, where both runs have them.
+    not_compared: site -> what of its reads has no counterpart, and why.
     """
 
     a: Run
@@ -36,10 +35,15 @@ class Comparison:
     table: pd.DataFrame
     reads: dict[str, float]
     latents: float | None = None
+    not_compared: dict[str, str] = field(default_factory=dict)
 
     @property
     def identical(self) -> bool:
-        """Whether every image, and every number of the latents where those were asked for, is equal."""
+        """Whether every image, every number of the latents, and every number that both runs have read is equal."""
+        return self._draws_the_same and not any(self.reads.values())
+
+    @property
+    def _draws_the_same(self) -> bool:
         return bool((self.table["rmse"] == 0).all()) and self.latents in (None, 0.0)
 
     @property
@@ -61,13 +65,17 @@ class Comparison:
     def __repr__(self) -> str:
         lines = [f"  {where}: {_short(one)} | {_short(other)}" for where, one, other in self.differences]
         what = "images" if len(self.table) else "latents"
-        if self.identical:
+        if self._draws_the_same:
             head = f"identical {what}"
         elif len(self.table):
             head = f"mean rmse {self.table['rmse'].mean():.3g} of 255 over {len(self.table)} images"
         else:
             head = f"latents {self.latents:.3g} apart (relative L2 distance)"
-        return "\n".join([f"Comparison: {head}, {len(lines)} differences in how they were made", *lines])
+        if apart := {site: distance for site, distance in self.reads.items() if distance}:
+            furthest = max(apart, key=lambda site: apart[site])
+            head += f", reads apart at {len(apart)} of {len(self.reads)} (most at {furthest}: {apart[furthest]:.3g})"
+        odd = [f"  {site} is not compared: {why}" for site, why in self.not_compared.items()]
+        return "\n".join([f"Comparison: {head}, {len(lines)} differences in how they were made", *lines, *odd])
 
 
 @checked
@@ -93,7 +101,8 @@ def compare(a: Run, b: Run) -> Comparison:
     ]
     found = [*_differences("spec", a.spec, b.spec), *_differences("provenance", a.provenance, b.provenance)]
     table = pd.DataFrame(lines, columns=["image", "rmse", "psnr"])
-    return Comparison(a, b, tuple(found), table, _read_distances(a, b), _latent_distance(a, b))
+    reads, odd = read_distances(a.readings, b.readings)
+    return Comparison(a, b, tuple(found), table, reads, _latent_distance(a, b), odd)
 
 
 def _latent_distance(a: Run, b: Run) -> float | None:
@@ -103,25 +112,7 @@ def _latent_distance(a: Run, b: Run) -> float | None:
     if a.latents is None or b.latents is None or a.latents.shape != b.latents.shape:
         shapes = ["none" if run.latents is None else list(run.latents.shape) for run in (a, b)]
         raise OpError(f"only runs with latents of equal shape can be compared: {shapes[0]} against {shapes[1]}.")
-    return _relative_distance(a.latents, b.latents)
-
-
-def _relative_distance(one: Tensor, two: Tensor) -> float:
-    if torch.equal(one, two):
-        return 0.0
-    one, two = one.double(), two.double()
-    return max(float((one - two).norm() / one.norm().clamp_min(1e-30)), sys.float_info.min)
-
-
-def _read_distances(a: Run, b: Run) -> dict[str, float]:
-    distances = {}
-    for reading in a.readings:
-        for other in b.readings:
-            for site in reading.tensors.keys() & other.tensors.keys():
-                one, two = reading.tensors[site], other.tensors[site]
-                if reading.name == other.name and one.shape == two.shape:
-                    distances[f"{reading.name}/{site}".lstrip("/")] = _relative_distance(one, two)
-    return distances
+    return relative_distance(a.latents, b.latents)
 
 
 def _differences(where: str, a: Any, b: Any) -> list[tuple[str, Any, Any]]:
