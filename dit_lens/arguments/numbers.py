@@ -77,7 +77,7 @@ def as_seed(seed: Any) -> int:
     """A seed as an int, of whatever type it is; PromptError for what is none."""
     plain = as_plain(seed)
     if isinstance(plain, bool) or not isinstance(plain, int) or not 0 <= plain < LARGEST:
-        raise PromptError(f"seed {show(seed)} is not a whole number from 0 up.")
+        raise PromptError(f"seed {show(seed)} is not a whole number from 0 up to 2**63 - 1.")
     return plain
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 
@@ -24,7 +25,7 @@ from dit_lens.core.plan.outline import Outline
 from dit_lens.core.plan.replay import call_values, make_recording, record_answers, replay_answers
 from dit_lens.core.plan.spill import reads_container
 from dit_lens.core.plan.unseeded import random_state, refuse_unseeded, tell_draws
-from dit_lens.core.request.call import Call, check_latents, prepare_call
+from dit_lens.core.request.call import Call, check_latents, needs_weights, prepare_call
 from dit_lens.core.request.indices import list_items
 from dit_lens.core.request.ops import Apply, Op, Read
 from dit_lens.core.request.spec import make_spec, prepare_asked, read_spec
@@ -36,7 +37,7 @@ from dit_lens.core.runs.files import read_json, report_damage
 from dit_lens.core.runs.provenance import describe
 from dit_lens.core.runs.run import Run
 from dit_lens.core.trace import Trace
-from dit_lens.errors import DitLensError, OpError, PromptError, SiteError, show
+from dit_lens.errors import DitLensError, ExecutionError, OpError, PromptError, SiteError, show
 from dit_lens.families.checks import Check, check
 from dit_lens.families.live import find_difference
 from dit_lens.families.sites import Site, match
@@ -79,6 +80,26 @@ class Session:
         self.defaults: dict[str, Any] = copy_of(dict(stored.get("call", {}) if defaults is None else defaults))
         self.vocabulary: list[str] | None = stored.get("vocabulary")
         self.engine: Engine | RemoteEngine = Engine(pipe) if engine is None else engine
+
+    def __copy__(self) -> Self:
+        """Another lens on the same pipeline, which shares all there is."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A lens on a copy of the pipeline."""
+        needs_weights(self.pipe, "copying a lens needs")
+        with self.engine.turn.hold():
+            memo[id(self)] = other = type(self)(copy.deepcopy(self.pipe, memo), defaults=self.defaults)
+        other.vocabulary = copy.copy(self.vocabulary)
+        return other
+
+    def __reduce__(self) -> NoReturn:
+        raise ExecutionError(
+            "a lens has no pickle: it holds a live model. Save its pipeline (lens.pipe.save_pretrained(folder)) and "
+            "load that where it is needed: DiTLens.from_pretrained(folder). A run is saved by run.save(folder)."
+        )
 
     def _describe(self) -> None:
         family = families.find(self.pipe)

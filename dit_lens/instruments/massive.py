@@ -14,10 +14,11 @@ from dit_lens.analysis.clusters import POLARITIES, segment
 from dit_lens.analysis.subjects import distance_from_border, threshold
 from dit_lens.core.request.ops import Pattern, Read, Steps
 from dit_lens.core.request.reduce import parse
-from dit_lens.errors import OpError, check_choice, show
+from dit_lens.errors import OpError, PromptError, check_choice, show
 from dit_lens.instruments.relevance import RELEVANCE, read_relevance
 
 if TYPE_CHECKING:
+    from dit_lens.core.plan.outline import Outline
     from dit_lens.core.session import Session
 
 MASK_RULES = ("distance", *POLARITIES)
@@ -78,6 +79,7 @@ def find_subject_mask(
 ) -> np.ndarray:
     """See :meth:`dit_lens.DiTLens.subject_mask`."""
     check_choice(polarity, MASK_RULES, "polarity")
+    _check_one_image(lens.outline(prompt, **call), steps)
     channels = find_massive_channels(lens, prompt, k, **call) if channels is None else channels
     if polarity == "distance" and block is None:
         sites = [site for site in lens.sites("blocks.*.img") if site in channels]
@@ -92,6 +94,17 @@ def find_subject_mask(
         mask = segment(tokens, run.grid, polarity=polarity).mask
     _warn_of_background(mask, prompt)
     return mask
+
+
+def _check_one_image(outline: Outline, steps: Steps) -> None:
+    """A mask is of one image at one step: PromptError or OpError where the call has several, of which it is unclear."""
+    if outline.rows != 1:
+        raise PromptError(
+            f"a mask is of one image, and this call draws {outline.rows}. Pass one prompt, and leave "
+            "num_images_per_prompt= out; other images have other seeds (seed=)."
+        )
+    if len(chosen := outline.select(steps)) != 1:
+        raise OpError(f"a mask is of one step, and steps={steps!r} chooses {len(chosen)}. Name one, such as steps=-1.")
 
 
 def _warn_of_background(mask: np.ndarray, prompt: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dit_lens.arguments.checks import checked
 from dit_lens.core.plan.cost import format_bytes, nbytes
 from dit_lens.core.request.call import Call, needs_weights, prepare_call
-from dit_lens.errors import ExecutionError, PromptError, show
+from dit_lens.errors import DitLensError, ExecutionError, PromptError, show
 from dit_lens.families import find, find_by_pipeline
 from dit_lens.families.arguments import IMAGES_PER_PROMPT, explain_unread, holds_text, is_text_encoder
 from dit_lens.families.calls import call_parameters
@@ -74,6 +74,8 @@ def encode_prompts(
     defaults, vocabulary: those of a lens.
     call: the pipeline's own arguments; those that do not concern text change nothing.
     """
+    import torch
+
     needs_weights(pipe, "encoding prompts needs")
     family = find_by_pipeline(type(pipe))
     if family is None and getattr(pipe, "transformer", None) is not None:
@@ -97,10 +99,13 @@ def encode_prompts(
     with _move_encoders(pipe, device) as where:
         try:
             embeddings = _encode(pipe, names, arguments, guidance, where)
-        except (AttributeError, TypeError, ValueError) as problem:
-            if why := explain_unread(pipe):
-                raise PromptError(why) from problem
-            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as problem:
+            if isinstance(problem, DitLensError | torch.OutOfMemoryError):
+                raise
+            told = (
+                f"{type(pipe).__name__} cannot encode these prompts: {str(problem).rstrip('.')}. Change the arguments"
+            )
+            raise PromptError(explain_unread(pipe) or f"{told} that concern text.") from problem
     texts = [name for name, value in arguments.items() if holds_text(name) and value is not None]
     return {**{name: None for name in texts if name != "prompt"}, **embeddings}
 

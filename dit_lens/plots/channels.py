@@ -246,6 +246,8 @@ def _as_vector(scores: Any, massive: Sequence[int]) -> np.ndarray:
         raise OpError(
             f"Scores are one number per channel, [d], and got {list(values.shape)}. Average over steps and rows."
         )
+    if not np.isfinite(values).all():
+        raise OpError("Scores must be finite: there are NaN or infinite values among them.")
     if odd := [int(c) for c in massive if not 0 <= c < len(values)]:
         raise OpError(f"The massive channels {odd} are not among the {len(values)} channels, 0 to {len(values) - 1}.")
     return values

@@ -171,6 +171,11 @@ CALLS = {
     "seed and generator": (lambda: {"prompt": "red", "seed": 1, "generator": torch.Generator()}, r"Pass one of them"),
     "seeds": (lambda: {"prompt": ["red", "blue"], "seed": [1]}, r"1 seeds for 2 images"),
     "negative seed": (lambda: {"prompt": "red", "seed": -1}, r"not a whole number from 0 up"),
+    "large seed": (lambda: {"prompt": "red", "seed": 2**63}, r"not a whole number from 0 up to 2\*\*63 - 1"),
+    "no mapping": (
+        lambda: {"prompt": "red", "joint_attention_kwargs": "x"},
+        r"joint_attention_kwargs='x' must be a mapping from names to values",
+    ),
     "steps": (lambda: {"prompt": "red", "num_inference_steps": 0}, r"at least 1"),
     "no images": (lambda: {"prompt": "red", "num_images_per_prompt": 0}, r"at least 1"),
     "texts": (lambda: {"prompt": "red", "negative_prompt": ["bad", "worse"]}, r"lists 2 texts for 1 prompts"),
@@ -184,6 +189,10 @@ def test_calls(case, cfg_lens):
     make, message = CALLS[case]
     with pytest.raises(PromptError, match=message):
         cfg_lens.run(**make())
+
+
+def test_no_number_of_images_is_the_pipelines_own(cfg_lens):
+    assert cfg_lens.outline("red", num_images_per_prompt=None).rows == 1
 
 
 def test_a_branch_that_guidance_did_not_make(cfg_lens):

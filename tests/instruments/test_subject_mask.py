@@ -8,7 +8,7 @@ import pytest
 from dit_lens import Read
 from dit_lens.analysis import clusters
 from dit_lens.analysis.subjects import distance_from_border, threshold
-from dit_lens.errors import OpError, SiteError
+from dit_lens.errors import OpError, PromptError, SiteError
 from dit_lens.toys.scenes import recognise_scene, sample_scenes
 
 PROMPT = "a big red circle left on a checkered blue background"
@@ -73,6 +73,10 @@ def test_a_mask_of_the_background_is_told(toy, massive, monkeypatch):
 
 
 def test_what_cannot_be_meant_is_told(toy, massive):
+    with pytest.raises(PromptError, match="a mask is of one image, and this call draws 2"):
+        toy.subject_mask(PROMPT, massive, num_images_per_prompt=2, **CALL)
+    with pytest.raises(OpError, match=r"a mask is of one step, and steps=\[0, 1\] chooses 2"):
+        toy.subject_mask(PROMPT, massive, steps=[0, 1], **CALL)
     with pytest.raises(OpError, match=r"'boarder' is not a valid polarity\. Nearest: 'border'"):
         toy.subject_mask(PROMPT, massive, polarity="boarder", **CALL)
     with pytest.raises(SiteError):

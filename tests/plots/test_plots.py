@@ -119,6 +119,11 @@ def test_wrong_scores_are_refused(draw):
         draw(np.ones((2, 3)))
     with pytest.raises(OpError, match=r"massive channels \[7\] are not among the 4"):
         draw(np.ones(4), [7])
+    for odd in (np.inf, np.nan):
+        with pytest.raises(OpError, match="Scores must be finite"):
+            draw(np.array([1.0, odd]))
+        with pytest.raises(OpError, match="Scores must be finite"):
+            plots.block_channel_map({"blocks.0.img": [1.0, odd]})
 
 
 def test_histogram_counts_every_positive_channel(scores):

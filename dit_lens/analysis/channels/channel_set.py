@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,8 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
 
     A mapping from site names to channels. The order of the channels is the order in which ``take`` takes them: highest
     score first; lowest first in the bottom arm; in a random or energy-matched arm, the order of the channels that they
-    replace. Two sets are equal if their channels are equal.
+    replace. Two sets are equal if their channels are equal. ``a | b``, ``a & b`` and ``a - b`` are sets of the arm
+    "given", site by site, in the order of ``a``.
 
     channels: site -> channel indices, each at most once; an empty tuple is allowed.
     scores: site -> [d], finite, the score by which channels are ranked. Kept as a float32 copy on the CPU.
@@ -120,6 +121,43 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
     def width(self) -> int | dict[str, int]:
         """Number of channels d: an int if it is the same at all sites, otherwise site -> int."""
         return _common_value({site: len(scores) for site, scores in self.scores.items()})
+
+    # Sets of two: what either chose, what both did, and what only the first did.
+
+    def __or__(self, other: object) -> ChannelSet:
+        return self._combine(other, [*self, *_sites_of(other)], lambda one, two: dict.fromkeys([*one, *two]))
+
+    def __and__(self, other: object) -> ChannelSet:
+        shared = [site for site in self if site in _sites_of(other)]
+        return self._combine(other, shared, lambda one, two: [c for c in one if c in two])
+
+    def __sub__(self, other: object) -> ChannelSet:
+        return self._combine(other, list(self), lambda one, two: [c for c in one if c not in two])
+
+    def _combine(
+        self, other: object, sites: Sequence[str], choose: Callable[[Sequence[int], Sequence[int]], Iterable[int]]
+    ) -> ChannelSet:
+        """A set of the channels that two sets make at some sites; scores are of the first that has a site.
+
+        choose: (channels here, channels of the other) -> those of the new set, in order.
+        """
+        if not isinstance(other, ChannelSet):
+            raise OpError(f"A ChannelSet goes together with a ChannelSet; it was given {show(other)}.")
+        for site in self:
+            if site in other and len(self.scores[site]) != len(other.scores[site]):
+                raise OpError(
+                    f"{site} has {len(self.scores[site])} channels in this set and {len(other.scores[site])} in the "
+                    "other, so their numbers mean different channels. Use sets of one model."
+                )
+        return replace(
+            self,
+            channels={site: tuple(choose(self.channels.get(site, ()), other.channels.get(site, ()))) for site in sites},
+            scores={site: (self if site in self else other).scores[site] for site in sites},
+            energy={site: (self if site in self else other).energy[site] for site in sites},
+            arm="given",
+            matched=True,
+            note="",
+        )
 
     # Smaller sets.
 
@@ -379,6 +417,10 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
             odd = ", ".join(sorted(map(str, set(data) ^ fields)))
             raise OpError(f"A ChannelSet is made of {', '.join(sorted(fields))}; missing or unknown here: {odd}.")
         return cls(**data)
+
+
+def _sites_of(other: object) -> tuple[str, ...]:
+    return tuple(other) if isinstance(other, ChannelSet) else ()
 
 
 def _common_value(values: dict[str, int]) -> int | dict[str, int]:

@@ -325,11 +325,12 @@ def edit(
     old = stream[where]
     new = EDITS[action["kind"]](Edit(old, stream, action, hook, context.payload, context.indices, mask))
     factor = 1.0 if gate is None else gate[where]
-    before = torch.linalg.vector_norm(old.detach() * factor, dtype=torch.float32)
+    precision = torch.promote_types(old.dtype, torch.float32)
+    before = torch.linalg.vector_norm(old.detach() * factor, dtype=precision)
     if new is not None:
         if action.get("strength", 1.0) != 1.0:
             new = torch.lerp(old, new, action["strength"])
         stream[where] = new
         old = new
-    after = torch.linalg.vector_norm(old.detach() * factor, dtype=torch.float32)
+    after = torch.linalg.vector_norm(old.detach() * factor, dtype=precision)
     return (action["op"], hook.name, hook.step, hook.branch, tuple(old.shape), action["group"], before, after)

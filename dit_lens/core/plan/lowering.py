@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from dit_lens.families import Anatomy
     from dit_lens.families.sites import Site
 
+AXES = ("steps", "rows", "tokens", "channels")  # that an op names, one by one
+
 
 @dataclass(frozen=True, kw_only=True)
 class SiteLowering:
@@ -188,9 +190,14 @@ class SiteLowering:
             tokens=self.group.tokens,
             words=None if self.group.branch is None else (self.op.tokens, self.group.branch, self._targets[0]),
             channels=self.channels,
+            unordered=frozenset(name for name in AXES if self._is_set(getattr(self.op, name))),
             outline=self.outline,
             width=self.anatomy.channels(self.where),
         )
+
+    def _is_set(self, value: Any) -> bool:
+        here = value[self.site] if isinstance(value, Mapping) and self.site in value else value
+        return isinstance(here, set | frozenset)
 
     def _branches(self, default: str | None = None) -> Sequence[str]:
         asked = self.op.branch

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,7 @@ class Wanted:
     site: the site.
     steps, rows, tokens, channels: those to be replaced, in the order in which they are named; None means all.
     words: where tokens were chosen by the text of one branch and row: the words or class, the branch, the row.
+    unordered: which of "steps", "rows", "tokens" and "channels" were named as a set, which has no order.
     outline: of the run.
     width: the number of channels at the site.
     """
@@ -47,6 +49,7 @@ class Wanted:
     tokens: list[int] | None
     words: tuple[Any, str, int] | None
     channels: list[int] | None
+    unordered: frozenset[str]
     outline: Outline
     width: int
 
@@ -90,10 +93,18 @@ def source_values(source: Any, wanted: Wanted) -> Values:
             f"{wanted.op} at {wanted.name}: {type(source).__name__} is not a valid source. "
             "Give a Run, a tensor, or a mapping site -> tensor."
         )
-    tensor = _fit(source, wanted)
-    count = tensor.shape[1]
+    of_branches = {branch: _fit(tensor, wanted) for branch, tensor in _by_branch(source, wanted).items()}
+    count = next(iter(of_branches.values())).shape[1]
     named = wanted.rows is not None and count == len(wanted.rows) < wanted.outline.rows
-    return Values({None: tensor}, tuple(wanted.rows or ()) if named else tuple(range(count)))
+    return Values(of_branches, tuple(wanted.rows or ()) if named else tuple(range(count)))
+
+
+def _by_branch(source: Tensor, wanted: Wanted) -> dict[str | None, Tensor]:
+    """A plain tensor as it is, for all branches; one of both, [s, 2, b, n, d] with cond first, as two."""
+    tensor = to_real_tensor(source, f"{wanted.op} at {wanted.name}: the source").detach()
+    if wanted.means or tensor.ndim != 5 or tensor.shape[1] != 2:
+        return {None: tensor}
+    return {"cond": tensor[:, 0], "uncond": tensor[:, 1]}
 
 
 def _from_run(run: Run, wanted: Wanted) -> Values:
@@ -339,15 +350,19 @@ def list_some(values: list[Any]) -> str:
     return ", ".join(map(str, values[:8])) + (f" ... ({len(values)} in all)" if len(values) > 8 else "")
 
 
-def _fit(source: Tensor, wanted: Wanted) -> Tensor:
+def _fit(tensor: Tensor, wanted: Wanted) -> Tensor:
     """A plain tensor as [s, b, n, d]; axes that are full are narrowed to what the op chose."""
-    tensor = to_real_tensor(source, f"{wanted.op} at {wanted.name}: the source").detach()
-    if wanted.means and tensor.ndim == 2:  # [step, channel]
-        tensor = tensor[:, None, None]
+    if wanted.means and tensor.ndim > 1:  # [step, channel]
+        if prod(tensor.shape[1:-1]) != 1:
+            raise OpError(
+                f"{wanted.op} at {wanted.name}: a mean is [channel] or [step, channel], and this one has shape "
+                f"{list(tensor.shape)}. Give the run or the read itself, whose rows are averaged."
+            )
+        tensor = tensor.reshape(len(tensor), 1, 1, -1)
     if not 1 <= tensor.ndim <= 4:
         raise OpError(
-            f"{wanted.op} at {wanted.name}: a source tensor is [step, row, token, channel] or its last axes; "
-            f"this one has {tensor.ndim}."
+            f"{wanted.op} at {wanted.name}: a source tensor is [step, row, token, channel] or its last axes, or of "
+            f"both branches [step, 2, row, token, channel]; this one has {tensor.ndim}."
         )
     tensor = tensor.reshape(*(1,) * (4 - tensor.ndim), *tensor.shape)
     all_tokens = wanted.outline.tokens(wanted.site.stream)
@@ -374,7 +389,14 @@ def _refuse_two_orders(size: int, chosen: list[int] | None, full: int | None, wa
     wanted: what the op asks of the source, for messages.
     what: the name of the axis, for messages.
     """
-    if chosen is None or size == 1 or full not in (None, size) or chosen == sorted(chosen):
+    if chosen is None or size == 1:
+        return
+    if what in wanted.unordered and size == len(chosen) and size != full:
+        raise OpError(
+            f"{wanted.op} at {wanted.name}: {what}= is a set ({list_some(chosen)}), which has no order, and there is a "
+            f"value for each of its {size}. Name them in a list, in the order of the values."
+        )
+    if full not in (None, size) or chosen == sorted(chosen):
         return
     if sorted(chosen) == list(range(size)):
         raise OpError(

@@ -132,6 +132,7 @@ def prepare_call(
     division = USUAL if family is None else Division(family.pipeline(type(pipe)), family.prompts)
     _check_arguments(type(pipe).__name__, signature, call, seed)
     arguments = check_values(signature, {**defaults, **call})
+    arguments = {name: value for name, value in arguments.items() if value is not None or name not in IMAGES_PER_PROMPT}
     arguments |= _check_output(type(pipe).__name__, signature, arguments)
     if prompt is not None and "prompt" not in signature:
         raise PromptError(f"{type(pipe).__name__} takes no prompt. Pass what it draws, such as class_labels=[207].")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.arguments.numbers import to_int, to_number
-from dit_lens.core.request.indices import is_span, list_items
+from dit_lens.core.request.indices import is_span, list_indices, list_items
 from dit_lens.core.runs.reading import Reading, find_reading
 from dit_lens.core.runs.run import Run
 from dit_lens.errors import OpError
@@ -79,6 +79,8 @@ def _plain_numbers(value: Any) -> Any:
         return {"array": to_plain(value.tolist())}
     if (number := to_int(value)) is not None or (number := _to_float(value)) is not None:
         return number
+    if isinstance(value, set | frozenset):  # which ascends wherever an op names its entries
+        return [to_plain(item) for item in list_indices(value, type(value).__name__)]
     if isinstance(value, Iterable) and not isinstance(value, bytes | bytearray):
         return [to_plain(item) for item in list_items(value, type(value).__name__)]
     raise OpError(f"a value of an op is a {type(value).__name__}, which has no JSON form.")

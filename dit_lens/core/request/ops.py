@@ -334,7 +334,8 @@ def copy_row(edit: Edit) -> Tensor:
 def token_mean(edit: Edit) -> Tensor:
     """Each channel's mean over the chosen tokens, or what is left without it."""
     tokens = [edit.old] if edit.mask is None else _tokens_that_count(edit.old, edit.mask)
-    mean = torch.cat([some.mean(1, keepdim=True, dtype=torch.float32) for some in tokens]).to(edit.old.dtype)
+    precision = torch.promote_types(edit.old.dtype, torch.float32)
+    mean = torch.cat([some.mean(1, keepdim=True, dtype=precision) for some in tokens]).to(edit.old.dtype)
     return mean.expand_as(edit.old) if edit.action["parameters"]["keep"] == "mean" else edit.old - mean
 
 

@@ -24,6 +24,7 @@ COUNTS = (
 MOST_STEPS = 10_000  # models are trained with about 1000 noise levels
 SCHEDULES = ("sigmas", "timesteps")
 FUNCTIONS = ("callback", "callback_on_step_end")
+MAPPINGS = {"dict", "Dict", "Mapping"}
 
 
 def copy_of(value: Any) -> Any:
@@ -144,6 +145,8 @@ def _check_value(name: str, value: Any, parameter: inspect.Parameter | None) -> 
     if name in SCHEDULES:
         return _check_schedule(name, value)
     kinds = set() if parameter is None else _kinds_of(parameter)
+    if kinds & MAPPINGS and kinds <= {*MAPPINGS, "str", "Any"} and not isinstance(value, Mapping):
+        raise PromptError(f"{name}={show(value)} must be a mapping from names to values.")
     if kinds == {"bool"} and not (isinstance(value, int) and value in (0, 1)):
         raise PromptError(f"{name}={value!r} must be True or False.")
     if kinds and kinds <= {"int", "float"}:

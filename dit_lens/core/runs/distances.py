@@ -166,7 +166,8 @@ def _common_tokens(
     shared = [token for token in held[0] if token in set(held[1])]
     if len(shared) < max(map(len, held)):
         told.append(f"tokens {_some(held[0])} and {_some(held[1])} share only {_some(shared) or 'none'}")
-    return tuple([some.index(token) for token in shared] for some in numbers)
+    ours, theirs = ([some.index(token) for token in shared] for some in numbers)
+    return ours, theirs
 
 
 def _tokens_of(read: Reading, branch: str, row: int) -> list[int] | None:

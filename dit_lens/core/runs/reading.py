@@ -24,6 +24,13 @@ class SiteTensor(Tensor):
 
     __torch_function__ = torch.nn.Parameter.__torch_function__
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SiteTensor:
+        """A copy that knows the grid as well; torch's own copies plain tensors only."""
+        if id(self) not in memo:
+            memo[id(self)] = found = self.as_subclass(Tensor).detach().clone().as_subclass(SiteTensor)
+            found.shape_of_grid, found.token_axis = self.shape_of_grid, self.token_axis
+        return memo[id(self)]
+
     def grid(self) -> Tensor:
         """The same values with tokens as [h, w]: [s, b, n, d] becomes [s, b, h, w, d]."""
         plain = self.as_subclass(Tensor)

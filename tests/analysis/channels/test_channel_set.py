@@ -189,3 +189,17 @@ def test_json_of_another_format_raises():
     del data["scores"]
     with pytest.raises(OpError, match=r"made of arm, channels, .*; missing or unknown here: colour, scores\."):
         ChannelSet.from_json(data | {"colour": "red"})
+
+
+def test_two_sets_make_a_third_site_by_site():
+    a, b = given_set((5, 1, 3), (2,), width=8), given_set((3, 7), (2, 0), (4,), width=8)
+    assert dict(a | b) == {"s0": (5, 1, 3, 7), "s1": (2, 0), "s2": (4,)}
+    assert dict(a & b) == {"s0": (3,), "s1": (2,)}
+    assert dict(a - b) == {"s0": (5, 1), "s1": ()}
+    assert dict(sample_set(0) - sample_set(0)) == dict.fromkeys(sample_set(0), ())
+    assert (sample_set(0) | sample_set(1)).arm == "given"
+    for make in (lambda: a | {"s0": [1]}, lambda: a & [1], lambda: a - None):
+        with pytest.raises(OpError, match="goes together with a ChannelSet"):
+            make()
+    with pytest.raises(OpError, match="s0 has 8 channels in this set and 9 in the other"):
+        a | given_set((1,), width=9)
