@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from dit_lens.analysis.metrics.distances import measure_distance
 from dit_lens.core.request.ops import Op, Read
 from dit_lens.errors import OpError, PromptError, check_choice
 from dit_lens.plots import disruption_figure
-from dit_lens.studies.parts.ablations import CONFOUNDS, AblationKind, plan_ablation
+from dit_lens.studies.parts.ablations import CONFOUNDS, AblationKind, average_means, pick_step, plan_ablation
 from dit_lens.studies.parts.doses import AGREES, read_doses
 from dit_lens.studies.shared.arguments import (
     as_ks,
@@ -261,10 +261,10 @@ class Measure:
         run = self.runner.run(batch, reads)
         cell = Cell(arrays=average_scores(run, len(batch.prompts)))
         squares = {site: rms.float().square() for site, rms in run["rms"].items()}
-        cell.arrays |= _pick_step("energy at first", squares, first, len(batch.prompts))
+        cell.arrays |= pick_step("energy at first", squares, first, len(batch.prompts))
         if "mean" in run:
             cell.arrays |= {f"all/mean/{name}": value.float().numpy() for name, value in run["mean"].items()}
-            cell.arrays |= _pick_step("mean at first", run["mean"], first, len(batch.prompts))
+            cell.arrays |= pick_step("mean at first", run["mean"], first, len(batch.prompts))
         for row, prompt, image in zip(batch.rows, batch.prompts, run.images, strict=False):
             cell.images[_name_image(row, batch, 0, "untouched")] = image
             measures = ask_judge(self.judge, image, prompt, (*COLUMNS, *self.distances))
@@ -302,27 +302,8 @@ class Measure:
         return cell
 
 
-def average_means(clean: Iterable[Cell]) -> dict[str, Any]:
-    """The mean of every channel at every step over all prompts and seeds: site -> [s, d]."""
-    import torch
-
-    cells = list(clean)
-    sites = [key.removeprefix("all/mean/") for key in cells[0].arrays if key.startswith("all/mean/")]
-    means = {site: np.concatenate([cell.arrays[f"all/mean/{site}"] for cell in cells], 1).mean(1) for site in sites}
-    return {site: torch.from_numpy(mean) for site, mean in means.items()}
-
-
 def _name_image(row: int, batch: PromptBatch, k: int, arm: str) -> str:
     return str(ImageKey(row, batch.seed, k=k, arm=arm))
-
-
-def _pick_step(name: str, values: Mapping[str, Any], step: int, rows: int) -> dict[str, np.ndarray]:
-    """Reductions [s, b, d] at one step, for each image: "row/name/site" -> [d]."""
-    return {
-        f"{row}/{name}/{site}": value[step, row].float().numpy()
-        for site, value in values.items()
-        for row in range(rows)
-    }
 
 
 def _line(prompt: str, seed: int, k: int, arm: Arm, measures: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,33 +49,49 @@ def decode_labels(features: Any, labels: Any, groups: Any, *, seed: int = 0) -> 
       because a decoder could recognise another image of the same prompt.
     seed: seed of the folds, of which there are 5, or as many as the rarest class has groups.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import balanced_accuracy_score
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
     x, y, group = np.asarray(features, np.float64), np.asarray(labels), np.asarray(groups)
     if x.ndim != 2 or len({len(x), len(y), len(group)}) != 1:
         raise OpError(
             "decode_labels takes features [m, d], labels [m] and groups [m]; got shapes "
             f"{x.shape}, {y.shape}, {group.shape}."
         )
-    counts = {label: len(set(group[y == label])) for label in np.unique(y)}
-    kept = np.isin(y, [label for label, count in counts.items() if count > 1])
+    kept = find_held_out(y, group)
     x, y, group = x[kept], y[kept], group[kept]
-    classes = len(np.unique(y))
-    if classes < 2:
+    if not len(y):
         return None
-    folds = StratifiedGroupKFold(
-        min(FOLDS, *(counts[label] for label in np.unique(y))), shuffle=True, random_state=seed
-    )
+    from sklearn.metrics import balanced_accuracy_score
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*y_pred contains classes not in y_true.*")
+        accuracy = float(balanced_accuracy_score(y, predict_held_out(x, y, group, seed)))
+    return Decoding(accuracy, 1 / len(np.unique(y)), len(y))
+
+
+def find_held_out(labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Which samples can be held out, bool [m]: those of classes that occur in two groups, if there are two classes.
+
+    labels, groups: as in :func:`decode_labels`.
+    """
+    found = [label for label in np.unique(labels) if len(set(groups[labels == label])) > 1]
+    return np.isin(labels, found) if len(found) > 1 else np.zeros(len(labels), bool)
+
+
+def predict_held_out(features: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int = 0) -> np.ndarray:
+    """The label of every sample, as a decoder predicts it that was fitted without the sample's group.
+
+    features, labels, groups, seed: as in :func:`decode_labels`; every sample can be held out.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    fewest = min(len(set(groups[labels == label])) for label in np.unique(labels))
+    folds = StratifiedGroupKFold(min(FOLDS, fewest), shuffle=True, random_state=seed)
     # Strong regularisation (C = 0.1), because there are usually fewer samples than features.
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", message=".*y_pred contains classes not in y_true.*")
-        predicted = cross_val_predict(model, x, y, groups=group, cv=folds)
-        accuracy = float(balanced_accuracy_score(y, predicted))
-    return Decoding(accuracy, 1 / classes, len(y))
+        return cross_val_predict(model, features, labels, groups=groups, cv=folds)

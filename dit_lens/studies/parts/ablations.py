@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dit_lens.core.request.ops import Pattern, Steps
     from dit_lens.lens import DiTLens
     from dit_lens.studies.shared.arms import Arm
+    from dit_lens.studies.shared.cells import Cell
 
 AblationKind = Literal["zero", "mean", "resample"]
 CONFOUNDS = ("attenuated", "norm-kept", "norm-frozen", "rescaled", "random-direction")
@@ -152,6 +153,34 @@ def pick_arrays(arrays: Mapping[str, np.ndarray], row: int, name: str) -> dict[s
     """
     start = f"{row}/{name}/"
     return {key.removeprefix(start): value for key, value in arrays.items() if key.startswith(start)}
+
+
+def pick_step(name: str, values: Mapping[str, Any], step: int, rows: int) -> dict[str, np.ndarray]:
+    """Reductions [s, b, d] at one step, for each image: "row/name/site" -> [d].
+
+    name: what they are.
+    values: by site.
+    step: the step.
+    rows: number of images.
+    """
+    return {
+        f"{row}/{name}/{site}": value[step, row].float().numpy()
+        for site, value in values.items()
+        for row in range(rows)
+    }
+
+
+def average_means(clean: Iterable[Cell]) -> dict[str, Any]:
+    """The mean of every channel at every step over all prompts and seeds: site -> [s, d].
+
+    clean: the cells of untouched images, with means [s, b, d] as "all/mean/site".
+    """
+    import torch
+
+    cells = list(clean)
+    sites = [key.removeprefix("all/mean/") for key in cells[0].arrays if key.startswith("all/mean/")]
+    means = {site: np.concatenate([cell.arrays[f"all/mean/{site}"] for cell in cells], 1).mean(1) for site in sites}
+    return {site: torch.from_numpy(mean) for site, mean in means.items()}
 
 
 def _average(doses: Mapping[str, float]) -> float:

@@ -95,6 +95,7 @@ def weigh_way(
     *,
     channels: Mapping[str, Sequence[int]] | None = None,
     mask: np.ndarray | None = None,
+    part: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Op]:
     """The swaps of one image, and around them the ops that weigh how much of the way to their source they go.
 
@@ -106,6 +107,7 @@ def weigh_way(
     step: the denoising step at which it is weighed.
     channels: site -> channels that are swapped; all by default.
     mask: the tokens that are swapped, bool [h, w]; all by default.
+    part: tokens' channels [token, channel] -> the part of them that is swapped; all of it by default.
     """
     tokens = slice(None) if mask is None else torch.from_numpy(mask.ravel().nonzero()[0])
 
@@ -113,6 +115,7 @@ def weigh_way(
         chosen = slice(None) if channels is None else list(channels[site])
         gone = moved[0][tokens][..., chosen].double()
         way = (whole[1] - whole[0])[tokens][..., chosen].double()
+        way = way if part is None else part(way)
         length = float(way.square().sum())
         return round(float((gone * way).sum()) / length, 9) if length else 0.0
 
@@ -194,7 +197,11 @@ def read_doses(ops: Sequence[Op], receipt: Receipt) -> dict[int, float]:
 
 
 def predict_zeroing(
-    energy: Mapping[str, np.ndarray], channels: Mapping[str, Iterable[int]], *, carried: bool
+    energy: Mapping[str, np.ndarray],
+    channels: Mapping[str, Iterable[int]],
+    *,
+    carried: bool,
+    part: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, float]:
     """The dose of zeroing channels at every site, by the run without edits.
 
@@ -208,11 +215,12 @@ def predict_zeroing(
     energy: site -> [d], the mean square of each channel, in the model's order.
     channels: site -> the channels.
     carried: whether each site passes on what it was given.
+    part: site -> [d], how much of each channel's energy is taken; all by default.
     """
-    found, lost = {}, np.zeros(0)
+    found, lost, taken = {}, np.zeros(0), part or energy
     for site, some in channels.items():
         lost = lost if carried and len(lost) else np.zeros_like(energy[site])
-        lost[list(some)] = energy[site][list(some)]
+        lost[list(some)] = taken[site][list(some)]
         found[site] = _divide(lost.sum(), energy[site].sum())
     return found
 
