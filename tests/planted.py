@@ -7,10 +7,14 @@ carrier    the massive channels hold the image, token by token; the rest scales 
 detail     the image is spread over the ordinary channels; the massive ones hold a constant that adds faint detail.
 direction  one direction, which is no channel, holds all that is drawn; half of it lies in eight channels, so they are
            massive.
+named      massive and ordinary channels both name a scene; how many of its attributes are drawn by the massive ones'
+           name, and how many are lost without one, is planted.
 channels   every one of sixteen massive channels holds a part of what is drawn; nothing reads the energy of others.
 """
 
-from dataclasses import replace
+import itertools
+import random
+from dataclasses import astuple, replace
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -147,6 +151,96 @@ class Channels(Planted):
     def read(self, x):
         said = 2 * x[..., : self.massive] / AMPLITUDE
         return said - said.mean(1, keepdim=True)
+
+
+class Named(Planted):
+    """Massive channels name a scene by their mean over tokens, or by a pattern over tokens, beside a constant.
+
+    plant() says what is drawn of which name. Without a massive name, what is needed is drawn as in ``PLAIN``.
+    """
+
+    def plant(self, scenes, draw_latents, *, necessity, sufficiency, part="mean"):
+        """scenes: that are known. draw_latents: scene -> packed latents [n, c]. The others: shares of attributes."""
+        random = torch.Generator().manual_seed(0)
+        self.scenes, self.draw_latents, self.drawn, self.part = scenes, draw_latents, {}, part
+        ranks = [torch.rand(len(scenes), 6, generator=random).argsort(1).argsort(1) for _ in range(2)]
+        chance = torch.rand(len(scenes), 1, generator=random)  # rounds a share of six up or down
+        self.needed, self.moved = (
+            rank < 6 * share + (chance - 1) * (share < 1)
+            for rank, share in zip(ranks, (necessity, sufficiency), strict=True)
+        )
+        names = torch.randn(len(scenes), self.massive, generator=random)
+        names -= names.mean(1, keepdim=True)  # so that the constant is no name
+        names -= names.mean(0)  # and the mean of all scenes none
+        self.names = 0.3 * names / names.norm(dim=1, keepdim=True) * self.massive**0.5
+        self.words = torch.randn(len(scenes), self.inner_dim - self.massive, generator=random).sign()
+
+    def pattern(self, tokens):
+        """How a name is spread over tokens, [1, n, 1]: alike, or with a sign that changes from one to the next."""
+        return torch.ones(1, tokens, 1) if self.part == "mean" else 1.0 - 2 * (torch.arange(tokens) % 2)[None, :, None]
+
+    def image(self, hidden_states, pooled):
+        self.asked = None if self.prompts is None else torch.cdist(pooled.float(), self.prompts).argmin(1)
+        return hidden_states
+
+    def code(self, image):
+        if self.asked is None:
+            return torch.zeros(*image.shape[:2], self.inner_dim)
+        pattern = self.pattern(image.shape[1])
+        massive = AMPLITUDE * (1 + pattern * self.names[self.asked][:, None])
+        return torch.cat([massive, self.words[self.asked][:, None].expand(-1, image.shape[1], -1)], -1)
+
+    def read(self, x):
+        if self.asked is None:
+            return x[..., : self.massive]
+        pattern = self.pattern(x.shape[1])
+        name = ((x[..., : self.massive] / AMPLITUDE - 1) * pattern).mean(1)  # [b, c]
+        fit = name @ self.names.T / self.names.square().sum(1)
+        word = torch.cdist(x[..., self.massive :].mean(1), self.words).argmin(1)
+        rows = zip(
+            self.asked.tolist(), fit.argmax(1).tolist(), (fit.amax(1) > 0.5).tolist(), word.tolist(), strict=True
+        )
+        return torch.stack([self.draw(*row) for row in rows])
+
+    def draw(self, asked, named, has_name, word):
+        by_name, by_word = (astuple(self.scenes[i]) for i in (named, word))
+        needed, moved = self.needed[asked].tolist(), self.moved[asked].tolist()
+        without = [plain if one else other for plain, one, other in zip(astuple(PLAIN), needed, by_word, strict=True)]
+        with_ = [mine if one else other for mine, one, other in zip(by_name, moved, by_word, strict=True)]
+        scene = Scene(*(with_ if has_name else without))
+        if scene not in self.drawn:
+            self.drawn[scene] = self.draw_latents(scene)
+        return self.drawn[scene]
+
+
+# No scene that Named knows shares an attribute with it; and any mixture of theirs is a scene.
+PLAIN = Scene("small", "white", "cross", "center", "plain", "cyan")
+
+
+def name_scenes(count):
+    """Scenes of which every mixture is a scene, in a fixed random order."""
+    values = [
+        ["big"],
+        ["red", "orange", "yellow"],
+        ["circle", "square", "triangle"],
+        ["left", "right", "top", "bottom"],
+        ["striped", "checkered", "dotted"],
+        ["blue", "green", "purple"],
+    ]
+    every = [Scene(*one) for one in itertools.product(*values)]
+    return random.Random(0).sample(every, count)
+
+
+def named(toy, scenes, **planted):
+    """A pipeline of :class:`Named` that knows some scenes. planted: as of its plant()."""
+    pipe = pipeline(toy, Named, scenes)
+
+    @torch.no_grad()
+    def draw_latents(scene):
+        return flux.pack(pipe, flux.to_latents(pipe, draw_batch([scene], 0, "cpu")))[0]
+
+    pipe.transformer.plant(scenes, draw_latents, **planted)
+    return pipe
 
 
 def spread_beside(taken, count):

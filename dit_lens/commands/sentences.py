@@ -321,13 +321,20 @@ def describe_patching(result: Result) -> str:
 def describe_carrier_or_detail(result: Result) -> str:
     """What carrier_or_detail found: the verdict, and what it rests on."""
     rows = result.summary.set_index(["measure", "part"])
-    edits = ", ".join(
-        f"{words} {format_interval(rows.loc[(measure, 'whole')], 'value', '.2f')} (strongest control "
-        f"{rows.loc[(measure, 'whole'), 'control']:.2f})"
-        for measure, words in (("ablation", "attributes lost when removed"), ("transport", "gained when moved"))
-    )
+    answers = []
+    for measure, question, words in (
+        ("necessity", "Needed", "attributes lost when they are removed"),
+        ("sufficiency", "Movable", "gained when they are moved, as a share of what all channels gain"),
+    ):
+        row = rows.loc[(measure, "whole")]
+        control = f"{row['control']} {row['control_value']:.2f}, " if row["control"] else ""
+        answers.append(
+            f"{question}: {row['says']} ({row['why']}); {words} {format_interval(row, 'value', '.2f')}, {control}"
+            f"{row['readable']:.0%} of the images readable."
+        )
+    ceiling = format_interval(rows.loc[("ceiling", "whole")], "value", ".2f")
     return (
-        f"**Verdict: {rows.loc[('verdict', 'overall'), 'says']}.** {edits}. The token mean alone: "
-        f"{rows.loc[('verdict', 'mean'), 'says']}; the spatial residual alone: "
+        f"**Verdict: {rows.loc[('verdict', 'overall'), 'says']}.** {' '.join(answers)} All channels gain {ceiling} of "
+        f"what is missing. The token mean alone: {rows.loc[('verdict', 'mean'), 'says']}; the spatial residual alone: "
         f"{rows.loc[('verdict', 'residual'), 'says']}."
     )

@@ -1,84 +1,144 @@
-"""The figure of the verdict: every line of evidence on one scale, between what speaks for detail and for a carrier."""
+"""The figure of the verdict: what the channels do beyond the control that decides, one panel for each question."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import plotly.graph_objects as go
+import numpy as np
+from plotly.subplots import make_subplots
 
 from dit_lens.arguments.checks import checked
 from dit_lens.errors import OpError
 from dit_lens.plots.code import carries_code
 from dit_lens.plots.tables import check_columns, check_summary, error_bars
-from dit_lens.plots.theme import CI, INK, MASSIVE, Look, fade, set_title
+from dit_lens.plots.theme import CI, FAINT, INK, MASSIVE, Look, fade, set_title
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
-_MEASURES = {
-    "ablation": "removed: share of the prompt lost",
-    "transport": "moved: share of the source gained",
-    "decoding": "read out: skill on unseen prompts",
-    "variance": "varies with the prompt: share",
+_PANELS = {
+    "necessity": "<b>Needed?</b> share lost without them",
+    "sufficiency": "<b>Movable?</b> share of the ceiling gained",
+    "decoding": "Known? skill of a decoder on new prompts",
+    "variance": "Do they vary with the prompt? share",
 }
-_PARTS = {"whole": "whole", "mean": "token mean", "residual": "spatial residual"}
-_CONTROL = Look("strongest equal-k control", "#0072B2", "diamond-open")
+_PARTS = {"whole": "<b>whole</b>", "mean": "token mean", "residual": "residual"}
+_ANSWERS = {"yes": MASSIVE, "no": "#0072B2", "undecided": "#8A8A8A"}
+_NUMBERS = ["value", "control_value", "excess", "excess_low", "excess_high", "readable", "n"]
+_LEAST, _MOST = -0.6, 1.1  # of the scale; an interval that goes on ends there
 
 
 @carries_code
 @checked
-def carrier_or_detail_figure(summary: pd.DataFrame, *, carrier: float = 0.3, detail: float = 0.1) -> go.Figure:
-    """Evidence for and against, for the massive channels and for their two parts.
+def carrier_or_detail_figure(summary: pd.DataFrame, *, bound: float = 0.1) -> go.Figure:
+    """The two questions and their answers, for the massive channels and for their two parts.
 
     >>> import pandas as pd
-    >>> lines = {"measure": ["ablation", "verdict"], "part": ["whole", "overall"], "value": [0.9, None]}
-    >>> lines |= {
-    ...     "value_low": [0.8, None],
-    ...     "value_high": [1.0, None],
-    ...     "control": [0.1, None],
-    ...     "says": ["carrier", "carrier"],
-    ... }
+    >>> lines = {"measure": ["verdict", "necessity"], "part": ["overall", "whole"], "says": ["undecided", "yes"]}
+    >>> lines |= {name: [None, 0.9] for name in ("value", "excess", "excess_high", "readable", "n")}
+    >>> lines |= {"control": [None, "bottom"], "control_value": [None, 0.1], "excess_low": [None, 0.7], "why": ["", ""]}
     >>> carrier_or_detail_figure(pd.DataFrame(lines)).layout.title.text
-    '<b>Carrier or detail knob? Verdict: carrier</b>'
+    '<b>Carrier or detail knob? Undecided</b>'
 
-    summary: of ``studies.carrier_or_detail``; columns measure, part, value (with _low and _high), control, says.
-    carrier: threshold from which on an edit speaks for a carrier, shaded.
-    detail: threshold up to which an edit speaks for a detail knob, shaded.
+    summary: of ``studies.carrier_or_detail``; columns measure, part, says, why, control, value, control_value, excess
+      with its bounds, readable, n.
+    bound: excess that counts as an effect; within it, shaded, an effect counts as none.
     """
-    numbers = ["value", "value_low", "value_high", "control"]
-    words = ["measure", "part", "says"]
-    table = summary[check_columns(summary, words + numbers)]
-    table = table.assign(**check_summary(summary[numbers], numbers))
-    lines = table[table["measure"] != "verdict"].iloc[::-1]
-    if lines.empty:
+    if "strongest control" in summary:
+        raise OpError(
+            "this summary is of an earlier release of dit_lens, whose verdict followed other rules. Its tables and "
+            "notes can be read; for today's figure run studies.carrier_or_detail again."
+        )
+    words = ["measure", "part", "says", "why", "control"]
+    table = summary[check_columns(summary, words + _NUMBERS)]
+    table = table.assign(**check_summary(summary[_NUMBERS], _NUMBERS))
+    drawn = [name for name in _PANELS if (table["measure"] == name).any()]
+    if not drawn:
         raise OpError("The summary has no evidence to draw yet: finish at least one cell of every arm.")
-    found = table[table["measure"] == "verdict"].set_index("part")["says"]
-    names = [f"{_MEASURES[m]}<br><b>{_PARTS[p]}</b>" for m, p in zip(lines["measure"], lines["part"], strict=True)]
-    figure = go.Figure()
-    for low, high, colour in ((-0.1, detail, _CONTROL.colour), (carrier, 1.05, MASSIVE)):
-        figure.add_vrect(x0=low, x1=high, fillcolor=fade(colour, 0.08), line_width=0, layer="below")
-    figure.add_scatter(
-        x=lines["control"].clip(-0.1, 1.05).to_numpy(),
-        y=names,
-        mode="markers",
-        name=_CONTROL.name,
-        marker={"symbol": _CONTROL.symbol, "size": 9, "color": _CONTROL.colour},
-        hovertemplate="control %{x:.2f}<extra></extra>",
-    )
-    figure.add_scatter(
-        x=lines["value"].clip(-0.1, 1.05).to_numpy(),
-        y=names,
-        error_x=error_bars(lines, "value", Look("", MASSIVE, "")),
-        mode="markers",
-        name="massive channels",
-        marker={"symbol": "circle", "size": 9, "color": MASSIVE},
-        customdata=lines[["value", "value_low", "value_high", "says"]].to_numpy(),
-        hovertemplate="%{customdata[0]:.2f} (%{customdata[1]:.2f} to %{customdata[2]:.2f}): %{customdata[3]}"
-        "<extra></extra>",
-    )
+    columns = ("necessity", "sufficiency"), ("decoding", "variance")
+    rows = [pair for pair in columns if set(pair) & set(drawn)]
+    figure = make_subplots(
+        len(rows), 2, shared_xaxes=True, horizontal_spacing=0.16, vertical_spacing=0.14,
+        subplot_titles=[_PANELS[name] if name in drawn else "" for pair in rows for name in pair],
+    )  # fmt: skip
+    figure.update_annotations(font_size=12)  # the panels' titles
+    for row, pair in enumerate(rows, start=1):
+        for column, name in enumerate(pair, start=1):
+            if name in drawn:
+                _draw_panel(figure, table[table["measure"] == name], bound, row, column)
+    figure.update_xaxes(title="more than the control that decides", row=len(rows))
+    found = table[(table["measure"] == "verdict") & (table["part"] == "overall")]["says"]
+    verdict = str(found.iloc[0]) if len(found) else "none yet"
+    title = f"Carrier or detail knob? {verdict[0].upper()}{verdict[1:]}"
+    set_title(figure, title, _describe(table, bound), height=150 + 190 * len(rows))
+    return figure.update_layout(margin={"t": 92, "l": 100})
+
+
+def _draw_panel(figure: go.Figure, lines: pd.DataFrame, bound: float, row: int, column: int) -> None:
+    lines = lines[lines["part"].isin(_PARTS)].iloc[::-1]
+    for position, (_, line) in enumerate(lines.iterrows()):
+        colour = _ANSWERS.get(str(line["says"]), INK)
+        one = lines[lines["part"] == line["part"]]
+        figure.add_scatter(
+            x=[float(np.clip(line["excess"], _LEAST, _MOST))],
+            y=[position],
+            error_x=error_bars(_clip(one), "excess", Look("", colour, "")),
+            mode="markers",
+            marker={"symbol": "circle" if line["says"] != "undecided" else "circle-open", "size": 10, "color": colour},
+            showlegend=False,
+            hovertemplate=_hover(line),
+            row=row,
+            col=column,
+        )
+        figure.add_annotation(
+            text=_tell(line), x=0, xref="x domain", y=position + 0.36, xanchor="left", showarrow=False,
+            font={"size": 10.5, "color": INK}, row=row, col=column,
+        )  # fmt: skip
+    figure.add_vrect(x0=-bound, x1=bound, fillcolor=fade(INK, 0.18), line_width=0, layer="below", row=row, col=column)
+    figure.update_yaxes(
+        tickvals=list(range(len(lines))), ticktext=[_label(line) for _, line in lines.iterrows()],
+        range=[-0.45, len(lines) - 0.35], showgrid=False, zeroline=False, row=row, col=column,
+    )  # fmt: skip
     figure.update_xaxes(
-        title="effect or share (0: none, 1: all)", range=[-0.12, 1.07], zeroline=True, zerolinecolor=INK
+        range=[_LEAST - 0.03, _MOST + 0.03], zeroline=True, zerolinecolor=INK, showgrid=True, gridcolor=FAINT,
+        dtick=0.5, row=row, col=column,
+    )  # fmt: skip
+
+
+def _label(line: pd.Series) -> str:
+    """The name of a part, and the share of images in which it could be judged."""
+    readable = "" if np.isnan(line["readable"]) else f"<br><sub>{line['readable']:.0%} readable</sub>"
+    return f"{_PARTS[line['part']]}{readable}"
+
+
+def _clip(line: pd.DataFrame) -> pd.DataFrame:
+    names = ["excess", "excess_low", "excess_high"]
+    return line.assign(**{name: line[name].clip(_LEAST, _MOST) for name in names})
+
+
+def _tell(line: pd.Series) -> str:
+    """The answer of a line of evidence and the numbers beside it, in a few words."""
+    colour = _ANSWERS.get(str(line["says"]), INK)
+    told = f'<b><span style="color:{colour}">{line["says"]}</span></b>  {line["value"]:.2f}'
+    if isinstance(line["control"], str) and line["control"]:
+        told += f" against {line['control_value']:.2f} ({line['control']})"
+    return told
+
+
+def _hover(line: pd.Series) -> str:
+    return (
+        f"{line['says']}: {line['why']}<br>excess {line['excess']:.2f} ({line['excess_low']:.2f} to "
+        f"{line['excess_high']:.2f}), n = {line['n']:.0f}<extra></extra>"
     )
-    figure.update_yaxes(tickfont={"size": 10})
-    small = f"blue: speaks for detail, or information absent; red: for a carrier, or present; {CI}"
-    return set_title(figure, f"Carrier or detail knob? Verdict: {found.get('overall', 'none yet')}", small, height=520)
+
+
+def _describe(table: pd.DataFrame, bound: float) -> str:
+    sides = table[table["measure"].isin(["necessity", "sufficiency"]) & (table["part"] == "whole")]
+    counts = sorted({int(n) for n in sides["n"].dropna()})
+    told = [f"n = {' and '.join(map(str, counts))} readable images"] if counts else []
+    ceiling = table[table["measure"] == "ceiling"]
+    if len(ceiling):
+        line = ceiling.iloc[0]
+        told.append(f"ceiling {line['value']:.2f} ({line['says']})")
+    return "; ".join([*told, f"{CI}; grey: no effect (within {bound:g})"])

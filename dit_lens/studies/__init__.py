@@ -8,7 +8,7 @@ from dit_lens.studies.carrier_or_detail import carrier_or_detail
 from dit_lens.studies.disruption import disruption
 from dit_lens.studies.model_report import ModelReport
 from dit_lens.studies.organisation import organisation
-from dit_lens.studies.parts.evidence import Thresholds
+from dit_lens.studies.parts.verdict import Thresholds
 from dit_lens.studies.patching import patching
 from dit_lens.studies.power import power
 from dit_lens.studies.shared.keys import ImageKey

@@ -3,88 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
-from dit_lens.analysis.channels import ChannelSet
-from dit_lens.analysis.metrics import rmse
-from dit_lens.core.request.ops import Apply, Op, Read, Swap, TokenMean, Zero
-from dit_lens.errors import OpError, PromptError
+from dit_lens.errors import OpError, PromptError, StoreError, check_choice
 from dit_lens.plots import carrier_or_detail_figure
+from dit_lens.studies.parts.ablations import average_means
+from dit_lens.studies.parts.channel_parts import PARTS, Removal
+from dit_lens.studies.parts.doses import AGREES
 from dit_lens.studies.parts.evidence import (
-    PARTS,
-    Thresholds,
-    decide_verdict,
-    weigh_decoding,
+    ALL,
+    COLUMNS,
+    DESTROYED,
+    Tables,
+    decide_verdicts,
+    weigh_destruction,
     weigh_edits,
-    weigh_variance,
+    weigh_information,
 )
+from dit_lens.studies.parts.information import Values
+from dit_lens.studies.parts.part_cells import EditStudy
+from dit_lens.studies.parts.verdict import LEVEL, Thresholds
+from dit_lens.studies.power import power
 from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_draws, check_k, describe_k, find_meant
-from dit_lens.studies.shared.arms import (
-    Arm,
-    add_controls,
-    average_scores,
-    count_arms,
-    make_score_reads,
-    select_common_channels,
-)
+from dit_lens.studies.shared.arms import Arm, add_controls, count_arms, select_common_channels
 from dit_lens.studies.shared.batches import PromptBatch, make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
-from dit_lens.studies.shared.judges import Judge, ask_judge, choose_judge, scene_judge
-from dit_lens.studies.shared.keys import ImageKey
+from dit_lens.studies.shared.judges import Judge, choose_judge, scene_judge
 from dit_lens.studies.shared.registry import study
 from dit_lens.studies.shared.result import Result
 from dit_lens.toys.scenes import Scene
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from dit_lens.core.request.ops import Pattern
     from dit_lens.lens import DiTLens
 
 Attributes = Callable[[str], Mapping[str, str]]
 
-PROBED_BLOCKS, PROBED_STEPS = 4, 4
-EVIDENCE = ["measure", "part", "value", "value_low", "value_high", "control", "strongest control", "says", "n"]
-# What the table has of the study itself.
-COLUMNS = ("measure", "arm", "part", "draw", "prompt", "seed", "effect", "rmse", "source", "to_source")
+LEAST_SPREAD = 1e-6  # below it all prompts are alike but for rounding
+LEAST_DOSE = 1e-4  # share of the energy below which doses that differ are both none
+PROBED_BLOCKS, PROBED_STEPS = 2, 2
 
 
 def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
     """The evidence of the cells so far, and the verdict."""
+    if "ablation" not in settings:
+        raise StoreError(
+            "this carrier_or_detail study was begun by an earlier release of dit_lens, which judged destroyed images "
+            "with the others and did not move all channels: its cells do not give today's verdict. Run the study again "
+            "in a new folder; a result that was saved with Result.save can still be loaded."
+        )
     thresholds = Thresholds(**settings["thresholds"])
     table = pd.DataFrame([line for cell in cells for line in cell.lines])
-    evidence: list[dict[str, Any]] = []
-    for measure in ("ablation", "transport"):
-        lines = table[table["measure"] == measure]
-        if len(lines):
-            evidence += [{"measure": measure, **one} for one in weigh_edits(lines, "effect", thresholds)]
-    evidence += _weigh_information(settings, cells, thresholds)
-    summary = pd.DataFrame(evidence, columns=EVIDENCE)
-    ablated = table[(table["measure"] == "ablation") & (table["arm"] == "top")]
-    changes = ablated.groupby("part")["rmse"].mean().to_dict() if len(ablated) else {}
-    found = decide_verdict(summary, changes, thresholds)
-    rows = pd.DataFrame([{"measure": "verdict", "part": part, "says": says} for part, says in found.items()])
-    notes = [
-        f"verdict: {found['overall']} (mean: {found['mean']}, residual: {found['residual']})",
-        (
-            f"rules: carrier from {thresholds.carrier:g} and above every control, detail up to {thresholds.detail:g}, "
-            f"of edits that change the image by rmse {thresholds.change:g} or more"
-        ),
-        describe_k(settings["k"], settings["width"]),
-    ]
-    if len(settings["seeds"]) == 1:
-        notes.append("variance was not measured: of one seed all that varies depends on the prompt")
+    tables = Tables(table, settings["prompts"], settings["seeds"])
+    evidence = weigh_edits(tables, thresholds)
+    destroyed = weigh_destruction(tables, thresholds)
+    informed = _weigh_information(settings, cells, thresholds)
+    lines = [*decide_verdicts(evidence), *evidence, *destroyed, *informed]
+    summary = pd.DataFrame(lines, columns=list(COLUMNS))
     images = {name: image for cell in cells for name, image in cell.images.items()}
-    summary = pd.concat([summary, rows], ignore_index=True)
+    notes = _notes(settings, table, summary, thresholds)
     return Result("carrier_or_detail", table, summary, dict(settings), images, notes=notes)
 
 
@@ -92,16 +76,18 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
     question="Carrier or detail knob?",
     assemble=assemble,
     figure=carrier_or_detail_figure,
+    figure_options=lambda settings: {"bound": settings.get("thresholds", {}).get("bound", Thresholds().bound)},
 )
 def carrier_or_detail(
     lens: DiTLens,
     prompts: str | Sequence[str],
     *,
     k: int = 12,
-    seeds: int | Sequence[int] = (0, 1),
+    seeds: int | Sequence[int] = (0,),
     draws: int = 3,
     score: str = "|mean|",
     site: Pattern = "blocks.*.img",
+    ablation: Removal = "mean",
     thresholds: Thresholds = Thresholds(),  # noqa: B008 frozen
     judge: Judge | None = None,
     attributes: Attributes | None = None,
@@ -109,30 +95,45 @@ def carrier_or_detail(
     out: str | Path | None = None,
     **call: Any,
 ) -> Result:
-    """Weighs four lines of evidence on the massive channels and on their two parts, and gives a verdict.
+    """Asks whether prompts need the massive channels, and whether these channels move them: two answers, four verdicts.
 
     >>> from dit_lens import DiTLens
     >>> prompts = [
     ...     "a big red circle left on a plain blue background",
     ...     "a big white square right on a plain green background",
     ... ]
-    >>> result = carrier_or_detail(DiTLens.toy(), prompts, k=4, seeds=[0], draws=1, num_inference_steps=2)
-    >>> result.summary.columns.tolist()[:3]
-    ['measure', 'part', 'value']
+    >>> result = carrier_or_detail(DiTLens.toy(), prompts, k=4, draws=1, num_inference_steps=2)
+    >>> result.summary[["measure", "part", "says"]].head(1).to_numpy().tolist()  # two prompts decide nothing
+    [['verdict', 'overall', 'undecided']]
 
     Channels are one set for the study: the top k of each site by scores averaged over prompts, seeds and steps. A
-    channel has two parts, its mean over the image tokens and the spatial residual around it; "whole" is both.
+    channel has two parts, its mean over the image tokens and the spatial residual around it; "whole" is both. Every
+    part is compared with the same part of equally many others: bottom, random (``draws`` maps) and energy-matched (as
+    many, but at most 3).
 
-    - ablation: the share of the prompt's attributes lost when a part is removed;
-    - transport: the share of missing attributes of a source prompt gained when a part is moved from its image, under
-      the same noise (conditional branch), into the next prompt's;
-    - decoding: how well attributes of prompts never seen are read from a part by a linear decoder (0 is chance);
-    - variance: the share of a part's variance, within a step, that depends on the prompt, alone or with the seed.
-      It takes two seeds.
+    - necessity: the share of a prompt's attributes that is lost when a part is removed from all sites;
+    - sufficiency: what is gained of a source prompt's attributes when a part is moved from its image, under the same
+      noise (conditional branch), into the next prompt's, as a share of what moving all channels of the sites gains.
 
-    Controls are equally many channels: bottom, random (``draws`` maps) and energy-matched. ``summary`` is the table of
-    evidence, the rows "verdict" last: carrier, detail, both or undecided, by rules fixed beforehand (``thresholds``;
-    dit_lens.studies.parts.evidence). Decoding needs prompts that share attributes; without them its lines are missing.
+    Either is answered **yes** where the share lies more than ``thresholds.bound`` beyond every control, **no** where it
+    lies less than that beyond some control, and else **undecided**, by paired differences of the same prompt and seed
+    with a p-value of at most 0.05 after Holm's correction over the controls. The verdict is "necessary and movable" (a
+    carrier), "necessary, not movable", "movable, not necessary" or "neither", and "undecided" unless both answers are
+    there. Nothing is said of sufficiency where all channels gain less than ``thresholds.ceiling`` of what is missing.
+
+    Attributes are judged in readable images only: those of which the judge says "readable" of 0.5 or more; of a judge
+    that does not say it, all. Images that an edit destroys are counted apart, per arm; where it leaves less than
+    ``thresholds.readable`` of them, nothing is said of their attributes.
+
+    ``summary`` has the verdict first; then either question for every part, with the control that decides, the excess
+    over it, its p-value and the share of readable images; the mean against the residual; the ceiling; the rates of
+    destroyed images; and what is known of the prompt whether or not it is used: how well a linear decoder reads
+    attributes of prompts it never saw (``decoding``; 0 is the guess of the commonest), and the share of variance that
+    halves of the study have in common (``variance``; takes two seeds). ``table`` has every image; its ``dose`` is as in
+    ``disruption`` for ablations, and how much of the way to the source a part is moved for transports.
+
+    Take one seed, or three and more: two tell too little of others. ``studies.power(spread, difference=0.1)`` says how
+    many prompts a spread takes; notes say it for the spread that was found.
 
     lens: lens on the model.
     prompts: two prompts or more, at least two in every batch.
@@ -141,18 +142,21 @@ def carrier_or_detail(
     draws: number of random controls.
     score: reduction by which channels are ranked.
     site: sites whose channels are edited.
-    thresholds: what counts as evidence.
-    judge: function (image, prompt) -> {"fidelity": number in [0, 1], ...}; toys have one.
+    ablation: what is left of a channel that is removed: "mean", its mean over the study's images and their tokens at
+      that step, so that only what differs is taken; or "zero", which also takes what is the same for every prompt.
+    thresholds: what counts.
+    judge: function (image, prompt) -> {"fidelity": number in [0, 1], "readable": 0 or 1, ...}; toys have one.
     attributes: function prompt -> {attribute: value}; toys have one.
     batch_size: number of prompts that run together; all by default.
     out: folder for finished cells, from which the same call continues.
     call: other arguments of the pipeline.
 
-    Sources: arXiv 2605.13974, 2510.11538, 2607.02968.
+    Sources: arXiv 2605.13974, 2510.11538, 2607.02968; the rules: dit_lens.studies.parts.verdict.
     """
     prompts, seeds = as_prompts(prompts), as_seeds(seeds)
     check_k(lens, site, [k])
     check_draws(draws)
+    check_choice(ablation, ("mean", "zero"), "ablation")
     batches = make_batches(prompts, seeds, batch_size)
     judge = _check_judge(choose_judge(lens, prompts, judge), batches)
     attributes_of = [_read_attributes(prompt, attributes, judge) for prompt in prompts]
@@ -165,6 +169,7 @@ def carrier_or_detail(
         "draws": draws,
         "score": score,
         "site": site,
+        "ablation": ablation,
         "thresholds": asdict(thresholds),
         "judge": judge,
         "attributes": attributes_of,
@@ -173,19 +178,24 @@ def carrier_or_detail(
         "width": lens.anatomy.width,
         "probed": {"steps": steps, "sites": sites},
     }
-    edit = EditStudy(lens=lens, site=site, score=score, judge=judge, call=call)
-    total = len(batches) * 2 * (3 + count_arms(draws))
+    edit = EditStudy(
+        lens=lens, site=site, sites=lens.sites(site), score=score, ablation=ablation, judge=judge, call=call
+    )
+    total = len(batches) * (3 + 2 * len(PARTS) * count_arms(draws))
     meant = find_meant(lens, batches[0].prompts, call, site)
     with StudyCheckpoints("carrier_or_detail", settings, lens=lens, total=total, out=out, meant=meant) as cells:
         clean = [cells.get(f"{batch.key}/clean", partial(edit.run_clean, batch)) for batch in batches]
         common = select_common_channels([cell.arrays for cell in clean], k, score)
-        edits = _list_edits(add_controls([common], draws, 0, ["all prompts"]))
+        arms = add_controls([common], draws, 0, ["all prompts"])
+        means = average_means(clean)
         for batch, cell in zip(batches, clean, strict=True):
-            cells.get(f"{batch.key}/values", partial(edit.read_values, batch, edits, steps, sites))
-            for arm, part in edits:
-                name = f"{arm.name}/{part}/{arm.draw}"
-                cells.get(f"{batch.key}/ablation/{name}", partial(edit.ablate, batch, cell, arm, part))
-                cells.get(f"{batch.key}/transport/{name}", partial(edit.transport, batch, cell, arm, part))
+            cells.get(f"{batch.key}/values", partial(edit.read_values, batch, arms, steps, sites))
+            cells.get(f"{batch.key}/transport/{ALL}", partial(edit.move, batch, cell, Arm(ALL, 0), "whole"))
+            for arm in arms:
+                for part in PARTS:
+                    name = f"{arm.name}/{part}/{arm.draw}"
+                    cells.get(f"{batch.key}/ablation/{name}", partial(edit.remove, batch, cell, arm, part, means))
+                    cells.get(f"{batch.key}/transport/{name}", partial(edit.move, batch, cell, arm, part))
         return cells.result()
 
 
@@ -216,164 +226,80 @@ def _space_evenly(items: Sequence[Any], n: int) -> list[Any]:
     return [items[i] for i in sorted({round((j + 1) * len(items) / n) - 1 for j in range(n)} - {-1})]
 
 
-def _list_edits(arms: Sequence[Arm]) -> list[tuple[Arm, str]]:
-    """The arm and the part of each edit: the massive channels in all parts, their controls as wholes."""
-    return [(arm, part) for arm in arms for part in (PARTS if arm.name == "top" else PARTS[:1])]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EditStudy:
-    """What every cell of one study shares.
-
-    lens: lens on the model.
-    site: sites whose channels are edited.
-    score: reduction by which channels are ranked.
-    judge: what says how far an image shows a prompt.
-    call: other arguments of the pipeline.
-    """
-
-    lens: DiTLens
-    site: Pattern
-    score: str
-    judge: Judge
-    call: Mapping[str, Any]
-
-    def ask_judge(self, image: Image, prompt: str) -> dict[str, Any]:
-        """How far an image shows a prompt, and what else the judge says."""
-        return ask_judge(self.judge, image, prompt, COLUMNS, need_fidelity=True)
-
-    def run_clean(self, batch: PromptBatch) -> Cell:
-        """The untouched images of a batch, and the scores of their channels."""
-        run = self.lens.run(batch.prompts, make_score_reads(self.site, self.score), seed=batch.seed, **self.call)
-        cell = Cell(arrays={**average_scores(run), "grid": np.array(run.grid)})
-        for row, prompt, image in zip(batch.rows, batch.prompts, run.images, strict=True):
-            cell.images[_name_untouched(row, batch)] = image
-            measures = self.ask_judge(image, prompt)
-            cell.lines.append(_line("untouched", Arm("untouched", 0), "whole", prompt, batch.seed, measures))
-        return cell
-
-    def read_values(
-        self, batch: PromptBatch, edits: Sequence[tuple[Arm, str]], steps: Sequence[int], sites: Sequence[str]
-    ) -> Cell:
-        """The channels of every arm at the probed sites and steps: "arm/site" -> [s, b, n, k].
-
-        batch: the prompts and their seed.
-        edits: arms and the parts that are edited.
-        steps: denoising steps that are probed.
-        sites: sites that are probed.
-        """
-        arms = {arm.name: arm.sets[0].restrict(sites) for arm, part in edits if part == "whole" and arm.draw == 0}
-        reads = [Read(list(sites), channels=one, steps=steps, name=name) for name, one in arms.items()]
-        run = self.lens.run(batch.prompts, reads, seed=batch.seed, **self.call)
-        found = {f"{name}/{site}": value.float().numpy() for name in arms for site, value in run[name].items()}
-        return Cell(arrays=found)
-
-    def ablate(self, batch: PromptBatch, clean: Cell, arm: Arm, part: str) -> Cell:
-        """Removes a part of an arm's channels from every image of a batch.
-
-        batch: the prompts and their seed.
-        clean: cell of the untouched images.
-        arm: the arm.
-        part: "whole", "mean" or "residual".
-        """
-        op: Op = Zero(self.site, channels=arm.sets[0])
-        if part != "whole":
-            op = TokenMean(self.site, channels=arm.sets[0], keep="residual" if part == "mean" else "mean")
-        run = self.lens.run(batch.prompts, op, seed=batch.seed, **self.call)
-        cell = Cell()
-        for row, prompt, image, before in zip(batch.rows, batch.prompts, run.images, clean.lines, strict=True):
-            measures = self.ask_judge(image, prompt)
-            changed = float(rmse(clean.images[_name_untouched(row, batch)], image))
-            measures |= {"effect": before["fidelity"] - measures["fidelity"], "rmse": changed}
-            cell.lines.append(_line("ablation", arm, part, prompt, batch.seed, measures))
-            if arm.draw == 0:
-                key = ImageKey(row, batch.seed, edit="ablation", arm=arm.name, part=part)
-                cell.images[str(key)] = image
-        return cell
-
-    def transport(self, batch: PromptBatch, clean: Cell, arm: Arm, part: str) -> Cell:
-        """Moves a part of an arm's channels from every image of a batch into the one before it.
-
-        batch: the prompts and their seed.
-        clean: cell of the untouched images.
-        arm: the arm.
-        part: "whole", "mean" or "residual".
-        """
-        n = len(batch.prompts)
-        sources = [(row + 1) % n for row in range(n)]
-        prompts = [*batch.prompts, *(batch.prompts[row] for row in sources)]
-        ops = [make_move(self.site, arm.sets[0], part, row, n + row) for row in range(n)]
-        images = self.lens.run(prompts, ops, seed=batch.seed, **self.call).images
-        untouched = [clean.images[_name_untouched(row, batch)] for row in batch.rows]
-        cell = Cell()
-        for i, (row, prompt) in enumerate(zip(batch.rows, batch.prompts, strict=True)):
-            source = batch.prompts[sources[i]]
-            before = self.ask_judge(untouched[i], source)["fidelity"]
-            after = self.ask_judge(images[i], source)["fidelity"]
-            measures = {
-                "effect": (after - before) / (1 - before) if before < 1 else np.nan,
-                "fidelity": self.ask_judge(images[i], prompt)["fidelity"],
-                "source": source,
-                "rmse": float(rmse(untouched[i], images[i])),
-                "to_source": float(rmse(untouched[sources[i]], images[i])),
-            }
-            cell.lines.append(_line("transport", arm, part, prompt, batch.seed, measures))
-            if arm.draw == 0:
-                key = ImageKey(row, batch.seed, edit="transport", arm=arm.name, part=part)
-                cell.images[str(key)] = images[i]
-        return cell
-
-
-def make_move(site: Pattern, channels: ChannelSet, part: str, target: int, source: int) -> Op:
-    """The op that replaces a part of the target's channels by the source's, on the conditional branch.
-
-    site: sites of the channels.
-    channels: channels of every site.
-    part: "whole", "mean" or "residual".
-    target: row of the batch that is edited.
-    source: row of the batch from which the part comes.
-    """
-    if part == "whole":
-        return Swap(site, channels=channels, rows=target, source=f"row:{source}", branch="cond")
-
-    def exchange(x: Tensor, _: Any) -> Tensor:
-        mean = x.mean(1, keepdim=True, dtype=torch.float32).to(x.dtype)
-        x[0] = x[0] - mean[0] + mean[1] if part == "mean" else mean[0] + x[1] - mean[1]
-        return x
-
-    return Apply(site, channels=channels, rows=[target, source], fn=exchange, branch="cond")
-
-
-def _name_untouched(row: int, batch: PromptBatch) -> str:
-    return str(ImageKey(row, batch.seed, arm="untouched"))
-
-
-def _line(measure: str, arm: Arm, part: str, prompt: str, seed: int, measures: Mapping[str, Any]) -> dict[str, Any]:
-    where = {"measure": measure, "arm": arm.name, "part": part, "draw": arm.draw, "prompt": prompt, "seed": seed}
-    return {**where, **measures}
-
-
 def _weigh_information(
     settings: Mapping[str, Any], cells: Sequence[Cell], thresholds: Thresholds
 ) -> list[dict[str, Any]]:
     """Decoding and variance, of the images whose values are all there: batches of a seed one after the other."""
-    kept = [cell.arrays for cell in cells if any(key.startswith("top/") for key in cell.arrays)]
+    kept = [cell.arrays for cell in cells if any(key.startswith("top/0/") for key in cell.arrays)]
     prompts, seeds = len(settings["prompts"]), len(settings["seeds"])
     if not kept or sum(next(iter(one.values())).shape[1] for one in kept) != prompts * seeds:
         return []
-    values: dict[str, dict[str, np.ndarray]] = {}
+    found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for key in kept[0]:
-        arm, site = key.split("/", 1)
-        values.setdefault(arm, {})[site] = np.concatenate([one[key] for one in kept], 1)
-    grid = next(tuple(cell.arrays["grid"].tolist()) for cell in cells if "grid" in cell.arrays)
-    found = []
-    if settings["attributes"][0]:
-        numbers = list(range(prompts)) * seeds
-        attributes = [settings["attributes"][i] for i in numbers]
-        same = [settings["prompts"].index(settings["prompts"][i]) for i in numbers]  # a prompt given twice is one
-        lines = weigh_decoding(values, attributes, same, grid, thresholds)
-        found += [{"measure": "decoding", **line} for line in lines]
-    if prompts > 1 and seeds > 1:  # of one seed all that varies depends on the prompt
-        lines = weigh_variance(values, prompts, thresholds)
-        found += [{"measure": "variance", "n": prompts * seeds, **line} for line in lines]
-    return found
+        arm, draw, site = key.split("/", 2)
+        found.setdefault(arm, {}).setdefault(draw, {})[site] = np.concatenate([one[key] for one in kept], 1)
+    values: dict[str, list[Values]] = {arm: list(draws.values()) for arm, draws in found.items()}
+    return list(weigh_information(values, settings["attributes"] * seeds, prompts, thresholds))
+
+
+def _notes(
+    settings: Mapping[str, Any], table: pd.DataFrame, summary: pd.DataFrame, thresholds: Thresholds
+) -> list[str]:
+    """What a reader must know: the verdict, its rules, its power, what was destroyed, and which doses were given."""
+    verdicts = summary[summary["measure"] == "verdict"].set_index("part")
+    overall = verdicts.loc["overall"]
+    mean, residual = (verdicts.loc[part, "says"] for part in ("mean", "residual"))
+    notes = [f"verdict: {overall['says']} ({overall['why']}); of the mean: {mean}, of the residual: {residual}"]
+    sides = summary[summary["measure"].isin(["necessity", "sufficiency"]) & (summary["part"] == "whole")]
+    notes += [f"{side}: {says}, as {why}" for side, says, why in sides[["measure", "says", "why"]].to_numpy()]
+    notes.append(
+        f"rules: yes is more than {thresholds.bound:g} beyond every control, no is less than that beyond one, each "
+        f"with a corrected p of at most {LEVEL:g}; all channels have to gain {thresholds.ceiling:g} of what is missing"
+    )
+    notes += _describe_power(sides, len(settings["prompts"]), thresholds)
+    notes += [line for name in DESTROYED.values() for line in _describe_destroyed(summary, name)]
+    notes += _describe_doses(table)
+    notes.append(describe_k(settings["k"], settings["width"]))
+    seeds = len(settings["seeds"])
+    if seeds == 1:
+        notes.append("variance was not measured: of one seed all that varies depends on the prompt")
+    if seeds == 2:
+        notes.append("two seeds tell little of others, so intervals are wide: one, or three and more, decide more")
+    return notes
+
+
+def _describe_power(sides: pd.DataFrame, prompts: int, thresholds: Thresholds) -> list[str]:
+    """Which excess so many prompts can tell from the bound, and how many it takes to tell none from it."""
+    notes = []
+    for side, spread in sides[["measure", "spread"]].dropna().to_numpy():
+        if not spread > LEAST_SPREAD or prompts < 2:
+            continue
+        answer = power(float(spread), thresholds.bound, prompts=prompts, level=1 - LEVEL / 3).iloc[0]
+        needs = "more than 100,000" if np.isnan(answer["needs"]) else f"{answer['needs']:,.0f}"
+        notes.append(
+            f"power of {side}: {prompts} prompts that differ by {spread:.2f} say yes to an excess of "
+            f"{thresholds.bound + answer['decides']:.2f} with a chance of 80 %; to say no to an excess of 0 takes "
+            f"{needs} of them"
+        )
+    return notes
+
+
+def _describe_destroyed(summary: pd.DataFrame, name: str) -> list[str]:
+    rows = summary[(summary["measure"] == name) & (summary["part"] == "whole")]
+    rates = ", ".join(f"{arm} {rate:.0%}" for arm, rate in rows[["arm", "value"]].to_numpy())
+    return [f"images {name}: {rates} (n = {rows['n'].max():.0f})"] if len(rows) else []
+
+
+def _describe_doses(table: pd.DataFrame) -> list[str]:
+    """Which edits gave another dose than they intended."""
+    if "dose" not in table:
+        return []
+    edits = table[table["measure"].isin(["ablation", "transport"])]
+    means = edits.groupby(["measure", "part", "arm"], sort=False)[["dose_intended", "dose"]].mean().dropna()
+    apart = (means["dose"] - means["dose_intended"]).abs()
+    off = means[(apart > AGREES * means["dose_intended"]) & (apart > LEAST_DOSE)]
+    notes = [
+        f"{measure} of {arm} ({part}) gave a dose of {dose:.3g} where {meant:.3g} was intended"
+        for (measure, part, arm), meant, dose in off.itertuples(name=None)
+    ]
+    return notes or [f"every edit gave the dose it intended, within {AGREES:.0%}"] * bool(len(means))

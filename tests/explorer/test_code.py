@@ -37,10 +37,10 @@ def test_the_code_of_a_result_makes_it_again(toy, study):
 
 
 def test_code_names_the_users_thresholds_and_judges():
-    thresholds = {"carrier": 0.4, "detail": 0.1, "change": 0.5}
+    thresholds = {"bound": 0.2, "ceiling": 0.8, "readable": 0.5}
     settings = {"prompts": [CIRCLE], "k": 4, "thresholds": thresholds, "judge": "mine", "attributes": [{"size": "big"}]}
     code = dl.studies.Result("carrier_or_detail", None, None, settings).code
-    assert "thresholds=dl.studies.Thresholds(carrier=0.4, detail=0.1, change=0.5)," in code
+    assert "thresholds=dl.studies.Thresholds(bound=0.2, ceiling=0.8, readable=0.5)," in code
     assert "judge=...,  # mine" in code
     assert "attributes" not in code
 

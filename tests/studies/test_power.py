@@ -63,6 +63,10 @@ def test_what_cannot_be_answered_is_told():
         (lambda: power(1.0, 1.0, prompts=1), "prompts=1 is out of range"),
         (lambda: power(Result("disruption", lone, lone, {})), "two prompts or more, and random shares fewer"),
         (lambda: power(Result("disruption", lone, lone, {}), measure="rmsee"), "no measure 'rmsee'.*'rmse'"),
+        (
+            lambda: power(Result("carrier_or_detail", lone.assign(part="mean", effect=0.1), lone, {})),
+            r"carrier_or_detail asks several questions\. Give the spread of one",
+        ),
         (lambda: power(Result("disruption", lone, lone, {}), base="topp"), "no arm is called 'topp'.*'top'"),
     ]:
         with pytest.raises(OpError, match=message):

@@ -237,14 +237,14 @@ def _pictures():
         "transfer_image_figure": ["k", "arm", "strength", "masked", "n"],
         "patching_figure": ["kind", "row", "column", "n", "effect"],
         "stability_figure": ["step", "block", "n", "jaccard"],
-        "carrier_or_detail_figure": ["block", "arm", "n", "carrier"],
+        "carrier_or_detail_figure": ["measure", "part", "n", "value"],
         "write_attribution_figure": ["block", "arm", "n", "share"],
         "sweep_figure": ["k", "arm", "n", "rmse"],
         "basis_figure": ["k", "arm", "n", "energy_share", "rmse"],
     }
     tables = {name: pd.DataFrame([dict.fromkeys(columns, 1.0) | {"arm": "top"}]) for name, columns in summaries.items()}
     options = {
-        "carrier_or_detail_figure": {"carrier": 0.3, "detail": 0.1},
+        "carrier_or_detail_figure": {"bound": 0.1},
         "transfer_figure": {"k": 1},
         "transfer_image_figure": {"k": 1},
         "sweep_figure": {"over": ["k"], "measure": "rmse"},
@@ -319,7 +319,7 @@ def _pictures():
                 "level": 0.95,
             },
         ),
-        "studies.Thresholds": (None, {"carrier": 0.3, "detail": 0.1, "change": 0.5}),
+        "studies.Thresholds": (None, {"bound": 0.1, "ceiling": 0.8, "readable": 0.5}),
         "explorer.Setting": (
             None,
             {"strength": 1.0, "arm": "top", "k": 8, "blocks": (0, 1), "steps": (0, 1), "where": "everywhere"},
@@ -654,7 +654,14 @@ def _studies(lens):
         "studies.write_attribution": (None, {**common, "site": "blocks.-1.img", "steps": None}),
         "studies.carrier_or_detail": (
             None,
-            {**common, **scored, "thresholds": dl.studies.Thresholds(), "judge": None, "attributes": None},
+            {
+                **common,
+                **scored,
+                "ablation": "mean",
+                "thresholds": dl.studies.Thresholds(),
+                "judge": None,
+                "attributes": None,
+            },
         ),
         "studies.transfer": (None, {**pairs, **moved}),
         "studies.transfer_image": (

@@ -1,217 +1,244 @@
-"""From measurements to a verdict: is a part of the massive channels a carrier of the prompt, or a knob of detail?
+"""From the tables of ``carrier_or_detail`` to its lines of evidence: every part against its controls, and the verdict.
 
-Knows no model. The rules are fixed before the numbers are seen: see :class:`Thresholds` and :func:`decide_verdict`.
+The rules are in :mod:`dit_lens.studies.parts.verdict`; here is what they are applied to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dit_lens.analysis.metrics import Interval, mean_ci
-from dit_lens.analysis.metrics.decoding import decode_labels
-from dit_lens.analysis.metrics.variance import variance_shares
-from dit_lens.arguments.checks import checked_fields
+from dit_lens.analysis.metrics import Interval
+from dit_lens.studies.parts.channel_parts import PARTS
+from dit_lens.studies.parts.information import Values, compare_halves, decode_attributes
+from dit_lens.studies.parts.verdict import (
+    LIMITS,
+    UNDECIDED,
+    Answer,
+    Thresholds,
+    compare_controls,
+    compare_parts,
+    decide_necessity,
+    decide_sufficiency,
+    name_cell,
+    take_shares,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
-PARTS = ("whole", "mean", "residual")
-CAUSAL, INFORMATION = ("ablation", "transport"), ("decoding", "variance")
-POOLED = 4  # the residual is decoded on a grid of this many cells a side
+ALL = "all"  # the arm of all channels
+SIDES = {"ablation": "necessity", "transport": "sufficiency"}
+DESTROYED = {"ablation": "destroyed when removed", "transport": "destroyed when moved"}
+RATES = (0.0, 1.0)
+COLUMNS = (
+    "measure", "part", "arm", "says", "value", "value_low", "value_high", "control", "control_value", "excess",
+    "excess_low", "excess_high", "p", "spread", "readable", "n", "why",
+)  # fmt: skip
+
+Effects = dict[str, np.ndarray]  # arm -> [p, s]
 
 
-@checked_fields
 @dataclass(frozen=True)
-class Thresholds:
-    """What counts, stated beforehand; every piece of evidence is at most 1, and 0 without an effect.
+class Tables:
+    """The measurements of a study by prompt and seed.
 
-    carrier: from here on an edit speaks for a carrier (if its excess over the strongest control has an interval above
-      0), and information is present.
-    detail: up to here an edit speaks for a detail knob, and information is absent.
-    change: least change of the image by an ablation (rmse, 0 to 255) that makes channels a knob of anything.
+    table: one row per image; columns measure, part, arm, draw, prompt, seed and the measures.
+    prompts: the prompts, in order.
+    seeds: the seeds, in order.
     """
 
-    carrier: float = 0.3
-    detail: float = 0.1
-    change: float = 0.5
+    table: pd.DataFrame
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+
+    def arrange(self, measure: str, part: str, column: str) -> Effects:
+        """A column of one edit of one part, [p, s] of every arm, draws averaged over those that have a value."""
+        rows = self.table[(self.table["measure"] == measure) & (self.table["part"] == part)]
+        found: Effects = {}
+        for arm, lines in rows.groupby("arm", sort=False):
+            means = lines.astype({column: float}).groupby(["prompt", "seed"])[column].mean().unstack("seed")
+            found[str(arm)] = means.reindex(index=list(self.prompts), columns=list(self.seeds)).to_numpy(float)
+        return found
+
+    def readable(self, measure: str, part: str, arm: str = "top") -> float:
+        """The share of an arm's images that are readable, of those that were before the edit; NaN without any."""
+        destroyed = self.arrange(measure, part, "destroyed").get(arm, np.array([np.nan]))
+        return float(1 - np.nanmean(destroyed)) if not np.isnan(destroyed).all() else np.nan
 
 
-def split(values: np.ndarray, part: str) -> np.ndarray:
-    """A part of channels [..., n, k]: their token mean [..., 1, k], the residual around it, or the whole.
-
-    >>> split(np.array([[1.0], [3.0]]), "mean").tolist(), split(np.array([[1.0], [3.0]]), "residual").tolist()
-    ([[2.0]], [[-1.0], [1.0]])
-    """
-    mean = values.mean(-2, keepdims=True)
-    return {"whole": values, "mean": mean, "residual": values - mean}[part]
-
-
-def weigh_edits(lines: pd.DataFrame, column: str, thresholds: Thresholds) -> list[dict[str, Any]]:
-    """For every part what an edit of it does, beside the control that does most.
-
-    lines: columns arm, part, draw, prompt, seed and the effect, of the arm "top" in its parts and of the controls as
-      wholes.
-    column: column of the effect.
-    thresholds: what counts.
-    """
-    effects = lines.dropna(subset=[column]).groupby(["arm", "part", "prompt", "seed"])[column].mean()
-    controls = [arm for arm in lines["arm"].unique() if arm != "top"]
-    present = [arm for arm in controls if (arm, "whole") in effects.index.droplevel(["prompt", "seed"])]
-    strongest = max(present, key=lambda arm: effects[arm, "whole"].mean(), default=None)
+def weigh_edits(tables: Tables, thresholds: Thresholds) -> list[dict[str, Any]]:
+    """Necessity and sufficiency of every part, of the mean against the residual, and the ceiling."""
     found = []
-    for part in PARTS:
-        if ("top", part) not in effects.index.droplevel(["prompt", "seed"]):
+    for measure, side in SIDES.items():
+        most = _find_most(tables, measure)
+        if most is None:
             continue
-        top = effects["top", part]
-        value, low, high = _estimate_mean(top)
-        line: dict[str, Any] = {"part": part, "value": value, "value_low": low, "value_high": high, "n": len(top)}
-        excess = np.nan
-        if strongest is not None:
-            control = effects[strongest, "whole"].reindex(top.index)
-            over = _estimate_mean(top - control)
-            excess = over.mean if np.isnan(over.low) else over.low
-            line |= {"control": control.mean(), "strongest control": strongest}
-        found.append({**line, "says": _rate_effect(value, excess, high, thresholds)})
-    return found
-
-
-def weigh_decoding(
-    values: Mapping[str, Mapping[str, np.ndarray]],
-    attributes: Sequence[Mapping[str, str]],
-    groups: Sequence[int],
-    grid: tuple[int, ...],
-    thresholds: Thresholds,
-) -> list[dict[str, Any]]:
-    """For every part how well attributes of unseen prompts can be read from it: mean skill at the best site and step.
-
-    Every arm may choose its best site and step, so the choice favours none.
-
-    values: arm -> site -> [s, m, n, k] of m images.
-    attributes: attributes of every image's prompt, name -> value.
-    groups: number of every image's prompt; a prompt is never in training and test at once.
-    grid: token grid, (h, w).
-    thresholds: what counts.
-    """
-    found = []
-    for part in PARTS:
-        skills = {
-            arm: [
-                _skill(_features(x[step], part, grid), attributes, groups)
-                for x in sites.values()
-                for step in range(len(x))
-            ]
-            for arm, sites in values.items()
+        if measure == "transport":
+            found.append(_describe_ceiling(tables, most, thresholds))
+        effects = {part: tables.arrange(measure, part, "effect") for part in PARTS}
+        answers = {
+            part: _decide(tables, measure, part, arms, most, thresholds)
+            for part, arms in effects.items()
+            if "top" in arms
         }
-        best = {arm: float(np.nanmax(some)) for arm, some in skills.items() if not np.all(np.isnan(some))}
-        if "top" not in best:
-            continue
-        strongest = max((arm for arm in best if arm != "top"), key=lambda arm: best[arm], default=None)
-        line: dict[str, Any] = {"part": part, "value": best["top"], "n": len(groups)}
-        if strongest is not None:
-            line |= {"control": best[strongest], "strongest control": strongest}
-        found.append({**line, "says": _rate_information(best["top"], thresholds)})
+        for part, answer in answers.items():
+            line = _describe(side, part, effects[part], most, answer)
+            found.append({**line, "readable": tables.readable(measure, part)})
+        if {"mean", "residual"} <= answers.keys():
+            both = [effects[part]["top"] for part in ("mean", "residual")]
+            barred = [answers[part].why for part in ("mean", "residual") if not answers[part].control]
+            found.append(_describe_difference(side, *both, most, barred, thresholds))
     return found
 
 
-def weigh_variance(
-    values: Mapping[str, Mapping[str, np.ndarray]], prompts: int, thresholds: Thresholds
-) -> list[dict[str, Any]]:
-    """For every part the share of its variance, within a step, that depends on the prompt, alone or with the seed.
+def weigh_destruction(tables: Tables, thresholds: Thresholds) -> list[dict[str, Any]]:
+    """The share of images that every arm destroys, and whether the channels destroy more than their controls."""
+    found = []
+    for measure, name in DESTROYED.items():
+        for part in PARTS:
+            arms = tables.arrange(measure, part, "destroyed")
+            if "top" not in arms:
+                continue
+            ones = np.ones_like(arms["top"])
+            answer = compare_controls(arms["top"], _controls(arms), ones, thresholds.bound)
+            found.append(_describe(name, part, arms, ones, answer, RATES))
+            for arm, rate in arms.items() if part == "whole" else ():
+                if arm != "top":
+                    found.append(
+                        {**_measure(take_shares(rate, ones, RATES)), "measure": name, "part": part, "arm": arm}
+                    )
+    return found
 
-    Layout that follows from prompt and noise together is in their interaction, so it counts. The main effect of the
-    step is left out: that channels grow over the steps says nothing.
 
-    values: arm -> site -> [s, seed * prompt, n, k].
+def weigh_information(
+    values: Mapping[str, Sequence[Values]],
+    attributes: Sequence[Mapping[str, str]],
+    prompts: int,
+    thresholds: Thresholds,
+) -> Iterator[dict[str, Any]]:
+    """What is known of the prompt in every part of the channels, beside their controls; decoded of their first draws.
+
+    values: arm -> the channels of each of its draws.
+    attributes: attributes of every image's prompt; empty where they are not known.
     prompts: number of prompts.
     thresholds: what counts.
     """
+    images = next(iter(values["top"][0].values())).shape[1]
+    for part in PARTS if attributes and attributes[0] else ():
+        read = {arm: decode_attributes(draws[0], part, attributes, prompts) for arm, draws in values.items()}
+        effects = {arm: found[0] for arm, found in read.items() if found is not None}
+        if read["top"] is None:  # no attribute can be held out
+            break
+        most = read["top"][1]
+        answer = compare_controls(effects["top"], _controls(effects), most, thresholds.bound)
+        yield _describe("decoding", part, effects, most, answer)
+    for part in PARTS if prompts > 1 and images > prompts else ():  # of one seed all that varies is the prompt's
+        shares = {arm: [compare_halves(one, part, prompts) for one in draws] for arm, draws in values.items()}
+        if any(not len(one.values) for draws in shares.values() for one in draws):
+            continue
+        effects = {arm: np.mean([one.values for one in draws], 0)[:, None] for arm, draws in shares.items()}
+        ones = np.ones_like(effects["top"])
+        answer = compare_controls(effects["top"], _controls(effects), ones, thresholds.bound, None)
+        yield {**_describe("variance", part, effects, ones, answer, None), "n": images}
+
+
+def decide_verdicts(evidence: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The verdict on the channels, "overall", and on either part: a cell, or "undecided" with the answers there are.
+
+    evidence: lines of evidence.
+    """
+    says = {(line["measure"], line["part"]): line["says"] for line in evidence if "says" in line}
     found = []
     for part in PARTS:
-        shares = {
-            arm: np.mean([_prompt_share(x, part, prompts) for x in sites.values()]) for arm, sites in values.items()
-        }
-        strongest = max((arm for arm in shares if arm != "top"), key=lambda arm: shares[arm], default=None)
-        line: dict[str, Any] = {"part": part, "value": float(shares["top"])}
-        if strongest is not None:
-            line |= {"control": float(shares[strongest]), "strongest control": strongest}
-        found.append({**line, "says": _rate_information(line["value"], thresholds)})
+        need, bring = (says.get((side, part), UNDECIDED) for side in SIDES.values())
+        name = "overall" if part == "whole" else part
+        why = f"necessary: {need}, movable: {bring}"
+        found.append({"measure": "verdict", "part": name, "says": name_cell(need, bring), "why": why})
     return found
 
 
-def decide_verdict(evidence: pd.DataFrame, changes: Mapping[str, float], thresholds: Thresholds) -> dict[str, str]:
-    """The verdict on every part, and "overall".
+def _controls(arms: Effects) -> Effects:
+    return {arm: effect for arm, effect in arms.items() if arm not in ("top", ALL)}
 
-    A part is a carrier when both edits say so and the prompt's information is present in it by some measure; a detail
-    knob when both edits say so and its ablation changes the image at all; else it is undecided. Information alone
-    decides nothing: a channel may hold what no later block reads. Overall it is "both" when one part is a carrier and
-    another a detail knob.
 
-    evidence: columns measure, part, says.
-    changes: part -> rmse of its ablation.
+def _find_most(tables: Tables, measure: str) -> np.ndarray | None:
+    """The most that could be had of every image: what it shows, or what moving all channels brings; None before that.
+
+    Where no image has any, nothing can be had.
+    """
+    if measure == "transport":
+        return tables.arrange(measure, "whole", "effect").get(ALL)
+    return tables.arrange(measure, "whole", "possible").get("top")
+
+
+def _decide(tables: Tables, measure: str, part: str, arms: Effects, most: np.ndarray, thresholds: Thresholds) -> Answer:
+    readable = tables.readable(measure, part)
+    if measure == "ablation":
+        return decide_necessity(arms["top"], _controls(arms), most, readable, thresholds)
+    missing = tables.arrange(measure, "whole", "possible")[ALL]
+    return decide_sufficiency(arms["top"], _controls(arms), most, missing, readable, thresholds)
+
+
+def _describe_ceiling(tables: Tables, every: np.ndarray, thresholds: Thresholds) -> dict[str, Any]:
+    share = take_shares(every, tables.arrange("transport", "whole", "possible")[ALL])
+    reached = share.mean >= thresholds.ceiling
+    return {
+        "measure": "ceiling", "part": "whole", "arm": ALL, **_measure(share),
+        "readable": tables.readable("transport", "whole", ALL), "says": "reached" if reached else "too low",
+    }  # fmt: skip
+
+
+def _describe(
+    measure: str,
+    part: str,
+    arms: Effects,
+    most: np.ndarray,
+    answer: Answer,
+    limits: tuple[float, float] | None = LIMITS,
+) -> dict[str, Any]:
+    """A line of evidence: what the channels do, and by how much more than the control that decides."""
+    own = take_shares(arms["top"], most, limits)
+    line = {"measure": measure, "part": part, "arm": "top", **_measure(own)}
+    controls = {name: take_shares(effect, most, limits) for name, effect in _controls(arms).items()}
+    known = {name: one.mean for name, one in controls.items() if len(one.values)}
+    name = answer.control or max(known, key=lambda one: known[one], default="")
+    if name:
+        excess = take_shares(arms["top"] - arms[name], most, limits and LIMITS)
+        line |= {"control": name, "control_value": controls[name].mean, "spread": excess.spread}
+        line |= _bounds("excess", excess.interval())
+    return {**line, "p": answer.p, "says": answer.says, "why": answer.why}
+
+
+def _describe_difference(
+    side: str,
+    mean: np.ndarray,
+    residual: np.ndarray,
+    most: np.ndarray,
+    barred: Sequence[str],
+    thresholds: Thresholds,
+) -> dict[str, Any]:
+    """Which of the two parts does more; nothing is said where one of them cannot be judged.
+
+    side: "necessity" or "sufficiency".
+    mean, residual: their effects, [p, s].
+    most: the most that could be had, [p, s].
+    barred: why either cannot be judged.
     thresholds: what counts.
     """
-    parts = {}
-    for part in PARTS:
-        says = evidence[evidence["part"] == part].set_index("measure")["says"].to_dict()
-        causal = {says.get(measure) for measure in CAUSAL}
-        informed = [says[measure] for measure in INFORMATION if measure in says]
-        if causal == {"carrier"} and ("present" in informed or not informed):
-            parts[part] = "carrier"
-        elif causal == {"detail"} and changes.get(part, 0.0) >= thresholds.change:
-            parts[part] = "detail"
-        else:
-            parts[part] = "undecided"
-    both = {"carrier", "detail"} <= set(parts.values())
-    return {**parts, "overall": "both" if both else parts["whole"]}
+    share = take_shares(mean - residual, most)
+    says = UNDECIDED if barred else compare_parts(mean, residual, most, thresholds.bound)
+    says = {"first": "mean", "second": "residual"}.get(says, says)
+    line = {"measure": side, "part": "mean - residual", "arm": "top", "n": len(share.values), "spread": share.spread}
+    return {**line, **_bounds("excess", share.interval()), "says": says, "why": barred[0] if barred else ""}
 
 
-def _estimate_mean(effects: pd.Series) -> Interval:
-    """The mean of effects, indexed by prompt and seed, with its interval."""
-    prompts, seeds = (effects.index.get_level_values(name).to_numpy() for name in ("prompt", "seed"))
-    return mean_ci(effects.to_numpy(), prompts, seeds)
+def _measure(share: Any) -> dict[str, Any]:
+    return {**_bounds("value", share.interval()), "n": len(share.values)}
 
 
-def _rate_effect(value: float, excess: float, high: float, thresholds: Thresholds) -> str:
-    if value >= thresholds.carrier and excess > 0:
-        return "carrier"
-    upper = value if np.isnan(high) else high
-    return "detail" if upper <= thresholds.detail else "neither"
-
-
-def _rate_information(value: float, thresholds: Thresholds) -> str:
-    if value >= thresholds.carrier:
-        return "present"
-    return "absent" if value <= thresholds.detail else "weak"
-
-
-def _features(x: np.ndarray, part: str, grid: tuple[int, ...]) -> np.ndarray:
-    """[m, n, k] as features of a decoder [m, d]: the mean as it is, the rest averaged over cells of a coarse grid."""
-    kept = split(x, part)
-    if part == "mean":
-        return kept.reshape(len(x), -1)
-    h, w = grid[-2:]
-    rows, columns = (np.arange(side) * min(POOLED, side) // side for side in (h, w))
-    cell = np.tile((rows[:, None] * min(POOLED, w) + columns).ravel(), kept.shape[1] // (h * w))
-    weights = np.eye(cell.max() + 1)[:, cell]
-    return ((weights / weights.sum(1, keepdims=True)) @ kept).reshape(len(x), -1)
-
-
-def _skill(features: np.ndarray, attributes: Sequence[Mapping[str, str]], groups: Sequence[int]) -> float:
-    """Mean skill over the attributes that can be held out, below chance counted as none; NaN where none can."""
-    found = [decode_labels(features, [one[name] for one in attributes], groups) for name in attributes[0]]
-    skills = [max(0.0, one.skill) for one in found if one is not None]
-    return float(np.mean(skills)) if skills else np.nan
-
-
-def _prompt_share(x: np.ndarray, part: str, prompts: int) -> float:
-    steps, images, _, k = x.shape
-    values = split(x, part).reshape(steps, images // prompts, prompts, -1, k)
-    return float(
-        np.mean(
-            [sum(s for name, s in variance_shares(v, ("seed", "prompt")).items() if "prompt" in name) for v in values]
-        )
-    )
+def _bounds(name: str, interval: Interval) -> dict[str, float]:
+    return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
