@@ -93,8 +93,8 @@ studies.Thresholds()
 
 # %% [markdown]
 # - **yes**: the share is more than `bound` larger than that of *every* control of equal size;
-# - **no**: it is *not* more than `bound` larger than that of some control. That has to be shown, too: the whole interval
-#   of the difference must lie below `bound`;
+# - **no**: it is *not* more than `bound` larger than that of some control. That has to be shown, too: the whole
+#   interval of the difference must lie below `bound`;
 # - **undecided**: the interval holds `bound`. A small study mostly says this.
 #
 # Only `readable` images count, and there is no answer about moving where even all channels gain less than `ceiling`.
@@ -112,8 +112,9 @@ result
 #
 # - **The share of readable images**, in the figure beside each part. An image without any subject has lost all
 #   attributes, but not because these channels held them: it is counted as *destroyed*, apart.
-# - **The ceiling.** If moving everything gains little, moving eight channels can gain nothing. In FLUX, some of the text
-#   reaches the image by another way (modulation), which no swap of the image stream moves.
+# - **The ceiling.** If moving everything gains little, moving eight channels can gain nothing. In FLUX, some of the
+#   text reaches the image beside the image stream (it modulates the final norm), so that there are two: of everything,
+#   and of all channels alone. Below the second no "no" is said.
 # - **The control** named in each row. A row in which other channels reach the same value says nothing about these.
 # - **The notes on power**: how large an effect this many prompts can find, and how many prompts a "no" takes.
 
@@ -179,9 +180,9 @@ assert abs(lost - (1 - sum(_right) / len(_right))) < 1e-6, f"Not yet: {lost:.3f}
 print(f"Exercise 2 is solved: {lost:.0%} of the attributes are lost without the means.")
 
 # %% [markdown]
-# **Exercise 3.** Apply the rule yourself. Moving the channels gains 0.55 of the ceiling. The best control gains 0.50: the
-# difference is 0.05, and its interval -0.02 to 0.08 (with `bound=0.1`, corrected for the number of controls). Does the
-# study answer "yes", "no" or "undecided"?
+# **Exercise 3.** Apply the rule yourself. Moving the channels gains 0.55 of the ceiling. The best control gains 0.50:
+# the difference is 0.05, and its interval -0.02 to 0.08 (with `bound=0.1`, corrected for the number of controls). Does
+# the study answer "yes", "no" or "undecided"?
 
 # %% tags=["solution"]
 # A word.

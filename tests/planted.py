@@ -257,8 +257,8 @@ def add_unread(image, directions, size):
     return (size * signs @ directions.T).expand(len(image), -1, -1)
 
 
-# It makes its prediction by itself, not by the final norm and projection.
-register_family(replace(FLUX1, transformer="Planted", readout=None))
+# It makes its prediction by itself, not by the final norm and projection, and of its input besides.
+register_family(replace(FLUX1, transformer="Planted", readout=None, final=replace(FLUX1.final, mod=None)))
 
 
 def pipeline(toy, kind, scenes=SCENES):

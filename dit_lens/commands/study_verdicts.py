@@ -25,8 +25,9 @@ def find_verdicts(results: Mapping[str, Result]) -> list[dict[str, Any]]:
         if (chapter := COMPARISONS.get(name)) is not None and chapter.compare is not None:
             found.append({"claim": chapter.claim, "study": name, **_describe(chapter.compare(result))})
         elif name == "carrier_or_detail":
-            says = result.summary.set_index(["measure", "part"]).loc[("verdict", "overall"), "says"]
-            line = {"measure": None, "verdict": str(says), "reason": None, "value": None, "differences": []}
+            row = result.summary.set_index(["measure", "part"]).loc[("verdict", "overall")]
+            reason = str(row["why"]) if row["says"] == "undecided" else None
+            line = {"measure": None, "verdict": str(row["says"]), "reason": reason, "value": None, "differences": []}
             found.append({"claim": "carrier or detail", "study": name, **line})
     return found
 

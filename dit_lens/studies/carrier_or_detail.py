@@ -14,10 +14,9 @@ import pandas as pd
 from dit_lens.errors import OpError, PromptError, StoreError, check_choice
 from dit_lens.plots import carrier_or_detail_figure
 from dit_lens.studies.parts.ablations import average_means
-from dit_lens.studies.parts.channel_parts import PARTS, Removal
+from dit_lens.studies.parts.channel_parts import PARTS, Removal, modulates_end
 from dit_lens.studies.parts.doses import AGREES
 from dit_lens.studies.parts.evidence import (
-    ALL,
     COLUMNS,
     DESTROYED,
     Tables,
@@ -27,7 +26,7 @@ from dit_lens.studies.parts.evidence import (
     weigh_information,
 )
 from dit_lens.studies.parts.information import Values
-from dit_lens.studies.parts.part_cells import EditStudy
+from dit_lens.studies.parts.part_cells import ALL, ALONE, EditStudy
 from dit_lens.studies.parts.verdict import LEVEL, Thresholds
 from dit_lens.studies.power import power
 from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_draws, check_k, describe_k, find_meant
@@ -119,7 +118,9 @@ def carrier_or_detail(
     lies less than that beyond some control, and else **undecided**, by paired differences of the same prompt and seed
     with a p-value of at most 0.05 after Holm's correction over the controls. The verdict is "necessary and movable" (a
     carrier), "necessary, not movable", "movable, not necessary" or "neither", and "undecided" unless both answers are
-    there. Nothing is said of sufficiency where all channels gain less than ``thresholds.ceiling`` of what is missing.
+    there. Nothing is said of sufficiency where all channels gain less than ``thresholds.ceiling`` of what is missing:
+    with what modulates the final norm, through which the text of some models enters too, for either answer, and for a
+    no without it.
 
     Attributes are judged in readable images only: those of which the judge says "readable" of 0.5 or more; of a judge
     that does not say it, all. Images that an edit destroys are counted apart, per arm; where it leaves less than
@@ -181,7 +182,8 @@ def carrier_or_detail(
     edit = EditStudy(
         lens=lens, site=site, sites=lens.sites(site), score=score, ablation=ablation, judge=judge, call=call
     )
-    total = len(batches) * (3 + 2 * len(PARTS) * count_arms(draws))
+    every = [ALL, ALONE] if modulates_end(lens.anatomy) else [ALL]
+    total = len(batches) * (2 + len(every) + 2 * len(PARTS) * count_arms(draws))
     meant = find_meant(lens, batches[0].prompts, call, site)
     with StudyCheckpoints("carrier_or_detail", settings, lens=lens, total=total, out=out, meant=meant) as cells:
         clean = [cells.get(f"{batch.key}/clean", partial(edit.run_clean, batch)) for batch in batches]
@@ -190,7 +192,8 @@ def carrier_or_detail(
         means = average_means(clean)
         for batch, cell in zip(batches, clean, strict=True):
             cells.get(f"{batch.key}/values", partial(edit.read_values, batch, arms, steps, sites))
-            cells.get(f"{batch.key}/transport/{ALL}", partial(edit.move, batch, cell, Arm(ALL, 0), "whole"))
+            for name in every:
+                cells.get(f"{batch.key}/transport/{name}", partial(edit.move, batch, cell, Arm(name, 0), "whole"))
             for arm in arms:
                 for part in PARTS:
                     name = f"{arm.name}/{part}/{arm.draw}"

@@ -107,6 +107,18 @@ def test_no_answer_without_ceiling_or_readable_images(effects):
     assert decide_necessity(top, none, ones, np.nan, limits).says == "undecided"
 
 
+def test_what_all_channels_do_not_move_says_nothing_against_some(effects):
+    """Where the text enters beside the channels, only a yes can be shown."""
+    none, every, ones = {"bottom": effects(0.0)}, effects(0.9), np.ones((64, 1))
+    for top, alone, says in ((0.0, 0.9, "no"), (0.0, 0.2, "undecided"), (0.5, 0.2, "yes")):
+        found = decide_sufficiency(effects(top), none, every, ones, 1.0, Thresholds(), effects(alone))
+        assert found.says == says
+    assert (
+        "but all channels of these sites alone gain 0."
+        in decide_sufficiency(effects(0.0), none, every, ones, 1.0, Thresholds(), effects(0.2)).why
+    )
+
+
 def test_a_share_of_the_ceiling(effects):
     """Of a ceiling of a half, what gains 0.08 gains 0.16 of it: more than the bound."""
     every, top = effects(0.5), np.full((64, 1), 0.08) + 0.01 * effects(0.0)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Part = Literal["whole", "mean", "residual"]
 Removal = Literal["mean", "zero"]
+FINAL_MODULATION = "final.img.mod"
 PARTS: tuple[Part, ...] = ("whole", "mean", "residual")
 
 
@@ -81,14 +82,24 @@ def make_move(site: Pattern, channels: ChannelSet | None, part: Part, target: in
     return Apply(site, channels=channels, rows=[target, source], fn=exchange, branch="cond")
 
 
-def make_ceiling(site: Pattern, target: int, source: int) -> list[Op]:
-    """The ops that move all there is to move at the same sites: the most that any channels could.
+def make_ceiling(sites: Sequence[str], anatomy: Anatomy, target: int, source: int) -> list[Op]:
+    """The ops that move all that makes the prediction: with all blocks' outputs, the target becomes the source.
 
-    site: sites of the study.
+    The channels of the sites are all moved, and with them what modulates the final norm, through which text enters
+    beside the image stream.
+
+    sites: names of the study's sites.
+    anatomy: of the model.
     target: row of the batch that is edited.
     source: row of the batch from which everything comes.
     """
-    return [make_move(site, None, "whole", target, source)]
+    beside = [FINAL_MODULATION] if modulates_end(anatomy) else []
+    return [make_move([*sites, *beside], None, "whole", target, source)]
+
+
+def modulates_end(anatomy: Anatomy) -> bool:
+    """Whether something modulates the final norm that can be moved."""
+    return FINAL_MODULATION in [site.name for site in anatomy.sites]
 
 
 def weigh_removal(op: Op, sites: Sequence[str], anatomy: Anatomy, rows: Sequence[int], step: int) -> list[Op]:

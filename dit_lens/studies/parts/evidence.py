@@ -14,6 +14,7 @@ import numpy as np
 from dit_lens.analysis.metrics import Interval
 from dit_lens.studies.parts.channel_parts import PARTS
 from dit_lens.studies.parts.information import Values, compare_halves, decode_attributes
+from dit_lens.studies.parts.part_cells import ALL, ALONE
 from dit_lens.studies.parts.verdict import (
     LIMITS,
     UNDECIDED,
@@ -30,8 +31,8 @@ from dit_lens.studies.parts.verdict import (
 if TYPE_CHECKING:
     import pandas as pd
 
-ALL = "all"  # the arm of all channels
 SIDES = {"ablation": "necessity", "transport": "sufficiency"}
+CEILINGS = {ALL: "ceiling", ALONE: "ceiling of the sites alone"}
 DESTROYED = {"ablation": "destroyed when removed", "transport": "destroyed when moved"}
 RATES = (0.0, 1.0)
 COLUMNS = (
@@ -78,7 +79,8 @@ def weigh_edits(tables: Tables, thresholds: Thresholds) -> list[dict[str, Any]]:
         if most is None:
             continue
         if measure == "transport":
-            found.append(_describe_ceiling(tables, most, thresholds))
+            arms = tables.arrange(measure, "whole", "effect")
+            found += [_describe_ceiling(tables, arm, thresholds) for arm in CEILINGS if arm in arms]
         effects = {part: tables.arrange(measure, part, "effect") for part in PARTS}
         answers = {
             part: _decide(tables, measure, part, arms, most, thresholds)
@@ -162,7 +164,7 @@ def decide_verdicts(evidence: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 
 def _controls(arms: Effects) -> Effects:
-    return {arm: effect for arm, effect in arms.items() if arm not in ("top", ALL)}
+    return {arm: effect for arm, effect in arms.items() if arm not in ("top", ALL, ALONE)}
 
 
 def _find_most(tables: Tables, measure: str) -> np.ndarray | None:
@@ -180,15 +182,18 @@ def _decide(tables: Tables, measure: str, part: str, arms: Effects, most: np.nda
     if measure == "ablation":
         return decide_necessity(arms["top"], _controls(arms), most, readable, thresholds)
     missing = tables.arrange(measure, "whole", "possible")[ALL]
-    return decide_sufficiency(arms["top"], _controls(arms), most, missing, readable, thresholds)
+    alone = tables.arrange(measure, "whole", "effect").get(ALONE, most)
+    return decide_sufficiency(arms["top"], _controls(arms), most, missing, readable, thresholds, alone)
 
 
-def _describe_ceiling(tables: Tables, every: np.ndarray, thresholds: Thresholds) -> dict[str, Any]:
-    share = take_shares(every, tables.arrange("transport", "whole", "possible")[ALL])
+def _describe_ceiling(tables: Tables, arm: str, thresholds: Thresholds) -> dict[str, Any]:
+    """What moving everything gains, or all channels of the study's sites alone."""
+    effects, possible = (tables.arrange("transport", "whole", column) for column in ("effect", "possible"))
+    share = take_shares(effects[arm], possible[arm])
     reached = share.mean >= thresholds.ceiling
     return {
-        "measure": "ceiling", "part": "whole", "arm": ALL, **_measure(share),
-        "readable": tables.readable("transport", "whole", ALL), "says": "reached" if reached else "too low",
+        "measure": CEILINGS[arm], "part": "whole", "arm": arm, **_measure(share),
+        "readable": tables.readable("transport", "whole", arm), "says": "reached" if reached else "too low",
     }  # fmt: skip
 
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
     from dit_lens.studies.shared.batches import PromptBatch
 
+ALL = "all"  # the arm of everything that can be moved
+ALONE = "all-sites"  # the arm of all channels of the study's sites, and nothing beside them
 READABLE = 0.5  # of what a judge calls "readable"
 # What the table has of the study itself; "readable" is the judge's, if it says so.
 TAKEN = (
@@ -139,7 +141,7 @@ class EditStudy:
 
         batch: the prompts and their seed.
         clean: cell of the untouched images.
-        arm: the arm; without sets, all channels are moved.
+        arm: the arm; without sets, all channels are moved, and of "all" what modulates the final norm besides.
         part: "whole", "mean" or "residual".
         """
         n = len(batch.prompts)
@@ -147,8 +149,9 @@ class EditStudy:
         prompts = [*batch.prompts, *(batch.prompts[row] for row in sources)]
         channels, ops = arm.sets[0] if arm.sets else None, []
         for row in range(n):
-            move = make_move(self.site, channels, part, row, n + row)
-            edits = [move] if arm.sets else make_ceiling(self.site, row, n + row)
+            edits = [make_move(self.site, channels, part, row, n + row)]
+            if arm.name == ALL:
+                edits = make_ceiling(self.sites, self.lens.anatomy, row, n + row)
             ops += weigh_move(edits, self.sites, self.lens.anatomy, (row, n + row), 0, channels, part)
         run = self.lens.run(prompts, ops, seed=batch.seed, **self.call)
         doses, images = read_doses(ops, run.receipt), run.images

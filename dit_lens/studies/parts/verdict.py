@@ -229,15 +229,18 @@ def decide_sufficiency(
     missing: np.ndarray,
     readable: float,
     thresholds: Thresholds,
+    alone: np.ndarray | None = None,
 ) -> Answer:
     """Whether moving the channels moves a source's attributes.
 
     top: share of the source's attributes that is gained, [p, s]; NaN in images that are not readable.
     controls: name -> the same for equally many others.
-    every: the same for all channels: the most that can be moved.
+    every: the same for all channels, and what reaches the prediction beside them: the most that can be moved.
     missing: share of the source's attributes that the untouched target lacks, [p, s].
     readable: share of the images that are readable with the channels moved.
     thresholds: what counts.
+    alone: the same for all channels and nothing beside them; None where nothing is. What even these do not move says no
+      word against some of them.
     """
     ceiling = take_shares(every, missing).mean
     if not ceiling >= thresholds.ceiling:
@@ -246,7 +249,12 @@ def decide_sufficiency(
         )
     if not readable >= thresholds.readable:
         return Answer(UNDECIDED, f"only {readable:.0%} of the images are readable with them moved")
-    return compare_controls(top, controls, every, thresholds.bound)
+    answer = compare_controls(top, controls, every, thresholds.bound)
+    reached = ceiling if alone is None else take_shares(alone, missing).mean
+    if answer.says == "no" and not reached >= thresholds.ceiling:
+        why = f"{answer.why}, but all channels of these sites alone gain {reached:.2f}, below {thresholds.ceiling:g}"
+        return Answer(UNDECIDED, why, answer.control, answer.p)
+    return answer
 
 
 def name_cell(necessity: str, sufficiency: str) -> str:
