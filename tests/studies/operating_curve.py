@@ -111,7 +111,9 @@ def draw_curve(counts: dict[tuple[int, float], dict[str, float]]) -> go.Figure:
     counts: (prompts, strength) -> the share of studies with each verdict.
     """
     panels = sorted({prompts for prompts, _ in counts})
-    figure = make_subplots(1, len(panels), shared_yaxes=True, horizontal_spacing=0.02)
+    titles = [f"<b>{prompts} prompts</b>" for prompts in panels]
+    figure = make_subplots(1, len(panels), shared_yaxes=True, horizontal_spacing=0.02, subplot_titles=titles)
+    figure.update_annotations(font_size=12)
     for column, prompts in enumerate(panels, start=1):
         at = sorted(strength for n, strength in counts if n == prompts)
         for name, look in LOOKS.items():
@@ -121,26 +123,24 @@ def draw_curve(counts: dict[tuple[int, float], dict[str, float]]) -> go.Figure:
                 line={"color": look.colour, "width": 2}, marker={"symbol": look.symbol, "size": 8},
                 row=1, col=column,
             )  # fmt: skip
-        figure.add_annotation(
-            text=f"<b>{prompts} prompts</b>", x=0.5, y=1.1, xref=f"x{column} domain", yref="y domain", showarrow=False
-        )
     figure.update_xaxes(title="strength", range=[-0.06, 1.06], tickvals=list(STRENGTHS))
     figure.update_yaxes(tickformat=".0%", range=[-0.03, 1.03])
     figure.update_yaxes(title="share of studies", col=1)
     small = "planted strength: share of the attributes lost without the channels, and gained where they are moved"
-    return set_title(figure, "What the verdict says of planted models", small, height=380)
+    set_title(figure, "What the verdict says of planted models", small, height=400)
+    return figure.update_layout(margin={"t": 88, "b": 92})
 
 
 CELLS_OF = {
     "necessary and movable": ["necessary and movable"],
     "neither": ["neither"],
-    "one alone": ["necessary, not movable", "movable, not necessary"],
+    "one of the two": ["necessary, not movable", "movable, not necessary"],
     "undecided": ["undecided"],
 }
 LOOKS = {
     "necessary and movable": Look("", "#D55E00", "circle"),
     "neither": Look("", "#0072B2", "square"),
-    "one alone": Look("", "#CC79A7", "diamond"),
+    "one of the two": Look("", "#CC79A7", "diamond"),
     "undecided": Look("", "#8A8A8A", "x"),
 }
 
