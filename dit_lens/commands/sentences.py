@@ -327,7 +327,7 @@ def describe_carrier_or_detail(result: Result) -> str:
         ("sufficiency", "Movable", "gained when they are moved, as a share of what all channels gain"),
     ):
         row = rows.loc[(measure, "whole")]
-        control = f"{row['control']} {row['control_value']:.2f}, " if row["control"] else ""
+        control = f"{row['control']} {row['control_value']:.2f}, " if isinstance(row["control"], str) else ""
         answers.append(
             f"{question}: {row['says']} ({row['why']}); {words} {format_interval(row, 'value', '.2f')}, {control}"
             f"{row['readable']:.0%} of the images readable."
