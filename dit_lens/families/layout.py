@@ -120,6 +120,35 @@ def find_image_tokens(arguments: tuple[tuple, dict], rule: GridRule) -> ImageTok
     return ImageTokens(tuple(grid), prod(grid), first, total, starts)
 
 
+class ImageFinder:
+    """Where the image tokens of every forward pass are.
+
+    What tensors told is kept while the call is given the same ones, as reading them would wait for the device.
+
+    rule: of the family.
+    """
+
+    def __init__(self, rule: GridRule):
+        self.rule = rule
+        self.told: list[tuple[Any, int]] = []  # tensors and how often each had been written
+        self.length: int | None = None
+        self.found: ImageTokens | None = None
+
+    def find(self, arguments: tuple[tuple, dict]) -> ImageTokens:
+        """The image tokens of a forward pass. arguments: of the pass."""
+        rule = self.rule
+        latents = argument(arguments, rule["latents"], rule["latents_position"])
+        length = latents.shape[1] if isinstance(latents, Tensor) else None
+        places = [(rule["argument"], rule["position"]), (rule["marks"], None), (rule["mask"], None)]
+        values = [argument(arguments, name, position) for name, position in places if name is not None]
+        told = [(one, one._version) for one in values if isinstance(one, Tensor) and not one.is_inference()]  # noqa: SLF001 torch's own
+        same = len(told) == len(values) == len(self.told) and length == self.length
+        same = same and all(a is b and at == then for (a, at), (b, then) in zip(told, self.told, strict=True))
+        if self.found is None or not same:
+            self.told, self.length, self.found = told, length, find_image_tokens(arguments, rule)
+        return self.found
+
+
 def find_text_masks(arguments: tuple[tuple, dict], rule: TextRule) -> list[Tensor]:
     """For each argument that masks text tokens which of them take part in attention, bool [row, token] in main memory.
 

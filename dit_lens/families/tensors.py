@@ -19,6 +19,7 @@ from dit_lens.families.layout import (
     to_tokens,
     write_back,
 )
+from dit_lens.families.transfers import send
 
 if TYPE_CHECKING:
     from dit_lens.families.locations import ImageTokens, Location, ReadoutRule
@@ -146,5 +147,5 @@ def index_tensor(chosen: list[int] | range, x: Tensor, indices: dict) -> Tensor:
     """Chosen indices as a tensor on the device of ``x``."""
     key = (chosen if isinstance(chosen, range) else id(chosen), x.device)
     if key not in indices:  # the list is kept too, so that no other one comes to lie in its place
-        indices[key] = (torch.as_tensor(list(chosen), dtype=torch.long, device=x.device), chosen)
+        indices[key] = (send(torch.as_tensor(list(chosen), dtype=torch.long), x.device), chosen)
     return indices[key][0]

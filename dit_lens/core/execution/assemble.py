@@ -15,6 +15,7 @@ from dit_lens.core.runs.reading import Reading
 from dit_lens.core.runs.receipt import Entry, Receipt
 from dit_lens.core.runs.run import Run
 from dit_lens.errors import ExecutionError
+from dit_lens.families.transfers import fetch_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -194,10 +195,11 @@ def _check_sizes(site: str, read: PlannedRead, found: list[list[list[Piece]]]) -
 def _entries(ops: Sequence[Op], plan: Plan, touched: Sequence[Touched]) -> list[Entry]:
     """One entry per op, site, branch and group of rows, steps ascending; norms of batches add in quadrature."""
     squares: dict[tuple, dict[int, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
-    for op, site, step, branch, shape, group, before, after in touched:
+    norms = fetch_numbers([norm for line in touched for norm in line[-2:]])
+    for (op, site, step, branch, shape, group, *_), before, after in zip(touched, norms[::2], norms[1::2], strict=True):
         line = squares[op, site, branch, group][step]
-        line[0] += float(before) ** 2
-        line[1] += float(after) ** 2
+        line[0] += before**2
+        line[1] += after**2
         line[2] += shape[0] * shape[1] * shape[2]
     entries = []
     for (op, site, branch, group), steps in squares.items():

@@ -5,105 +5,17 @@ Torch and plain data only: this module travels to a server by source.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from dit_lens.families.layout import PlanMismatchError, argument
+from dit_lens.families.layout import PlanMismatchError
 from dit_lens.families.tensors import sum_bits
 
 if TYPE_CHECKING:
-    from dit_lens.core.plan.program import Action, Forward, Part, Program
-
-
-class Moment:
-    """When a forward pass takes place.
-
-    step: its number.
-    branches: of its rows, in order.
-    timestep: as the transformer is given it.
-    sigma: the noise level that means.
-    """
-
-    def __init__(self, step: int, branches: list[str], timestep: float, sigma: float):
-        self.step, self.branches, self.timestep, self.sigma = step, branches, timestep, sigma
-
-
-def list_levels(scheduler: Any, skipped: int, steps: int) -> list[float]:
-    """The noise level of every step as a scheduler of flows has it; empty where it keeps none. It waits for a GPU.
-
-    skipped: how many of its steps come before them.
-    """
-    sigmas = getattr(scheduler, "sigmas", None)
-    return sigmas[skipped : skipped + steps].tolist() if isinstance(sigmas, Tensor) and skipped >= 0 else []
-
-
-def measure_rounding(scheduler: Any) -> float:
-    """How far a noise level that is made of a scheduler's time may be from its own: it may keep whole times only."""
-    timesteps = getattr(scheduler, "timesteps", None)
-    if isinstance(timesteps, Tensor) and not timesteps.is_floating_point():
-        return 1.001 / scheduler.config.get("num_train_timesteps", 1000)
-    return 1e-4
-
-
-def choose_level(made: float, own: Sequence[float], step: int, within: float) -> float:
-    """The scheduler's own noise level of a step, where that which was made of the time is the same but for rounding.
-
-    made: of the time.
-    own: of every step; perhaps none.
-    step: its number.
-    within: how far rounding may lead.
-    """
-    return own[step] if step < len(own) and abs(own[step] - made) <= within else made
-
-
-def read_clock(
-    arguments: tuple[tuple, dict],
-    program: Program,
-    clock: list[tuple],
-    forward: Forward,
-    own: tuple[Sequence[float], float],
-) -> Moment:
-    """Notes the time of a forward pass, and fails when it is not the one the program expects.
-
-    arguments: of the forward pass.
-    program: the rule for its time.
-    clock: receives (step, first branch, timestep, sigma).
-    forward: the pass that is expected.
-    own: the scheduler's own noise level of every step, and how far its time may be from that.
-    """
-    time = program["time"]
-    value = argument(arguments, time["argument"], time["position"])
-    timestep = float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
-    step, branches = forward["step"], forward["branches"]
-    if clock:
-        last_step, _, last, _ = clock[-1]
-        repeated = step in program["repeats"]
-        if (last_step == step and last != timestep) or (
-            last_step != step and last == timestep and is_exact(value) and not repeated
-        ):
-            raise PlanMismatchError(
-                f"the plan expects forward pass {len(clock)} to be step {step} ({' and '.join(branches)}), but its "
-                f"time {timestep:.6g} follows {last:.6g}: the pipeline makes another number of forward passes per step "
-                "than the plan"
-            )
-    levels = time["levels"]
-    if levels is None:
-        made = time["offset"] + time["scale"] * timestep
-        sigma = choose_level(made, own[0], step, own[1] if is_exact(value) else 1e-2)
-    else:
-        sigma = levels[round(timestep)]
-    planned = program["sigmas"]
-    if planned is not None and abs(planned[step] - sigma) > (1e-4 if is_exact(value) else 1e-2):
-        raise PlanMismatchError(
-            f"the plan expects step {step} at a noise level of {planned[step]:.6g}, by which ops chose their steps, "
-            f"but it runs at {sigma:.6g}"
-        )
-    clock.append((step, branches[0], timestep, sigma))
-    return Moment(step, branches, timestep, sigma)
+    from dit_lens.core.plan.program import Action, Forward, Part
 
 
 def check_rows(given: int, rows: int, forward: Forward) -> None:
@@ -161,11 +73,6 @@ def is_same(given: Any, recorded: Any) -> bool:
     if isinstance(given, list | tuple) and isinstance(recorded, list | tuple):
         return len(given) == len(recorded) and all(map(is_same, given, recorded))
     return bool(given == recorded)
-
-
-def is_exact(value: Any) -> bool:
-    """Whether a time is not rounded to half precision, in which neighbouring timesteps may be equal."""
-    return not isinstance(value, Tensor) or value.dtype not in (torch.float16, torch.bfloat16)
 
 
 def check_sizes(stream: Tensor, action: Action, part: Part, moment: tuple[int, Tensor | None]) -> None:

@@ -12,26 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dit_lens.core.execution.comparisons import (
-    Moment,
-    check_recorded,
-    check_rows,
-    check_sizes,
-    list_levels,
-    match_rows,
-    measure_rounding,
-    read_clock,
-    sum_arguments,
-)
+from dit_lens.core.execution.clock import Clock, Moment
+from dit_lens.core.execution.comparisons import check_recorded, check_rows, check_sizes, match_rows, sum_arguments
 from dit_lens.core.request.ops import EDITS, Edit
 from dit_lens.core.request.reduce import reduce_tokens
 from dit_lens.families.layout import (
+    ImageFinder,
     PlanMismatchError,
     argument,
     check_grid,
     check_text,
     count_rows,
-    find_image_tokens,
     find_text_masks,
     from_tokens,
     list_text_arguments,
@@ -45,6 +36,7 @@ from dit_lens.families.layout import (
     write_back,
 )
 from dit_lens.families.tensors import apply_to_part, compute_gate, outer_index, read_out
+from dit_lens.families.transfers import Transfers
 
 if TYPE_CHECKING:
     from dit_lens.core.plan.program import Action, Forward, Part, Program, Store, Visit
@@ -56,7 +48,17 @@ class Hook:
 
     def __init__(self, name: str, moment: Moment, branch: str, module: Any, rows: list[int]):
         self.name, self.branch, self.module, self.rows = name, branch, module, rows
-        self.step, self.timestep, self.sigma = moment.step, moment.timestep, moment.sigma
+        self.step, self._moment = moment.step, moment
+
+    @property
+    def timestep(self) -> float:
+        """As the transformer is given it."""
+        return self._moment.timestep
+
+    @property
+    def sigma(self) -> float:
+        """The noise level that it means."""
+        return self._moment.sigma
 
 
 class Context:
@@ -64,7 +66,7 @@ class Context:
 
     model: nnsight's, whose ``get(path)`` gives a module.
     program, payload, store: as in :func:`execute`.
-    indices: index tensors that were made before, in this run.
+    transfers: what goes between devices in this run.
     arguments: of the forward pass, (args, kwargs).
     moment: its step, branches and time.
     image: where its image tokens are.
@@ -79,13 +81,14 @@ class Context:
         program: Program,
         payload: dict[str, Any],
         store: Store,
-        indices: dict[Any, Any],
+        transfers: Transfers,
         arguments: tuple[tuple, dict],
         moment: Moment,
         image: ImageTokens,
     ):
         self.model, self.program, self.payload, self.store = model, program, payload, store
-        self.indices, self.arguments, self.moment, self.image = indices, arguments, moment, image
+        self.transfers, self.indices = transfers, transfers.indices
+        self.arguments, self.moment, self.image = arguments, moment, image
         self.text: list[Tensor] | None = None
         self.gates: dict[str | None, Tensor] = {}
         self.held: dict[str, Tensor] = {}
@@ -105,19 +108,16 @@ def execute(model: Any, tracer: Any, program: Program, payload: dict[str, Any], 
     payload: the tensors and functions it refers to by key.
     store: receives reads, what was touched, the clock and the grid.
     """
-    indices: dict[Any, Any] = {}
-    denoiser, first, own = program["denoiser"], {}, ([], 0.0)
+    denoiser, first, clock = program["denoiser"], {}, Clock(program, store["clock"])
+    images = ImageFinder(program["grid"])
+    transfers = Transfers(patient=type(store["reads"]) is not dict)  # files take values at once
     for number in tracer.iter[: len(program["forwards"])]:
         forward = program["forwards"][number]
         arguments = model.get(denoiser).inputs
         if number == 0 and program["time"]["kind"] == "flow":  # the pipeline has set its scheduler up
-            scheduler, steps = model.pipeline.scheduler, program["forwards"][-1]["step"] + 1
-            own = (
-                list_levels(scheduler, len(getattr(scheduler, "timesteps", ())) - steps, steps),
-                measure_rounding(scheduler),
-            )
-        moment = read_clock(arguments, program, store["clock"], forward, own)
-        image = find_image_tokens(arguments, program["grid"])
+            clock.follow(model.pipeline.scheduler)
+        moment = clock.note(arguments, forward)
+        image = images.find(arguments)
         check_grid(image.grid, program["expected_grid"])
         if forward["visits"]:
             check_rows(count_rows(arguments, program["grid"]), program["rows"], forward)
@@ -132,11 +132,13 @@ def execute(model: Any, tracer: Any, program: Program, payload: dict[str, Any], 
         if number in program["replayed"]:
             model.get(denoiser).skip(move_answer(payload["answers"][number], arguments))
         store["grid"][:] = image.grid
-        context = Context(model, program, payload, store, indices, arguments, moment, image)
+        context = Context(model, program, payload, store, transfers, arguments, moment, image)
         for visit in forward["visits"]:
             at_module(model.get(visit["module"]), visit, context)
         if program["record"]:
             store["answers"].append(model.get(denoiser).output)
+    clock.settle()
+    transfers.wait()
 
 
 def is_by_words(forward: Forward) -> bool:
@@ -280,7 +282,8 @@ def store_read(stream: Tensor, action: Action, part: Part, context: Context, the
     reduce, mask = action.get("reduce"), find_mask(stream, action, part, context)
     if reduce is not None and not chosen.shape[1]:
         raise PlanMismatchError(f"{part['name']} has no tokens to reduce at step {context.moment.step}")
-    kept = chosen.to("cpu", copy=True) if reduce is None else reduce_tokens(chosen, reduce, mask).cpu()
+    bring = context.transfers.bring
+    kept = bring(chosen, copy=True) if reduce is None else bring(reduce_tokens(chosen, reduce, mask))
     branch = context.moment.branches[action["branch_index"]]
     key = (action["op"], part["name"], context.moment.step, branch, action["group"])
     context.store["reads"][key] = kept

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_lens.core.execution.comparisons import choose_level, list_levels, measure_rounding
+from dit_lens.core.execution.clock import choose_level, list_levels, measure_rounding
 from dit_lens.core.execution.refusals import tell_refusals
 from dit_lens.families.layout import argument
 
