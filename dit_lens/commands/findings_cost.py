@@ -11,8 +11,8 @@ from dit_lens.lens import DiTLens
 from dit_lens.studies.shared.checkpoints import check_arguments_only
 
 TIMED = 2  # prompts, drawn together
-# Images drawn for one of a batch in one cell, where it is not one; measured. A cell of patching draws a map.
-IMAGES = {"organisation": 2.0, "transfer": 2.3}
+# Images drawn for one of a batch in one cell, where it is not one; counted in a small run.
+IMAGES = {"organisation": 2.0, "transfer": 2.3, "patching": 5.7, "carrier_or_detail": 1.5}
 
 
 def count_images(lens: DiTLens, size: Size) -> dict[str, int]:

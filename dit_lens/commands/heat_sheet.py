@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
 
 SITE = "blocks.*.img"
-ARMS = {"top": "top (massive)", "bottom": "bottom", "random": "random"}
+ARMS = ("top", "bottom", "random")
 DIMMED = 0.25  # of an image outside its mask
 
 
@@ -55,12 +55,12 @@ def _draw(run: Run, prompt: str, k: int, truth: np.ndarray | None) -> go.Figure:
     arms = {arm.name: arm.sets[0] for arm in add_controls([top], 1, 0, [prompt])}
     options = ClusteringOptions(n_clusters=2, method="minmax", polarity="distance")
     image, rows, labels, scores = run.images[0].convert("RGB"), [], [], []
-    for arm, name in ARMS.items():
+    for arm in ARMS:
         tokens = [run["x"][site][0, 0][:, list(arms[arm][site])].float().numpy() for site in run["x"]]
         masks = np.stack([options.cluster(x, run.grid).mask for x in tokens])
         rows.append([image, *(_paint(normalise(x).sum(1).reshape(run.grid), image.size) for x in tokens)])
         rows.append([_dim(image, truth), *(_dim(image, upsample(mask, (image.height, image.width))) for mask in masks)])
-        labels += [f"{name}: heat", f"{name}: mask"]
+        labels += [f"{arm}: heat", f"{arm}: mask"]
         if truth is not None:
             scores.append(f"{arm} {ious(masks, truth[None]).mean():.2f}")
     small = f"k = {k}; below the image: its subject, as read back" + (
