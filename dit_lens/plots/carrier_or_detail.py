@@ -68,8 +68,10 @@ def carrier_or_detail_figure(summary: pd.DataFrame, *, bound: float = 0.1) -> go
             if name in drawn:
                 _draw_panel(figure, table[table["measure"] == name], bound, row, column)
     figure.update_xaxes(title="more than the control that decides", row=len(rows))
-    found = table[(table["measure"] == "verdict") & (table["part"] == "overall")]["says"]
-    verdict = str(found.iloc[0]) if len(found) else "none yet"
+    found = table[(table["measure"] == "verdict") & (table["part"] == "overall")]
+    verdict = str(found["says"].iloc[0]) if len(found) else "none yet"
+    if verdict == "undecided" and found["why"].iloc[0]:
+        verdict += f" ({found['why'].iloc[0]})"
     title = f"Carrier or detail knob? {verdict[0].upper()}{verdict[1:]}"
     set_title(figure, title, _describe(table, bound), height=150 + 190 * len(rows))
     return figure.update_layout(margin={"t": 92, "l": 100})

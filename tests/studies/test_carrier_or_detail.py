@@ -81,6 +81,25 @@ def test_tables_are_those_of_the_planted_strength(toy, strengths, part):
     assert every["dose"].to_numpy() == pytest.approx(1)
 
 
+def test_an_image_that_an_edit_destroys_has_no_effect(toy):
+    """Its attributes are all gone, which says nothing of them; for a judge that never says "readable" it is readable."""
+    lens = DiTLens(planted.pipeline(toy, planted.Carrier), defaults=ONCE)
+    prompts = tuple(scene.caption for scene in planted.SCENES[:2])
+    batch, every = PromptBatch(0, range(2), prompts), ChannelSet.random(lens.massive_channels(list(prompts), 16), 0)
+    top = Arm("top", 0, (ChannelSet({site: tuple(range(16)) for site in every}, every.scores, every.energy),))
+    for judge, gone in ((scene_judge, 1.0), (lambda *given: {"fidelity": scene_judge(*given)["fidelity"]}, 0.0)):
+        study = EditStudy(
+            lens=lens, site=SITE, sites=lens.sites(SITE), score="|mean|", ablation="zero", judge=judge, call={}
+        )
+        clean = study.run_clean(batch)
+        means = {site: torch.zeros(1, 64) for site in lens.sites(SITE)}
+        table = pd.DataFrame(study.remove(batch, clean, top, "whole", means).lines)
+        assert table["fidelity"].tolist() == [0.0, 0.0]
+        assert table["destroyed"].tolist() == [gone] * 2
+        assert table["effect"].isna().tolist() == [bool(gone)] * 2
+        assert table["possible"].tolist() == [1.0, 1.0]
+
+
 @pytest.fixture(scope="module")
 def carried(toy, tmp_path_factory):
     """The whole study on a model whose massive channels hold all of every prompt, in their mean."""
