@@ -82,7 +82,7 @@ def test_tables_are_those_of_the_planted_strength(toy, strengths, part):
 
 
 def test_an_image_that_an_edit_destroys_has_no_effect(toy):
-    """Its attributes are all gone, which says nothing of them; for a judge that never says "readable" it is readable."""
+    """All attributes are gone, which says nothing of them; to a judge that never says "readable" every image is."""
     lens = DiTLens(planted.pipeline(toy, planted.Carrier), defaults=ONCE)
     prompts = tuple(scene.caption for scene in planted.SCENES[:2])
     batch, every = PromptBatch(0, range(2), prompts), ChannelSet.random(lens.massive_channels(list(prompts), 16), 0)
