@@ -113,9 +113,9 @@ def make_report(plan: StudyPlan, results: Mapping[str, Result]) -> ModelReport:
             "source": prompts.source,
         },
         "settings": {
-            "k": plan.set("k"),
+            "k": plan.setting("k"),
             "steps": plan.steps,
-            "draws": plan.set("draws"),
+            "draws": plan.setting("draws"),
             "call": describe_settings(plan.call),
             "judge": _name(plan.judge),
             "masks": _name(plan.masks),

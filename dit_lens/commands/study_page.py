@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from dit_lens.commands.chapters import CHAPTERS
 from dit_lens.commands.findings import describe_sizes
 from dit_lens.commands.page import write_figures
 from dit_lens.commands.study_verdicts import find_weakest
-from dit_lens.core.runs.files import write_text
+from dit_lens.core.runs.files import write_bytes, write_text
 from dit_lens.studies import power
 from dit_lens.studies.model_report import PICTURES, REPORT
 from dit_lens.studies.parts.chosen_block import CONTROLS
@@ -32,7 +33,7 @@ def write_study_page(out: Path, plan: StudyPlan, results: Mapping[str, Result], 
     results: study -> its result.
     report: what it found.
     """
-    drawn = write_figures({out / f"{name}.webp": result.figure() for name, result in results.items()})
+    drawn = _draw_figures(out, results)
     chapters = {chapter.name: chapter for chapter in CHAPTERS}
     lines = [*_write_head(plan, report)]
     for name, result in results.items():
@@ -40,10 +41,17 @@ def write_study_page(out: Path, plan: StudyPlan, results: Mapping[str, Result], 
         chapter = chapters[name]
         lines += [f"## {chapter.study.question}", "", describe_sizes(result), ""]
         lines += [_describe(chapter, result, judged=plan.judged), "", f"*Published:* {chapter.published}", ""]
-        lines += [f"![{chapter.study.question}]({name}.webp)", ""] if out / f"{name}.webp" in drawn else []
+        lines += [f"![{chapter.study.question}]({name}.webp)", ""] if name in drawn else []
         lines += [_describe_power(result), ""] if name == "disruption" else []
         lines += [f"All numbers: [{name}.csv]({name}.csv)", "", *(f"- {note}" for note in result.notes), ""]
     return write_text(out / "index.md", "\n".join(lines))
+
+
+def _draw_figures(out: Path, results: Mapping[str, Result]) -> set[str]:
+    """Writes the figure of every study, where figures can be drawn; returns the names of those studies."""
+    with TemporaryDirectory() as folder:
+        drawn = write_figures({Path(folder) / f"{name}.webp": result.figure() for name, result in results.items()})
+        return {write_bytes(out / file.name, file.read_bytes()).stem for file in drawn}
 
 
 def _describe(chapter: Chapter, result: Result, *, judged: bool) -> str:

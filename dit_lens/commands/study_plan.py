@@ -65,7 +65,7 @@ class StudyPlan:
     timed: Image
     seconds: float
 
-    def set(self, argument: str) -> Any:
+    def setting(self, argument: str) -> Any:
         """What an argument is: the given one, or that of the protocol."""
         told = {choice.argument: choice.value for choice in self.protocol.choices}
         return self.given.get(argument, told.get(argument))
@@ -112,8 +112,8 @@ class StudyPlan:
             "carrier_or_detail": {
                 "prompts": prompts,
                 "judge": self.judge,
-                "k": self.set("k"),
-                "draws": min(self.set("draws") or FEW_DRAWS, FEW_DRAWS),
+                "k": self.setting("k"),
+                "draws": min(self.setting("draws") or FEW_DRAWS, FEW_DRAWS),
             },
         }
         return {name: {**found[name], **shared} for name in ORDER if name not in self.left_out}
@@ -153,7 +153,7 @@ class StudyPlan:
             f"  protocol {protocol.name} ({protocol.digest}): {protocol.about}",
             f"  in its place: {given or 'nothing'}",
             f"  {self._describe_row()}",
-            f"  call: {call or 'nothing but the prompt'}; {self.steps} steps; {describe_k(self.set('k'), width)}",
+            f"  call: {call or 'nothing but the prompt'}; {self.steps} steps; {describe_k(self.setting('k'), width)}",
             f"  {texts}; pairs: {len(prompts.pairs)}, {prompts.pairing}; seeds: {len(self.seeds)}; {BATCH} at once",
             "  a claim holds where the massive channels lie beyond each control of equal size, by p-values corrected",
             f"  for their number (Holm, {LEVEL}), fails where they lie on the other side of one, else is undecided",

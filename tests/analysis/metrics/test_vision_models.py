@@ -160,14 +160,20 @@ class BiRefNet(PreTrainedModel):
 SIDE = 32
 
 
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory):
+    """Where code of models is copied to; Python remembers the first such place."""
+    return tmp_path_factory.mktemp("modules")
+
+
 @pytest.fixture
-def birefnet(tmp_path, monkeypatch):
+def birefnet(tmp_path, modules, monkeypatch):
     """A folder as BiRefNet is published: weights, and the code of its class; looks at images of 32 pixels."""
     from safetensors.torch import save_file
 
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
     monkeypatch.setattr("dit_lens.analysis.metrics.vision.SIDE", SIDE)
-    folder = tmp_path / "birefnet"
+    folder = tmp_path / tmp_path.name  # by whose name its code is remembered
     folder.mkdir()
     places = {"AutoConfig": "BiRefNet_config.BiRefNetConfig", "AutoModelForImageSegmentation": "birefnet.BiRefNet"}
     (folder / "config.json").write_text(json.dumps({"architectures": ["BiRefNet"], "auto_map": places}))
@@ -196,4 +202,12 @@ def test_code_that_comes_with_weights_runs_only_where_it_is_trusted(birefnet):
         metrics.birefnet_masks(birefnet)
     (birefnet / "birefnet.py").write_text("import timm_that_is_not_there\n" + MODEL)
     with pytest.raises(StoreError, match=r"could not be loaded as BiRefNet: .*timm_that_is_not_there"):
+        metrics.birefnet_masks(birefnet, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(("line", "problem"), [("pass", "AttributeError"), ("self.layer.bias.item()", "RuntimeError")])
+def test_code_of_another_release_is_told(birefnet, line, problem):
+    """transformers 5 makes models without memory first, and asks them for what older code has not."""
+    (birefnet / "birefnet.py").write_text(MODEL.replace("self.post_init()", line))
+    with pytest.raises(StoreError, match=rf"loaded as BiRefNet: {problem}: .* of one release of transformers"):
         metrics.birefnet_masks(birefnet, trust_remote_code=True)
