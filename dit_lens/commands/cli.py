@@ -208,7 +208,9 @@ def _study(options: argparse.Namespace) -> int:
     from dit_lens.commands.study import check_out, make_plan, run_plan
     from dit_lens.commands.study_inputs import StudyOptions
 
-    asked = StudyOptions(**{field.name: getattr(options, field.name) for field in fields(StudyOptions)})
+    given: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(StudyOptions)}
+    given["call"] = tuple(options.call)
+    asked = StudyOptions(**given)
     if not options.plan:
         check_out(options.out)
     device, dtype = _choose_placement(options)

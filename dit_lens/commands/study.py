@@ -48,6 +48,7 @@ def make_plan(lens: DiTLens, model: str, options: StudyOptions) -> StudyPlan:
     return StudyPlan(
         lens=lens,
         model=model,
+        command=options.write_command(model),
         protocol=protocol,
         row=row,
         prompts=prompts,
@@ -75,7 +76,8 @@ def run_plan(plan: StudyPlan, out: Path) -> ModelReport:
     out: folder of the page, the figures and tables, result.json, and finished cells.
     """
     jobs = plan.arguments()
-    with share_progress_bar("study", len(jobs)):
+    cells = sum(count for count, _ in plan.counts.values())
+    with share_progress_bar("study", cells, by_cell=True):
         results = {
             name: get_study(name).function(plan.lens, **arguments, out=out / CELLS / name)
             for name, arguments in jobs.items()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import runpy
+import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,16 @@ class StudyOptions:
 
     def __post_init__(self) -> None:
         check_number("seeds", self.seeds, 1, MOST)
+
+    def write_command(self, pipeline: str) -> str:
+        """The command that asks for this of a pipeline, but for where it runs and what it writes."""
+        words = ["dit-lens", "study", pipeline]
+        for own in fields(self):
+            value, flag = getattr(self, own.name), f"--{own.name.replace('_', '-')}"
+            if value == own.default:
+                continue
+            words += [flag] if value is True else [flag, *map(str, value if isinstance(value, tuple) else [value])]
+        return shlex.join(words)
 
     def make_call(self) -> dict[str, Any]:
         """The arguments of the pipeline that were given."""

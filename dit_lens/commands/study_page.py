@@ -43,7 +43,8 @@ def write_study_page(out: Path, plan: StudyPlan, results: Mapping[str, Result], 
         lines += [_describe(chapter, result, judged=plan.judged), "", f"*Published:* {chapter.published}", ""]
         lines += [f"![{chapter.study.question}]({name}.webp)", ""] if name in drawn else []
         lines += [_describe_power(result), ""] if name == "disruption" else []
-        lines += [f"All numbers: [{name}.csv]({name}.csv)", "", *(f"- {note}" for note in result.notes), ""]
+        lines += [f"All numbers: [{name}.csv]({name}.csv). Made by", "", "```python", result.code.rstrip(), "```", ""]
+        lines += [*(f"- {note}" for note in result.notes), ""]
     return write_text(out / "index.md", "\n".join(lines))
 
 
@@ -83,7 +84,11 @@ def _write_head(plan: StudyPlan, report: ModelReport) -> list[str]:
         "",
         f"{model['pipeline']}, {model['blocks']} blocks of {model['width']} channels{f'; {known}' if known else ''}.",
         f"{made} The numbers of this page are also in [{REPORT}]({REPORT}),",
-        f"and every measurement is in [{PICTURES}]({PICTURES}).",
+        f"and every measurement is in [{PICTURES}]({PICTURES}). Made, on a device of choice, by",
+        "",
+        "```sh",
+        plan.command,
+        "```",
         "",
         "## At a glance",
         "",

@@ -40,6 +40,7 @@ class StudyPlan:
 
     lens: lens on the model.
     model: repository or folder, as it was given.
+    command: what was asked for, as a command.
     protocol: the protocol.
     row: how the protocol runs this model, if it is one of its own.
     prompts: the prompts.
@@ -54,6 +55,7 @@ class StudyPlan:
 
     lens: DiTLens
     model: str
+    command: str
     protocol: Protocol
     row: ModelRow | None
     prompts: PromptSet
@@ -118,7 +120,8 @@ class StudyPlan:
         }
         return {name: {**found[name], **shared} for name in ORDER if name not in self.left_out}
 
-    def count(self) -> dict[str, tuple[int, int]]:
+    @cached_property
+    def counts(self) -> dict[str, tuple[int, int]]:
         """Study -> its cells, and about how many images they draw; mistakes in the arguments raise here."""
         found = {}
         for name, arguments in self.arguments().items():
@@ -135,15 +138,14 @@ class StudyPlan:
 
     def describe(self) -> str:
         """Rules, power and cost, as text."""
-        counts = self.count()
-        return "\n".join([self._head(), *self._rules(counts), *self._power(), *self._cost(counts)])
+        return "\n".join([self._head(), *self._rules(), *self._power(), *self._cost()])
 
     def _head(self) -> str:
         anatomy = self.lens.anatomy
         kind = type(self.lens.pipe).__name__
         return f"{self.model}: {kind}, {anatomy.depth} blocks of {anatomy.width} channels"
 
-    def _rules(self, counts: Mapping[str, Any]) -> list[str]:
+    def _rules(self) -> list[str]:
         prompts, protocol, width = self.prompts, self.protocol, self.lens.anatomy.width
         given = ", ".join(f"{name}={value}" for name, value in self.given.items())
         call = ", ".join(f"{name}={value!r}" for name, value in self.call.items())
@@ -157,7 +159,7 @@ class StudyPlan:
             f"  {texts}; pairs: {len(prompts.pairs)}, {prompts.pairing}; seeds: {len(self.seeds)}; {BATCH} at once",
             "  a claim holds where the massive channels lie beyond each control of equal size, by p-values corrected",
             f"  for their number (Holm, {LEVEL}), fails where they lie on the other side of one, else is undecided",
-            f"  studies: {', '.join(counts)}",
+            f"  studies: {', '.join(self.counts)}",
             *(f"  left out: {name}, as {why}" for name, why in self.left_out.items()),
         ]
 
@@ -180,15 +182,15 @@ class StudyPlan:
             f"  standard deviations of the differences over prompts; one of 0.5 takes {row['needs']:.0f} prompts",
         ]
 
-    def _cost(self, counts: Mapping[str, tuple[int, int]]) -> list[str]:
-        images = sum(count for _, count in counts.values())
+    def _cost(self) -> list[str]:
+        images = sum(count for _, count in self.counts.values())
         width, height = self.timed.size
         made = describe(self.lens.pipe, self.lens.family)
         where = f"{made['device']} in {made['dtype']}"
         disk, memory = format_bytes(images * width * height * 3), format_bytes(self._largest_reading())
         return [
             "Cost",
-            *(f"  {name}: about {count:,} images, cells: {cells:,}" for name, (cells, count) in counts.items()),
+            *(f"  {name}: about {count:,} images, cells: {cells:,}" for name, (cells, count) in self.counts.items()),
             f"  about {_format_hours(self.hours(images))}: an image of {TIMED} steps took {self.seconds:.2g} s on",
             f"  {where}, and one of {self.steps} steps is taken to need {self.steps / TIMED:g} times as long",
             f"  at most {disk} of images on disk, and {memory} of activations in memory",

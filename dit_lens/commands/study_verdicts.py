@@ -78,6 +78,11 @@ def find_ceiling(results: Mapping[str, Result]) -> list[dict[str, Any]]:
         if len(at):
             line = _estimate(at.iloc[0], "to_source")
             found.append({"study": "transfer", "what": "RMSE to the source with all channels moved", "estimate": line})
+    if "carrier_or_detail" in results:
+        rows = results["carrier_or_detail"].summary
+        for _, row in rows[(rows["measure"] == "ceiling")].iterrows():
+            what = "share of the missing attributes that all channels gain"
+            found.append({"study": "carrier_or_detail", "what": what, "estimate": _estimate(row, "value")})
     return found
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from contextlib import redirect_stderr, redirect_stdout
 
 import jsonschema
@@ -177,6 +178,8 @@ def test_the_page_tells_of_every_study(finished):
         assert words in page
     for name in ORDER:
         assert f"[{name}.csv]({name}.csv)" in page
+        assert f"studies.{name}(" in page
+    assert re.search(r"\ndit-lens study \S+ --prompts \S+ .*--call height=32 width=48 max_sequence_length=24.*\n", page)
     assert "nan" not in page
 
 

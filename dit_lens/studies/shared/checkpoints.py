@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from tqdm.auto import tqdm
 
@@ -24,8 +24,16 @@ if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
     from dit_lens.studies.shared.result import Result
 
+
+class SharedBar(NamedTuple):
+    """A bar of several studies. by_cell: whether a study advances it by 1 for each cell, or by 1 in all."""
+
+    bar: tqdm
+    by_cell: bool
+
+
 # The bar that studies inside `share_progress_bar` advance instead of showing their own.
-_BAR: ContextVar[tqdm | None] = ContextVar("bar", default=None)
+_BAR: ContextVar[SharedBar | None] = ContextVar("bar", default=None)
 
 # Where a study that is only to check its arguments, which it does before its first cell, says how many cells it has.
 _CHECKING: ContextVar[list[int] | None] = ContextVar("checking", default=None)
@@ -70,8 +78,8 @@ class StudyCheckpoints:
         self._quiet = self._lens.quiet()
         self._quiet.__enter__()
         shared = _BAR.get()
-        self._bar = tqdm(total=self._total, desc=self.study, unit="cell") if shared is None else shared
-        self._unit = 1 if shared is None else 1 / self._total
+        self._bar = tqdm(total=self._total, desc=self.study, unit="cell") if shared is None else shared.bar
+        self._unit = 1 if shared is None or shared.by_cell else 1 / self._total
         return self
 
     def __exit__(self, kind: type[BaseException] | None, problem: BaseException | None, trace: object) -> None:
@@ -127,11 +135,17 @@ def check_arguments_only() -> Generator[list[int]]:
 
 
 @contextmanager
-def share_progress_bar(study: str, total: int) -> Generator[None]:
-    """Shows one bar for ``total`` studies that run inside; each advances it by one, cell by cell."""
-    # Shares are fractions, so only the percentage is worth showing.
-    with tqdm(total=total, desc=study, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
-        outer = _BAR.set(bar)
+def share_progress_bar(study: str, total: int, *, by_cell: bool = False) -> Generator[None]:
+    """Shows one bar for the studies that run inside.
+
+    study: what it is called.
+    total: how many studies there are, each of which advances it by one, cell by cell; or how many cells they have.
+    by_cell: whether the total is of cells.
+    """
+    # Shares of studies are fractions, so only the percentage is worth showing.
+    plain = {} if by_cell else {"bar_format": "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"}
+    with tqdm(total=total, desc=study, unit="cell", **plain) as bar:
+        outer = _BAR.set(SharedBar(bar, by_cell))
         try:
             yield
         finally:
