@@ -41,6 +41,9 @@ def make_plan(lens: DiTLens, model: str, options: StudyOptions) -> StudyPlan:
     row = protocol.find_row(model)
     call: dict[str, Any] = dict(row.call) if row else {}
     call |= options.make_call()
+    given, dtype = options.make_given(), str(lens.pipe.transformer.dtype).removeprefix("torch.")
+    if row is not None and dtype != row.settings["dtype"].value:
+        given["dtype"] = dtype
     prompts = read_prompts(lens, options.prompts)
     masks = find_masks(options.masks, prompts.names, device, trust_remote_code=options.trust_remote_code)
     judge = find_judge(options.judge, device)
@@ -53,7 +56,7 @@ def make_plan(lens: DiTLens, model: str, options: StudyOptions) -> StudyPlan:
         row=row,
         prompts=prompts,
         seeds=list(range(options.seeds)),
-        given=options.make_given(),
+        given=given,
         call=call,
         judge=judge,
         masks=masks,
@@ -106,7 +109,11 @@ def make_report(plan: StudyPlan, results: Mapping[str, Result]) -> ModelReport:
             "width": anatomy.width,
             "blocks": anatomy.depth,
         },
-        "protocol": {"name": plan.protocol.name, "digest": plan.protocol.digest, "given": plan.given},
+        "protocol": {
+            "name": plan.protocol.name,
+            "digest": plan.protocol.digest,
+            "given": describe_settings(plan.given),
+        },
         "prompts": {
             "digest": prompts.digest,
             "n": len(prompts.texts),

@@ -78,8 +78,9 @@ class StudyOptions:
         return found
 
     def make_given(self) -> dict[str, Any]:
-        """What was given in place of the protocol's arguments."""
-        return {name: value for name in ("k", "draws") if (value := getattr(self, name)) is not None}
+        """What was given in place of what the protocol, or the pipeline, has."""
+        numbers = {name: value for name in ("k", "draws") if (value := getattr(self, name)) is not None}
+        return {**numbers, **self.make_call()}
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from dit_lens.commands.findings_cost import IMAGES
 from dit_lens.commands.study_inputs import PromptSet
 from dit_lens.core.plan.cost import format_bytes
 from dit_lens.core.request.ops import Read
@@ -26,12 +28,11 @@ if TYPE_CHECKING:
     from dit_lens.studies.shared.model_rows import ModelRow
     from dit_lens.studies.shared.protocols import Protocol
 
-BATCH = 4  # prompts that go through the pipeline together, or pairs
+BATCH = 4  # prompts that go through the pipeline together, or pairs; more where one would be left alone
 FEW_DRAWS = 3  # of carrier_or_detail, which draws an image for every part
 CONTROLS, LEVEL = 3, 0.05  # of a claim, with Holm's correction
 TIMED = 2  # steps of the image that is timed
 ORDER = ("stability", "disruption", "organisation", "transfer", "carrier_or_detail")
-IMAGES = {"transfer": 2.0, "carrier_or_detail": 1.5}  # images drawn for one of a batch in one cell; else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class StudyPlan:
     row: how the protocol runs this model, if it is one of its own.
     prompts: the prompts.
     seeds: seeds of the noise.
-    given: arguments in place of the protocol's, by name: k, draws.
+    given: what stands in place of the protocol's, by name: k, draws, arguments of the pipeline, dtype.
     call: arguments of the pipeline.
     judge: what says how far an image shows its prompt, if anything does.
     masks: where subjects are, if that is known.
@@ -66,6 +67,11 @@ class StudyPlan:
     masks: Any
     timed: Image
     seconds: float
+
+    @property
+    def batch_size(self) -> int:
+        """How many prompts go through the pipeline together: each has another one beside it, which it may take from."""
+        return next(size for size in count(BATCH) if len(self.prompts.texts) % size != 1)
 
     def setting(self, argument: str) -> Any:
         """What an argument is: the given one, or that of the protocol."""
@@ -95,14 +101,12 @@ class StudyPlan:
             found.setdefault("organisation", "nothing says where subjects are (--masks does)")
         if not self.judged:
             found.setdefault("carrier_or_detail", "no judge says how far an image shows its prompt (--judge vqa does)")
-        if len(self.prompts.texts) % BATCH == 1:
-            found.setdefault("carrier_or_detail", f"the last of {len(self.prompts.texts)} prompts would have no other")
         return found
 
     def arguments(self) -> dict[str, dict[str, Any]]:
         """Study -> its arguments, of the studies that are run."""
         prompts, pairs = self.prompts.texts, self.prompts.pairs
-        shared = {"seeds": self.seeds, "batch_size": BATCH, **self.call}
+        shared = {"seeds": self.seeds, "batch_size": self.batch_size, **self.call}
         common = {"k": self.given["k"]} if "k" in self.given else {}
         drawn = common | ({"draws": self.given["draws"]} if "draws" in self.given else {})
         by = {"protocol": self.protocol.name}
@@ -128,7 +132,7 @@ class StudyPlan:
             with check_arguments_only() as totals:
                 get_study(name).function(self.lens, **arguments)
             items = len(arguments.get("prompts") or arguments["pairs"])
-            rows = items / -(-items // BATCH)  # of a batch, on average
+            rows = items / -(-items // self.batch_size)  # of a batch, on average
             found[name] = (totals[0], round(totals[0] * rows * IMAGES.get(name, 1)))
         return found
 
@@ -156,7 +160,8 @@ class StudyPlan:
             f"  in its place: {given or 'nothing'}",
             f"  {self._describe_row()}",
             f"  call: {call or 'nothing but the prompt'}; {self.steps} steps; {describe_k(self.setting('k'), width)}",
-            f"  {texts}; pairs: {len(prompts.pairs)}, {prompts.pairing}; seeds: {len(self.seeds)}; {BATCH} at once",
+            f"  {texts}; pairs: {len(prompts.pairs)}, {prompts.pairing}",
+            f"  seeds: {len(self.seeds)}; {self.batch_size} prompts or pairs at once",
             "  a claim holds where the massive channels lie beyond each control of equal size, by p-values corrected",
             f"  for their number (Holm, {LEVEL}), fails where they lie on the other side of one, else is undecided",
             f"  studies: {', '.join(self.counts)}",
@@ -168,7 +173,7 @@ class StudyPlan:
         if self.row is None:
             known = ", ".join(row.name for row in self.protocol.rows) or "it has none"
             return f"this model is none of the protocol's ({known}): it runs by the pipeline's defaults"
-        settings = self.row.settings.items()
+        settings = [(name, one) for name, one in self.row.settings.items() if name not in self.given]
         return f"{self.row.name}: {', '.join(f'{name}={one.value!r} ({one.origin})' for name, one in settings)}"
 
     def _power(self) -> list[str]:
@@ -183,14 +188,14 @@ class StudyPlan:
         ]
 
     def _cost(self) -> list[str]:
-        images = sum(count for _, count in self.counts.values())
+        images = sum(some for _, some in self.counts.values())
         width, height = self.timed.size
         made = describe(self.lens.pipe, self.lens.family)
         where = f"{made['device']} in {made['dtype']}"
         disk, memory = format_bytes(images * width * height * 3), format_bytes(self._largest_reading())
         return [
             "Cost",
-            *(f"  {name}: about {count:,} images, cells: {cells:,}" for name, (cells, count) in self.counts.items()),
+            *(f"  {name}: about {some:,} images, cells: {cells:,}" for name, (cells, some) in self.counts.items()),
             f"  about {_format_hours(self.hours(images))}: an image of {TIMED} steps took {self.seconds:.2g} s on",
             f"  {where}, and one of {self.steps} steps is taken to need {self.steps / TIMED:g} times as long",
             f"  at most {disk} of images on disk, and {memory} of activations in memory",
@@ -198,7 +203,7 @@ class StudyPlan:
 
     def _largest_reading(self) -> int:
         """Bytes of what `organisation`, the study that reads most, keeps of a batch."""
-        some = self.prompts.texts[:BATCH]
+        some = self.prompts.texts[: self.batch_size]
         try:
             return self.lens.cost(some, [Read("blocks.*.img", steps=-1)], seed=0, **self.call).bytes
         except FamilyError:

@@ -4,6 +4,7 @@ import io
 import json
 import re
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 
 import jsonschema
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from dit_lens.commands import cli, study_inputs
+from dit_lens.commands.study import make_plan
 from dit_lens.commands.study_plan import ORDER
 from dit_lens.core.runs.provenance import fingerprint
 from dit_lens.lens import DiTLens
@@ -82,10 +84,10 @@ def test_a_plan_says_what_would_be_and_writes_nothing(place, tmp_path, monkeypat
     for words in (
         "model: FluxPipeline, 5 blocks of 32 channels",
         "protocol turri2026 (",
-        "in its place: k=4, draws=2",
+        "in its place: k=4, draws=2, num_inference_steps=2, height=32",
         "this model is none of the protocol's (FLUX.1-dev, ",
         "prompts: 2 of prompts.csv (",
-        "pairs: 1, neighbours in the list; seeds: 3; 4 at once",
+        "pairs: 1, neighbours in the list\n  seeds: 3; 4 prompts or pairs at once",
         "studies: stability, disruption, transfer\n",
         "left out: organisation, as nothing says where subjects are (--masks does)",
         "left out: carrier_or_detail, as no judge says",
@@ -243,3 +245,23 @@ def test_prompts_are_those_of_the_file_or_of_the_library(tmp_path, toy):
     assert len(set(of_toy.texts)) == 16
     assert of_toy.digest != found.digest
     assert of_toy.digest == study_inputs.read_prompts(toy, None).digest
+
+
+def test_a_model_of_the_protocol_runs_as_it_says(toy):
+    """The toy under the name of FLUX.1-schnell, whose row sets the size of an image."""
+    options = study_inputs.StudyOptions(steps=2, call=("height=64", "width=64", "max_sequence_length=16"))
+    plan = make_plan(toy, "black-forest-labs/flux.1-SCHNELL", options)
+    assert plan.call == {"num_inference_steps": 2, "height": 64, "width": 64, "max_sequence_length": 16} | {
+        "guidance_scale": 0.0
+    }
+    said = plan.describe()
+    assert "FLUX.1-schnell: repository='black-forest-labs/FLUX.1-schnell' (ours), guidance_scale=0.0 (makers)" in said
+    assert "max_sequence_length=16, dtype=float32" in said
+
+
+def test_no_prompt_is_alone_in_a_batch(toy):
+    found = study_inputs.read_prompts(toy, None)
+    plan = make_plan(toy, "toy", study_inputs.StudyOptions(steps=2))
+    for prompts, size in ((2, 4), (4, 4), (5, 5), (9, 5), (16, 4), (61, 7)):
+        texts = [str(i) for i in range(prompts)]
+        assert replace(plan, prompts=replace(found, texts=texts)).batch_size == size
