@@ -106,12 +106,11 @@ def _write_head(plan: StudyPlan, report: ModelReport) -> list[str]:
 
 
 def _write_verdict(one: Mapping) -> str:
-    """A verdict with its numbers."""
-    if one["reason"] is not None:
-        return f"{one['verdict']}: {one['reason']}"
-    if one["value"] is None:
-        return one["verdict"]
-    said = f"{one['verdict']}: {one['measure']} {_write_estimate(one['value'])}"
+    """A verdict with its numbers, and in words what it rests on."""
+    why = f" ({one['reason']})" if one["reason"] else ""
+    if one["value"] is None or one["value"]["mean"] is None:
+        return f"{one['verdict']}{why}"
+    said = f"{one['verdict']}{why}: {one['measure'] or ''} {_write_estimate(one['value'])}".replace(":  ", ": ")
     weakest = find_weakest(one["differences"])
     if weakest is None:
         return said

@@ -164,6 +164,8 @@ class StudyPlan:
             f"  seeds: {len(self.seeds)}; {self.batch_size} prompts or pairs at once",
             "  a claim holds where the massive channels lie beyond each control of equal size, by p-values corrected",
             f"  for their number (Holm, {LEVEL}), fails where they lie on the other side of one, else is undecided",
+            "  claim 2 has nulls to exceed as well, at a block that half of the prompts chose;",
+            "  carrier or detail asks of the same channels whether the prompt needs them, and whether they move it",
             f"  studies: {', '.join(self.counts)}",
             *(f"  left out: {name}, as {why}" for name, why in self.left_out.items()),
         ]

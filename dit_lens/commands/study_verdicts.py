@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from dit_lens.commands.sentences import ControlComparison
     from dit_lens.studies import Result
 
+SIDES = {
+    "necessity": "necessary: share of attributes lost without them",
+    "sufficiency": "movable: share of what all channels gain",
+}
 COMPARISONS = {chapter.name: chapter for chapter in CHAPTERS if chapter.compare}
 
 
@@ -25,19 +29,36 @@ def find_verdicts(results: Mapping[str, Result]) -> list[dict[str, Any]]:
         if (chapter := COMPARISONS.get(name)) is not None and chapter.compare is not None:
             found.append({"claim": chapter.claim, "study": name, **_describe(chapter.compare(result))})
         elif name == "carrier_or_detail":
-            row = result.summary.set_index(["measure", "part"]).loc[("verdict", "overall")]
-            reason = str(row["why"]) if row["says"] == "undecided" else None
-            line = {"measure": None, "verdict": str(row["says"]), "reason": reason, "value": None, "differences": []}
-            found.append({"claim": "carrier or detail", "study": name, **line})
+            found += [{"study": name, "measure": None, **line} for line in _describe_carrier(result)]
+    return found
+
+
+def _describe_carrier(result: Result) -> list[dict[str, Any]]:
+    """The verdict of a carrier_or_detail, and the two answers that it is made of."""
+    rows = result.summary.set_index(["measure", "part"])
+    overall = rows.loc[("verdict", "overall")]
+    verdict = {"verdict": str(overall["says"]), "reason": str(overall["why"]), "value": None, "differences": []}
+    found = [{"claim": "carrier or detail", **verdict}]
+    for side, claim in SIDES.items():
+        if (side, "whole") not in rows.index:
+            continue
+        row = rows.loc[(side, "whole")]
+        line = {"from": str(row["control"]), "estimate": _estimate(row, "excess"), "p": None}
+        differences = [{**line, "p_corrected": _number(row["p"])}] if isinstance(row["control"], str) else []
+        answer = {"verdict": str(row["says"]), "reason": str(row["why"]), "value": _estimate(row, "value")}
+        found.append({"claim": claim, **answer, "differences": differences})
     return found
 
 
 def _describe(comparison: ControlComparison) -> dict[str, Any]:
     measure, controls = comparison.measure, comparison.differences
+    if comparison.lacks:
+        nothing = {"reason": comparison.lacks, "value": None, "differences": []}
+        return {"measure": measure, "verdict": comparison.verdict, **nothing}
     return {
         "measure": measure,
         "verdict": comparison.verdict,
-        "reason": comparison.lacks or None,
+        "reason": None,
         "value": _estimate(comparison.means.loc["top"], measure),
         "differences": [
             {
@@ -80,8 +101,8 @@ def find_ceiling(results: Mapping[str, Result]) -> list[dict[str, Any]]:
             found.append({"study": "transfer", "what": "RMSE to the source with all channels moved", "estimate": line})
     if "carrier_or_detail" in results:
         rows = results["carrier_or_detail"].summary
-        for _, row in rows[(rows["measure"] == "ceiling")].iterrows():
-            what = "share of the missing attributes that all channels gain"
+        for _, row in rows[rows["measure"].str.startswith("ceiling")].iterrows():
+            what = f"{row['measure']}: share of the missing attributes that all channels gain"
             found.append({"study": "carrier_or_detail", "what": what, "estimate": _estimate(row, "value")})
     return found
 
