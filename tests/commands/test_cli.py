@@ -163,10 +163,11 @@ def test_the_demo(tmp_path, capsys, monkeypatch):
 
     def quick(*args, **kwargs):
         lens = load(*args, **kwargs)
-        lens.defaults["num_inference_steps"] = 3
+        lens.defaults["num_inference_steps"] = 1
         return lens
 
     monkeypatch.setattr(DiTLens, "toy", quick)
+    monkeypatch.setattr("dit_lens.commands.demo.OTHERS", 0)
     monkeypatch.setattr("dit_lens.commands.page.find_browser", lambda: None)
     assert cli.main(["demo", "--out", str(tmp_path / "demo"), "--seed", "1"]) == 0
     said = capsys.readouterr().out

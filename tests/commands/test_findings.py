@@ -265,7 +265,7 @@ def test_what_will_be_drawn_is_counted_before_it_is(toy, monkeypatch):
 
 @pytest.mark.slow
 def test_a_toy_has_its_page_and_all_toys_have_one(tmp_path):
-    out, size = tmp_path / "page", Size(prompts=2, seeds=1, draws=1, call={"num_inference_steps": 2})
+    out, size = tmp_path / "page", Size(prompts=2, seeds=1, draws=1, call={"num_inference_steps": 1})
     earlier = out / "another"
     earlier.mkdir(parents=True)
     (earlier / "glance.csv").write_text('toy,iterations\nanother,"1,234"\n')
