@@ -104,7 +104,7 @@ def disruption(
 
     >>> from dit_lens import DiTLens
     >>> result = disruption(
-    ...     DiTLens.toy(), "a big red circle left on a plain blue background", k=4, draws=1, num_inference_steps=2
+    ...     DiTLens.toy(), "a big red circle left on a plain blue background", k=4, draws=1, num_inference_steps=1
     ... )
     >>> sorted(result.summary["arm"])  # doctest: +NORMALIZE_WHITESPACE
     ['attenuated', 'bottom', 'energy-matched', 'no-op', 'norm-frozen', 'norm-kept', 'random', 'random-direction',

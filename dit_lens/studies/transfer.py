@@ -113,7 +113,7 @@ def transfer(
     ...     "a big red circle left on a plain blue background",
     ...     "a small white cross right on a plain green background",
     ... )
-    >>> result = transfer(DiTLens.toy(), [pair], k=4, strengths=[1.0], mask_from=None, draws=1, num_inference_steps=2)
+    >>> result = transfer(DiTLens.toy(), [pair], k=4, strengths=[1.0], mask_from=None, draws=1, num_inference_steps=1)
     >>> sorted(result.summary["arm"])  # doctest: +NORMALIZE_WHITESPACE
     ['all', 'bottom', 'energy-matched', 'latent-blend', 'pixel-blend', 'prompt-blend', 'random', 'top', 'top-early',
      'top-readout', 'untouched']

@@ -89,9 +89,9 @@ def transfer_image(
 
     >>> from dit_lens import DiTLens
     >>> lens = DiTLens.toy()
-    >>> image = lens.run("a big red circle left on a plain blue background", seed=1).images[0]
+    >>> image = lens.run("a big red circle left on a plain blue background", seed=1, num_inference_steps=4).images[0]
     >>> pair = (image, "a small white cross right on a plain green background")
-    >>> result = transfer_image(lens, [pair], k=4, strengths=[1.0], mask_from=None, draws=1, num_inference_steps=2)
+    >>> result = transfer_image(lens, [pair], k=4, strengths=[1.0], mask_from=None, draws=1, num_inference_steps=1)
     >>> result.notes[-1]
     'the autoencoder alone gives the images back with rmse ...'
 

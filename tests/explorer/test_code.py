@@ -12,11 +12,11 @@ import dit_lens as dl
 CIRCLE = "a big red circle left on a checkered blue background"
 CROSS = "a small white cross right on a plain green background"
 PROMPTS = [CIRCLE, CROSS]
-CALL = {"k": 4, "num_inference_steps": 2}
+CALL = {"k": 4, "num_inference_steps": 1}
 MADE = {
     "disruption": ([PROMPTS], {"draws": 1, "confounds": False, **CALL}),
     "organisation": ([PROMPTS], {"draws": 1, "site": "blocks[4:6].img", "polarity": "border", **CALL}),
-    "transfer": ([[(CROSS, CIRCLE)]], {"draws": 1, "strengths": [0.5], "mask_from": None, "steps": (0.0, 0.5), **CALL}),
+    "transfer": ([[(CROSS, CIRCLE)]], {"draws": 1, "strengths": [0.5], "mask_from": None, "steps": 0, **CALL}),
     "stability": ([PROMPTS], {"seeds": [0, 3], "site": "blocks[6:8].img", **CALL}),
     "write_attribution": ([PROMPTS], {"site": "blocks.2.img", **CALL}),
     "patching": ([[(CROSS, CIRCLE)]], {"over": "block x step", "attribute": (), **CALL}),

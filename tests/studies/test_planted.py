@@ -75,9 +75,9 @@ def test_transfer(model):
         lens,
         [(PROMPTS[0], PROMPTS[1]), (PROMPTS[2], PROMPTS[3])],
         k=K,
-        strengths=[0.5, 1.0],
-        draws=2,
+        draws=1,
         judge=scene_judge,
+        **({"strengths": [0.5, 1.0]} if name == "carrier" else {"strengths": [1.0], "mask_from": None}),
     )
     rows = result.summary.set_index(["arm", "masked", "strength"]).sort_index()
     top, every, random = (rows.loc[(arm, False, 1.0)] for arm in ("top", "all", "random"))

@@ -1,8 +1,8 @@
 """What a study has finished is kept: after Ctrl-C, after kill -9, and for readers without the model."""
 
+import multiprocessing
+import os
 import signal
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -15,6 +15,7 @@ from dit_lens import DiTLens
 from dit_lens.core.runs.files import LOCK
 from dit_lens.errors import PromptError, StoreError, StudyInterrupted
 from dit_lens.studies import Result, disruption
+from dit_lens.studies.shared import cells
 from dit_lens.studies.shared.batches import make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
@@ -66,35 +67,27 @@ def assert_same(one, other):
     assert (one.settings, one.notes) == (other.settings, other.notes)
 
 
-DYING = """
-import os, signal, sys, torch
-from dit_lens import DiTLens
-from dit_lens.core.runs.files import LOCK
-from dit_lens.studies.shared import cells
-from tests import pipelines
-from tests.studies.shared.test_checkpoints import study
+def die_in_the_tenth_cell(lens, out):
+    """Runs the study until half of a cell is on the disk, and kills this process."""
+    write, written = cells.write_json, []
 
-torch.set_num_threads(1)
-write, written = cells.write_json, []
+    def write_or_die(path, value):
+        if path.name == "cell.json":
+            written.append(path)
+            if len(written) == 10 and any(path.parent.glob("*.png")):
+                os.kill(os.getpid(), signal.SIGKILL)
+        write(path, value)
 
-def die_in_the_tenth(path, value):
-    if path.name == "cell.json":
-        written.append(path)
-        if len(written) == 10:
-            assert any(path.parent.glob("*.png"))  # half of the cell is on the disk
-            os.kill(os.getpid(), signal.SIGKILL)
-    write(path, value)
-
-cells.write_json = die_in_the_tenth
-study(DiTLens(pipelines.flux(), defaults=dict(pipelines.CALL)), out=sys.argv[1])
-"""
+    cells.write_json = write_or_die
+    study(lens, out=out)
 
 
 def test_a_killed_study_goes_on_without_losing_or_repeating_a_cell(lens, whole, runs, tmp_path):
     out = tmp_path / "study"
-    command = [sys.executable, "-c", DYING, str(out)]
-    died = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    died = multiprocessing.get_context("fork").Process(target=die_in_the_tenth_cell, args=(lens, out))
+    died.start()
+    died.join(300)
+    assert died.exitcode == -signal.SIGKILL
     assert len(list((out / "cells").glob("0*"))) == 9
     assert len(list((out / "cells").glob(".*.partial"))) == 1
     part = Result.load(out)  # the half-written cell is not seen
