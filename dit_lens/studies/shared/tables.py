@@ -27,8 +27,9 @@ def summarise(table: pd.DataFrame, by: Sequence[str], measures: Sequence[str]) -
     lines = []
     for _, group in table.groupby(list(by), sort=False, dropna=False):
         line: dict[str, Any] = {name: group[name].iloc[0] for name in by} | {"n": len(group)}
+        prompts, seeds = group["prompt"].to_numpy(), group["seed"].to_numpy() if "seed" in group else None
         for measure in measures:
-            line |= _bounds(measure, group.dropna(subset=[measure]), measure, LIMITS.get(measure))
+            line |= _bounds(measure, group[measure].to_numpy(float), prompts, seeds, LIMITS.get(measure))
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -55,15 +56,16 @@ def compare_arms(table: pd.DataFrame, by: Sequence[str], measures: Sequence[str]
     lines = []
     for _, group in table.groupby(list(by), sort=False):
         pairs = group.groupby(["prompt", "seed", "arm"], sort=False)[list(measures)].mean().unstack("arm")
+        prompts, seeds = (pairs.index.get_level_values(name).to_numpy() for name in ("prompt", "seed"))
         for arm in group["arm"].unique():
             if arm == base or base not in group["arm"].to_numpy():
                 continue
             line: dict[str, Any] = {name: group[name].iloc[0] for name in by} | {"arm": arm}
             for measure in measures:
-                excess = (pairs[measure, base] - pairs[measure, arm]).dropna().rename("excess").reset_index()
+                excess = (pairs[measure, base] - pairs[measure, arm]).to_numpy(float)
                 limits = LIMITS.get(measure)
                 limits = limits and (limits[0] - limits[1], limits[1] - limits[0])
-                line |= _bounds(f"{measure}_{base}_minus", excess, "excess", limits, p=True)
+                line |= _bounds(f"{measure}_{base}_minus", excess, prompts, seeds, limits, p=True)
             lines.append(line)
     return pd.DataFrame(lines)
 
@@ -102,16 +104,22 @@ def _format_number(value: Any) -> str:
 
 
 def _bounds(
-    name: str, rows: pd.DataFrame, measure: str, limits: tuple[float, float] | None, *, p: bool = False
+    name: str,
+    values: np.ndarray,
+    prompts: np.ndarray,
+    seeds: np.ndarray | None,
+    limits: tuple[float, float] | None,
+    *,
+    p: bool = False,
 ) -> dict[str, float]:
-    """The mean of a measure with its interval, as three columns, and its p-value; missing where there are no values."""
-    if rows.empty:
+    """The mean of what is there with its interval, as three columns, and its p-value; missing where nothing is."""
+    there = ~np.isnan(values)
+    if not there.any():
         return dict.fromkeys((name, f"{name}_low", f"{name}_high", *([f"{name}_p"] * p)), np.nan)
-    values = rows[measure].to_numpy(float)
-    seeds = rows["seed"].to_numpy() if "seed" in rows and rows["seed"].notna().all() else None
+    values, prompts = values[there], prompts[there]
+    seeds = seeds[there] if seeds is not None and pd.notna(seeds[there]).all() else None
     if limits is not None and not limits[0] <= values.min() <= values.max() <= limits[1]:
         limits = None  # another scale, of a user's judge
-    prompts = rows["prompt"].to_numpy()
     found = mean_ci(values, prompts, seeds, limits=limits)
     line = dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
     return {**line, f"{name}_p": mean_p(values, prompts, seeds, limits)} if p else line
