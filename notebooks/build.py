@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import hashlib
 import os
 import sys
@@ -21,7 +22,9 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+import psutil
 from filelock import FileLock
+from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
 REPOSITORY = "dit-lens/dit_lens"  # owner/name on GitHub, for Colab; to be changed in a fork
@@ -110,19 +113,47 @@ def execute_lesson(source: Path) -> Path:
 
 
 def run(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Executes a notebook in an empty folder and returns it with its outputs; its metadata have the CPU seconds."""
-    from nbclient import NotebookClient
+    """Executes a notebook in an empty folder and returns it with its outputs; its metadata have the CPU seconds.
 
+    All notebooks of a process share a kernel, which imports torch once; each finds it without names of another.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        resources = {"metadata": {"path": folder}}
-        client = NotebookClient(notebook, timeout=SECONDS, resources=resources, store_widget_state=False)
-        before = os.times()
-        client.execute(env={**os.environ, "DIT_LENS_RENDER": "static"})  # explorers as pages that need no kernel
-        notebook.metadata["seconds"] = os.times().children_user - before.children_user
+        _begin_anew(folder)
+        before = _kernel_seconds()
+        try:
+            _execute(notebook)
+            notebook.metadata["seconds"] = _kernel_seconds() - before
+        finally:
+            _begin_anew(ROOT)  # before the folder is gone
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _is_transient(output)]
     return notebook
+
+
+@functools.cache
+def _client() -> NotebookClient:
+    """A client whose kernel lives as long as this process."""
+    return NotebookClient(nbformat.v4.new_notebook(), timeout=SECONDS, store_widget_state=False)
+
+
+def _execute(notebook: nbformat.NotebookNode) -> None:
+    """Executes the cells of a notebook in the kernel of this process."""
+    client = _client()
+    client.nb = notebook
+    client.reset_execution_trackers()
+    client.execute(cleanup_kc=False, env={**os.environ, "DIT_LENS_RENDER": "static"})  # explorers need no kernel
+
+
+def _begin_anew(folder: str | Path) -> None:
+    """Empties the namespace of the kernel, and moves it to a folder."""
+    code = f"get_ipython().reset(); __import__('os').chdir({str(folder)!r})"
+    _execute(nbformat.v4.new_notebook(cells=[new_code_cell(code)]))
+
+
+def _kernel_seconds() -> float:
+    """CPU seconds of the kernel so far."""
+    return psutil.Process(_client().km.provisioner.pid).cpu_times().user
 
 
 def _is_transient(output: nbformat.NotebookNode) -> bool:

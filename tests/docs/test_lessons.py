@@ -6,12 +6,13 @@ import re
 
 import nbformat
 import pytest
+from nbclient.exceptions import CellExecutionError
 
 from notebooks import build
 
 SOURCES = build.list_sources()
 LESSONS = [source for source in SOURCES if source.stem.startswith("lesson_")]
-SECONDS = 120  # that a lesson may take on one core
+SECONDS = 100  # that a lesson may take on one core
 DRAWS = re.compile(r"^(plots\.\w+\(|dl\.(explore|steer)\(|.*\.figure\(\)$)", re.MULTILINE)
 DRAWN = {"application/vnd.plotly.v1+json", "text/html"}
 
@@ -66,6 +67,16 @@ def test_what_is_said_of_this_machine_and_moment_is_left_out():
     assert [output.data["text/plain"] for output in cell.outputs] == ["42"]
 
 
+def test_a_notebook_finds_nothing_that_another_left():
+    left = "import pathlib\nx = 1\nopen('here', 'w').close()\n1 / 0"
+    with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
+        build.run(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(left)]))
+    found = "[name for name in ('x', 'pathlib') if name in globals()], __import__('os').listdir()"
+    (cell,) = build.run(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(found)])).cells
+    assert [output.data["text/plain"] for output in cell.outputs] == ["([], [])"]
+    assert cell.execution_count == 1
+
+
 @pytest.mark.parametrize("source", LESSONS, ids=named)
 def test_a_lesson_says_what_it_teaches_and_has_exercises(source):
     whole = build.make_notebooks(source)[build.HERE / "solutions" / f"{source.stem}.ipynb"]
@@ -89,6 +100,7 @@ def test_a_blank_exercise_fails_its_check_with_what_to_do(source):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("lessons")  # of which one kernel executes all
 @pytest.mark.parametrize("source", SOURCES, ids=named)
 def test_a_lesson_runs_in_time_and_shows_its_figures(source):
     notebook = nbformat.read(build.execute_lesson(source), as_version=4)
