@@ -24,6 +24,7 @@ from dit_lens.toys.scenes import sample_scenes
 
 lens = dl.DiTLens.toy()
 lens.pipe.set_progress_bar_config(disable=True)
+lens.defaults["num_inference_steps"] = 6  # instead of 12: faster, and the images are hardly worse
 circle = "a big red circle left on a checkered blue background"
 
 # %% [markdown]
@@ -80,6 +81,7 @@ dl.explore(lens.run(circle, [dl.Read("blocks.*.img")], seed=0))
 # %%
 untrained = dl.DiTLens.toy(untrained=True)
 untrained.pipe.set_progress_bar_config(disable=True)
+untrained.defaults["num_inference_steps"] = 6
 largest = untrained.massive_channels(circle, k=8, seed=0)
 plots.channel_spectrum(largest.scores["blocks.5.img"], largest["blocks.5.img"], site="blocks.5.img, untrained")
 
@@ -108,7 +110,7 @@ pd.concat({"trained": concentration(massive), "untrained": concentration(largest
 
 # %%
 prompts = [scene.caption for scene in sample_scenes(4, seed=0, held_out=True)]  # combinations held out of training
-stability = studies.stability(lens, prompts, k=8, seeds=[0, 1], num_inference_steps=6)
+stability = studies.stability(lens, prompts, k=8, seeds=[0, 1])
 stability.figure()
 
 # %%

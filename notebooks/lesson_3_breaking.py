@@ -26,6 +26,7 @@ from dit_lens.toys.scenes import recognise_scene, sample_scenes
 
 lens = dl.DiTLens.toy()
 lens.pipe.set_progress_bar_config(disable=True)
+lens.defaults["num_inference_steps"] = 6  # instead of 12: faster, and the images are hardly worse
 circle = "a big red circle left on a checkered blue background"
 untouched = lens.run(circle, seed=0).images[0]
 massive = lens.massive_channels(circle, k=8, seed=0)
@@ -151,7 +152,7 @@ for arm, than in [
 # determined?
 
 # %% tags=["solution"]
-# Two images (PIL), with seed=0 and all 12 steps.
+# Two images (PIL), with seed=0 and all 6 steps.
 early = lens.run(circle, dl.Zero("blocks.*.img", channels=massive, steps=(0.0, 0.5)), seed=0).images[0]
 late = lens.run(circle, dl.Zero("blocks.*.img", channels=massive, steps=(0.5, 1.0)), seed=0).images[0]
 
