@@ -12,8 +12,16 @@ from hypothesis import settings
 settings.register_profile("thorough", max_examples=2500, deadline=None)  # --hypothesis-profile=thorough
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items):
-    """The slow ones first, so that processes end together; of these the site last, since it shows what lessons drew."""
+    """The slow ones first, so that processes end together; of these the site last, since it shows what lessons drew.
+
+    Tests of one pipeline of the zoo are of one process, which alone makes it.
+    """
+    for item in items:
+        module, chosen = getattr(item, "module", None), getattr(item, "callspec", None)
+        if chosen and "name" in chosen.params and (hasattr(module, "zoo_of") or hasattr(module, "truth")):
+            item.add_marker(pytest.mark.xdist_group(f"zoo-{chosen.params['name']}"))
     items.sort(key=lambda item: (item.get_closest_marker("slow") is None, "site" in item.fixturenames))
 
 
