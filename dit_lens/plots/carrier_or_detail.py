@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,7 +60,7 @@ def carrier_or_detail_figure(summary: pd.DataFrame, *, bound: float = 0.1) -> go
     columns = ("necessity", "sufficiency"), ("decoding", "variance")
     rows = [pair for pair in columns if set(pair) & set(drawn)]
     figure = make_subplots(
-        len(rows), 2, shared_xaxes=True, horizontal_spacing=0.16, vertical_spacing=0.14,
+        len(rows), 2, horizontal_spacing=0.16, vertical_spacing=0.19,
         subplot_titles=[_PANELS[name] if name in drawn else "" for pair in rows for name in pair],
     )  # fmt: skip
     figure.update_annotations(font_size=12)  # the panels' titles
@@ -94,8 +95,8 @@ def _draw_panel(figure: go.Figure, lines: pd.DataFrame, bound: float, row: int, 
             col=column,
         )
         figure.add_annotation(
-            text=_tell(line), x=0, xref="x domain", y=position + 0.36, xanchor="left", showarrow=False,
-            font={"size": 10.5, "color": INK}, row=row, col=column,
+            text=_tell(line), x=0, xref="x domain", y=position + 0.5, xanchor="left", yanchor="top", align="left",
+            showarrow=False, font={"size": 10.5, "color": INK}, row=row, col=column,
         )  # fmt: skip
     figure.add_vrect(x0=-bound, x1=bound, fillcolor=fade(INK, 0.18), line_width=0, layer="below", row=row, col=column)
     figure.update_yaxes(
@@ -124,8 +125,8 @@ def _tell(line: pd.Series) -> str:
     colour = _ANSWERS.get(str(line["says"]), INK)
     told = f'<b><span style="color:{colour}">{line["says"]}</span></b>  {line["value"]:.2f}'
     if isinstance(line["control"], str) and line["control"]:
-        told += f" against {line['control_value']:.2f} ({line['control']})"
-    return told
+        return f"{told} against {line['control_value']:.2f} ({line['control']})"
+    return "<br>".join([told, *textwrap.wrap(str(line["why"] or ""), 40)])
 
 
 def _hover(line: pd.Series) -> str:
@@ -137,8 +138,10 @@ def _hover(line: pd.Series) -> str:
 
 def _describe(table: pd.DataFrame, bound: float) -> str:
     sides = table[table["measure"].isin(["necessity", "sufficiency"]) & (table["part"] == "whole")]
-    counts = sorted({int(n) for n in sides["n"].dropna()})
-    told = [f"n = {' and '.join(map(str, counts))} readable images"] if counts else []
+    counts = [f"{n:.0f}" for n in sides["n"].dropna()]
+    if len(set(counts)) > 1:
+        counts = [f"{n} ({name})" for n, name in zip(counts, ("needed", "movable"), strict=True)]
+    told = [f"n = {' and '.join(dict.fromkeys(counts))} readable images"] if counts else []
     ceiling = table[table["measure"] == "ceiling"]
     if len(ceiling):
         line = ceiling.iloc[0]

@@ -255,8 +255,12 @@ def test_destroyed_images_are_counted_apart():
     rate = {(one["measure"], one["arm"]): one["value"] for one in rates if one["part"] == "whole"}
     assert rate["destroyed when removed", "top"] == pytest.approx(1 - line["readable"])
     assert rate["destroyed when removed", "random"] == rate["destroyed when moved", "all"] == 0
-    few = says(weigh_edits(make_table(destroyed=0.9), Thresholds()))
+    lines = weigh_edits(make_table(destroyed=0.9), Thresholds())
+    few = says(lines)
     assert few["necessity", "whole"] == few["necessity", "mean - residual"] == "undecided"
+    line = next(one for one in lines if (one["measure"], one["part"]) == ("necessity", "whole"))
+    assert "excess" not in line  # of the few that are left
+    assert line["why"].endswith("of the images are readable without them")
 
 
 def test_notes_say_what_decides_and_what_it_would_take():

@@ -205,15 +205,13 @@ def _describe(
     answer: Answer,
     limits: tuple[float, float] | None = LIMITS,
 ) -> dict[str, Any]:
-    """A line of evidence: what the channels do, and by how much more than the control that decides."""
+    """A line of evidence: what the channels do, and by how much more than the control that decides, where one can."""
     own = take_shares(arms["top"], most, limits)
     line = {"measure": measure, "part": part, "arm": "top", **_measure(own)}
-    controls = {name: take_shares(effect, most, limits) for name, effect in _controls(arms).items()}
-    known = {name: one.mean for name, one in controls.items() if len(one.values)}
-    name = answer.control or max(known, key=lambda one: known[one], default="")
-    if name:
+    if name := answer.control:
         excess = take_shares(arms["top"] - arms[name], most, limits and LIMITS)
-        line |= {"control": name, "control_value": controls[name].mean, "spread": excess.spread}
+        control = take_shares(arms[name], most, limits)
+        line |= {"control": name, "control_value": control.mean, "spread": excess.spread}
         line |= _bounds("excess", excess.interval())
     return {**line, "p": answer.p, "says": answer.says, "why": answer.why}
 
