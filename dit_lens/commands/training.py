@@ -87,9 +87,8 @@ def measure(lens: DiTLens, size: Size, cells: Path | None) -> dict[str, Any]:
     top = damaged.summary.set_index("arm").loc["top"]
     compared = compare_arms(damaged.table[damaged.table["k"] > 0], ["k"], ["rmse"]).set_index("arm")
     line = {"n": int(untouched["prompt"].nunique()), "fidelity": untouched["fidelity"].mean()}
-    for end in ("", "_low", "_high"):
-        line[f"energy_share{end}"] = top[f"energy_share{end}"]
-        line[f"damage{end}"] = compared.loc["energy-matched", f"rmse_top_minus{end}"]
+    line |= {f"energy_share{end}": top[f"energy_share{end}"] for end in ("", "_low", "_high")}
+    line |= {f"damage{end}": compared.loc["energy-matched", f"rmse_top_minus{end}"] for end in ("", "_low", "_high")}
     return {**line, "rmse": top["rmse"], **_measure_overlap(lens, size, shared, cells, untouched["readable"].any())}
 
 

@@ -50,7 +50,7 @@ def check_summary(summary: pd.DataFrame, needed: Sequence[str]) -> pd.DataFrame:
     needed: columns that the figure needs.
     """
     check_columns(summary, needed)
-    text = {"arm", "masked", "block", "level"}
+    text = {"arm", "masked", "block", "level", "run"}
     try:
         return summary.assign(**{name: summary[name].astype(float) for name in summary if name not in text})
     except (TypeError, ValueError) as problem:

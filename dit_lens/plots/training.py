@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from dit_lens.arguments.checks import checked
 from dit_lens.errors import OpError
 from dit_lens.plots.code import carries_code
-from dit_lens.plots.tables import check_columns, column_values, error_bars
+from dit_lens.plots.tables import check_summary, column_values, error_bars
 from dit_lens.plots.theme import CI, INK, Look, set_title
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def training_figure(table: pd.DataFrame) -> go.Figure:
     table: of ``dit-lens training``; columns run, iteration, n (prompts), fidelity (0 to 1), energy_share (0 to 1),
       damage (grey levels) and iou (0 to 1), the last three with their bounds if known.
     """
-    check_columns(table, ("run", "iteration", "n", *_PANELS))
+    table = check_summary(table, ("run", "iteration", "n", *_PANELS))
     runs = list(dict.fromkeys(table["run"]))
     if len(runs) > len(_COLOURS):
         raise OpError(f"{len(runs)} training runs are too many lines for one figure. Give up to {len(_COLOURS)}.")

@@ -97,6 +97,10 @@ def test_a_figure_has_a_line_for_every_run():
     assert [trace.name for trace in figure.data] == [f"seed {s}" for s in range(5)] * 4
     damage = figure.data[2 * 5 + 1]
     assert (list(damage.x), list(damage.y)) == ([0, 500], [0, 500])
+    with pytest.raises(OpError, match="something other than numbers in a column of numbers"):
+        plots.training_figure(pd.DataFrame(rows).assign(iou="none"))
+    with pytest.raises(OpError, match="The summary lacks iou"):
+        plots.training_figure(pd.DataFrame(rows).drop(columns="iou"))
     many = pd.concat([pd.DataFrame(rows).assign(run=str(i)) for i in range(9)])
     with pytest.raises(OpError, match="9 training runs are too many lines"):
         plots.training_figure(many)
