@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import runpy
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.analysis import metrics
 from dit_lens.arguments.numbers import MOST, check_number
+from dit_lens.arguments.paths import expand_user
 from dit_lens.core.runs.files import check_regular, report_damage
 from dit_lens.core.runs.provenance import digest
 from dit_lens.errors import OpError, PromptError, StoreError, nearest
 from dit_lens.studies.shared import prompts as lists
+from dit_lens.studies.shared import protocols
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +57,17 @@ class StudyOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        """Tells what cannot be used before a pipeline is loaded."""
         check_number("seeds", self.seeds, 1, MOST)
+        for name in ("k", "draws"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 1, MOST)
+        protocols.get(self.protocol)
+        self.make_call()
+        if self.prompts is not None:
+            lists.load(self.prompts)
+        _check_named("judge", self.judge, ("clip", "vqa"))
+        _check_named("masks", self.masks, ("birefnet",))
 
     def write_command(self, pipeline: str) -> str:
         """The command that asks for this of a pipeline, but for where it runs and what it writes."""
@@ -145,9 +157,7 @@ def find_judge(named: str | None, device: Any) -> Callable[[Image, str], Any] | 
         return _place(metrics.clip_judge(model or CLIP), device)
     if kind == "vqa":
         return _place(metrics.vqa_judge(*([model] if model else [])), device)
-    if named.endswith(".py"):
-        return load_function(Path(named), "judge")
-    raise OpError(f"--judge {named} is no judge.{nearest(named, ['clip', 'vqa', 'FILE.py'])}")
+    return load_function(Path(expand_user(named)), "judge")
 
 
 def find_masks(
@@ -167,11 +177,26 @@ def find_masks(
         given = [model] if model else []
         return _place(metrics.birefnet_masks(*given, trust_remote_code=trust_remote_code), device)
     if named.endswith(".py"):
-        return load_function(Path(named), "masks")
-    folder = Path(named)
-    if not folder.is_dir():
-        raise StoreError(f"--masks {named} is neither birefnet nor a file FILE.py nor a folder with PROMPT.png files.")
+        return load_function(Path(expand_user(named)), "masks")
+    folder = Path(expand_user(named))
     return [_read_mask(folder / f"{name}.png") for name in names]
+
+
+def _check_named(what: str, named: str | None, kinds: Sequence[str]) -> None:
+    """Raises OpError for a judge or masks that are neither of a known kind, nor a file, nor a folder of masks.
+
+    what: "judge" or "masks".
+    named: the option, or None.
+    kinds: those that have a name.
+    """
+    if named is None or named.partition(":")[0] in kinds:
+        return
+    if named.endswith(".py"):
+        if not check_regular(Path(expand_user(named))).is_file():
+            raise StoreError(f"there is no file {named}.")
+    elif what == "judge" or not Path(expand_user(named)).is_dir():
+        folder = ["a folder with ID.png files"] if what == "masks" else []
+        raise OpError(f"--{what} {named} is none.{nearest(named, [*kinds, 'FILE.py', *folder])}")
 
 
 def _read_value(text: str) -> Any:
@@ -184,8 +209,6 @@ def _read_value(text: str) -> Any:
 
 def load_function(file: Path, name: str) -> Callable[[Image, str], Any]:
     """A function of a Python file, which is run; StoreError or OpError if that does not work."""
-    if not check_regular(file).is_file():
-        raise StoreError(f"there is no file {file}.")
     try:
         found = runpy.run_path(str(file))
     except Exception as problem:

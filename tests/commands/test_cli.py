@@ -72,6 +72,10 @@ def test_run_with_ops(tmp_path, capsys):
         (["demo", "--out", "/usr"], "no earlier demo"),
         (["demo", "--seed", "-1", "--out", "x"], "seed -1 is not a whole number from 0 up"),
         (["findings", "--seeds", "0", "--out", "x"], "seeds=0 is out of range"),
+        (["study", "nowhere/at-all", "--protocol", "turri2025"], "Nearest: 'turri2026'"),
+        (["study", "nowhere/at-all", "--judge", "clap"], "Nearest: 'clip'"),
+        (["study", "nowhere/at-all", "--device", "nonsense"], "device 'nonsense' is not there"),
+        (["board", "nowhere", "--out", "x"], "nowhere/result.json does not exist"),
         (["run", "toy:flux", PROMPT, "--seed", "-1", "--out", "x"], "seed -1 is not a whole number from 0 up"),
         (["run", "toy:flux", PROMPT, "--steps", "0", "--out", "x"], "num_inference_steps=0"),
         (["run", "toy:flux", PROMPT, "--ops", "/dev/zero", "--out", "x"], "not a file"),
@@ -99,7 +103,9 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["demo", "findings", "cells", "run", "atlas", "train-toy", "evaluate"])
+@pytest.mark.parametrize(
+    "command", ["demo", "findings", "cells", "study", "board", "run", "atlas", "train-toy", "evaluate"]
+)
 def test_a_place_that_nobody_can_write_is_told_before_anything_is_loaded(command, tmp_path, capsys, monkeypatch):
     def load(*args, **options):
         raise AssertionError("a pipeline is loaded")
@@ -110,6 +116,8 @@ def test_a_place_that_nobody_can_write_is_told_before_anything_is_loaded(command
         "demo": ["demo", "--out", place],
         "findings": ["findings", "--out", place],
         "cells": ["findings", "--out", str(tmp_path / "new"), "--cells", place],
+        "study": ["study", "toy:flux", "--out", place],
+        "board": ["board", str(tmp_path), "--out", place],
         "run": ["run", "toy:flux", PROMPT, "--out", place],
         "atlas": ["atlas", "toy:flux", "--out", place],
         "train-toy": ["train-toy", "flux", "--out", place],
