@@ -18,7 +18,7 @@ from dit_lens.commands.study_plan import ORDER
 from dit_lens.core.runs.provenance import fingerprint
 from dit_lens.lens import DiTLens
 from dit_lens.studies import ModelReport, Result
-from dit_lens.studies.shared import checkpoints
+from dit_lens.studies.shared import checkpoints, protocols
 from dit_lens.studies.shared.schema import load_schema
 from tests import pipelines
 
@@ -104,6 +104,12 @@ def inputs(place):
     return ["--judge", str(place / "judge.py"), "--masks", str(place / "masks.py"), *FINISHED]
 
 
+def quick(protocol):
+    """A protocol whose transport has one strength: a fourth of the images."""
+    choices = [replace(one, value=(1.0,)) if one.argument == "strengths" else one for one in protocol.choices]
+    return replace(protocol, choices=tuple(choices))
+
+
 @pytest.fixture(scope="module")
 def finished(place, tmp_path_factory):
     """The folder of all studies, of which the second was interrupted; what the first call said, and what was drawn."""
@@ -114,9 +120,11 @@ def finished(place, tmp_path_factory):
         drawn.append(len(found.latents if found.images is None else found.images))
         return found
 
+    get = protocols.get
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("dit_lens.commands.page.find_browser", lambda: None)
         patched.setattr(DiTLens, "run", counted)
+        patched.setattr(protocols, "get", lambda name: quick(get(name)))
         said = io.StringIO()
         with pytest.MonkeyPatch.context() as inner, redirect_stdout(said), redirect_stderr(said):
             before = interrupt_after(inner, 5)
