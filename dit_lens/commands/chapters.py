@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from dit_lens.commands.sentences import ControlComparison
     from dit_lens.studies import Result
 
-# 64 prompts decide differences of half a standard deviation (studies.power); draws of a control matter less.
-PROMPTS, SEEDS, DRAWS, K = 64, 2, 4, 8
+# 64 prompts decide differences of half a standard deviation (studies.power). Images are spent on prompts: two seeds
+# cost twice as much and decide less than one, and draws of a control matter less than prompts.
+PROMPTS, SEEDS, DRAWS, K = 64, 1, 4, 8
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def _patch_groups(size: Size) -> dict[str, Any]:
 CHAPTERS = (
     Chapter(
         name="stability",
-        arguments=lambda size: {"prompts": size.texts, **size.shared},
+        # Whether seeds share their channels takes two of them.
+        arguments=lambda size: {"prompts": size.texts, **size.shared, "seeds": list(range(max(2, size.seeds)))},
         describe=sentences.describe_stability,
         published="SPARK calls a set stable from a mean overlap of 0.9 of successive aggregates on.",
     ),

@@ -53,11 +53,11 @@ an architecture. Compare toys that differ by the seed and the length of their tr
 show what the instruments measure where the truth can be checked, and they say so where a claim does not hold. They are
 written by `dit-lens findings`; every number in them comes from the tables beside it.
 
-Intervals are 95 %, of new prompts and, of several seeds, new ones ([how](../concepts/statistics.md)). Arms are compared
-image by image: the same prompt, the same seed. A claim *holds* where the massive channels lie beyond each control of
-equal size, by p-values corrected for the number of controls (Holm), *fails* where they lie on the other side of one by
-the same rule, and is *undecided* between. Claim 2 has nulls to exceed as well, at a block that one half of the prompts
-chose and the other half judges. Distances between images are RMSE over grey levels, 0 to 255.
+Intervals are 95 %, of new prompts, and of new seeds where a study has several ([how](../concepts/statistics.md)). Arms
+are compared image by image: the same prompt, the same seed. A claim *holds* where the massive channels lie beyond each
+control of equal size, by p-values corrected for the number of controls (Holm), *fails* where they lie on the other side
+of one by the same rule, and is *undecided* between. Claim 2 has nulls to exceed as well, at a block that one half of
+the prompts chose and the other half judges. Distances between images are RMSE over grey levels, 0 to 255.
 
 A reader who distrusts a number makes it again: every study's page has the code that draws it, and every image's
 measurements as a compressed table, from which any verdict follows, as in
