@@ -110,7 +110,7 @@ def _add_study(commands: Any) -> None:
     study.add_argument("-k", "--k", type=int, default=None, help="how many channels count as massive")
     study.add_argument("--steps", type=int, default=None, help="denoising steps")
     study.add_argument("--call", nargs="+", metavar="NAME=VALUE", default=(), help="other arguments of the pipeline")
-    study.add_argument("--seeds", type=int, default=2, help="how many seeds every prompt is run with")
+    study.add_argument("--seeds", type=int, default=1, help="seeds of each prompt; two decide less than one or three")
     study.add_argument("--draws", type=int, default=None, help="draws of the random controls")
     study.add_argument("--trust-remote-code", action="store_true", help="code that comes with a segmenter may run")
     study.add_argument(

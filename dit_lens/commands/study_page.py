@@ -96,7 +96,7 @@ def _write_head(plan: StudyPlan, report: ModelReport) -> list[str]:
         *ceiling,
         "",
         "Of each claim: the verdict, the massive channels, and by how much they exceed the control with the largest",
-        "corrected p-value. Intervals are 95 %, of new prompts and new seeds.",
+        f"corrected p-value. Intervals are 95 %, of {plan.whose}.",
         "",
         "```text",
         plan.describe(),

@@ -69,6 +69,11 @@ class StudyPlan:
     seconds: float
 
     @property
+    def whose(self) -> str:
+        """Of what the intervals are."""
+        return "new prompts under this noise" if len(self.seeds) == 1 else "new prompts and new seeds"
+
+    @property
     def batch_size(self) -> int:
         """How many prompts go through the pipeline together: each has another one beside it, which it may take from."""
         return next(size for size in count(BATCH) if len(self.prompts.texts) % size != 1)
@@ -122,7 +127,10 @@ class StudyPlan:
                 "draws": min(self.setting("draws") or FEW_DRAWS, FEW_DRAWS),
             },
         }
-        return {name: {**found[name], **shared} for name in ORDER if name not in self.left_out}
+        asked = {name: {**found[name], **shared} for name in ORDER if name not in self.left_out}
+        if len(self.seeds) == 2 and "carrier_or_detail" in asked:
+            asked["carrier_or_detail"]["seeds"] = self.seeds[:1]  # of two, intervals reach far, and decide less
+        return asked
 
     @cached_property
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -161,7 +169,7 @@ class StudyPlan:
             f"  {self._describe_row()}",
             f"  call: {call or 'nothing but the prompt'}; {self.steps} steps; {describe_k(self.setting('k'), width)}",
             f"  {texts}; pairs: {len(prompts.pairs)}, {prompts.pairing}",
-            f"  seeds: {len(self.seeds)}; {self.batch_size} prompts or pairs at once",
+            f"  seeds: {len(self.seeds)}, so intervals are of {self.whose}; {self.batch_size} prompts or pairs at once",
             "  a claim holds where the massive channels lie beyond each control of equal size, by p-values corrected",
             f"  for their number (Holm, {LEVEL}), fails where they lie on the other side of one, else is undecided",
             "  claim 2 has nulls to exceed as well, at a block that half of the prompts chose;",

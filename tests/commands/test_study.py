@@ -87,7 +87,8 @@ def test_a_plan_says_what_would_be_and_writes_nothing(place, tmp_path, monkeypat
         "in its place: k=4, draws=2, num_inference_steps=2, height=32",
         "this model is none of the protocol's (FLUX.1-dev, ",
         "prompts: 2 of prompts.csv (",
-        "pairs: 1, neighbours in the list\n  seeds: 3; 4 prompts or pairs at once",
+        "pairs: 1, neighbours in the list\n",
+        "seeds: 3, so intervals are of new prompts and new seeds; 4 prompts or pairs at once",
         "studies: stability, disruption, transfer\n",
         "left out: organisation, as nothing says where subjects are (--masks does)",
         "left out: carrier_or_detail, as no judge says",
@@ -277,9 +278,11 @@ def test_a_model_of_the_protocol_runs_as_it_says(toy):
     assert "max_sequence_length=16, dtype=float32" in said
 
 
-def test_no_prompt_is_alone_in_a_batch(toy):
+def test_no_prompt_is_alone_in_a_batch_and_no_verdict_has_two_seeds(toy):
     found = study_inputs.read_prompts(toy, None)
-    plan = make_plan(toy, "toy", study_inputs.StudyOptions(steps=2))
+    plan = make_plan(toy, "toy", study_inputs.StudyOptions(steps=2, seeds=2))
+    seeds = {name: arguments["seeds"] for name, arguments in plan.arguments().items()}
+    assert seeds == {name: [0] if name == "carrier_or_detail" else [0, 1] for name in ORDER}
     for prompts, size in ((2, 4), (4, 4), (5, 5), (9, 5), (16, 4), (61, 7)):
         texts = [str(i) for i in range(prompts)]
         assert replace(plan, prompts=replace(found, texts=texts)).batch_size == size
