@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from dit_lens.arguments.checks import checked, checked_but
+from dit_lens.arguments.signatures import sets
 from dit_lens.core.execution.engine import Engine
 from dit_lens.core.execution.remote import TIMEOUT, RemoteEngine, pipeline_without_weights
 from dit_lens.core.execution.turns import in_turn
@@ -129,6 +130,7 @@ class DiTLens(Session):
 
     @in_turn
     @checked
+    @sets("pipe", "prompt", "defaults", "vocabulary")
     def encode(
         self,
         prompts: str | Sequence[str],
@@ -172,6 +174,7 @@ class DiTLens(Session):
     # Massive activations
 
     @checked_but("k")
+    @sets("ops", "metric", "through", "branch", "reduce")
     def massive_channels(
         self,
         prompt: str | Sequence[str] | None,
@@ -208,6 +211,7 @@ class DiTLens(Session):
         )
 
     @checked
+    @sets("ops", "share", "mad", "score", "site")
     def subject_mask(
         self,
         prompt: str,
@@ -245,6 +249,7 @@ class DiTLens(Session):
     # Other measurements
 
     @checked
+    @sets("ops")
     def read_x0(
         self, prompt: str | Sequence[str] | None, site: Pattern | None = None, *, steps: Steps = None, **call: Any
     ) -> X0:
@@ -306,6 +311,7 @@ class DiTLens(Session):
         return read_pattern(self, prompt, block, heads=heads, ops=ops, steps=steps, branch=branch, **call)
 
     @checked
+    @sets("ops")
     def gradients(
         self,
         prompt: str | Sequence[str] | None,

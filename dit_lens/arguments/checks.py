@@ -18,7 +18,8 @@ from dit_lens.arguments.functions import takes
 from dit_lens.arguments.images import WORDS, to_image
 from dit_lens.arguments.numbers import LARGEST, MOST, as_seed, list_entries, to_int, to_number
 from dit_lens.arguments.paths import expand_user
-from dit_lens.errors import CallError, DitLensError, OpError, PromptError, StoreError, nearest, show
+from dit_lens.arguments.signatures import match_call, name_call
+from dit_lens.errors import DitLensError, OpError, PromptError, StoreError, show
 
 F = TypeVar("F", bound=Callable[..., Any])
 C = TypeVar("C", bound=type)
@@ -60,9 +61,6 @@ CLASSES = [
     "Time",
 ]
 UNFIT = object()
-UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-OWNERS = ("self", "cls")
-TAKES = "It takes"
 
 
 @dataclass(frozen=True)
@@ -136,44 +134,6 @@ def bind(
     return given
 
 
-def match_call(
-    function: Callable[..., Any], signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> inspect.BoundArguments:
-    """The arguments of a call by name; a CallError names the one that is unknown, missing or too many.
-
-    function, signature: what is called, and what it takes.
-    args, kwargs: what was given.
-    """
-    try:
-        return signature.bind(*args, **kwargs)
-    except TypeError as problem:
-        where = _name_call(function)
-        known = [name for name, one in signature.parameters.items() if one.kind not in UNNAMED and name not in OWNERS]
-        unknown = [name for name in kwargs if name not in known]
-        if unknown:
-            raise CallError(f"{where} has no argument {unknown[0]!r}.{nearest(unknown[0], known, TAKES)}") from None
-        raise CallError(f"{where}: {problem}. {TAKES}: {', '.join(known) or 'nothing'}.") from None
-
-
-def told(function: F) -> F:
-    """A function that tells which argument is unknown or missing; what they hold it checks itself."""
-    signature = inspect.signature(function)
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        match_call(function, signature, args, kwargs)
-        return function(*args, **kwargs)
-
-    return call  # ty: ignore[invalid-explicit-return]
-
-
-def told_fields(cls: C) -> C:
-    """A class that tells which argument is unknown or missing; what they hold it checks itself."""
-    plain: Any = cls
-    plain.__init__ = told(plain.__init__)
-    return cls
-
-
 def checked_but(*names: str) -> Callable[[F], F]:
     """As :func:`checked`, but for some arguments, which the function refuses itself."""
     return functools.partial(checked, but=names)
@@ -191,7 +151,7 @@ def _fit(function: Callable[..., Any], name: str, value: Any, kind: Kind, *, ref
     if found is UNFIT and not refuse:
         return value
     if found is UNFIT:
-        where = _name_call(function)
+        where = name_call(function)
         raise ERRORS.get(name, OpError)(f"{where}: {name}={show(value)} cannot be used. Give {kind.name}.")
     return as_seed(found) if name == "seed" and isinstance(found, int) else found
 
@@ -201,10 +161,6 @@ def _list_iterator(name: str, value: Any) -> Any:
     if found is None and value is not None:
         raise ERRORS.get(name, OpError)(f"{name}= gives more than {MOST:,} values, or does not end. Give a list.")
     return found
-
-
-def _name_call(function: Callable[..., Any]) -> str:
-    return getattr(function, "__qualname__", "").removesuffix(".__init__").rsplit("<locals>.", 1)[-1]
 
 
 def _kind_of(parameter: inspect.Parameter) -> Kind | None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import torch
 
 from dit_lens import families
-from dit_lens.arguments.checks import told
 from dit_lens.arguments.numbers import as_plain
+from dit_lens.arguments.signatures import told
 from dit_lens.core.execution.assemble import assemble
 from dit_lens.core.execution.blocks import Blocks
 from dit_lens.core.execution.engine import Engine, hide_progress_bar
@@ -166,6 +166,7 @@ class Session:
             raise PromptError(f"{self.family.name} has no text stream: its text enters by cross-attention.")
         return self.outline(prompt, **call).text().strings()
 
+    @told
     def outline(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Outline:
         """The steps, branches, rows and token grid of a run; nothing is run. Takes what :meth:`run` takes."""
         return self._forecast(prompt, (), **_without_options(call, "ops")).outline
@@ -176,6 +177,7 @@ class Session:
         plan = self._forecast(prompt, (), **_without_options(call, "ops"))
         return plan.outline.timeline, plan
 
+    @told
     def cost(self, prompt: str | Sequence[str] | None = None, ops: Sequence[Op] | Op = (), **call: Any) -> Cost:
         """How many bytes the reads of a run would keep; nothing is run. Takes what :meth:`run` takes."""
         ops = _list_ops(ops)
@@ -184,6 +186,7 @@ class Session:
 
     # Running
 
+    @told
     @in_turn
     def run(
         self,
@@ -253,6 +256,7 @@ class Session:
             run.recording = make_recording(called, state, self.pipe, stores[0])
         return run
 
+    @told
     def trace(self, prompt: str | Sequence[str] | None = None, **call: Any) -> Trace:
         """The same as :meth:`run`, written as a ``with`` block that collects ops; it runs when the block ends.
 
@@ -268,6 +272,7 @@ class Session:
             raise OpError("a trace collects its ops inside the with block. Leave ops= out, or call lens.run.")
         return Trace(partial(self.run, prompt, **call))
 
+    @told
     def run_with_cache(
         self, prompt: str | Sequence[str] | None, names_filter: Pattern = "blocks.*.img", **call: Any
     ) -> tuple[list[Any], Run]:
@@ -288,6 +293,7 @@ class Session:
         run = self.run(prompt, [*_list_ops(call.pop("ops", ())), Read(names_filter)], **call)
         return run.images, run
 
+    @told
     def run_with_hooks(
         self,
         prompt: str | Sequence[str] | None,

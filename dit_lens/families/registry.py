@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch.nn import Module
 
-from dit_lens.arguments.checks import checked, told
+from dit_lens.arguments.checks import checked
+from dit_lens.arguments.signatures import told
 from dit_lens.errors import FamilyError
 from dit_lens.families.live import refuse_unsafe
 from dit_lens.families.module_tree import class_names

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dit_lens.arguments.checks import checked_fields, told_fields
+from dit_lens.arguments.checks import checked_fields
+from dit_lens.arguments.signatures import told_fields
 
 
 @checked_fields

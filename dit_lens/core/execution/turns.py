@@ -162,7 +162,7 @@ def in_turn(
     """A lens's method that has the pipeline to itself: what it sees and changes stays as it is until it returns."""
 
     @functools.wraps(method)
-    def hold(lens: Owner, *args: Given.args, **kwargs: Given.kwargs) -> Returned:
+    def hold(lens: Owner, /, *args: Given.args, **kwargs: Given.kwargs) -> Returned:
         with lens.engine.turn.hold():
             return method(lens, *args, **kwargs)
 

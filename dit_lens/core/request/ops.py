@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from dit_lens.arguments.checks import told_fields
 from dit_lens.arguments.functions import name_of, takes
 from dit_lens.arguments.numbers import to_int, to_number
+from dit_lens.arguments.signatures import told_fields
 from dit_lens.core.request.json_values import SigmaInterval, from_plain, to_plain
 from dit_lens.core.request.op import (
     OPS,

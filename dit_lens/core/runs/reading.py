@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_lens.arguments.checks import told
+from dit_lens.arguments.signatures import told
 from dit_lens.core.runs.record import READING, check_record
 from dit_lens.errors import OpError, SiteError, nearest, show
 from dit_lens.families.sites import Site
