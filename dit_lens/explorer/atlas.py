@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.arguments.checks import checked
 from dit_lens.arguments.numbers import check_number
+from dit_lens.arguments.signatures import sets
 from dit_lens.core.runs.files import check_place
 from dit_lens.errors import OpError
 from dit_lens.explorer.code import code_of_lens
@@ -41,6 +42,7 @@ class Extent:
 
 
 @checked
+@sets("prompt", "ops", "site")
 def atlas(
     lens: DiTLens,
     path: str | Path,
@@ -81,7 +83,7 @@ def atlas(
     prompts = list(prompts)
     if not prompts:
         raise OpError("there are no prompts. Give at least one.")
-    outline, sites = lens.outline(prompts[:1], **call), lens.sites(SITES)
+    outline, sites = lens.outline(prompts, seed=seed, **call), lens.sites(SITES)
     grid, steps = outline.grid, outline.steps
     extent = fit_extent(len(prompts) * len(sites), k, grid or (SIDE, SIDE), steps, megabytes * 2**20)
     massive = lens.massive_channels(prompts, k, site=SITES, seed=seed, batch_size=batch_size, **call)

@@ -332,7 +332,7 @@ def _quantise(values: np.ndarray) -> np.ndarray:
 def _label(run: Run, row: int) -> str:
     """Returns an image's prompt and seed, and the kinds of edits that changed it."""
     prompts, seeds = run.spec.get("prompt") or [], run.spec.get("seed") or []
-    per_prompt = max(1, len(run.images) // max(1, len(prompts)))
+    per_prompt = max(1, (len(seeds) or len(run.images)) // max(1, len(prompts)))  # of latents there are no images
     text = prompts[row // per_prompt] if row // per_prompt < len(prompts) else f"image {row}"
     seed = f", seed {seeds[row]}" if row < len(seeds) else ""
     edits = dict.fromkeys(entry.kind for entry in run.receipt.entries if entry.rows is None or row in entry.rows)

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import traitlets
 
 from dit_lens.arguments.checks import checked, checked_fields
+from dit_lens.arguments.signatures import sets
+from dit_lens.core.request.division import Division, refuse_several_images
 from dit_lens.core.request.ops import Swap
-from dit_lens.errors import DitLensError, OpError, check_choice, nearest
+from dit_lens.errors import DitLensError, OpError, PromptError, check_choice, nearest
 from dit_lens.explorer.code import code_of_lens
 from dit_lens.explorer.widget import Widget, bytes_trait, encode_webp, join_modules
 
@@ -49,6 +51,7 @@ class Setting:
 
 
 @checked
+@sets("prompt", "ops", "record", "prefix", "batch_size")
 def steer(
     lens: DiTLens, source: str, target: str, *, k: int = 8, seed: int = 0, score: str = "|mean|", **call: Any
 ) -> Steer:
@@ -81,8 +84,19 @@ def steer(
             f"k={k} of {lens.anatomy.width} channels leaves too few for the controls. Choose k from 1 to "
             f"{lens.anatomy.width // 2}."
         )
-    massive = lens.massive_channels(source, largest, score=score, seed=seed, **call)
+    _check_call(lens, [source, target], {"seed": seed, **call})
+    alone = Division.of(lens.pipe, lens.family).share(call, [0], 2)
+    massive = lens.massive_channels(source, largest, score=score, seed=seed, **alone)
     return Steer(lens, source, target, massive, k=k, seed=seed, call=call)
+
+
+def _check_call(lens: DiTLens, prompts: list[str], call: dict[str, Any]) -> None:
+    """Raises what is wrong with the arguments of the pipeline, before anything is drawn."""
+    asked = {**lens.defaults, **call}
+    refuse_several_images(asked, "source and target are one row each")
+    if asked.get("output_type") == "latent":
+        raise PromptError("output_type='latent': the panel shows images. Leave it out.")
+    lens.outline(prompts, **call)
 
 
 class Steer(Widget):
@@ -109,6 +123,7 @@ class Steer(Widget):
         """Runs source and target without an edit. massive: channels of the source, as many as can be chosen."""
         self.lens, self.prompts, self.massive = lens, [source, target], massive
         self.call: dict[str, Any] = {"seed": seed, **call}
+        self._source_call = Division.of(lens.pipe, lens.family).share(self.call, [0], 2)
         self.base = lens.run(self.prompts, record=True, **self.call)
         self.settings: list[Setting] = []
         self.images: list[Image] = []
@@ -182,7 +197,9 @@ class Steer(Widget):
     def code_of(self, setting: Setting) -> str:
         """Returns the code that draws the image of a setting."""
         arm = {"bottom": ".bottom()", "random": ".random(seed=0)", "energy-matched": ".energy_matched(seed=0)"}
-        call = ", ".join(f"{name}={value!r}" for name, value in self.call.items())
+        call, alone = (
+            ", ".join(f"{name}={value!r}" for name, value in one.items()) for one in (self.call, self._source_call)
+        )
         arguments = [
             f'"blocks[{setting.blocks[0]}:{setting.blocks[1]}].img"',
             'source="row:0"',
@@ -194,11 +211,11 @@ class Steer(Widget):
             'branch="cond"',
         ]
         lines = "".join(f"    {argument},\n" for argument in arguments)
-        subject = f"subject = lens.subject_mask(source, massive, {call})\n" if setting.where == "subject" else ""
+        subject = f"subject = lens.subject_mask(source, massive, {alone})\n" if setting.where == "subject" else ""
         return (
             f"import dit_lens as dl\n\n{code_of_lens(self.base)}\n"
             f"source = {self.prompts[0]!r}\ntarget = {self.prompts[1]!r}\n"
-            f"massive = lens.massive_channels(source, {setting.k}, score={self.massive.score!r}, {call})\n{subject}"
+            f"massive = lens.massive_channels(source, {setting.k}, score={self.massive.score!r}, {alone})\n{subject}"
             f"swap = dl.Swap(\n{lines})\n"
             f"run = lens.run([source, target], [swap], {call})\nrun.images[1]"
         )
@@ -224,7 +241,7 @@ class Steer(Widget):
         return arms[arm]()
 
     def _segment_subject(self, k: int) -> np.ndarray:
-        return self.lens.subject_mask(self.prompts[0], self.massive.take(k), **self.call)
+        return self.lens.subject_mask(self.prompts[0], self.massive.take(k), **self._source_call)
 
     def _result(self, i: int) -> dict[str, Any]:
         return {**_to_state(self.settings[i]), "code": self.code_of(self.settings[i]), "seconds": self._seconds[i]}

@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_map_only
 
 from dit_lens.arguments.checks import checked
 from dit_lens.arguments.functions import name_of, told_end
+from dit_lens.arguments.signatures import sets
+from dit_lens.core.request.division import refuse_several_images
 from dit_lens.core.request.ops import Apply
 from dit_lens.errors import ExecutionError, FamilyError, OpError, PromptError, SiteError, check_choice, nearest, show
 from dit_lens.families.sources import find_without_gradient
@@ -114,6 +116,7 @@ def gradients(
 
 
 @checked
+@sets("ops", "prompt", "reduce")
 def attribution(
     lens: Session,
     source: str,
@@ -151,6 +154,7 @@ def attribution(
       final latents, through one step what the transformer predicts there.
     through, steps, branch, call: as in :meth:`dit_lens.DiTLens.gradients`.
     """
+    refuse_several_images({**lens.defaults, **call}, "source and target are one row each")
     measure = nearness if metric is None else metric
     found = gradients(
         lens,

@@ -19,6 +19,8 @@ import numpy as np
 
 from dit_lens.analysis.metrics import rmse
 from dit_lens.arguments.checks import checked
+from dit_lens.arguments.signatures import sets
+from dit_lens.core.request.division import Division, refuse_several_images
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import FamilyError, OpError
 from dit_lens.families.sources import check_source
@@ -65,6 +67,7 @@ class Inversion:
 
 @renamed_keywords(pictures="images")
 @checked
+@sets("prompt", "ops", "latents")
 def invert(
     lens: Session, images: Image | Sequence[Image], prompts: Sequence[str] | str | None = "", **call: Any
 ) -> Inversion:
@@ -90,6 +93,7 @@ def invert(
     check_invertible(lens)
     images = _list_images(images)
     prompts = _list_prompts(prompts, images)
+    refuse_several_images({**lens.defaults, **call}, "each image is inverted once")
     call = {**call, **_turn_off_guidance(lens)}
     latents, grid = encode_images(lens, images, prompts, call)
     call |= {"seed": 0, "output_type": "latent"}
@@ -106,6 +110,7 @@ def invert(
 
 @renamed_keywords(pictures="images")
 @checked
+@sets("prompt", "ops")
 def noised_reference(
     lens: Session, images: Image | Sequence[Image], *, seed: int, prompts: Sequence[str] | str | None = "", **call: Any
 ) -> Tensor:
@@ -128,14 +133,18 @@ def noised_reference(
     """
     images = _list_images(images)
     prompts = _list_prompts(prompts, images)
+    refuse_several_images({**lens.defaults, **call}, "each image lies under the noise of one row")
     check_flow(lens, prompts, call)
     latents, _ = encode_images(lens, images, prompts, call)
+    division = Division.of(lens.pipe, lens.family)
+    if not any(division.starts(name, value) for name, value in call.items()):  # all rows start from the same
+        prompts, call = prompts and prompts[:1], division.share(call, [0], len(prompts or images))
     with lens.quiet():
-        run = lens.run(prompts and prompts[:1], [Read(["x0", "velocity"], steps=0)], seed=seed, **call)
+        run = lens.run(prompts, [Read(["x0", "velocity"], steps=0)], seed=seed, **call)
     first, sign = run.sigmas[0], lens.family.prediction.sign
     # Flow matching (arXiv 2210.02747): x0 = x - s v. So the run starts from x = x0 + s v, and the velocity that leads
     # from there to the image is (x - image) / s.
-    start = run["x0"].float()[0] + first * sign * run["velocity"].float()[0]  # [1, n, d]
+    start = run["x0"].float()[0] + first * sign * run["velocity"].float()[0]  # [1 or b, n, d]
     return (sign * (start - latents) / first)[None]
 
 

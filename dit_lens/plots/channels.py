@@ -153,7 +153,8 @@ def channel_histogram(
         ticktext=[f"{tick:g}" for tick in ticks],
     )
     _add_labels(figure, np.log10(values[marked]), np.full(len(marked), np.log10(1.5)), marked)
-    zeros = f"; {int((~positive).sum())} channels at 0 are not drawn" if not positive.all() else ""
+    below = "" if values.min() >= 0 else " or below"
+    zeros = f"; {int((~positive).sum())} channels at 0{below} are not drawn" if not positive.all() else ""
     return set_title(figure, _make_title("Distribution of scores", site), _describe_ratio(values) + zeros, height=340)
 
 
@@ -276,6 +277,7 @@ def _choose_ticks(low: float, high: float) -> np.ndarray:
 def _set_ranges(figure: go.Figure, values: np.ndarray, *, by_rank: bool) -> None:
     """Axis ranges with headroom for labels; fixed, because labels are laid out for them."""
     top = float(values.max()) or 1.0
+    top = 1.0 if by_rank and top < 0 else top
     if not by_rank:
         figure.update_xaxes(range=[-0.5 - len(values) / 60, len(values) - 0.5 + len(values) / 60])
         figure.update_yaxes(range=[min(0.0, float(values.min())) * 1.1, top * 1.3])

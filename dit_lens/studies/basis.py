@@ -26,7 +26,7 @@ from dit_lens.studies.parts.direction_arms import BASES, DirectionArm, Direction
 from dit_lens.studies.parts.directions import make_removal_ops, share_removed
 from dit_lens.studies.parts.equal_energy import compare_with_top, describe_comparison, summarise_comparison
 from dit_lens.studies.shared.arguments import as_ks, as_prompts, as_seeds, as_tuple, check_draws, check_once, find_meant
-from dit_lens.studies.shared.batches import BatchRunner, PromptBatch, make_batches, skips_first_step
+from dit_lens.studies.shared.batches import BatchRunner, PromptBatch, divide_call, make_batches, skips_first_step
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
 from dit_lens.studies.shared.judges import Judge, ask_judge, choose_judge
@@ -144,7 +144,9 @@ def basis(
     prompts, seeds = as_prompts(prompts), as_seeds(seeds)
     check_draws(draws)
     levels = _check(lens, site, energies, k, bases, score, ablation)
-    lens.cost(prompts[0], Apply(site, fn=lambda x, _: x, steps=steps), **call)  # raises if it cannot be planned
+    batches = make_batches(prompts, seeds, batch_size, divide_call(lens, call, len(prompts)))
+    first = batches[0]
+    lens.cost(first.prompts, Apply(site, fn=lambda x, _: x, steps=steps), **first.call)  # raises what cannot be planned
     measure = Measure(distances_of(["rmse", *as_tuple(distances)]), choose_judge(lens, prompts, judge))
     check_measures(measure.distances, (*COLUMNS, "fidelity"), "distances=")
     settings = {
@@ -165,11 +167,11 @@ def basis(
     }
     if own := {name: distance for name, distance in measure.distances.items() if distance is not DISTANCES.get(name)}:
         settings["functions"] = own  # their names alone do not tell whether they are still the same
-    batches, arms = make_batches(prompts, seeds, batch_size), list_arms(bases, draws, levels)
+    arms = list_arms(bases, draws, levels)
     total = len(batches) * (1 + len(arms))
-    meant = find_meant(lens, batches[0].prompts, call, site, steps)
+    meant = find_meant(lens, first.prompts, first.call, site, steps)
     with StudyCheckpoints("basis", settings, lens=lens, total=total, out=out, meant=meant) as cells:
-        runner = BatchRunner(lens=lens, call=call, late=skips_first_step(lens, prompts[0], steps, call))
+        runner = BatchRunner(lens=lens, late=skips_first_step(lens, first, steps))
         find = DirectionFinder(bases=bases, draws=draws, levels=levels, score=score, site=site, steps=meant["steps"])
         clean = [
             cells.get(f"{batch.key}/clean", partial(_run_clean, runner, find, batch, measure)) for batch in batches

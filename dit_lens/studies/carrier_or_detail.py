@@ -31,7 +31,7 @@ from dit_lens.studies.parts.verdict import LEVEL, Thresholds
 from dit_lens.studies.power import power
 from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_draws, check_k, describe_k, find_meant
 from dit_lens.studies.shared.arms import Arm, add_controls, count_arms, select_common_channels
-from dit_lens.studies.shared.batches import PromptBatch, make_batches
+from dit_lens.studies.shared.batches import PromptBatch, divide_call, make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
 from dit_lens.studies.shared.judges import Judge, choose_judge, scene_judge
@@ -158,10 +158,10 @@ def carrier_or_detail(
     check_k(lens, site, [k])
     check_draws(draws)
     check_choice(ablation, ("mean", "zero"), "ablation")
-    batches = make_batches(prompts, seeds, batch_size)
+    batches = make_batches(prompts, seeds, batch_size, divide_call(lens, call, len(prompts)))
     judge = _check_judge(choose_judge(lens, prompts, judge), batches)
     attributes_of = [_read_attributes(prompt, attributes, judge) for prompt in prompts]
-    steps = _space_evenly(range(lens.outline(prompts[0], **call).steps), PROBED_STEPS)
+    steps = _space_evenly(range(lens.outline(batches[0].prompts, **batches[0].call).steps), PROBED_STEPS)
     sites = _space_evenly(lens.sites(site), PROBED_BLOCKS)
     settings = {
         "prompts": prompts,
@@ -179,12 +179,10 @@ def carrier_or_detail(
         "width": lens.anatomy.width,
         "probed": {"steps": steps, "sites": sites},
     }
-    edit = EditStudy(
-        lens=lens, site=site, sites=lens.sites(site), score=score, ablation=ablation, judge=judge, call=call
-    )
+    edit = EditStudy(lens=lens, site=site, sites=lens.sites(site), score=score, ablation=ablation, judge=judge)
     every = [ALL, ALONE] if modulates_end(lens.anatomy) else [ALL]
     total = len(batches) * (2 + len(every) + 2 * len(PARTS) * count_arms(draws))
-    meant = find_meant(lens, batches[0].prompts, call, site)
+    meant = find_meant(lens, batches[0].prompts, batches[0].call, site)
     with StudyCheckpoints("carrier_or_detail", settings, lens=lens, total=total, out=out, meant=meant) as cells:
         clean = [cells.get(f"{batch.key}/clean", partial(edit.run_clean, batch)) for batch in batches]
         common = select_common_channels([cell.arrays for cell in clean], k, score)

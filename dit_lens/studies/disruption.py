@@ -38,7 +38,7 @@ from dit_lens.studies.shared.arms import (
     make_score_reads,
     select_top_channels,
 )
-from dit_lens.studies.shared.batches import BatchRunner, PromptBatch, make_batches, skips_first_step
+from dit_lens.studies.shared.batches import BatchRunner, PromptBatch, divide_call, make_batches, skips_first_step
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
 from dit_lens.studies.shared.judges import Judge, ask_judge, choose_judge
@@ -185,13 +185,13 @@ def disruption(
     }
     if own := {name: distance for name, distance in measures.items() if distance is not DISTANCES.get(name)}:
         settings["functions"] = own  # their names alone do not tell whether they are still the same
-    batches = make_batches(prompts, seeds, batch_size)
+    batches = make_batches(prompts, seeds, batch_size, divide_call(lens, call, len(prompts)))
     total = len(batches) * (2 + len(ks) * (count_arms(draws) + len(extra)))
-    meant = find_meant(lens, batches[0].prompts, call, site, steps)
+    meant = find_meant(lens, batches[0].prompts, batches[0].call, site, steps)
     with StudyCheckpoints("disruption", settings, lens=lens, total=total, out=out, meant=meant) as cells:
-        first = min(lens.outline(prompts[0], **call).select(steps))
-        late = skips_first_step(lens, prompts[0], steps, call)
-        runner = BatchRunner(lens=lens, call=call, twice=ablation == "resample", late=late)
+        first = min(meant["steps"])
+        late = skips_first_step(lens, batches[0], steps)
+        runner = BatchRunner(lens=lens, twice=ablation == "resample", late=late)
         measure = Measure(runner=runner, distances=measures, judge=judge)
         reads = make_score_reads(site, score)
         reads += [Read(site, reduce="mean", name="mean")] if ablation == "mean" else []

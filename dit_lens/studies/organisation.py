@@ -27,7 +27,7 @@ from dit_lens.studies.parts.subject_masks import as_mask, check_masks, digest_ma
 from dit_lens.studies.parts.subject_overlap import assemble, name_mask
 from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_draws, check_k, find_meant
 from dit_lens.studies.shared.arms import DRAWS, Arm, add_controls, make_score_reads
-from dit_lens.studies.shared.batches import PromptBatch, make_batches
+from dit_lens.studies.shared.batches import PromptBatch, divide_call, make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
 from dit_lens.studies.shared.keys import ImageKey
@@ -148,6 +148,7 @@ def organisation(
     check_k(lens, site, [k])
     check_draws(draws)
     blocks = _find_blocks(lens, site)
+    divided = divide_call(lens, call, len(prompts))
     options = ClusteringOptions(n_clusters=n_clusters, method=method, polarity=polarity)
     masks = check_masks(masks, lens, prompts)
     words = choose_words(lens, prompts, words)
@@ -188,10 +189,9 @@ def organisation(
         score=score,
         draws=draws,
         kind=outline.kind,
-        call=call,
     )
-    batches = make_batches(prompts, seeds, batch_size)
-    meant = find_meant(lens, batches[0].prompts, call, site, steps)
+    batches = make_batches(prompts, seeds, batch_size, divided)
+    meant = find_meant(lens, batches[0].prompts, batches[0].call, site, steps)
     with StudyCheckpoints("organisation", settings, lens=lens, total=len(batches), out=out, meant=meant) as cells:
         for batch in batches:
             cells.get(batch.key, partial(cluster.run_batch, batch))
@@ -270,7 +270,6 @@ class ClusterStudy:
     score: reduction by which channels are ranked.
     draws: number of random controls.
     kind: what the model predicts, such as "flow"; None if that is not known.
-    call: other arguments of the pipeline.
     """
 
     lens: DiTLens
@@ -284,18 +283,17 @@ class ClusterStudy:
     score: str
     draws: int
     kind: str | None
-    call: Mapping[str, Any]
 
     def run_batch(self, batch: PromptBatch) -> Cell:
         """Draws a batch, and clusters its tokens at every step and block."""
         words = self.words[batch.rows.start : batch.rows.stop]
-        run = self.lens.run(batch.prompts, [*self.reads, *_make_word_reads(words)], seed=batch.seed, **self.call)
+        run = self.lens.run(batch.prompts, [*self.reads, *_make_word_reads(words)], seed=batch.seed, **batch.call)
         steps = run["x"].steps
         maps: dict[int, np.ndarray] = {}
         if words:
             tokens = [run[f"word/{row}"].tokens or () for row in range(len(words))]
             maps = read_word_attention(
-                self.lens, batch.prompts, tokens, self.heads, steps, run.grid, seed=batch.seed, **self.call
+                self.lens, batch.prompts, tokens, self.heads, steps, run.grid, seed=batch.seed, **batch.call
             )
         cell = Cell()
         truths = {i: self._find_truth(run.images[i], prompt, batch.rows[i]) for i, prompt in enumerate(batch.prompts)}

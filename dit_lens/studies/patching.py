@@ -19,6 +19,7 @@ from dit_lens.studies.parts.patched_pair import ENDS, PatchedPair, PatchMap
 from dit_lens.studies.parts.patches import chunk_patches
 from dit_lens.studies.shared.arguments import as_pairs, as_seeds, check_draws, check_once, describe_k
 from dit_lens.studies.shared.arms import DRAWS
+from dit_lens.studies.shared.batches import divide_call
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
 from dit_lens.studies.shared.judges import Judge, choose_judge
@@ -133,7 +134,9 @@ def patching(
     seeds = as_seeds(seeds)
     sites = lens.sites(("blocks.*.img.attn.z" if over == "block x head" else "blocks.*.img") if site is None else site)
     judge = choose_judge(lens, [prompt for pair in pairs for prompt in pair], judge)
-    outline = lens.outline(list(pairs[0]), **call)
+    divided = divide_call(lens, call, 2 * len(pairs), images=False)  # it draws latents
+    first = divided.of_pairs([0])
+    outline = lens.outline(list(pairs[0]), **first)
     patch_map = PatchMap(
         lens=lens,
         over=over,
@@ -147,7 +150,7 @@ def patching(
         metric=metric,
         judge=judge,
     )
-    patch_map.check(pairs[0], outline.grid, attribute, call)
+    patch_map.check(pairs[0], outline.grid, attribute, first)
     settings = {
         "pairs": pairs,
         "over": over,
@@ -172,7 +175,7 @@ def patching(
         for number, prompts in enumerate(pairs):
             for seed in seeds:
                 pair = PatchedPair(
-                    map=patch_map, number=number, prompts=prompts, seed=seed, rows=1 + max(sizes), call=call
+                    map=patch_map, number=number, prompts=prompts, seed=seed, rows=1 + max(sizes), call=divided
                 )
                 clean = cells.get(f"{number}/{seed}/clean", pair.run_clean)
                 shares: dict[str, dict[str, np.ndarray]] = {
@@ -214,7 +217,7 @@ def _check(
         raise OpError(f"batch_size={batch_size} has no room for the source and a target. Take at least 2.")
     if tiles < 1:
         raise OpError(f"tiles={tiles} divides nothing. Take at least 1.")
-    for name in ("output_type", "num_images_per_prompt", "prompt_embeds"):
+    for name in ("output_type", "prompt_embeds"):
         if name in call:
             raise PromptError(f"{name}= cannot be used here: every row is one latent of one prompt. Leave it out.")
 

@@ -17,7 +17,7 @@ from dit_lens.core.request.ops import Read
 from dit_lens.errors import OpError
 from dit_lens.plots import stability_figure
 from dit_lens.studies.shared.arguments import as_ks, as_prompts, as_seeds, check_once, describe_k, find_meant
-from dit_lens.studies.shared.batches import PromptBatch, make_batches
+from dit_lens.studies.shared.batches import PromptBatch, divide_call, make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
 from dit_lens.studies.shared.protocols import with_protocols
@@ -130,13 +130,13 @@ def stability(
         "call": call,
         "width": width,
     }
-    batches = make_batches(prompts, seeds, batch_size)
+    batches = make_batches(prompts, seeds, batch_size, divide_call(lens, call, len(prompts), images=False))
     seen: dict[int, RunningStats] = defaultdict(RunningStats)
-    meant = find_meant(lens, batches[0].prompts, call, site, steps)
+    meant = find_meant(lens, batches[0].prompts, batches[0].call, site, steps)
     with StudyCheckpoints("stability", settings, lens=lens, total=len(batches), out=out, meant=meant) as cells:
         reads = [Read(site, reduce=score, steps=steps, name=score) for score in scores]
         for batch in batches:
-            cell = cells.get(batch.key, partial(_find_sets, lens, batch, reads, k, seen[batch.seed], call))
+            cell = cells.get(batch.key, partial(_find_sets, lens, batch, reads, k, seen[batch.seed]))
             # What the next aggregates need is in the statistics; a thousand prompts' own scores would be gigabytes.
             _add(seen[batch.seed], cell.arrays.pop("score"))
         return cells.result()
@@ -168,9 +168,7 @@ def _check(lens: DiTLens, sites: Sequence[str], k: int, scores: Sequence[str], s
     return width
 
 
-def _find_sets(
-    lens: DiTLens, batch: PromptBatch, reads: Sequence[Read], k: int, seen: RunningStats, call: Mapping[str, Any]
-) -> Cell:
+def _find_sets(lens: DiTLens, batch: PromptBatch, reads: Sequence[Read], k: int, seen: RunningStats) -> Cell:
     """The sets of a batch: ``steps`` [b, sites, s, k], ``whole`` [b, sites, scores, k], ``running`` [b, sites, k].
 
     lens: lens on the model.
@@ -178,9 +176,8 @@ def _find_sets(
     reads: one read per score.
     k: number of channels of a set.
     seen: statistics of the scores of earlier prompts.
-    call: other arguments of the pipeline.
     """
-    run = lens.run(batch.prompts, reads, seed=batch.seed, **call)
+    run = lens.run(batch.prompts, reads, seed=batch.seed, **batch.call)
     found = {
         str(read.name): np.stack([value.float().numpy() for value in run[str(read.name)].values()]) for read in reads
     }  # each [sites, s, b, d]

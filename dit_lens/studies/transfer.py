@@ -18,7 +18,7 @@ from dit_lens.studies.parts.transport_cells import run_transport
 from dit_lens.studies.parts.transport_measures import MATCHED, add_matched_measures
 from dit_lens.studies.shared.arguments import as_pairs, as_seeds, describe_k, find_meant
 from dit_lens.studies.shared.arms import DRAWS
-from dit_lens.studies.shared.batches import make_batches
+from dit_lens.studies.shared.batches import PromptBatch, StudyCall, divide_call, make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
 from dit_lens.studies.shared.judges import Judge, choose_judge
@@ -165,32 +165,39 @@ def transfer(
     pairs = as_pairs(pairs)
     seeds = as_seeds(seeds)
     prompts = [prompt for pair in pairs for prompt in pair]
+    divided = divide_call(lens, call, len(prompts))
     judge = choose_judge(lens, prompts, judge)
     transport = plan_transport(
         prompts, call, lens=lens, k=k, strengths=strengths, draws=draws, score=score, site=site, steps=steps,
         branch=branch, channels_from=channels_from, mask_from=mask_from, mask_block=mask_block, judge=judge,
     )  # fmt: skip
-    why = explain_no_prompt_blend(lens, pairs[0], call)
+    why = explain_no_prompt_blend(lens, pairs[0], divided.of_pairs([0]))
     transport = replace(transport, prompt_blend=not why)
     settings = {"pairs": pairs, "seeds": seeds, "batch_size": batch_size, "call": call, "no_prompt_blend": why}
     settings |= transport.settings()
-    batches = make_batches([source for source, _ in pairs], seeds, batch_size)
+    batches = [
+        _make_pairs(pairs, batch, divided) for batch in make_batches([source for source, _ in pairs], seeds, batch_size)
+    ]
     total = len(batches) * transport.cells_per_batch
-    meant = find_meant(lens, prompts[: 2 * len(batches[0].rows)], call, site, steps)
+    meant = find_meant(lens, batches[0].prompts, batches[0].call, site, steps)
     with StudyCheckpoints("transfer", settings, lens=lens, total=total, out=out, meant=meant) as cells:
         for batch in batches:
-            some = [pairs[i] for i in batch.rows]
-            pair_batch = PairBatch(
-                key=batch.key,
-                seed=batch.seed,
-                numbers=batch.rows,
-                prompts=tuple(prompt for pair in some for prompt in pair),
-                labels=tuple(f"{source} -> {target}" for source, target in some),
-                captions=batch.prompts,
-                call=call,
-            )
-            run_transport(cells, transport, pair_batch)
+            run_transport(cells, transport, batch)
         return cells.result()
+
+
+def _make_pairs(pairs: Sequence[tuple[str, str]], batch: PromptBatch, call: StudyCall) -> PairBatch:
+    """Some of the pairs, source and target in turn. batch: the sources. call: for all pairs."""
+    some = [pairs[i] for i in batch.rows]
+    return PairBatch(
+        key=batch.key,
+        seed=batch.seed,
+        numbers=batch.rows,
+        prompts=tuple(prompt for pair in some for prompt in pair),
+        labels=tuple(f"{source} -> {target}" for source, target in some),
+        captions=batch.prompts,
+        call=call.of_pairs(batch.rows),
+    )
 
 
 def _notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ from dit_lens.studies.parts.transport import ChannelsFrom, PairBatch, plan_trans
 from dit_lens.studies.parts.transport_cells import run_transport
 from dit_lens.studies.shared.arguments import as_pairs, as_seeds, find_meant
 from dit_lens.studies.shared.arms import DRAWS
-from dit_lens.studies.shared.batches import PromptBatch, make_batches
+from dit_lens.studies.shared.batches import PromptBatch, StudyCall, divide_call, make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
 from dit_lens.studies.shared.judges import Judge, choose_judge
@@ -137,7 +137,8 @@ def transfer_image(
         raise OpError(f"captions= lists {len(captions)} texts for {len(pairs)} images. Give one each, or none.")
     seeds = as_seeds(seeds)
     prompts = [prompt for pair in zip(captions, targets, strict=True) for prompt in pair]
-    _check(lens, how, images, captions, prompts, seeds, call)
+    divided = divide_call(lens, call, len(prompts))
+    _check(lens, how, images, captions, prompts, seeds, divided)
     judge = choose_judge(lens, [prompt for prompt in prompts if prompt], judge)
     transport = plan_transport(
         prompts, call, lens=lens, k=k, strengths=strengths, draws=draws, score=score, site=site, steps=steps,
@@ -155,15 +156,16 @@ def transfer_image(
     }
     batches = make_batches(targets, seeds, batch_size)
     total = len(batches) * (1 + transport.cells_per_batch)
-    meant = find_meant(lens, prompts[: 2 * len(batches[0].rows)], call, site, steps)
+    first = batches[0].rows
+    meant = find_meant(lens, prompts[: 2 * len(first)], divided.of_pairs(first), site, steps)
     with StudyCheckpoints("transfer_image", settings, lens=lens, total=total, out=out, meant=meant) as cells:
         for batch in batches:
             some = [images[i] for i in batch.rows]
             texts = [captions[i] for i in batch.rows]
             labels = tuple(f"{captions[i] or f'image {i}'} -> {targets[i]}" for i in batch.rows)
-            make = partial(_find_trajectory, lens, how, some, texts, batch, labels, call)
+            make = partial(_find_trajectory, lens, how, some, texts, batch, labels, divided)
             trajectory = cells.get(f"{batch.key}/way", make)
-            run_transport(cells, transport, _make_pairs(batch, trajectory, texts, labels, call))
+            run_transport(cells, transport, _make_pairs(batch, trajectory, texts, labels, divided))
         return cells.result()
 
 
@@ -174,7 +176,7 @@ def _check(
     captions: Sequence[str],
     prompts: Sequence[str],
     seeds: Sequence[int],
-    call: Mapping[str, Any],
+    call: StudyCall,
 ) -> None:
     """Raises what would go wrong, before anything is drawn.
 
@@ -184,15 +186,15 @@ def _check(
     captions: prompt of each image.
     prompts: captions and targets in turn.
     seeds: seeds of the noise.
-    call: other arguments of the pipeline.
+    call: other arguments of the pipeline, for captions and targets in turn.
     """
     check_choice(how, ("noised", "inverted"), "value of how")
-    check_flow(lens, prompts, call)
+    check_flow(lens, prompts, call.arguments)
     if how == "inverted":
         check_invertible(lens)
         if len(seeds) > 1:
             raise OpError("an inverted image brings its own noise, so seeds change nothing. Pass one.")
-    encode_images(lens, images, captions, call)
+    encode_images(lens, images, captions, call.of(range(0, len(prompts), 2)))
 
 
 def _find_trajectory(
@@ -202,7 +204,7 @@ def _find_trajectory(
     captions: Sequence[str],
     batch: PromptBatch,
     labels: Sequence[str],
-    call: Mapping[str, Any],
+    call: StudyCall,
 ) -> Cell:
     """The velocities that lead to the images at every step, and how well they end there.
 
@@ -212,17 +214,18 @@ def _find_trajectory(
     captions: prompt of each image.
     batch: the target prompts that run beside them, and the seed.
     labels: names of the pairs in the table.
-    call: other arguments of the pipeline.
+    call: other arguments of the pipeline, for captions and targets in turn.
     """
-    latents, grid = encode_images(lens, images, captions, call)
+    sources, targets = (call.of([2 * i + end for i in batch.rows]) for end in (0, 1))
+    latents, grid = encode_images(lens, images, captions, sources)
     decoded = decode_latents(lens, latents, grid)
     errors: dict[str, Any] = {"autoencoder_error": rmse(decoded, [one.convert("RGB") for one in images])}
     if how == "inverted":
-        found = invert(lens, images, captions, **call)
+        found = invert(lens, images, captions, **sources)
         arrays = {"velocity": found.velocity.float().numpy(), "noise": found.noise.float().cpu().numpy()}
         errors |= {"latent_error": found.latent_error, "image_error": found.image_error}
     else:
-        velocity = noised_reference(lens, images, seed=batch.seed, prompts=batch.prompts, **call)
+        velocity = noised_reference(lens, images, seed=batch.seed, prompts=batch.prompts, **targets)
         arrays = {"velocity": velocity.numpy()}
     lines = [
         {"prompt": label, "seed": batch.seed, "arm": "reconstruction"}
@@ -233,7 +236,7 @@ def _find_trajectory(
 
 
 def _make_pairs(
-    batch: PromptBatch, trajectory: Cell, captions: Sequence[str], labels: tuple[str, ...], call: Mapping[str, Any]
+    batch: PromptBatch, trajectory: Cell, captions: Sequence[str], labels: tuple[str, ...], call: StudyCall
 ) -> PairBatch:
     """Source rows that follow the images' trajectory, whatever the model predicts for them, beside their targets.
 
@@ -241,7 +244,7 @@ def _make_pairs(
     trajectory: what :func:`_find_trajectory` returned.
     captions: prompt of each image.
     labels: names of the pairs in the table.
-    call: other arguments of the pipeline.
+    call: other arguments of the pipeline, for captions and targets in turn.
     """
     velocity = torch.from_numpy(trajectory.arrays["velocity"])  # [s or 1, b, n, d]
     ops = [Swap("velocity", source=velocity[:, i : i + 1], rows=2 * i, branch="both") for i in range(velocity.shape[1])]
@@ -256,5 +259,5 @@ def _make_pairs(
         labels=labels,
         captions=tuple(captions),
         ops=tuple(ops),
-        call={**call, **start},
+        call={**call.of_pairs(batch.rows), **start},
     )

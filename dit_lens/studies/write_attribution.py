@@ -17,7 +17,7 @@ from dit_lens.errors import SiteError
 from dit_lens.plots import write_attribution_figure
 from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_k, describe_k, find_meant
 from dit_lens.studies.shared.arms import average_scores, make_score_reads, select_top_channels
-from dit_lens.studies.shared.batches import PromptBatch, make_batches
+from dit_lens.studies.shared.batches import PromptBatch, divide_call, make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
 from dit_lens.studies.shared.registry import study
@@ -115,11 +115,11 @@ def write_attribution(
     reads = [*make_score_reads(end, "|mean|", steps), Read(terms, reduce="mean", steps=steps, name="mean")]
     if gates:
         reads.append(Read(gates, reduce="mean|x|", steps=steps, name="gate"))
-    batches = make_batches(prompts, seeds, batch_size)
-    meant = find_meant(lens, batches[0].prompts, call, end, steps)
+    batches = make_batches(prompts, seeds, batch_size, divide_call(lens, call, len(prompts), images=False))
+    meant = find_meant(lens, batches[0].prompts, batches[0].call, end, steps)
     with StudyCheckpoints("write_attribution", settings, lens=lens, total=len(batches), out=out, meant=meant) as cells:
         for batch in batches:
-            cells.get(batch.key, partial(_trace_batch, lens, batch, reads, writes, end, k, call))
+            cells.get(batch.key, partial(_trace_batch, lens, batch, reads, writes, end, k))
         return cells.result()
 
 
@@ -201,7 +201,6 @@ def _trace_batch(
     writes: Sequence[_Write],
     end: str,
     k: int,
-    call: Mapping[str, Any],
 ) -> Cell:
     """Runs a batch, and traces the massive channels of its images.
 
@@ -211,9 +210,8 @@ def _trace_batch(
     writes: the terms of the residual stream.
     end: the site at which channels are massive.
     k: number of channels.
-    call: other arguments of the pipeline.
     """
-    run, cell = lens.run(batch.prompts, reads, seed=batch.seed, **call), Cell()
+    run, cell = lens.run(batch.prompts, reads, seed=batch.seed, **batch.call), Cell()
     final = run["mean"][end].float().numpy()  # [s, b, d]
     added = np.stack([_token_means(run, write) for write in writes])  # [w, s, b, d]
     sets = select_top_channels(average_scores(run), k, "|mean|")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import dit_lens as dl
-from dit_lens.errors import OpError
+from dit_lens.errors import CallError, OpError, PromptError
 from dit_lens.explorer import Setting
-from tests import browser
+from tests import browser, pipelines
 
 CIRCLE = "a big red circle left on a checkered blue background"
 CROSS = "a small white cross right on a plain green background"
@@ -92,3 +92,41 @@ def test_the_page_shows_the_strip_and_its_code(panel, tmp_path):
         assert page.get_by_role("slider", name="strength").input_value() == "0.25"
         sizes = page.evaluate("[...document.querySelectorAll('figure img')].map(image => image.naturalWidth)")
         assert sizes == [64, 64, 64]
+
+
+def test_texts_of_source_and_target_each_keep_their_own():
+    lens = dl.DiTLens(pipelines.flux())
+    call = {**pipelines.CALL, "num_inference_steps": 2, "true_cfg_scale": 4.0}
+    panel = dl.steer(lens, "red", "a blue dog", k=2, negative_prompt=["a", "b"], **call)
+    image = panel.draw(where="subject")
+    first = {"seed": 0, "negative_prompt": "a", **call}
+    massive = lens.massive_channels("red", 2, **first)
+    assert panel.massive.take(2) == massive
+    swap = dl.Swap(
+        "blocks.*.img",
+        source="row:0",
+        rows=1,
+        channels=massive,
+        branch="cond",
+        mask=lens.subject_mask("red", massive, **first),
+    )
+    run = lens.run(["red", "a blue dog"], [swap], seed=0, negative_prompt=["a", "b"], **call)
+    assert same(image, run.images[1])
+    assert "negative_prompt=['a'], " in panel.code
+    assert "negative_prompt=['a', 'b']" in panel.code
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "how"),
+    [
+        (PromptError, "source and target are one row each", {"num_images_per_prompt": 2}),
+        (PromptError, "the panel shows images", {"output_type": "latent"}),
+        (CallError, "no argument 'ops': it sets this itself", {"ops": []}),
+        (CallError, "no argument 'batch_size'", {"batch_size": 1}),
+        (PromptError, "takes no argument 'steps'", {"steps": 1}),
+    ],
+)
+def test_what_a_panel_cannot_use_is_told_before_it_draws(toy, monkeypatch, error, told, how):
+    monkeypatch.setattr(toy.engine, "generate", lambda *_, **__: pytest.fail("it draws"))
+    with pytest.raises(error, match=told):
+        dl.steer(toy, CIRCLE, CROSS, k=4, **how)

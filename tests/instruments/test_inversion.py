@@ -9,7 +9,7 @@ from PIL import Image
 
 from dit_lens import DiTLens, Read, Swap, studies
 from dit_lens.analysis.metrics import rmse
-from dit_lens.errors import FamilyError, OpError
+from dit_lens.errors import CallError, FamilyError, OpError, PromptError
 from dit_lens.instruments.inversion import invert, noised_reference
 from dit_lens.instruments.latents import decode_latents, encode_images, read_latents
 from dit_lens.studies.shared.judges import scene_judge
@@ -239,3 +239,30 @@ def test_the_study_of_an_inverted_image_goes_on_and_loads(tiny, noisy, tmp_path,
     assert again.notes == first.notes
     assert studies.Result.load(tmp_path / "out").notes == first.notes
     assert "an image" in first.figure().layout.title.text
+
+
+def test_images_with_texts_of_their_own(tiny, noisy):
+    """The noise of a seed does not depend on them."""
+    way = noised_reference(tiny, [noisy, noisy], seed=0, prompts=["red", "x"], negative_prompt=["a", "b"])
+    assert torch.equal(way, noised_reference(tiny, [noisy, noisy], seed=0, prompts=["red", "x"], negative_prompt="a"))
+
+
+def test_rows_of_several_noises_each_have_their_own(tiny, noisy):
+    latents = torch.randn(2, 96, 16, generator=torch.Generator().manual_seed(5))
+    way = noised_reference(tiny, [noisy, noisy], seed=0, prompts=["red", "x"], latents=latents)
+    alone = [
+        noised_reference(tiny, [noisy], seed=0, prompts=prompt, latents=latents[i : i + 1])
+        for i, prompt in enumerate(("red", "x"))
+    ]
+    assert torch.allclose(way, torch.cat(alone, 1), atol=1e-4)
+    assert not torch.allclose(way[:, 0], way[:, 1], atol=0.1)
+
+
+def test_what_they_set_or_cannot_count_by_is_refused(tiny, noisy):
+    for function, how in ((invert, {}), (noised_reference, {"seed": 0})):
+        with pytest.raises(PromptError, match="num_images_per_prompt=2 cannot be used here"):
+            function(tiny, [noisy], num_images_per_prompt=2, **how)
+        with pytest.raises(CallError, match="no argument 'prompt': it takes prompts="):
+            function(tiny, [noisy], prompt="red", **how)
+    with pytest.raises(CallError, match="no argument 'latents': it sets this itself"):
+        invert(tiny, [noisy], latents=torch.zeros(1, 96, 16))

@@ -54,9 +54,7 @@ def test_tables_are_those_of_the_planted_strength(toy, strengths, part):
     scenes = SCENES[:5]
     pipe = planted.named(toy, scenes, necessity=strengths[0], sufficiency=strengths[1], part=part)
     lens = DiTLens(pipe, defaults=ONCE)
-    study = EditStudy(
-        lens=lens, site=SITE, sites=lens.sites(SITE), score="|mean|", ablation="mean", judge=scene_judge, call={}
-    )
+    study = EditStudy(lens=lens, site=SITE, sites=lens.sites(SITE), score="|mean|", ablation="mean", judge=scene_judge)
     batch = PromptBatch(0, range(5), tuple(PROMPTS[:5]))
     clean = study.run_clean(batch)
     found = select_common_channels([clean.arrays], 16, "|mean|")
@@ -88,9 +86,7 @@ def test_an_image_that_an_edit_destroys_has_no_effect(toy):
     batch, every = PromptBatch(0, range(2), prompts), ChannelSet.random(lens.massive_channels(list(prompts), 16), 0)
     top = Arm("top", 0, (ChannelSet({site: tuple(range(16)) for site in every}, every.scores, every.energy),))
     for judge, gone in ((scene_judge, 1.0), (lambda *given: {"fidelity": scene_judge(*given)["fidelity"]}, 0.0)):
-        study = EditStudy(
-            lens=lens, site=SITE, sites=lens.sites(SITE), score="|mean|", ablation="zero", judge=judge, call={}
-        )
+        study = EditStudy(lens=lens, site=SITE, sites=lens.sites(SITE), score="|mean|", ablation="zero", judge=judge)
         clean = study.run_clean(batch)
         means = {site: torch.zeros(1, 64) for site in lens.sites(SITE)}
         table = pd.DataFrame(study.remove(batch, clean, top, "whole", means).lines)

@@ -100,7 +100,7 @@ class Call:
         return replace(
             self,
             prompts=None if self.prompts is None else self.prompts[prompts.start : prompts.stop],
-            seeds=self.seeds[part.rows.start : part.rows.stop],
+            seeds=tuple(self.seeds[row] for row in part.rows),
             arguments={name: self.division.select(name, value, part) for name, value in self.arguments.items()},
             rows=len(part.rows),
         )
@@ -129,7 +129,7 @@ def prepare_call(
     family: of the pipeline; None: one whose row says nothing of its arguments.
     """
     signature = call_parameters(type(pipe))
-    division = USUAL if family is None else Division(family.pipeline(type(pipe)), family.prompts)
+    division = USUAL if family is None else Division.of(pipe, family)
     _check_arguments(type(pipe).__name__, signature, call, seed)
     arguments = check_values(signature, {**defaults, **call})
     arguments = {name: value for name, value in arguments.items() if value is not None or name not in IMAGES_PER_PROMPT}

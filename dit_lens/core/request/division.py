@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
-from dit_lens.errors import PromptError
+from dit_lens.arguments.numbers import as_plain
+from dit_lens.core.request.values import is_several, list_values
+from dit_lens.errors import PromptError, show
+from dit_lens.families.arguments import IMAGES_PER_PROMPT
 from dit_lens.families.row import Pipeline, Prompts
 from dit_lens.families.table.inputs import Holding, find_holding
 from dit_lens.families.table.shared import WITH_IMAGES
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from dit_lens.families import Family
 
 
 @dataclass(frozen=True)
 class PromptSpan:
     """Some prompts of a call, and the images drawn of them.
 
-    prompts: which.
+    prompts: which, in any order; one may be there several times.
     count: of all prompts of the call.
     each: images drawn of a prompt.
     asked: whether batch_size= asks for it; where memory ran out, nobody did.
     """
 
-    prompts: range
+    prompts: Sequence[int]
     count: int
     each: int
     asked: bool = True
 
     @property
-    def rows(self) -> range:
+    def rows(self) -> list[int]:
         """The images drawn of these prompts."""
-        return range(self.prompts.start * self.each, self.prompts.stop * self.each)
+        return [prompt * self.each + j for prompt in self.prompts for j in range(self.each)]
 
     @property
     def total(self) -> int:
@@ -49,11 +57,20 @@ class Division:
     pipeline: Pipeline
     prompts: Prompts
 
+    @classmethod
+    def of(cls, pipe: DiffusionPipeline, family: Family) -> Self:
+        """That of a pipeline."""
+        return cls(family.pipeline(type(pipe)), family.prompts)
+
     def holding(self, name: str) -> Holding:
         """What an argument holds; layered embeddings and offsets are of prompts whatever their name."""
         return (
             "prompts" if name in (*self.prompts.layered, *self.prompts.offsets) else find_holding(self.pipeline, name)
         )
+
+    def starts(self, name: str, value: Any) -> bool:
+        """Whether an argument says, for each row, from what it starts: its noise, or its image."""
+        return value is not None and self.holding(name) in ("latents", "row images", "prompt images")
 
     def select(self, name: str, value: Any, part: PromptSpan) -> Any:
         """What an argument is for some of the prompts; PromptError where nobody knows."""
@@ -63,7 +80,7 @@ class Division:
         if holding in ("texts", "prompts"):
             return self._select_entries(name, value, part)
         if holding == "latents":
-            return value[part.rows.start : part.rows.stop]
+            return value[part.rows]
         if holding in ("row images", "prompt images"):
             return _select_images(name, value, part, of_rows=holding == "row images")
         if holding == "function":
@@ -74,9 +91,47 @@ class Division:
 
     def _select_entries(self, name: str, value: Any, part: PromptSpan) -> Any:
         if name in self.prompts.offsets:  # those of these prompts, from 0 up
-            return value[part.prompts.start : part.prompts.stop + 1] - value[part.prompts.start]
-        span = part.prompts if self.count(name, value) == part.count else part.rows
-        return value[:, span.start : span.stop] if name in self.prompts.layered else value[span.start : span.stop]
+            return _prepend_zero(value.diff()[list(part.prompts)].cumsum(0, dtype=value.dtype))
+        chosen = list(part.prompts) if self.count(name, value) == part.count else part.rows
+        if isinstance(value, list | tuple):
+            return [value[i] for i in chosen]
+        return value[:, chosen] if name in self.prompts.layered else value[chosen]
+
+    def share(self, call: Mapping[str, Any], prompts: Sequence[int], count: int) -> dict[str, Any]:
+        """What the arguments of a call are for some of its prompts, as users give them; they are checked by each run.
+
+        >>> usual = Division(Pipeline("", None), Prompts())
+        >>> usual.share({"negative_prompt": ["dark", "dull"], "height": 64}, [1, 1, 0], count=2)
+        {'negative_prompt': ['dull', 'dull', 'dark'], 'height': 64}
+
+        For what draws the same prompts in several calls. PromptError for entries that are not as many as prompts, and
+        for a value of which nobody knows what belongs to which prompt.
+
+        call: the arguments.
+        prompts: which, in any order; one may be there several times.
+        count: how many prompts there are.
+        """
+        if list(prompts) == list(range(count)):
+            return dict(call)
+        part = PromptSpan(prompts, count, 1)
+        return {name: self._share(name, value, part) for name, value in call.items()}
+
+    def _share(self, name: str, value: Any, part: PromptSpan) -> Any:
+        holding = self.holding(name)
+        if holding == "function" or (holding == "texts" and not is_several(value)):
+            return value  # one for all
+        if holding == "texts":
+            value = list_values(value)
+        if value is None or holding not in ("texts", "prompts", "latents"):
+            return self.select(name, value, part)
+        entries = self.count(name, value) if hasattr(value, "__len__") else None
+        if entries is None or (entries == 1 and holding == "prompts"):
+            return value
+        if entries != part.count:
+            held = f"lists {entries} texts" if holding == "texts" else f"has {entries} entries"
+            allowed = "one for each" if holding == "latents" else "one for all, or one each"
+            raise PromptError(f"{name}= {held} for {part.count} prompts. Give {allowed}.")
+        return self.select(name, value, part)
 
     def repeat(self, name: str, value: Any, each: int) -> Any:
         """An argument with one entry for each image, where it had one for each prompt. each: images of a prompt."""
@@ -150,7 +205,7 @@ def _lists_images(name: str, value: Any) -> bool:
     return axes > (2 if flat else 3)
 
 
-def _take_images(name: str, value: Any, rows: range, count: int) -> Any:
+def _take_images(name: str, value: Any, rows: Sequence[int], count: int) -> Any:
     """The images of some rows, where ``count`` of them serve all in turn."""
     chosen = [row % count for row in rows]
     if isinstance(value, list | tuple):
@@ -166,7 +221,7 @@ def _select_images(name: str, value: Any, part: PromptSpan, *, of_rows: bool) ->
     if count is not None and of_rows and part.total % count == 0:
         return _take_images(name, value, part.rows, count)
     if count is not None and not of_rows and count == part.count:
-        return value[part.prompts.start : part.prompts.stop]
+        return _take_images(name, value, part.prompts, count)
     raise _refuse(
         name, f"holds {_describe(value)}, which does not fit {part.count} prompts and {part.total} images", part
     )
@@ -204,3 +259,20 @@ def _prepend_zero(ends: Any) -> Any:
     import torch
 
     return torch.nn.functional.pad(ends, (1, 0))
+
+
+def refuse_several_images(call: Mapping[str, Any], why: str) -> None:
+    """PromptError for a call that draws several images of each prompt, where these would be taken for other prompts'.
+
+    >>> refuse_several_images({"num_images_per_prompt": 2}, "a mask is of one image")
+    Traceback (most recent call last):
+    ...
+    dit_lens.errors.PromptError: num_images_per_prompt=2 cannot be used here: a mask is of one image. Leave it out.
+
+    call: arguments of the pipeline.
+    why: not.
+    """
+    for name in IMAGES_PER_PROMPT:
+        asked = as_plain(call.get(name))
+        if asked is not None and not (isinstance(asked, int) and asked == 1):
+            raise PromptError(f"{name}={show(asked)} cannot be used here: {why}. Leave it out.")

@@ -157,7 +157,7 @@ class DirectionFinder:
     def _split_sites(self, runner: BatchRunner, batch: PromptBatch) -> Iterator[list[str]]:
         """The sites, as many at a time as memory holds."""
         sites = runner.lens.sites(self.site)
-        size = runner.lens.cost(batch.prompts, Read(self.site), **runner.call).bytes / len(sites)
+        size = runner.lens.cost(batch.prompts, Read(self.site), **batch.call).bytes / len(sites)
         count = max(1, int(MOST_BYTES // max(size, 1)))
         return (sites[start : start + count] for start in range(0, len(sites), count))
 
@@ -166,7 +166,7 @@ class DirectionFinder:
         if "relevant" not in self.bases:
             return {}
         steps = list(self.steps)
-        return read_relevance(runner.lens, batch.prompts, sites, steps=steps, seed=batch.seed, **runner.call)
+        return read_relevance(runner.lens, batch.prompts, sites, steps=steps, seed=batch.seed, **batch.call)
 
     def _describe(self, x: Tensor, relevance: Tensor | None, draw_of: tuple[int, str]) -> dict[str, Tensor]:
         """What is kept of the bases of one image at one site.

@@ -24,6 +24,7 @@ from dit_lens.studies.parts.channel_parts import (
 from dit_lens.studies.parts.doses import group_sites, read_doses
 from dit_lens.studies.parts.information import pool_tokens
 from dit_lens.studies.shared.arms import Arm, average_scores, make_score_reads
+from dit_lens.studies.shared.batches import share_call
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.judges import Judge, ask_judge
 from dit_lens.studies.shared.keys import ImageKey
@@ -56,7 +57,6 @@ class EditStudy:
     score: reduction by which channels are ranked.
     ablation: what is left of channels that are removed.
     judge: what says how far an image shows a prompt.
-    call: other arguments of the pipeline.
     """
 
     lens: DiTLens
@@ -65,7 +65,6 @@ class EditStudy:
     score: str
     ablation: Removal
     judge: Judge
-    call: Mapping[str, Any]
 
     def ask_judge(self, image: Image, prompt: str) -> dict[str, Any]:
         """How far an image shows a prompt, whether it is readable, and what else the judge says."""
@@ -75,7 +74,7 @@ class EditStudy:
     def run_clean(self, batch: PromptBatch) -> Cell:
         """The untouched images of a batch, the scores of their channels, and what doses are predicted from."""
         reads = [*make_score_reads(self.site, self.score), Read(self.site, reduce="mean", name="mean")]
-        run = self.lens.run(batch.prompts, reads, seed=batch.seed, **self.call)
+        run = self.lens.run(batch.prompts, reads, seed=batch.seed, **batch.call)
         cell = Cell(arrays={**average_scores(run), "grid": np.array(run.grid)})
         squares = {site: rms.float().square() for site, rms in run["rms"].items()}
         for name, values in (("energy at first", squares), ("mean at first", run["mean"])):
@@ -97,7 +96,7 @@ class EditStudy:
         """
         sets = {f"{arm.name}/{arm.draw}": arm.sets[0].restrict(sites) for arm in arms}
         reads = [Read(list(sites), channels=one, steps=steps, name=name) for name, one in sets.items()]
-        run = self.lens.run(batch.prompts, reads, seed=batch.seed, **self.call)
+        run = self.lens.run(batch.prompts, reads, seed=batch.seed, **batch.call)
         return Cell(
             arrays={
                 f"{name}/{site}": pool_tokens(value.float().numpy(), run.grid)
@@ -118,7 +117,7 @@ class EditStudy:
         channels, anatomy = arm.sets[0], self.lens.anatomy
         op = make_removal(self.site, channels, part, self.ablation, means)
         ops = weigh_removal(op, self.sites, anatomy, range(len(batch.prompts)), 0)
-        run = self.lens.run(batch.prompts, ops, seed=batch.seed, **self.call)
+        run = self.lens.run(batch.prompts, ops, seed=batch.seed, **batch.call)
         doses, images = read_doses(ops, run.receipt), run.images
         new = {site: (self.ablation == "mean") * mean[0].numpy() for site, mean in means.items()}
         cell, streams = Cell(), group_sites(self.sites, anatomy)
@@ -153,7 +152,7 @@ class EditStudy:
             if arm.name == ALL:
                 edits = make_ceiling(self.sites, self.lens.anatomy, row, n + row)
             ops += weigh_move(edits, self.sites, self.lens.anatomy, (row, n + row), 0, channels, part)
-        run = self.lens.run(prompts, ops, seed=batch.seed, **self.call)
+        run = self.lens.run(prompts, ops, seed=batch.seed, **share_call(self.lens, batch, [*range(n), *sources]))
         doses, images = read_doses(ops, run.receipt), run.images
         untouched = [clean.images[_name_untouched(row, batch)] for row in batch.rows]
         cell = Cell()

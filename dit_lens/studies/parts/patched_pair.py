@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dit_lens.core.runs.run import Run
     from dit_lens.instruments.gradients import Through
     from dit_lens.lens import DiTLens
+    from dit_lens.studies.shared.batches import StudyCall
 
 ENDS = ("source", "target")
 
@@ -139,7 +140,7 @@ class PatchedPair:
     prompts: source and target prompt.
     seed: seed of the noise.
     rows: number of rows of every batch: the source, then targets.
-    call: other arguments of the pipeline.
+    call: other arguments of the pipeline, for all pairs of the study.
     """
 
     map: PatchMap
@@ -147,7 +148,7 @@ class PatchedPair:
     prompts: tuple[str, str]
     seed: int
     rows: int
-    call: Mapping[str, Any]
+    call: StudyCall
 
     def run(self, ops: Sequence[Op], **how: Any) -> Run:
         """Runs a batch: the source, and its target in every other row.
@@ -155,9 +156,11 @@ class PatchedPair:
         ops: reads and swaps.
         how: other arguments of the lens.
         """
-        source, target = self.prompts
-        prompts = [source, *[target] * (self.rows - 1)]
-        return self.map.lens.run(prompts, ops, seed=self.seed, output_type="latent", **how, **self.call)
+        (source, target), targets = self.prompts, self.rows - 1
+        call = self.call.of([2 * self.number, *[2 * self.number + 1] * targets])
+        return self.map.lens.run(
+            [source, *[target] * targets], ops, seed=self.seed, output_type="latent", **how, **call
+        )
 
     @cached_property
     def untouched(self) -> Run:
@@ -200,7 +203,7 @@ class PatchedPair:
             steps=patch_map.steps,
             branch=patch_map.branch,
             seed=self.seed,
-            **self.call,
+            **self.call.of_pairs([self.number]),
         )
         parts = {"channels": found.channels, "tokens": found.tokens}
         scale = _metric_difference(clean) if through == "run" else 1.0

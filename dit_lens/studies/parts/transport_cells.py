@@ -58,8 +58,8 @@ def run_transport(cells: StudyCheckpoints, transport: Transport, batch: PairBatc
     outline = transport.lens.outline(list(batch.prompts), seed=batch.seed, **batch.call)
     pairs = replace(pairs, clean=clean, first=min(outline.select(transport.steps)))
     # Source rows that are made by ops of their own leave no step alone.
-    late = not batch.ops and skips_first_step(transport.lens, batch.prompts[0], transport.steps, batch.call)
-    runner = BatchRunner(lens=transport.lens, call=batch.call, late=late)
+    late = not batch.ops and skips_first_step(transport.lens, batch, transport.steps)
+    runner = BatchRunner(lens=transport.lens, late=late)
     arms = list(transport.list_arms(clean.arrays, batch.seed, batch.labels))
     for k, arm in arms:
         for masked, strength in transport.conditions:

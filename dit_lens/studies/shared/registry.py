@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from dit_lens.arguments.checks import checked
+from dit_lens.arguments.signatures import sets
 from dit_lens.errors import StoreError
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class StudyRecord:
 
 # Arguments that studies refuse themselves, with what their model and their prompts allow.
 REFUSED_BY_STUDIES = ("k", "seeds", "prompts", "pairs")
+SET_BY_STUDIES = ("prompt", "ops", "seed", "record", "prefix")  # in every run that they make
 
 _records: dict[str, StudyRecord] = {}
 
@@ -73,6 +76,8 @@ def study(
     """
 
     def register(function: Function) -> Function:
+        if "call" in inspect.signature(function).parameters:
+            function = sets(*SET_BY_STUDIES)(function)
         function = checked(function, but=REFUSED_BY_STUDIES)
         record = StudyRecord(
             name=function.__name__,

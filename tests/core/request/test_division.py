@@ -436,3 +436,50 @@ def test_an_error_of_smaller_batches_does_not_hide_the_memory():
     with pytest.raises(ExecutionError, match=r"smaller batch fails: .*shapes do not match.*height=") as caught:
         lens.run(PROMPTS[:2], seed=0, **TEXT)
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_arguments_of_some_prompts_in_any_order():
+    division = Division(Pipeline("", None, row_images=("image",)), Prompts(layered=("llama",), offsets=("cu_seqlens",)))
+    rows, embeddings, layered = [2, 0, 0], normal(3, 4, 5), normal(2, 3, 4)
+    images, latents = pictures(3), normal(3, 6, 2)
+    call = {
+        "negative_prompt": np.array(["a", "b", "c"]),
+        "prompt_2": "one for all",
+        "negative_prompt_embeds": embeddings,
+        "pooled_prompt_embeds": embeddings[:1, :, 0],
+        "llama": layered,
+        "cu_seqlens": torch.tensor([0, 3, 5, 9], dtype=torch.int32),
+        "image": images,
+        "latents": latents,
+        "sigmas": [1.0, 0.5, 0.2],
+        "callback_on_step_end": print,
+        "height": 32,
+        "mask_image": None,
+    }
+    found = division.share(call, rows, 3)
+    assert found["negative_prompt"] == ["c", "a", "a"]
+    assert torch.equal(found["negative_prompt_embeds"], torch.stack([embeddings[i] for i in rows]))
+    assert torch.equal(found["llama"], torch.stack([layered[:, i] for i in rows], 1))
+    assert found["cu_seqlens"].tolist() == [0, 4, 7, 10]
+    assert found["cu_seqlens"].dtype == torch.int32
+    assert [id(one) for one in found["image"]] == [id(images[i]) for i in rows]
+    assert torch.equal(found["latents"], torch.stack([latents[i] for i in rows]))
+    whole = ("prompt_2", "pooled_prompt_embeds", "sigmas", "callback_on_step_end", "height", "mask_image")
+    assert all(found[name] is call[name] for name in whole)
+    assert division.share(call, range(3), 3) == call
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt= lists 2 texts for 3 prompts. Give one for all"),
+        ({"negative_prompt_embeds": torch.zeros(2, 4, 5)}, "has 2 entries for 3 prompts"),
+        ({"latents": torch.zeros(1, 4, 5)}, "latents= has 1 entries for 3 prompts. Give one for each"),
+        ({"image": pictures(2)}, "does not fit 3 prompts"),
+        ({"image_embeds": torch.zeros(3, 4)}, "nobody knows what belongs to which prompt"),
+    ],
+)
+def test_entries_that_are_nobodys_are_refused(call, told):
+    division = Division(Pipeline("", None, row_images=("image",)), Prompts())
+    with pytest.raises(PromptError, match=told):
+        division.share(call, [0, 1], 3)
