@@ -181,11 +181,13 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _findings(options: argparse.Namespace) -> int:
     from dit_lens.commands.chapters import Size
-    from dit_lens.commands.findings import findings
+    from dit_lens.commands.findings import check_places, findings
     from dit_lens.commands.findings_cost import describe_cost
 
     given = {name: getattr(options, name) for name in ("prompts", "seeds", "draws")}
     size = Size(**{name: value for name, value in given.items() if value is not None})
+    if not options.plan:
+        check_places(options.out, options.toys, options.cells)
     print(describe_cost(options.toys, size), flush=True)
     if not options.plan:
         print(findings(options.out, toys=options.toys, size=size, cells=options.cells))

@@ -105,11 +105,8 @@ def findings(
     cells: folder for finished cells, from which an interrupted call continues.
     """
     # First of all, so that a name that does not exist does not cost the hours of the toys before it.
-    cards = {toy: read_json(path(toy) / DEFAULTS_FILE, "the card of a toy") for toy in toys}
+    cards = check_places(out, toys, cells)
     out, folders = Path(out), {toy: None if cells is None else Path(cells) / toy for toy in toys}
-    _check_out(out, toys)
-    for folder in filter(None, folders.values()):
-        check_place(folder / CHAPTERS[0].name / "study.json")
     for toy, card in tqdm(cards.items(), desc="toys", disable=len(cards) == 1):
         lens = DiTLens.toy(toy)
         concentration = _measure_concentration(lens, DiTLens.toy(toy, untrained=True), size)
@@ -124,9 +121,15 @@ def findings(
     return out / "index.md"
 
 
-def _check_out(out: Path, toys: Sequence[str]) -> None:
-    """Raises StoreError where the pages could not be written, or would take the place of somebody else's."""
-    page = out / "index.md"
+def check_places(out: str | Path, toys: Sequence[str], cells: str | Path | None) -> dict[str, Mapping[str, Any]]:
+    """The cards of toys; StoreError for one that is not there, and where pages or cells could not be written.
+
+    Pages would also not take the place of somebody else's.
+
+    out, toys, cells: as :func:`findings` takes them.
+    """
+    cards = {toy: read_json(path(toy) / DEFAULTS_FILE, "the card of a toy") for toy in toys}
+    page = Path(out) / "index.md"
     if page.exists():
         with report_damage(page, "Move it, or choose another folder."):
             foreign = not check_regular(page).read_text("utf-8").startswith(INTRO.partition("\n\n")[0])
@@ -134,7 +137,10 @@ def _check_out(out: Path, toys: Sequence[str]) -> None:
             raise StoreError(f"{page} is a page of something else, so it is not replaced. Choose another folder.")
     check_place(page)
     for toy in toys:
-        check_folder(out / toy, MARK)
+        check_folder(Path(out) / toy, MARK)
+        if cells is not None:
+            check_place(Path(cells) / toy / CHAPTERS[0].name / "study.json")
+    return cards
 
 
 def write_overview(out: Path) -> None:
