@@ -40,6 +40,7 @@ from dit_lens.core.trace import Trace
 from dit_lens.errors import DitLensError, ExecutionError, OpError, PromptError, SiteError, show
 from dit_lens.families.checks import Check, check
 from dit_lens.families.live import find_difference
+from dit_lens.families.schedulers import find_noise
 from dit_lens.families.sites import Site, match
 from dit_lens.old_names import warn_of_old_name
 
@@ -377,10 +378,10 @@ class Session:
         grid = self.anatomy.plan_grid(self.pipe, prepared.arguments)
         check_latents(prepared, grid, self.family)
         tokens = None if grid is None else grid[0] * grid[1]
-        measure = self.engine.measure_sigmas(
-            prepared, self.anatomy.time_rule(self.family.pipeline(type(self.pipe)).time)
-        )
-        timeline = make_timeline(self.pipe, self.family, prepared.arguments, tokens, measure)
+        time = self.family.pipeline(type(self.pipe)).time
+        rule = self.anatomy.time_rule(time, find_noise(self.pipe.scheduler, time, type(self.pipe).__name__))
+        measure = self.engine.measure_sigmas(prepared, rule)
+        timeline = make_timeline(self.pipe, self.family, rule, prepared.arguments, tokens, measure)
 
         @cache
         def read_text(prompts: range | None = None) -> StreamText:

@@ -15,6 +15,7 @@ from dit_lens.families.calls import call_parameters
 from dit_lens.families.locations import GridRule, ReadoutRule, TensorLocation, TextRule, TimeRule
 from dit_lens.families.module_tree import ModuleTree, class_names, count_heads, measure_width, read_entry
 from dit_lens.families.row import Family, Time
+from dit_lens.families.schedulers import Noise
 from dit_lens.families.sites import MODEL_POINTS, POINTS, STREAMS, Site
 from dit_lens.families.stack import PointSpec, Stack
 
@@ -187,24 +188,23 @@ class Anatomy:
         f, h, w = (1, *sizes)[-3:]
         return f, h, w
 
-    def time_rule(
-        self, time: Time | None = None, levels: list[float] | None = None, kind: str | None = None
-    ) -> TimeRule:
+    def time_rule(self, time: Time | None = None, noise: Noise | None = None) -> TimeRule:
         """What the executor needs to tell the time of a forward pass, and what its prediction is.
 
         time: the family's own by default.
-        levels: noise by timestep, where it is a table.
-        kind: "flow", "epsilon" or "v_prediction".
+        noise: as the scheduler has it; by default a flow's.
         """
+        noise = noise or Noise()
         time = self.family.pipelines[0].time if time is None else time
         return {
             "argument": time.argument,
             "position": self.modules.find_parameter("", time.argument)[1],
             "offset": time.offset,
             "scale": time.scale,
-            "levels": levels,
-            "kind": kind,
-            "sign": self.family.prediction.sign,
+            "levels": noise.levels,
+            "data": noise.data,
+            "kind": noise.kind,
+            "sign": self.family.prediction.sign * noise.sign,
         }
 
     @cached_property

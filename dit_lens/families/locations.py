@@ -49,15 +49,16 @@ class Location(TypedDict):
 
 
 class TimeRule(TypedDict):
-    """How the time of a forward pass is read: noise level = offset + scale * argument, or levels[argument].
+    """How the time of a forward pass is read: noise level = offset + scale * argument, or as ``families.levels`` says.
 
     argument: of the transformer.
     position: the argument's index among positional ones; None where it is passed by name only.
     offset: the noise level where the argument is 0.
     scale: the noise level for each unit of the argument.
     levels: the noise level of every timestep, where the scheduler has a table of them.
+    data: the standard deviation of data, where the argument is log(sigma) / 4 of noise beside it; else None.
     kind: what is predicted: "flow", "epsilon", "v_prediction", or None for anything else.
-    sign: -1 where the pipeline negates the prediction.
+    sign: -1 where the prediction is the negative of that.
     """
 
     argument: str
@@ -65,6 +66,7 @@ class TimeRule(TypedDict):
     offset: float
     scale: float
     levels: list[float] | None
+    data: float | None
     kind: str | None
     sign: int
 

@@ -37,14 +37,20 @@ class Guidance:
 class Time:
     """What the transformer gets as its time: noise level = offset + scale * value.
 
+    Where tokens have values of their own, as where the first frame of a video is given, it is that of the noisiest.
+
     argument: of the transformer.
     offset: the noise level where the value is 0.
     scale: the noise level for each unit of the value.
+    edm: whether the value is a quarter of the logarithm of noise beside data instead, as EDM's schedulers have it.
+    inverted: whether its schedulers count from clean images to noise (``invert_sigmas``).
     """
 
     argument: str = "timestep"
     offset: float = 0.0
     scale: float = 1.0
+    edm: bool = False
+    inverted: bool = False
 
 
 @checked_fields
@@ -81,6 +87,8 @@ class Pipeline:
     caches: whether its first step fills a cache that later steps read.
     second_model: whether another transformer computes its unconditional branch.
     refuses: arguments with which its forward passes cannot be followed.
+    strength: the argument that says which share of the steps is run, the last ones.
+    whole_strength: whether that share is rounded down to whole steps; else it is rounded up.
     row_images: arguments with images of which several are one for each row, repeated in order until all have one.
     prompt_images: the same, one for each prompt.
     references: arguments with images that every row is given, all of them.
@@ -99,6 +107,8 @@ class Pipeline:
     caches: bool = False
     second_model: bool = False
     refuses: tuple[Refusal, ...] = ()
+    strength: str = "strength"
+    whole_strength: bool = False
     row_images: tuple[str, ...] = ()
     prompt_images: tuple[str, ...] = ()
     references: tuple[str, ...] = ()

@@ -45,7 +45,8 @@ def compute_gate(value: Tensor, location: Location, module: Any) -> Tensor:
         name, number = location["table"]
         table = getattr(module, name)
         table = table.reshape(-1, table.shape[-1])
-        value = value.reshape(len(value), len(table), -1)[:, number : number + 1] + table[number]
+        # [row, part, channel], or of each token where tokens have times of their own
+        value = value.reshape(len(value), -1, *table.shape)[:, :, number] + table[number]
     value = value.unsqueeze(1) if value.ndim == 2 else value
     if location["span"] is not None:
         value = value[..., location["span"][0] : location["span"][1]]

@@ -9,14 +9,24 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from dit_lens.families.layout import PlanMismatchError, argument
+from dit_lens.families.levels import (
+    choose_level,
+    is_exact,
+    level_at,
+    list_levels,
+    measure_rounding,
+    pick_time,
+    read_schedule,
+)
 from dit_lens.families.transfers import fetch_numbers, is_queued
 
 if TYPE_CHECKING:
     from dit_lens.core.plan.program import Forward, Program
+
+OUTSIDE = 1e-2  # how far rounding may lead beyond the ends
 
 
 class Clock:
@@ -38,7 +48,8 @@ class Clock:
     def follow(self, scheduler: Any) -> None:
         """Notes the noise levels of a scheduler that has been set up for the run."""
         steps = self.program["forwards"][-1]["step"] + 1
-        self.levels = list_levels(scheduler, len(getattr(scheduler, "timesteps", ())) - steps, steps)
+        skipped = len(getattr(scheduler, "timesteps", ())) - steps
+        self.levels = list_levels(self.program["time"], *read_schedule(scheduler, skipped, steps))
         self.rounding = measure_rounding(scheduler)
 
     def note(self, arguments: tuple[tuple, dict], forward: Forward) -> Moment:
@@ -46,8 +57,7 @@ class Clock:
         rule, number = self.program["time"], len(self.entries)
         value = argument(arguments, rule["argument"], rule["position"])
         queued = isinstance(value, Tensor) and is_queued(value)
-        time = value.detach().flatten()[:1].clone() if isinstance(value, Tensor) else value
-        self.pending.append((number, time, is_exact(value)))
+        self.pending.append((number, pick_time(value, rule), is_exact(value)))
         self.entries.append((forward["step"], forward["branches"][0], math.nan, math.nan))
         if not queued:
             self.settle()
@@ -86,10 +96,14 @@ class Clock:
     def _measure_noise(self, step: int, timestep: float, exact: bool) -> float:
         """The noise level that a time means: the scheduler's own, where both are the same but for rounding."""
         rule = self.program["time"]
-        if rule["levels"] is not None:
-            return rule["levels"][round(timestep)]
-        made = rule["offset"] + rule["scale"] * timestep
-        return choose_level(made, self.levels, step, self.rounding if exact else 1e-2)
+        made = level_at(timestep, rule)
+        level = choose_level(made, self.levels, step, self.rounding if exact else 1e-2)
+        if not -OUTSIDE <= level <= 1 + OUTSIDE:
+            raise PlanMismatchError(
+                f"the plan expects step {step} at a noise level from 0 to 1, but its time {timestep:.6g} means "
+                f"{level:.6g}: this pipeline with this scheduler tells noise in another way than its family's row says"
+            )
+        return level
 
 
 class Moment:
@@ -114,36 +128,3 @@ class Moment:
         """The noise level that it means."""
         self._clock.settle()
         return self._clock.entries[self._number][3]
-
-
-def list_levels(scheduler: Any, skipped: int, steps: int) -> list[float]:
-    """The noise level of every step as a scheduler of flows has it; empty where it keeps none. It waits for a GPU.
-
-    skipped: how many of its steps come before them.
-    """
-    sigmas = getattr(scheduler, "sigmas", None)
-    return sigmas[skipped : skipped + steps].tolist() if isinstance(sigmas, Tensor) and skipped >= 0 else []
-
-
-def measure_rounding(scheduler: Any) -> float:
-    """How far a noise level that is made of a scheduler's time may be from its own: it may keep whole times only."""
-    timesteps = getattr(scheduler, "timesteps", None)
-    if isinstance(timesteps, Tensor) and not timesteps.is_floating_point():
-        return 1.001 / scheduler.config.get("num_train_timesteps", 1000)
-    return 1e-4
-
-
-def choose_level(made: float, own: Sequence[float], step: int, within: float) -> float:
-    """The scheduler's own noise level of a step, where that which was made of the time is the same but for rounding.
-
-    made: of the time.
-    own: of every step; perhaps none.
-    step: its number.
-    within: how far rounding may lead.
-    """
-    return own[step] if step < len(own) and abs(own[step] - made) <= within else made
-
-
-def is_exact(value: Any) -> bool:
-    """Whether a time is not rounded to half precision, in which neighbouring timesteps may be equal."""
-    return not isinstance(value, Tensor) or value.dtype not in (torch.float16, torch.bfloat16)

@@ -35,6 +35,7 @@ from dit_lens.families.layout import (
     to_tokens,
     write_back,
 )
+from dit_lens.families.levels import spread_level
 from dit_lens.families.tensors import apply_to_part, compute_gate, outer_index, read_out
 from dit_lens.families.transfers import Transfers
 
@@ -114,7 +115,7 @@ def execute(model: Any, tracer: Any, program: Program, payload: dict[str, Any], 
     for number in tracer.iter[: len(program["forwards"])]:
         forward = program["forwards"][number]
         arguments = model.get(denoiser).inputs
-        if number == 0 and program["time"]["kind"] == "flow":  # the pipeline has set its scheduler up
+        if number == 0:  # the pipeline has set its scheduler up
             clock.follow(model.pipeline.scheduler)
         moment = clock.note(arguments, forward)
         image = images.find(arguments)
@@ -298,14 +299,16 @@ def predict_x0(predicted: Tensor, rows: range, context: Context) -> Tensor:
     Noise (DDPM, arXiv 2006.11239, eq. 15, with sigma = sqrt(1 - alpha bar)): x0 = (x - sigma e) / sqrt(1 - sigma^2).
     v (arXiv 2202.00512, appendix D): x0 = sqrt(1 - sigma^2) x - sigma v.
     """
-    grid, time, sigma = context.program["grid"], context.program["time"], context.moment.sigma
+    grid, time = context.program["grid"], context.program["time"]
     latents = pack(argument(context.arguments, grid["latents"], grid["latents_position"]), grid["axes"], grid["patch"])
     layout: Any = {"layout": grid["layout"], "stream": "img"}
     noisy = select_stream(latents, layout, context.image, rows)[0]
     width = min(noisy.shape[-1], predicted.shape[-1])  # a learned variance is left out
     noisy, predicted = noisy[..., :width].float(), predicted[..., :width].float() * time["sign"]
     if time["kind"] == "flow":
-        return noisy - sigma * predicted
+        value = argument(context.arguments, time["argument"], time["position"])
+        return noisy - spread_level(value, context.moment.sigma, noisy, rows, time) * predicted
+    sigma = context.moment.sigma
     signal = (1 - sigma**2) ** 0.5
     if time["kind"] == "v_prediction":
         return signal * noisy - sigma * predicted

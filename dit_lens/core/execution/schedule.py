@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_lens.core.execution.clock import choose_level, list_levels, measure_rounding
 from dit_lens.core.execution.refusals import tell_refusals
 from dit_lens.families.layout import argument
+from dit_lens.families.levels import choose_level, level_at, list_levels, measure_rounding, pick_time, read_schedule
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -45,13 +45,14 @@ def measure_sigmas(
     steps: how many steps run.
     skipped: how many of the scheduler's come before them, as with ``strength=``.
     """
-    seen: list[tuple[torch.Tensor, torch.Tensor, list[float], float]] = []
+    seen: list[tuple[torch.Tensor, list[float], list[float], float]] = []
 
     def stop(_: Any, args: tuple, kwargs: dict) -> None:
         value = torch.as_tensor(argument((args, kwargs), time["argument"], time["position"]))
         scheduler = pipe.scheduler
-        own = list_levels(scheduler, skipped, steps)
-        seen.append((value.flatten()[0], scheduler.timesteps, own, measure_rounding(scheduler)))
+        timesteps, sigmas = read_schedule(scheduler, skipped, steps)
+        own = list_levels(time, timesteps, sigmas)
+        seen.append((pick_time(value, time), timesteps, own, measure_rounding(scheduler)))
         raise _Stop
 
     handle = pipe.transformer.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
@@ -64,7 +65,7 @@ def measure_sigmas(
     if not seen:
         return None
     first, timesteps, own, rounding = seen[0]
-    levels = _follow(first, timesteps[skipped : skipped + steps].double().cpu(), own, time)
+    levels = _follow(first, torch.tensor(timesteps).double(), own, time)
     return None if levels is None else tuple(choose_level(one, own, i, rounding) for i, one in enumerate(levels))
 
 
@@ -73,7 +74,7 @@ def _follow(first: torch.Tensor, timesteps: torch.Tensor, own: list[float], time
     within = 5e-3 if first.dtype in (torch.float16, torch.bfloat16) else 1e-5
     value = float(first)
     found = {
-        tuple((time["offset"] + time["scale"] * form(timesteps)).tolist())
+        tuple(level_at(value, time) for value in form(timesteps).tolist())
         for form in FORMS
         if len(timesteps) and abs(float(form(timesteps[0])) - value) <= within * max(1.0, abs(value))
     }

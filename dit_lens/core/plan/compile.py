@@ -279,7 +279,7 @@ class _Compiler:
         return {
             "denoiser": "transformer",
             "rows": self.outline.rows,
-            "time": anatomy.time_rule(timeline.time, timeline.levels, timeline.kind),
+            "time": timeline.rule or anatomy.time_rule(),
             "repeats": list(timeline.repeats),
             "sigmas": list(timeline.sigmas or ()) if self.by_sigma else None,
             "grid": anatomy.grid_rule,

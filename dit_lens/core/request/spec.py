@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.request.call import Call, prepare_call
 from dit_lens.core.request.ops import Op, from_json, to_json
-from dit_lens.core.request.timeline import make_timeline
+from dit_lens.core.request.timeline import plan_forwards
 from dit_lens.core.runs.provenance import holds_unsaved, to_plain_data
 from dit_lens.errors import OpError, PromptError
 
@@ -67,7 +67,7 @@ def prepare_asked(
         call=options,
         family=family,
     )
-    return call, make_timeline(pipe, family, call.arguments, None, None).forwards
+    return call, plan_forwards(pipe, family.pipeline(type(pipe)).guidance, call.arguments)
 
 
 def _describe(op: Op) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from dit_lens.core.request.indices import check_slice, is_span, list_indices
 from dit_lens.core.request.json_values import SigmaInterval
 from dit_lens.errors import OpError, PromptError, nearest
 from dit_lens.families.calls import find_call
+from dit_lens.families.levels import list_levels, read_schedule
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from dit_lens.core.request.ops import Steps
-    from dit_lens.families import Family, Guidance, Pipeline, Time
+    from dit_lens.families import Family, Guidance, Pipeline
+    from dit_lens.families.locations import TimeRule
 
 Measure: TypeAlias = "Callable[[int, int], tuple[float, ...] | None]"
 
@@ -33,9 +35,7 @@ class Timeline:
     forwards: the forward passes of one step, each the branches of its rows in order.
     known_sigmas: the noise level of each step, where the scheduler has a table of them.
     repeats: steps at the same timestep as the one before.
-    levels: the noise level of every timestep, where the scheduler has a table of them.
-    kind: what is predicted: "flow", "epsilon", "v_prediction", or None for anything else.
-    time: the timestep argument passed to the transformer; None: as its family says.
+    rule: what the transformer's time means, and what it predicts.
     measure: reads the noise levels off the pipeline, where they are not known.
     guided: whether the pipeline has a guidance that gives this transformer an unconditional branch.
     """
@@ -44,9 +44,7 @@ class Timeline:
     forwards: tuple[tuple[str, ...], ...]
     known_sigmas: tuple[float, ...] | None = None
     repeats: tuple[int, ...] = ()
-    levels: list[float] | None = None
-    kind: str | None = None
-    time: Time | None = None
+    rule: TimeRule | None = None
     measure: Callable[[], tuple[float, ...] | None] | None = field(default=None, repr=False, compare=False)
     guided: bool = True
 
@@ -57,6 +55,11 @@ class Timeline:
         The first look may take as long as the encoding of a prompt: the pipeline is called up to its first step.
         """
         return self.known_sigmas if self.known_sigmas is not None or self.measure is None else self.measure()
+
+    @property
+    def kind(self) -> str | None:
+        """What is predicted: "flow", "epsilon", "v_prediction", or None for anything else."""
+        return None if self.rule is None else self.rule["kind"]
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -141,50 +144,68 @@ class Timeline:
 
 
 def make_timeline(
-    pipe: DiffusionPipeline, family: Family, call: Mapping[str, Any], tokens: int | None, measure: Measure | None
+    pipe: DiffusionPipeline,
+    family: Family,
+    rule: TimeRule,
+    call: Mapping[str, Any],
+    tokens: int | None,
+    measure: Measure | None,
 ) -> Timeline:
     """How a pipeline will denoise.
 
     pipe: the pipeline.
     family: of its transformer.
+    rule: of its time.
     call: its own keyword arguments, ``num_inference_steps`` included.
     tokens: the number of image tokens, on which some schedules depend; None if unknown.
     measure: (steps, steps before them) -> the noise levels of a flow, as the pipeline sets them; None where the
       pipeline cannot be asked, as its model is on a server: then they are computed as FLUX does.
     """
-    timeline = _make_timeline(pipe, family.pipeline(type(pipe)), call, tokens, measure)
-    return replace(timeline, guided=family.pipeline(type(pipe)).guidance is not None)
+    pipeline = family.pipeline(type(pipe))
+    timeline = _make_timeline(pipe, pipeline, rule, call, tokens, measure)
+    return replace(timeline, guided=pipeline.guidance is not None)
 
 
 def _make_timeline(
-    pipe: DiffusionPipeline, pipeline: Pipeline, call: Mapping[str, Any], tokens: int | None, measure: Measure | None
+    pipe: DiffusionPipeline,
+    pipeline: Pipeline,
+    rule: TimeRule,
+    call: Mapping[str, Any],
+    tokens: int | None,
+    measure: Measure | None,
 ) -> Timeline:
     _refuse(pipe, pipeline, call)
     given = call.get("sigmas") if call.get("sigmas") is not None else call.get("timesteps")
     total = len(given) if given is not None else call["num_inference_steps"]
-    skipped = 0
-    strength = call.get("strength", default_argument(pipe, "strength"))
-    if strength is not None:
-        skipped = int(max(total - min(total * strength, total), 0))  # as get_timesteps of FluxImg2ImgPipeline
-        if skipped == total:
-            raise PromptError(f"strength={strength} with {total} steps leaves none to run. Raise one of them.")
-    forwards, levels = _plan_forwards(pipe, pipeline.guidance, call), _list_levels(pipe.scheduler)
-    kind, time = _find_kind(pipe.scheduler, levels), pipeline.time
-    order = getattr(pipe.scheduler, "order", 1)
-    if order > 1 or (levels is not None and given is None):  # the scheduler alone decides how often it calls the model
-        times = _set_timesteps(pipe.scheduler, total)[skipped * order :]
+    skipped = _count_skipped(pipe, pipeline, call, total)
+    forwards = plan_forwards(pipe, pipeline.guidance, call)
+    order, table = getattr(pipe.scheduler, "order", 1), rule["levels"] is not None
+    if order > 1 or (table and given is None):  # the scheduler alone decides how often it calls the model
+        times, own = _set_timesteps(pipe.scheduler, total, skipped * order)
         repeats = tuple(i for i in range(1, len(times)) if times[i] == times[i - 1])
-        sigmas = None if levels is None else tuple(levels[round(time)] for time in times)
+        sigmas = tuple(list_levels(rule, times, own)) if table else None
         asked = None if measure is None else partial(measure, len(times), skipped * order)
-        return Timeline(len(times), forwards, sigmas, repeats, levels, kind, time, asked)
+        return Timeline(len(times), forwards, sigmas, repeats, rule, asked)
     if measure is not None:
         asked = partial(measure, total - skipped, skipped)
-        return Timeline(total - skipped, forwards, None, (), levels, kind, time, asked)
+        return Timeline(total - skipped, forwards, None, (), rule, asked)
     sigmas = _compute_sigmas(pipe, call, total, tokens)
-    return Timeline(total - skipped, forwards, None if sigmas is None else sigmas[skipped:], (), levels, kind, time)
+    return Timeline(total - skipped, forwards, None if sigmas is None else sigmas[skipped:], (), rule)
 
 
-def _plan_forwards(
+def _count_skipped(pipe: DiffusionPipeline, pipeline: Pipeline, call: Mapping[str, Any], total: int) -> int:
+    """How many of the scheduler's steps are left out in front, as by the ``get_timesteps`` of pipelines."""
+    strength = call.get(pipeline.strength, default_argument(pipe, pipeline.strength))
+    if strength is None:
+        return 0
+    run = min(total * strength, total)
+    skipped = max(total - int(run), 0) if pipeline.whole_strength else int(max(total - run, 0))
+    if skipped == total:
+        raise PromptError(f"{pipeline.strength}={strength} with {total} steps leaves none to run. Raise one of them.")
+    return skipped
+
+
+def plan_forwards(
     pipe: DiffusionPipeline, guidance: Guidance | None, call: Mapping[str, Any]
 ) -> tuple[tuple[str, ...], ...]:
     """The forward passes of one step: those of ``guidance`` where it is on, else a conditional one."""
@@ -219,27 +240,20 @@ def _refuse(pipe: DiffusionPipeline, pipeline: Pipeline, call: Mapping[str, Any]
         )
 
 
-def _set_timesteps(scheduler: Any, steps: int) -> list[float]:
-    """The timesteps that a copy of the scheduler sets. Which of them are equal does not depend on ``mu``."""
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
-    return [float(time) for time in scheduler.timesteps]
+def _set_timesteps(scheduler: Any, steps: int, skipped: int) -> tuple[list[float], list[float]]:
+    """The timesteps and sigmas that a copy of the scheduler sets. Which are equal does not depend on ``mu``.
 
-
-def _find_kind(scheduler: Any, levels: list[float] | None) -> str | None:
-    """What the transformer predicts: a flow, unless the scheduler says otherwise."""
-    kind = "flow" if levels is None else scheduler.config.get("prediction_type", "epsilon")
-    return kind if kind in ("flow", "epsilon", "v_prediction") else None
-
-
-def _list_levels(scheduler: Any) -> list[float] | None:
-    """The noise level of every training timestep, for schedulers that keep such a table and do not sample a flow.
-
-    DDPM (arXiv 2006.11239, eq. 4): x_t = sqrt(alpha bar) x0 + sqrt(1 - alpha bar) noise.
+    skipped: how many are left out in front.
     """
-    table = getattr(scheduler, "alphas_cumprod", None)
-    flow = scheduler.config.get("use_flow_sigmas") or scheduler.config.get("prediction_type") == "flow_prediction"
-    return None if table is None or flow else [max(1 - float(kept), 0.0) ** 0.5 for kept in table]
+    scheduler = copy.deepcopy(scheduler)
+    try:
+        scheduler.set_timesteps(steps, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
+        raise PromptError(
+            f"{type(scheduler).__name__} makes no {steps} steps: {str(problem).rstrip('.')}. Change "
+            "num_inference_steps=, or the scheduler."
+        ) from problem
+    return read_schedule(scheduler, skipped, len(scheduler.timesteps) - skipped)
 
 
 def _compute_sigmas(

@@ -74,7 +74,7 @@ OMNIGEN = Family(
         Pipeline(
             "OmniGenPipeline",
             Guidance(COND_UNCOND, scale=None),
-            Time(offset=1.0, scale=-1.0),
+            Time(offset=1.0, scale=-1.0, inverted=True),
             encodes=NO_ENCODER,
             refuses=(Refusal("input_images", "they add rows that see the images without the prompt"),),
         ),

@@ -42,9 +42,9 @@ COSMOS = Family(
     transformer="CosmosTransformer3DModel",
     pipelines=(
         _COSMOS,
-        *_COSMOS.copy_for("CosmosTextToWorldPipeline"),
+        *_COSMOS.copy_for("CosmosTextToWorldPipeline", time=Time(edm=True)),
+        *_COSMOS.copy_for("CosmosVideoToWorldPipeline", time=Time(edm=True), takes_latents=None),
         *_COSMOS.copy_for(
-            "CosmosVideoToWorldPipeline",
             "Cosmos2VideoToWorldPipeline",
             "Cosmos2_5_PredictBasePipeline",
             "Cosmos2_5_TransferPipeline",
@@ -155,7 +155,7 @@ WAN = Family(
     transformer="WanTransformer3DModel",
     pipelines=(
         _WAN,
-        *_WAN.copy_for("WanVideoToVideoPipeline", refuses=(_ONE_VIDEO,)),
+        *_WAN.copy_for("WanVideoToVideoPipeline", refuses=(_ONE_VIDEO,), whole_strength=True),
         *_WAN.copy_for("WanImageToVideoPipeline", "LucyEditPipeline", takes_latents=None),
     ),
     stacks=(image_stack("blocks", points=_WAN_POINTS),),
@@ -191,7 +191,8 @@ LTX = Family(
     transformer="LTXVideoTransformer3DModel",
     pipelines=(
         _LTX,
-        *_LTX.copy_for("LTXConditionPipeline", "LTXImageToVideoPipeline", takes_latents=None),
+        *_LTX.copy_for("LTXImageToVideoPipeline", takes_latents=None),
+        *_LTX.copy_for("LTXConditionPipeline", takes_latents=None, strength="denoise_strength", whole_strength=True),
         *_LTX.copy_for("LTXI2VLongMultiPromptPipeline", encodes=NO_EMBEDDINGS, takes_latents=None),
     ),
     stacks=(image_stack("transformer_blocks", points=_LTX_POINTS),),
@@ -238,9 +239,8 @@ COGVIDEOX = Family(
     transformer="CogVideoXTransformer3DModel",
     pipelines=(
         _COGVIDEOX,
-        *_COGVIDEOX.copy_for(
-            "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline", "CogVideoXFunControlPipeline"
-        ),
+        *_COGVIDEOX.copy_for("CogVideoXImageToVideoPipeline", "CogVideoXFunControlPipeline"),
+        *_COGVIDEOX.copy_for("CogVideoXVideoToVideoPipeline", whole_strength=True),
     ),
     stacks=(double_stack(name="block", outputs=IMAGE_FIRST, points=_COGVIDEOX_POINTS),),
     width=HEADS,
