@@ -100,11 +100,11 @@ def _section(family: Family) -> str:
         lines.append(f"- Prompts cannot be encoded before a run: {usual.encodes}.")
     if family.without_gradient:
         lines.append(f"- No gradients: {_list(family.without_gradient)} runs under `torch.no_grad`.")
-    refused = {
-        f"`{one.argument}=`" + ("" if one.off is None else f" other than {one.off}"): one.reason
-        for pipeline in family.pipelines
-        for one in pipeline.refuses
-    }
+    refused = {}
+    for one in dict.fromkeys(one for pipeline in family.pipelines for one in pipeline.refuses):
+        where = [pipeline.name for pipeline in family.pipelines if one in pipeline.refuses]
+        of = "" if len(where) == len(family.pipelines) else f", with {_list(where)}"
+        refused[f"`{one.argument}=`{'' if one.off is None else f' other than {one.off}'}{of}"] = one.reason
     if usual.guidance is not None and usual.guidance.cut is not None:
         why = "below 1 it ends guidance inside the run, so that the number of branches changes"
         refused[f"`{usual.guidance.cut}=`"] = why

@@ -226,6 +226,7 @@ class Anatomy:
             "layout": grid.layout,
             "marks": grid.marks,
             "marked": grid.marked,
+            "coordinates": grid.coordinates,
         }
 
     @cached_property

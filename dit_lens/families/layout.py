@@ -89,7 +89,7 @@ def replace_tensor(value: Any, side: str, location: Location, tensor: Any) -> An
 
 def find_image_tokens(arguments: tuple[tuple, dict], rule: GridRule) -> ImageTokens:
     """Where the image tokens of a forward pass are, by the rule of its family."""
-    value = argument(arguments, rule["argument"], rule["position"])
+    value = optional_argument(arguments, [rule["argument"]], rule["position"])
     latents = argument(arguments, rule["latents"], rule["latents_position"])
     if rule["rule"] in ("ids", "positions", "marks"):
         ids = value[0] if value.ndim == 3 else value
@@ -107,6 +107,9 @@ def find_image_tokens(arguments: tuple[tuple, dict], rule: GridRule) -> ImageTok
         f, *grid = shapes[0 if rule["target"] == "first" else -1]
         grid = [f, *grid] if f > 1 else grid
         first, total = 0, prod(grid) if rule["target"] == "last" else sum(map(prod, shapes))
+    elif rule["rule"] == "counts" and value is None and rule["coordinates"] is not None:
+        grid, first = _count_coordinates(argument(arguments, rule["coordinates"], None)[0])
+        total = latents.shape[1]
     elif rule["rule"] == "counts":
         grid = [argument(arguments, name, None) for name in ("num_frames", "height", "width")]
         first, total = 0, prod(grid)
@@ -118,6 +121,16 @@ def find_image_tokens(arguments: tuple[tuple, dict], rule: GridRule) -> ImageTok
         total = max(total, rule["pad_to"])
     starts = [] if rule["mask"] is None else argument(arguments, rule["mask"], None).sum(1).tolist()
     return ImageTokens(tuple(grid), prod(grid), first, total, starts)
+
+
+def _count_coordinates(places: Tensor) -> tuple[list[int], int]:
+    """The grid (f, h, w) that coordinates [frame, y, x] of tokens make, and the first of its tokens.
+
+    Those of given frames come before it, none of which is the first frame.
+    """
+    first = int((places[0] == places[0].amin()).to(torch.uint8).argmax())
+    h, w = (len(axis[first:].unique()) for axis in places[1:])
+    return [(places.shape[1] - first) // (h * w), h, w], first
 
 
 class ImageFinder:
@@ -139,8 +152,10 @@ class ImageFinder:
         rule = self.rule
         latents = argument(arguments, rule["latents"], rule["latents_position"])
         length = latents.shape[1] if isinstance(latents, Tensor) else None
-        places = [(rule["argument"], rule["position"]), (rule["marks"], None), (rule["mask"], None)]
-        values = [argument(arguments, name, position) for name, position in places if name is not None]
+        names = [rule["argument"], rule["marks"], rule["mask"], rule["coordinates"]]
+        places = [(name, rule["position"] if name == rule["argument"] else None) for name in names if name is not None]
+        values = [optional_argument(arguments, [name], position) for name, position in places]
+        values = [value for value in values if value is not None]
         told = [(one, one._version) for one in values if isinstance(one, Tensor) and not one.is_inference()]  # noqa: SLF001 torch's own
         same = len(told) == len(values) == len(self.told) and length == self.length
         same = same and all(a is b and at == then for (a, at), (b, then) in zip(told, self.told, strict=True))

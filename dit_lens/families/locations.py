@@ -88,6 +88,7 @@ class GridRule(TypedDict):
     layout: where image tokens are in the latents, as in :class:`~dit_lens.Stack`.
     marks: the argument that marks rows of image tokens, a str where the rule is "marks".
     marked: the value by which it marks them.
+    coordinates: the argument that holds those of every token, where a pipeline gives no counts.
     """
 
     rule: str
@@ -104,6 +105,7 @@ class GridRule(TypedDict):
     layout: str
     marks: Any
     marked: int | None
+    coordinates: str | None
 
 
 class TextRule(TypedDict):

@@ -138,6 +138,7 @@ class Grid:
     mask: the argument that marks the text tokens of every row, where text is ragged.
     marks: the argument that marks rows of image tokens, by the value ``marked``.
     marked: see ``marks``.
+    coordinates: the argument with the coordinates [row, (frame, y, x), token] of tokens, where there are no counts.
     """
 
     rule: str
@@ -151,6 +152,7 @@ class Grid:
     mask: str | None = None
     marks: str | None = None
     marked: int | None = None
+    coordinates: str | None = None
 
     @property
     def axes(self) -> str:

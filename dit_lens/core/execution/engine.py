@@ -151,12 +151,12 @@ class Engine:
         anatomy: of the transformer.
         forwards: the branches of each forward pass of a step.
         """
-        with self.turn.run():
+        with self.turn.run(), hide_progress_bar(self.pipe):
             return read_stream_text(self.pipe, anatomy, call, forwards)
 
     def read_grid(self, anatomy: Anatomy, call: Call) -> tuple[int, ...] | None:
         """The image tokens of a call, by its pipeline. anatomy: of the transformer."""
-        with self.turn.run():
+        with self.turn.run(), hide_progress_bar(self.pipe):
             return read_grid(self.pipe, anatomy, call)
 
     def state(self) -> dict[str, Any]:
@@ -182,7 +182,9 @@ class Engine:
                 model = self.model if call.get("prompt") is not None else self.promptless
                 arguments = call | {"gradients": True} if self._gradients else call
                 ordered = nullcontext() if self._gradients else refuse_another_order(self.pipe, program)
-                with _count_forwards(self.pipe.transformer) as made, refuse_changes(self.pipe, program), ordered:
+                alone, kept = self._forwards.for_one_thread(), _keep_configuration(self.pipe)
+                watch = refuse_changes(self.pipe, program)
+                with alone, kept, _count_forwards(self.pipe.transformer) as made, watch, ordered:
                     store, results = run_traced(model.trace, model, program, payload, arguments, reads)
             except torch.OutOfMemoryError as full:
                 if not self._gradients:
@@ -222,6 +224,18 @@ def _count_forwards(transformer: nn.Module) -> Generator[list[None]]:
         yield made
     finally:
         handle.remove()
+
+
+@contextmanager
+def _keep_configuration(pipe: DiffusionPipeline) -> Generator[None]:
+    """Schedulers may write to their own configuration as they are set up, which is for this run alone."""
+    scheduler = pipe.scheduler
+    before = vars(scheduler).get("_internal_dict")
+    try:
+        yield
+    finally:
+        if before is not None:
+            vars(scheduler)["_internal_dict"] = before
 
 
 _HIDDEN: WeakKeyDictionary[DiffusionPipeline, list[dict[str, Any]]] = WeakKeyDictionary()

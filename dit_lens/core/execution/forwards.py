@@ -6,6 +6,8 @@ later put in that place, or into the class, would not be called, not even by a p
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,8 +15,12 @@ from typing import TYPE_CHECKING, Any
 from nnsight.intervention.interleaver import Interleaver
 from nnsight.intervention.source import STATE, Controller, State, module_body
 
+from dit_lens.errors import ExecutionError
+
 if TYPE_CHECKING:
     from torch import nn
+
+ENTRY = "model.transformer.input"  # what nnsight calls the place where a transformer is called
 
 
 class Forwards:
@@ -24,6 +30,43 @@ class Forwards:
         self._states: dict[nn.Module, State] = {}
         self._controllers: dict[nn.Module, Controller] = {}
         self._own: dict[nn.Module, Any] = {}  # the forward that a module has beside its class's
+        self.owner: int | None = None  # the thread of the run of a lens that goes on
+        self._disturbed = False
+
+    @contextmanager
+    def for_one_thread(self) -> Generator[None]:
+        """A run of a lens: a call of the transformer by another thread fails, and so does the run.
+
+        That thread may have set the scheduler that both use. Other modules serve it as they would without a lens.
+        """
+        self.owner, self._disturbed = threading.get_ident(), False
+        problem: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            problem = raised
+            if not self._disturbed:
+                raise
+        finally:
+            self.owner = None
+        if self._disturbed:
+            raise ExecutionError(
+                "the pipeline was called by another thread in the middle of this run, which may have changed its "
+                "scheduler. Nothing was kept of this run; call the pipeline afterwards, or through a lens, whose runs "
+                "wait for each other."
+            ) from problem
+
+    def serves(self, place: str) -> bool:
+        """Whether the thread of the run comes to a place; ExecutionError for another that calls the transformer."""
+        if self.owner in (None, threading.get_ident()):
+            return True
+        if place == ENTRY:
+            self._disturbed = True
+            raise ExecutionError(
+                "this transformer is in use by a run of a lens in another thread. Call the pipeline afterwards, or "
+                "through a lens, whose runs wait for each other."
+            )
+        return False
 
     @contextmanager
     def wrapping(self, modules: Iterable[nn.Module]) -> Generator[None]:
@@ -102,6 +145,17 @@ class Taking(Interleaver):
     def __exit__(self, exc_type: object, exc_value: object, traceback: object) -> bool:
         self._open.close()
         return super().__exit__(exc_type, exc_value, traceback)
+
+    def handle(self, provider: str, value: Any) -> Any:
+        """What another thread calls meanwhile is not of this run."""
+        return super().handle(provider, value) if self._forwards.serves(provider) else value
+
+    def check_dangling_mediators(self) -> None:
+        """A run that ended early is told by the lens itself, and without advice on other libraries."""
+        with warnings.catch_warnings():
+            if self._forwards.owner is not None:
+                warnings.simplefilter("ignore", UserWarning)
+            super().check_dangling_mediators()
 
 
 def _put_back(module: nn.Module, own: Any) -> None:

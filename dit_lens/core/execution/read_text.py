@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from dit_lens.core.execution.schedule import call_to_first_step
 from dit_lens.core.execution.text_probe import FIRST, LAST, Recording, UnfollowedError
 from dit_lens.core.request.text_tokens import Origin, StreamText, Text
-from dit_lens.families.arguments import holds_text
+from dit_lens.families.arguments import explain_unread, holds_text
 from dit_lens.families.layout import PlanMismatchError, find_image_tokens, find_text_masks, mask_text, optional_argument
 
 if TYPE_CHECKING:
@@ -40,7 +41,11 @@ def read_stream_text(
     recording, problem = Recording(), None
     try:
         recording.run(pipe, call.keywords(), len(forwards))
-    except Exception as failed:  # noqa: BLE001 whatever a pipeline raises: its run will say it again
+    except UnfollowedError as failed:
+        problem = f"the pipeline's own tokenisation could not be followed ({failed})"
+    except Exception as failed:  # noqa: BLE001 whatever a pipeline raises
+        if len(recording.seen) < len(forwards):
+            _ask_pipeline(pipe, call)
         problem = f"the pipeline's own tokenisation could not be followed ({type(failed).__name__}: {failed})"
     if len(recording.seen) < len(forwards):
         return StreamText(unknown=problem or "the pipeline made fewer forward passes than expected")
@@ -87,9 +92,21 @@ def read_grid(pipe: DiffusionPipeline, anatomy: Anatomy, call: Call) -> tuple[in
     pipe, anatomy, call: as in :func:`read_stream_text`.
     """
     recording = Recording()
-    with suppress(Exception):  # whatever a pipeline raises, its run will say it again
+    try:
         recording.run(pipe, call.keywords(), 1)
+    except Exception as failed:  # noqa: BLE001 whatever a pipeline raises
+        if not isinstance(failed, UnfollowedError) and not recording.seen:
+            _ask_pipeline(pipe, call)
     return tuple(map(int, find_image_tokens(recording.seen[0], anatomy.grid_rule).grid)) if recording.seen else None
+
+
+def _ask_pipeline(pipe: DiffusionPipeline, call: Call) -> None:
+    """PromptError where the pipeline itself refuses a call, which then could not be followed either.
+
+    A pipeline without weights, or without what reads its text, is not asked.
+    """
+    if pipe.device.type != "meta" and not explain_unread(pipe):
+        call_to_first_step(pipe, call.keywords())
 
 
 def _find_data(

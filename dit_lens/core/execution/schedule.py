@@ -47,12 +47,33 @@ def measure_sigmas(
     """
     seen: list[tuple[torch.Tensor, list[float], list[float], float]] = []
 
-    def stop(_: Any, args: tuple, kwargs: dict) -> None:
-        value = torch.as_tensor(argument((args, kwargs), time["argument"], time["position"]))
+    def note(arguments: tuple[tuple, dict]) -> None:
+        value = torch.as_tensor(argument(arguments, time["argument"], time["position"]))
         scheduler = pipe.scheduler
         timesteps, sigmas = read_schedule(scheduler, skipped, steps)
         own = list_levels(time, timesteps, sigmas)
         seen.append((pick_time(value, time), timesteps, own, measure_rounding(scheduler)))
+
+    call_to_first_step(pipe, call, note)
+    if not seen:
+        return None
+    first, timesteps, own, rounding = seen[0]
+    levels = _follow(first, torch.tensor(timesteps).double(), own, time)
+    return None if levels is None else tuple(choose_level(one, own, i, rounding) for i, one in enumerate(levels))
+
+
+def call_to_first_step(
+    pipe: DiffusionPipeline, call: Mapping[str, Any], note: Callable[[tuple[tuple, dict]], None] = lambda _: None
+) -> None:
+    """Calls a pipeline up to its first forward pass; PromptError where it refuses the call.
+
+    pipe: the pipeline.
+    call: its keyword arguments; generators among them are copied.
+    note: is given the arguments of that pass.
+    """
+
+    def stop(_: Any, args: tuple, kwargs: dict) -> None:
+        note((args, kwargs))
         raise _Stop
 
     handle = pipe.transformer.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
@@ -62,11 +83,6 @@ def measure_sigmas(
     finally:
         handle.remove()
         pipe.maybe_free_model_hooks()
-    if not seen:
-        return None
-    first, timesteps, own, rounding = seen[0]
-    levels = _follow(first, torch.tensor(timesteps).double(), own, time)
-    return None if levels is None else tuple(choose_level(one, own, i, rounding) for i, one in enumerate(levels))
 
 
 def _follow(first: torch.Tensor, timesteps: torch.Tensor, own: list[float], time: TimeRule) -> tuple[float, ...] | None:

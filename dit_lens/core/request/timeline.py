@@ -177,7 +177,7 @@ def _make_timeline(
     _refuse(pipe, pipeline, call)
     given = call.get("sigmas") if call.get("sigmas") is not None else call.get("timesteps")
     total = len(given) if given is not None else call["num_inference_steps"]
-    skipped = _count_skipped(pipe, pipeline, call, total)
+    skipped = count_skipped(pipe, pipeline, call, total)
     forwards = plan_forwards(pipe, pipeline.guidance, call)
     order, table = getattr(pipe.scheduler, "order", 1), rule["levels"] is not None
     if order > 1 or (table and given is None):  # the scheduler alone decides how often it calls the model
@@ -193,7 +193,7 @@ def _make_timeline(
     return Timeline(total - skipped, forwards, None if sigmas is None else sigmas[skipped:], (), rule)
 
 
-def _count_skipped(pipe: DiffusionPipeline, pipeline: Pipeline, call: Mapping[str, Any], total: int) -> int:
+def count_skipped(pipe: DiffusionPipeline, pipeline: Pipeline, call: Mapping[str, Any], total: int) -> int:
     """How many of the scheduler's steps are left out in front, as by the ``get_timesteps`` of pipelines."""
     strength = call.get(pipeline.strength, default_argument(pipe, pipeline.strength))
     if strength is None:
@@ -250,7 +250,7 @@ def _set_timesteps(scheduler: Any, steps: int, skipped: int) -> tuple[list[float
         scheduler.set_timesteps(steps, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
         raise PromptError(
-            f"{type(scheduler).__name__} makes no {steps} steps: {str(problem).rstrip('.')}. Change "
+            f"{type(scheduler).__name__} cannot make {steps} steps: {str(problem).rstrip('.')}. Change "
             "num_inference_steps=, or the scheduler."
         ) from problem
     return read_schedule(scheduler, skipped, len(scheduler.timesteps) - skipped)

@@ -197,7 +197,7 @@ LTX = Family(
     ),
     stacks=(image_stack("transformer_blocks", points=_LTX_POINTS),),
     width=HEADS,
-    grid=Grid("counts", "num_frames"),
+    grid=Grid("counts", "num_frames", coordinates="video_coords"),
     final=Final(mod=OF_TIME),
     prediction=Prediction("out_channels"),
     readout=Readout(shift=("time_embed", 1), table="scale_shift_table"),
