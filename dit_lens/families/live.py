@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dit_lens.errors import FamilyError
+from dit_lens.families.module_tree import look_up
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -38,7 +39,7 @@ def refuse_unsafe(pipe: DiffusionPipeline) -> None:
     if (script := _find_script(pipe.transformer)) is not None:
         raise FamilyError(script)
     modules = list(pipe.transformer.modules())
-    hooks = [name for module in modules for name in getattr(getattr(module, "_diffusers_hook", None), "hooks", ())]
+    hooks = [name for module in modules for name in getattr(look_up(module, "_diffusers_hook"), "hooks", ())]
     if getattr(pipe.transformer, "is_cache_enabled", False) or any(re.search(CACHES, name) for name in hooks):
         raise FamilyError(
             "a step cache is enabled, which skips blocks without saying so. "
@@ -59,7 +60,7 @@ def refuse_unsafe(pipe: DiffusionPipeline) -> None:
             "the transformer or a part of it is compiled, so nothing inside it can be read or changed. "
             "Load the pipeline again without compiling it."
         )
-    if any(getattr(one, "_chunk_size", None) is not None for one in modules):
+    if any(look_up(one, "_chunk_size") is not None for one in modules):
         raise FamilyError(
             "forward chunking is enabled, so an MLP is called with some rows or tokens at a time, and mlp.pre and "
             "mlp.post of one call are a part of them. Call pipe.transformer.disable_forward_chunking() first."
@@ -87,7 +88,7 @@ def _find_script(transformer: nn.Module) -> str | None:
 def _find_hook(transformer: nn.Module) -> str | None:
     """A hook of diffusers or accelerate that does more than to move or cast weights; None where there is none."""
     for path, module in transformer.named_modules():
-        first = getattr(module, "_hf_hook", None)
+        first = look_up(module, "_hf_hook")
         for hook in [*_hooks_of(module), *getattr(first, "hooks", [first] if first is not None else [])]:
             if type(hook).__module__ not in HARMLESS:
                 return f"the hook {type(hook).__name__} on pipe.transformer{'.' if path else ''}{path}"
@@ -117,7 +118,7 @@ def _is_of_torch(function: Any) -> bool:
 
 def _compiled(module: nn.Module) -> bool:
     """Whether a module, its call or its forward came out of ``torch.compile``."""
-    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+    if look_up(module, "_orig_mod") is not None or look_up(module, "_compiled_call_impl") is not None:
         return True
     forward = module.forward
     disabled = getattr(forward, "_torchdynamo_disable", False)  # what is never compiled has the other mark too
@@ -127,12 +128,13 @@ def _compiled(module: nn.Module) -> bool:
 def _fused(module: nn.Module) -> bool:
     """Whether an attention no longer calls to_q, to_k and to_v; older ones keep the mark, and tell by their processor.
 
-    >>> from types import SimpleNamespace
-    >>> _fused(SimpleNamespace(fused_projections=True, processor="JointAttnProcessor2_0()"))
+    >>> module = nn.Module()
+    >>> module.fused_projections, module.processor = True, "JointAttnProcessor2_0()"
+    >>> _fused(module)
     False
     """
-    newer = hasattr(module, "unfuse_projections")
-    return getattr(module, "fused_projections", False) and (newer or "Fused" in str(getattr(module, "processor", "")))
+    newer = hasattr(type(module), "unfuse_projections")
+    return bool(look_up(module, "fused_projections")) and (newer or "Fused" in str(getattr(module, "processor", "")))
 
 
 def note_functions(anatomy: Anatomy) -> Functions:
@@ -296,7 +298,7 @@ def find_forward(module: nn.Module) -> Callable[..., Any]:
 
 def _hooks_of(module: nn.Module) -> list[Any]:
     """The hooks of diffusers on a module."""
-    return list(getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values())
+    return list(getattr(look_up(module, "_diffusers_hook"), "hooks", {}).values())
 
 
 def _descend(module: nn.Module, names: list[str]) -> nn.Module | None:

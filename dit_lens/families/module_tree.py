@@ -14,6 +14,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+def look_up(module: nn.Module, name: str) -> Any:
+    """An attribute that hardly any module has, or None: torch takes long to say that there is none.
+
+    >>> from torch import nn
+    >>> look_up(nn.Sequential(nn.ReLU()), "0"), look_up(nn.ReLU(), "training"), look_up(nn.ReLU(), "processor")
+    (ReLU(), True, None)
+    """
+    own = vars(module)
+    there = name in own or any(name in own[kept] for kept in ("_modules", "_buffers", "_parameters"))
+    return getattr(module, name, None) if there or hasattr(type(module), name) else None
+
+
 class ModuleTree:
     """The modules of a transformer; FamilyError, with the name of the family, for what does not exist."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dit_lens.families.module_tree import look_up
 from dit_lens.families.tensors import sum_bits
 
 if TYPE_CHECKING:
@@ -127,9 +128,9 @@ def describe_adapters(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, s
     found: dict[str, dict[str, str]] = {}
     for component, module in modules.items():
         for name, layer in module.named_modules():
-            if hasattr(layer, "scaling"):
+            if look_up(layer, "scaling") is not None:
                 found[f"{component}.{name}"] = {of: str(getattr(layer, of, None)) for of in ADAPTER}
-            elif (processor := getattr(layer, "processor", None)) is not None:
+            elif (processor := look_up(layer, "processor")) is not None:
                 scale = getattr(processor, "scale", None)
                 plain = "" if scale is None or isinstance(scale, torch.Tensor) else f", scale {scale}"
                 found[f"{component}.{name}"] = {"processor": f"{type(processor).__name__}{plain}"}
