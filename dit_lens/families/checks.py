@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,9 @@ def _try_clone(
 
     processors: what computes attentions, by stack and path within a block; others than the class's own are tried too.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    # A device in a with block makes every operation slower: only where new tensors would lie elsewhere.
+    on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with torch.random.fork_rng(devices=[]), on_cpu:
         torch.manual_seed(0)
         tiny = transformer(**family.example.config).eval()
         anatomy = Anatomy(family, tiny)
