@@ -28,7 +28,8 @@ PROMPTS = [scene.caption for scene in planted.SCENES]
 PAIRS = [(PROMPTS[0], PROMPTS[1]), (PROMPTS[2], PROMPTS[3])]
 K = 16
 LETTERS = [("red", "blue"), ("green", "white")]
-FEW = {"k": 3, "draws": 1, "strengths": [1.0], "channels_from": "union", "mask_from": "both", "batch_size": 1}
+FEW = {"k": 3, "draws": 1, "strengths": [1.0], "channels_from": "union", "mask_from": "both"}
+FEW |= {"batch_size": 1, "num_inference_steps": 2}
 
 values = st.lists(st.floats(0, 100), min_size=2, max_size=6, unique=True)
 
