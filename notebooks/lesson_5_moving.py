@@ -154,7 +154,7 @@ plots.strip([drawing, *seen, before[1]], ["drawing", "as the model draws it", "t
 # any more, only projected to the prediction.
 
 # %%
-scenes = [scene.caption for scene in sample_scenes(4, seed=0, held_out=True)]
+scenes = [scene.caption for scene in sample_scenes(4, seed=0, held_out=True, distinct=True)]
 pairs = list(zip(scenes[::2], scenes[1::2], strict=True))
 result = studies.transfer(lens, pairs, k=8, draws=1, strengths=[0.5, 1.0], mask_from=None, num_inference_steps=3)
 result.figure()
@@ -166,6 +166,20 @@ result.summary[result.summary.strength > 0][["arm", "strength", "to_source", *fi
 # %% [markdown]
 # `matched_fidelity_...` is the fidelity of the row's arm at the strength at which it is as close to the source as `top`
 # is at the row's strength: the fair comparison. It is missing if an arm never comes so close.
+#
+# A second trap: an image that loses its content, and turns towards grey or the mean of all images, comes nearer to
+# *every* source. `specificity` is how much nearer an image is to its own source than to those of other pairs, and two
+# arms show what a collapse would reach. `ceiling` moves all that can be moved: all channels, and `final.img.mod`,
+# through which the text of the target enters the final norm once more. It gives the source itself.
+
+# %%
+arms = ["top", "random", "energy-matched", "mean-picture", "grey", "all", "ceiling"]
+full = result.summary[result.summary.strength == 1].set_index("arm")
+full.loc[arms, ["to_source", "to_others", "specificity", "share"]].round(2)
+
+# %% [markdown]
+# The mean picture has a specificity of 0, however near it comes. Two pairs cannot decide more; `share` is how far an
+# arm comes, of what the ceiling does.
 #
 # ## Exercises
 #

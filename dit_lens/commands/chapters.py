@@ -164,7 +164,7 @@ CHAPTERS = (
         describe=sentences.describe_transfer,
         published="The paper: moving the channels takes the image towards the source and keeps much of the target. "
         "Strength, layers and steps are not stated.",
-        claim="claim 3, movable: RMSE to the source",
+        claim="claim 3, movable: RMSE nearer to its own source than to others",
         compare=sentences.compare_distance,
     ),
     Chapter(

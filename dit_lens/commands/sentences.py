@@ -14,6 +14,7 @@ import numpy as np
 
 from dit_lens.analysis.metrics.intervals import holm
 from dit_lens.studies.parts.chosen_block import CONTROLS, LEAST, NULLS, RIVALS, choose_block
+from dit_lens.studies.parts.transport_levels import COLLAPSES, REFERENCES
 from dit_lens.studies.shared.tables import compare_arms, summarise
 
 if TYPE_CHECKING:
@@ -275,13 +276,20 @@ def describe_organisation(result: Result) -> str:
 def _select_full_strength(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of a transfer at full strength, everywhere in the image."""
     rows = rows[~rows["masked"].astype(bool)]
-    return rows[rows["strength"] == rows["strength"].max()]
+    strength = rows.loc[rows["arm"] == "top", "strength"].max()
+    return rows[(rows["strength"] == strength) | rows["arm"].isin(REFERENCES)]
 
 
 def compare_distance(result: Result) -> ControlComparison:
-    """How near the moved image is to its source: the comparison of a transfer."""
-    at = _select_full_strength(result.summary).set_index("arm")
-    return ControlComparison(at, _select_full_strength(result.table), "to_source", larger=False)
+    """How much nearer the moved image is to its own source than to others: the comparison of a transfer.
+
+    A collapse to the mean picture or to grey comes nearer to every source, and has to be exceeded as the controls have.
+    """
+    at, table = _select_full_strength(result.summary).set_index("arm"), _select_full_strength(result.table)
+    if "specificity" not in table:  # measured by an earlier release
+        return ControlComparison(at, table, "to_source", larger=False)
+    lacks = "there are no other sources to compare with" if table["specificity"].isna().all() else ""
+    return ControlComparison(at, table, "specificity", over=(*CONTROLS, *COLLAPSES), lacks=lacks)
 
 
 def describe_transfer(result: Result) -> str:
@@ -295,13 +303,28 @@ def describe_transfer(result: Result) -> str:
         f"**The claim {compare_distance(result).verdict}.** Source and target lie "
         f"{untouched['to_source'].iloc[0]:.1f} apart. Moving the top channels leaves the image "
         f"{format_interval(at.loc['top'], 'to_source')} from the source; {listed}; all channels "
-        f"{at.loc['all', 'to_source']:.1f}. The moved image shows "
+        f"{at.loc['all', 'to_source']:.1f}.{_describe_specificity(at)} The moved image shows "
         f"{at.loc['top', 'fidelity_source']:.0%} of the source's attributes and "
         f"{at.loc['top', 'fidelity_target']:.0%} of the target's.\n\n"
         f"Of the change of the prediction, {at.loc['top', 'direct_share']:.0%} is read out directly by the final norm "
         f"and projection; without the last quarter of the blocks the image is "
         f"{format_interval(at.loc['top-early'], 'to_source')} from the source. Where plain blends come equally "
         f"near to the source, they keep of the target's attributes: {kept}."
+    )
+
+
+def _describe_specificity(at: pd.DataFrame) -> str:
+    """How much of the nearness is to the own source; at: of a transfer's summary, by arm."""
+    if "specificity" not in at or "ceiling" not in at.index:
+        return ""
+    listed = ", ".join(
+        f"{arm} {format_interval(at.loc[arm], 'specificity')}" for arm in ("top", *CONTROLS, *COLLAPSES, "ceiling")
+    )
+    near = ", ".join(f"{arm} {at.loc[arm, 'to_source']:.1f}" for arm in (*COLLAPSES, "ceiling"))
+    return (
+        f" A collapse would lie as near as this: {near} (ceiling: all channels, and what modulates the final norm). So "
+        f"the claim goes by how much nearer an image is to its own source than to those of other pairs: {listed}. Of "
+        f"what the ceiling comes nearer, top comes {at.loc['top', 'share']:.0%}."
     )
 
 

@@ -46,18 +46,20 @@ def transfer_figure(summary: pd.DataFrame, k: int | None = None) -> go.Figure:
     >>> [(trace.name, trace.xaxis) for trace in figure.data]
     [('top (massive)', 'x'), ('top (massive)', 'x3'), ('top (massive)', 'x2')]
 
-    Left: both distances against strength. Right: one against the other, a curve per arm; low and left is near both.
-    Rows with strength 0 are the untouched target: every curve then starts there, and a dotted line shows what blending
-    the two images would give. Blends of latents and prompts, and top without the last blocks or read out alone, are on
-    the right only.
+    Left: both distances against strength, with those of all that can be moved (ceiling), of the mean picture and of mid
+    grey as lines; below, how much nearer a picture is to its own source than to others, if the summary says so.
+    Right: one distance against the other, a curve per arm; low and left is near both. Rows with strength 0 are the
+    untouched target: every curve then starts there, and a dotted line shows what blending the two images would give.
+    Blends of latents and prompts, and top without the last blocks or read out alone, are on the right only.
 
     summary: of ``studies.transfer``; columns arm, masked (bool), strength (0 to 1), n, to_source, to_target (RMSE, 0 to
-      255), each with _low and _high; fidelity_source and fidelity_target (shares) are shown on hovering.
+      255), each with _low and _high; also specificity (RMSE) with its bounds, if it is there; fidelity_source and
+      fidelity_target (shares) are shown on hovering.
     k: which number of channels, if the summary has several; None then draws both distances against k, at the largest
       strength.
     """
     table = _check_transfer(summary)
-    curves = table[table["strength"] > 0].sort_values("strength")
+    curves = table[(table["strength"] > 0) & ~table["arm"].isin(LEVELS)].sort_values("strength")
     if curves.empty:
         raise OpError("The summary has no transfer to draw: it needs rows with a strength above 0.")
     ks = _list_ks(curves)
@@ -141,6 +143,8 @@ TRANSFER_ARMS = {
     "pixel-blend": Look("pixel-blend", INK, "x-thin-open"),
 }
 
+LEVELS = {"ceiling": "all that can be moved", "mean-picture": "mean picture", "grey": "mid grey"}
+
 
 def _find_look(arm: str) -> Look:
     return TRANSFER_ARMS.get(arm) or looks([arm])[arm]
@@ -187,13 +191,14 @@ def _draw_over_strength(table: pd.DataFrame, curves: pd.DataFrame) -> go.Figure:
     """Both distances against strength, and one against the other."""
     kinds = sorted(set(curves["masked"]), reverse=True)
     apart = [float(one) for one in table.loc[table["strength"] == 0, "to_source"].tolist()[:1]]
+    measures = _list_measures(curves)
     figure = make_subplots(
+        len(measures),
         2,
-        2,
-        specs=[[{}, {"rowspan": 2}], [{}, None]],
+        specs=[[{}, {"rowspan": len(measures)}], *[[{}, None]] * (len(measures) - 1)],
         column_widths=[0.46, 0.54],
         horizontal_spacing=0.14,
-        vertical_spacing=0.08,
+        vertical_spacing=0.06,
     )
     drawn = looks(arm for arm in curves["arm"] if arm not in TRANSFER_ARMS)
     for i, (arm, look) in enumerate(drawn.items()):
@@ -210,6 +215,8 @@ def _draw_over_strength(table: pd.DataFrame, curves: pd.DataFrame) -> go.Figure:
         if len(rows):  # prompts are not blended inside a mask
             style = _make_style(arm, TRANSFER_ARMS[arm], "solid" if len(kinds) == 1 else _DASH, _WHERE[kinds[-1]])
             _draw_trajectory(figure, rows, apart, style, named=False, key=True)
+    levels = table[table["arm"].isin(LEVELS)].groupby("arm", sort=False)["to_source"].mean()
+    _draw_levels(figure, levels)
     level = {"mode": "lines", "hoverinfo": "skip", "row": 1, "col": 2}
     for one in apart:
         dots = {"color": INK, "width": 1.5, "dash": "dot"}
@@ -217,15 +224,16 @@ def _draw_over_strength(table: pd.DataFrame, curves: pd.DataFrame) -> go.Figure:
     for masked in kinds if len(kinds) == 2 else ():
         line = {"color": INK, "width": 1.8, "dash": "solid" if masked else _DASH}
         figure.add_scatter(x=[None], y=[None], name=_WHERE[masked], line=line, **level)
+    arms = table[~table["arm"].isin(LEVELS)]
     far, high = (
-        float(np.nanmax(table[[f"to_{side}{bound}" for side in ("source", "target") for bound in bounds]])) or 1.0
+        float(np.nanmax(arms[[f"to_{side}{bound}" for side in ("source", "target") for bound in bounds]])) or 1.0
         for bounds in (("",), ("", "_high"))
     )
-    _set_axes(figure, far, high)
+    _set_axes(figure, measures, far, max(high, *levels) if len(levels) else high)
     where = "" if len(kinds) == 2 else f"; {_WHERE[kinds[0]]}"
     size = f"; k = {int(curves.loc[curves['arm'] == 'top', 'k'].iloc[0])}" if _list_ks(curves) else ""
     small = f"{describe_n(curves)}{size}; {CI}{where}; numbers beside points: strength"
-    return set_title(figure, "Moving channels from a source into a target", small, height=540)
+    return set_title(figure, "Moving channels from a source into a target", small, height=270 * len(measures))
 
 
 def _draw_over_k(curves: pd.DataFrame, ks: Sequence[int]) -> go.Figure:
@@ -280,7 +288,7 @@ def _hover_data(rows: pd.DataFrame) -> np.ndarray:
 def _draw_distances(
     figure: go.Figure, rows: pd.DataFrame, look: Look, style: dict[str, Any], *, nudge: float, key: bool
 ) -> None:
-    """Left: an arm's distance to the source above, to the target below.
+    """Left: an arm's distance to the source, to the target, and between its own source and others.
 
     figure: gets the lines.
     rows: rows of the arm.
@@ -289,11 +297,11 @@ def _draw_distances(
     nudge: shift along the axis, so that arms do not hide each other.
     key: whether the arm is in the legend.
     """
-    for row, side in enumerate(("source", "target"), start=1):
+    for row, measure in enumerate(_list_measures(rows), start=1):
         figure.add_scatter(
             x=rows["strength"].to_numpy() + nudge,
-            y=rows[f"to_{side}"].to_numpy(),
-            error_y=error_bars(rows, f"to_{side}", look),
+            y=rows[measure].to_numpy(),
+            error_y=error_bars(rows, measure, look),
             mode="lines+markers",
             customdata=_hover_data(rows),
             showlegend=key and row == 1,
@@ -330,21 +338,50 @@ def _draw_trajectory(
     )
 
 
-def _set_axes(figure: go.Figure, span: float, high: float) -> None:
+def _list_measures(rows: pd.DataFrame) -> list[str]:
+    """What is drawn against strength."""
+    known = "specificity" in rows and rows["specificity"].notna().any()
+    return ["to_source", "to_target", *(["specificity"] if known else [])]
+
+
+def _draw_levels(figure: go.Figure, levels: pd.Series) -> None:
+    """Left, above: how near to the source is what no channels could better, and what shows nothing of it.
+
+    figure: gets the lines.
+    levels: arm -> RMSE to the source.
+    """
+    for arm, level in levels.items():
+        figure.add_hline(
+            y=float(level),
+            line={"color": INK, "width": 1, "dash": "dot"},
+            annotation={"text": LEVELS[str(arm)], "font": {"size": 10}},
+            annotation_position="top left",
+            row=1,
+            col=1,
+        )
+
+
+def _set_axes(figure: go.Figure, measures: Sequence[str], span: float, high: float) -> None:
     """Titles and ranges of the axes.
 
     figure: gets them.
+    measures: what is drawn on the left, from above.
     span: the largest distance.
     high: the largest end of an interval, which only the left shows.
     """
     strength = {"range": [0, 1.08], "dtick": 0.25}
-    figure.update_xaxes(**strength, matches="x3", showticklabels=False, row=1, col=1)
-    figure.update_xaxes(**strength, title="strength", row=2, col=1)
+    last = len(measures)
+    for row in range(1, last):
+        figure.update_xaxes(**strength, matches=f"x{last + 1}", showticklabels=False, row=row, col=1)
+    figure.update_xaxes(**strength, title="strength", row=last, col=1)
     figure.update_xaxes(
         title="RMSE to the target (0 to 255)", range=[-0.04 * span, span * 1.12], showgrid=True, row=1, col=2
     )
     for row, side in enumerate(("source", "target"), start=1):
         figure.update_yaxes(title=f"RMSE to the {side}<br>(0 to 255)", range=[0, high * 1.06], row=row, col=1)
+    if "specificity" in measures:
+        figure.update_yaxes(title="RMSE nearer to its own<br>source than to others", row=last, col=1)
+        figure.add_hline(y=0, line={"color": INK, "width": 1}, row=last, col=1)
     figure.update_yaxes(title="RMSE to the source (0 to 255)", range=[0, span * 1.12], row=1, col=2)
     corner = {"x": 0.02, "y": 0.02, "xanchor": "left", "yanchor": "bottom", "showarrow": False}
     figure.add_annotation(text="↙ near both", xref="x2 domain", yref="y2 domain", font={"size": 11}, **corner)

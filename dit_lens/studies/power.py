@@ -49,7 +49,8 @@ def power(
 
     pilot: a result with arms (disruption, transfer, organisation ...), or a known spread.
     difference: the difference of interest, in the unit of the measure; None: of a result, the one it observed.
-    measure: column of the result's table; None: "rmse", "to_source" or "iou", whichever it has.
+    measure: column of the result's table; None: "rmse", "specificity", "to_source" or "iou", the first
+      that it has.
     base: the arm that is compared with the others.
     prompts: how many prompts are planned; None: as many as the result has.
     power: chance to find a true difference.
@@ -83,7 +84,8 @@ def _pair(result: Result, measure: str | None, base: str) -> dict[str, np.ndarra
             f"a result of {result.study} asks several questions. Give the spread of one, such as "
             "power(result.summary['spread'].iloc[3], difference=0.1)."
         )
-    known = [name for name in ("rmse", "to_source", "iou") if name in table]
+    usual = ("rmse", "specificity", "to_source", "iou")
+    known = [name for name in usual if name in table and table[name].notna().any()]
     measure = measure or next(iter(known), None)
     if measure is None or measure not in table or not {"arm", "prompt", "seed"} <= set(table):
         raise OpError(

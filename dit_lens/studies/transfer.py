@@ -15,6 +15,7 @@ from dit_lens.studies.parts.blends import explain_no_prompt_blend
 from dit_lens.studies.parts.doses import AGREES
 from dit_lens.studies.parts.transport import ChannelsFrom, PairBatch, plan_transport
 from dit_lens.studies.parts.transport_cells import run_transport
+from dit_lens.studies.parts.transport_levels import add_shares, describe_levels
 from dit_lens.studies.parts.transport_measures import MATCHED, add_matched_measures
 from dit_lens.studies.shared.arguments import as_pairs, as_seeds, describe_k, find_meant
 from dit_lens.studies.shared.arms import DRAWS
@@ -36,10 +37,17 @@ _KEY = ["prompt", "seed", "k", "arm", "draw", "masked", "strength"]
 _MEASURES = (
     "to_source",
     "to_target",
+    "to_others",
+    "to_mean",
+    "to_grey",
+    "specificity",
+    "share",
     "inside",
     "outside",
     "fidelity_source",
     "fidelity_target",
+    "readable",
+    "fidelity_gain",
     "reached",
     *(f"matched_{name}" for name in MATCHED),
     "direct_share",
@@ -61,13 +69,13 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell], name: str = "tr
     measured = [line for line in lines if "to_source" in line]
     table = pd.DataFrame(measured, columns=None if measured else [*_KEY, *_MEASURES, "redrawn"])
     direct = pd.DataFrame([line for line in lines if "direct_share" in line])
-    table = add_matched_measures(table)
+    table = add_matched_measures(add_shares(table))
     if len(direct):
         table = table.merge(direct, how="left", on=_KEY)
     measures = [measure for measure in _MEASURES if measure in table]
     summary = summarise(table, ("k", "arm", "masked", "strength"), measures)
     edits = table[table["arm"].isin(["top", "bottom", "random", "energy-matched"])]
-    if len(contrasts := compare_arms(edits, ("k", "masked", "strength"), ["to_source"])):
+    if len(contrasts := compare_arms(edits, ("k", "masked", "strength"), ["to_source", "specificity"])):
         summary = summary.merge(contrasts, how="left", on=["k", "arm", "masked", "strength"])
     return Result(
         name,
@@ -115,21 +123,34 @@ def transfer(
     ... )
     >>> result = transfer(DiTLens.toy(), [pair], k=4, strengths=[1.0], mask_from=None, draws=1, num_inference_steps=1)
     >>> sorted(result.summary["arm"])  # doctest: +NORMALIZE_WHITESPACE
-    ['all', 'bottom', 'energy-matched', 'latent-blend', 'pixel-blend', 'prompt-blend', 'random', 'top', 'top-early',
-     'top-readout', 'untouched']
+    ['all', 'bottom', 'ceiling', 'energy-matched', 'grey', 'latent-blend', 'mean-picture', 'pixel-blend',
+     'prompt-blend', 'random', 'top', 'top-early', 'top-readout', 'untouched']
 
     Source and target run as two rows of one batch from the same noise. Arms, each at every strength, everywhere and
     inside the mask:
 
-    - top: the channels; bottom, random (``draws`` of them) and energy-matched: as many others; all: every channel;
+    - top: the channels; bottom, random and energy-matched (``draws`` of each, of the last at most 3): as many others;
+      all: every channel;
     - top-early: top, without the last quarter of the blocks. top-readout: top, swapped only where the final norm
       reads, so that nothing but the final norm and projection sees it;
     - pixel-blend and latent-blend: the two images, or their final latents, blended; prompt-blend: the target drawn
       from embeddings between the two prompts' (everywhere only; left out where a pipeline takes no embeddings).
 
-    The table has, per image, rmse (0 to 255) to the untouched source and target, the change inside and outside the
-    mask (the source's, if there is none), and ``fidelity_source`` and ``fidelity_target``: how far the judge finds
-    either prompt in it. ``matched_*`` are the same arm's measures where it comes as near to the source as top does at
+    And once for each pair, at no strength of their own, what nearness is worth:
+
+    - ceiling: every channel, and what modulates the final norm (``final.img.mod``), in full: all there is to move. At
+      all image blocks and steps it is the source itself;
+    - mean-picture and grey: the mean of all untouched pictures, and mid grey: what a collapse would look like.
+
+    The table has, per image, rmse (0 to 255) to the untouched source and target, to the sources of other pairs under
+    the same seed (``to_others``, on average; none that shows its own source or target), to the mean picture and to
+    grey; ``specificity``, to_others - to_source: how much nearer it is to its own source than to others, which of a
+    collapse is 0 on average; ``share``, how much nearer to the source it comes than the untouched target, of what the
+    ceiling does (missing where the ceiling comes less than a fifth of the way). Whether channels are movable is told by
+    the specificity of top, against every control and both collapses. Then the change inside and outside the mask (the
+    source's, if there is none), ``fidelity_source`` and ``fidelity_target``: how far the judge finds either prompt in
+    it, and ``fidelity_gain``, what it finds more of the source than in the untouched target, in pictures that the judge
+    can read. ``matched_*`` are the same arm's measures where it comes as near to the source as top does at
     that strength; ``reached`` says whether it ever does. In rmse no image is kept better at equal distance than a pixel
     blend (the triangle inequality), so compare what the images show. ``direct_share``, of top and random at full
     strength: along the target's own trajectory, how much of the change of the predicted velocity remains when the
@@ -140,7 +161,8 @@ def transfer(
     without the swaps here and at earlier blocks to the source's, and moved is what these swaps changed together.
 
     lens: lens on the model.
-    pairs: pairs (source prompt, target prompt).
+    pairs: pairs (source prompt, target prompt), no pair twice; without several there is nothing to tell a transport
+      from a collapse.
     k: one or several numbers of channels, up to the width; those above half of it have no controls.
     strengths: one or several in (0, 1], at every site: after n blocks a residual stream keeps (1 - strength)^n of what
       the target had there, so that half the strength at all blocks is nearly all of it.
@@ -181,8 +203,7 @@ def transfer(
     total = len(batches) * transport.cells_per_batch
     meant = find_meant(lens, batches[0].prompts, batches[0].call, site, steps)
     with StudyCheckpoints("transfer", settings, lens=lens, total=total, out=out, meant=meant) as cells:
-        for batch in batches:
-            run_transport(cells, transport, batch)
+        run_transport(cells, transport, batches)
         return cells.result()
 
 
@@ -226,6 +247,7 @@ def _notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
             f"no other k channels hold the energy of the top k: energy-matched has a share of "
             f"{held['energy-matched']:.3f}, top {held['top']:.3f}"
         )
+    notes += describe_levels(table, settings.get("no_modulation", ""))
     notes.append(f"final latents drawn again differ from their images by rmse {table['redrawn'].max():.2g} at most")
     if settings.get("no_prompt_blend"):
         notes.append(f"no prompt-blend: {settings['no_prompt_blend']}")

@@ -227,8 +227,8 @@ def apply_actions(value: Any, part: Part, context: Context, envoy: Any) -> Any |
             store_read(stream if factor is None else stream * factor, action, part, context, there)
     if edited is None:
         return None
-    if location["once"] and len(to_tokens(value, location)) == 1 and (edited == edited[:1]).all():
-        edited = edited[:1]  # it was one row for all, and still is
+    if location["once"] and all(action["kind"] in ("Read", "CopyRow") for action in part["actions"]):
+        edited = edited[: len(to_tokens(value, location))]  # where one row is all, it stays so
     return from_tokens(edited, value, location)
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 ChannelsFrom = Literal["source", "target", "union"]
 MaskFrom = Literal["source", "target", "both"]
 FINAL = "final.img"
+MODULATION = "final.img.mod"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,7 @@ class Transport:
             "mask_site": self.mask_site,
             "judge": self.judge,
             "width": self.width,
+            "no_modulation": self.no_modulation,
         }
 
     def check(self, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
@@ -132,7 +134,7 @@ class Transport:
                 f"strengths={list(self.strengths)} must be numbers above 0, up to 1; 0 is the untouched target."
             )
         self._check_mask(prompts, call)
-        self.lens.cost(list(prompts), self.make_swaps(Arm("all", 0), len(prompts) // 2, None, 1.0), seed=0, **call)
+        self.lens.cost(list(prompts), self.make_swaps(self.ceiling, len(prompts) // 2, None, 1.0), seed=0, **call)
 
     def _check_mask(self, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
         if self.mask_from is None:
@@ -150,6 +152,16 @@ class Transport:
     def sites(self) -> list[str]:
         """The sites whose channels are moved."""
         return self.lens.sites(self.site)
+
+    @cached_property
+    def ceiling(self) -> Arm:
+        """All there is to move: every channel of the sites, and what modulates the final norm, where it has a name."""
+        return Arm("ceiling", 0)
+
+    @cached_property
+    def no_modulation(self) -> str:
+        """Why the ceiling does not move what modulates the final norm; "" if it does."""
+        return self.lens.anatomy.why_not(None, "img", "mod.final") or ""
 
     @cached_property
     def mask_site(self) -> str:
@@ -192,7 +204,7 @@ class Transport:
             count_arms(self.draws) + (2 if self.early else 0) if k in self.controlled else 1 for k in self.ks
         )
         direct = len(self.controlled) if self.early else 0
-        return 2 + arms * len(self.conditions) + direct + (len(self.strengths) if self.prompt_blend else 0)
+        return 4 + arms * len(self.conditions) + direct + (len(self.strengths) if self.prompt_blend else 0)
 
     def select_channels(self, scores: Mapping[str, np.ndarray], k: int) -> list[ChannelSet]:
         """For every pair the channels that are moved, at the study's sites and where masks are found.
@@ -233,9 +245,10 @@ class Transport:
         masks: mask of every pair, bool [h, w], or None for everywhere.
         strength: strength of the swaps.
         """
+        more = [MODULATION] if arm == self.ceiling and not self.no_modulation else []
         return [
             Swap(
-                list(arm.sets[i]) if arm.sets else self.sites,
+                list(arm.sets[i]) if arm.sets else [*dict.fromkeys([*self.sites, *more])],
                 source=f"row:{2 * i}",
                 rows=2 * i + 1,
                 channels=arm.sets[i] if arm.sets else None,

@@ -17,6 +17,7 @@ from dit_lens.instruments.latents import read_latents
 from dit_lens.studies.parts.blends import blend_images, blend_latents, blend_texts
 from dit_lens.studies.parts.doses import group_sites, read_doses, weigh_way
 from dit_lens.studies.parts.transport import PairBatch, Transport, keep_readout
+from dit_lens.studies.parts.transport_levels import COLLAPSES, Levels, take_levels
 from dit_lens.studies.parts.transport_measures import explained_share, measure_change
 from dit_lens.studies.shared.arms import Arm, average_scores, make_score_reads
 from dit_lens.studies.shared.batches import BatchRunner, skips_first_step
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LATENTS = "all/latents/final"  # beside the scores among a cell's arrays
+REDRAWN = "redrawn"
 
 
 class Condition(NamedTuple):
@@ -46,20 +48,31 @@ class Condition(NamedTuple):
     strength: float
 
 
-def run_transport(cells: StudyCheckpoints, transport: Transport, batch: PairBatch) -> None:
-    """Makes all cells of a batch.
+def run_transport(cells: StudyCheckpoints, transport: Transport, batches: Sequence[PairBatch]) -> None:
+    """Makes all cells: the untouched pictures of all batches first, with which others are compared.
 
     cells: the finished cells of the study.
     transport: what is moved, and how.
-    batch: the pairs.
+    batches: the pairs.
     """
-    pairs = PairCells(transport=transport, batch=batch)
-    clean = cells.get(f"{batch.key}/clean", pairs.run_clean)
+    made = [PairCells(transport=transport, batch=batch) for batch in batches]
+    clean = [cells.get(f"{pairs.batch.key}/clean", pairs.run_clean) for pairs in made]
+    levels = take_levels([cell.images for cell in clean], [batch.seed for batch in batches])
+    for pairs, cell in zip(made, clean, strict=True):
+        _run_batch(cells, replace(pairs, clean=cell, levels=levels[pairs.batch.seed]))
+
+
+def _run_batch(cells: StudyCheckpoints, pairs: PairCells) -> None:
+    """Makes the cells of a batch whose untouched pictures there are."""
+    transport, batch, clean = pairs.transport, pairs.batch, pairs.clean
+    cells.get(f"{batch.key}/untouched", pairs.measure_untouched)
     outline = transport.lens.outline(list(batch.prompts), seed=batch.seed, **batch.call)
-    pairs = replace(pairs, clean=clean, first=min(outline.select(transport.steps)))
+    pairs = replace(pairs, first=min(outline.select(transport.steps)))
     # Source rows that are made by ops of their own leave no step alone.
     late = not batch.ops and skips_first_step(transport.lens, batch, transport.steps)
     runner = BatchRunner(lens=transport.lens, late=late)
+    ceiling = Condition(0, transport.ceiling, False, 1.0)
+    cells.get(f"{batch.key}/ceiling", partial(pairs.run_arm, runner, ceiling))
     arms = list(transport.list_arms(clean.arrays, batch.seed, batch.labels))
     for k, arm in arms:
         for masked, strength in transport.conditions:
@@ -80,12 +93,14 @@ class PairCells:
     transport: what is moved, and how.
     batch: the pairs.
     clean: the cell of the untouched pairs; empty until it is made.
+    levels: the pictures that others are compared with; None until those are made.
     first: the first step of a swap, at which its dose is weighed.
     """
 
     transport: Transport
     batch: PairBatch
     clean: Cell = field(default_factory=Cell)
+    levels: Levels | None = None
     first: int = 0
 
     def run_clean(self) -> Cell:
@@ -105,11 +120,23 @@ class PairCells:
                 cell.images[str(ImageKey(number, batch.seed, arm=end))] = run.images[2 * i + row]
             mask = _choose_mask(transport.mask_from, found[2 * i], found[2 * i + 1])
             cell.masks[str(ImageKey(number, batch.seed))] = mask
-        untouched = Condition(0, Arm("untouched", 0), False, 0.0)
-        measured = replace(self, clean=cell).measure(untouched, run.images[1::2])
         redrawn = blend_latents(lens, torch.from_numpy(cell.arrays[LATENTS]), run.grid, 0.0)
-        errors = [float(rmse(*pair)) for pair in zip(redrawn, run.images[1::2], strict=True)]
-        cell.lines = [{**line, "redrawn": error} for line, error in zip(measured.lines, errors, strict=True)]
+        cell.arrays[REDRAWN] = np.array([rmse(*pair) for pair in zip(redrawn, run.images[1::2], strict=True)])
+        return cell
+
+    def measure_untouched(self) -> Cell:
+        """Targets as they are, and what stands in their place after a collapse."""
+        batch, levels = self.batch, self.levels
+        targets = [self.clean.images[str(ImageKey(number, batch.seed, arm="target"))] for number in batch.numbers]
+        cell = self.measure(Condition(0, Arm("untouched", 0), False, 0.0), targets)
+        for line, error in zip(cell.lines, self.clean.arrays[REDRAWN], strict=True):
+            line["redrawn"] = float(error)
+        shown = () if levels is None else zip(COLLAPSES, (levels.mean, levels.grey), strict=True)
+        for name, picture in shown:
+            condition = Condition(0, Arm(name, 0), False, max(self.transport.strengths))
+            found = self.measure(condition, [picture] * len(targets))
+            cell.lines += found.lines
+            cell.images |= found.images
         return cell
 
     def run_arm(self, runner: BatchRunner, condition: Condition) -> Cell:
@@ -206,14 +233,17 @@ class PairCells:
             )
             inside, outside = measure_change(images[i], target, self.masks[i])
             caption = batch.captions[i]
+            said = _ask(judge, images[i], caption) if caption else {}
             line = {
                 **self._describe(i, condition),
                 "to_source": float(rmse(images[i], source)),
                 "to_target": float(rmse(images[i], target)),
                 "inside": inside,
                 "outside": outside,
-                "fidelity_source": _ask_fidelity(judge, images[i], caption) if caption else np.nan,
-                "fidelity_target": _ask_fidelity(judge, images[i], batch.prompts[2 * i + 1]),
+                **({} if self.levels is None else self.levels.measure(images[i], number)),
+                "fidelity_source": said.get("fidelity", np.nan),
+                "fidelity_target": _ask(judge, images[i], batch.prompts[2 * i + 1]).get("fidelity", np.nan),
+                "readable": said.get("readable", np.nan),
             }
             if arm.sets:
                 line["energy_share"] = float(np.mean(list(arm.sets[i].energy_share().values())))
@@ -253,5 +283,5 @@ def _choose_mask(mask_from: Any, source: np.ndarray, target: np.ndarray) -> np.n
     return to_grid(mask_from, source.shape)
 
 
-def _ask_fidelity(judge: Any, image: Image, prompt: str) -> float:
-    return ask_judge(judge, image, prompt, need_fidelity=True).get("fidelity", np.nan)
+def _ask(judge: Any, image: Image, prompt: str) -> dict[str, Any]:
+    return ask_judge(judge, image, prompt, need_fidelity=True)

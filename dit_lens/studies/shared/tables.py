@@ -13,6 +13,9 @@ from dit_lens.analysis.metrics.intervals import mean_ci, mean_p
 # The least and the greatest value of measures whose name says it, for intervals of few events.
 LIMITS = dict.fromkeys(("fidelity", "fidelity_source", "fidelity_target", "iou", "jaccard", "energy_share"), (0.0, 1.0))
 
+# Distances, of which the greatest value is far from any that occurs: the bounds of their means do not go below 0.
+DISTANCES = ("rmse", "to_source", "to_target", "to_others", "to_mean", "to_grey", "inside", "outside")
+
 
 def summarise(table: pd.DataFrame, by: Sequence[str], measures: Sequence[str]) -> pd.DataFrame:
     """Means of measures per group, with their 95 % intervals: see :func:`~dit_lens.analysis.metrics.mean_ci`.
@@ -30,6 +33,8 @@ def summarise(table: pd.DataFrame, by: Sequence[str], measures: Sequence[str]) -
         prompts, seeds = group["prompt"].to_numpy(), group["seed"].to_numpy() if "seed" in group else None
         for measure in measures:
             line |= _bounds(measure, group[measure].to_numpy(float), prompts, seeds, LIMITS.get(measure))
+            if measure in DISTANCES and (group[measure].dropna() >= 0).all():
+                line[f"{measure}_low"] = np.maximum(line[f"{measure}_low"], 0.0)  # NaN stays
         lines.append(line)
     return pd.DataFrame(lines)
 

@@ -58,7 +58,8 @@ def test_its_receipt_and_its_json():
 def test_one_row_for_all_stays_one_unless_rows_differ():
     """Without guidance PRX has one time, and so one modulation, for all rows; edits of some rows lay it out."""
     zoo = zoo_of("prx-unguided")
-    assert torch.equal(zoo.drawn(zoo.run([Scale("final.img.mod", factor=1.0)])), zoo.plain().drawn)
+    assert torch.equal(zoo.drawn(zoo.run([Swap("final.img.mod", source="row:0", rows=1)])), zoo.plain().drawn)
+    assert torch.allclose(zoo.drawn(zoo.run([Scale("final.img.mod", factor=1.0)])), zoo.plain().drawn, atol=1e-5)
     one = zoo.drawn(zoo.run([Zero("final.img.mod", rows=1)]))
     both = zoo.drawn(zoo.run([Zero("final.img.mod")]))
     assert torch.allclose(one[0], zoo.plain().drawn[0], atol=1e-5)
