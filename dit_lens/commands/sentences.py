@@ -123,7 +123,7 @@ def format_interval(row: pd.Series, measure: str, form: str = ".1f") -> str:
     measure: column of the mean.
     form: format of the numbers.
     """
-    value, low, high = (row[f"{measure}{bound}"] for bound in ("", "_low", "_high"))
+    value, low, high = (round(row[f"{measure}{bound}"], 9) + 0.0 for bound in ("", "_low", "_high"))  # no -0.0
     bounds = "" if math.isnan(low) else f" ({low:{form}} to {high:{form}})"
     return f"{value:{form}}{bounds}"
 
