@@ -350,12 +350,14 @@ def _draw_levels(figure: go.Figure, levels: pd.Series) -> None:
     figure: gets the lines.
     levels: arm -> RMSE to the source.
     """
+    collapses = levels.drop("ceiling", errors="ignore")
+    lower = collapses.idxmin() if len(collapses) else ""  # its name is below its line
     for arm, level in levels.items():
         figure.add_hline(
             y=float(level),
             line={"color": INK, "width": 1, "dash": "dot"},
             annotation={"text": LEVELS[str(arm)], "font": {"size": 10}},
-            annotation_position="top left",
+            annotation_position="bottom left" if arm == lower else "top left",
             row=1,
             col=1,
         )
