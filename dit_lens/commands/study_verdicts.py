@@ -102,7 +102,7 @@ def find_ceiling(results: Mapping[str, Result]) -> list[dict[str, Any]]:
     if "carrier_or_detail" in results:
         rows = results["carrier_or_detail"].summary
         for _, row in rows[rows["measure"].str.startswith("ceiling")].iterrows():
-            what = f"{row['measure']}: share of the missing attributes that all channels gain"
+            what = f"share of the missing attributes that all channels gain ({row['measure']})"
             found.append({"study": "carrier_or_detail", "what": what, "estimate": _estimate(row, "value")})
     return found
 
