@@ -80,7 +80,7 @@ def wait_for_python(page, expression, value):
     assert browser.ask_kernel(page, expression) == value
 
 
-def test_sliders_and_channels_change_the_image_and_the_state_in_python(page, lab):
+def test_sliders_and_channels_change_the_state_in_python_and_python_the_view(page, lab):
     view = open_and_run(page, lab, "explorer")
     canvas = view.locator("canvas[data-side=left]")
     before = pixels(canvas)
@@ -96,6 +96,8 @@ def test_sliders_and_channels_change_the_image_and_the_state_in_python(page, lab
     page.mouse.move(5, 5)
     assert np.abs(pixels(canvas) - moved).max() > 30
     wait_for_python(page, "x.channel", channel)
+    browser.ask_kernel(page, "[setattr(x, 'step', 1), setattr(x, 'site', 'blocks.3.img')]")
+    wait_for_view(page, "1/blocks.3.img/")
 
 
 def test_the_first_lesson_runs_and_its_explorer_reacts(page, lab):
@@ -112,12 +114,6 @@ def test_the_first_lesson_runs_and_its_explorer_reacts(page, lab):
     figures = page.locator(".js-plotly-plot .main-svg")
     figures.first.wait_for()
     assert figures.count() >= 2
-
-
-def test_python_changes_the_view(page, lab):
-    open_and_run(page, lab, "explorer")
-    browser.ask_kernel(page, "[setattr(x, 'step', 1), setattr(x, 'site', 'blocks.3.img')]")
-    wait_for_view(page, "1/blocks.3.img/")
 
 
 def test_blocks_beyond_the_budget_and_clusters_are_requested(page, lab):
