@@ -4,6 +4,7 @@ DIT_LENS_RACE sets for how many seconds processes race; a few by default.
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -18,19 +19,18 @@ from dit_lens import Read, Run
 from dit_lens.core.runs.files import find_folder, read_json, whole_folder, write_text
 from dit_lens.errors import StoreError
 
-SECONDS = float(os.environ.get("DIT_LENS_RACE", "6"))
+SECONDS = float(os.environ.get("DIT_LENS_RACE", "3"))
+FORK = multiprocessing.get_context("fork")  # which has imported everything already
 
-WRITER = """
-import sys, time
-from dit_lens import Run
-run, out, end = Run.load(sys.argv[1]), sys.argv[2], time.time() + float(sys.argv[3])
-number = 0
-while time.time() < end:
-    run.spec["writer"] = sys.argv[4]
-    run.save(out, overwrite=True)
-    number += 1
-print(number)
-"""
+
+def write_for_a_while(saved, out, name, counts):
+    """Saves a run over and over under a name, and counts how often."""
+    run, end, number = Run.load(saved), time.time() + SECONDS, 0
+    run.spec["writer"] = name
+    while time.time() < end:
+        run.save(out, overwrite=True)
+        number += 1
+    counts.put(number)
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +51,19 @@ def load_or_none(folder):
 
 def test_racing_writers_and_a_reader_never_see_half_a_run(saved, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-c", WRITER, str(saved), str(out), str(SECONDS)]
-    writers = [subprocess.Popen([*command, name], stdout=subprocess.PIPE, text=True) for name in "abc"]
-    whole, seen = Run.load(saved), set()
-    while any(writer.poll() is None for writer in writers):
+    counts, whole, seen = FORK.SimpleQueue(), Run.load(saved), set()
+    writers = [FORK.Process(target=write_for_a_while, args=(saved, out, name, counts)) for name in "abc"]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
         if find_folder(out).exists():
             found = load_or_none(out)
             if found is None:
                 continue
             seen.add(found.spec["writer"])
             assert all(torch.equal(found[site], whole[site]) for site in whole)
-    counts = [int(writer.communicate()[0]) for writer in writers]
-    assert all(count > 3 for count in counts)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert all(counts.get() > 3 for _ in writers)
     assert len(seen) > 1
     assert [entry.name for entry in tmp_path.iterdir() if entry.name not in ("run", ".dit_lens.lock")] == []
 
