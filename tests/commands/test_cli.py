@@ -176,6 +176,7 @@ def test_the_demo(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(DiTLens, "toy", quick)
     monkeypatch.setattr("dit_lens.commands.demo.OTHERS", 0)
+    monkeypatch.setattr("dit_lens.commands.demo.STRENGTHS", (1.0,))
     monkeypatch.setattr("dit_lens.commands.page.find_browser", lambda: None)
     assert cli.main(["demo", "--out", str(tmp_path / "demo"), "--seed", "1"]) == 0
     said = capsys.readouterr().out
