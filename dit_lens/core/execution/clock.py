@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dit_lens.core.plan.program import Forward, Program
 
 OUTSIDE = 1e-2  # how far rounding may lead beyond the ends
+APART = 1e-2  # how far noise levels of two runs may be apart that count as the same
 
 
 class Clock:
@@ -91,6 +92,15 @@ class Clock:
                 f"the plan expects step {step} at a noise level of {planned[step]:.6g}, by which ops chose their "
                 f"steps, but it runs at {sigma:.6g}"
             )
+        own = self.levels if number == 0 and self.levels and abs(self.levels[0] - sigma) <= APART else ()
+        for source_step, level, name in program["source_levels"]:  # all of them at once, where the scheduler tells
+            here = sigma if source_step == step else own[source_step] if source_step < len(own) else level
+            if abs(level - here) > APART:
+                raise PlanMismatchError(
+                    f"{name} takes step {source_step} from a run in which that was at a noise level of {level:.4g}, "
+                    f"and it is at {here:.4g} here. Run both with one schedule (scheduler, size, strength=); where "
+                    "this is meant, give the tensors themselves: source={site: run[site]}"
+                )
         self.entries[number] = (step, forward["branches"][0], timestep, sigma)
 
     def _measure_noise(self, step: int, timestep: float, exact: bool) -> float:

@@ -93,6 +93,7 @@ class _Compiler:
     selections: dict[tuple[int, str, int], tuple[tuple[int, ...] | None, ...]] = field(default_factory=dict)
     # (number of the forward pass, site) -> actions in the order of the ops
     actions: dict[tuple[int, Site], list[Action]] = field(default_factory=dict)
+    source_levels: dict[tuple[int, float, str], None] = field(default_factory=dict)
     by_mask: bool = False  # whether an op chose its tokens by their places in the image
     by_sigma: bool = False  # whether an op chose its steps by their noise
 
@@ -164,6 +165,7 @@ class _Compiler:
             anatomy=self.anatomy,
             outline=self.outline,
             payload=self.payload,
+            source_levels=self.source_levels,
         )
         timeline, nothing = self.outline.timeline, op.does_nothing()
         for branch, details in op.lower(at):
@@ -282,6 +284,7 @@ class _Compiler:
             "time": timeline.rule or anatomy.time_rule(),
             "repeats": list(timeline.repeats),
             "sigmas": list(timeline.sigmas or ()) if self.by_sigma else None,
+            "source_levels": [list(one) for one in self.source_levels],
             "grid": anatomy.grid_rule,
             "text": anatomy.text_rule,
             "readout": anatomy.readout_rule,

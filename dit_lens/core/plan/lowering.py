@@ -45,6 +45,7 @@ class SiteLowering:
     channels: those it selects here; None means all.
     anatomy, outline: of the model and of the run.
     payload: receives tensors and functions.
+    source_levels: receives (step, noise level there, op and site) of every step that is taken from another run.
     """
 
     op: Op
@@ -56,6 +57,7 @@ class SiteLowering:
     anatomy: Anatomy
     outline: Outline
     payload: dict[str, Any]
+    source_levels: dict[tuple[int, float, str], None]
 
     @property
     def site(self) -> str:
@@ -117,6 +119,9 @@ class SiteLowering:
     ) -> Lowered:
         values = source_values(source, self._wanted(means))
         there = values.by_branch
+        if values.levels is not None:
+            known = [step for step in self.steps if step < len(values.levels)]
+            self.source_levels.update({(step, values.levels[step], self._name): None for step in known})
         source_rows = self._source_rows(values.rows, pick_rows)
         found: Lowered = []
         for branch in self._branches(default=_branch_of(there)):

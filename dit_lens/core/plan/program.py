@@ -88,6 +88,7 @@ class Program(TypedDict):
     time, grid, text, readout: rules of the family.
     repeats: steps at the same timestep as the one before.
     sigmas: the noise level of every step, where ops chose their steps by it.
+    source_levels: [step, noise level, op and site] of every step that an op takes from another run.
     expected_grid: (h, w) image tokens, where they are known beforehand.
     record: whether the transformer's answers are kept.
     replayed: the forward passes whose answers are in the payload already.
@@ -99,6 +100,7 @@ class Program(TypedDict):
     time: TimeRule
     repeats: list[int]
     sigmas: list[float] | None
+    source_levels: list[list[Any]]
     grid: GridRule
     text: TextRule
     readout: ReadoutRule | None

@@ -6,7 +6,7 @@ What is added is a number or [channel], or [step, channel].
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +68,14 @@ class Values:
     masks: branch -> which of these tokens it has, bool [b, n]; all of them where a branch is left out. What the
         pipeline masked is no data, and neither is what was not read.
     unmatched: row -> what is said where it is chosen, as its words are not those to replace.
+    levels: the noise level of every step of its run, where that is known.
     """
 
     by_branch: dict[str | None, Tensor]
     rows: tuple[int, ...]
     masks: dict[str | None, Tensor] = field(default_factory=dict)
     unmatched: dict[int, str] = field(default_factory=dict)
+    levels: tuple[float, ...] | None = None
 
 
 def source_values(source: Any, wanted: Wanted) -> Values:
@@ -83,7 +85,7 @@ def source_values(source: Any, wanted: Wanted) -> Values:
     if (reading := find_reading(source)) is not None:
         if wanted.name not in reading:
             raise OpError(f"{wanted.op}: the source never read {wanted.name}.{nearest(wanted.name, reading)}")
-        return _from_reading(reading, reading.shape_of_grid, wanted)
+        return replace(_from_reading(reading, reading.shape_of_grid, wanted), levels=reading.levels)
     if isinstance(source, Mapping):
         if wanted.name not in source:
             raise OpError(f"{wanted.op}: the source has no tensor for {wanted.name}.{nearest(wanted.name, source)}")
@@ -113,7 +115,7 @@ def _from_run(run: Run, wanted: Wanted) -> Values:
             f"{wanted.op}: the source run is of {run.provenance['family']}, this model is {wanted.family}. "
             "Channels of one family mean nothing in another."
         )
-    return _from_reading(run.reading(wanted.name), run.grid, wanted)
+    return replace(_from_reading(run.reading(wanted.name), run.grid, wanted), levels=tuple(run.sigmas))
 
 
 def _from_reading(reading: Reading, grid: tuple[int, ...] | None, wanted: Wanted) -> Values:

@@ -63,7 +63,8 @@ def _plain_source(value: Any) -> dict[str, Any]:
         masks = {f"mask/{site}": mask for site, mask in reading.masks.items()}
         tensors = {name: to_plain(tensor) for name, tensor in (reading.tensors | masks).items()}
         asked = {} if reading.call is None else {"call": dict(reading.call)}
-        return {"reading": reading.to_json(), "tensors": tensors, **asked}
+        levels = {} if reading.levels is None else {"levels": list(reading.levels)}
+        return {"reading": reading.to_json(), "tensors": tensors, **asked, **levels}
     if hasattr(value, "reference"):
         return value.reference()
     return {"mapping": {str(key): to_plain(item) for key, item in value.items()}}
@@ -120,7 +121,9 @@ def _read_mapping(value: dict[str, Any]) -> dict[str, Any]:
 
 def _read_reading(value: dict[str, Any]) -> Reading:
     tensors = {site: from_plain(item) for site, item in value["tensors"].items()}
-    return replace(Reading.from_json(value["reading"], tensors), call=value.get("call"))
+    levels = value.get("levels")
+    levels = None if levels is None else tuple(map(float, levels))
+    return replace(Reading.from_json(value["reading"], tensors), call=value.get("call"), levels=levels)
 
 
 def _read_array(value: dict[str, Any]) -> np.ndarray:

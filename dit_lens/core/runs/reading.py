@@ -67,6 +67,7 @@ class Reading(Mapping[str, Tensor]):
     shape_of_grid: (h, w) of the image tokens, where it holds any.
     masks: which tokens are data, by site, where some are not; see :attr:`mask`.
     call: "prompt" and "call" of the run it is of, as in its spec, which say where words stand; None: not known.
+    levels: the noise level of every step of that run; None: not known.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Reading(Mapping[str, Tensor]):
     shape_of_grid: tuple[int, ...] | None
     masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
     call: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+    levels: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
 
     @property
     def mask(self) -> Tensor | None:
@@ -125,7 +127,7 @@ class Reading(Mapping[str, Tensor]):
         return len(self.tensors)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the tensors and the call, as plain data."""
+        """Everything but the tensors, the call and the levels, as plain data."""
         return {
             "name": self.name,
             "steps": self.steps,

@@ -104,9 +104,10 @@ class Run(Mapping[str, Any]):
     tape = OldName("recording")
 
     def __post_init__(self) -> None:
-        """Reads keep what was asked of the run, without which nobody could tell where words stand in them."""
+        """Reads keep what was asked of the run, by which words are found in them, and under how much noise it was."""
         asked = {name: self.spec.get(name) for name in ("prompt", "call")}
-        self.readings = [replace(reading, call=asked) for reading in self.readings]
+        levels = tuple(self.sigmas)
+        self.readings = [replace(reading, call=asked, levels=levels) for reading in self.readings]
 
     def __getitem__(self, key: str) -> Any:
         """A read by its name (a mapping site -> tensor), or the tensor of a site that was read without a name."""
