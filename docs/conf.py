@@ -61,6 +61,7 @@ nitpick_ignore_regex = [
     ("py:class", r"(dit_lens\.families\.locations\.)?(Grid|Readout|Text|Time)Rule"),
     ("py:class", r"(dit_lens\.families\.locations\.)?(ImageTokens|TensorLocation)"),
     ("py:class", r"ModelRow"),  # shown as the table protocols.Protocol.models
+    ("py:class", r"(dit_lens\.families\.schedulers\.)?(Noise|Removal)"),
     ("py:class", r"TransferResult|Study"),  # a protocol, and a type variable
     ("py:class", r"Run \| Mapping\[str"),  # half of a type: Sphinx cuts a quoted union at its comma
 ]
