@@ -75,7 +75,8 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell], name: str = "tr
     measures = [measure for measure in _MEASURES if measure in table]
     summary = summarise(table, ("k", "arm", "masked", "strength"), measures)
     edits = table[table["arm"].isin(["top", "bottom", "random", "energy-matched"])]
-    if len(contrasts := compare_arms(edits, ("k", "masked", "strength"), ["to_source", "specificity"])):
+    judged = [measure for measure in ("to_source", "specificity") if measure in measures]
+    if len(contrasts := compare_arms(edits, ("k", "masked", "strength"), judged)):
         summary = summary.merge(contrasts, how="left", on=["k", "arm", "masked", "strength"])
     return Result(
         name,

@@ -88,6 +88,7 @@ ELSEWHERE = {
         "families.Anatomy.locate",
         "families.Anatomy.plan_grid",
         "families.Anatomy.rank",
+        "families.Anatomy.stack_name",
         "families.Anatomy.time_rule",
         "families.Anatomy.why_not",
         "families.refuse_unsafe",

@@ -85,10 +85,11 @@ def add_shares(table: pd.DataFrame) -> pd.DataFrame:
 
     table: rows of a transport, the untouched ones and the ceiling included.
     """
-    found = table.assign(specificity=np.nan, share=np.nan, fidelity_gain=np.nan)
+    if "to_others" not in table:  # measured by an earlier release
+        return table
     start = table[table["arm"] == "untouched"].drop_duplicates(_PAIR).set_index(_PAIR)
-    if start.empty or "to_others" not in table:  # interrupted early, or measured by an earlier release
-        return found
+    if start.empty:  # interrupted early
+        return table.assign(specificity=np.nan, share=np.nan, fidelity_gain=np.nan)
     at = table.set_index(_PAIR).index
     before = start[["to_source", "fidelity_source"]].astype(float).reindex(at).reset_index(drop=True)
     now = table[["to_source", "fidelity_source"]].astype(float).reset_index(drop=True)
@@ -96,7 +97,7 @@ def add_shares(table: pd.DataFrame) -> pd.DataFrame:
     ceiling = table[table["arm"] == "ceiling"].drop_duplicates(_PAIR).set_index(_PAIR)
     most = before["to_source"] - ceiling["to_source"].astype(float).reindex(at).reset_index(drop=True)
     read = table["readable"].astype(float).to_numpy() != 0 if "readable" in table else np.ones(len(table), bool)
-    return found.assign(
+    return table.assign(
         specificity=table["to_others"].astype(float) - table["to_source"].astype(float),
         share=(nearer["to_source"] / most.where(most >= LEAST_CEILING * before["to_source"])).to_numpy(),
         fidelity_gain=np.where(read, -nearer["fidelity_source"], np.nan),

@@ -85,6 +85,12 @@ def claim_folder(
         for one in (found, wanted):
             one["settings"][name] = one["meant"][name]
             one["values"] = {part: value for part, value in one["values"].items() if part.split("[")[0] != name}
+    if newer := [name for name in wanted["settings"] if name not in found["settings"]]:
+        raise StoreError(
+            f"{folder} was begun by an earlier release of dit_lens, whose {study} had no {', '.join(newer)}: new cells "
+            f"do not go with those in it. Load what there is with dl.studies.Result.load({str(folder)!r}), or choose "
+            "another folder for out=."
+        )
     values = wanted["values"]
     missing = [NEW[name] for name in NEW if name not in found["model"]]
     missing += [] if "values" in found else [f"the functions and arrays given ({', '.join(values)})"] * bool(values)

@@ -16,6 +16,7 @@ import dit_lens as dl
 from dit_lens import ops
 from dit_lens.analysis.channels import ChannelSet
 from dit_lens.core.runs.run import Run
+from dit_lens.errors import StoreError
 from dit_lens.studies import Result
 from tests.fixtures.saved_by_0_1_0 import make
 
@@ -169,7 +170,7 @@ def test_a_study(study):
     assert result.figure().data
 
 
-@pytest.mark.parametrize("study", ["disruption", "transfer", "births"])
+@pytest.mark.parametrize("study", ["disruption", "births"])
 def test_a_study_goes_on(study, toy, tmp_path, monkeypatch):
     """The call that filled a folder finds every cell there, and draws nothing."""
     folder = shutil.copytree(SAVED / study, tmp_path / study)
@@ -177,12 +178,17 @@ def test_a_study_goes_on(study, toy, tmp_path, monkeypatch):
     few = {"k": 2, "seeds": [0], **make.CALL, "out": folder}
     if study == "disruption":
         result = dl.studies.disruption(toy, make.PROMPTS[:1], **few, draws=1, confounds=False)
-    elif study == "transfer":
-        pairs = [tuple(make.PROMPTS)]
-        result = dl.studies.transfer(toy, pairs, **few, draws=1, strengths=1.0, site="blocks.7.img", mask_from=None)
     else:
         result = dl.studies.write_attribution(toy, make.PROMPTS[:1], **few, site="blocks.1.img")
     assert result.table.equals(Result.load(study).table)
+
+
+def test_a_study_that_has_other_arms_today_does_not_go_on(toy, tmp_path, monkeypatch):
+    folder = shutil.copytree(SAVED / "transfer", tmp_path / "transfer")
+    monkeypatch.setattr(toy, "run", lambda *_, **__: pytest.fail("drawn"))
+    few = {"k": 2, "seeds": [0], "draws": 1, "strengths": 1.0, "site": "blocks.7.img", "mask_from": None}
+    with pytest.raises(StoreError, match="an earlier release of dit_lens, whose transfer had no no_modulation"):
+        dl.studies.transfer(toy, [tuple(make.PROMPTS)], **few, **make.CALL, out=folder)
 
 
 def test_three_runs(toy):
