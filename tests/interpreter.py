@@ -212,9 +212,10 @@ class Interpreter:
     # What an op does
 
     def read(self, number, op, site, branch, x):
-        for _, rows, tokens in self.batch_groups(op, site):
+        for here, rows, tokens in self.batch_groups(op, site):
             kept = x[outer(rows, tokens, self.channels_of(op, site))].clone()
-            self.pieces[number, site, self.step, branch].append(kept if op.reduce is None else reduced(kept, op.reduce))
+            kept = kept if op.reduce is None else reduced(kept, op.reduce)
+            self.pieces[number, site, self.step, branch] += zip(here, kept, strict=True)
 
     def edit(self, number, op, site, branch, x, gate):
         if getattr(op, "strength", 1) == 0:
@@ -283,19 +284,25 @@ class Interpreter:
         return 0 if size == 1 else self.step if size == self.steps else self.steps_of(op).index(self.step)
 
     def put_reads_together(self):
-        """[step, row, token, channel], or [step, branch, row, token, channel] with cond first."""
+        """[step, row, token, channel], or [step, branch, row, token, channel] with cond first; rows as named."""
         for number, op in enumerate(self.ops):
             if type(op).__name__ != "Read":
                 continue
             both, found = op.branch == "both", {}
             for site in self.sites[number]:
                 branches = ["cond", "uncond"] if both else self.branches_of(op, site)
+                rows = self.rows_of(op)
                 steps = [
-                    torch.stack([torch.cat(self.pieces[number, site, step, branch]) for branch in branches])
+                    torch.stack([self.put_rows_together(rows, number, site, step, branch) for branch in branches])
                     for step in self.steps_of(op)
                 ]
                 found[site] = torch.stack(steps) if both else torch.stack(steps)[:, 0]
             self.outcome.reads[number] = found
+
+    def put_rows_together(self, rows, *key):
+        """Rows of one read, whichever batches they came from."""
+        pieces = dict(self.pieces[key])
+        return torch.stack([pieces[row] for row in rows])
 
 
 def as_list(chosen) -> list:
