@@ -117,13 +117,15 @@ def subtract_controls(
 
 
 def format_interval(row: pd.Series, measure: str, form: str = ".1f") -> str:
-    """A mean with its interval, such as "77.2 (74.7 to 82.0)"; the mean alone if there is no interval.
+    """A mean with its interval, such as "77.2 (74.7 to 82.0)"; the mean alone if there is no interval, or "unknown".
 
     row: row of a summary.
     measure: column of the mean.
     form: format of the numbers.
     """
     value, low, high = (round(row[f"{measure}{bound}"], 9) + 0.0 for bound in ("", "_low", "_high"))  # no -0.0
+    if math.isnan(value):
+        return "unknown"
     bounds = "" if math.isnan(low) else f" ({low:{form}} to {high:{form}})"
     return f"{value:{form}}{bounds}"
 
@@ -320,6 +322,8 @@ def _describe_specificity(at: pd.DataFrame) -> str:
     listed = ", ".join(
         f"{arm} {format_interval(at.loc[arm], 'specificity')}" for arm in ("top", *CONTROLS, *COLLAPSES, "ceiling")
     )
+    if at["specificity"].isna().all():
+        listed = "with one pair that is unknown"
     near = ", ".join(f"{arm} {at.loc[arm, 'to_source']:.1f}" for arm in (*COLLAPSES, "ceiling"))
     return (
         f" A collapse would lie as near as this: {near} (ceiling: all channels, and what modulates the final norm). So "
