@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,14 @@ class StudyInterrupted(KeyboardInterrupt):
         )
         super().__init__(f"{study} was interrupted after {done} of {total} cells; {kept}.")
         self.folder, self.result = folder, result
+
+
+def warn(text: str) -> None:
+    """Warns at the line outside this library that led here, however many calls lie between."""
+    frame, level = sys._getframe(1), 2  # noqa: SLF001 as in warnings itself
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("dit_lens."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
 
 
 def check_choice(value: object, known: Collection[str], name: str) -> None:

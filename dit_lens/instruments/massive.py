@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from dit_lens.analysis.clusters import POLARITIES, segment
 from dit_lens.analysis.subjects import distance_from_border, threshold
 from dit_lens.core.request.ops import Pattern, Read, Steps
 from dit_lens.core.request.reduce import parse
-from dit_lens.errors import OpError, PromptError, check_choice, show
+from dit_lens.errors import OpError, PromptError, check_choice, show, warn
 from dit_lens.instruments.relevance import RELEVANCE, read_relevance
 
 if TYPE_CHECKING:
@@ -111,10 +110,9 @@ def _warn_of_background(mask: np.ndarray, prompt: str) -> None:
     """Warns of a mask that is more likely the background, or everything."""
     size, border = mask.mean(), mask[border_of(mask.shape)].mean()
     if max(size, border) > 0.5:
-        warnings.warn(
+        warn(
             f"the mask of {prompt!r} covers {size:.0%} of the image and {border:.0%} of its border: it may be the "
-            "background. Look at it (plots.overlay), and try another polarity= or block=.",
-            stacklevel=4,
+            "background. Look at it (plots.overlay), and try another polarity= or block=."
         )
 
 

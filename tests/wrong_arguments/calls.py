@@ -98,7 +98,7 @@ ELSEWHERE = {
     ],
     "as diffusers and torch have it": ["DiTLens.to"],
     "no arguments": ["channels.RunningStats", "families.known_families", "prompts.bundled", "toys.quiet_loading"],
-    "how errors are worded": ["errors.check_choice", "errors.nearest", "errors.show"],
+    "how errors and warnings are worded": ["errors.check_choice", "errors.nearest", "errors.show", "errors.warn"],
 }
 
 

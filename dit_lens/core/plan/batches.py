@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 from dit_lens.core.plan.compile import Plan
 from dit_lens.core.request.call import Call
 from dit_lens.core.request.values import check_count
-from dit_lens.errors import ExecutionError, OpError, PromptError
+from dit_lens.errors import ExecutionError, OpError, PromptError, warn
 
 if TYPE_CHECKING:
     from dit_lens.core.plan.program import Action, Forward, Part, Visit
@@ -55,10 +54,7 @@ def run_in_batches(
             pieces, done = rest, done + batch.count
             bar.update(batch.count)
     if size < asked:
-        warnings.warn(
-            f"memory ran out with {asked} prompts in a batch; {size} fitted. Pass batch_size={size} next time.",
-            stacklevel=4,
-        )
+        warn(f"memory ran out with {asked} prompts in a batch; {size} fitted. Pass batch_size={size} next time.")
 
 
 def _pieces(call: Call, plan: Plan, prompts: range, size: int, *, asked: bool) -> list[tuple[Call, Plan]]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.plan.cost import Cost, format_bytes
-from dit_lens.errors import OpError
+from dit_lens.errors import OpError, warn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,9 +53,8 @@ def reads_container(cost: Cost) -> type[dict]:
             "channels= or tokens=, fewer steps= or sites, run fewer prompts at once, or name a larger disk in the "
             "environment variable TMPDIR."
         )
-    warnings.warn(
+    warn(
         f"the reads of this run keep {format_bytes(cost.bytes)}, more than fits into the {format_bytes(free)} of "
-        f"memory that are free: they go to files in {folder} (TMPDIR), which are removed with the run.",
-        stacklevel=3,
+        f"memory that are free: they go to files in {folder} (TMPDIR), which are removed with the run."
     )
     return Spill

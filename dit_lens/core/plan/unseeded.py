@@ -10,7 +10,6 @@ import copy
 import functools
 import inspect
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_lens.core.request.ops import Apply, Op
-from dit_lens.errors import OpError
+from dit_lens.errors import OpError, warn
 from dit_lens.families.calls import find_call
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def refuse_unseeded(pipe: DiffusionPipeline, *, repeated: bool) -> bool:
     )
     if repeated:
         raise OpError(f"{what}. record= and prefix= cannot repeat that. Set a scheduler that draws nothing.")
-    warnings.warn(f"{what}. Set a scheduler that draws nothing, or compare no two runs or rows.", stacklevel=4)
+    warn(f"{what}. Set a scheduler that draws nothing, or compare no two runs or rows.")
     return True
 
 
@@ -76,7 +75,7 @@ def tell_draws(
     )
     if repeated:
         raise OpError(f"{what}. record= and prefix= cannot repeat that. Nothing was kept of this run.")
-    warnings.warn(f"{what}. Call torch.manual_seed(...) before every run that is to be compared.", stacklevel=4)
+    warn(f"{what}. Call torch.manual_seed(...) before every run that is to be compared.")
 
 
 def draws_unseeded(pipe: DiffusionPipeline) -> bool:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,7 @@ from dit_lens.arguments.numbers import as_plain
 from dit_lens.core.runs.files import find_folder, read_versioned, report_damage, report_unwritten, write_json
 from dit_lens.core.runs.provenance import describe, digest
 from dit_lens.core.runs.state import describe_state
-from dit_lens.errors import StoreError
+from dit_lens.errors import StoreError, warn
 from dit_lens.studies.shared.cells import number_folders, read_cell
 from dit_lens.studies.shared.fingerprints import fingerprint_values
 from dit_lens.studies.shared.old_data import update_study
@@ -107,10 +105,9 @@ def claim_folder(
                 "Call it as before to continue it, or choose another folder for out=."
             )
     if missing:
-        warnings.warn(
+        warn(
             f"{folder} was begun by an earlier release of dit_lens, which did not store everything that decides a "
-            f"number. Not compared with this call: {', '.join(missing)}.",
-            stacklevel=_outside(),
+            f"number. Not compared with this call: {', '.join(missing)}."
         )
     _warn_of_unknown(unknown)
 
@@ -143,19 +140,10 @@ def _differences(there: Any, here: Any, depth: int, name: str = "") -> list[str]
 
 def _warn_of_unknown(unknown: Sequence[str]) -> None:
     if unknown:
-        warnings.warn(
+        warn(
             f"whether these are the same when the study is continued cannot be known, as they have no value that can "
-            f"be compared: {', '.join(unknown)}. Continue it with the same ones only.",
-            stacklevel=_outside(),
+            f"be compared: {', '.join(unknown)}. Continue it with the same ones only."
         )
-
-
-def _outside() -> int:
-    """How many calls lie between ``warnings.warn`` and the code that called this library."""
-    frame, count = sys._getframe(1), 1  # noqa: SLF001 as in warnings itself
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("dit_lens."):
-        frame, count = frame.f_back, count + 1
-    return count
 
 
 def has_other_streams(folder: Path) -> bool:

@@ -99,7 +99,7 @@ WRONG = {
     "too many tokens": ({"max_sequence_length": 9999}, r"FluxPipeline cannot be called like this: .*9999"),
     "no function": ({"callback_on_step_end": "x"}, "callback_on_step_end='x' is not a function"),
     "no inputs": ({"callback_on_step_end_tensor_inputs": ["x"]}, "FluxPipeline cannot be called like this"),
-    "a word for attention": ({"joint_attention_kwargs": "x"}, "FluxPipeline cannot be called like this"),
+    "a word for attention": ({"joint_attention_kwargs": "x"}, "must be a mapping from names to values"),
     "no generator": ({"seed": None, "generator": "x"}, "must be a torch.Generator"),
     "generators": ({"seed": None, "generator": [torch.Generator()] * 2}, "lists 2 generators for 1 images"),
     "a seed in words": ({"seed": "3"}, "seed '3' is not a whole number"),

@@ -167,7 +167,7 @@ def test_pages_on_a_full_disk(tmp_path, monkeypatch):
     from dit_lens.core.runs.files import write_text
 
     page = write_text(tmp_path / "page.html", "old")
-    monkeypatch.setattr(type(page), "write_text", full)
+    monkeypatch.setattr(type(page), "write_bytes", full)
     with pytest.raises(StoreError, match="nothing is left half-written"):
         write_text(page, "new")
     assert page.read_text() == "old"
