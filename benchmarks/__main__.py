@@ -59,21 +59,12 @@ def main(arguments: list[str]) -> int:
     for group in options.only:
         for row in GROUPS[group](options.rounds):
             rows.append(row)
-            print(line(row), flush=True)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        found = {"machine": head, "rows": [row.as_dict() for row in rows]}
-        options.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+            print(row, flush=True)
+        if options.out:  # after every group, so that an interruption loses one at most
+            measure.save(options.out, head, rows)
     moved = list(measure.moved(rows, earlier)) if earlier else []
     print(*moved, sep="\n", end="\n" if moved else "")
     return 1 if moved else 0
-
-
-def line(row: Row) -> str:
-    """A figure as one line of text."""
-    target = "" if row.target is None else f"<= {row.target:g}"
-    spread = f"({row.low:.3f} to {row.high:.3f})"
-    return f"{row.group:18} {row.name:72} {row.value:8.3f} {row.unit:6} {spread:20} {target:10} {row.state}"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
 import traceback
@@ -25,7 +24,6 @@ import torch
 
 import dit_lens as dl
 from benchmarks import measure
-from benchmarks.__main__ import line
 from benchmarks.measure import Row, alternate, wait_for
 from benchmarks.models import SIZES
 from benchmarks.others import OTHERS, Other
@@ -256,13 +254,12 @@ def main(arguments: list[str]) -> int:
             with freed(machine), torch.no_grad():
                 for row in PARTS[name](machine):
                     rows.append(row)
-                    print(line(row), flush=True)
+                    print(row, flush=True)
         except Exception as problem:  # noqa: BLE001 the other parts are worth as much
             failed.append({"part": name, "says": "".join(traceback.format_exception_only(problem)).strip()})
             traceback.print_exc()
         if options.json:
-            found = {"machine": head, "rows": [row.as_dict() for row in rows], "failed": failed}
-            options.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+            measure.save(options.json, head, rows, failed=failed)
     for part in failed:
         print(f"{part['part']}: {part['says']}")
     return 1 if failed else 0

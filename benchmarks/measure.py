@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import platform
 import time
@@ -63,9 +64,10 @@ class Row:
             return ""
         return "met" if self.value <= self.target else "missed"
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, for the JSON."""
-        return asdict(self)
+    def __str__(self) -> str:
+        target = "" if self.target is None else f"<= {self.target:g}"
+        spread = f"({self.low:.3f} to {self.high:.3f})"
+        return f"{self.group:18} {self.name:72} {self.value:8.3f} {self.unit:6} {spread:20} {target:10} {self.state}"
 
 
 def wait_for(device: str) -> None:
@@ -157,6 +159,13 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def save(path: Path, head: dict[str, Any], rows: list[Row], **more: Any) -> None:
+    """Writes the figures so far. head: the machine. more: what else the file holds."""
+    found = {"machine": head, "rows": [asdict(row) for row in rows], **more}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
 def moved(rows: list[Row], earlier: dict[str, Any]) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,26 +50,33 @@ SIZES = {
 }
 
 
-def make_transformer(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:
-    """A transformer of random weights, made where it will work."""
+@contextmanager
+def building(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """New tensors are made where they will work, in their precision."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            made = FluxTransformer2DModel(
-                patch_size=1,
-                in_channels=64,
-                guidance_embeds=True,
-                num_layers=size.double,
-                num_single_layers=size.single,
-                attention_head_dim=size.head,
-                num_attention_heads=size.heads,
-                joint_attention_dim=size.joint,
-                pooled_projection_dim=768,
-                axes_dims_rope=(size.head // 8, size.head // 16 * 7, size.head // 16 * 7),
-            )
+            yield
     finally:
         torch.set_default_dtype(default)
+
+
+def make_transformer(size: Size, device: str = "cpu", dtype: torch.dtype = torch.float32) -> FluxTransformer2DModel:
+    """A transformer of random weights, made where it will work."""
+    with building(device, dtype):
+        made = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=64,
+            guidance_embeds=True,
+            num_layers=size.double,
+            num_single_layers=size.single,
+            attention_head_dim=size.head,
+            num_attention_heads=size.heads,
+            joint_attention_dim=size.joint,
+            pooled_projection_dim=768,
+            axes_dims_rope=(size.head // 8, size.head // 16 * 7, size.head // 16 * 7),
+        )
     return made.eval().requires_grad_(False)
 
 

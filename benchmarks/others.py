@@ -9,6 +9,8 @@ from typing import Any
 import diffusers
 import torch
 
+from benchmarks.models import building
+
 FLOW = diffusers.FlowMatchEulerDiscreteScheduler
 
 
@@ -42,13 +44,8 @@ class Other:
     def make(self, *, tiny: bool, device: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         """A pipeline, and the arguments of a call of one prompt."""
         config = self.tiny if tiny else self.large
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device(device):
-                transformer = getattr(diffusers, self.transformer)(**config)
-        finally:
-            torch.set_default_dtype(default)
+        with building(device, dtype):
+            transformer = getattr(diffusers, self.transformer)(**config)
         transformer = transformer.to(device, dtype).eval().requires_grad_(False)
         parts = {"transformer": transformer, "scheduler": self.scheduler(), **dict.fromkeys(self.empty)}
         pipe = getattr(diffusers, self.pipeline)(**parts)

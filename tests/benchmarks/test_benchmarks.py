@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import asdict
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_a_target_is_judged_only_where_the_spread_lets_it(found, says):
 
 def test_only_what_moved_beyond_its_spread_is_named(monkeypatch):
     monkeypatch.setattr("benchmarks.measure.machine", lambda: {"device": "here"})
-    before = {"machine": {"device": "here"}, "rows": [row(1.0, 0.98, 1.02, name=name).as_dict() for name in "abc"]}
+    before = {"machine": {"device": "here"}, "rows": [asdict(row(1.0, 0.98, 1.02, name=name)) for name in "abc"]}
     now = [row(1.05, 1.03, 1.07, name="a"), row(1.01, 0.99, 1.03, name="b"), row(0.9, 0.89, 0.91, name="c")]
     assert [text.split(":")[0] for text in moved(now, before)] == ["slower", "faster"]
     assert "another machine" in next(moved(now, {**before, "machine": {"device": "there"}}))
