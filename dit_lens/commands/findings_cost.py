@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from dit_lens.commands.chapters import CHAPTERS, Size
 from dit_lens.lens import DiTLens
 from dit_lens.studies.shared.checkpoints import check_arguments_only
 
+if TYPE_CHECKING:
+    from dit_lens.studies.shared.registry import StudyRecord
+
 TIMED = 2  # prompts, drawn together
 # Images drawn for one of a batch in one cell, where it is not one; counted in a small run.
 IMAGES = {"organisation": 2.0, "transfer": 2.3, "patching": 5.7, "carrier_or_detail": 1.5}
+
+
+def count_study(study: StudyRecord, lens: DiTLens, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """The cells of a study, and about how many images they draw; a mistake in the arguments raises here."""
+    with check_arguments_only() as totals:
+        study.function(lens, **arguments)
+    items = len(arguments.get("prompts") or arguments["pairs"])
+    rows = items / -(-items // arguments.get("batch_size", items))  # of a batch, on average
+    return totals[0], round(totals[0] * rows * IMAGES.get(study.name, 1.0))
 
 
 def count_images(lens: DiTLens, size: Size) -> dict[str, int]:
@@ -21,15 +33,7 @@ def count_images(lens: DiTLens, size: Size) -> dict[str, int]:
     lens: lens on the toy.
     size: how much is drawn.
     """
-    found = {}
-    for chapter in CHAPTERS:
-        arguments = chapter.arguments(size)
-        with check_arguments_only() as totals:
-            chapter.study.function(lens, **arguments)
-        items = len(arguments.get("prompts") or arguments["pairs"])
-        rows = items / -(-items // arguments.get("batch_size", items))  # of a batch, on average
-        found[chapter.name] = round(totals[0] * rows * IMAGES.get(chapter.name, 1.0))
-    return found
+    return {chapter.name: count_study(chapter.study, lens, chapter.arguments(size))[1] for chapter in CHAPTERS}
 
 
 def describe_cost(toys: Sequence[str], size: Size) -> str:

@@ -123,7 +123,12 @@ def format_interval(row: pd.Series, measure: str, form: str = ".1f") -> str:
     measure: column of the mean.
     form: format of the numbers.
     """
-    value, low, high = (round(row[f"{measure}{bound}"], 9) + 0.0 for bound in ("", "_low", "_high"))  # no -0.0
+    return write_interval(*(row[f"{measure}{bound}"] for bound in ("", "_low", "_high")), form)
+
+
+def write_interval(value: float, low: float, high: float, form: str) -> str:
+    """As :func:`format_interval`, of the numbers themselves; NaN where there is none."""
+    value, low, high = (round(number, 9) + 0.0 for number in (value, low, high))  # no -0.0
     if math.isnan(value):
         return "unknown"
     bounds = "" if math.isnan(low) else f" ({low:{form}} to {high:{form}})"

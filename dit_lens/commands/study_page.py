@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dit_lens.commands.chapters import CHAPTERS
 from dit_lens.commands.findings import describe_sizes
 from dit_lens.commands.page import write_figures
+from dit_lens.commands.sentences import write_interval
 from dit_lens.commands.study_verdicts import find_weakest
 from dit_lens.core.runs.files import write_bytes, write_text
 from dit_lens.studies import power
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from dit_lens.commands.study_plan import StudyPlan
     from dit_lens.studies import ModelReport, Result
 
+ENDS = ("mean", "low", "high")
 JUDGED = ("transfer", "carrier_or_detail")  # whose sentences tell of attributes, which a judge sees
 
 
@@ -118,7 +120,5 @@ def _write_verdict(one: Mapping) -> str:
 
 
 def _write_estimate(estimate: Mapping | None, form: str = ".3g") -> str:
-    if estimate is None or estimate["mean"] is None:
-        return "unknown"
-    bounds = "" if estimate["low"] is None else f" ({estimate['low']:{form}} to {estimate['high']:{form}})"
-    return f"{estimate['mean']:{form}}{bounds}"
+    numbers = [math.nan if estimate is None or estimate[name] is None else estimate[name] for name in ENDS]
+    return write_interval(*numbers, form)

@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.commands.findings_cost import IMAGES
+from dit_lens.commands.findings_cost import count_study
 from dit_lens.commands.study_inputs import PromptSet
 from dit_lens.core.plan.cost import format_bytes
 from dit_lens.core.request.ops import Read
@@ -17,7 +17,6 @@ from dit_lens.core.runs.provenance import describe
 from dit_lens.errors import FamilyError
 from dit_lens.studies import power
 from dit_lens.studies.shared.arguments import describe_k
-from dit_lens.studies.shared.checkpoints import check_arguments_only
 from dit_lens.studies.shared.judges import ask_judge, choose_judge
 from dit_lens.studies.shared.registry import get_study
 
@@ -135,14 +134,7 @@ class StudyPlan:
     @cached_property
     def counts(self) -> dict[str, tuple[int, int]]:
         """Study -> its cells, and about how many images they draw; mistakes in the arguments raise here."""
-        found = {}
-        for name, arguments in self.arguments().items():
-            with check_arguments_only() as totals:
-                get_study(name).function(self.lens, **arguments)
-            items = len(arguments.get("prompts") or arguments["pairs"])
-            rows = items / -(-items // self.batch_size)  # of a batch, on average
-            found[name] = (totals[0], round(totals[0] * rows * IMAGES.get(name, 1)))
-        return found
+        return {name: count_study(get_study(name), self.lens, given) for name, given in self.arguments().items()}
 
     def hours(self, images: int) -> float:
         """How long so many images take, by the one that was timed."""
