@@ -20,11 +20,14 @@ IMAGES = {"organisation": 2.0, "transfer": 2.3, "patching": 5.7, "carrier_or_det
 
 def count_study(study: StudyRecord, lens: DiTLens, arguments: Mapping[str, Any]) -> tuple[int, int]:
     """The cells of a study, and about how many images they draw; a mistake in the arguments raises here."""
-    with check_arguments_only() as totals:
+    with check_arguments_only() as counts:
         study.function(lens, **arguments)
+    cells, images = counts[0]
+    if images is not None:
+        return cells, images
     items = len(arguments.get("prompts") or arguments["pairs"])
     rows = items / -(-items // arguments.get("batch_size", items))  # of a batch, on average
-    return totals[0], round(totals[0] * rows * IMAGES.get(study.name, 1.0))
+    return cells, round(cells * rows * IMAGES.get(study.name, 1.0))
 
 
 def count_images(lens: DiTLens, size: Size) -> dict[str, int]:

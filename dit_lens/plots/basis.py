@@ -31,13 +31,14 @@ _PANELS = {
     "rmse": "RMSE to untouched image<br>(0 to 255)",
     "fidelity": "prompt fidelity<br>(share of attributes right)",
     "clip": "CLIP score<br>(cosine of image and prompt)",
+    "specificity": "moved: nearer to own source than others<br>(RMSE; a collapse: 0)",
 }
 
 
 @carries_code
 @checked
 def basis_figure(summary: pd.DataFrame) -> go.Figure:
-    """How much images change when energy is removed along channels and along other directions.
+    """How much images change when energy is removed along channels and along other directions, and what moving it does.
 
     >>> import pandas as pd
     >>> rows = [("top", 0.1, 20.0), ("top", 0.5, 60.0), ("mean-direction", 0.46, 75.0)]
@@ -46,7 +47,7 @@ def basis_figure(summary: pd.DataFrame) -> go.Figure:
     [('top (massive)', [0.1, 0.5]), ('the mean direction', [0.46])]
 
     summary: of ``studies.basis``; columns arm, n, k, energy_share (0 to 1), rmse, and, with a judge, fidelity or clip,
-      each with its bounds if known.
+      and specificity, where directions were moved; each with its bounds if known.
     """
     table = check_summary(summary, ("arm", "n", "k", "energy_share", "rmse"))
     drawn = {arm: look for arm, look in _LINES.items() if (table["arm"] == arm).any()}
@@ -59,9 +60,12 @@ def basis_figure(summary: pd.DataFrame) -> go.Figure:
             rows = table[table["arm"] == arm].sort_values("energy_share")
             _draw_line(figure, rows, measure, arm, look, column)
         figure.update_yaxes(title=_PANELS[measure], rangemode="tozero", row=1, col=column)
+        if measure == "specificity":
+            figure.add_hline(0, line={"color": "#888", "width": 1}, row=1, col=column)
         if measure == "fidelity":
             figure.update_yaxes(range=[0, 1.05], row=1, col=column)
-    figure.update_xaxes(title="share of the energy that is removed", tickformat=".0%", rangemode="tozero")
+    done = "removed or moved" if "specificity" in panels else "removed"
+    figure.update_xaxes(title=f"share of the energy that is {done}", tickformat=".0%", rangemode="tozero")
     small = f"{describe_n(table[table['arm'].isin(drawn)])}; {CI}; solid: channels, dashed: other directions"
     return set_title(figure, "Channels or directions?", small, height=440)
 

@@ -18,13 +18,28 @@ from dit_lens.analysis.metrics.distances import distances as distances_of
 from dit_lens.analysis.metrics.distances import measure_distance
 from dit_lens.arguments.numbers import check_number
 from dit_lens.core.request.ops import Apply, Zero
-from dit_lens.errors import ExecutionError, OpError, SiteError, check_choice, show
+from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, check_choice, show
 from dit_lens.instruments.gradients import check_differentiable
 from dit_lens.instruments.massive import check_score
 from dit_lens.plots import basis_figure
 from dit_lens.studies.parts.direction_arms import BASES, DirectionArm, DirectionFinder, list_arms
+from dit_lens.studies.parts.direction_moves import COLUMNS as MOVE_COLUMNS
+from dit_lens.studies.parts.direction_moves import MEASURES as MOVE_MEASURES
+from dit_lens.studies.parts.direction_moves import (
+    DirectionMoves,
+    compare_sources,
+    count_images,
+    join_moves,
+    list_moved,
+)
 from dit_lens.studies.parts.directions import make_removal_ops, share_removed
-from dit_lens.studies.parts.equal_energy import compare_with_top, describe_comparison, summarise_comparison
+from dit_lens.studies.parts.equal_energy import (
+    compare_with_top,
+    describe_comparison,
+    describe_moves,
+    summarise_comparison,
+)
+from dit_lens.studies.parts.transport_levels import describe_levels
 from dit_lens.studies.shared.arguments import as_ks, as_prompts, as_seeds, as_tuple, check_draws, check_once, find_meant
 from dit_lens.studies.shared.batches import BatchRunner, PromptBatch, divide_call, make_batches, skips_first_step
 from dit_lens.studies.shared.cells import Cell
@@ -45,24 +60,32 @@ if TYPE_CHECKING:
 
 COLUMNS = ("prompt", "seed", "arm", "draw", "level", "k", "energy_share")  # what the table has of the study itself
 NOTHING = {"k": 0.0, "energy_share": 0.0}  # removed
+MOVED = ("specificity", "fidelity_gain")  # measures of what was moved that arms are compared by
 
 
 def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
     """The result of the cells so far."""
-    table = pd.DataFrame([line for cell in cells for line in cell.lines])
+    lines = [line for cell in cells for line in cell.lines]
+    table = pd.DataFrame([line for line in lines if "to_source" not in line])
+    moves = [line for line in lines if "to_source" in line]
     images = {name: image for cell in cells for name, image in cell.images.items()}
     # A psnr has no mean where some images are equal.
     measured = [name for name in settings["distances"] if name != "psnr"]
     measures = [*measured, *(["fidelity"] if "fidelity" in table else _list_judged(table, settings))]
-    table = compare_with_top(table, measures)
+    table = join_moves(compare_with_top(table, measures), moves)
+    moved = [name for name in MOVED if name in table and table[name].notna().any()]
+    table = compare_with_top(table, moved, "energy_held")
     edited = table[table["arm"] != "untouched"]
     if edited.empty:
         return Result("basis", table, edited, dict(settings), images, notes=["no image was edited yet"])
     known = ["k", "energy_share"]  # of what was done, so that no interval belongs to it
-    summary = summarise(edited, ("arm", "level"), [*known, *measures])
+    worth = [name for name in MOVE_MEASURES if name in table]
+    summary = summarise(edited, ("arm", "level"), [*known, *measures, *worth])
     summary = summary.drop(columns=[f"{name}_{bound}" for name in known for bound in ("low", "high")])
-    summary = summary.merge(summarise_comparison(table, ("level",), measures), on=["arm", "level"], how="left")
-    return Result("basis", table, summary, dict(settings), images, notes=_notes(table))
+    compared = summarise_comparison(table, ("level",), [*measures, *moved])
+    summary = summary.merge(compared, on=["arm", "level"], how="left")
+    notes = _notes(table, settings.get("no_modulation", ""))
+    return Result("basis", table, summary, dict(settings), images, notes=notes)
 
 
 @study(
@@ -83,13 +106,14 @@ def basis(
     site: Pattern = "blocks.*.img",
     steps: Steps = None,
     ablation: Literal["zero", "mean"] = "zero",
+    transport: bool | None = None,
     distances: Sequence[str | Distance] = ("rmse",),
     judge: Judge | None = None,
     batch_size: int | None = None,
     out: str | Path | None = None,
     **call: Any,
 ) -> Result:
-    """Damage against the energy removed, along massive channels and along directions that are no channels.
+    """Damage and transport against energy, along massive channels and along directions that are no channels.
 
     >>> from dit_lens import DiTLens
     >>> prompt = "a big red circle left on a plain blue background"
@@ -121,6 +145,19 @@ def basis(
     image on, and never extended; it is missing where no top arm removed as much. The notes say what the averages over
     levels come to.
 
+    The same directions are also moved, those of every image into the image of the next prompt of its batch, from which
+    nothing else is taken: x + (x_source - x) v v, in lockstep, under the same noise (conditional branch); of random
+    bases the first draw. Rows of the table have what became of that beside what became of the removal, as in
+    ``transfer``: distances to the own source, to others, and to a collapse (``to_source``, ``to_target``,
+    ``to_others``, ``to_mean``, ``to_grey``), ``specificity`` (to_others - to_source; a collapse has 0 on average),
+    ``share`` of what the ceiling does, ``fidelity_source``, ``fidelity_target`` and ``fidelity_gain``. The rows
+    "untouched" are the target as it is, "ceiling" has all channels and what modulates the final norm moved,
+    "mean-picture" and "grey" stand for a collapse. ``specificity_top_minus`` compares arms where they hold the same
+    share of the source's energy, ``energy_held``.
+
+    By default that is 48 arms, 27 of which are moved, so that every prompt and seed costs 106 images: 2 untouched, 48
+    without directions, and 56 for moves with their sources. The progress bar says the number before the first one.
+
     lens: lens on the model.
     prompts: one prompt or several.
     energies: shares of the energy that are removed, in (0, 1).
@@ -133,6 +170,7 @@ def basis(
     steps: denoising steps at which they are removed, and which count for energy and scores; all by default.
     ablation: "zero"; or "mean": coefficients become those of the tokens' mean over the study's own prompts and seeds at
       that step.
+    transport: whether directions are moved too; None: where every batch has two prompts to move them between.
     distances: to the untouched image, names or functions of two images; rmse is always among them.
     judge: function (image, prompt) -> {name: number}; toys read scenes back by themselves.
     batch_size: number of prompts that run together; all by default.
@@ -147,8 +185,10 @@ def basis(
     batches = make_batches(prompts, seeds, batch_size, divide_call(lens, call, len(prompts)))
     first = batches[0]
     lens.cost(first.prompts, Apply(site, fn=lambda x, _: x, steps=steps), **first.call)  # raises what cannot be planned
-    measure = Measure(distances_of(["rmse", *as_tuple(distances)]), choose_judge(lens, prompts, judge))
-    check_measures(measure.distances, (*COLUMNS, "fidelity"), "distances=")
+    moving = _check_transport(transport, batches)
+    taken = (*COLUMNS, *(MOVE_COLUMNS if moving else ()))
+    measure = Measure(distances_of(["rmse", *as_tuple(distances)]), choose_judge(lens, prompts, judge), taken)
+    check_measures(measure.distances, (*taken, "fidelity"), "distances=")
     settings = {
         "prompts": prompts,
         "energies": list(as_tuple(energies)),
@@ -160,6 +200,8 @@ def basis(
         "site": site,
         "steps": str(steps),
         "ablation": ablation,
+        "transport": moving,
+        "no_modulation": lens.anatomy.why_not(None, "img", "mod.final") or "",
         "distances": list(measure.distances),
         "judge": measure.judge,
         "batch_size": batch_size,
@@ -168,10 +210,13 @@ def basis(
     if own := {name: distance for name, distance in measure.distances.items() if distance is not DISTANCES.get(name)}:
         settings["functions"] = own  # their names alone do not tell whether they are still the same
     arms = list_arms(bases, draws, levels)
-    total = len(batches) * (1 + len(arms))
+    moved = list_moved(arms) if moving else []
+    total = len(batches) * (1 + len(arms) + moving + len(moved))
+    images = count_images(len(prompts) * len(seeds), arms, moves=moving)
     meant = find_meant(lens, first.prompts, first.call, site, steps)
-    with StudyCheckpoints("basis", settings, lens=lens, total=total, out=out, meant=meant) as cells:
-        runner = BatchRunner(lens=lens, late=skips_first_step(lens, first, steps))
+    with StudyCheckpoints("basis", settings, lens=lens, total=total, out=out, meant=meant, images=images) as cells:
+        late = skips_first_step(lens, first, steps)
+        runner, beside = (BatchRunner(lens=lens, late=late, twice=twice) for twice in (False, True))
         find = DirectionFinder(bases=bases, draws=draws, levels=levels, score=score, site=site, steps=meant["steps"])
         clean = [
             cells.get(f"{batch.key}/clean", partial(_run_clean, runner, find, batch, measure)) for batch in batches
@@ -181,6 +226,14 @@ def basis(
             for arm in arms:
                 make = partial(_run_arm, runner, find, batch, cell, arm, means, steps, measure)
                 cells.get(f"{batch.key}/{arm.name}/{arm.draw}/{arm.label}", make)
+        if moving:
+            levels = compare_sources(clean, batches)
+            moves = DirectionMoves(runner=beside, site=site, steps=steps, judge=measure.judge, levels=levels)
+            for batch, cell in zip(batches, clean, strict=True):
+                cells.get(f"{batch.key}/moved/ceiling", partial(moves.run_ceiling, batch, cell))
+                for arm in moved:
+                    make = partial(_move_arm, moves, find, batch, cell, arm)
+                    cells.get(f"{batch.key}/moved/{arm.name}/{arm.label}", make)
         return cells.result()
 
 
@@ -233,16 +286,27 @@ def _run_arm(
     return cell
 
 
+def _move_arm(moves: DirectionMoves, find: DirectionFinder, batch: PromptBatch, clean: Cell, arm: DirectionArm) -> Cell:
+    """The images of a batch into which an arm's directions were moved. Arguments: as in :func:`basis`."""
+    bases = [
+        find.load(clean.arrays, i, (batch.seed, prompt), arm) if find.is_new(clean.arrays, i, arm) else {}
+        for i, prompt in enumerate(batch.prompts)
+    ]
+    return moves.run_arm(batch, clean, arm, bases) if any(bases) else Cell()
+
+
 @dataclass(frozen=True)
 class Measure:
     """What is measured of an image.
 
     distances: name -> distance of two images.
     judge: what says how far an image shows its prompt, if anything does.
+    taken: columns that the table has without these.
     """
 
     distances: Mapping[str, Distance]
     judge: Judge | None
+    taken: Sequence[str] = COLUMNS
 
     def line(
         self,
@@ -264,7 +328,7 @@ class Measure:
             **removed,
             # That of equal images may be infinite.
             **{name: value if np.isfinite(value) else None for name, value in found.items()},
-            **ask_judge(self.judge, after, prompt, (*COLUMNS, *self.distances)),
+            **ask_judge(self.judge, after, prompt, (*self.taken, *self.distances)),
         }
 
 
@@ -281,6 +345,17 @@ def average_means(clean: Sequence[Cell]) -> dict[str, torch.Tensor]:
 
 def _name_image(row: int, seed: int, arm: DirectionArm) -> str:
     return str(ImageKey(row, seed, arm=arm.name, part=arm.label or None))
+
+
+def _check_transport(transport: bool | None, batches: Sequence[PromptBatch]) -> bool:
+    """Whether directions are moved; PromptError where they should be, and a batch has a single prompt."""
+    possible = all(len(batch.prompts) > 1 for batch in batches)
+    if transport and not possible:
+        raise PromptError(
+            "transport=True moves directions between prompts of one batch, and one batch has a single prompt. Pass "
+            "more prompts, or another batch_size."
+        )
+    return possible if transport is None else transport
 
 
 def _check(
@@ -329,11 +404,13 @@ def _list_judged(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     return [name for name in measured if name not in (*COLUMNS, *settings["distances"])]
 
 
-def _notes(table: pd.DataFrame) -> list[str]:
+def _notes(table: pd.DataFrame, no_modulation: str) -> list[str]:
     notes = []
     if len(floor := table.loc[table["arm"] == "no-op", "rmse"]):
         notes.append(f"noise floor: an edit of no direction changes images by rmse {floor.max():g}")
-    notes += describe_comparison(table)
+    notes += describe_comparison(table.dropna(subset=["rmse"]))
+    notes += describe_levels(table.assign(masked=False), no_modulation)
+    notes += describe_moves(table)
     if "fidelity" in table:
         notes.append(f"untouched images: fidelity {table.loc[table['arm'] == 'untouched', 'fidelity'].mean():.3f}")
     return notes

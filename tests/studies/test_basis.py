@@ -184,7 +184,7 @@ def test_planted_directions_and_channels_are_told_apart(toy, kind, said):
     lens = DiTLens(planted.pipeline(toy, kind, scenes), defaults=planted.CALL)
     prompts = [scene.caption for scene in scenes]
     found = studies.basis(
-        lens, prompts, energies=[0.3, 0.5], bases=["rotation", "components", "mean-direction"], draws=1
+        lens, prompts, energies=[0.3, 0.5], bases=["rotation", "components", "mean-direction"], draws=1, transport=False
     )
     answer = next(note for note in found.notes if note.startswith("channels or directions? "))
     assert answer.startswith(f"channels or directions? {said}: "), found.notes

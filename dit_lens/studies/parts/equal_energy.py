@@ -9,13 +9,15 @@ import numpy as np
 import pandas as pd
 
 from dit_lens.analysis.metrics.intervals import holm
-from dit_lens.studies.shared.tables import compare_arms, format_summary
+from dit_lens.studies.parts.transport_levels import REFERENCES
+from dit_lens.studies.shared.tables import compare_arms, format_summary, summarise
 
 OTHERS = ("rotation", "components", "mean-direction")  # directions that are no channels
-WITHOUT = ("untouched", "no-op", "top")  # arms that are not compared
+LEVEL = 0.05
+WITHOUT = ("untouched", "no-op", "top", *REFERENCES)  # arms that are not compared
 
 
-def compare_with_top(table: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
+def compare_with_top(table: pd.DataFrame, measures: Sequence[str], share: str = "energy_share") -> pd.DataFrame:
     """Adds by how much the top channels exceed every arm where they remove the same share of the energy.
 
     >>> rows = [("untouched", 0.0, 0.0), ("top", 0.2, 10.0), ("top", 0.4, 30.0), ("rotation", 0.3, 5.0)]
@@ -27,16 +29,17 @@ def compare_with_top(table: pd.DataFrame, measures: Sequence[str]) -> pd.DataFra
 
     table: one row per measurement; columns prompt, seed, arm, energy_share and the measures.
     measures: columns to compare; columns ``measure_top_minus`` are added.
+    share: column of the share of the energy.
     """
     table = table.copy()
     for measure in measures:
         found = pd.Series(np.nan, table.index)
         for _, image in table.groupby(["prompt", "seed"], sort=False):
             run = image[image["arm"].isin(("untouched", "top"))]
-            curve = run.dropna(subset=[measure]).groupby("energy_share")[measure].mean()
+            curve = run.dropna(subset=[measure, share]).groupby(share)[measure].mean()
             others = image.loc[~image["arm"].isin(WITHOUT)]
             if len(curve):
-                at = np.interp(others["energy_share"], curve.index, curve, left=np.nan, right=np.nan)
+                at = np.interp(others[share], curve.index, curve, left=np.nan, right=np.nan)
                 found[others.index] = at - others[measure].astype(float)
         table[f"{measure}_top_minus"] = found
     return table
@@ -86,19 +89,54 @@ def describe_comparison(table: pd.DataFrame) -> list[str]:
     differences = zip(shown["arm"], shown["rmse_top_minus"], strict=True)
     text = ", ".join(f"{more} more than {arm}" for arm, more in differences)
     notes.append(f"at equal energy top changes images by rmse {text} (paired, mean over levels)")
-    return [*notes, _answer(found[found["arm"].isin(OTHERS)])]
-
-
-def _answer(found: pd.DataFrame) -> str:
-    """Channels, directions or undecided: one sentence. One arm above top is enough, so p-values are corrected."""
-    arms = found["arm"].tolist()
+    others = found[found["arm"].isin(OTHERS)]
+    arms = others["arm"].tolist()
     if not arms:
-        return "channels or directions? not asked: no arm removes directions that are no channels"
-    certain = np.asarray(holm(found["rmse_top_minus_p"])) < 0.05
-    above, below = (certain & (sign * found["rmse_top_minus"].to_numpy() > 0) for sign in (-1, 1))
-    if above.any():
-        names = ", ".join(itertools.compress(arms, above))
-        return f"channels or directions? directions: at equal energy more than top changes images: {names}"
-    if below.all():
-        return f"channels or directions? channels: at equal energy top changes images more than {', '.join(arms)}"
-    return "channels or directions? undecided: at equal energy no basis is above top for certain, and not all are below"
+        return [*notes, "channels or directions? not asked: no arm removes directions that are no channels"]
+    says, above = decide(others, "rmse")
+    words = {
+        "directions": f"at equal energy more than top changes images: {', '.join(above)}",
+        "channels": f"at equal energy top changes images more than {', '.join(arms)}",
+        "undecided": "at equal energy no basis is above top for certain, and not all are below",
+    }
+    return [*notes, f"channels or directions? {says}: {words[says]}"]
+
+
+def describe_moves(table: pd.DataFrame) -> list[str]:
+    """What moving directions says in words, over all levels of each image; nothing where none were moved.
+
+    table: as :func:`compare_with_top` returned it, by specificity.
+    """
+    if "specificity_top_minus" not in table:
+        return []
+    moved = table[~table["arm"].isin(("untouched", "no-op", *REFERENCES))]
+    found = format_summary(summarise(moved.dropna(subset=["specificity"]), ("arm",), ["specificity"]))
+    told = ", ".join(f"{arm} {value}" for arm, value in zip(found["arm"], found["specificity"], strict=True))
+    said = f"moved, images are nearer to their own source than to others by rmse {told}"
+    notes = [f"{said} (mean over levels; a collapse by 0)"]
+    compared = summarise_comparison(table, (), ["specificity"])
+    others = compared[compared["arm"].isin(OTHERS)]
+    if "specificity_top_minus" not in compared or others["specificity_top_minus"].isna().all():
+        return notes
+    others = others.dropna(subset=["specificity_top_minus"])
+    says, above = decide(others, "specificity")
+    words = {
+        "directions": f"at equal energy nearer to their own source than with top: {', '.join(above)}",
+        "channels": f"at equal energy top brings images nearer to their own source than {', '.join(others['arm'])}",
+        "undecided": "at equal energy no basis is above top for certain, and not all are below",
+    }
+    return [*notes, f"channels or directions, moved? {says}: {words[says]}"]
+
+
+def decide(others: pd.DataFrame, measure: str) -> tuple[str, list[str]]:
+    """Channels, directions or undecided, and the arms that are above top for certain.
+
+    One arm above top is enough, so p-values are corrected (Holm).
+
+    others: one row for every arm that is no channels, as :func:`summarise_comparison` returned it.
+    measure: what is compared.
+    """
+    certain = np.asarray(holm(others[f"{measure}_top_minus_p"])) < LEVEL
+    above, below = (certain & (sign * others[f"{measure}_top_minus"].to_numpy() > 0) for sign in (-1, 1))
+    names = list(itertools.compress(others["arm"], above))
+    return ("directions" if names else "channels" if below.all() else "undecided"), names

@@ -35,8 +35,16 @@ class SharedBar(NamedTuple):
 # The bar that studies inside `share_progress_bar` advance instead of showing their own.
 _BAR: ContextVar[SharedBar | None] = ContextVar("bar", default=None)
 
-# Where a study that is only to check its arguments, which it does before its first cell, says how many cells it has.
-_CHECKING: ContextVar[list[int] | None] = ContextVar("checking", default=None)
+
+class Count(NamedTuple):
+    """What a study is before its first cell: its number of cells, and of images at most, where that is known."""
+
+    cells: int
+    images: int | None
+
+
+# Where a study that is only to check its arguments, which it does before its first cell, says how large it is.
+_CHECKING: ContextVar[list[Count] | None] = ContextVar("checking", default=None)
 
 
 class StudyCheckpoints:
@@ -50,6 +58,7 @@ class StudyCheckpoints:
     total: number of cells of the whole study.
     out: folder for the cells, or None to keep them in memory.
     meant: argument -> what it means, of arguments that can be written in several ways; a study goes on with the same.
+    images: number of images that the whole study draws, at most; None where that is not known.
     """
 
     def __init__(
@@ -61,14 +70,16 @@ class StudyCheckpoints:
         total: int,
         out: str | Path | None = None,
         meant: Mapping[str, Any] | None = None,
+        images: int | None = None,
     ):
         self.study = study
         self.settings: dict[str, Any] = describe_settings(settings)
         self.folder = None if out is None else Path(out)
         self.finished: list[Cell] = []
         self._lens, self._total = lens, total
-        if (totals := _CHECKING.get()) is not None:
-            totals.append(total)
+        self._title = study if images is None else f"{study}, {images:,} images"
+        if (counts := _CHECKING.get()) is not None:
+            counts.append(Count(total, images))
             raise _CheckedError
         if self.folder is not None:
             claim_folder(self.folder, study, settings, lens, meant)
@@ -78,7 +89,7 @@ class StudyCheckpoints:
         self._quiet = self._lens.quiet()
         self._quiet.__enter__()
         shared = _BAR.get()
-        self._bar = tqdm(total=self._total, desc=self.study, unit="cell") if shared is None else shared.bar
+        self._bar = tqdm(total=self._total, desc=self._title, unit="cell") if shared is None else shared.bar
         self._unit = 1 if shared is None or shared.by_cell else 1 / self._total
         return self
 
@@ -120,16 +131,16 @@ class _CheckedError(Exception):
 
 
 @contextmanager
-def check_arguments_only() -> Generator[list[int]]:
+def check_arguments_only() -> Generator[list[Count]]:
     """A study inside this context checks its arguments, and ends before it draws.
 
-    Yields a list, in which it says how many cells it has.
+    Yields a list, in which it says how large it is.
     """
-    totals: list[int] = []
-    outer = _CHECKING.set(totals)
+    counts: list[Count] = []
+    outer = _CHECKING.set(counts)
     try:
         with suppress(_CheckedError):
-            yield totals
+            yield counts
     finally:
         _CHECKING.reset(outer)
 
