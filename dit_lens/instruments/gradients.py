@@ -22,7 +22,7 @@ from dit_lens.families.sources import find_without_gradient
 if TYPE_CHECKING:
     from torch import nn
 
-    from dit_lens.core.request.ops import Branch, Pattern, Steps
+    from dit_lens.core.request.ops import Branch, Op, Pattern, Steps
     from dit_lens.core.runs.run import Run
     from dit_lens.core.session import Session
 
@@ -86,6 +86,25 @@ def gradients(
     **call: Any,
 ) -> Gradients:
     """See :meth:`dit_lens.DiTLens.gradients`."""
+    return take_gradients(
+        lens, prompt, site, (), metric=metric, through=through, steps=steps, branch=branch, reduce=reduce, **call
+    )
+
+
+def take_gradients(
+    lens: Session,
+    prompt: str | Sequence[str] | None,
+    site: Pattern,
+    beside: Sequence[Op],
+    *,
+    metric: Callable[[Tensor], Tensor],
+    through: Through = "run",
+    steps: Steps = None,
+    branch: Branch = "cond",
+    reduce: Callable[[Tensor, Tensor], Tensor] | None = None,
+    **call: Any,
+) -> Gradients:
+    """The gradients of a run under edits. beside: the edits. Others: as in :meth:`dit_lens.DiTLens.gradients`."""
     check_choice(through, THROUGH, "value of through")
     if not isinstance(branch, str) or branch not in ("cond", "uncond"):
         raise OpError(f"branch={show(branch)}: gradients are of one branch, 'cond' or 'uncond'.")
@@ -98,7 +117,7 @@ def gradients(
         check_latents(lens)
     graph = _Graph(metric, reduce)
     # An op acts once on a tensor of two names, and here each name has a gradient.
-    ops = [Apply(name, fn=graph.keep, steps=steps, branch=branch) for name in lens.sites(site)]
+    ops: list[Op] = [*beside, *(Apply(one, fn=graph.keep, steps=steps, branch=branch) for one in lens.sites(site))]
     if through == "step":
         ops.append(Apply("velocity", fn=graph.close, steps=steps, branch=branch))
     detached = _detach_outputs(lens.pipe.transformer) if through == "step" else nullcontext()

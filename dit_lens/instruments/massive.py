@@ -13,7 +13,8 @@ from dit_lens.analysis.clusters import POLARITIES, segment
 from dit_lens.analysis.subjects import distance_from_border, threshold
 from dit_lens.core.request.ops import Pattern, Read, Steps
 from dit_lens.core.request.reduce import parse
-from dit_lens.errors import OpError, PromptError, check_choice, show, warn
+from dit_lens.errors import ExecutionError, OpError, PromptError, check_choice, show, warn
+from dit_lens.instruments.gradients import check_differentiable
 from dit_lens.instruments.relevance import RELEVANCE, read_relevance
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ def find_massive_channels(
     **call: Any,
 ) -> ChannelSet:
     """See :meth:`dit_lens.DiTLens.massive_channels`."""
-    if score != RELEVANCE:
-        check_score(score)
+    check_score(score, lens)
     ops = [Read(site, reduce="rms", steps=steps, name="rms")]
     widths = {name: lens.anatomy.channels(lens.anatomy.site(name)) for name in lens.sites(site)}
     rule = rule_of(widths, k, share, mad)
@@ -52,17 +52,31 @@ def find_massive_channels(
     return rule(scores, energy, score=score)
 
 
-def check_score(score: str) -> None:
-    """Raises OpError, before anything is drawn, for a reduction that gives no one number per channel."""
+def check_score(score: str, lens: Session | None = None) -> None:
+    """Raises an error, before anything is drawn, for what gives no one number per channel: OpError for its name.
+
+    score: a reduction, or "relevance".
+    lens: on the model whose relevance would be read: ExecutionError or FamilyError where it has no gradients; None
+      where a reduction is needed.
+    """
+    if score == RELEVANCE and lens is not None:
+        if lens.engine.server:
+            raise ExecutionError(
+                "score='relevance' takes gradients, which need the model's weights on this machine, and this model is "
+                "on a server. Rank channels by a reduction, such as '|mean|'."
+            )
+        return check_differentiable(lens)
     try:
         name, *numbers = parse(score)
     except ValueError as problem:
-        raise OpError(f"score={show(score)}: {problem}") from None
+        beside = "" if lens is None else f" Beside them there is {RELEVANCE!r}, by gradients."
+        raise OpError(f"score={show(score)}: {problem}{beside}") from None
     if name in ("topk", "histogram") or len(numbers) > 1:
         raise OpError(
             f"score={score!r} gives several numbers for a channel, or none, and channels are ranked by one. Choose "
             "mean, |mean|, mean|x|, rms, max or a single quantile such as p99.9."
         )
+    return None
 
 
 def find_subject_mask(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.instruments.gradients import Gradients, gradients
+from dit_lens.instruments.gradients import Gradients, take_gradients
 
 if TYPE_CHECKING:
-    from dit_lens.core.request.ops import Pattern, Steps
+    from dit_lens.core.request.ops import Op, Pattern, Steps
     from dit_lens.core.session import Session
 
 RELEVANCE = "relevance"  # its name as a score
@@ -34,10 +34,25 @@ def read_relevance(
     steps: denoising steps that are read; all by default.
     call: as in :meth:`dit_lens.DiTLens.run`.
     """
-    return gradients(
+    return take_relevance(lens, prompt, site, (), steps=steps, **call)
+
+
+def take_relevance(
+    lens: Session,
+    prompt: str | Sequence[str] | None,
+    site: Pattern,
+    beside: Sequence[Op],
+    *,
+    steps: Steps = None,
+    **call: Any,
+) -> Gradients:
+    """The relevance of a run under edits. beside: the edits. Others: as in :func:`read_relevance`."""
+    call.pop("output_type", None)  # of images, which are not drawn
+    return take_gradients(
         lens,
         prompt,
         site,
+        beside,
         metric=lambda prediction: prediction.float().square().sum() / 2,
         through="step",
         steps=steps,

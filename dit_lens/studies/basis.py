@@ -21,6 +21,7 @@ from dit_lens.core.request.ops import Apply, Zero
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, check_choice, show
 from dit_lens.instruments.gradients import check_differentiable
 from dit_lens.instruments.massive import check_score
+from dit_lens.instruments.relevance import RELEVANCE
 from dit_lens.plots import basis_figure
 from dit_lens.studies.parts.direction_arms import BASES, DirectionArm, DirectionFinder, list_arms
 from dit_lens.studies.parts.direction_moves import COLUMNS as MOVE_COLUMNS
@@ -372,6 +373,11 @@ def _check(
     for name in bases:
         check_choice(name, BASES, "basis")
     check_once("bases", bases, "a basis")
+    if score == RELEVANCE:
+        raise OpError(
+            "score='relevance' ranks channels, and here rotated directions are ranked too. Channels by relevance are "
+            "an arm of their own: bases=[..., 'relevant']."
+        )
     check_score(score)
     sites = {name: lens.anatomy.site(name) for name in lens.sites(site)}
     if odd := [name for name, one in sites.items() if one.stream != "img"]:

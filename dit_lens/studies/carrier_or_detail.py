@@ -30,7 +30,7 @@ from dit_lens.studies.parts.part_cells import ALL, ALONE, EditStudy
 from dit_lens.studies.parts.verdict import LEVEL, Thresholds
 from dit_lens.studies.power import power
 from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_draws, check_k, describe_k, find_meant
-from dit_lens.studies.shared.arms import Arm, add_controls, count_arms, select_common_channels
+from dit_lens.studies.shared.arms import Arm, add_controls, check_arm_score, count_arms, select_common_channels
 from dit_lens.studies.shared.batches import PromptBatch, divide_call, make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
@@ -141,7 +141,7 @@ def carrier_or_detail(
     k: number of channels per site.
     seeds: seeds of the noise; every prompt is run with each.
     draws: number of random controls.
-    score: reduction by which channels are ranked.
+    score: reduction by which channels are ranked, or "relevance": how much the prediction depends on them.
     site: sites whose channels are edited.
     ablation: what is left of a channel that is removed: "mean", its mean over the study's images and their tokens at
       that step, so that only what differs is taken; or "zero", which also takes what is the same for every prompt.
@@ -159,6 +159,7 @@ def carrier_or_detail(
     check_draws(draws)
     check_choice(ablation, ("mean", "zero"), "ablation")
     batches = make_batches(prompts, seeds, batch_size, divide_call(lens, call, len(prompts)))
+    check_arm_score(lens, score, batches[0].prompts, site, batches[0].call)
     judge = _check_judge(choose_judge(lens, prompts, judge), batches)
     attributes_of = [_read_attributes(prompt, attributes, judge) for prompt in prompts]
     steps = _space_evenly(range(lens.outline(batches[0].prompts, **batches[0].call).steps), PROBED_STEPS)

@@ -34,7 +34,9 @@ from dit_lens.studies.shared.arms import (
     Arm,
     add_controls,
     average_scores,
+    check_arm_score,
     count_arms,
+    find_relevance,
     make_score_reads,
     select_top_channels,
 )
@@ -143,7 +145,7 @@ def disruption(
     k: one or several numbers of channels.
     seeds: seeds of the noise; every prompt is run with each.
     draws: number of random controls.
-    score: reduction by which channels are ranked.
+    score: reduction by which channels are ranked, or "relevance": how much the prediction depends on them.
     site: sites whose channels are ablated.
     steps: denoising steps at which channels are ablated; all by default.
     ablation: "zero"; "mean", in every branch by the channel's mean over the study's own prompts and seeds at that step
@@ -186,13 +188,14 @@ def disruption(
     if own := {name: distance for name, distance in measures.items() if distance is not DISTANCES.get(name)}:
         settings["functions"] = own  # their names alone do not tell whether they are still the same
     batches = make_batches(prompts, seeds, batch_size, divide_call(lens, call, len(prompts)))
+    check_arm_score(lens, score, batches[0].prompts, site, batches[0].call)
     total = len(batches) * (2 + len(ks) * (count_arms(draws) + len(extra)))
     meant = find_meant(lens, batches[0].prompts, batches[0].call, site, steps)
     with StudyCheckpoints("disruption", settings, lens=lens, total=total, out=out, meant=meant) as cells:
         first = min(meant["steps"])
         late = skips_first_step(lens, batches[0], steps)
         runner = BatchRunner(lens=lens, twice=ablation == "resample", late=late)
-        measure = Measure(runner=runner, distances=measures, judge=judge)
+        measure = Measure(runner=runner, distances=measures, judge=judge, site=site, score=score)
         reads = make_score_reads(site, score)
         reads += [Read(site, reduce="mean", name="mean")] if ablation == "mean" else []
         clean = [cells.get(f"{batch.key}/clean", partial(measure.run_clean, batch, reads, first)) for batch in batches]
@@ -245,11 +248,15 @@ class Measure:
     runner: what runs them.
     distances: name -> distance of two images.
     judge: what says how far an image shows its prompt, if anything does.
+    site: sites whose channels are ranked.
+    score: what they are ranked by.
     """
 
     runner: BatchRunner
     distances: Mapping[str, Distance]
     judge: Judge | None
+    site: Pattern
+    score: str
 
     def run_clean(self, batch: PromptBatch, reads: Sequence[Read], first: int) -> Cell:
         """The untouched images of a batch, and the scores of their channels.
@@ -259,7 +266,10 @@ class Measure:
         first: the step at which doses are weighed.
         """
         run = self.runner.run(batch, reads)
-        cell = Cell(arrays=average_scores(run, len(batch.prompts)))
+        relevance = find_relevance(
+            self.runner.lens, self.score, batch.prompts, self.site, seed=batch.seed, call=batch.call
+        )
+        cell = Cell(arrays=average_scores(run, len(batch.prompts), relevance))
         squares = {site: rms.float().square() for site, rms in run["rms"].items()}
         cell.arrays |= pick_step("energy at first", squares, first, len(batch.prompts))
         if "mean" in run:

@@ -26,7 +26,7 @@ from dit_lens.studies.parts.saliency import (
 from dit_lens.studies.parts.subject_masks import as_mask, check_masks, digest_mask
 from dit_lens.studies.parts.subject_overlap import assemble, name_mask
 from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_draws, check_k, find_meant
-from dit_lens.studies.shared.arms import DRAWS, Arm, add_controls, make_score_reads
+from dit_lens.studies.shared.arms import DRAWS, Arm, add_controls, check_arm_score, find_relevance, make_score_reads
 from dit_lens.studies.shared.batches import PromptBatch, divide_call, make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
@@ -39,6 +39,7 @@ from dit_lens.toys import scenes
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+    from torch import Tensor
 
     from dit_lens.core.request.ops import Pattern, Steps
     from dit_lens.core.runs.run import Run
@@ -114,7 +115,7 @@ def organisation(
     seeds: seeds of the noise; every prompt is run with each.
     steps: denoising steps whose tokens are clustered; channels are chosen at the same step.
     draws: number of random controls.
-    score: reduction by which channels are ranked.
+    score: reduction by which channels are ranked, or "relevance": how much the prediction depends on them.
     site: one site of image tokens per block.
     n_clusters: number of clusters of K-means, at least 2.
     method: how channels are scaled: "minmax" (as reproduced) or "robust" (quantile clip).
@@ -132,17 +133,6 @@ def organisation(
     call: other arguments of the pipeline.
 
     Source: arXiv 2605.13974; the procedure is the public reproduction's.
-
-    A segmenter for real images, as ``masks=birefnet``; its weights come with code of their own, so look at it first::
-
-        net = transformers.AutoModelForImageSegmentation.from_pretrained("ZhengPeng7/BiRefNet", trust_remote_code=True)
-
-
-        def birefnet(image, prompt):
-            x = torchvision.transforms.functional.to_tensor(image.resize((1024, 1024)))
-            x = torchvision.transforms.functional.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-            with torch.no_grad():
-                return (net(x[None])[-1].sigmoid()[0, 0] > 0.5).numpy()
     """
     prompts, seeds = as_prompts(prompts), as_seeds(seeds)
     check_k(lens, site, [k])
@@ -156,6 +146,8 @@ def organisation(
     outline = lens.outline(prompts, **call)
     if len(outline.grid or (0, 0)) != 2:
         raise OpError("the tokens of a video have no grid (h, w) to cluster; organisation is of images.")
+    batches = make_batches(prompts, seeds, batch_size, divided)
+    check_arm_score(lens, score, batches[0].prompts, site, batches[0].call)
     settings = {
         "prompts": prompts,
         "k": k,
@@ -187,10 +179,10 @@ def organisation(
         heads=heads,
         k=k,
         score=score,
+        site=site,
         draws=draws,
         kind=outline.kind,
     )
-    batches = make_batches(prompts, seeds, batch_size, divided)
     meant = find_meant(lens, batches[0].prompts, batches[0].call, site, steps)
     with StudyCheckpoints("organisation", settings, lens=lens, total=len(batches), out=out, meant=meant) as cells:
         for batch in batches:
@@ -267,7 +259,8 @@ class ClusterStudy:
     words: word of every prompt's subject; empty without the attention baseline.
     heads: number of heads of every block whose attention patterns are read.
     k: number of channels of an arm.
-    score: reduction by which channels are ranked.
+    score: what channels are ranked by.
+    site: sites of the channels.
     draws: number of random controls.
     kind: what the model predicts, such as "flow"; None if that is not known.
     """
@@ -281,6 +274,7 @@ class ClusterStudy:
     heads: dict[int, int]
     k: int
     score: str
+    site: Pattern
     draws: int
     kind: str | None
 
@@ -289,6 +283,10 @@ class ClusterStudy:
         words = self.words[batch.rows.start : batch.rows.stop]
         run = self.lens.run(batch.prompts, [*self.reads, *_make_word_reads(words)], seed=batch.seed, **batch.call)
         steps = run["x"].steps
+        relevance = find_relevance(
+            self.lens, self.score, batch.prompts, self.site, seed=batch.seed, call=batch.call, steps=list(steps)
+        )
+        scores = run["score"] if relevance is None else relevance
         maps: dict[int, np.ndarray] = {}
         if words:
             tokens = [run[f"word/{row}"].tokens or () for row in range(len(words))]
@@ -303,7 +301,7 @@ class ClusterStudy:
                 cell.masks[str(ImageKey(batch.rows[i], batch.seed, arm="truth"))] = truth
         for s, step in enumerate(steps):
             arms = add_controls(
-                _select_channels(run, s, self.k, self.score), self.draws, batch.seed, batch.prompts, step
+                _select_channels(scores, run["rms"], s, self.k, self.score), self.draws, batch.seed, batch.prompts, step
             )
             for i, truth in truths.items():
                 if truth is not None:
@@ -372,9 +370,11 @@ class ClusterStudy:
         return upsample(mask, (image.height, image.width))
 
 
-def _select_channels(run: Run, s: int, k: int, score: str) -> list[ChannelSet]:
-    """Every image's own top-k channels at one of the steps that were read."""
-    scores, rms = ({site: value[s].float() for site, value in run[name].items()} for name in ("score", "rms"))
+def _select_channels(
+    scored: Mapping[str, Tensor], sized: Mapping[str, Tensor], s: int, k: int, score: str
+) -> list[ChannelSet]:
+    """Every image's own top-k channels at one of the steps, by their scores and sizes (rms) there."""
+    scores, rms = ({site: value[s].float() for site, value in some.items()} for some in (scored, sized))
     rows = len(next(iter(scores.values())))
     return [
         top_channels(

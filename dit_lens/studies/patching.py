@@ -121,7 +121,7 @@ def patching(
     branch: "cond" or "both".
     k: number of channels of a group.
     draws: number of random groups.
-    score: reduction by which channels are ranked.
+    score: reduction by which channels are ranked, or "relevance": how much the prediction depends on them.
     tiles: number of tiles along each side of the grid.
     judge: function (image, prompt) -> {"fidelity": number, ...}; toys read scenes back by themselves.
     batch_size: number of rows that run together at most, the source among them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,10 @@ import torch
 from dit_lens.analysis.channels.statistics import RunningStats, chance_jaccard, overlaps
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import OpError
+from dit_lens.instruments.relevance import RELEVANCE
 from dit_lens.plots import stability_figure
 from dit_lens.studies.shared.arguments import as_ks, as_prompts, as_seeds, check_once, describe_k, find_meant
+from dit_lens.studies.shared.arms import check_arm_score, find_relevance
 from dit_lens.studies.shared.batches import PromptBatch, divide_call, make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
@@ -103,7 +105,8 @@ def stability(
     prompts: one prompt or several.
     k: number of channels, 1 to the width.
     seeds: seeds of the noise; every prompt is run with each.
-    scores: reductions that give one number per channel; the first is the one in question.
+    scores: what channels are ranked by, reductions or "relevance" (as in ``massive_channels``); the first is the one
+      in question.
     site: sites that are compared.
     steps: denoising steps that are read; all by default.
     stable: overlap in (0, 1] from which on the set counts as stable.
@@ -131,12 +134,14 @@ def stability(
         "width": width,
     }
     batches = make_batches(prompts, seeds, batch_size, divide_call(lens, call, len(prompts), images=False))
+    for score in scores:
+        check_arm_score(lens, score, batches[0].prompts, site, batches[0].call)
     seen: dict[int, RunningStats] = defaultdict(RunningStats)
     meant = find_meant(lens, batches[0].prompts, batches[0].call, site, steps)
     with StudyCheckpoints("stability", settings, lens=lens, total=len(batches), out=out, meant=meant) as cells:
-        reads = [Read(site, reduce=score, steps=steps, name=score) for score in scores]
         for batch in batches:
-            cell = cells.get(batch.key, partial(_find_sets, lens, batch, reads, k, seen[batch.seed]))
+            read = partial(_read_scores, lens, batch, site, steps, scores)
+            cell = cells.get(batch.key, partial(_find_sets, batch, read, k, seen[batch.seed]))
             # What the next aggregates need is in the statistics; a thousand prompts' own scores would be gigabytes.
             _add(seen[batch.seed], cell.arrays.pop("score"))
         return cells.result()
@@ -168,20 +173,29 @@ def _check(lens: DiTLens, sites: Sequence[str], k: int, scores: Sequence[str], s
     return width
 
 
-def _find_sets(lens: DiTLens, batch: PromptBatch, reads: Sequence[Read], k: int, seen: RunningStats) -> Cell:
+def _read_scores(
+    lens: DiTLens, batch: PromptBatch, site: Pattern, steps: Steps, scores: Sequence[str]
+) -> list[np.ndarray]:
+    """The scores of a batch, each [sites, s, b, d]. Arguments: as in :func:`stability`."""
+    reads = [Read(site, reduce=score, steps=steps, name=score) for score in scores if score != RELEVANCE]
+    run = lens.run(batch.prompts, reads, seed=batch.seed, **batch.call) if reads else {}
+    values = [
+        find_relevance(lens, score, batch.prompts, site, seed=batch.seed, call=batch.call, steps=steps) or run[score]
+        for score in scores
+    ]
+    return [np.stack([value.float().numpy() for value in sites.values()]) for sites in values]
+
+
+def _find_sets(batch: PromptBatch, read: Callable[[], list[np.ndarray]], k: int, seen: RunningStats) -> Cell:
     """The sets of a batch: ``steps`` [b, sites, s, k], ``whole`` [b, sites, scores, k], ``running`` [b, sites, k].
 
-    lens: lens on the model.
     batch: the prompts and their seed.
-    reads: one read per score.
+    read: reads its scores, each [sites, s, b, d].
     k: number of channels of a set.
     seen: statistics of the scores of earlier prompts.
     """
-    run = lens.run(batch.prompts, reads, seed=batch.seed, **batch.call)
-    found = {
-        str(read.name): np.stack([value.float().numpy() for value in run[str(read.name)].values()]) for read in reads
-    }  # each [sites, s, b, d]
-    by_step = next(iter(found.values()))
+    found = read()
+    by_step = found[0]
     score = by_step.mean(1).swapaxes(0, 1)  # [b, sites, d]
     seen, running = _copy(seen), []
     for row in score:
@@ -194,7 +208,7 @@ def _find_sets(lens: DiTLens, batch: PromptBatch, reads: Sequence[Read], k: int,
         ],
         arrays={
             "steps": _top(by_step, k).transpose(2, 0, 1, 3),
-            "whole": np.stack([_top(one.mean(1), k) for one in found.values()]).transpose(2, 1, 0, 3),
+            "whole": np.stack([_top(one.mean(1), k) for one in found]).transpose(2, 1, 0, 3),
             "running": np.stack(running),
             "score": score,
         },

@@ -174,7 +174,7 @@ def transfer(
       ``mask_block``, at the last step; "both" is the union; or a drawing, bool [H, W] of any size; None leaves masked
       arms out.
     mask_block: block whose tokens are clustered for the mask; two thirds down by default.
-    score: reduction by which channels are ranked.
+    score: reduction by which channels are ranked, or "relevance": how much the prediction depends on them.
     site: sites whose channels are moved.
     steps: denoising steps at which they are moved; all by default.
     branch: "cond" or "both".

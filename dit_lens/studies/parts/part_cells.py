@@ -23,7 +23,7 @@ from dit_lens.studies.parts.channel_parts import (
 )
 from dit_lens.studies.parts.doses import group_sites, read_doses
 from dit_lens.studies.parts.information import pool_tokens
-from dit_lens.studies.shared.arms import Arm, average_scores, make_score_reads
+from dit_lens.studies.shared.arms import Arm, average_scores, find_relevance, make_score_reads
 from dit_lens.studies.shared.batches import share_call
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.judges import Judge, ask_judge
@@ -75,7 +75,8 @@ class EditStudy:
         """The untouched images of a batch, the scores of their channels, and what doses are predicted from."""
         reads = [*make_score_reads(self.site, self.score), Read(self.site, reduce="mean", name="mean")]
         run = self.lens.run(batch.prompts, reads, seed=batch.seed, **batch.call)
-        cell = Cell(arrays={**average_scores(run), "grid": np.array(run.grid)})
+        relevance = find_relevance(self.lens, self.score, batch.prompts, self.site, seed=batch.seed, call=batch.call)
+        cell = Cell(arrays={**average_scores(run, relevance=relevance), "grid": np.array(run.grid)})
         squares = {site: rms.float().square() for site, rms in run["rms"].items()}
         for name, values in (("energy at first", squares), ("mean at first", run["mean"])):
             cell.arrays |= pick_step(name, values, 0, len(batch.prompts))

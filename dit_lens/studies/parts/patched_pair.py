@@ -25,7 +25,13 @@ from dit_lens.instruments.gradients import (
 from dit_lens.instruments.latents import decode_latents, find_autoencoder, read_latents
 from dit_lens.studies.parts.patches import Patch, patch_groups, patch_heads, patch_regions, patch_steps
 from dit_lens.studies.shared.arguments import check_k
-from dit_lens.studies.shared.arms import average_scores, make_score_reads, select_top_channels
+from dit_lens.studies.shared.arms import (
+    average_scores,
+    check_arm_score,
+    find_relevance,
+    make_score_reads,
+    select_top_channels,
+)
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.judges import Judge, ask_judge
 from dit_lens.studies.shared.keys import ImageKey
@@ -94,6 +100,7 @@ class PatchMap:
         find_autoencoder(self.lens.pipe)
         if self.scored:
             check_k(self.lens, self.scored, [self.k])
+            check_arm_score(self.lens, self.score, pair, self.scored, call)
         if self.over == "block x channel group" and self.draws < 1:
             raise OpError(f"draws={self.draws} leaves no random channels to compare with. Take 10 or more.")
         if self.over == "token region" and (grid is None or self.tiles > min(grid)):
@@ -174,7 +181,7 @@ class PatchedPair:
         cell = Cell(arrays={"latents": latents[:2].numpy()})
         cell.arrays["ends"] = self._measure_ends(latents[:2])
         if patch_map.scored:
-            cell.arrays |= average_scores(run, 1)
+            cell.arrays |= average_scores(run, 1, self._find_relevance())
         if patch_map.over == "token region":
             (name,) = patch_map.scored
             tokens = run["tokens"][name][-1, 0].float().numpy()
@@ -186,6 +193,12 @@ class PatchedPair:
             cell.images[str(ImageKey(self.number, self.seed, arm=end))] = image
             cell.lines.append(self._line("untouched", end, 0, {"effect": effect, **self._ask_judge(image)}))
         return cell
+
+    def _find_relevance(self) -> Mapping[str, Tensor] | None:
+        """The scores of the source that no read has."""
+        patch_map, (source, _) = self.map, self.prompts
+        call = self.call.of([2 * self.number])
+        return find_relevance(patch_map.lens, patch_map.score, [source], patch_map.scored, seed=self.seed, call=call)
 
     def attribute(self, through: Through, clean: Cell) -> Cell:
         """What swaps would do to the effect, to first order: "channels/site" -> [s, d], "tokens/site" -> [s, n].

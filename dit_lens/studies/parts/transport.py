@@ -19,7 +19,7 @@ from dit_lens.analysis.clusters import to_grid
 from dit_lens.core.request.ops import Branch, Op, Swap
 from dit_lens.errors import OpError, check_choice
 from dit_lens.studies.shared.arguments import as_ks, as_strengths, check_draws, check_k
-from dit_lens.studies.shared.arms import Arm, add_controls, count_arms, select_top_channels
+from dit_lens.studies.shared.arms import Arm, add_controls, check_arm_score, count_arms, select_top_channels
 from dit_lens.studies.shared.judges import Judge
 
 if TYPE_CHECKING:
@@ -133,6 +133,8 @@ class Transport:
             raise OpError(
                 f"strengths={list(self.strengths)} must be numbers above 0, up to 1; 0 is the untouched target."
             )
+        scored = list(dict.fromkeys([*self.sites, self.mask_site]))
+        check_arm_score(self.lens, self.score, prompts, scored, call)
         self._check_mask(prompts, call)
         self.lens.cost(list(prompts), self.make_swaps(self.ceiling, len(prompts) // 2, None, 1.0), seed=0, **call)
 

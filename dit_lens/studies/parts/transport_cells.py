@@ -19,7 +19,7 @@ from dit_lens.studies.parts.doses import group_sites, read_doses, weigh_way
 from dit_lens.studies.parts.transport import PairBatch, Transport, keep_readout
 from dit_lens.studies.parts.transport_levels import COLLAPSES, Levels, take_levels
 from dit_lens.studies.parts.transport_measures import explained_share, measure_change
-from dit_lens.studies.shared.arms import Arm, average_scores, make_score_reads
+from dit_lens.studies.shared.arms import Arm, average_scores, find_relevance, make_score_reads
 from dit_lens.studies.shared.batches import BatchRunner, skips_first_step
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
@@ -109,7 +109,10 @@ class PairCells:
         scored = list(dict.fromkeys([*transport.sites, site]))
         reads = [*make_score_reads(scored, transport.score), Read(site, steps=-1, name="mask")]
         run = batch.run(lens, reads)
-        cell = Cell(arrays=average_scores(run))
+        relevance = find_relevance(
+            lens, transport.score, batch.prompts, scored, seed=batch.seed, call=batch.call, beside=batch.ops
+        )
+        cell = Cell(arrays=average_scores(run, relevance=relevance))
         tokens = run["mask"][site][-1].float().numpy()  # [b, n, d]
         sets = transport.select_channels(cell.arrays, transport.ks[0])
         found = [segment(row[:, list(sets[i // 2][site])], run.grid).mask for i, row in enumerate(tokens)]

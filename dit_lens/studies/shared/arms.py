@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from dit_lens.analysis.channels import ChannelSet, top_channels
-from dit_lens.core.request.ops import Read
+from dit_lens.core.request.ops import Apply, Op, Read
 from dit_lens.instruments.massive import check_score
+from dit_lens.instruments.relevance import RELEVANCE, take_relevance
 from dit_lens.studies.shared.streams import make_stream
 
 if TYPE_CHECKING:
     from dit_lens.core.request.ops import Pattern, Steps
     from dit_lens.core.runs.run import Run
+    from dit_lens.lens import DiTLens
 
 DRAWS = 10  # of a random control, so that the variance between them is inside the interval
 MATCHED_DRAWS = 3  # at most, of an energy-matched control: few maps are as good as the best
@@ -40,20 +42,64 @@ def make_score_reads(site: Pattern, score: str, steps: Steps = None) -> list[Rea
     """The reads from which channel sets are made.
 
     site: sites that are read.
-    score: reduction that gives one number per channel, such as "|mean|".
+    score: reduction that gives one number per channel, such as "|mean|"; or "relevance", which is no read: see
+      :func:`find_relevance`.
     steps: denoising steps that are read; all by default.
     """
-    check_score(score)
-    return [Read(site, reduce=score, steps=steps, name="score"), Read(site, reduce="rms", steps=steps, name="rms")]
+    energy = Read(site, reduce="rms", steps=steps, name="rms")
+    return [energy] if score == RELEVANCE else [Read(site, reduce=score, steps=steps, name="score"), energy]
 
 
-def average_scores(run: Run, rows: int | None = None) -> dict[str, np.ndarray]:
+def check_arm_score(lens: DiTLens, score: str, prompts: Sequence[str], site: Pattern, call: Mapping[str, Any]) -> None:
+    """Raises what is wrong with a score, before anything is drawn.
+
+    lens: lens on the model.
+    score: as in :func:`make_score_reads`.
+    prompts: those of a batch.
+    site: sites whose channels are ranked.
+    call: other arguments of the pipeline, for these prompts.
+    """
+    check_score(score, lens)
+    if score == RELEVANCE:  # which is taken where an op can write
+        lens.cost(list(prompts), Apply(site, fn=lambda x, _: x), **{"seed": 0, **call})
+
+
+def find_relevance(
+    lens: DiTLens,
+    score: str,
+    prompts: Sequence[str],
+    site: Pattern,
+    *,
+    seed: int,
+    call: Mapping[str, Any],
+    steps: Steps = None,
+    beside: Sequence[Op] = (),
+) -> Mapping[str, torch.Tensor] | None:
+    """Site -> [s, b, d], the scores of a batch that no read has: one more run, with gradients; None for a reduction.
+
+    lens: lens on the model.
+    score: as in :func:`make_score_reads`.
+    prompts, seed, call: of the batch.
+    site: sites whose channels are ranked.
+    steps: denoising steps that count; all by default.
+    beside: edits under which the batch is run.
+    """
+    if score != RELEVANCE:
+        return None
+    return take_relevance(lens, list(prompts), site, beside, steps=steps, seed=seed, **call)
+
+
+def average_scores(
+    run: Run, rows: int | None = None, relevance: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, np.ndarray]:
     """The score and the energy of every image and site, averaged over steps: "row/score/site" -> [d].
 
     run: a run with the reads of :func:`make_score_reads`.
     rows: number of images that are wanted, from the first; all by default.
+    relevance: the scores that are none of its reads.
     """
-    found = {"score": run["score"], "energy": {site: rms.float().square() for site, rms in run["rms"].items()}}
+    scores = run["score"] if relevance is None else relevance
+    found = {"score": scores, "energy": {site: rms.float().square() for site, rms in run["rms"].items()}}
     return {
         f"{row}/{name}/{site}": value[:, row].float().mean(0).numpy()
         for name, values in found.items()
