@@ -126,7 +126,7 @@ def set_up(task: str) -> None:
     python = ask("-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
     source, options = choose_torch(python)
     say(f"installing for Python {python}, torch from {source} (once; later calls skip this)")
-    wanted = ("--editable", ".[notebook,png]", *(word for group in groups for word in ("--group", group)))
+    wanted = ("--editable", ".[notebook,png,serve]", *(word for group in groups for word in ("--group", group)))
     if run("-m", "uv", "pip", "install", "--quiet", "--python", PYTHON, *options, *lock, *wanted, **uv_settings()):
         if source == UV_CHOICE:
             sys.exit(NO_TORCH.format(cpu=cpu_torch(), python=python, task=task, pip=f"{PYTHON} -m pip"))

@@ -90,9 +90,15 @@ class DiTLens(Session):
         return lens
 
     @classmethod
-    @checked_but("host", "timeout")
+    @checked_but("host", "timeout", "token")
     def remote(
-        cls, model: str | Path, *, host: str | None = None, revision: str | None = None, timeout: float = TIMEOUT
+        cls,
+        model: str | Path,
+        *,
+        host: str | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        timeout: float = TIMEOUT,
     ) -> DiTLens:
         """A lens on a model that an nnsight server holds: no weights are loaded or downloaded here.
 
@@ -105,16 +111,16 @@ class DiTLens(Session):
         server, and comes back as it would have been made here: images, reads, receipt. What has to have the weights
         at hand (gradients, ``read_x0``, ``read_pattern``, ``encode``) is refused.
 
-        model: a repository, or a folder that the server knows by the same name.
-        host: the server's address, such as "http://localhost:8001"; ``nnsight.CONFIG.API.HOST`` by default, whose key
-            is used as well.
+        model: a repository, or a folder that the server knows by the same name (``dit-lens serve``: its last part).
+        host: the server's address, such as "http://localhost:8001"; ``nnsight.CONFIG.API.HOST`` by default.
+        token: what lets in, as ``dit-lens serve`` printed it; ``nnsight.CONFIG.API.APIKEY`` by default.
         revision: of the repository.
         timeout: seconds to wait for a run, from sending it to its result; an hour by default.
 
         Raises StoreError if there is no such pipeline, ExecutionError if ``host`` is not a valid address.
         """
         stand_in = pipeline_without_weights(model, revision)
-        return cls(stand_in.pipeline, engine=RemoteEngine(stand_in, host, timeout))
+        return cls(stand_in.pipeline, engine=RemoteEngine(stand_in, host, timeout, token))
 
     @in_turn
     def to(self, *args: Any, **kwargs: Any) -> Self:

@@ -1,4 +1,7 @@
-"""The command line: dit-lens demo | findings | training | study | board | atlas | info | doctor | run | train-toy."""
+"""The command line: dit-lens COMMAND, which main lists.
+
+demo, findings, training, study, board, atlas, info, doctor, run, serve, train-toy.
+"""
 
 from __future__ import annotations
 
@@ -149,6 +152,24 @@ def _add_work(commands: Any) -> None:
     run.add_argument("--steps", type=int, default=None)
     run.set_defaults(command=_run)
 
+    serve = commands.add_parser("serve", help="serve a pipeline to DiTLens.remote and nnsight on other machines")
+    serve.add_argument("pipeline", help="a folder written by save_pretrained, a repository, or toy:flux")
+    serve.add_argument("--host", default="127.0.0.1", help="where to listen; by default only this machine reaches it")
+    serve.add_argument("--port", type=int, default=8001, help="0 takes one that is free")
+    serve.add_argument(
+        "--token",
+        default=os.environ.get("DIT_LENS_TOKEN"),
+        help="who may come in; made and printed by default. Other users of the machine see it among its processes, but "
+        "not DIT_LENS_TOKEN in the environment",
+    )
+    serve.add_argument("--device", help="cuda, cuda:1, cpu ...; the GPU where there is one")
+    serve.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16 on a GPU, else float32")
+    serve.add_argument("--results", type=_path, help="folder for results, which a later server finds again")
+    serve.add_argument("--keep", type=float, default=24.0, help="hours for which results are kept")
+    serve.add_argument("--timeout", type=float, default=3600.0, help="seconds that one job may take")
+    serve.add_argument("--largest", type=float, default=1024.0, help="MiB that one request may have")
+    serve.set_defaults(command=_serve)
+
     train = commands.add_parser("train-toy", help="train a toy from nothing, or evaluate one")
     train.add_argument("name", choices=KINDS)
     train.add_argument("--out", type=_path, help="folder for checkpoints, samples and the finished pipeline")
@@ -279,6 +300,17 @@ def _run(options: argparse.Namespace) -> int:
     run = _load(options.pipeline).run(options.prompt, ops, seed=options.seed, num_inference_steps=options.steps)
     print(run.receipt)
     print(run.save(options.out))
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from dit_lens.server.serve import ServeOptions, prepare, serve
+
+    prepare()
+    names = ("host", "port", "token", "results", "keep", "timeout", "largest")
+    device, dtype = _choose_placement(options)
+    asked = ServeOptions(device=device, dtype=dtype, **{name: getattr(options, name) for name in names})
+    serve(options.pipeline, asked, lambda line: print(line, flush=True))
     return 0
 
 

@@ -71,16 +71,26 @@ def check_timeout(timeout: Any) -> float:
     return float(timeout)
 
 
+def check_token(token: Any) -> str | None:
+    """The token of a server; OpError if it is no word that can be sent."""
+    if token is None:
+        return None
+    if not isinstance(token, str) or not token.isascii() or not token.isprintable() or not token.strip():
+        raise OpError("token= must be the word that the server gave, of ASCII. Leave it out for nnsight's own key.")
+    return token.strip()
+
+
 class Connection(RemoteBackend):
     """Sends one trace, waits, and fetches what it saved.
 
     RemoteError: the job failed there, in the server's words. ExecutionError: anything else, as a person can act on it.
 
     key: how the server knows the model. host: its address. timeout: seconds to wait for the whole of it.
+    token: what lets in; nnsight's own setting if None.
     """
 
-    def __init__(self, key: str, host: str, timeout: float):
-        super().__init__(key, host=host)
+    def __init__(self, key: str, host: str, timeout: float, token: str | None = None):
+        super().__init__(key, host=host, api_key=token)
         self.timeout = timeout
         self.state = "not sent"
         self._began = 0.0
@@ -113,7 +123,10 @@ class Connection(RemoteBackend):
 
     def _advice(self, refusal: websocket.WebSocketBadStatusException) -> str:
         if refusal.status_code in (401, 403):
-            return "Is the key right (nnsight.CONFIG.set_default_api_key), and is it an nnsight server?"
+            return (
+                "Is the token right (DiTLens.remote(..., token=), or nnsight.CONFIG.set_default_api_key), and is it an "
+                "nnsight server?"
+            )
         if refusal.status_code >= 500:
             return "It is there, and does not work now. Try again, or ask whoever runs it."
         path = urlsplit(self.host).path

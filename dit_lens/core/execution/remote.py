@@ -79,20 +79,22 @@ class RemoteEngine:
     """Sends programs to an nnsight server, one at a time; stands where a lens has an Engine.
 
     model: from :func:`pipeline_without_weights`. host: the server's address; nnsight's own setting by default.
-    timeout: seconds to wait for a run.
+    timeout: seconds to wait for a run. token: what lets in; nnsight's own setting by default.
     """
 
     stale = False
 
-    def __init__(self, model: DiffusionModel, host: str | None = None, timeout: float = TIMEOUT):
+    def __init__(
+        self, model: DiffusionModel, host: str | None = None, timeout: float = TIMEOUT, token: str | None = None
+    ):
         from nnsight import CONFIG
 
-        from dit_lens.core.execution.connection import check_host, check_timeout
+        from dit_lens.core.execution.connection import check_host, check_timeout, check_token
 
         self.model, self.turn = model, Turn(lambda: [model], lambda: [model])
         self.timeout = check_timeout(timeout)
         self.host = check_host(CONFIG.API.HOST if host is None else host)
-        self.key = _key(model)
+        self.key, self.token = _key(model), check_token(token)
 
     @property
     def server(self) -> dict[str, str]:
@@ -164,7 +166,7 @@ class RemoteEngine:
         """What sends a request to the server, whose state shows where a progress bar would."""
         from dit_lens.core.execution.connection import Connection
 
-        connection = Connection(self.key, self.host, self.timeout)
+        connection = Connection(self.key, self.host, self.timeout, self.token)
         bar = getattr(self.model.pipeline, "_progress_bar_config", {})
         connection.display.enabled &= not bar.get("disable", False)  # the job's state shows where a bar would
         return connection

@@ -1,0 +1,1 @@
+"""A server of one pipeline that speaks the protocol of nnsight's servers: ``dit-lens serve``."""
