@@ -124,7 +124,7 @@ class Connection(RemoteBackend):
     def _advice(self, refusal: websocket.WebSocketBadStatusException) -> str:
         if refusal.status_code in (401, 403):
             return (
-                "Is the token right (DiTLens.remote(..., token=), or nnsight.CONFIG.set_default_api_key), and is it an "
+                "Is the key right (token= of DiTLens.remote, or nnsight.CONFIG.set_default_api_key), and is it an "
                 "nnsight server?"
             )
         if refusal.status_code >= 500:
