@@ -19,18 +19,22 @@ from dit_lens.core.session import Session
 from dit_lens.errors import StoreError
 from dit_lens.instruments import massive
 from dit_lens.instruments.attention_patterns import Attention, read_pattern
+from dit_lens.instruments.forward import encode_image, forward
 from dit_lens.instruments.gradients import Gradients, Through, gradients
 from dit_lens.instruments.summary import summarise_lens
 from dit_lens.instruments.text_embeddings import Released, encode_prompts, release
+from dit_lens.instruments.word_maps import Method, WordMap, word_map
 from dit_lens.instruments.x0_lens import X0, read_x0
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from PIL.Image import Image
     from torch import Tensor
 
     from dit_lens.analysis.channels import ChannelSet
     from dit_lens.core.request.ops import Branch, Op, Pattern, Steps
+    from dit_lens.core.runs.run import Run
 
 
 class DiTLens(Session):
@@ -315,6 +319,120 @@ class DiTLens(Session):
         Raises SiteError before any denoising where a block forms no pattern (linear attention).
         """
         return read_pattern(self, prompt, block, heads=heads, ops=ops, steps=steps, branch=branch, **call)
+
+    @in_turn
+    @checked
+    @sets("latents", "sigmas", "timesteps", "num_inference_steps")
+    def forward(
+        self,
+        images: Image | Sequence[Image],
+        prompt: str | Sequence[str] | None = "",
+        ops: Sequence[Op] | Op = (),
+        *,
+        sigma: float,
+        seed: int = 0,
+        **call: Any,
+    ) -> Run:
+        """One forward pass over images of one's own at a noise level: their activations, without drawing them.
+
+        >>> from dit_lens import DiTLens, Read
+        >>> lens = DiTLens.toy()
+        >>> prompt = "a big red circle left on a plain blue background"
+        >>> image = lens.run(prompt, seed=0).images[0]
+        >>> run = lens.forward(image, prompt, Read("blocks.5.img"), sigma=0.26)
+        >>> run["blocks.5.img"].shape, run.sigmas  # [step, row, token, channel]
+        (torch.Size([1, 1, 256, 128]), (0.26,))
+
+        Latents of the images get noise, x = (1 - sigma) x0 + sigma noise, and pass once, at this very noise level:
+        the scheduler's spacing and shift do not act. ``run.images`` are what the model takes the clean images for.
+        Without guidance, unless the pipeline always guides. (DIFT, arXiv 2306.03881; DiTF, 2505.18584.)
+
+        images: one or several, of the run's size.
+        prompt: one for all or one each; "" says nothing; None with embeddings.
+        ops: what is read, and edited.
+        sigma: above 0 up to 1, noise alone; about 0.2 to 0.3 is usual for features.
+        seed: of the noise.
+        call: as in :meth:`run`.
+
+        Raises FamilyError, before anything runs, for a sampler that is not Euler's method on a flow, or where a
+        pipeline cannot start from latents.
+        """
+        return forward(self, images, prompt, ops, sigma=sigma, seed=seed, **call)
+
+    @in_turn
+    @checked
+    @sets("latents")
+    def encode_image(
+        self, images: Image | Sequence[Image], prompt: str | Sequence[str] | None = "", **call: Any
+    ) -> Tensor:
+        """The clean latents of images, in the form in which the pipeline takes ``latents=``.
+
+        >>> from PIL import Image
+        >>> DiTLens.toy().encode_image(Image.new("RGB", (64, 64), "red")).shape
+        torch.Size([1, 256, 16])
+
+        The mode of the autoencoder's posterior. images, prompt, call: as in :meth:`forward`.
+        """
+        return encode_image(self, images, prompt, **call)
+
+    @in_turn
+    @checked
+    def word_map(
+        self,
+        prompt: str | Sequence[str],
+        words: str | Sequence[str],
+        *,
+        method: Method = "attention",
+        concepts: Sequence[str] = (),
+        blocks: int | Sequence[int] | None = None,
+        heads: int | Sequence[int] | None = None,
+        ops: Sequence[Op] | Op = (),
+        steps: Steps = None,
+        **call: Any,
+    ) -> WordMap:
+        """Where words are in the image: for every image token, how much it has to do with each of them.
+
+        >>> lens = DiTLens.toy()
+        >>> prompt = "a big red circle left on a plain blue background"
+        >>> found = lens.word_map(prompt, ["circle", "background"], seed=0, num_inference_steps=2)
+        >>> found["circle"].shape  # [step, row, h, w]
+        torch.Size([2, 1, 16, 16])
+        >>> found.mask("circle").shape
+        (16, 16)
+
+        ``.figure()`` shows all words, ``.mask(word)`` cuts a map in two, ``.overlay(word)`` lays that over the image;
+        ``.tensors[word]`` has every block. Conditional branch only.
+
+        prompt: one or several.
+        words: of the prompt, whole as they stand there, one or several tokens each; or a class of tokens, such as
+            "pad" or "eos".
+        method: "attention" (DAAM, arXiv 2210.04885; Seg4Diff, 2509.18096): the share of an image token's attention that
+            goes to the word's tokens, in joint or in cross-attention, mean over heads. "concept" (ConceptAttention,
+            2502.04320): what attention puts out for an image token, times what it puts out for the word, softmax over
+            the words; at least two are compared.
+        concepts: with "concept", words that need not be in the prompt. Each takes a further row of the batch: its text
+            reads the image of row 0, which reads nothing of it, so the image stays as it is. Those rows' own images
+            mean nothing.
+        blocks: numbers, as in ``blocks.{i}``; by default all in which image tokens attend to text.
+        heads: numbers of heads; all by default.
+        ops: edits under which maps are read.
+        steps: all by default.
+        call: as in :meth:`run`.
+
+        A map keeps 4 bytes per image token, word, block, step and row; no pattern of attention is formed.
+        """
+        return word_map(
+            self,
+            prompt,
+            words,
+            method=method,
+            concepts=concepts,
+            blocks=blocks,
+            heads=heads,
+            ops=ops,
+            steps=steps,
+            **call,
+        )
 
     @checked
     @sets("ops")

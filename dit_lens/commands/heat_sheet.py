@@ -12,6 +12,7 @@ from dit_lens import plots
 from dit_lens.analysis.channels import top_channels
 from dit_lens.analysis.clusters import ious, normalise, upsample
 from dit_lens.core.request.ops import Read
+from dit_lens.plots.word_maps import paint
 from dit_lens.studies.parts.clustering import ClusteringOptions
 from dit_lens.studies.shared.arms import add_controls, make_score_reads
 from dit_lens.toys.scenes import recognise_scene
@@ -58,7 +59,7 @@ def _draw(run: Run, prompt: str, k: int, truth: np.ndarray | None) -> go.Figure:
     for arm in ARMS:
         tokens = [run["x"][site][0, 0][:, list(arms[arm][site])].float().numpy() for site in run["x"]]
         masks = np.stack([options.cluster(x, run.grid).mask for x in tokens])
-        rows.append([image, *(_paint(normalise(x).sum(1).reshape(run.grid), image.size) for x in tokens)])
+        rows.append([image, *(paint(normalise(x).sum(1).reshape(run.grid), image.size) for x in tokens)])
         rows.append([_dim(image, truth), *(_dim(image, upsample(mask, (image.height, image.width))) for mask in masks)])
         labels += [f"{arm}: heat", f"{arm}: mask"]
         if truth is not None:
@@ -68,17 +69,6 @@ def _draw(run: Run, prompt: str, k: int, truth: np.ndarray | None) -> go.Figure:
     )
     columns = ["image", *(f"block {site.split('.')[1]}" for site in run["x"])]
     return plots.sheet(rows, labels, columns, title=prompt, subtitle=small)
-
-
-def _paint(heat: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """A map of tokens from dark to bright, as large as an image. heat: [h, w]."""
-    from plotly.colors import sample_colorscale
-
-    spread = np.ptp(heat)
-    scaled = (heat - heat.min()) / (spread if spread > 0 else 1)
-    colours = sample_colorscale("Inferno", scaled.ravel().tolist(), colortype="tuple")
-    pixels = (255 * np.array(colours)).round().astype(np.uint8).reshape(*heat.shape, 3)
-    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
 def _dim(image: Image.Image, mask: np.ndarray | None) -> Image.Image:

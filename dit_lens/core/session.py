@@ -181,7 +181,7 @@ class Session:
     @told
     def cost(self, prompt: str | Sequence[str] | None = None, ops: Sequence[Op] | Op = (), **call: Any) -> Cost:
         """How many bytes the reads of a run would keep; nothing is run. Takes what :meth:`run` takes."""
-        ops = _list_ops(ops)
+        ops = list_ops(ops)
         plan = self._forecast(prompt, ops, **_without_options(call))
         return cost_of(plan, ops, self.anatomy, self.pipe.transformer.dtype)
 
@@ -224,7 +224,7 @@ class Session:
         Every mistake in the arguments or ops raises before the first denoising step. A batch that runs out of GPU
         memory is started again with half the prompts; a warning says which batch_size worked.
         """
-        ops, record = _list_ops(ops), as_plain(record)
+        ops, record = list_ops(ops), as_plain(record)
         if not isinstance(record, bool):
             raise PromptError(f"record={record!r} is neither True nor False.")
         if prefix is not None and not isinstance(prefix, Run):
@@ -291,7 +291,7 @@ class Session:
         names_filter: a pattern of sites, a function fn(name) that says whether a site is meant, or several of these.
         call: as in :meth:`run`; its ``ops`` act as well.
         """
-        run = self.run(prompt, [*_list_ops(call.pop("ops", ())), Read(names_filter)], **call)
+        run = self.run(prompt, [*list_ops(call.pop("ops", ())), Read(names_filter)], **call)
         return run.images, run
 
     @told
@@ -310,7 +310,7 @@ class Session:
         call: as in :meth:`run`; its ``ops`` act after the functions.
         """
         hooks = [_to_apply(i, hook) for i, hook in enumerate(_list_given(fwd_hooks, "fwd_hooks"))]
-        return self.run(prompt, [*hooks, *_list_ops(call.pop("ops", ()))], **call)
+        return self.run(prompt, [*hooks, *list_ops(call.pop("ops", ()))], **call)
 
     def run_spec(self, spec: Mapping[str, Any]) -> Run:
         """Runs what a saved run's ``spec`` describes."""
@@ -437,7 +437,7 @@ def _list_given(values: Any, name: str) -> list[Any]:
     return list_items(values, f"{name}=")
 
 
-def _list_ops(ops: Any) -> list[Op]:
+def list_ops(ops: Any) -> list[Op]:
     """One op, several or none (None) as a list; what is in it is checked when it is laid out."""
     if ops is None or isinstance(ops, Op):
         return [] if ops is None else [ops]

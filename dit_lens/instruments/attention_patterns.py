@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from dit_lens.families.layout import find_image_tokens, select_stream
 from dit_lens.families.locations import ImageTokens
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from dit_lens.core.plan.outline import Outline
     from dit_lens.core.request.ops import Op, Steps
@@ -105,21 +105,21 @@ def read_pattern(
     needs_weights(lens.pipe, "patterns of attention need")
     if "batch_size" in call:
         raise PromptError("patterns are read from one batch: leave batch_size= out, and pass fewer prompts at once.")
-    blocks = [lens.anatomy.check_block(one) for one in _indices("block", block)]
-    wanted = tuple(_indices("head", heads))
+    blocks = [lens.anatomy.check_block(one) for one in list_numbers("block", block)]
+    wanted = tuple(list_numbers("head", heads))
     order = {one: lens.anatomy.find_attention(one)[1] for one in blocks}
     outline = lens.outline(prompt, **call)
     if branch not in outline.branches:
         raise OpError(f"a pattern is of one branch, and {branch!r} is not one of {', '.join(outline.branches)}.")
     chosen = outline.select(steps)
-    watch = Watch(wanted, {(step, one) for step in chosen for one in blocks}, outline, lens.anatomy.grid_rule, branch)
-    with watch.on(lens, blocks):
+    modules = {one: lens.anatomy.find_attention(one)[0] for one in blocks}
+    watch = Watch(modules, wanted, chosen, outline, lens.anatomy.grid_rule, branch, _compute_pattern)
+    with watch.on(lens.pipe.transformer):
         run = lens.run(prompt, ops, **call)
-    tensors = watch.stack_kept(chosen, blocks)
-    return Attention(tensors, order, tuple(chosen), wanted, watch.image, watch.rows, run)
+    return Attention(watch.stack_kept(), order, tuple(chosen), wanted, watch.image, watch.rows, run)
 
 
-def _indices(what: str, value: Any) -> list[int]:
+def list_numbers(what: str, value: Any) -> list[int]:
     """One number or several, of whatever integer type."""
     single = to_int(value)
     found = [to_int(one) for one in list_entries(value) or ()] if single is None else [single]
@@ -129,23 +129,34 @@ def _indices(what: str, value: Any) -> list[int]:
 
 
 class Watch(TorchFunctionMode):
-    """Sees every call of scaled dot-product attention, and keeps the pattern of those that are wanted.
+    """Sees every call of scaled dot-product attention, and keeps what is made of those that are wanted.
 
-    heads: those to keep.
-    wanted: (step, block) of every pattern to keep.
+    modules: block -> the module in which its attention is computed.
+    heads: those to keep; None: all.
+    steps: those to keep.
     outline: of the run.
     rule: by which image tokens are found.
     branch: "cond" or "uncond".
+    compute: fn(watch, given) -> what is kept of the attention that is called with these arguments, which are of the
+      chosen rows and heads; None where it is not the one that is meant.
     """
 
     def __init__(
-        self, heads: tuple[int, ...], wanted: set[tuple[int, int]], outline: Outline, rule: GridRule, branch: str
+        self,
+        modules: Mapping[int, nn.Module],
+        heads: tuple[int, ...] | None,
+        steps: Sequence[int],
+        outline: Outline,
+        rule: GridRule,
+        branch: str,
+        compute: Callable[[Watch, dict[str, Any]], Tensor | None],
     ):
         super().__init__()
-        self.heads, self.wanted, self.timeline, self.rule = heads, wanted, outline.timeline, rule
+        self.modules, self.heads, self.steps, self.timeline, self.rule = modules, heads, steps, outline.timeline, rule
         self.forward, number = self.timeline.locate(branch)
         self.rows = range(number * outline.rows, (number + 1) * outline.rows)
         self.image = ImageTokens((), 0, 0, 0, [])
+        self.compute = compute
         self.made = -1  # forward passes of the transformer so far
         self.block: int | None = None
         self.kept: dict[tuple[int, int], Tensor] = {}
@@ -155,27 +166,27 @@ class Watch(TorchFunctionMode):
             given = {**dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})}
             self._check_heads(given["query"])
             step, forward = divmod(self.made, len(self.timeline.forwards))
-            key = (step, self.block)
-            if forward == self.forward and key in self.wanted and key not in self.kept:
-                self.kept[key] = self._pattern(given)
+            if forward == self.forward and step in self.steps and (step, self.block) not in self.kept:
+                found = self.compute(self, self._choose(given))
+                if found is not None:
+                    self.kept[step, self.block] = found
         return func(*args, **(kwargs or {}))
 
     @contextmanager
-    def on(self, lens: Session, blocks: list[int]) -> Generator[None]:
-        """Follows the pipeline's transformer; whatever happens, its hooks are removed."""
+    def on(self, transformer: nn.Module) -> Generator[None]:
+        """Follows a transformer; whatever happens, its hooks are removed."""
 
         def begin(_: Any, args: tuple, kwargs: dict) -> None:
             self.made += 1
             step, forward = divmod(self.made, len(self.timeline.forwards))
-            if forward == self.forward and any(step == wanted for wanted, _ in self.wanted):
+            if forward == self.forward and step in self.steps:
                 self.image = find_image_tokens((args, kwargs), self.rule)
 
         def leave(*_: Any) -> None:
             self.block = None
 
-        handles = [lens.pipe.transformer.register_forward_pre_hook(begin, with_kwargs=True)]
-        for number in blocks:
-            module, _ = lens.anatomy.find_attention(number)
+        handles = [transformer.register_forward_pre_hook(begin, with_kwargs=True)]
+        for number, module in self.modules.items():
             handles.append(module.register_forward_pre_hook(lambda *_, number=number: setattr(self, "block", number)))
             handles.append(module.register_forward_hook(leave))
         try:
@@ -185,46 +196,53 @@ class Watch(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
-    def stack_kept(self, steps: list[int], blocks: list[int]) -> dict[int, Tensor]:
-        """Block -> [step, row, head, query, key]."""
+    def stack_kept(self) -> dict[int, Tensor]:
+        """Block -> [step, ...]."""
         planned = self.timeline.steps * len(self.timeline.forwards)
         if self.made + 1 != planned:
             raise ExecutionError(
                 f"the transformer was called {self.made + 1} times instead of {planned}: the batch was split, as "
                 "memory ran out. Pass fewer prompts at once."
             )
-        missing = sorted(self.wanted - set(self.kept))
+        missing = sorted({(step, block) for step in self.steps for block in self.modules} - set(self.kept))
         if missing:
             step, block = missing[0]
             raise ExecutionError(
                 f"block {block} called no scaled dot-product attention at step {step}. Is another attention backend "
                 "set? pipe.transformer.set_attention_backend('native') has patterns."
             )
-        for block in blocks:
-            if len({self.kept[step, block].shape for step in steps}) > 1:
+        for block in self.modules:
+            if len({self.kept[step, block].shape for step in self.steps}) > 1:
                 raise ExecutionError(f"block {block} has other tokens at other steps. Read its steps one by one.")
-        return {block: torch.stack([self.kept[step, block] for step in steps]) for block in blocks}
+        return {block: torch.stack([self.kept[step, block] for step in self.steps]) for block in self.modules}
 
     def _check_heads(self, query: Tensor) -> None:
         """At the first attention, long before the steps that are kept."""
         count = query.shape[1]
-        for head in self.heads:
+        for head in self.heads or ():
             if not 0 <= head < count:
                 raise OpError(f"head {head} does not exist: block {self.block} has {count}, 0 to {count - 1}.")
 
-    def _pattern(self, given: dict[str, Any]) -> Tensor:
-        """softmax(q k / sqrt(d) + mask) of the chosen rows and heads: [row, head, query, key]."""
-        query, key, mask, scale = given["query"], given["key"], given.get("attn_mask"), given.get("scale")
+    def _choose(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of attention for the chosen rows and heads alone; every head has a key of its own."""
+        query, key, mask = given["query"], given["key"], given.get("attn_mask")
         count = query.shape[1]
-        rows = slice(self.rows.start, self.rows.stop)
+        heads = list(range(count) if self.heads is None else self.heads)
         shared = count // key.shape[1]  # heads that share a key
-        q = query[rows, list(self.heads)].float()
-        k = key[rows, [head // shared for head in self.heads]].float()
-        scores = q @ k.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-        if given.get("is_causal"):
-            allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-            scores = scores.masked_fill(~allowed, -torch.inf)
+        rows = slice(self.rows.start, self.rows.stop)
         if mask is not None:
-            mask = mask.expand(*query.shape[:2], *scores.shape[-2:])[rows, list(self.heads)]
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        return scores.softmax(-1).cpu()
+            mask = mask.expand(*query.shape[:2], query.shape[-2], key.shape[-2])[rows, heads]
+        chosen = {"query": query[rows, heads], "key": key[rows, [head // shared for head in heads]], "attn_mask": mask}
+        return {**chosen, "is_causal": bool(given.get("is_causal")), "scale": given.get("scale")}
+
+
+def _compute_pattern(_: Watch, given: dict[str, Any]) -> Tensor:
+    """softmax(q k / sqrt(d) + mask): [row, head, query, key]."""
+    query, key, mask, scale = given["query"], given["key"], given["attn_mask"], given["scale"]
+    scores = query.float() @ key.float().transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if given["is_causal"]:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1).cpu()

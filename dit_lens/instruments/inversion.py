@@ -9,9 +9,7 @@ Letters: s step, b image, n image token, d channel of a token of latents.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +21,11 @@ from dit_lens.arguments.signatures import sets
 from dit_lens.core.request.division import Division, refuse_several_images
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import FamilyError, OpError
-from dit_lens.families.sources import check_source
 from dit_lens.instruments.latents import as_latents_argument, decode_latents, encode_images, read_latents
+from dit_lens.instruments.starts import change_schedule, check_start, list_images, list_prompts, turn_off_guidance
 from dit_lens.old_names import OldName, find_old_names, renamed_keywords
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
     from PIL.Image import Image
     from torch import Tensor
 
@@ -91,13 +88,13 @@ def invert(
     call: the pipeline's arguments.
     """
     check_invertible(lens)
-    images = _list_images(images)
-    prompts = _list_prompts(prompts, images)
+    images = list_images(images)
+    prompts = list_prompts(prompts, images)
     refuse_several_images({**lens.defaults, **call}, "each image is inverted once")
-    call = {**call, **_turn_off_guidance(lens)}
+    call = {**call, **turn_off_guidance(lens)}
     latents, grid = encode_images(lens, images, prompts, call)
     call |= {"seed": 0, "output_type": "latent"}
-    with lens.engine.turn.hold(), lens.quiet(), _reverse_scheduler(lens.pipe):
+    with lens.engine.turn.hold(), lens.quiet(), change_schedule(lens.pipe, _reverse):
         back = lens.run(prompts, [Read("velocity")], latents=as_latents_argument(lens, latents, grid), **call)
     noise = as_latents_argument(lens, read_latents(lens, back.latents, grid), grid)
     with lens.quiet():
@@ -131,8 +128,8 @@ def noised_reference(
     seed: whose noise it is.
     prompts, call: of the run that the noise is for.
     """
-    images = _list_images(images)
-    prompts = _list_prompts(prompts, images)
+    images = list_images(images)
+    prompts = list_prompts(prompts, images)
     refuse_several_images({**lens.defaults, **call}, "each image lies under the noise of one row")
     check_flow(lens, prompts, call)
     latents, _ = encode_images(lens, images, prompts, call)
@@ -161,62 +158,16 @@ def check_flow(lens: Session, prompts: Sequence[str] | None, call: Mapping[str, 
 
 def check_invertible(lens: Session) -> None:
     """Raises FamilyError for a pipeline that cannot be inverted."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    pipe = lens.pipe
-    scheduler, pipeline = pipe.scheduler, lens.family.pipeline(type(pipe))
-    euler = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-    if not euler or scheduler.config.stochastic_sampling:
-        raise FamilyError(
-            f"inversion runs FlowMatchEulerDiscreteScheduler backwards, and this pipeline samples with "
-            f"{'noise of its own' if euler else type(scheduler).__name__}. Exchange it, or use the noised reference "
-            "(how='noised')."
-        )
-    check_source(type(pipe), lens.family, "takes_latents")
-    if lens.family.grid.axes not in ("tokens", "bchw", "list") or pipeline.takes_latents is None:
-        raise FamilyError(
-            f"{type(pipe).__name__} does not pass latents= to its transformer as they are, so inverted noise cannot be "
-            "given to it. Use the noised reference (how='noised')."
-        )
+    instead = "use the noised reference (how='noised')"
+    check_start(lens, "inversion runs FlowMatchEulerDiscreteScheduler backwards", instead)
+    pipeline = lens.family.pipeline(type(lens.pipe))
     if pipeline.second_model or (pipeline.guidance is not None and pipeline.guidance.scale is None):
         raise FamilyError(
-            f"{type(pipe).__name__} always guides, and guidance is not undone by going backwards. Use the noised "
-            "reference (how='noised')."
+            f"{type(lens.pipe).__name__} always guides, and guidance is not undone by going backwards. "
+            f"{instead[0].upper()}{instead[1:]}."
         )
 
 
-def _list_images(images: Image | Sequence[Image]) -> list[Image]:
-    return list(images) if isinstance(images, Sequence) else [images]
-
-
-def _list_prompts(prompts: Sequence[str] | str | None, images: Sequence[Image]) -> list[str] | None:
-    """A prompt for every image, where there are prompts."""
-    if prompts is None:
-        return None
-    return [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
-
-
-def _turn_off_guidance(lens: Session) -> dict[str, Any]:
-    """The argument with which a pipeline makes conditional forward passes only."""
-    guidance = lens.family.pipeline(type(lens.pipe)).guidance
-    return {} if guidance is None or guidance.scale is None else {guidance.scale: guidance.above}
-
-
-@contextmanager
-def _reverse_scheduler(pipe: DiffusionPipeline) -> Generator[None]:
-    """Puts the steps of the pipeline's scheduler in reverse order, from clean to noise."""
-    forward = pipe.scheduler
-    scheduler = type(forward).from_config(forward.config)  # of the same class: pipelines ask for it
-    ahead = scheduler.set_timesteps
-
-    @functools.wraps(ahead)  # pipelines look at what it takes
-    def set_timesteps(*args: Any, **kwargs: Any) -> None:
-        ahead(*args, **kwargs)
-        scheduler.timesteps, scheduler.sigmas = scheduler.timesteps.flip(0), scheduler.sigmas.flip(0)
-
-    scheduler.set_timesteps = set_timesteps
-    pipe.scheduler = scheduler
-    try:
-        yield
-    finally:
-        pipe.scheduler = forward
+def _reverse(scheduler: Any) -> None:
+    """From clean to noise."""
+    scheduler.timesteps, scheduler.sigmas = scheduler.timesteps.flip(0), scheduler.sigmas.flip(0)

@@ -13,6 +13,7 @@ from dit_lens.plots.sweep import sweep_figure
 from dit_lens.plots.theme import ARMS, TEMPLATE, looks
 from dit_lens.plots.training import training_figure
 from dit_lens.plots.transfer import transfer_figure, transfer_image_figure, transfer_strips
+from dit_lens.plots.word_maps import word_map_figure
 from dit_lens.plots.write_attribution import write_attribution_figure
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "transfer_figure",
     "transfer_image_figure",
     "transfer_strips",
+    "word_map_figure",
     "write_attribution_figure",
 ]
 

@@ -281,6 +281,7 @@ def _pictures():
         ),
         "plots.strip": (None, {"images": [image(0)], "labels": ["a"], "title": "", "subtitle": ""}),
         "plots.sheet": (None, {"images": [[image(0)]], "rows": ["a"], "columns": ["b"], "title": "", "subtitle": ""}),
+        "plots.word_map_figure": (None, {"image": image(0), "maps": {"a": np.eye(2)}, "title": "", "subtitle": ""}),
         "plots.training_figure": (None, {"table": pd.DataFrame([dict.fromkeys(TRAINING, 1.0) | {"run": "a"}])}),
         "plots.looks": (None, {"arms": ["top", "mine"]}),
         "plots.transfer_strips": (
@@ -387,6 +388,7 @@ def _models(lens):
     panel = dl.steer(lens, "red", "blue", k=2, num_inference_steps=2)
     found = lens.gradients("red", "blocks.0.img", metric=torch.mean, through="step", num_inference_steps=2, seed=0)
     pattern = lens.read_pattern("red", 0, heads=[0], seed=0, num_inference_steps=2)
+    maps = lens.word_map("red", "red", seed=0, num_inference_steps=2)
     row = lens.family
     rows = {
         "Family": row,
@@ -433,6 +435,24 @@ def _models(lens):
             {**call, "channels": None, "k": 2, "polarity": "distance", "block": None, "steps": -1},
         ),
         "DiTLens.read_x0": (lens.read_x0, {**call, "site": "blocks.0.img", "steps": [0]}),
+        "DiTLens.forward": (
+            lens.forward,
+            {"images": image(0), "prompt": "red", "ops": (), "sigma": 0.3, "seed": 0, "height": 16, "width": 16},
+        ),
+        "DiTLens.encode_image": (lens.encode_image, {"images": image(0), "prompt": "red", "height": 16, "width": 16}),
+        "DiTLens.word_map": (
+            lens.word_map,
+            {
+                **call,
+                "words": "red",
+                "method": "attention",
+                "concepts": (),
+                "blocks": 0,
+                "heads": 0,
+                "ops": (),
+                "steps": 0,
+            },
+        ),
         "DiTLens.read_pattern": (
             lens.read_pattern,
             {**call, "block": 0, "heads": [0], "ops": (), "steps": -1, "branch": "cond"},
@@ -565,6 +585,10 @@ def _models(lens):
         "Reading[]": (run["m"].get, {"key": "blocks.0.img"}),
         "Reading.by_branch": (run.readings[0].by_branch, {"site": "blocks.0.img"}),
         "Gradients[]": (found.get, {"key": "blocks.0.img"}),
+        "WordMap[]": (lambda word: maps[word], {"word": "red"}),
+        "WordMap.mask": (maps.mask, {"word": "red", "block": 0, "row": 0}),
+        "WordMap.overlay": (maps.overlay, {"word": "red", "block": 0, "row": 0, "truth": None}),
+        "WordMap.figure": (maps.figure, {"row": 0}),
         "Attention[]": (lambda block: pattern[block], {"block": 0}),
         "Attention.between": (pattern.between, {"block": 0, "queries": "img", "keys": "txt"}),
     }

@@ -1,0 +1,410 @@
+"""Maps of words: how much every image token has to do with a word, by attention or by what attention puts out.
+
+Letters: s step, b row, n image token, h w token grid, w word, d channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from dit_lens.analysis.subjects import threshold
+from dit_lens.arguments.checks import checked
+from dit_lens.core.request.call import needs_weights
+from dit_lens.core.request.division import refuse_several_images
+from dit_lens.core.request.ops import Apply, Swap
+from dit_lens.core.session import list_ops
+from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, nearest
+from dit_lens.families.layout import select_stream
+from dit_lens.families.locations import ImageTokens
+from dit_lens.families.sites import Site
+from dit_lens.instruments.attention_patterns import Watch, list_numbers
+
+if TYPE_CHECKING:
+    import numpy as np
+    import plotly.graph_objects as go
+    from torch import Tensor, nn
+
+    from dit_lens.core.request.ops import Op, Steps
+    from dit_lens.core.request.text_tokens import StreamText
+    from dit_lens.core.runs.run import Run
+    from dit_lens.core.session import Session
+
+Method = Literal["attention", "concept"]
+CROSS = "cross"  # the order of tokens in attention whose keys are the text's tokens alone
+
+
+@dataclass(frozen=True)
+class WordMap:
+    """How much every image token has to do with words.
+
+    tensors: word -> [block, step, row, h, w], float32, in main memory; [..., f, h, w] of a video.
+    blocks, steps: which were kept.
+    method: "attention": values are shares of a token's attention; "concept": shares of the words compared.
+    run: the run.
+    """
+
+    tensors: dict[str, Tensor] = field(repr=False)
+    blocks: tuple[int, ...]
+    steps: tuple[int, ...]
+    method: str
+    run: Run = field(repr=False)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return tuple(self.tensors)
+
+    @checked
+    def __getitem__(self, word: str) -> Tensor:
+        """The mean over blocks: [step, row, h, w]."""
+        if word not in self.tensors:
+            raise OpError(f"there is no map of {word!r}.{nearest(word, self.tensors)}")
+        return self.tensors[word].mean(0)
+
+    @checked
+    def mask(self, word: str | None = None, *, block: int | None = None, row: int = 0) -> np.ndarray:
+        """Where a word is, bool [h, w]: the mean over steps (and blocks), cut in two by Otsu's threshold.
+
+        word: one of the words; may be left out where there is one.
+        block: one of the blocks; by default their mean.
+        row: of the run.
+        """
+        found = self._mean(word, block, row)
+        return found > threshold(found)
+
+    @checked
+    def overlay(
+        self, word: str | None = None, *, block: int | None = None, row: int = 0, truth: Any = None
+    ) -> go.Figure:
+        """The mask of a word over the image. truth: the true one, bool [H, W]. The others as in :meth:`mask`."""
+        from dit_lens.plots import cluster_overlay
+
+        word = self._one(word)
+        mask = self.mask(word, block=block, row=row)
+        return cluster_overlay(self.run.images[row], mask, truth=truth, title=f"{self._describe(word, block)}")
+
+    @checked
+    def figure(self, row: int = 0) -> go.Figure:
+        """One prompt's image, and the map of every word under it: the mean over blocks and steps."""
+        from dit_lens.plots import word_map_figure
+
+        maps = {word: self._mean(word, None, row) for word in self.words}
+        small = "share of an image token's attention" if self.method == "attention" else "share among the words"
+        facts = f"{small}; mean of {len(self.blocks)} blocks and {len(self.steps)} steps"
+        return word_map_figure(self.run.images[row], maps, title="Where the words are", subtitle=facts)
+
+    def _one(self, word: str | None) -> str:
+        if word is None and len(self.words) > 1:
+            raise OpError(f"there are maps of {', '.join(map(repr, self.words))}. Say which is meant.")
+        return self.words[0] if word is None else word
+
+    def _mean(self, word: str | None, block: int | None, row: int) -> np.ndarray:
+        """The mean over steps and blocks of one row's map, or of one block's: [h, w]."""
+        word = self._one(word)
+        if block is not None and block not in self.blocks:
+            raise SiteError(f"block {block} was not read; there are {', '.join(map(str, self.blocks))}.")
+        kept = self[word] if block is None else self.tensors[word][self.blocks.index(block)]
+        if not 0 <= row < kept.shape[1]:
+            raise OpError(f"row {row} does not exist: there are {kept.shape[1]}, from 0.")
+        if kept.ndim != 4:
+            raise OpError(f"the maps of a video are [step, row, f, h, w]; draw frames of found[{word!r}] one by one.")
+        return kept[:, row].mean(0).numpy()
+
+    def _describe(self, word: str, block: int | None) -> str:
+        return f"“{word}” by {self.method}" + ("" if block is None else f", block {block}")
+
+
+def word_map(
+    lens: Session,
+    prompt: Any,
+    words: str | Sequence[str],
+    *,
+    method: Method = "attention",
+    concepts: Sequence[str] = (),
+    blocks: int | Sequence[int] | None = None,
+    heads: int | Sequence[int] | None = None,
+    ops: Sequence[Op] | Op = (),
+    steps: Steps = None,
+    **call: Any,
+) -> WordMap:
+    """See :meth:`dit_lens.DiTLens.word_map`."""
+    needs_weights(lens.pipe, "maps of words need")
+    if method not in ("attention", "concept"):
+        raise OpError(f"method={method!r} is not known.{nearest(str(method), ('attention', 'concept'))}")
+    if "batch_size" in call:
+        raise PromptError(
+            "maps of words are read from one batch: leave batch_size= out, and pass fewer prompts at once."
+        )
+    asked = Asked(blocks, heads, ops, steps, call)
+    if method == "concept":
+        return _map_by_concept(lens, prompt, _list_words(words), _list_words(concepts), asked)
+    if concepts:
+        raise OpError("concepts= are compared by what attention puts out: pass method='concept' with it.")
+    return _map_by_attention(lens, prompt, _list_words(words), asked)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What both methods are asked for; see :meth:`dit_lens.DiTLens.word_map`."""
+
+    blocks: int | Sequence[int] | None
+    heads: int | Sequence[int] | None
+    ops: Sequence[Op] | Op
+    steps: Steps
+    call: dict[str, Any]
+
+
+def _list_words(words: Any) -> list[str]:
+    found = [words] if isinstance(words, str) else list(words)
+    if wrong := [one for one in found if not isinstance(one, str) or not one.strip()]:
+        raise OpError(f"{wrong[0]!r} is not a word.")
+    if len(set(found)) < len(found):
+        raise OpError(f"words are given twice: {', '.join(found)}.")
+    return found
+
+
+def _find_words(text: StreamText, rows: int, words: Sequence[str]) -> list[list[list[int]]]:
+    """[row][word] -> its tokens in the text; PromptError where a prompt lacks a word."""
+    found = [[text.find("cond", row, word) for word in words] for row in range(rows)]
+    for row, tokens in enumerate(found):
+        for word, some in zip(words, tokens, strict=True):
+            if not some:
+                prompts = text.prompts("cond", row)
+                raise PromptError(
+                    f"{word!r} is no word of {' / '.join(map(repr, prompts)) or 'an empty prompt'} (row {row}), so "
+                    "there is nothing to map. Words that are not in the prompt: method='concept', concepts=[...]."
+                )
+    return found
+
+
+# By attention
+
+
+def _map_by_attention(
+    lens: Session,
+    prompt: Any,
+    words: list[str],
+    asked: Asked,
+) -> WordMap:
+    """The share of each image token's attention that goes to the tokens of a word, by the model's own attention.
+
+    The pattern of n tokens is never formed: attention is called once more with values that are 1 at the tokens of a
+    word and 0 elsewhere, one channel a word, so that what it puts out is the share.
+    """
+    if not words:
+        raise OpError("there are no words to map. Give at least one of the prompt.")
+    modules, orders = _find_text_attention(lens, asked.blocks)
+    outline = lens.outline(prompt, **asked.call)
+    text, chosen = outline.text(), outline.select(asked.steps)
+    tokens = _find_words(text, outline.rows, words)
+    lengths = [text.length("cond", row) for row in range(outline.rows)]
+    wanted = None if asked.heads is None else tuple(list_numbers("head", asked.heads))
+
+    def compute(watch: Watch, given: dict[str, Any]) -> Tensor | None:
+        key, block = given["key"], watch.block
+        if block is None or (orders[block] == CROSS and key.shape[2] != max(lengths)):
+            return None  # of an image that is given as well
+        marks = _mark_tokens(watch, orders[block], key, tokens)
+        given = {**given, "value": marks}
+        share = scaled_dot_product_attention(**given)[..., : len(words)].float().mean(1)  # over heads
+        order = "own" if orders[block] == CROSS else orders[block]
+        location: Any = {"stream": "img", "layout": order}
+        return select_stream(share, location, _own_rows(watch), range(len(share)))[0]
+
+    watch = Watch(modules, wanted, chosen, outline, lens.anatomy.grid_rule, "cond", compute)
+    with watch.on(lens.pipe.transformer):
+        run = lens.run(prompt, asked.ops, **asked.call)
+    kept = torch.stack(list(watch.stack_kept().values())).cpu()  # [block, step, row, n, word]
+    maps = kept.unflatten(3, watch.image.grid)
+    return WordMap(
+        {word: maps[..., i].contiguous() for i, word in enumerate(words)},
+        tuple(modules),
+        tuple(chosen),
+        "attention",
+        run,
+    )
+
+
+def _find_text_attention(
+    lens: Session, blocks: int | Sequence[int] | None
+) -> tuple[dict[int, nn.Module], dict[int, str]]:
+    """Block -> the module in which image tokens attend to text, and the order of the streams in it, or CROSS.
+
+    blocks: those that are wanted, all of which must have it; None: all that have it.
+    """
+    anatomy = lens.anatomy
+    wanted = (
+        range(anatomy.depth) if blocks is None else [anatomy.check_block(one) for one in list_numbers("block", blocks)]
+    )
+    crossed = {site.block: site for site in anatomy.sites if site.point == "cross_out"}
+    modules: dict[int, nn.Module] = {}
+    orders: dict[int, str] = {}
+    for block in wanted:
+        if block in crossed:
+            path = anatomy.locate(crossed[block]).module.removeprefix("transformer.")
+            modules[block], orders[block] = lens.pipe.transformer.get_submodule(path), CROSS
+        elif all(anatomy.why_not(block, stream, "resid_pre") is None for stream in ("img", "txt")):
+            modules[block], orders[block] = anatomy.find_attention(block)
+        elif blocks is not None:
+            raise SiteError(f"blocks.{block} of {lens.family.name} attends to no text.")
+    if not modules:
+        raise SiteError(f"no block of {lens.family.name} is known to attend to text, so words have no maps.")
+    return modules, orders
+
+
+def _mark_tokens(watch: Watch, order: str, key: Tensor, tokens: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """Values for attention, 1 in channel w at the tokens of word w: [row, head, key, channel].
+
+    There are as many channels as keys have, or more, as fast kernels want it so.
+
+    watch: knows where image tokens are.
+    order: of the streams among the keys.
+    key: [row, head, key, channel].
+    tokens: [row][word] -> tokens of the text.
+    """
+    rows, heads, length, width = key.shape
+    image = _own_rows(watch)
+    numbers = torch.arange(length)[None, :, None].expand(rows, -1, 1)
+    if order != CROSS:
+        location: Any = {"stream": "txt", "layout": order}
+        numbers = select_stream(numbers, location, image, range(rows))[0]
+    marks = torch.zeros(rows, 1, length, max(width, len(tokens[0])))
+    for row, words in enumerate(tokens):
+        count = image.starts[row] if order == "ragged" else numbers.shape[1]
+        for word, some in enumerate(words):
+            if max(some) >= count:
+                raise ExecutionError(
+                    f"block {watch.block} attends to {count} text tokens of row {row}, where the word has token "
+                    f"{max(some)} of them."
+                )
+            marks[row, 0, numbers[row, list(some), 0], word] = 1
+    return marks.to(key).expand(-1, heads, -1, -1)
+
+
+def _own_rows(watch: Watch) -> ImageTokens:
+    """Where image tokens are in the watched rows alone."""
+    grid, count, first, total = watch.image.grid, watch.image.count, watch.image.first, watch.image.total
+    return ImageTokens(grid, count, first, total, watch.image.starts[watch.rows.start : watch.rows.stop])
+
+
+# By what attention puts out
+
+
+def _map_by_concept(
+    lens: Session,
+    prompt: Any,
+    words: list[str],
+    concepts: list[str],
+    asked: Asked,
+) -> WordMap:
+    """How alike what attention puts out for image tokens is to what it puts out for words.
+
+    A concept is a prompt of its own in a further row of the batch, whose image tokens are those of row 0 before every
+    block: its text reads that image, and nothing of row 0 reads it.
+    """
+    if len(words) + len(concepts) < 2:
+        raise OpError("words are compared with one another: give at least two, or concepts= to compare with.")
+    if both := set(words) & set(concepts):
+        raise OpError(f"{min(both)!r} is a word and a concept. Name it once.")
+    lens.outline(prompt, **asked.call)  # told first, what is wrong with the call alone
+    probes: list[Op] = []
+    if concepts:
+        refuse_several_images({**lens.defaults, **asked.call}, "concepts read one image")
+        if not isinstance(prompt, str):
+            raise PromptError("concepts read the image of one prompt: give one, as a string.")
+        rows = list(range(1, 1 + len(concepts)))
+        probes = [Swap("blocks.*.img.resid_pre", source="row:0", rows=rows, branch="cond")]
+        prompt = [prompt, *concepts]
+    found = _find_outputs(lens, asked.blocks)
+    outline = lens.outline(prompt, **asked.call)
+    text, chosen = outline.text(), outline.select(asked.steps)
+    images = 1 if concepts else outline.rows
+    tokens = _find_words(text, images, words)
+    read = [text.find("cond", 1 + i, "prompt") for i in range(len(concepts))]
+    compare = Comparison(tokens, read)
+    reads = [
+        Apply([img, txt], fn=compare, steps=chosen, branch="cond", channels=_find_channels(lens, img, asked.heads))
+        for img, txt in found.values()
+    ]
+    run = lens.run(prompt, [*probes, *list_ops(asked.ops), *reads], **asked.call)
+    maps = torch.stack([torch.stack([compare.kept[step, block] for step in chosen]) for block in found])
+    maps = maps.cpu().unflatten(3, run.grid)  # [block, step, row, h, w, word]
+    tensors = {word: maps[..., i].contiguous() for i, word in enumerate([*words, *concepts])}
+    return WordMap(tensors, tuple(found), tuple(chosen), "concept", run)
+
+
+def _find_outputs(lens: Session, blocks: int | Sequence[int] | None) -> dict[int, tuple[str, str]]:
+    """Block -> the sites of what attention puts out for image and for text tokens.
+
+    blocks: those that are wanted, all of which must have both; None: all that have.
+    """
+    anatomy = lens.anatomy
+    wanted = (
+        range(anatomy.depth) if blocks is None else [anatomy.check_block(one) for one in list_numbers("block", blocks)]
+    )
+    found = {}
+    for block in wanted:
+        why = anatomy.why_not(block, "img", "attn.z") or anatomy.why_not(block, "txt", "attn.z")
+        if why is None:
+            found[block] = (Site(block, "img", "attn.z").name, Site(block, "txt", "attn.z").name)
+        elif blocks is not None:
+            raise SiteError(f"words and image are not compared in blocks.{block}: {why}.")
+    if not found:
+        raise SiteError(
+            f"text and image of {lens.family.name} share no attention, so they are not compared by what it puts out. "
+            "Take method='attention'."
+        )
+    return found
+
+
+def _find_channels(lens: Session, site: str, heads: int | Sequence[int] | None) -> list[int] | None:
+    """The channels of some heads."""
+    if heads is None:
+        return None
+    every, wanted = lens.heads(site), list_numbers("head", heads)
+    if wrong := [head for head in wanted if not 0 <= head < len(every)]:
+        raise OpError(f"head {wrong[0]} does not exist: {site} has {len(every)}, 0 to {len(every) - 1}.")
+    return [channel for head in wanted for channel in every[head]]
+
+
+class Comparison:
+    """What :class:`~dit_lens.Apply` calls: keeps the share of each word in the likeness of image tokens to words.
+
+    tokens: [row][word] -> tokens of the text of rows with images.
+    read: the tokens of each concept, in the rows after those.
+    """
+
+    def __init__(self, tokens: Sequence[Sequence[Sequence[int]]], read: Sequence[Sequence[int]]):
+        self.tokens, self.read = tokens, read
+        self.waiting: dict[tuple[int, int, str], Tensor] = {}
+        self.kept: dict[tuple[int, int], Tensor] = {}  # (step, block) -> [row, n, word]
+
+    def __call__(self, tensor: Tensor, hook: Any) -> None:
+        images, expected = len(self.tokens), len(self.tokens) + len(self.read)
+        if len(tensor) != expected:
+            raise ExecutionError(
+                f"{hook.name} had {len(tensor)} rows instead of {expected}: the batch was split, as memory ran out. "
+                "Pass fewer prompts or concepts at once."
+            )
+        site = Site.parse(hook.name)
+        step, block = hook.step, site.block or 0
+        self.waiting[step, block, site.stream] = self._mean_words(tensor) if site.stream == "txt" else tensor[:images]
+        if (step, block, "img") in self.waiting and (step, block, "txt") in self.waiting:
+            image, word = (self.waiting.pop((step, block, stream)).float() for stream in ("img", "txt"))
+            # Helbling et al. 2025, arXiv 2502.04320, eq. 8: softmax over concepts of dot products of attention outputs
+            self.kept[step, block] = (image @ word.transpose(1, 2)).softmax(-1)
+
+    def _mean_words(self, text: Tensor) -> Tensor:
+        """[row, word, channel] of text [row, token, channel]: the mean over a word's tokens; concepts come last."""
+        images = len(self.tokens)
+        concepts = [text[images + i, list(tokens)].mean(0) for i, tokens in enumerate(self.read)]
+        return torch.stack(
+            [
+                torch.stack([*(text[row, list(tokens)].mean(0) for tokens in words), *concepts])
+                for row, words in enumerate(self.tokens)
+            ]
+        )
