@@ -209,6 +209,7 @@ def _match_one(
     if pattern in _MODEL_NAMES.values() and why_not is not None:
         site = Site.parse(pattern)
         raise SiteError(f"{pattern!r}: {why_not(None, site.stream, site.point)}.")
+    _tell_transformerlens(pattern)
     if pattern.endswith("attn.pattern"):
         raise SiteError(
             f"{pattern!r} is not a tensor that a block computes: attention patterns are made from q and k, by "
@@ -241,6 +242,25 @@ def _match_one(
             f"{pattern!r} selects no site of this model.{_closest(pattern, sites, [site.name for site in sites][:8])}"
         )
     return found
+
+
+def _tell_transformerlens(pattern: str) -> None:
+    """Raises SiteError with the name that is meant, where a pattern is a name of TransformerLens."""
+    parts = re.fullmatch(r"blocks\.(?P<block>-?\d+|\*)\.(?P<inside>attn\.|mlp\.)?hook_(?P<what>\w+)", pattern)
+    if parts is None:
+        return
+    point = f"{parts['inside'] or ''}{parts['what']}"
+    point = "attn.pattern" if point in ("attn.attn_scores", "attn.pattern") else point
+    if point == "attn.pattern":
+        meant = f"lens.read_pattern(prompt, {parts['block'].replace('*', '0')}, heads=...)"
+    elif point in POINTS:
+        meant = repr(f"blocks.{parts['block']}.img" + ("" if point == DEFAULT_POINT else f".{point}"))
+    else:
+        return
+    raise SiteError(
+        f"{pattern!r} is a name of TransformerLens; here it is {meant}, as blocks of a DiT hold a stream of image tokens, "
+        "img, and many of them one of text, txt."
+    )
 
 
 def _blocks(pattern: str, parts: re.Match[str], blocks: range) -> range | list[int]:

@@ -1,5 +1,7 @@
 """What can be meant works in every form: functions as sites, numbers of numpy and torch, what functions return."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -320,3 +322,23 @@ class TestBefore:
         outline = lens.outline("red", ops=[Read(SITE)], record=True, prefix=None, batch_size=1)
         assert outline.select(np.array([1])) == outline.select(torch.tensor(1)) == [1]
         assert lens.cost("red", None).bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("blocks.1.hook_resid_post", r"'blocks\.1\.img'"),
+        ("blocks.*.hook_resid_pre", r"'blocks\.\*\.img\.resid_pre'"),
+        ("blocks.0.hook_mlp_out", r"'blocks\.0\.img\.mlp_out'"),
+        ("blocks.0.attn.hook_z", r"'blocks\.0\.img\.attn\.z'"),
+        ("blocks.0.mlp.hook_pre", r"'blocks\.0\.img\.mlp\.pre'"),
+        ("blocks.2.attn.hook_pattern", r"lens\.read_pattern\(prompt, 2, heads="),
+        ("blocks.2.attn.hook_attn_scores", r"lens\.read_pattern\(prompt, 2, heads="),
+        ("blocks.2.hook_nothing", "no stream 'hook_nothing'"),
+    ],
+)
+def test_names_of_transformerlens_are_told(lens, asked, meant):
+    with pytest.raises(SiteError, match=meant) as told:
+        lens.sites(asked)
+    suggested = re.search(r"here it is '([^']+)'", str(told.value))
+    assert suggested is None or lens.sites(suggested[1])

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dit_lens.arguments.signatures import told
+from dit_lens.core.runs.labelled import to_xarray
 from dit_lens.core.runs.record import READING, check_record
 from dit_lens.errors import OpError, SiteError, nearest, show
 from dit_lens.families.sites import Site
+
+if TYPE_CHECKING:
+    import xarray
 
 
 class SiteTensor(Tensor):
@@ -185,6 +189,24 @@ class Reading(Mapping[str, Tensor]):
         if len(self.tensors) != 1:
             raise SiteError(f"this read has {len(self.tensors)} sites; name one: {', '.join(list(self.tensors)[:8])}.")
         return self[next(iter(self.tensors))]
+
+    @told
+    def to_xarray(self) -> xarray.Dataset:
+        """The read as arrays with named axes: step, branch, row, h, w (or token), channel; it needs xarray.
+
+        >>> from dit_lens import DiTLens, Read
+        >>> prompt = "a big red circle left on a plain blue background"
+        >>> run = DiTLens.toy().run(prompt, [Read("blocks[2:4].img", name="h")], seed=0, num_inference_steps=2)
+        >>> found = run["h"].to_xarray()
+        >>> found["blocks.3.img"].dims
+        ('step', 'row', 'h', 'w', 'channel')
+        >>> found["blocks.3.img"].sel(step=1, channel=5).mean().item() == run["h"]["blocks.3.img"][1, ..., 5].mean()
+        tensor(True)
+
+        Coordinates are the numbers of steps, rows, tokens and channels, and the noise level of each step (``sigma``).
+        Half precision becomes float32. What is no data (``mask``) is NaN.
+        """
+        return to_xarray(self)
 
     @told
     def by_branch(self, site: str) -> dict[str | None, Tensor]:
