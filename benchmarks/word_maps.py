@@ -46,7 +46,7 @@ if __name__ == "__main__":
                 found = measure(toy, method, given.scenes)
             except dl.errors.SiteError:
                 continue
-            means = {block: values.mean() for block, values in found.items()}
+            means = {block: float(values.mean()) for block, values in found.items()}
             best = max((block for block in means if block != "mean"), key=means.__getitem__)
             print(
                 f"{toy} {method} n={len(found['mean'])}:",

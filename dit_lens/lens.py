@@ -340,8 +340,8 @@ class DiTLens(Session):
         >>> prompt = "a big red circle left on a plain blue background"
         >>> image = lens.run(prompt, seed=0).images[0]
         >>> run = lens.forward(image, prompt, Read("blocks.5.img"), sigma=0.26)
-        >>> run["blocks.5.img"].shape, run.sigmas  # [step, row, token, channel]
-        (torch.Size([1, 1, 256, 128]), (0.26,))
+        >>> run["blocks.5.img"].shape, round(run.sigmas[0], 4)  # [step, row, token, channel]
+        (torch.Size([1, 1, 256, 128]), 0.26)
 
         Latents of the images get noise, x = (1 - sigma) x0 + sigma noise, and pass once, at this very noise level:
         the scheduler's spacing and shift do not act. ``run.images`` are what the model takes the clean images for.

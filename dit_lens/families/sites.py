@@ -258,8 +258,8 @@ def _tell_transformerlens(pattern: str) -> None:
     else:
         return
     raise SiteError(
-        f"{pattern!r} is a name of TransformerLens; here it is {meant}, as blocks of a DiT hold a stream of image tokens, "
-        "img, and many of them one of text, txt."
+        f"{pattern!r} is a name of TransformerLens; here it is {meant}, as a DiT's blocks hold a stream of image "
+        "tokens, img, and many of them one of text, txt."
     )
 
 
