@@ -1,5 +1,6 @@
 """Set before torch and the hub's client are imported: one thread a process, no look at the hub."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,13 +17,24 @@ settings.register_profile("thorough", max_examples=2500, deadline=None)  # --hyp
 def pytest_collection_modifyitems(items):
     """The slow ones first, so that processes end together; of these the site last, since it shows what lessons drew.
 
-    Tests of one pipeline of the zoo are of one process, which alone makes it.
+    Tests of one pipeline of the zoo are of one process, which alone makes it; so are those of one file that are not
+    slow, for what they share.
     """
     for item in items:
         module, chosen = getattr(item, "module", None), getattr(item, "callspec", None)
+        if item.get_closest_marker("xdist_group") is not None:
+            continue
         if chosen and "name" in chosen.params and (hasattr(module, "zoo_of") or hasattr(module, "truth")):
             item.add_marker(pytest.mark.xdist_group(f"zoo-{chosen.params['name']}"))
+        elif item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
     items.sort(key=lambda item: (item.get_closest_marker("slow") is None, "site" in item.fixturenames))
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: looking through it for garbage again and again takes a tenth of some tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

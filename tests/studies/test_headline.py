@@ -18,7 +18,7 @@ from dit_lens.toys.scenes import recognise_scene, sample_scenes
 from tests import oracle
 
 PROMPTS = [scene.caption for scene in sample_scenes(2, seed=100, held_out=True, distinct=True)]
-K, STEPS, SEEDS = 8, 4, [0, 0]
+K, STEPS, SEEDS = 8, 2, [0, 0]
 CALL = {"num_inference_steps": STEPS}
 
 

@@ -33,10 +33,20 @@ def cells(result):
     return result.table[result.table["row"] != "untouched"]
 
 
-def by_hand(lens, patch, seed=0):
+@functools.cache
+def draw_pair(lens):
+    return lens.run(PAIR, seed=0, output_type="latent").latents
+
+
+@functools.cache
+def swap_by_hand(lens, site, step):
+    return by_hand(lens, Swap(site, source="row:0", rows=1, steps=step, branch="cond"))
+
+
+def by_hand(lens, patch):
     """The effect of one swap, in a batch of source and target."""
-    how = {"seed": seed, "output_type": "latent"}
-    source, target = lens.run(PAIR, **how).latents
+    how = {"seed": 0, "output_type": "latent"}
+    source, target = draw_pair(lens)
     latents = lens.run(PAIR, patch, **how).latents
     return 1 - float((latents[1] - source).norm() / (target - source).norm())
 
@@ -48,8 +58,7 @@ def test_rows_of_a_batch_are_patches_one_by_one(tiny, batch_size):
     assert len(found) == pipelines.DEPTH * pipelines.STEPS
     assert found.nunique() == len(found)
     for (site, step), effect in found.items():
-        swap = Swap(site, source="row:0", rows=1, steps=step, branch="cond")
-        assert effect == pytest.approx(by_hand(tiny, swap), abs=TOLERANCE)
+        assert effect == pytest.approx(swap_by_hand(tiny, site, step), abs=TOLERANCE)
 
 
 def test_a_patch_is_of_its_tokens_and_channels(tiny):
@@ -139,6 +148,7 @@ def test_the_extreme_images_are_those_of_the_table(groups):
 
 def test_it_goes_on_from_its_folder_and_is_loaded_without_the_model(tiny, tmp_path, monkeypatch):
     how = {"over": "block x channel group", "k": 4, "draws": 1, "batch_size": 6, "seeds": [0, 1]}
+    how |= {"num_inference_steps": 1}
     whole = studies.patching(tiny, [PAIR], **how)
     count = []
 

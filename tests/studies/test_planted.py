@@ -46,54 +46,26 @@ def test_disruption(model):
     rows = result.summary.set_index("arm")
     assert rows.loc["no-op", "rmse"] == 0
     assert not result.table.loc[result.table["arm"] == "energy-matched", "matched"].astype(bool).any()
+    assert rows.loc["attenuated", "rmse"] < rows.loc["top", "rmse"]
+
+    def differ(measure, arms):
+        """By how much top exceeds the arms, in each of the prompts: so few say little of others."""
+        pairs = result.table.groupby(["prompt", "arm"])[measure].mean().unstack("arm")
+        return np.array([pairs["top"] - pairs[arm] for arm in arms])
+
     if name == "carrier":
         assert rows.loc["top", "rmse_low"] > 5 * rows.loc[["bottom", "random", "energy-matched"], "rmse_high"].max()
         assert rows.loc["top", "fidelity"] < 0.6
         assert rows.loc["random", "fidelity"] == 1
+        assert differ("rmse", ["bottom", "random", "energy-matched"]).min() > 10
+        assert differ("fidelity", ["bottom", "random", "energy-matched"]).max() < 0
+        assert rows.loc["norm-kept", "rmse"] > 10
     else:
         assert rows.loc["top", "rmse"] < 0.5 * rows.loc[["random", "energy-matched"], "rmse"].min()
         assert rows.loc["energy-matched", "rmse_top_minus_high"] < 0  # four prompts that differ much say no more
+        assert differ("rmse", ["random", "energy-matched"]).max() < 0
+        assert rows.loc["norm-kept", "rmse"] < rows.loc["random", "rmse"] / 10
         assert rows.loc["top", "fidelity"] == 1
-
-
-def test_organisation(model):
-    name, lens = model
-    result = studies.organisation(lens, PROMPTS, k=K, draws=2, masks=planted.masks(), polarity="border")
-    last = result.summary[result.summary["block"] == 3].set_index("arm")
-    if name == "carrier":
-        assert last.loc["top", "iou"] > 0.6
-        assert last.loc["top", "iou"] > last.loc[["bottom", "random"], "iou"].max() + 0.3
-        assert last.loc["top", "iou"] > last.loc["top", "chance"] + 0.3
-    else:
-        assert last.loc["top", "iou"] < last.loc["top", "chance"] + 0.1
-        assert last.loc["random", "iou"] > last.loc["top", "iou"] + 0.3
-
-
-def test_transfer(model):
-    name, lens = model
-    result = studies.transfer(
-        lens,
-        [(PROMPTS[0], PROMPTS[1]), (PROMPTS[2], PROMPTS[3])],
-        k=K,
-        draws=1,
-        judge=scene_judge,
-        **({"strengths": [0.5, 1.0]} if name == "carrier" else {"strengths": [1.0], "mask_from": None}),
-    )
-    rows = result.summary.set_index(["arm", "masked", "strength"]).sort_index()
-    top, every, random = (rows.loc[(arm, False, 1.0)] for arm in ("top", "all", "random"))
-    assert every["to_source"] < 1
-    if name == "carrier":
-        assert top["to_source"] < 0.1 * top["to_target"]
-        assert random["to_target"] < 0.1 * random["to_source"]
-        assert top["fidelity_source"] == 1
-        half = rows.loc[("top", False, 0.5)]
-        assert top["to_source"] < half["to_source"] < half["to_source"] + half["to_target"] < 1.2 * top["to_target"]
-        inside = rows.loc[("top", True, 1.0)]
-        assert inside["inside"] > 2 * inside["outside"]
-    else:
-        assert top["to_target"] < 0.1 * top["to_source"]
-        assert top["fidelity_target"] == 1
-        assert random["to_target"] > 5 * top["to_target"]
 
 
 def test_results_are_saved_and_loaded(carrier, tmp_path):
