@@ -37,6 +37,7 @@ _WHERE = {
     "explore": "explorer",
     "steer": "explorer",
     "explorer_reads": "explorer",
+    "Steering": "instruments.steering_vectors",
     "encode_prompts": "instruments.text_embeddings",
     "recommend": "instruments.recommend",
     "Read": "core.request.ops",
@@ -93,6 +94,7 @@ __all__ = [
     "Run",
     "Scale",
     "Stack",
+    "Steering",
     "Swap",
     "Time",
     "TokenMean",
@@ -134,6 +136,7 @@ if TYPE_CHECKING:
     from dit_lens.families import Family, Grid, Guidance, PointSpec, Readout, Stack, Time, register_family
     from dit_lens.instruments import inversion
     from dit_lens.instruments.recommend import recommend
+    from dit_lens.instruments.steering_vectors import Steering
     from dit_lens.instruments.text_embeddings import encode_prompts
     from dit_lens.lens import DiTLens
     from dit_lens.studies.shared import prompts, protocols

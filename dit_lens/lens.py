@@ -23,7 +23,7 @@ from dit_lens.instruments.forward import encode_image, forward
 from dit_lens.instruments.gradients import Gradients, Through, gradients
 from dit_lens.instruments.summary import summarise_lens
 from dit_lens.instruments.text_embeddings import Released, encode_prompts, release
-from dit_lens.instruments.word_maps import Method, WordMap, word_map
+from dit_lens.instruments.word_maps import WordMap, word_map
 from dit_lens.instruments.x0_lens import X0, read_x0
 
 if TYPE_CHECKING:
@@ -382,7 +382,7 @@ class DiTLens(Session):
         prompt: str | Sequence[str],
         words: str | Sequence[str],
         *,
-        method: Method = "attention",
+        method: str = "attention",
         concepts: Sequence[str] = (),
         blocks: int | Sequence[int] | None = None,
         heads: int | Sequence[int] | None = None,

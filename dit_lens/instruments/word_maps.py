@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from dit_lens.core.runs.run import Run
     from dit_lens.core.session import Session
 
-Method = Literal["attention", "concept"]
 CROSS = "cross"  # the order of tokens in attention whose keys are the text's tokens alone
 
 
@@ -123,7 +122,7 @@ def word_map(
     prompt: Any,
     words: str | Sequence[str],
     *,
-    method: Method = "attention",
+    method: str = "attention",
     concepts: Sequence[str] = (),
     blocks: int | Sequence[int] | None = None,
     heads: int | Sequence[int] | None = None,

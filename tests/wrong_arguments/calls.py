@@ -338,12 +338,15 @@ def saved_result():
 
 
 def _stored(folder):
+    steering = dl.Steering({"blocks.0.img": torch.ones(4)})
     prompts = folder / "prompts.csv"
     prompts.write_text("prompt\na cat\n")
     saved = saved_result().save(folder / "result")
     protocol = dl.protocols.get("turri2026")
     return {
         "Receipt.from_json": (None, {"data": []}),
+        "Steering.save": (steering.save, {"file": folder / "x.safetensors"}),
+        "Steering.load": (dl.Steering.load, {"file": folder / "none.safetensors"}),
         "studies.Result.save": (saved_result().save, {"folder": folder / "new-result", "overwrite": True}),
         "studies.Result.load": (None, {"folder": saved}),
         "prompts.load": (None, {"path": prompts}),
@@ -388,6 +391,7 @@ def _models(lens):
     panel = dl.steer(lens, "red", "blue", k=2, num_inference_steps=2)
     found = lens.gradients("red", "blocks.0.img", metric=torch.mean, through="step", num_inference_steps=2, seed=0)
     pattern = lens.read_pattern("red", 0, heads=[0], seed=0, num_inference_steps=2)
+    steering = dl.Steering({"blocks.0.img": torch.ones(lens.anatomy.width)})
     maps = lens.word_map("red", "red", seed=0, num_inference_steps=2)
     row = lens.family
     rows = {
@@ -435,6 +439,21 @@ def _models(lens):
             {**call, "channels": None, "k": 2, "polarity": "distance", "block": None, "steps": -1},
         ),
         "DiTLens.read_x0": (lens.read_x0, {**call, "site": "blocks.0.img", "steps": [0]}),
+        "Steering": (None, {"vectors": steering.vectors, "method": "", "pairs": (), "n": 0, "family": ""}),
+        "Steering.from_pairs": (
+            dl.Steering.from_pairs,
+            {
+                "lens": lens,
+                "pairs": [("red", "blue")],
+                "sites": "blocks.0.img",
+                "method": "mean",
+                "per_step": True,
+                "seeds": 0,
+                "num_inference_steps": 2,
+            },
+        ),
+        "Steering.op": (steering.op, {"strength": 1.0, "sites": "blocks.0.img"}),
+        "Steering.randomised": (steering.randomised, {"seed": 0}),
         "DiTLens.forward": (
             lens.forward,
             {"images": image(0), "prompt": "red", "ops": (), "sigma": 0.3, "seed": 0, "height": 16, "width": 16},

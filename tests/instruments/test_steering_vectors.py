@@ -1,0 +1,160 @@
+"""Directions that steer: what plain hooks measure and add, and files that nobody has to trust."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import dit_lens as dl
+from dit_lens import DiTLens, Read, Steering
+from dit_lens.errors import OpError, PromptError, StoreError
+from tests import pipelines
+
+PAIRS = [("red", "blue"), ("red cat", "blue cat"), ("a red", "a blue")]
+SITES = ["blocks.1.img", "blocks.2.txt"]
+CALL = pipelines.CALL
+
+
+@pytest.fixture(scope="module")
+def lens():
+    return DiTLens(pipelines.flux())
+
+
+@pytest.fixture(scope="module")
+def found(lens):
+    return Steering.from_pairs(lens, PAIRS, SITES, seeds=[3, 4], **CALL)
+
+
+def token_means(lens, prompt, seed):
+    """[step, channel] of both sites of the plain pipeline, by hooks."""
+    kept = {site: [] for site in SITES}
+    transformer = lens.pipe.transformer
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    hooks = [
+        blocks[1].register_forward_hook(lambda _, __, out: kept["blocks.1.img"].append(out[1][0].mean(0))),
+        blocks[2].register_forward_hook(lambda _, __, out: kept["blocks.2.txt"].append(out[0][0].mean(0))),
+    ]
+    try:
+        lens.pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed), **CALL)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {site: torch.stack(values) for site, values in kept.items()}
+
+
+def test_a_mean_difference_is_what_hooks_measure(lens, found):
+    for site in SITES:
+        wanted = torch.stack(
+            [
+                token_means(lens, to, seed)[site] - token_means(lens, start, seed)[site]
+                for start, to in PAIRS
+                for seed in (3, 4)
+            ]
+        ).mean(0)
+        torch.testing.assert_close(found.vectors[site], wanted, rtol=1e-4, atol=1e-5)
+    assert (found.n, found.method, found.pairs) == (6, "mean", tuple(PAIRS))
+
+
+def test_one_direction_for_all_steps_is_the_mean_of_theirs(lens, found):
+    one = Steering.from_pairs(lens, PAIRS, SITES, seeds=[3, 4], per_step=False, **CALL)
+    for site in SITES:
+        torch.testing.assert_close(one.vectors[site], found.vectors[site].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_its_op_adds_them_step_by_step(lens, found):
+    run = lens.run("green", [found.op(2.0, sites=SITES[0]), Read(SITES[0])], seed=5, **CALL)
+    step = iter(range(9))
+    vector = found.vectors[SITES[0]]
+
+    def add(_, __, out):
+        return (out[0], out[1] + 2.0 * vector[next(step)], *out[2:])
+
+    block = [*lens.pipe.transformer.transformer_blocks, *lens.pipe.transformer.single_transformer_blocks][1]
+    hook = block.register_forward_hook(add)
+    try:
+        drawn = lens.pipe(prompt="green", generator=torch.Generator().manual_seed(5), **CALL).images[0]
+    finally:
+        hook.remove()
+    assert run.images[0].tobytes() == drawn.tobytes()
+    assert found.op(1, steps=0, tokens=[2], rows=0, branch="cond").tokens == [2]
+
+
+def test_a_probe_points_at_what_tells_the_sides_apart():
+    from dit_lens.instruments.steering_vectors import _probe as probe
+
+    generator = torch.Generator().manual_seed(0)
+    both = torch.randn(2, 400, 6, generator=generator)
+    both[1, :, 2] += 5.0
+    both[..., 4] *= 20  # large, but the same on both sides: it moves the mean difference, not the probe
+    direction = probe(both)
+    assert torch.nn.functional.cosine_similarity(direction, torch.eye(6)[2], dim=0) > 0.95
+    assert direction.norm() == pytest.approx(5.0, rel=0.1)
+
+
+def test_arithmetic_and_the_control(found):
+    double = 2 * found + found
+    control = found.randomised(1)
+    for site in SITES:
+        torch.testing.assert_close(double.vectors[site], 3 * found.vectors[site])
+        torch.testing.assert_close(control.vectors[site].norm(dim=-1), found.vectors[site].norm(dim=-1))
+        assert not torch.equal(control.vectors[site], found.randomised(2).vectors[site])
+    other = Steering({"blocks.0.img": torch.ones(4)})
+    assert list((found + other).vectors) == [*SITES, "blocks.0.img"]
+    with pytest.raises(OpError, match="per_step=False"):
+        found + Steering({SITES[0]: torch.ones(found.vectors[SITES[0]].shape[1])})
+
+
+def test_a_file_comes_back_as_it_was(found, tmp_path):
+    path = found.save(tmp_path / "blue.safetensors")
+    back = Steering.load(path)
+    assert (back.method, back.pairs, back.n, back.family) == (found.method, found.pairs, found.n, found.family)
+    assert all(torch.equal(back.vectors[site], found.vectors[site]) for site in SITES)
+    assert [one.name for one in tmp_path.iterdir()] == ["blue.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["text", "other", "nan", "fields", "version", "cut", "folder", "missing"])
+def test_files_of_other_things_are_refused(found, tmp_path, kind):
+    path = tmp_path / "x.safetensors"
+    about = {"format": 1, "method": "mean", "pairs": [], "n": 0, "family": ""}
+    if kind == "text":
+        path.write_text("no tensors")
+    elif kind == "other":
+        save_file({"a": torch.ones(3)}, path)
+    elif kind == "nan":
+        save_file({"a": torch.full((3,), np.nan)}, path, metadata={"steering": json.dumps(about)})
+    elif kind == "fields":
+        save_file({"a": torch.ones(3)}, path, metadata={"steering": json.dumps({"format": 1})})
+    elif kind == "version":
+        save_file({"a": torch.ones(3)}, path, metadata={"steering": json.dumps({**about, "format": 9})})
+    elif kind == "cut":
+        path.write_bytes(found.save(tmp_path / "y.safetensors").read_bytes()[:-7])
+    elif kind == "folder":
+        path.mkdir()
+    with pytest.raises((StoreError, OpError)):
+        Steering.load(path)
+
+
+def test_refusals(lens, found):
+    for pairs in ([], [("red", "red")]):
+        with pytest.raises(PromptError, match="pair"):
+            Steering.from_pairs(lens, pairs, **CALL)
+    for pairs in (["red"], [("red",)], [("red", 3)], "red"):
+        with pytest.raises(OpError, match="cannot be used"):
+            Steering.from_pairs(lens, pairs, **CALL)
+    with pytest.raises(PromptError, match="at least two pairs"):
+        Steering.from_pairs(lens, PAIRS[:1], method="probe", **CALL)
+    with pytest.raises(OpError, match=r"method='man'.*'mean'"):
+        Steering.from_pairs(lens, PAIRS, method="man", **CALL)
+    with pytest.raises(OpError, match=r"no direction at 'blocks\.3\.img'"):
+        found.op(sites="blocks.3.img")
+    with pytest.raises(OpError, match=r"takes no token=.*'tokens'"):
+        found.op(token=3)
+    with pytest.raises(OpError, match="cannot be used"):
+        found.op(float("nan"))
+    for vectors in ({}, {"a": torch.ones(2, 2, 2)}, {"a": torch.tensor([np.inf])}):
+        with pytest.raises(OpError, match=r"vectors=|finite tensor"):
+            Steering(vectors)
+    with pytest.raises(dl.errors.DitLensError, match="step"):
+        lens.run("green", found.op(), seed=0, **{**CALL, "num_inference_steps": 5})
