@@ -24,8 +24,9 @@ def pytest_collection_modifyitems(items):
         module, chosen = getattr(item, "module", None), getattr(item, "callspec", None)
         if item.get_closest_marker("xdist_group") is not None:
             continue
-        if chosen and "name" in chosen.params and (hasattr(module, "zoo_of") or hasattr(module, "truth")):
-            item.add_marker(pytest.mark.xdist_group(f"zoo-{chosen.params['name']}"))
+        pipeline = chosen and chosen.params.get("zoo", chosen.params.get("name"))
+        if pipeline and (hasattr(module, "zoo_of") or hasattr(module, "truth")):
+            item.add_marker(pytest.mark.xdist_group(f"zoo-{pipeline}"))
         elif item.get_closest_marker("slow") is None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
     items.sort(key=lambda item: (item.get_closest_marker("slow") is None, "site" in item.fixturenames))

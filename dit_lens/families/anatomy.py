@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import replace
@@ -13,7 +12,14 @@ from dit_lens.arguments.checks import checked
 from dit_lens.errors import FamilyError, SiteError, nearest
 from dit_lens.families.calls import call_parameters
 from dit_lens.families.locations import GridRule, ReadoutRule, TensorLocation, TextRule, TimeRule
-from dit_lens.families.module_tree import ModuleTree, class_names, count_heads, measure_width, read_entry
+from dit_lens.families.module_tree import (
+    ModuleTree,
+    class_names,
+    count_heads,
+    measure_width,
+    parameters_of,
+    read_entry,
+)
 from dit_lens.families.row import Family, Time
 from dit_lens.families.schedulers import Noise
 from dit_lens.families.sites import MODEL_POINTS, POINTS, STREAMS, Site
@@ -136,7 +142,7 @@ class Anatomy:
         module = self._find_inner(block, spec.module)
         if module is None:
             return f"block {block} has no module {spec.module}"
-        if isinstance(spec.slot, str) and spec.slot not in inspect.signature(type(module).forward).parameters:
+        if isinstance(spec.slot, str) and spec.slot not in parameters_of(type(module).forward):
             return f"block {block} takes no argument {spec.slot}"
         if spec.adapter is not None and spec.adapter not in class_names(getattr(module, "processor", None)):
             return f"no IP-Adapter is loaded there (its {spec.module} is not computed by a {spec.adapter})"
@@ -147,7 +153,7 @@ class Anatomy:
     def _why_no_control(self, block: int, spec: PointSpec) -> str | None:
         """Why nothing is added after a block."""
         stack, index = self._blocks[block]
-        if not self.controlled or spec.slot not in inspect.signature(type(self.transformer).forward).parameters:
+        if not self.controlled or spec.slot not in parameters_of(type(self.transformer).forward):
             return "no ControlNet is in this pipeline"
         last = index == len(self.stacks[stack.name]) - 1
         return f"nothing is added after the last block of {self.family.name}" if last and stack.ends_without else None

@@ -125,7 +125,7 @@ def _check_sizes(clone: HookedClone) -> Check:
     for site in clone.points:
         if site.name not in clone.seen:
             continue
-        tensor, span, says = clone.seen[site.name], anatomy.locate(site).span, anatomy.channels(site)
+        tensor, span, says = clone.seen[site.name], clone.locations[site].span, anatomy.channels(site)
         has = (tensor if span is None else tensor[..., slice(*span)]).shape[-1]
         if has != says:
             raise FamilyError(
@@ -192,7 +192,7 @@ def _check_modulation(clone: HookedClone) -> Check | None:
     if final.mod is None or anatomy.family.readout is None:
         return None
     shared = [site for site in clone.points if site.point in ("final", "mod.final")]
-    hooks = [clone.entering(anatomy.locate(site), _share_first_row) for site in shared]
+    hooks = [clone.entering(clone.locations[site], _share_first_row) for site in shared]
     seen = clone.watch(clone.call, *hooks)["velocity"]
     rest = "nothing else" if isinstance(final.mod, str) else "what modulates it"
     if not _close(seen[:1].expand_as(seen), seen):
@@ -229,7 +229,7 @@ def _check_write(clone: HookedClone) -> Check:
     """Changing a block's image tokens changes what the transformer predicts."""
     blocks = [site for site in clone.points if site.stream == "img" and site.point == "resid_post"]
     for site in (blocks[0], blocks[-1]):
-        location = clone.anatomy.locate(site)
+        location = clone.locations[site]
         hook = clone.changing(location, _add_one(location, clone))
         if _same(clone.watch(clone.call, hook)["velocity"], clone.seen["velocity"]):
             raise FamilyError(f"{clone.name}: writing {site} does not reach the model's output.")

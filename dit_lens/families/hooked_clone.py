@@ -44,6 +44,11 @@ class HookedClone:
         self.points = [site for site in anatomy.sites if site.point != "x0"]
 
     @cached_property
+    def locations(self) -> dict[Site, TensorLocation]:
+        """Where the tensor of every site is."""
+        return {site: self.anatomy.locate(site) for site in self.points}
+
+    @cached_property
     def seen(self) -> dict[str, Tensor]:
         """The tokens of every site."""
         return self.watch(self.call)
@@ -79,8 +84,7 @@ class HookedClone:
         found: dict[str, Tensor] = {}
         gates: dict[TensorLocation, Tensor] = {}
         handles = list(hooks)
-        for site in self.points:
-            location = self.anatomy.locate(site)
+        for site, location in self.locations.items():
             if location.gate is not None:
                 handles.append(self._keep_gate(location.gate, gates))
             handles.append(self._keep(site, location, gates, found))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.errors import FamilyError, nearest, show
@@ -24,6 +25,16 @@ def look_up(module: nn.Module, name: str) -> Any:
     own = vars(module)
     there = name in own or any(name in own[kept] for kept in ("_modules", "_buffers", "_parameters"))
     return getattr(module, name, None) if there or hasattr(type(module), name) else None
+
+
+@lru_cache(1024)  # every site asks, and Python takes long to tell
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a function, whose wrappers are looked through.
+
+    >>> list(parameters_of(look_up))
+    ['module', 'name']
+    """
+    return inspect.signature(function).parameters
 
 
 class ModuleTree:
@@ -55,7 +66,7 @@ class ModuleTree:
         path: of the module.
         asked: the name or the position. A name that only ``**kwargs`` takes has no position.
         """
-        parameters = list(inspect.signature(type(self.get(path)).forward).parameters.values())[1:]
+        parameters = list(parameters_of(type(self.get(path)).forward).values())[1:]
         names = [parameter.name for parameter in parameters]
         if isinstance(asked, int) and asked < len(names):
             return names[asked], asked

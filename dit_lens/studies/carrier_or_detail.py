@@ -101,7 +101,7 @@ def carrier_or_detail(
     ...     "a big red circle left on a plain blue background",
     ...     "a big white square right on a plain green background",
     ... ]
-    >>> result = carrier_or_detail(DiTLens.toy(), prompts, k=4, draws=1, num_inference_steps=2)
+    >>> result = carrier_or_detail(DiTLens.toy(), prompts, k=4, draws=1, num_inference_steps=1)
     >>> result.summary[["measure", "part", "says"]].head(1).to_numpy().tolist()  # two prompts decide nothing
     [['verdict', 'overall', 'undecided']]
 

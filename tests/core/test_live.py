@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from functools import cache
 
 import diffusers
 import pytest
@@ -302,6 +303,12 @@ def agrees(entry, steps, *, rows=ROWS, seeds=None, **call):
     """Asserts that every branch of every step reads as under plain hooks; returns the run."""
     zoo = truth.Zoo(replace(entry, call=lambda prompts: {**entry.call(prompts), **call}))
     zoo.rows = rows
+    return agrees_in(zoo, steps, seeds)
+
+
+def agrees_in(zoo, steps, seeds=None):
+    """The same of a pipeline that is there."""
+    entry = zoo.entry
     sites = [zoo.sites_of_image[0], zoo.sites_of_image[-1]]
     both = [Read(sites, branch=branch, name=branch) for branch in zoo.branches]
     arguments = dict(zoo.call)
@@ -342,9 +349,9 @@ IMAGES = {
 }
 
 
-@pytest.mark.parametrize("kind", IMAGES)
-@pytest.mark.parametrize(("strength", "steps"), [(0.5, 2), (0.6, 3), (1.0, 4)])
-def test_images_to_start_from(kind, strength, steps):
+@cache
+def zoo_from_images(kind):
+    """A pipeline that starts from images, made once; no strength is chosen yet."""
     entry = ENTRIES[IMAGES[kind]]
 
     def build():
@@ -363,16 +370,22 @@ def test_images_to_start_from(kind, strength, steps):
         return pipe
 
     image = Image.linear_gradient("L").convert("RGB").resize((96, 64))
-    call = {"image": [image, image.rotate(180)], "strength": strength, "num_inference_steps": 4}
+    call = {"image": [image, image.rotate(180)], "num_inference_steps": 4}
     if "Inpaint" in kind:
         call["mask_image"] = Image.new("L", (96, 64), 255)
     if kind == "ChromaInpaintPipeline":
         call["true_cfg_scale"] = 3.0
-    run = agrees(replace(entry, build=build), steps, **call)
+    return truth.Zoo(replace(entry, build=build, call=lambda prompts: {**entry.call(prompts), **call}))
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+@pytest.mark.parametrize(("strength", "steps"), [(0.5, 2), (0.6, 3), (1.0, 4)])
+def test_images_to_start_from(kind, strength, steps):
+    zoo = zoo_from_images(kind)
+    zoo.call["strength"] = strength
+    run = agrees_in(zoo, steps)
     assert len(run.timesteps) == steps
-    lens = dl.DiTLens(build(), defaults={})
-    both = {**entry.call(ROWS), **call}
-    whole, split = (lens.run(ops=[Read("velocity")], seed=0, batch_size=size, **both) for size in (2, 1))
+    whole, split = (zoo.lens.run(ops=[Read("velocity")], seed=0, batch_size=size, **zoo.call) for size in (2, 1))
     assert torch.allclose(whole["velocity"], split["velocity"], atol=1e-4)
 
 
@@ -426,7 +439,7 @@ def test_images_whose_size_overrules_what_is_asked(kind):
 def test_several_images_of_a_prompt(name):
     """Rows of a call: both images of the first prompt, then both of the second."""
     seeds = [truth.SEED] * 4
-    run = agrees(ENTRIES[name], 3, rows=4, seeds=seeds, num_images_per_prompt=2)
+    run = agrees(ENTRIES[name], 2, rows=4, seeds=seeds, num_images_per_prompt=2)
     assert len(run["velocity"][0]) == 4
 
 
@@ -444,8 +457,7 @@ def test_seeds_of_several_images():
 @pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.rows > 1])
 def test_embeddings_are_split_into_batches(name):
     """One prompt after the other, as if each were alone."""
-    entry = ENTRIES[name]
-    lens = dl.DiTLens(entry.build(), defaults={})
+    entry, lens = ENTRIES[name], truth.zoo_of(name).lens
     site = lens.sites("blocks.*.img")[-1]
 
     def run(rows, **options):
@@ -474,7 +486,7 @@ def test_sizes_that_are_not_square(name, turned):
     call = entry.call(ROWS)
     sizes = {"height": call["width"], "width": call["height"]} if turned else {}
     grid = entry.grid[::-1] if turned else entry.grid
-    run = agrees(replace(entry, grid=grid), 3, **sizes)
+    run = agrees(replace(entry, grid=grid), 2, **sizes)
     assert run["velocity"].grid().shape[2:4] == grid
 
 
@@ -504,9 +516,9 @@ def test_samplers(name):
         pipe.scheduler = kind(**settings)
         return pipe
 
-    agrees(replace(entry, build=build), steps)
+    agrees(replace(entry, build=build), steps, num_inference_steps=3)
     lens = dl.DiTLens(build(), defaults={})
-    call = entry.call(ROWS)
+    call = {**entry.call(ROWS), "num_inference_steps": 3}
     last = lens.run(ops=[Swap("blocks.1.img", source="row:0", rows=1, steps=-1)], seed=truth.SEED, **call)
     assert {entry.steps for entry in last.receipt.entries} == {(steps - 1,)}
 
@@ -533,7 +545,7 @@ def test_rows_of_perturbed_attention_are_refused():
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    agrees(replace(entry, build=build), 3, pag_scale=0.0)
+    agrees(replace(entry, build=build), 2, pag_scale=0.0)
     lens = dl.DiTLens(build(), defaults={})
     for options in ({}, {"pag_scale": 2.0}):
         with pytest.raises(PromptError, match=r"pag_scale=[23]\.0 .* adds rows .* Pass pag_scale=0"):
@@ -546,7 +558,7 @@ GUIDED = [name for name, entry in ENTRIES.items() if "uncond" in str(entry.branc
 @pytest.mark.parametrize("name", [name for name in GUIDED if name != "hunyuan_image"])  # it has no scale
 def test_a_scale_that_turns_guidance_off(name):
     """The rows and calls of a step are counted as the pipeline makes them, or the run ends in an error."""
-    lens, call = dl.DiTLens(ENTRIES[name].build(), defaults={}), ENTRIES[name].call(1)
+    lens, call = truth.zoo_of(name).lens, ENTRIES[name].call(1)
     guidance = lens.family.pipeline(type(lens.pipe)).guidance
     call[guidance.scale or "guidance_scale"] = guidance.above
     run = lens.run(call.pop("prompt", None), [Read("velocity")], seed=0, **call)

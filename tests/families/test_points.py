@@ -138,7 +138,7 @@ def test_what_one_projection_adds_up_is_cut_apart(name):
     for handle in handles:
         handle.remove()
     weight, bias = projection.weight, 0 if projection.bias is None else projection.bias
-    for step in range(3):
+    for step in range(2):
         call, rows = zoo.place(step, "cond")
         entering, gate = (found[call][rows.start : rows.stop] for found in (seen, gates))
         from_attention = gate * (entering[..., :width] @ weight[:, :width].T)
@@ -179,7 +179,7 @@ def test_zeroing_a_write_is_zeroing_the_module(name, path):
     plain = zoo.plain_of(zoo.call)
     handle.remove()
     assert torch.equal(zoo.drawn(run), plain.drawn)
-    assert all(after == (0.0,) * 3 for after in [entry.after for entry in run.receipt.entries])
+    assert all(after == (0.0,) * 2 for after in [entry.after for entry in run.receipt.entries])
 
 
 def test_scaling_a_write_by_one_changes_nothing_and_the_receipt_speaks_of_what_is_added():
@@ -246,7 +246,7 @@ def test_every_family_counts_its_heads(name):
 def test_modulation_is_one_vector_a_row():
     zoo = zoo_of("flux")
     run = zoo.run([Read("blocks.*.img.mod.*", branch="cond")])
-    assert run["blocks.0.img.mod.attn.gate"].shape == (3, zoo.rows, 1, WIDTH)
+    assert run["blocks.0.img.mod.attn.gate"].shape == (2, zoo.rows, 1, WIDTH)
     again = zoo.run([Swap("blocks.0.img.mod.attn.gate", source="row:0", rows=1)])
     assert not torch.equal(zoo.drawn(again), zoo.plain().drawn)
 

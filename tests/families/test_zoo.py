@@ -14,7 +14,7 @@ from tests.zoo.truth import ENTRIES
 @pytest.fixture(scope="module", params=ENTRIES)
 def zoo(request):
     """A lens over a tiny pipeline, and the pipeline's own run under plain hooks."""
-    return truth.Zoo(ENTRIES[request.param])
+    return truth.zoo_of(request.param)
 
 
 def test_what_is_known_before_a_run(zoo):
@@ -39,13 +39,13 @@ def test_reads_equal_plain_hooks(zoo):
 
 
 def test_an_edit_touches_what_it_names(zoo):
-    """Two channels of two tokens in one branch of the second step: later calls see no other difference."""
-    site = zoo.sites_of_image[len(zoo.sites_of_image) // 2]
+    """Two channels of two tokens in one branch of the second of three steps: later calls see no other difference."""
+    site, three = zoo.sites_of_image[len(zoo.sites_of_image) // 2], {**zoo.call, "num_inference_steps": 3}
     branch = zoo.branches[-1]
-    run = zoo.run([Zero(site, channels=[1, 5], tokens=[0, 7], steps=1, branch=branch, rows=0)])
-    plain = zoo.plain(zoo.zeroing(site, step=1, branch=branch, row=0, tokens=[0, 7], channels=[1, 5]))
-    assert torch.equal(zoo.drawn(run), plain.drawn)
-    assert not torch.equal(zoo.drawn(run), zoo.plain().drawn)
+    run = zoo.run([Zero(site, channels=[1, 5], tokens=[0, 7], steps=1, branch=branch, rows=0)], steps=3)
+    edit = zoo.zeroing(site, step=1, branch=branch, row=0, tokens=[0, 7], channels=[1, 5])
+    assert torch.equal(zoo.drawn(run), zoo.plain_of(three, edit).drawn)
+    assert not torch.equal(zoo.drawn(run), zoo.plain_of(three).drawn)
     (entry,) = run.receipt.entries
     assert (entry.site, entry.branch, entry.steps, entry.rows, entry.elements) == (site, branch, (1,), (0,), 4)
     assert entry.after == (0.0,)

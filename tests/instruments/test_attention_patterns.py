@@ -34,9 +34,10 @@ def head(tensor, number):
 @pytest.mark.parametrize("branch", ["cond", "uncond"])
 def test_the_pattern_times_v_is_z(name, block, text_first, branch):
     zoo = zoo_of(name)
-    found = zoo.lens.read_pattern(block=block, heads=[1], steps=[0, 2], branch=branch, **call_of(zoo))
+    call = {**call_of(zoo), "num_inference_steps": 3}
+    found = zoo.lens.read_pattern(block=block, heads=[1], steps=[0, 2], branch=branch, **call)
     sites = [f"blocks.{block}.{stream}.attn.{part}" for stream in ("img", "txt") for part in "vz"]
-    run = zoo.run([Read(sites, branch=branch, steps=[0, 2])])
+    run = zoo.run([Read(sites, branch=branch, steps=[0, 2])], steps=3)
     v = {stream: head(run[f"blocks.{block}.{stream}.attn.v"], 1) for stream in ("img", "txt")}
     z = head(run[f"blocks.{block}.img.attn.z"], 1)
     assert found[block].shape[:3] == (2, zoo.rows, 1)

@@ -138,8 +138,8 @@ def test_the_lines_run(choice):
     lines = found.lines.replace('"cuda"', '"cpu"').replace(
         "prompts)", 'prompts, negative_prompt="", max_sequence_length=16)'
     )
-    exec(lines, names)
-    run = names["run"] if "run" in names else names["lens"].run(prompts, seed=0)
+    exec(lines.replace(".run(", ".run(num_inference_steps=2, "), names)
+    run = names["run"] if "run" in names else names["lens"].run(prompts, seed=0, num_inference_steps=2)
     assert len(run.images) == 1
 
 
@@ -186,7 +186,7 @@ def test_int8_weights_are_counted_and_run():
     prompts = ["a big red circle left on a plain blue background"]
     (found,) = [one for one in recommend(path("flux")).choices if "int8" in one.name]
     names = {"prompts": prompts}
-    lines = found.lines.replace('"cuda"', '"cpu"')
+    lines = found.lines.replace('"cuda"', '"cpu"').replace(".run(", ".run(num_inference_steps=2, ")
     exec(lines.replace("prompts)", 'prompts, negative_prompt="", max_sequence_length=16)'), names)
     assert len(names["run"].images) == 1
     whole = {part.name: part for part in recommend(path("flux")).parts}["transformer"]

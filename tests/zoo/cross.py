@@ -199,7 +199,7 @@ def dit():
 
 
 def dit_call(rows):
-    return {"class_labels": [1, 207][:rows], "guidance_scale": 3.0, "num_inference_steps": 3}
+    return {"class_labels": [1, 207][:rows], "guidance_scale": 3.0, "num_inference_steps": 2}
 
 
 ENTRIES = (

@@ -12,7 +12,7 @@ GRID = (4, 6)
 TOKENS = 7  # of the text stream
 SECOND = 5  # of a second encoder
 FEATURES = 12  # of an embedding
-SIZE = {"height": 64, "width": 96, "num_inference_steps": 3, "output_type": "latent"}
+SIZE = {"height": 64, "width": 96, "num_inference_steps": 2, "output_type": "latent"}
 PROMPTS = ["a house", "3 birds"]
 HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
 

@@ -121,27 +121,22 @@ class Zoo:
         self.sites_of_image = self.lens.sites("blocks.*.img")
         self._plain = None
 
-    def run(self, ops: list) -> dl.Run:
+    def run(self, ops: list, steps: int | None = None) -> dl.Run:
         call = dict(self.call)
-        prompt = call.pop("prompt", None)
-        steps = call.pop("num_inference_steps")
-        return self.lens.run(prompt, ops, seed=SEED, num_inference_steps=steps, **call)
+        prompt, usual = call.pop("prompt", None), call.pop("num_inference_steps")
+        return self.lens.run(prompt, ops, seed=SEED, num_inference_steps=steps or usual, **call)
 
     def drawn(self, run: dl.Run) -> torch.Tensor:
         return run.latents if run.latents is not None else pixels(run.images)
 
-    def plain(self, edit: Callable | None = None) -> SimpleNamespace:
-        """The pipeline's own run: outputs: (call, block) -> output. drawn: latents or images.
-
-        edit: fn(call, block, output) -> output.
-        """
-        if edit is not None:
-            return self.plain_of(self.call, edit)
+    def plain(self) -> SimpleNamespace:
+        """The pipeline's own run: outputs: (call, block) -> output. drawn: latents or images."""
         if self._plain is None:
             self._plain = self.plain_of(self.call)
         return self._plain
 
     def plain_of(self, arguments: dict, edit: Callable | None = None) -> SimpleNamespace:
+        """The same with other arguments, and with an edit: fn(call, block, output) -> output."""
         found = SimpleNamespace(outputs={}, drawn=None, texts=[])
         handles = [self.pipe.transformer.register_forward_pre_hook(lambda *_: found.texts.append(None))]
 

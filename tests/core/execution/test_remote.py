@@ -116,10 +116,11 @@ def test_methods_and_studies_that_are_made_of_runs_work_there(lenses, served):
     found = [lens.massive_channels(["red", "blue"], k=3, seed=0, batch_size=1) for lens in lenses]
     assert dict(found[0]) == dict(found[1])
     assert len(served) == 2
-    local, remote = (dl.studies.disruption(lens, ["red"], k=3, draws=1, seeds=[0]) for lens in lenses)
+    once = {"num_inference_steps": 1}
+    local, remote = (dl.studies.disruption(lens, ["red"], k=3, draws=1, seeds=[0], **once) for lens in lenses)
     assert local.summary.equals(remote.summary)
     bases = {"bases": ["components", "mean-direction"], "k": 3, "ablation": "mean"}
-    local, remote = (dl.studies.basis(lens, ["red"], **bases) for lens in lenses)
+    local, remote = (dl.studies.basis(lens, ["red"], **bases, **once) for lens in lenses)
     assert local.summary.equals(remote.summary)
     inside = np.zeros((8, 12), bool)
     inside[2:6, 3:9] = True

@@ -45,11 +45,11 @@ def test_every_family_and_its_scheduler(name):
     What runs before and after the recorded one leave in a pipeline is no change of it.
     """
     zoo = truth.zoo_of(name)
-    call = {**zoo.call, "seed": truth.SEED}
+    call = {**zoo.call, "seed": truth.SEED, "num_inference_steps": 3}
     zoo.lens.run(**call)
     op = Scale(zoo.lens.sites("blocks.*.img")[0], factor=0.5, steps=slice(1, None))
     base = zoo.lens.run(**call, record=True)
-    zoo.lens.run(**{**call, "num_inference_steps": call["num_inference_steps"] + 1})
+    zoo.lens.run(**{**call, "num_inference_steps": 2})
     whole, part = (zoo.lens.run(**call, ops=op, prefix=prefix) for prefix in (None, base))
     assert torch.equal(zoo.drawn(part), zoo.drawn(whole))
     assert not torch.equal(zoo.drawn(part), zoo.drawn(base))
