@@ -50,6 +50,7 @@ _WHERE = {
     "MeanAblate": "core.request.ops",
     "Apply": "core.request.ops",
     "sigma": "core.request.ops",
+    "TokenSet": "core.request.token_set",
     "Family": "families",
     "Grid": "families",
     "Guidance": "families",
@@ -98,6 +99,7 @@ __all__ = [
     "Swap",
     "Time",
     "TokenMean",
+    "TokenSet",
     "Zero",
     "atlas",
     "channels",
@@ -129,6 +131,7 @@ if TYPE_CHECKING:
     from dit_lens.analysis.channels import ChannelSet
     from dit_lens.core.request import ops
     from dit_lens.core.request.ops import Add, Apply, MeanAblate, Read, Resample, Scale, Swap, TokenMean, Zero, sigma
+    from dit_lens.core.request.token_set import TokenSet
     from dit_lens.core.runs.comparison import compare
     from dit_lens.core.runs.receipt import Receipt
     from dit_lens.core.runs.run import Run

@@ -23,6 +23,7 @@ from dit_lens.instruments.forward import encode_image, forward
 from dit_lens.instruments.gradients import Gradients, Through, gradients
 from dit_lens.instruments.summary import summarise_lens
 from dit_lens.instruments.text_embeddings import Released, encode_prompts, release
+from dit_lens.instruments.token_sets import find_token_set
 from dit_lens.instruments.word_maps import WordMap, word_map
 from dit_lens.instruments.x0_lens import X0, read_x0
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from dit_lens.analysis.channels import ChannelSet
     from dit_lens.core.request.ops import Branch, Op, Pattern, Steps
     from dit_lens.core.runs.run import Run
+    from dit_lens.core.request.token_set import TokenSet
 
 
 class DiTLens(Session):
@@ -255,6 +257,47 @@ class DiTLens(Session):
     def mask_site(self, block: int | None = None) -> str:
         """The site whose clusters are taken for the subject: after two thirds of the depth, unless a block is named."""
         return massive.mask_site(self, block)
+
+    @checked
+    @sets("ops", "share", "mad", "score", "steps")
+    def find_tokens(
+        self,
+        prompt: str,
+        kind: str = "registers",
+        *,
+        over: float | None = None,
+        k: int | None = None,
+        without: int = 8,
+        site: Pattern = "blocks.*.img",
+        **call: Any,
+    ) -> TokenSet:
+        """The tokens that stand out in a run, at every site and step: registers or sinks, for any ``tokens=``.
+
+        >>> from dit_lens import Zero
+        >>> lens = DiTLens.toy()
+        >>> prompt = "a big red circle left on a plain blue background"
+        >>> tokens = lens.find_tokens(prompt, k=2, site="blocks.3.img", seed=0, num_inference_steps=2)
+        >>> tokens
+        TokenSet of registers: 1 site, 2 steps, 2 tokens
+        >>> run = lens.run(prompt, Zero("blocks.3.img", tokens=tokens), seed=0, num_inference_steps=2)
+        >>> [(entry.steps, len(entry.tokens)) for entry in run.receipt.entries if entry.branch == "cond"]
+        [((0,), 2), ((1,), 2)]
+
+        - registers: tokens of large norm, massive channels left out, which would hide them;
+        - sinks: tokens that get much attention, mean over all heads and queries. Where patterns cannot be read (see
+          :meth:`read_pattern`) this is refused.
+
+        Warns where no token stands out; ``tokens.peaks`` tells by how much the strongest does.
+
+        prompt: one.
+        kind: "registers" or "sinks".
+        over: how many times the median of the site and step a token has to reach: 5 for registers, 10 for sinks.
+        k: instead, how many tokens of each site and step, the strongest ones.
+        without: how many massive channels of each site are left out of the norm.
+        site: outputs of blocks, of either stream.
+        call: as in :meth:`run`. Conditional branch only, and all steps.
+        """
+        return find_token_set(self, prompt, kind, over=over, k=k, without=without, site=site, **call)
 
     # Other measurements
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,6 +67,11 @@ class Attention:
         down = self._token_indices(block, keys, tensor.shape[-1])[None, :, None, None, :]
         return tensor.take_along_dim(across, -2).take_along_dim(down, -1)
 
+    def incoming(self, block: int, stream: str) -> Tensor:
+        """What the tokens of a stream get of the queries and heads that were kept, on average: [step, row, token]."""
+        tensor = self[block].mean((2, 3))
+        return tensor.take_along_dim(self._token_indices(block, stream, tensor.shape[-1])[None], -1)
+
     def _token_indices(self, block: int, stream: str, length: int) -> Tensor:
         """Which of ``length`` tokens belong to a stream: [row, token]."""
         if stream not in ("img", "txt"):
@@ -117,6 +122,27 @@ def read_pattern(
     with watch.on(lens.pipe.transformer):
         run = lens.run(prompt, ops, **call)
     return Attention(watch.stack_kept(), order, tuple(chosen), wanted, watch.image, watch.rows, run)
+
+
+def read_incoming(
+    lens: Session, prompt: Any, blocks: Sequence[int], streams: Collection[str], *, branch: str = "cond", **call: Any
+) -> dict[tuple[int, str], Tensor]:
+    """How much attention every token gets at every step: (block, stream) -> [step, row, token].
+
+    The mean over all heads and queries; no pattern outlives its step. Others: as in
+    :meth:`dit_lens.DiTLens.read_pattern`.
+
+    streams: "img", "txt" or both.
+    """
+    needs_weights(lens.pipe, "patterns of attention need")
+    modules, order = ({one: lens.anatomy.find_attention(one)[part] for one in blocks} for part in (0, 1))
+    outline = lens.outline(prompt, **call)
+    steps = range(outline.steps)
+    watch = Watch(modules, None, steps, outline, lens.anatomy.grid_rule, branch, _compute_incoming)
+    with watch.on(lens.pipe.transformer):
+        run = lens.run(prompt, **call)
+    found = Attention(watch.stack_kept(), order, tuple(steps), (), watch.image, watch.rows, run)
+    return {(one, stream): found.incoming(one, stream) for one in blocks for stream in streams}
 
 
 def list_numbers(what: str, value: Any) -> list[int]:
@@ -246,3 +272,13 @@ def _compute_pattern(_: Watch, given: dict[str, Any]) -> Tensor:
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1).cpu()
+
+
+def _compute_incoming(watch: Watch, given: dict[str, Any]) -> Tensor:
+    """The pattern's mean over heads and queries, head by head, so that memory holds one at a time: [row, 1, 1, key]."""
+    mask, found = given["attn_mask"], torch.zeros(())
+    for head in range(given["query"].shape[1]):
+        one = {name: given[name][:, head : head + 1] for name in ("query", "key")}
+        one["attn_mask"] = None if mask is None else mask[:, head : head + 1]
+        found = found + _compute_pattern(watch, {**given, **one}).mean(-2, keepdim=True)
+    return found / given["query"].shape[1]

@@ -107,7 +107,7 @@ class _Compiler:
         steps = timeline.select(op.steps)
         self.by_sigma |= isinstance(op.steps, SigmaInterval)
         self.by_mask |= op.mask is not None
-        groups = select_groups(op, sites, self.outline)
+        groups = select_groups(op, sites, steps, self.outline)
         self.visits[number] = 0
         channels = {site: select_channels(op, site, anatomy.channels(site)) for site in sites}
         if isinstance(op, Read):
@@ -153,6 +153,10 @@ class _Compiler:
         channels: those it selects here; None means all.
         """
         group_number, group = numbered_group
+        if group.at is not None:
+            if group.at[0] != site.name:
+                return
+            group_number = 0 if isinstance(op, Read) else group_number  # what is read at all steps is one tensor
         chosen = (group.rows, group.tokens, channels)
         self.selections[number, site.name, group_number] = tuple(None if c is None else tuple(c) for c in chosen)
         at = SiteLowering(
@@ -177,6 +181,8 @@ class _Compiler:
                 )
             offset, branch_index = timeline.locate(branch)
             for step_index, step in enumerate(steps):
+                if not group.holds(site.name, step):
+                    continue
                 action: Action = {
                     "op": number,
                     "group": group_number,
@@ -241,7 +247,10 @@ class _Compiler:
                 both=op.branch == "both",
                 rows=tuple(select_rows(op, self.outline) or range(self.outline.rows)),
                 channels={site.name: None if chosen is None else tuple(chosen) for site, chosen in channels.items()},
-                tokens=list_tokens([group.branch for group in groups], [group.tokens for group in groups]),
+                tokens=list_tokens(
+                    [group.branch if group.at is None else group.at[0] for group in groups],
+                    [group.tokens for group in groups],
+                ),
                 reduce=op.reduce,
                 image=any(site.is_image for site in channels),
                 groups=tuple((group.branch, (group.rows or [0])[0]) for group in groups if group.branch is not None),
@@ -363,9 +372,9 @@ def _in_order_of_ops(parts: list[tuple[TensorLocation, Part]]) -> Iterator[tuple
 def list_tokens(
     branches: Sequence[str | None], tokens: Sequence[Sequence[int] | None]
 ) -> tuple[int, ...] | dict[str, tuple[tuple[int, ...], ...]] | None:
-    """The tokens of a read: the same in all of its groups, or branch -> those of each row.
+    """The tokens of a read: the same in all of its groups, or branch -> those of each row, or site -> of each step.
 
-    branches, tokens: of each group.
+    branches, tokens: of each group; where steps have others, its site in place of the branch.
     """
     chosen = [None if some is None else tuple(some) for some in tokens]
     if len(set(chosen)) == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Unpack
 
 from dit_lens.core.plan.selection import Group, select_rows
@@ -117,17 +117,22 @@ class SiteLowering:
         means: bool = False,
         pick_rows: Callable[[Sequence[int], list[int]], list[int]] | None = None,
     ) -> Lowered:
-        values = source_values(source, self._wanted(means))
+        single = self.group.at is not None and not means  # then nothing but its own step is taken of the source
+        steps = [step for step in self.steps if self.group.holds(self.site, step)] if single else self.steps
+        values = source_values(source, replace(self._wanted(means), steps=steps))
         there = values.by_branch
         if values.levels is not None:
-            known = [step for step in self.steps if step < len(values.levels)]
+            known = [step for step in steps if step < len(values.levels)]
             self.source_levels.update({(step, values.levels[step], self._name): None for step in known})
         source_rows = self._source_rows(values.rows, pick_rows)
         found: Lowered = []
         for branch in self._branches(default=_branch_of(there)):
             key = f"{self.number}/{self.site}/{branch}/{self.group.rows}"
+            key += f"/{steps[0]}" if single else ""
             self._give(key, pick_branch(there, branch, self._name))
             action: ActionDetails = {"kind": "Put", "key": key, "source_rows": source_rows, "strength": strength}
+            if single:
+                action["step_index"] = 0
             for row in [values.rows[i] for i in source_rows]:
                 if row in values.unmatched:
                     raise OpError(values.unmatched[row])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.request.indices import to_indices
 from dit_lens.core.request.text_tokens import CLASSES
+from dit_lens.core.request.token_set import TokenSet
 from dit_lens.errors import OpError
 
 if TYPE_CHECKING:
@@ -23,15 +24,21 @@ class Group:
 
     branch: where the tokens were chosen by the text of one branch, that branch.
     text_tokens: how many tokens the text stream then has.
+    at: (site, step) where tokens are others at every one of them, as in a TokenSet; None for all.
     """
 
     rows: list[int] | None
     tokens: list[int] | None
     branch: str | None = None
     text_tokens: int | None = None
+    at: tuple[str, int] | None = None
+
+    def holds(self, site: str, step: int) -> bool:
+        """Whether the group is of a site and step."""
+        return self.at in (None, (site, step))
 
 
-def select_groups(op: Op, sites: Sequence[Site], outline: Outline) -> list[Group]:
+def select_groups(op: Op, sites: Sequence[Site], steps: Sequence[int], outline: Outline) -> list[Group]:
     """The rows and tokens of an op: one group, or where they are chosen by the text one for each branch and row."""
     rows = select_rows(op, outline)
     rows = rows if rows is None or op.sees_rows else sorted(rows)
@@ -52,7 +59,39 @@ def select_groups(op: Op, sites: Sequence[Site], outline: Outline) -> list[Group
         if streams != {"img"} or op.tokens is not None:
             raise OpError("mask= chooses image tokens: use it on the img stream, and without tokens=.")
         return [Group(rows, _masked_tokens(op.mask, outline))]
+    if isinstance(op.tokens, TokenSet):
+        return _groups_by_step(op, op.tokens, rows, sites, steps, outline)
     return [Group(rows, _tokens(op, streams, outline))]
+
+
+def _groups_by_step(
+    op: Op, tokens: TokenSet, rows: list[int] | None, sites: Sequence[Site], steps: Sequence[int], outline: Outline
+) -> list[Group]:
+    """One group for each site and step: an edit leaves out those without tokens, so long as one has some."""
+    found = [
+        Group(rows, tokens.at(site.name, step, outline.steps, outline.tokens(site.stream)), at=(site.name, step))
+        for site in sites
+        for step in steps
+    ]
+    if not any(group.tokens for group in found):
+        raise OpError(
+            f"tokens= has no {tokens.kind} at any of the chosen sites and steps, so that {type(op).__name__} has "
+            "nothing to touch. tokens.sizes tells where there are some; leave the op out, or find them by a lower bar."
+        )
+    if op.edits:
+        return [group for group in found if group.tokens]
+    sizes = {
+        site.name: {len(group.tokens or ()) for step in steps for group in found if group.at == (site.name, step)}
+        for site in sites
+    }
+    for site, some in sizes.items():
+        if 0 in some or (len(some) > 1 and getattr(op, "reduce", None) is None):
+            raise OpError(
+                f"tokens= has {' or '.join(map(str, sorted(some)))} {tokens.kind} at {site}, from step to step, which "
+                "fit no one tensor. Read steps one by one (steps=), find as many at each (k=)"
+                + ("." if 0 in some else ", or reduce over them (reduce=).")
+            )
+    return found
 
 
 def select_rows(op: Op, outline: Outline) -> list[int] | None:

@@ -138,6 +138,8 @@ def _from_reading(reading: Reading, grid: tuple[int, ...] | None, wanted: Wanted
             f"{wanted.op}: the source run has a grid of {' x '.join(map(str, grid))} tokens, this one "
             f"{wanted.outline.grid[0]} x {wanted.outline.grid[1]}. Run both at one size."
         )
+    if isinstance(reading.tokens, Mapping) and wanted.name in reading.tokens:
+        return _from_steps(reading, reading.tokens[wanted.name], wanted)
     if isinstance(reading.tokens, Mapping):
         return _from_words(reading, reading.tokens, wanted)
     if reading.tokens is None and wanted.words is not None:
@@ -150,6 +152,25 @@ def _from_reading(reading: Reading, grid: tuple[int, ...] | None, wanted: Wanted
     masks = dict(zip(of_branches, found if reading.both else [found], strict=True))
     picked = {branch: _pick_tokens(mask[None], reading, wanted)[0] for branch, mask in masks.items()}
     return Values(values, reading.rows, picked)
+
+
+def _from_steps(reading: Reading, tokens: Sequence[Sequence[int]], wanted: Wanted) -> Values:
+    """What a read holds whose tokens are others at each step, for an op of one step. tokens: of its steps."""
+    held = dict(zip(reading.steps, tokens, strict=True))
+    of_step = held.get(wanted.steps[0], ()) if len(wanted.steps) == 1 else ()
+    if wanted.tokens is None or not set(wanted.tokens) <= set(of_step):
+        raise OpError(
+            f"{wanted.op}: the source run read {wanted.name} at other tokens at every step (a TokenSet), which are not "
+            "those to replace. Give the op the same tokens=, or read all tokens."
+        )
+    positions = [list(of_step).index(token) for token in wanted.tokens]
+    return Values(
+        {
+            branch: _pick_channels(value, reading, wanted)[:, :, positions]
+            for branch, value in reading.by_branch(wanted.name).items()
+        },
+        reading.rows,
+    )
 
 
 def _from_words(reading: Reading, tokens: Mapping[str, Sequence[Sequence[int]]], wanted: Wanted) -> Values:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.arguments.numbers import to_int, to_number
 from dit_lens.core.request.indices import is_span, list_indices, list_items
+from dit_lens.core.request.token_set import TokenSet
 from dit_lens.core.runs.reading import Reading, find_reading
 from dit_lens.core.runs.run import Run
 from dit_lens.errors import OpError
@@ -48,6 +49,8 @@ def to_plain(value: Any) -> Any:
         return value
     if isinstance(value, SigmaInterval):
         return {"sigma": [value.high, value.low]}
+    if isinstance(value, TokenSet):
+        return {"token_set": value.to_json()}
     if isinstance(value, slice):
         return {"slice": [to_plain(end) for end in (value.start, value.stop, value.step)]}
     if is_span(value):
@@ -149,6 +152,7 @@ def _read_tensor(value: dict[str, Any]) -> Tensor:
 
 _FORMS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "sigma": lambda value: SigmaInterval(*value["sigma"]),
+    "token_set": lambda value: TokenSet.from_json(value["token_set"]),
     "slice": lambda value: slice(*value["slice"]),
     "fraction": lambda value: tuple(value["fraction"]),
     "reading": _read_reading,

@@ -15,6 +15,7 @@ from torch import Tensor
 from dit_lens.arguments.functions import name_of
 from dit_lens.arguments.numbers import as_plain, list_entries, to_number
 from dit_lens.core.request.indices import list_items
+from dit_lens.core.request.token_set import TokenSet
 from dit_lens.errors import OpError
 from dit_lens.families.sites import Pattern
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from dit_lens.core.runs.run import Run
 
 Channels: TypeAlias = "int | Sequence[int] | Mapping[str, Sequence[int]] | None"
-Tokens: TypeAlias = "int | str | Sequence[int] | None"
+Tokens: TypeAlias = "int | str | Sequence[int] | TokenSet | None"
 Mask: TypeAlias = "np.ndarray | Tensor | Sequence[Sequence[bool]] | None"
 Steps: TypeAlias = "int | Sequence[int] | slice | tuple[float, float] | SigmaInterval | None"
 Rows: TypeAlias = "int | Sequence[int] | None"
@@ -43,6 +44,7 @@ class ActionDetails(TypedDict, total=False):
     key: under which the payload holds an edit's tensor or function.
     source_rows: for every target row the row its values come from.
     source_tokens: the tokens there, where they are not those that are replaced.
+    step_index: the step in the payload, where it is not the number of the step among those of the op.
     source_mask: under which the payload holds the tokens that a source has, bool [row, token]; left out: all.
     strength: in (0, 1]; 1 assigns.
     parameters: what else an edit of this kind needs, such as a factor.
@@ -54,6 +56,7 @@ class ActionDetails(TypedDict, total=False):
     source_rows: list[int]
     source_tokens: list[int]
     source_mask: str
+    step_index: int
     strength: float
     parameters: dict[str, Any]
 
@@ -118,7 +121,8 @@ class Op:
     site: a pattern of sites, a function fn(name) that says whether a site is meant, or several of these.
     channels: indices, a mapping site -> indices (a ChannelSet), or None for all.
     tokens: image or text token indices; on the text stream also a word of the prompt, a list of words, or a class of
-        tokens: "prompt", "template", "eos" or "pad" (``["pad"]`` is the word).
+        tokens: "prompt", "template", "eos" or "pad" (``["pad"]`` is the word); or a TokenSet, with other tokens at
+        every site and step.
     mask: bool [h, w] over image tokens; of a video [f, h, w], or [h, w] for every frame.
     steps: an index, a list or slice of indices, a pair of floats (fractions of the run), ``sigma(high, low)``, or all.
     rows: indices into the batch of images, or all.
@@ -152,7 +156,8 @@ class Op:
                 object.__setattr__(self, name, list_items(value, f"{name}="))
             elif isinstance(value, Mapping) and any(hasattr(item, "__next__") for item in value.values()):
                 object.__setattr__(self, name, {key: _as_list(item, name) for key, item in value.items()})
-        object.__setattr__(self, "tokens", _list_words(self.tokens))
+        if not isinstance(self.tokens, TokenSet):
+            object.__setattr__(self, "tokens", _list_words(self.tokens))
 
     def does_nothing(self) -> bool:
         """Whether there is nothing to carry out, whatever the site; what it names is checked all the same."""
