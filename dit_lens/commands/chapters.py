@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # 64 prompts decide differences of half a standard deviation (studies.power). Images are spent on prompts: two seeds
 # cost twice as much and decide less than one, and draws of a control matter less than prompts.
 PROMPTS, SEEDS, DRAWS, K = 64, 1, 4, 8
+PATCHED = 8  # pairs whose maps are patched; two would show nothing but a difference of 12 standard deviations
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def write_value(value: Any, size: Size) -> str:
 def _patch_groups(size: Size) -> dict[str, Any]:
     # Rows of one batch are patches here, so the batch size of the other studies does not apply.
     shared = {name: value for name, value in size.shared.items() if name != "batch_size"}
-    return {**shared, "pairs": size.pairs[:2], "over": "block x channel group", "seeds": [0], "draws": 1}
+    return {**shared, "pairs": size.pairs[:PATCHED], "over": "block x channel group", "seeds": [0], "draws": 1}
 
 
 CHAPTERS = (

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from dit_lens.analysis.metrics.intervals import holm
 from dit_lens.studies.parts.chosen_block import CONTROLS, LEAST, NULLS, RIVALS, choose_block
@@ -18,8 +19,6 @@ from dit_lens.studies.parts.transport_levels import COLLAPSES, REFERENCES
 from dit_lens.studies.shared.tables import compare_arms, summarise
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from dit_lens.studies import Result
 
 
@@ -344,9 +343,23 @@ def describe_patching(result: Result) -> str:
         f"{row['column']} at {row['row']} {format_interval(row, 'effect', '.2f')}" for _, row in best.iterrows()
     )
     agrees = " ".join(f"{note[0].upper()}{note[1:]}." for note in result.notes if note.startswith("attribution"))
+    pairs = result.table["pair"].nunique()
     return (
-        f"Each cell alone, swapped at all steps, carries the target this far towards the source (1 is there), at its "
-        f"largest: {cells}. {agrees}"
+        f"Each cell alone, swapped at all steps, carries the target this far towards the source (1 is there), mean over "
+        f"{pairs} pairs, at its largest: {cells}. {_describe_groups(result.summary)}{agrees}"
+    )
+
+
+def _describe_groups(summary: pd.DataFrame) -> str:
+    """At how many blocks the top channels carry the target farther than each other group of as many, for certain."""
+    if "effect_top_minus_p" not in summary:
+        return ""
+    rivals = summary[summary["column"].isin(["bottom", "random"])]
+    certain = rivals["effect_top_minus"].gt(0) & pd.Series(holm(rivals["effect_top_minus_p"]), rivals.index).lt(0.05)
+    beyond = certain.groupby(rivals["row"]).all()
+    return (
+        f"Top channels carry it farther than bottom and random ones at {int(beyond.sum())} of {len(beyond)} blocks "
+        f"(p below 0.05, Holm over blocks and groups). "
     )
 
 

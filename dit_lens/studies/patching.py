@@ -27,7 +27,7 @@ from dit_lens.studies.shared.keys import ImageKey
 from dit_lens.studies.shared.registry import study
 from dit_lens.studies.shared.result import Result
 from dit_lens.studies.shared.streams import make_stream
-from dit_lens.studies.shared.tables import format_summary, summarise
+from dit_lens.studies.shared.tables import compare_arms, format_summary, summarise
 
 if TYPE_CHECKING:
     from dit_lens.core.request.ops import Pattern, Steps
@@ -46,10 +46,14 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
     attributions = [f"attribution_{through}" for through in settings["attribute"]]
     measures = [name for name in ("effect", "fidelity_source", "fidelity_target", *attributions) if name in table]
     shown = _choose_images(table)
+    summary = summarise(patched, ("row", "column"), measures).assign(over=settings["over"])
+    if settings["over"] == "block x channel group":
+        groups = compare_arms(patched.rename(columns={"column": "arm"}), ("row",), ["effect"])
+        summary = summary.merge(groups.rename(columns={"arm": "column"}), on=["row", "column"], how="left")
     return Result(
         "patching",
         table,
-        summarise(patched, ("row", "column"), measures).assign(over=settings["over"]),
+        summary,
         dict(settings),
         {name: image for cell in cells for name, image in cell.images.items() if name in shown},
         {name: mask for cell in cells for name, mask in cell.masks.items()},
@@ -107,6 +111,10 @@ def patching(
     patching (see :func:`attribution`) predicts: through "run" of the same metric, through "step" of the nearness of
     what each step predicts. The notes say how well it agrees with the swaps; :func:`agreement` as a table.
 
+    The summary has means over pairs and seeds with their intervals, and of channel groups ``effect_top_minus``: by how
+    much the top channels of a block do more than the others of the line, on the same pairs and seeds. Two pairs decide
+    next to nothing: they find a difference of 12 standard deviations with a chance of 80 %, eight one of 1.2.
+
     Cells of one step share a batch that starts from the untouched run's latents at that step. All batches have equally
     many rows. Images are kept of the untouched pair and of the cells of highest and lowest effect.
 
@@ -129,7 +137,7 @@ def patching(
     call: other arguments of the pipeline.
     """
     pairs = as_pairs(pairs)
-    _check(pairs, over, attribute, batch_size, tiles, call)
+    _check(over, attribute, batch_size, tiles, call)
     check_draws(draws)
     seeds = as_seeds(seeds)
     sites = lens.sites(("blocks.*.img.attn.z" if over == "block x head" else "blocks.*.img") if site is None else site)
@@ -190,7 +198,6 @@ def patching(
 
 
 def _check(
-    pairs: Sequence[tuple[str, str]],
     over: str,
     attribute: Sequence[str],
     batch_size: int,
@@ -199,15 +206,12 @@ def _check(
 ) -> None:
     """Raises what is wrong with the arguments, whatever the model.
 
-    pairs: pairs of prompts.
     over: what a cell of the map swaps.
     attribute: attributions that are asked for.
     batch_size: number of rows that run together.
     tiles: number of tiles along each side of the grid.
     call: other arguments of the pipeline.
     """
-    if same := [source for source, target in pairs if source == target]:
-        raise PromptError(f"source and target are both {same[0]!r}, so no patch can move one to the other.")
     check_choice(over, OVER, "value of over")
     for through in attribute:
         if through not in THROUGH:

@@ -12,6 +12,7 @@ from scipy.stats import chi2, norm, t
 from dit_lens.arguments.checks import checked
 from dit_lens.arguments.numbers import check_number
 from dit_lens.errors import OpError, nearest
+from dit_lens.studies.parts.transport_levels import REFERENCES
 from dit_lens.studies.shared.result import Result
 
 QUANTILES = (np.arange(2000) + 0.5) / 2000
@@ -45,7 +46,8 @@ def power(
     - needs: the least number of prompts that find it with that chance; NaN beyond 100,000.
 
     The arms of a result are as many comparisons, of which the first that Holm's correction looks at has to be the
-    clearest: their levels are divided by their number. Where the pilot has few prompts its spread is itself uncertain.
+    clearest: their levels are divided by their number. What stands beside them (the untouched images, the ceiling,
+    collapses) is none of them. Where the pilot has few prompts its spread is itself uncertain.
 
     pilot: a result with arms (disruption, transfer, organisation ...), or a known spread.
     difference: the difference of interest, in the unit of the measure; None: of a result, the one it observed.
@@ -98,7 +100,7 @@ def _pair(result: Result, measure: str | None, base: str) -> dict[str, np.ndarra
     found = {
         str(arm): (pairs[base] - pairs[arm]).dropna().groupby("prompt").mean().to_numpy()
         for arm in pairs
-        if arm not in (base, "untouched", "no-op")
+        if arm not in (base, "untouched", "no-op", *REFERENCES)
     }
     few = {arm: len(values) for arm, values in found.items() if len(values) < 2}
     if few or not found:

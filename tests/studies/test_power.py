@@ -52,6 +52,22 @@ def test_a_result_says_it_of_every_control_with_the_level_shared_among_them():
         assert found.loc[arm, "needs"] == power(pairs.std(), pairs.mean(), level=0.975)["needs"].item()
 
 
+def test_levels_of_a_transport_are_no_arms():
+    rng = np.random.default_rng(1)
+    arms = ("top", "random", "ceiling", "mean-picture", "grey", "untouched")
+    lines = [
+        {"arm": arm, "prompt": str(i), "seed": 0, "specificity": rng.normal(9 * (arm == "top"), 1.0)}
+        for i in range(6)
+        for arm in arms
+    ]
+    table = pd.DataFrame(lines)
+    found = power(Result("transfer", table, pd.DataFrame(), {}))
+    assert found["arm"].tolist() == ["random"]
+    wide = table.pivot(index="prompt", columns="arm", values="specificity")
+    alone = power(float((wide["top"] - wide["random"]).std()), prompts=6)  # one comparison: the whole level is its own
+    assert found["decides"].item() == pytest.approx(alone["decides"].item())
+
+
 def test_what_cannot_be_answered_is_told():
     assert np.isnan(power(1.0, difference=0.0)["needs"].item())
     assert np.isnan(power(1.0, difference=1e-6)["needs"].item())

@@ -131,8 +131,6 @@ class SiteLowering:
             key += f"/{steps[0]}" if single else ""
             self._give(key, pick_branch(there, branch, self._name))
             action: ActionDetails = {"kind": "Put", "key": key, "source_rows": source_rows, "strength": strength}
-            if single:
-                action["step_index"] = 0
             for row in [values.rows[i] for i in source_rows]:
                 if row in values.unmatched:
                     raise OpError(values.unmatched[row])

@@ -44,7 +44,6 @@ class ActionDetails(TypedDict, total=False):
     key: under which the payload holds an edit's tensor or function.
     source_rows: for every target row the row its values come from.
     source_tokens: the tokens there, where they are not those that are replaced.
-    step_index: the step in the payload, where it is not the number of the step among those of the op.
     source_mask: under which the payload holds the tokens that a source has, bool [row, token]; left out: all.
     strength: in (0, 1]; 1 assigns.
     parameters: what else an edit of this kind needs, such as a factor.
@@ -56,7 +55,6 @@ class ActionDetails(TypedDict, total=False):
     source_rows: list[int]
     source_tokens: list[int]
     source_mask: str
-    step_index: int
     strength: float
     parameters: dict[str, Any]
 

@@ -108,7 +108,7 @@ class TokenSet(Mapping[str, tuple[tuple[int, ...], ...]]):
     def __getitem__(self, site: str) -> tuple[tuple[int, ...], ...]:
         if not isinstance(site, str) or site not in self.tokens:
             raise SiteError(f"this TokenSet has no {show(site)}.{nearest(site, self.tokens)}")
-        return self.tokens[site]  # ty: ignore[invalid-return-type]
+        return self.tokens[site]  # ty: ignore[invalid-explicit-return]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tokens)

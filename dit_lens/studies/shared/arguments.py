@@ -126,7 +126,7 @@ def as_strengths(strengths: float | Sequence[float]) -> tuple[float, ...]:
 
 
 def as_pairs(pairs: Sequence[tuple[Any, str]], source: str = "source prompt") -> list[tuple[Any, str]]:
-    """Pairs of a source and a target prompt as a list; OpError if one is not a pair.
+    """Pairs of a source and a target prompt as a list; OpError if one is not a pair, PromptError if it is one prompt.
 
     pairs: what the user gave.
     source: what the first of a pair is, for the message.
@@ -141,6 +141,11 @@ def as_pairs(pairs: Sequence[tuple[Any, str]], source: str = "source prompt") ->
             raise OpError(
                 f"pairs[{i}] is {show(pair)}, which is not a valid pair. Give a list of ({source}, target prompt)."
             )
+    if same := [source for source, target in given if isinstance(source, str) and source == target]:
+        raise PromptError(
+            f"source and target are both {same[0]!r}: under one noise they are one image, so there is nothing to move. "
+            "Pair it with another prompt; what moving everything does is measured beside every pair (the ceiling)."
+        )
     check_once("pairs", given, "a pair", by=lambda pair: (_identify(pair[0]), pair[1]))
     return [(pair[0], pair[1]) for pair in given]
 
