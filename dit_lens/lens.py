@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from dit_lens.analysis.channels import ChannelSet
     from dit_lens.core.request.ops import Branch, Op, Pattern, Steps
-    from dit_lens.core.runs.run import Run
     from dit_lens.core.request.token_set import TokenSet
+    from dit_lens.core.runs.run import Run
 
 
 class DiTLens(Session):

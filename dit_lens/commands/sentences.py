@@ -345,7 +345,7 @@ def describe_patching(result: Result) -> str:
     agrees = " ".join(f"{note[0].upper()}{note[1:]}." for note in result.notes if note.startswith("attribution"))
     pairs = result.table["pair"].nunique()
     return (
-        f"Each cell alone, swapped at all steps, carries the target this far towards the source (1 is there), mean over "
+        "Each cell alone, swapped at all steps, carries the target this far towards the source (1 is there), mean over "
         f"{pairs} pairs, at its largest: {cells}. {_describe_groups(result.summary)}{agrees}"
     )
 

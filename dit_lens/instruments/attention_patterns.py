@@ -135,7 +135,8 @@ def read_incoming(
     streams: "img", "txt" or both.
     """
     needs_weights(lens.pipe, "patterns of attention need")
-    modules, order = ({one: lens.anatomy.find_attention(one)[part] for one in blocks} for part in (0, 1))
+    modules = {one: lens.anatomy.find_attention(one)[0] for one in blocks}
+    order = {one: lens.anatomy.find_attention(one)[1] for one in blocks}
     outline = lens.outline(prompt, **call)
     steps = range(outline.steps)
     watch = Watch(modules, None, steps, outline, lens.anatomy.grid_rule, branch, _compute_incoming)
