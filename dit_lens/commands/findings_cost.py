@@ -14,20 +14,14 @@ if TYPE_CHECKING:
     from dit_lens.studies.shared.registry import StudyRecord
 
 TIMED = 2  # prompts, drawn together
-# Images drawn for one of a batch in one cell, where it is not one; counted in a small run.
-IMAGES = {"organisation": 2.0, "transfer": 2.3, "patching": 5.7, "carrier_or_detail": 1.5}
 
 
 def count_study(study: StudyRecord, lens: DiTLens, arguments: Mapping[str, Any]) -> tuple[int, int]:
-    """The cells of a study, and about how many images they draw; a mistake in the arguments raises here."""
+    """The cells of a study, and how many images they draw; a mistake in the arguments raises here."""
     with check_arguments_only() as counts:
         study.function(lens, **arguments)
     cells, images = counts[0]
-    if images is not None:
-        return cells, images
-    items = len(arguments.get("prompts") or arguments["pairs"])
-    rows = items / -(-items // arguments.get("batch_size", items))  # of a batch, on average
-    return cells, round(cells * rows * IMAGES.get(study.name, 1.0))
+    return cells, images or 0
 
 
 def count_images(lens: DiTLens, size: Size) -> dict[str, int]:

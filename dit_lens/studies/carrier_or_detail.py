@@ -148,7 +148,7 @@ def carrier_or_detail(
     thresholds: what counts.
     judge: function (image, prompt) -> {"fidelity": number in [0, 1], "readable": 0 or 1, ...}; toys have one.
     attributes: function prompt -> {attribute: value}; toys have one.
-    batch_size: number of prompts that run together; all by default.
+    batch_size: number of prompts that run together, of moves with their sources four times as many; all by default.
     out: folder for finished cells, from which the same call continues.
     call: other arguments of the pipeline.
 
@@ -183,21 +183,33 @@ def carrier_or_detail(
     edit = EditStudy(lens=lens, site=site, sites=lens.sites(site), score=score, ablation=ablation, judge=judge)
     every = [ALL, ALONE] if modulates_end(lens.anatomy) else [ALL]
     total = len(batches) * (2 + len(every) + 2 * len(PARTS) * count_arms(draws))
+    # Of each image 2 untouched, and the moves of an arm with one source beside them.
+    each = 2 + (len(every) + 1) + (2 * len(PARTS) + 1) * count_arms(draws)
     meant = find_meant(lens, batches[0].prompts, batches[0].call, site)
-    with StudyCheckpoints("carrier_or_detail", settings, lens=lens, total=total, out=out, meant=meant) as cells:
+    with StudyCheckpoints(
+        "carrier_or_detail",
+        settings,
+        lens=lens,
+        total=total,
+        out=out,
+        meant=meant,
+        images=each * len(prompts) * len(seeds),
+    ) as cells:
         clean = [cells.get(f"{batch.key}/clean", partial(edit.run_clean, batch)) for batch in batches]
         common = select_common_channels([cell.arrays for cell in clean], k, score)
         arms = add_controls([common], draws, 0, ["all prompts"])
         means = average_means(clean)
         for batch, cell in zip(batches, clean, strict=True):
             cells.get(f"{batch.key}/values", partial(edit.read_values, batch, arms, steps, sites))
-            for name in every:
-                cells.get(f"{batch.key}/transport/{name}", partial(edit.move, batch, cell, Arm(name, 0), "whole"))
+            moves = edit.move(batch, cell, [(Arm(name, 0), "whole") for name in every])
+            for name, make in zip(every, moves, strict=True):
+                cells.get(f"{batch.key}/transport/{name}", make)
             for arm in arms:
-                for part in PARTS:
+                moves = edit.move(batch, cell, [(arm, part) for part in PARTS])
+                for part, make in zip(PARTS, moves, strict=True):
                     name = f"{arm.name}/{part}/{arm.draw}"
                     cells.get(f"{batch.key}/ablation/{name}", partial(edit.remove, batch, cell, arm, part, means))
-                    cells.get(f"{batch.key}/transport/{name}", partial(edit.move, batch, cell, arm, part))
+                    cells.get(f"{batch.key}/transport/{name}", make)
         return cells.result()
 
 

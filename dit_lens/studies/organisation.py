@@ -184,7 +184,10 @@ def organisation(
         kind=outline.kind,
     )
     meant = find_meant(lens, batches[0].prompts, batches[0].call, site, steps)
-    with StudyCheckpoints("organisation", settings, lens=lens, total=len(batches), out=out, meant=meant) as cells:
+    total, images = len(batches), len(prompts) * len(seeds) * (2 if heads else 1)
+    with StudyCheckpoints(
+        "organisation", settings, lens=lens, total=total, out=out, meant=meant, images=images
+    ) as cells:
         for batch in batches:
             cells.get(batch.key, partial(cluster.run_batch, batch))
     result = cells.result()

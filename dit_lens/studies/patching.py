@@ -179,7 +179,8 @@ def patching(
     }
     sizes = [len(some) for some in chunk_patches(patch_map.list_patches(None, 0), batch_size - 1)]
     total = len(pairs) * len(seeds) * (1 + len(attribute) + len(sizes))
-    with StudyCheckpoints("patching", settings, lens=lens, total=total, out=out) as cells:
+    images = len(pairs) * len(seeds) * ((1 + max(sizes)) * (1 + len(sizes)) + 2 * len(attribute))
+    with StudyCheckpoints("patching", settings, lens=lens, total=total, out=out, images=images) as cells:
         for number, prompts in enumerate(pairs):
             for seed in seeds:
                 pair = PatchedPair(

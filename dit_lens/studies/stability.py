@@ -138,7 +138,8 @@ def stability(
         check_arm_score(lens, score, batches[0].prompts, site, batches[0].call)
     seen: dict[int, RunningStats] = defaultdict(RunningStats)
     meant = find_meant(lens, batches[0].prompts, batches[0].call, site, steps)
-    with StudyCheckpoints("stability", settings, lens=lens, total=len(batches), out=out, meant=meant) as cells:
+    total, images = len(batches), len(prompts) * len(seeds)
+    with StudyCheckpoints("stability", settings, lens=lens, total=total, out=out, meant=meant, images=images) as cells:
         for batch in batches:
             read = partial(_read_scores, lens, batch, site, steps, scores)
             cell = cells.get(batch.key, partial(_find_sets, batch, read, k, seen[batch.seed]))

@@ -202,8 +202,9 @@ def transfer(
         _make_pairs(pairs, batch, divided) for batch in make_batches([source for source, _ in pairs], seeds, batch_size)
     ]
     total = len(batches) * transport.cells_per_batch
+    images = len(pairs) * len(seeds) * transport.images_per_pair
     meant = find_meant(lens, batches[0].prompts, batches[0].call, site, steps)
-    with StudyCheckpoints("transfer", settings, lens=lens, total=total, out=out, meant=meant) as cells:
+    with StudyCheckpoints("transfer", settings, lens=lens, total=total, out=out, meant=meant, images=images) as cells:
         run_transport(cells, transport, batches)
         return cells.result()
 

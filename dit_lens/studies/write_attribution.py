@@ -117,7 +117,10 @@ def write_attribution(
         reads.append(Read(gates, reduce="mean|x|", steps=steps, name="gate"))
     batches = make_batches(prompts, seeds, batch_size, divide_call(lens, call, len(prompts), images=False))
     meant = find_meant(lens, batches[0].prompts, batches[0].call, end, steps)
-    with StudyCheckpoints("write_attribution", settings, lens=lens, total=len(batches), out=out, meant=meant) as cells:
+    total, images = len(batches), len(prompts) * len(seeds)
+    with StudyCheckpoints(
+        "write_attribution", settings, lens=lens, total=total, out=out, meant=meant, images=images
+    ) as cells:
         for batch in batches:
             cells.get(batch.key, partial(_trace_batch, lens, batch, reads, writes, end, k))
         return cells.result()

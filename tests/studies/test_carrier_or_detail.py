@@ -31,7 +31,7 @@ from dit_lens.studies.shared.arms import Arm, select_common_channels
 from dit_lens.studies.shared.batches import PromptBatch
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.judges import scene_judge
-from tests import planted
+from tests import pipelines, planted
 
 SCENES = planted.name_scenes(14)
 PROMPTS = [scene.caption for scene in SCENES]
@@ -67,16 +67,47 @@ def test_tables_are_those_of_the_planted_strength(toy, strengths, part):
     gained = (differ & model.moved.numpy()).mean(1)
     for edited, factor in (("whole", 1), (part, 1), ({"mean": "residual", "residual": "mean"}[part], 0)):
         removed = pd.DataFrame(study.remove(batch, clean, Arm("top", 0, (found,)), edited, means).lines)
-        moved = pd.DataFrame(study.move(batch, clean, Arm("top", 0, (found,)), edited).lines)
+        moved = pd.DataFrame(study.move(batch, clean, [(Arm("top", 0, (found,)), edited)])[0]().lines)
         assert removed["effect"].to_numpy() == pytest.approx(factor * lost.numpy())
         assert moved["effect"].to_numpy() == pytest.approx(factor * gained)
         assert moved["possible"].to_numpy() == pytest.approx(differ.mean(1))
         assert removed["destroyed"].sum() == moved["destroyed"].sum() == 0
         assert removed["dose"].to_numpy() == pytest.approx(removed["dose_intended"].to_numpy(), rel=0.01, abs=1e-4)
-    every = pd.DataFrame(study.move(batch, clean, Arm("all", 0), "whole").lines)
+    every = pd.DataFrame(study.move(batch, clean, [(Arm("all", 0), "whole")])[0]().lines)
     assert every["effect"].to_numpy() == pytest.approx(differ.mean(1))
     assert (every["fidelity"] + every["effect"]).to_numpy() == pytest.approx(1)
     assert every["dose"].to_numpy() == pytest.approx(1)
+
+
+def test_moves_that_share_their_sources_are_those_that_run_alone(monkeypatch):
+    lens = DiTLens(pipelines.flux(), defaults={**pipelines.CALL, "num_inference_steps": 2})
+    judge = lambda image, prompt: {"fidelity": np.asarray(image)[..., len(prompt) % 3].mean() / 255}  # noqa: E731
+    study = EditStudy(lens=lens, site=SITE, sites=lens.sites(SITE), score="|mean|", ablation="mean", judge=judge)
+    batch = PromptBatch(0, range(3), ("a cat", "two dogs", "no bird"))
+    clean = study.run_clean(batch)
+    top = Arm("top", 0, (select_common_channels([clean.arrays], 6, "|mean|"),))
+    moves = [(top, part) for part in ("whole", "mean", "residual")] + [(Arm("all", 0), "whole")]
+    rows, run = [], DiTLens.run
+
+    def spy(self, prompts, *given, **call):
+        rows.append(len(prompts))
+        return run(self, prompts, *given, **call)
+
+    monkeypatch.setattr(DiTLens, "run", spy)
+    together = [make() for make in study.move(batch, clean, moves)]
+    assert rows == [3 * 4 + 3]
+    for move, found in zip(moves, together, strict=True):
+        (alone,) = (make() for make in study.move(batch, clean, [move]))
+        for one, other in zip(found.lines, alone.lines, strict=True):
+            assert one.keys() == other.keys()
+            same = [name for name in one if not isinstance(one[name], float)]
+            assert [one[name] for name in same] == [other[name] for name in same]
+            assert [one[n] for n in one if n not in same] == pytest.approx(
+                [other[n] for n in one if n not in same], abs=0.02, nan_ok=True
+            )
+        assert found.images.keys() == alone.images.keys()
+    assert together[0].lines[0]["rmse"] > 0.2
+    assert len({line["rmse"] for cell in together for line in cell.lines}) == 12
 
 
 def test_an_image_that_an_edit_destroys_has_no_effect(toy):

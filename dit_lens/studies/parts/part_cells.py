@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_lens.core.request.ops import Pattern
+    from dit_lens.core.runs.run import Run
     from dit_lens.lens import DiTLens
     from dit_lens.studies.shared.batches import PromptBatch
 
@@ -136,25 +138,47 @@ class EditStudy:
             self._keep_image(cell, "ablation", arm, part, row, batch, images[i])
         return cell
 
-    def move(self, batch: PromptBatch, clean: Cell, arm: Arm, part: Part) -> Cell:
-        """Moves a part of an arm's channels from every image of a batch into the one before it.
+    def move(self, batch: PromptBatch, clean: Cell, moves: Sequence[tuple[Arm, Part]]) -> list[Callable[[], Cell]]:
+        """Moves parts of arms' channels from every image of a batch into the one before it: a function for each cell.
+
+        The first of them that is called runs all moves in one batch, in which they share the untouched sources.
 
         batch: the prompts and their seed.
         clean: cell of the untouched images.
-        arm: the arm; without sets, all channels are moved, and of "all" what modulates the final norm besides.
-        part: "whole", "mean" or "residual".
+        moves: each an arm (without sets all channels are moved, and of "all" what modulates the final norm besides) and
+          the part of its channels: "whole", "mean" or "residual".
         """
+        run = cache(partial(self._run_moves, batch, moves))
+        return [partial(self._read_move, batch, clean, moves, i, run) for i in range(len(moves))]
+
+    def _run_moves(self, batch: PromptBatch, moves: Sequence[tuple[Arm, Part]]) -> tuple[Run, dict[int, float]]:
+        """The run of all moves, targets of one after the other and then the sources; and the dose of every row."""
         n = len(batch.prompts)
-        sources = [(row + 1) % n for row in range(n)]
-        prompts = [*batch.prompts, *(batch.prompts[row] for row in sources)]
-        channels, ops = arm.sets[0] if arm.sets else None, []
-        for row in range(n):
-            edits = [make_move(self.site, channels, part, row, n + row)]
-            if arm.name == ALL:
-                edits = make_ceiling(self.sites, self.lens.anatomy, row, n + row)
-            ops += weigh_move(edits, self.sites, self.lens.anatomy, (row, n + row), 0, channels, part)
-        run = self.lens.run(prompts, ops, seed=batch.seed, **share_call(self.lens, batch, [*range(n), *sources]))
-        doses, images = read_doses(ops, run.receipt), run.images
+        sources, ops = _list_sources(n), []
+        for number, (arm, part) in enumerate(moves):
+            channels = arm.sets[0] if arm.sets else None
+            for row in range(n):
+                rows = (number * n + row, len(moves) * n + row)
+                edits = [make_move(self.site, channels, part, *rows)]
+                if arm.name == ALL:
+                    edits = make_ceiling(self.sites, self.lens.anatomy, *rows)
+                ops += weigh_move(edits, self.sites, self.lens.anatomy, rows, 0, channels, part)
+        order = [*range(n)] * len(moves) + sources
+        prompts = [batch.prompts[row] for row in order]
+        run = self.lens.run(prompts, ops, seed=batch.seed, **share_call(self.lens, batch, order))
+        return run, read_doses(ops, run.receipt)
+
+    def _read_move(
+        self,
+        batch: PromptBatch,
+        clean: Cell,
+        moves: Sequence[tuple[Arm, Part]],
+        number: int,
+        run: Callable[[], tuple[Run, dict[int, float]]],
+    ) -> Cell:
+        """The cell of one of the moves of a run."""
+        n, (arm, part), (moved, doses) = len(batch.prompts), moves[number], run()
+        sources, images = _list_sources(n), moved.images[number * n : (number + 1) * n]
         untouched = [clean.images[_name_untouched(row, batch)] for row in batch.rows]
         cell = Cell()
         for i, (row, prompt) in enumerate(zip(batch.rows, batch.prompts, strict=True)):
@@ -170,7 +194,7 @@ class EditStudy:
                 "rmse": float(rmse(untouched[i], images[i])),
                 "to_source": float(rmse(untouched[sources[i]], images[i])),
                 "dose_intended": 1.0,
-                "dose": doses.get(i, np.nan),
+                "dose": doses.get(number * n + i, np.nan),
             }
             cell.lines.append(_line("transport", arm, part, prompt, batch.seed, measures))
             self._keep_image(cell, "transport", arm, part, row, batch, images[i])
@@ -181,6 +205,11 @@ class EditStudy:
     ) -> None:
         if arm.draw == 0:
             cell.images[str(ImageKey(row, batch.seed, edit=edit, arm=arm.name, part=part))] = image
+
+
+def _list_sources(n: int) -> list[int]:
+    """For every image of a batch the one from which it is moved to."""
+    return [(row + 1) % n for row in range(n)]
 
 
 def _is_readable(measures: Mapping[str, Any]) -> bool:

@@ -208,6 +208,13 @@ class Transport:
         direct = len(self.controlled) if self.early else 0
         return 4 + arms * len(self.conditions) + direct + (len(self.strengths) if self.prompt_blend else 0)
 
+    @property
+    def images_per_pair(self) -> int:
+        """How many images are drawn for a pair and a seed, sources beside their targets included."""
+        arms = self.cells_per_batch - 3 - (len(self.controlled) if self.early else 0)  # one of these is the ceiling
+        runs = 2 + arms + len(self.controlled) * (1 + 2 * (1 + bool(self.draws))) * bool(self.early)
+        return 2 * runs
+
     def select_channels(self, scores: Mapping[str, np.ndarray], k: int) -> list[ChannelSet]:
         """For every pair the channels that are moved, at the study's sites and where masks are found.
 
