@@ -49,7 +49,8 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
     summary = summarise(patched, ("row", "column"), measures).assign(over=settings["over"])
     if settings["over"] == "block x channel group":
         groups = compare_arms(patched.rename(columns={"column": "arm"}), ("row",), ["effect"])
-        summary = summary.merge(groups.rename(columns={"arm": "column"}), on=["row", "column"], how="left")
+        if len(groups):
+            summary = summary.merge(groups.rename(columns={"arm": "column"}), on=["row", "column"], how="left")
     return Result(
         "patching",
         table,
