@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import chi2, norm, t
+from scipy.special import ndtr, stdtrit
+from scipy.stats import chi2
 
 from dit_lens.arguments.checks import checked
 from dit_lens.arguments.numbers import check_number
@@ -120,9 +122,14 @@ def _answer(spread: float, difference: float | None, prompts: int | None, power:
 def _chance(effect: float, n: int, alpha: float) -> float:
     """The chance that the two-sided paired t-test finds an effect, in units of the spread."""
     # Of a given estimate of the spread, t is normal; the mean over estimates, as SciPy's noncentral t fails for n = 2.
-    estimates = np.sqrt(chi2.ppf(QUANTILES, n - 1) / (n - 1))
-    critical, shift = t.ppf(1 - alpha / 2, n - 1) * estimates, effect * math.sqrt(n)
-    return float(np.mean(norm.sf(critical - shift) + norm.cdf(-critical - shift)))
+    critical, shift = stdtrit(n - 1, 1 - alpha / 2) * _estimates(n), effect * math.sqrt(n)
+    return float(np.mean(ndtr(shift - critical) + ndtr(-critical - shift)))
+
+
+@lru_cache(128)  # the same for every effect that is tried
+def _estimates(n: int) -> np.ndarray:
+    """What n prompts may take the spread for, in units of it: equally likely each."""
+    return np.sqrt(chi2.ppf(QUANTILES, n - 1) / (n - 1))
 
 
 def _smallest_difference(n: int, power: float, alpha: float) -> float:

@@ -231,7 +231,7 @@ def test_means_are_over_all_prompts_and_seeds():
 def test_a_batch_size_changes_no_arm(lens):
     """Images differ by rounding alone, since batches of other shapes are computed otherwise."""
     one, other = (
-        disruption(lens, PROMPTS, k=K, seeds=[SEED], draws=2, batch_size=size, num_inference_steps=1)
+        disruption(lens, PROMPTS, k=K, seeds=[SEED], draws=2, batch_size=size, num_inference_steps=STEPS)
         for size in (None, 2)
     )
     assert set(one.images) == set(other.images)
