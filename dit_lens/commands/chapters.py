@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from dit_lens.studies import Result
 
 # 64 prompts decide differences of half a standard deviation (studies.power). Images are spent on prompts: two seeds
-# cost twice as much and decide less than one, and draws of a control matter less than prompts.
-PROMPTS, SEEDS, DRAWS, K = 64, 1, 4, 8
+# cost twice as much and decide less than one, and so do draws of controls that every image has of its own
+# (docs/concepts/statistics.md).
+PROMPTS, SEEDS, DRAWS, K = 64, 1, 3, 8
 PATCHED = 8  # pairs whose maps are patched; two would show nothing but a difference of 12 standard deviations
 
 
@@ -27,7 +28,7 @@ class Size:
 
     prompts: number of held-out prompts.
     seeds: number of seeds of each.
-    draws: number of random controls.
+    draws: number of random controls where all prompts share them; where every image has its own, a third as many.
     k: number of channels that count as massive.
     call: other arguments of the pipeline.
     """
@@ -58,9 +59,9 @@ class Size:
         return {"k": self.k, "seeds": list(range(self.seeds)), "batch_size": 8, **self.call}
 
     @property
-    def few_draws(self) -> int:
-        """The draws of studies that draw an image more for each, and for every part and strength."""
-        return min(self.draws, 3)
+    def own_draws(self) -> int:
+        """The draws of studies in which every image has random controls of its own."""
+        return max(1, self.draws // 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,9 @@ def write_value(value: Any, size: Size) -> str:
 def _patch_groups(size: Size) -> dict[str, Any]:
     # Rows of one batch are patches here, so the batch size of the other studies does not apply.
     shared = {name: value for name, value in size.shared.items() if name != "batch_size"}
-    return {**shared, "pairs": size.pairs[:PATCHED], "over": "block x channel group", "seeds": [0], "draws": 1}
+    # With 17 rows, 8 blocks of 4 groups fill two batches beside their source.
+    rows = {"batch_size": 17, "draws": 1}
+    return {**shared, "pairs": size.pairs[:PATCHED], "over": "block x channel group", "seeds": [0], **rows}
 
 
 CHAPTERS = (
@@ -136,7 +139,7 @@ CHAPTERS = (
     ),
     Chapter(
         name="disruption",
-        arguments=lambda size: {"prompts": size.texts, **size.shared, "draws": size.draws},
+        arguments=lambda size: {"prompts": size.texts, **size.shared, "draws": size.own_draws},
         describe=sentences.describe_disruption,
         published="The paper: zeroing the top channels collapses the image, zeroing low-statistic ones hardly matters. "
         "Its k, layers and steps are not stated.",
@@ -158,7 +161,7 @@ CHAPTERS = (
         arguments=lambda size: {
             "pairs": size.pairs,
             **size.shared,
-            "draws": size.few_draws,
+            "draws": size.own_draws,
             "strengths": (0.5, 1.0),
             "mask_from": None,
         },
@@ -182,7 +185,7 @@ CHAPTERS = (
             "prompts": size.texts,
             **size.shared,
             "seeds": [0] if size.seeds == 2 else size.shared["seeds"],
-            "draws": size.few_draws,
+            "draws": size.draws,
         },
         describe=sentences.describe_carrier_or_detail,
         published="2605.13974: massive channels carry the prompt. 2510.11538 and 2607.02968: they are nearly "

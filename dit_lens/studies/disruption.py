@@ -190,7 +190,7 @@ def disruption(
     batches = make_batches(prompts, seeds, batch_size, divide_call(lens, call, len(prompts)))
     check_arm_score(lens, score, batches[0].prompts, site, batches[0].call)
     total = len(batches) * (2 + len(ks) * (count_arms(draws) + len(extra)))
-    images = len(prompts) * len(seeds) * (1 + (total // len(batches) - 1) * (2 if ablation == "resample" else 1))
+    images = len(prompts) * len(seeds) * (total // len(batches)) * (2 if ablation == "resample" else 1)
     meant = find_meant(lens, batches[0].prompts, batches[0].call, site, steps)
     with StudyCheckpoints("disruption", settings, lens=lens, total=total, out=out, meant=meant, images=images) as cells:
         first = min(meant["steps"])
