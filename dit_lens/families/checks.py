@@ -87,7 +87,7 @@ def _try_clone(
     # A device in a with block makes every operation slower: only where new tensors would lie elsewhere.
     on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     with torch.random.fork_rng(devices=[]), on_cpu:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of GPUs, too
         tiny = transformer(**family.example.config).eval()
         anatomy = Anatomy(family, tiny)
         extra = put_processors(anatomy, processors, TEXT)

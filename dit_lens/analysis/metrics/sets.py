@@ -92,7 +92,7 @@ def _measure(measure: str, first: Sequence[Image], second: Sequence[Image], feat
         for start in range(0, len(some), AT_ONCE):
             metric.update(_stack(some[start : start + AT_ONCE]), real=real)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of GPUs, too
         value = metric.compute()
     return float(value[0] if measure == "kid" else value)
 

@@ -62,13 +62,15 @@ def test_kid_is_the_unbiased_mmd_of_a_cubic_kernel():
     assert abs(metrics.set_distances(a, pictures(2, 40), ["kid"], features=Corners())["kid"]) < found / 4
 
 
-def test_kid_of_subsets_is_the_same_every_time_and_leaves_random_numbers_alone():
+def test_kid_of_subsets_is_the_same_every_time_and_leaves_random_numbers_alone(monkeypatch):
     a, b = pictures(0, 12), pictures(1, 9)
     torch.manual_seed(3)
-    state = torch.get_rng_state()
+    state, seeded = torch.get_rng_state(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     found = [metrics.set_distances(a, b, ["kid"], features=Corners()) for _ in range(2)]
     assert found[0] == found[1]
     assert torch.equal(torch.get_rng_state(), state)
+    assert not seeded
 
 
 def test_cmmd_is_a_thousand_times_the_mmd_of_a_gaussian_kernel():
