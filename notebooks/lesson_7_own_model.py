@@ -34,6 +34,7 @@ home = Path(tempfile.mkdtemp())
 folder = home / "my-flux"
 toy = dl.DiTLens.toy()
 toy.pipe.set_progress_bar_config(disable=True)
+toy.defaults["num_inference_steps"] = 4  # instead of 12: faster, and the images are hardly worse
 toy.pipe.save_pretrained(folder)
 sorted(path.name for path in folder.iterdir())
 
@@ -193,7 +194,7 @@ assert small is not ..., "Exercise 1 is blank: a dl.Read('blocks.*.img', ...) th
 _cost = toy.cost(circle, small, seed=0)
 assert _cost.bytes < 100_000, f"Not yet: it would take {_cost.bytes / 1000:.0f} kB. What does reduce= do?"
 _found = toy.run(circle, small, seed=0)
-assert _found["blocks.7.img"].shape == (12, 1, 128), "Not yet: every block, every step and all 128 channels are needed."
+assert _found["blocks.7.img"].shape == (4, 1, 128), "Not yet: every block, every step and all 128 channels are needed."
 print(f"Exercise 1 is solved: {_cost.bytes / 1000:.0f} kB.")
 
 # %% [markdown]
