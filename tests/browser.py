@@ -90,13 +90,30 @@ def jupyterlab(root, timeout=90):
                 server.wait(20)
 
 
+_READY = """() => { const w = window.jupyterapp.shell.currentWidget;
+    return !!(w?.content?.widgets && w.sessionContext?.isReady && w.sessionContext.session?.kernel); }"""
+
+
 def open_notebook(page, address, name):
     """Opens a notebook in JupyterLab and waits for its kernel."""
     page.goto(f"{address}/lab/tree/{name}?reset", wait_until="domcontentloaded")
     page.wait_for_function("() => !!window.jupyterapp", timeout=90_000)
-    ready = """() => { const w = window.jupyterapp.shell.currentWidget;
-        return !!(w?.content?.widgets && w.sessionContext?.isReady && w.sessionContext.session?.kernel); }"""
-    page.wait_for_function(ready, timeout=90_000)
+    page.wait_for_function(_READY, timeout=90_000)
+
+
+def show_notebook(page, name):
+    """Shows a notebook beside the one that is shown in JupyterLab; one that is not open yet gets the kernel of that."""
+    page.evaluate(
+        """async path => {
+          const app = window.jupyterapp, { id } = app.shell.currentWidget.sessionContext.session.kernel;
+          const found = await app.commands.execute('docmanager:open', { path, kernel: { id } });
+          app.shell.activateById(found.id);
+        }""",
+        name,
+    )
+    shown = "path => window.jupyterapp.shell.currentWidget?.context?.path === path"
+    page.wait_for_function(shown, arg=name, timeout=90_000)
+    page.wait_for_function(_READY, timeout=90_000)
 
 
 def run_all(page, seconds=180):
