@@ -153,9 +153,9 @@ assert abs(in_mean + _residual - 1) < 1e-4, (
 print(f"Exercise 1 is solved: {in_mean:.0%} of the energy is in the means.")
 
 # %% [markdown]
-# **Exercise 2.** Measure ablation by hand. For the three `prompts`, keep the *residual* only (no means), and count which
-# share of all attributes is lost. `Scene.parse(prompt).agreement(recognise_scene(image).scene)` compares; untouched
-# images of the toy are right in nearly all. Use `massive` for all prompts.
+# **Exercise 2.** Measure ablation by hand. For the three `prompts`, keep the *residual* only (no means), and count
+# which share of all attributes is lost. `Scene.parse(prompt).agreement(recognise_scene(image).scene)` compares;
+# untouched images of the toy are right in nearly all. Use `massive` for all prompts.
 
 # %% tags=["solution"]
 # A number between 0 (nothing lost) and 1.

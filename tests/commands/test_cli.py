@@ -171,7 +171,7 @@ def test_the_demo(tmp_path, capsys, monkeypatch):
 
     def quick(*args, **kwargs):
         lens = load(*args, **kwargs)
-        lens.defaults["num_inference_steps"] = 1
+        lens.defaults |= {"num_inference_steps": 1, "true_cfg_scale": 1.0}
         return lens
 
     monkeypatch.setattr(DiTLens, "toy", quick)

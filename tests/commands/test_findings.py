@@ -20,6 +20,9 @@ from dit_lens.studies import Result
 from dit_lens.studies.parts.chosen_block import choose_halves
 from dit_lens.studies.shared.tables import compare_arms
 
+# One step without guidance: half of the passes of one with it.
+SMALL = Size(prompts=2, seeds=1, draws=1, call={"num_inference_steps": 1, "true_cfg_scale": 1.0})
+
 
 def summary(columns, rows):
     """Rows of an arm and a mean for every measure, with bounds 1 below and above unless given as (mean, low, high)."""
@@ -241,10 +244,9 @@ def test_the_code_beside_a_chapter_is_the_call_that_made_it(chapter, monkeypatch
 
 
 def test_what_will_be_drawn_is_counted_before_it_is(toy, monkeypatch):
-    size = Size(prompts=2, seeds=1, draws=1, call={"num_inference_steps": 1})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(toy), "run", lambda *_, **__: pytest.fail("drawn"))
-        count = count_images(toy, size)
+        count = count_images(toy, SMALL)
     assert list(count) == [chapter.name for chapter in CHAPTERS]
     drawn = []
     forward = toy.pipe.transformer.register_forward_pre_hook(
@@ -255,8 +257,8 @@ def test_what_will_be_drawn_is_counted_before_it_is(toy, monkeypatch):
             chapter = next(one for one in CHAPTERS if one.name == name)
             drawn.clear()
             with toy.quiet():
-                chapter.study.function(toy, **chapter.arguments(size))
-            assert sum(drawn) / 2 == count[name], name  # every image is drawn with and without its prompt
+                chapter.study.function(toy, **chapter.arguments(SMALL))
+            assert sum(drawn) == count[name], name
     finally:
         forward.remove()
     twice = count_images(toy, Size(prompts=4, seeds=2, draws=1))
@@ -265,7 +267,7 @@ def test_what_will_be_drawn_is_counted_before_it_is(toy, monkeypatch):
 
 @pytest.mark.slow
 def test_a_toy_has_its_page_and_all_toys_have_one(tmp_path):
-    out, size = tmp_path / "page", Size(prompts=2, seeds=1, draws=1, call={"num_inference_steps": 1})
+    out = tmp_path / "page"
     earlier = out / "another"
     earlier.mkdir(parents=True)
     (earlier / "glance.csv").write_text('toy,iterations\nanother,"1,234"\n')
@@ -274,7 +276,7 @@ def test_a_toy_has_its_page_and_all_toys_have_one(tmp_path):
     (out / "flux" / "glance.csv").write_text("of an earlier page")
     (out / "flux" / "notes.csv").write_text("mine")
 
-    page = findings(out, size=size, cells=tmp_path / "cells")
+    page = findings(out, size=SMALL, cells=tmp_path / "cells")
 
     of_toy = (out / "flux" / "index.md").read_text(encoding="utf-8")
     for chapter in CHAPTERS:

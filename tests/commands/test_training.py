@@ -11,11 +11,11 @@ from dit_lens import DiTLens, plots, studies
 from dit_lens.commands.chapters import Size
 from dit_lens.commands.training import measure, training
 from dit_lens.errors import OpError, StoreError
-from dit_lens.toys import train
+from dit_lens.toys import stages, train
 from dit_lens.toys.kept import build_pipeline, list_iterations, load_iteration
 from dit_lens.toys.train import Settings
 
-SIZE = Size(prompts=2, seeds=1, draws=1, k=4, call={"num_inference_steps": 1})
+SIZE = Size(prompts=2, seeds=1, draws=1, k=4, call={"num_inference_steps": 1, "true_cfg_scale": 1.0})
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "ITERATIONS", {"text": 1, "autoencoder": 1})
         patch.setattr(train, "SAMPLE_SECONDS", 1e9)
+        patch.setattr(stages, "NORMALISED", 64)
         patch.setattr(train, "_save_samples", lambda *_: None)
         train.train(folder, Settings(seed=3, iterations=2, batch=2, keep_every=2))
     return folder
@@ -68,7 +69,7 @@ def test_a_page_has_a_point_for_every_kept_transformer_and_goes_on(trained, tmp_
 
 
 def test_a_toy_that_draws_has_an_overlap(toy):
-    size = Size(prompts=2, seeds=1, draws=1, k=4, call={"num_inference_steps": 4})
+    size = Size(prompts=2, seeds=1, draws=1, k=4, call={"num_inference_steps": 2, "true_cfg_scale": 1.0})
     with toy.quiet():
         line = measure(toy, size, None)
         found = studies.organisation(toy, size.texts, **size.shared, draws=1, words=[]).table

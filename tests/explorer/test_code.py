@@ -12,7 +12,7 @@ import dit_lens as dl
 CIRCLE = "a big red circle left on a checkered blue background"
 CROSS = "a small white cross right on a plain green background"
 PROMPTS = [CIRCLE, CROSS]
-CALL = {"k": 4, "num_inference_steps": 1}
+CALL = {"k": 4, "num_inference_steps": 1, "true_cfg_scale": 1.0}
 MADE = {
     "disruption": ([PROMPTS], {"draws": 1, "confounds": False, **CALL}),
     "organisation": ([PROMPTS], {"draws": 1, "site": "blocks[4:6].img", "polarity": "border", **CALL}),

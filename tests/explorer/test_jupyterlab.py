@@ -33,7 +33,7 @@ LESSON = Path(__file__).parents[2] / "notebooks" / "solutions" / "lesson_1_names
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """A notebook with a view in each cell, which all ran; one kernel for it and the lesson, since each imports torch."""
+    """A notebook with views, whose cells all ran; it and the lesson share a kernel, as each imports torch anew."""
     browser.browser_or_skip()
     folder = tmp_path_factory.mktemp("notebooks")
     cells = [nbformat.v4.new_code_cell(text) for text in (SET_UP, *VIEWS.values())]

@@ -19,7 +19,7 @@ CAPTIONS = [scene.caption for scene in SCENES]
 
 @dataclass(frozen=True)
 class Recorded:
-    """Measured for a toy with the captions above, seed 0 and k = 8.
+    """Measured for a toy with the captions above, seed 0, 4 steps and k = 8.
 
     pipeline: name of the pipeline class.
     iterations: iterations of the transformer's training.
@@ -41,33 +41,33 @@ RECORDED = {
         iterations=8716,
         channels={
             "blocks.0.img": (74, 12, 48, 2, 90, 81, 105, 63),
-            "blocks.4.img": (74, 12, 55, 99, 71, 63, 114, 105),
-            "blocks.7.img": (74, 89, 12, 13, 11, 37, 123, 99),
+            "blocks.4.img": (74, 12, 55, 99, 71, 63, 2, 7),
+            "blocks.7.img": (74, 89, 12, 13, 11, 37, 99, 123),
         },
-        ratios={"blocks.0.img": 21.87, "blocks.7.img": 48.77},
-        shares={"blocks.7.img": 0.542},
+        ratios={"blocks.0.img": 21.97, "blocks.7.img": 49.08},
+        shares={"blocks.7.img": 0.544},
     ),
     "flux2": Recorded(
         pipeline="Flux2KleinPipeline",
         iterations=4996,
         channels={
-            "blocks.0.img": (62, 87, 97, 24, 19, 17, 96, 88),
+            "blocks.0.img": (62, 97, 87, 24, 19, 17, 96, 98),
             "blocks.4.img": (62, 112, 87, 43, 97, 19, 53, 98),
-            "blocks.7.img": (62, 6, 112, 31, 87, 118, 26, 51),
+            "blocks.7.img": (62, 6, 112, 31, 87, 26, 118, 51),
         },
-        ratios={"blocks.2.img": 54.38, "blocks.7.img": 31.46},
-        shares={"blocks.2.img": 0.671, "blocks.7.img": 0.517},
+        ratios={"blocks.2.img": 52.36, "blocks.7.img": 30.83},
+        shares={"blocks.2.img": 0.667, "blocks.7.img": 0.512},
     ),
     "sana": Recorded(
         pipeline="SanaPipeline",
         iterations=5136,
         channels={
-            "blocks.0.img": (15, 70, 30, 62, 49, 117, 124, 111),
-            "blocks.4.img": (70, 30, 15, 33, 49, 62, 111, 125),
-            "blocks.7.img": (70, 125, 120, 20, 0, 27, 1, 76),
+            "blocks.0.img": (70, 15, 30, 62, 49, 124, 60, 117),
+            "blocks.4.img": (70, 30, 15, 33, 49, 125, 111, 62),
+            "blocks.7.img": (70, 125, 20, 120, 0, 76, 27, 1),
         },
-        ratios={"blocks.2.img": 10.8, "blocks.7.img": 28.04},
-        shares={"blocks.2.img": 0.283, "blocks.7.img": 0.548},
+        ratios={"blocks.2.img": 10.99, "blocks.7.img": 28.81},
+        shares={"blocks.2.img": 0.271, "blocks.7.img": 0.558},
     ),
     "qwen-image": Recorded(
         pipeline="QwenImagePipeline",
@@ -77,8 +77,8 @@ RECORDED = {
             "blocks.4.img": (10, 109, 75, 31, 117, 105, 70, 36),
             "blocks.6.img": (75, 10, 70, 31, 109, 26, 105, 98),
         },
-        ratios={"blocks.2.img": 14.8, "blocks.6.img": 17.11},
-        shares={"blocks.2.img": 0.412, "blocks.6.img": 0.443},
+        ratios={"blocks.2.img": 15.54, "blocks.6.img": 17.43},
+        shares={"blocks.2.img": 0.419, "blocks.6.img": 0.447},
     ),
 }
 
@@ -100,7 +100,7 @@ def lens(name, toy):
 @pytest.fixture(scope="module")
 def drawn(lens):
     """The captions, drawn while the scores of channels are read."""
-    return lens.run(CAPTIONS, make_score_reads("blocks.*.img", "|mean|"), seed=0)
+    return lens.run(CAPTIONS, make_score_reads("blocks.*.img", "|mean|"), seed=0, num_inference_steps=4)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_the_untrained_twin_differs_in_its_transformer_alone(lens, name):
         assert all(torch.equal(a, b) for a, b in same)
     prompt = "a big red circle left on a plain blue background"
     found, ours = (
-        one.massive_channels(prompt, k=8, seed=0, num_inference_steps=4)
+        one.massive_channels(prompt, k=8, seed=0, num_inference_steps=2)
         for one in (twin, lens)  # the lens follows the exchanged module
     )
     assert max(found.energy_share().values()) < min(ours.energy_share().values())
