@@ -18,6 +18,14 @@ from dit_lens.toys.train import Settings
 SIZE = Size(prompts=2, seeds=1, draws=1, k=4, call={"num_inference_steps": 1, "true_cfg_scale": 1.0})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_pictures():
+    """Latents are normalised by few pictures, in training and whenever a kept transformer is put beside its VAE."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "NORMALISED", 64)
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A training of two iterations that kept its transformer after each."""
@@ -25,7 +33,6 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "ITERATIONS", {"text": 1, "autoencoder": 1})
         patch.setattr(train, "SAMPLE_SECONDS", 1e9)
-        patch.setattr(stages, "NORMALISED", 64)
         patch.setattr(train, "_save_samples", lambda *_: None)
         train.train(folder, Settings(seed=3, iterations=2, batch=2, keep_every=2))
     return folder
