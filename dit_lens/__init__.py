@@ -44,6 +44,7 @@ _WHERE = {
     "Zero": "core.request.ops",
     "Scale": "core.request.ops",
     "Add": "core.request.ops",
+    "Skip": "core.request.ops",
     "Swap": "core.request.ops",
     "Resample": "core.request.ops",
     "TokenMean": "core.request.ops",
@@ -94,6 +95,7 @@ __all__ = [
     "Resample",
     "Run",
     "Scale",
+    "Skip",
     "Stack",
     "Steering",
     "Swap",
@@ -130,7 +132,19 @@ if TYPE_CHECKING:
     from dit_lens.analysis import channels, clusters, metrics
     from dit_lens.analysis.channels import ChannelSet
     from dit_lens.core.request import ops
-    from dit_lens.core.request.ops import Add, Apply, MeanAblate, Read, Resample, Scale, Swap, TokenMean, Zero, sigma
+    from dit_lens.core.request.ops import (
+        Add,
+        Apply,
+        MeanAblate,
+        Read,
+        Resample,
+        Scale,
+        Skip,
+        Swap,
+        TokenMean,
+        Zero,
+        sigma,
+    )
     from dit_lens.core.request.token_set import TokenSet
     from dit_lens.core.runs.comparison import compare
     from dit_lens.core.runs.receipt import Receipt

@@ -79,7 +79,8 @@ class Interpreter:
         """On every module that a site or a gate of an op lies at, and on the transformer, which sets the clock."""
         model = self.pipe.transformer
         yield model.register_forward_pre_hook(self.begin, with_kwargs=True)
-        wanted = {site for sites in self.sites for site in sites}
+        self.held, self.sources = {}, {source for op in self.ops for source in sources_in_the_pass(op, self.wiring)}
+        wanted = {site for sites in self.sites for site in sites} | self.sources
         places = {site: place for site, place in self.wiring.places.items() if site in wanted}
         gates = [*dict.fromkeys(place.gate for place in places.values() if place.gate is not None)]
         modules = [*((place.module, place.side) for place in places.values()), *(gate[:2] for gate in gates)]
@@ -146,6 +147,9 @@ class Interpreter:
                 x = self.edit(number, op, site, branch, x, factor)
                 for row, span, new in zip(rows, spans, x, strict=True):
                     changed[row, span, part] = new
+        for site in self.sources.intersection(sites):
+            spans = [place.tokens_of(row, changed.shape[1], starts) for row in range(len(changed))]
+            self.held[site] = [changed[row, span, part].clone() for row, span in enumerate(spans)]
         return place.put(value, place.from_tokens(changed, whole)) if edited else value
 
     def levels(self) -> list[float]:
@@ -252,7 +256,12 @@ class Interpreter:
             hook = SimpleNamespace(name=site, step=self.step, timestep=self.timestep, sigma=self.sigma, branch=branch)
             new = op.fn(old.clone(), hook)
             return old if new is None else new.to(old.dtype)
-        if kind == "Swap" and isinstance(op.source, str):
+        if kind == "Skip" or (kind == "Swap" and str(op.source).startswith("site:")):
+            source = f"{site}.resid_pre" if kind == "Skip" else op.source.removeprefix("site:")
+            first = self.here.index(branch) * self.count - self.first
+            rows_there = torch.stack([self.held[source][first + row] for row in rows])
+            new = rows_there[outer(range(len(rows)), tokens, channels)]
+        elif kind == "Swap" and isinstance(op.source, str):
             source = range(self.rows)[int(op.source.removeprefix("row:"))]
             if isinstance(op.tokens, str):  # where the word stands there
                 tokens = self.wiring.words(self.prompts[source // (self.rows // len(self.prompts))], op.tokens)
@@ -324,6 +333,14 @@ def along(tensor, axis, chosen, full):
 
 def source_of(op):
     return getattr(op, "mean", None) if hasattr(op, "mean") else getattr(op, "source", None)
+
+
+def sources_in_the_pass(op, wiring) -> list[str]:
+    """The sites of the same forward pass that an op takes values from."""
+    if type(op).__name__ == "Skip":
+        return [f"{site}.resid_pre" for site in wiring.expand(op.site)]
+    source = getattr(op, "source", None)
+    return [source.removeprefix("site:")] if isinstance(source, str) and source.startswith("site:") else []
 
 
 def was_read(source) -> bool:

@@ -460,6 +460,10 @@ class Anatomy:
             return -1, 0  # what all blocks are given is computed before them
         return self.depth, self._ends.index((location.module.removeprefix("transformer").lstrip("."), location.side))
 
+    def place(self, site: Site) -> tuple:
+        """Sorts sites of blocks as the model computes them."""
+        return (*self.rank(self.locate(site)), *site.order[1:], site.name)
+
     @cached_property
     def _ends(self) -> list[tuple[str, str]]:
         """(module, side) of what has a name after the blocks, in the order in which the model computes it."""

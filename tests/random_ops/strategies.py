@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 
 import dit_lens as dl
-from dit_lens import Add, Apply, MeanAblate, Read, Resample, Scale, Swap, TokenMean, Zero
+from dit_lens import Add, Apply, MeanAblate, Read, Resample, Scale, Skip, Swap, TokenMean, Zero
 from tests.random_ops.scenarios import (
     FUNCTIONS,
     PROMPTS,
@@ -70,8 +70,10 @@ def source_of(op):
 @st.composite
 def ops(draw, scenario: Scenario, focus: str, calls: list):
     """One op of any kind."""
-    kinds = [Read, Read, Zero, Scale, Add, "row", "row", "tensor", "run", Resample, TokenMean, MeanAblate, Apply]
-    kind = draw(st.sampled_from(kinds))
+    kinds = [Read, Read, Zero, Scale, Add, "row", "row", "tensor", "run", "site", "site"]
+    kind = draw(st.sampled_from([*kinds, Resample, TokenMean, MeanAblate, Apply]))
+    if kind == "site":
+        return draw(site_swaps(scenario))
     if kind == "run" or (kind in (Resample, MeanAblate) and draw(st.booleans())):
         return draw(from_runs(scenario, Swap if kind == "run" else kind, focus))
     subject = scenario.subject
@@ -290,6 +292,33 @@ def row_swaps(draw, scenario: Scenario, pattern, where: dict):
             where["tokens"] = None
     shown = draw(st.sampled_from([source, source - scenario.rows]))
     return Swap(pattern, source=f"row:{shown}", strength=draw(STRENGTHS), **where)
+
+
+@st.composite
+def site_swaps(draw, scenario: Scenario):
+    """Values of another site of the same stream and width, which is computed before; or what enters the block."""
+    places = scenario.subject.wiring.places
+    whole = {
+        site: place
+        for site, place in places.items()
+        if site.startswith("blocks.") and not place.vector and place.gate is None and place.made is None
+    }
+    written = [site for site, place in whole.items() if place.writes == "any"]
+    pairs = [
+        (source, target)
+        for target in written
+        for source in list(whole)[: list(whole).index(target)]
+        if source.split(".")[2] == target.split(".")[2] and whole[source].width == whole[target].width
+    ]
+    source, target = draw(st.sampled_from(pairs))
+    skips = draw(st.booleans())
+    if skips:
+        target = draw(st.sampled_from([site for site in written if f"{site}.resid_pre" in whole]))
+    where = draw(selections(scenario, [target], words=True, same=False))
+    where["branch"] = draw(branches(scenario, read=False, word=isinstance(where["tokens"], str)))
+    if skips:
+        return Skip(target, **where)
+    return Swap(target, source=f"site:{source}", strength=draw(STRENGTHS), **where)
 
 
 @st.composite

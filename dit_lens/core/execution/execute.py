@@ -73,7 +73,7 @@ class Context:
     image: where its image tokens are.
     text: which of its text tokens take part in attention; None until that is asked for.
     gates: gates kept for later parts, by key.
-    held: tokens kept for the readout, by site, and what its shift and scale are made from, as "shift".
+    held: tokens kept for the readout or for a later edit, by site, and what shift and scale are made from, as "shift".
     """
 
     def __init__(
@@ -165,7 +165,8 @@ def at_module(envoy: Any, visit: Visit, context: Context) -> None:
         if part["role"] == "gate":
             context.gates[part["name"]] = compute_gate(tensor, location, envoy)
         elif part["role"] == "hold":
-            context.held[part["name"]] = stream_tokens(tensor, location, context.image)
+            tokens, span = stream_tokens(tensor, location, context.image), location["span"]
+            context.held[part["name"]] = tokens if span is None else tokens[..., span[0] : span[1]]
         elif part["role"] == "readout":
             keep_computed(read_out_held(envoy, changed, part, context), part, context)
         elif location["table"] is not None:
@@ -329,7 +330,7 @@ def edit(
     """
     where = outer_index(stream, action["rows"], action["tokens"], action["channels"], context.indices)
     old = stream[where]
-    new = EDITS[action["kind"]](Edit(old, stream, action, hook, context.payload, context.indices, mask))
+    new = EDITS[action["kind"]](Edit(old, stream, action, hook, context.payload, context.indices, mask, context.held))
     factor = 1.0 if gate is None else gate[where]
     precision = torch.promote_types(old.dtype, torch.float32)
     before = torch.linalg.vector_norm(old.detach() * factor, dtype=precision)

@@ -312,13 +312,16 @@ class _Compiler:
                 # The part with the site's name carries the actions; those beside it keep what it needs.
                 acts = part["role"] in ("site", "readout") and part["name"] == site.name
                 forwards.setdefault(number, {})[rank] = (location, {**part, "actions": actions} if acts else part)
+            for name in {action["held"] for action in actions if "held" in action}:
+                rank, location, part = self._source_part(name)
+                forwards.setdefault(number, {})[rank] = (location, part)
         for number, parts in sorted(forwards.items()):
             yield number, list(_in_order_of_ops([parts[rank] for rank in sorted(parts)]))
 
     def _parts_of(self, site: Site) -> list[tuple[tuple, TensorLocation, Part]]:
         """What is to be done for a site in one forward pass: the rank in the model's order, the location, the part."""
         anatomy, location = self.anatomy, self.anatomy.locate(site)
-        rank = (*anatomy.rank(location), *site.order[1:], site.name)
+        rank = anatomy.place(site)
         if site.block is not None and site.point == "x0":
             return self._readout_parts(site, rank, location)
         gate = location.gate
@@ -329,6 +332,12 @@ class _Compiler:
             ((*anatomy.rank(gate), -1, key), gate, _part("gate", key, gate)),
             (rank, location, _part("site", site.name, location, key, self._sizes(site))),
         ]
+
+    def _source_part(self, name: str) -> tuple[tuple, TensorLocation, Part]:
+        """Keeps the tokens of a site for actions that take values from them, after what is done there."""
+        site = self.anatomy.site(name)
+        location = self.anatomy.locate(site)
+        return (*self.anatomy.place(site), "held"), location, _part("hold", name, location)
 
     def _sizes(self, site: Site) -> tuple[int | None, int]:
         """The tokens and channels that selections at a site were counted in."""

@@ -82,6 +82,9 @@ class SiteLowering:
         return found
 
     def copy(self, source: str, *, strength: float = 1.0) -> Lowered:
+        if source.startswith("site:"):
+            held = find_source(self.anatomy, self.where, source.removeprefix("site:"), self.size, self.channels)
+            return self.on_branches(kind="CopySite", held=held, strength=strength)
         row = self._find_row(source)
         of_text = self.where.stream == "txt" and not self.where.point.startswith("mod.")
         found: Lowered = []
@@ -104,8 +107,8 @@ class SiteLowering:
         named = re.fullmatch(r"row:(-?\d{1,9})", source)
         if named is None:
             raise OpError(
-                f"source={source!r} is not a valid source. Write 'row:0' for another image of the batch, or give a "
-                "Run, a tensor, or site -> tensor."
+                f"source={source!r} is not a valid source. Write 'row:0' for another image of the batch, "
+                "'site:blocks.3.img' for another site, or give a Run, a tensor, or site -> tensor."
             )
         return to_indices(int(named[1]), self.outline.rows, "row", "this run has", "images")[0]
 
@@ -215,6 +218,33 @@ class SiteLowering:
     def _give(self, key: str, value: Any) -> str:
         self.payload[key] = value
         return key
+
+
+def find_source(anatomy: Anatomy, target: Site, name: str, size: int, channels: Sequence[int] | None) -> str:
+    """The name of a site whose values replace those of another; OpError where they do not fit or are not there yet.
+
+    anatomy: of the model.
+    target: where they go.
+    name: of the site they come from.
+    size, channels: of the selection at the target.
+    """
+    source = anatomy.site(name)
+    what = f"source='site:{name}' at {target}"
+    if source.block is None or source.stream != target.stream or source.point.startswith("mod."):
+        raise OpError(f"{what}: values come from tokens of the same stream, {target.stream}, of a block.")
+    if target.block is None or target.point.startswith("mod."):
+        raise OpError(f"{what}: only tokens of a block are replaced by those of another site.")
+    location = anatomy.locate(source)
+    if source.point == "x0" or None is not (location.gate or location.half or location.table or location.entry):
+        raise OpError(f"{what}: {source} is computed from others or multiplied by a gate, so it is no source.")
+    if source == target or anatomy.place(source) >= anatomy.place(target):
+        raise OpError(f"{what}: {source} is not computed before {target}. Swap from a Run that read it.")
+    width, most = anatomy.channels(source), max(channels, default=-1) if channels is not None else -1
+    if (channels is None and width != size) or most >= width:
+        raise OpError(
+            f"{what}: it has {width} channels, and {most + 1 if channels is not None else size} are asked for."
+        )
+    return source.name
 
 
 def check_allowed(op: Op, site: Site, anatomy: Anatomy, kind: str | None) -> None:

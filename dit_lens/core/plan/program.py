@@ -46,8 +46,8 @@ class Part(TypedDict):
     """One tensor of a module's input or output, and what happens to it.
 
     role: "site": the actions are carried out on it. "gate": it is kept, since a later part of the block is multiplied
-    by it. "hold": its tokens are kept until the final norm is reached, where a part of the role "readout" turns them
-    into a prediction.
+    by it. "hold": its tokens are kept until an edit takes values from them, or until the final norm is reached, where a
+    part of the role "readout" turns them into a prediction.
     name: the site; of a gate or of what is held the key under which it is kept.
     location: where the tensor is.
     gate: the gate its tensor is multiplied by, if any.

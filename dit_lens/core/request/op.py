@@ -44,6 +44,7 @@ class ActionDetails(TypedDict, total=False):
     key: under which the payload holds an edit's tensor or function.
     source_rows: for every target row the row its values come from.
     source_tokens: the tokens there, where they are not those that are replaced.
+    held: the site of the same forward pass that the values come from.
     source_mask: under which the payload holds the tokens that a source has, bool [row, token]; left out: all.
     strength: in (0, 1]; 1 assigns.
     parameters: what else an edit of this kind needs, such as a factor.
@@ -55,6 +56,7 @@ class ActionDetails(TypedDict, total=False):
     source_rows: list[int]
     source_tokens: list[int]
     source_mask: str
+    held: str
     strength: float
     parameters: dict[str, Any]
 
@@ -91,7 +93,10 @@ class Lowering(Protocol):
         ...
 
     def copy(self, source: str, *, strength: float = 1.0) -> Lowered:
-        """Replacing by another row of the batch: ``"row:0"``. strength: in (0, 1]; 1 assigns."""
+        """Replacing by another row of the batch, ``"row:0"``, or by another site of the same row, ``"site:..."``.
+
+        strength: in (0, 1]; 1 assigns.
+        """
         ...
 
     def put(
@@ -183,6 +188,7 @@ class Edit:
     payload: key -> tensor or function.
     indices: index tensors that were made before.
     mask: which of the chosen tokens take part in attention [row, token]; None: all.
+    held: site -> its tokens in this forward pass, where an action takes values from them.
     """
 
     def __init__(
@@ -194,9 +200,10 @@ class Edit:
         payload: dict[str, Any],
         indices: dict[Any, Tensor],
         mask: Tensor | None = None,
+        held: dict[str, Tensor] | None = None,
     ):
         self.old, self.stream, self.action, self.mask = old, stream, action, mask
-        self.hook, self.payload, self.indices = hook, payload, indices
+        self.hook, self.payload, self.indices, self.held = hook, payload, indices, held or {}
 
 
 def _as_list(value: Any, name: str) -> Any:

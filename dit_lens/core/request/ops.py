@@ -69,6 +69,7 @@ __all__ = [
     "Rows",
     "Scale",
     "SigmaInterval",
+    "Skip",
     "Source",
     "Steps",
     "Swap",
@@ -174,7 +175,8 @@ class Add(Op):
 class Swap(Op):
     """Replaces the chosen elements by those of a source: x <- (1 - strength) x + strength source.
 
-    source: "row:0" (another image of the same batch, at the same site, step and branch: lockstep transport), a Run
+    source: "row:0" (another image of the same batch, at the same site, step and branch: lockstep transport),
+        "site:blocks.3.img.attn.v" (another site of the same stream, computed before in the same forward pass), a Run
         that read the site or one of its reads, a mapping site -> tensor, or one tensor [step, row, token, channel]
         (leading axes of size 1, or left out, apply to every step and row).
     strength: in [0, 1]; 1 assigns, 0 does nothing.
@@ -191,6 +193,20 @@ class Swap(Op):
         if isinstance(self.source, str):
             return at.copy(self.source, strength=strength)
         return at.put(self.source, strength=strength)
+
+
+@told_fields
+@dataclass(frozen=True, eq=False, repr=False)
+class Skip(Op):
+    """Leaves blocks out: what leaves them is what entered. For the outputs of blocks, such as "blocks[3:5].*".
+
+    With fewer rows, tokens, steps or branches a block is left out for those only; their part in its attention stays.
+    """
+
+    def lower(self, at: Lowering) -> Lowered:
+        if at.site.count(".") != 2:
+            raise OpError(f"Skip is for the outputs of blocks, such as 'blocks[3:5].*', and {at.site} is none.")
+        return at.copy(f"site:{at.site}.resid_pre")
 
 
 @told_fields
@@ -331,6 +347,20 @@ def copy_row(edit: Edit) -> Tensor:
     return edit.stream[where].expand_as(edit.old).clone()
 
 
+def copy_site(edit: Edit) -> Tensor:
+    """The same rows, tokens and channels of a tensor that was computed before."""
+    source, action = edit.held[edit.action["held"]], edit.action
+    if source.shape[1] != edit.stream.shape[1]:
+        raise PlanMismatchError(
+            f"{edit.hook.name} has {edit.stream.shape[1]} tokens at step {edit.hook.step}, and {action['held']} "
+            f"{source.shape[1]}"
+        )
+    rows = len(edit.stream)
+    source = source[action["branch_index"] * rows :][:rows]
+    where = outer_index(source, action["rows"], action["tokens"], action["channels"], edit.indices)
+    return source[where].to(edit.old).expand_as(edit.old).clone()
+
+
 def token_mean(edit: Edit) -> Tensor:
     """Each channel's mean over the chosen tokens, or what is left without it."""
     tokens = [edit.old] if edit.mask is None else _tokens_that_count(edit.old, edit.mask)
@@ -374,6 +404,7 @@ EDITS: dict[str, Callable[[Edit], Tensor | None]] = {
     "Add": add,
     "Put": put,
     "CopyRow": copy_row,
+    "CopySite": copy_site,
     "TokenMean": token_mean,
     "Apply": apply,
 }
