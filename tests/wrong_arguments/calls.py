@@ -25,6 +25,7 @@ ELSEWHERE = {
         "Read",
         "Resample",
         "Scale",
+        "Skip",
         "Swap",
         "TokenMean",
         "Zero",
