@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from dit_lens.families.module_tree import parameters_of
+
 
 @lru_cache
 def list_calls(kind: type) -> tuple[tuple[type, Callable[..., Any]], ...]:
@@ -17,7 +19,7 @@ def list_calls(kind: type) -> tuple[tuple[type, Callable[..., Any]], ...]:
         if call is None:
             continue
         found.append((base, call))
-        if not any(one.kind is one.VAR_KEYWORD for one in inspect.signature(call).parameters.values()):
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters_of(call).values()):
             break
     return tuple(found)
 
@@ -33,7 +35,7 @@ def call_parameters(kind: type) -> dict[str, inspect.Parameter]:
     >>> list(call_parameters(Child))
     ['self', 'prompt', 'steps']
     """
-    calls = [inspect.signature(call).parameters for _, call in list_calls(kind)]
+    calls = [parameters_of(call) for _, call in list_calls(kind)]
     merged: dict[str, inspect.Parameter] = {}
     for number, parameters in enumerate(calls):
         passed_on = number < len(calls) - 1

@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,21 +36,22 @@ TORCH = str(Path(nn.__file__).parents[1])
 
 def refuse_unsafe(pipe: DiffusionPipeline) -> None:
     """Refuses what would silently change which calls and modules run; looked at before every run."""
-    if (script := _find_script(pipe.transformer)) is not None:
+    named = list(pipe.transformer.named_modules())  # once, as torch takes long to walk through them
+    modules = [module for _, module in named]
+    if (script := _find_script(named)) is not None:
         raise FamilyError(script)
-    modules = list(pipe.transformer.modules())
     hooks = [name for module in modules for name in getattr(look_up(module, "_diffusers_hook"), "hooks", ())]
     if getattr(pipe.transformer, "is_cache_enabled", False) or any(re.search(CACHES, name) for name in hooks):
         raise FamilyError(
             "a step cache is enabled, which skips blocks without saying so. "
             "Call pipe.transformer.disable_cache() first, or load the pipeline again where there is no such method."
         )
-    if (changing := _find_hook(pipe.transformer)) is not None:
+    if (changing := _find_hook(named)) is not None:
         raise FamilyError(
             f"{changing} may change what this computes, unseen by names of tensors inside. Remove it first; hooks that "
             "move or cast weights are no harm."
         )
-    if (calling := _find_other_call(pipe.transformer)) is not None:
+    if (calling := _find_other_call(named)) is not None:
         raise FamilyError(
             f"{calling} in the place of torch's own, which may change what is given to its forward and what that "
             "returns, unseen by names of tensors inside. Put back what was there; a change belongs into the forward."
@@ -72,11 +73,11 @@ def refuse_unsafe(pipe: DiffusionPipeline) -> None:
         )
 
 
-def _find_script(transformer: nn.Module) -> str | None:
+def _find_script(named: Iterable[tuple[str, nn.Module]]) -> str | None:
     """What is said of a part that TorchScript has made, which is no module of Python any more."""
     import torch
 
-    for path, module in transformer.named_modules():
+    for path, module in named:
         if isinstance(module, torch.jit.ScriptModule):
             return (
                 f"pipe.transformer{'.' if path else ''}{path} was made by torch.jit, so nothing inside it can be read "
@@ -85,9 +86,9 @@ def _find_script(transformer: nn.Module) -> str | None:
     return None
 
 
-def _find_hook(transformer: nn.Module) -> str | None:
+def _find_hook(named: Iterable[tuple[str, nn.Module]]) -> str | None:
     """A hook of diffusers or accelerate that does more than to move or cast weights; None where there is none."""
-    for path, module in transformer.named_modules():
+    for path, module in named:
         first = look_up(module, "_hf_hook")
         for hook in [*_hooks_of(module), *getattr(first, "hooks", [first] if first is not None else [])]:
             if type(hook).__module__ not in HARMLESS:
@@ -95,20 +96,20 @@ def _find_hook(transformer: nn.Module) -> str | None:
     return None
 
 
-def _find_other_call(transformer: nn.Module) -> str | None:
+def _find_other_call(named: Iterable[tuple[str, nn.Module]]) -> str | None:
     """A module that torch does not call by itself; None where there is none. What is compiled is told apart."""
     others: dict[type, tuple[str, Any] | None] = {}
-    for path, module in transformer.named_modules():
-        kind = type(module)
-        if path.endswith("processor") or _compiled(module):  # processors are called by attentions, and compared apart
+    for path, module in named:
+        kind, own = type(module), vars(module)
+        if path.endswith("processor"):  # it is called by an attention, and compared apart
             continue
         if kind not in others:
             found = ((name, getattr(kind, name)) for name in CALLING)
             others[kind] = next(((name, one) for name, one in found if not _is_of_torch(one)), None)
-        own = next(((name, vars(module)[name]) for name in CALLING if name in vars(module)), others[kind])
-        if own is not None:
+        other = next(((name, own[name]) for name in CALLING if name in own), others[kind])
+        if other is not None and not _compiled(module):
             where = f"pipe.transformer{'.' if path else ''}{path}, a {kind.__name__},"
-            return f"{where} has {_name(own[1])} as its {own[0]}"
+            return f"{where} has {_name(other[1])} as its {other[0]}"
     return None
 
 
@@ -161,7 +162,7 @@ def note_functions(anatomy: Anatomy) -> Functions:
 
 def find_difference(anatomy: Anatomy, tried: Functions) -> str | None:
     """What a live transformer runs in place of what was tried; None where it runs the same."""
-    script = _find_script(anatomy.modules.get(""))
+    script = _find_script(anatomy.modules.get("").named_modules())
     return script or _find_twice(anatomy) or _find_reordered(anatomy) or _find_other(anatomy, tried)
 
 

@@ -23,7 +23,7 @@ def look_up(module: nn.Module, name: str) -> Any:
     (ReLU(), True, None)
     """
     own = vars(module)
-    there = name in own or any(name in own[kept] for kept in ("_modules", "_buffers", "_parameters"))
+    there = name in own or name in own["_modules"] or name in own["_buffers"] or name in own["_parameters"]
     return getattr(module, name, None) if there or hasattr(type(module), name) else None
 
 

@@ -136,9 +136,10 @@ def prepare_call(
     arguments |= _check_output(type(pipe).__name__, signature, arguments)
     if prompt is not None and "prompt" not in signature:
         raise PromptError(f"{type(pipe).__name__} takes no prompt. Pass what it draws, such as class_labels=[207].")
-    device = pipe._execution_device  # noqa: SLF001 diffusers offers no public way
     held = [name for name in arguments if division.holding(name) == "prompts" and arguments[name] is not None]
-    arguments |= {name: _as_entries(name, arguments[name], device) for name in held}
+    if held:  # it takes long to find a pipeline's device
+        device = pipe._execution_device  # noqa: SLF001 diffusers offers no public way
+        arguments |= {name: _as_entries(name, arguments[name], device) for name in held}
     _check_classes(pipe, division.prompts, arguments.get("class_labels"))
     given = _find_embeddings(arguments, division)
     prompts = _check_prompts(prompt, given)
