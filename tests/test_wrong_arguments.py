@@ -105,6 +105,7 @@ def test_what_is_wrong_is_told(calls, values, stopped):
     assert not bad, "\n".join(bad)
 
 
+@pytest.mark.slow
 def test_numbers_of_another_type_or_shape(calls, stopped):
     """What is right, in other types and shapes: it works, or is told."""
     found = {}
