@@ -336,7 +336,7 @@ def test_text_can_be_read_in_light_and_dark(run, tmp_path, dark):
 
 @pytest.mark.browser
 def test_masks_of_a_study_are_shown_over_its_images(toy, tmp_path):
-    result = dl.studies.organisation(toy, [CIRCLE], k=4, site="blocks[4:6].img", draws=1, num_inference_steps=3)
+    result = dl.studies.organisation(toy, [CIRCLE], k=4, site="blocks[4:6].img", draws=1, num_inference_steps=2)
     explorer = dl.explore(result)
     assert explorer.group == "top"
     assert explorer.overlay == "clusters"
@@ -349,7 +349,7 @@ def test_masks_of_a_study_are_shown_over_its_images(toy, tmp_path):
 
 @pytest.mark.browser
 def test_images_of_other_studies_stand_side_by_side(toy, tmp_path):
-    result = dl.studies.disruption(toy, [CIRCLE], k=4, draws=1, num_inference_steps=2)
+    result = dl.studies.disruption(toy, [CIRCLE], k=4, draws=1, num_inference_steps=1)
     explorer = dl.explore(result)
     names = [pane.name for pane in explorer.views.panes]
     assert names[0] == f"{CIRCLE}, seed 0, untouched"
