@@ -25,7 +25,7 @@ from tests import browser
 
 CIRCLE = "a big red circle left on a checkered blue background"
 CROSS = "a small white cross right on a plain green background"
-CALL = {"seed": 0, "num_inference_steps": 3}
+CALL = {"seed": 0, "num_inference_steps": 3, "true_cfg_scale": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +102,9 @@ def test_an_edited_run_stands_beside_the_first(run, edited, toy):
 
 
 def test_of_both_branches_the_conditional_one_is_shown(toy):
-    both = toy.run(CIRCLE, [dl.Read("blocks.3.img", branch="both")], **CALL)
-    one = toy.run(CIRCLE, [dl.Read("blocks.3.img")], **CALL)
+    guided = {**CALL, "true_cfg_scale": 3.0}
+    both = toy.run(CIRCLE, [dl.Read("blocks.3.img", branch="both")], **guided)
+    one = toy.run(CIRCLE, [dl.Read("blocks.3.img")], **guided)
     np.testing.assert_array_equal(dl.explore(both).views.maps(0), dl.explore(one).views.maps(0))
 
 
