@@ -1,6 +1,7 @@
 """Training: every stage runs, an interrupted run can be resumed, and the model card has what was measured."""
 
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -18,16 +19,26 @@ from dit_lens.toys.train import Settings
 SETTINGS = Settings(iterations=7, batch=2)
 
 
-@pytest.fixture(autouse=True)
-def clock(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def clock():
     """Every iteration takes half a second, so that a checkpoint is written after two."""
     ticks = itertools.count()
-    monkeypatch.setattr(train.time, "monotonic", lambda: next(ticks) / 2)
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.9)
-    monkeypatch.setattr(train, "ITERATIONS", {"text": 1, "autoencoder": 1})
-    monkeypatch.setattr(stages, "NORMALISED", 8)
-    for toy in map(kind, KINDS):
-        monkeypatch.setattr(toy, "CALL", {**toy.CALL, "num_inference_steps": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.time, "monotonic", lambda: next(ticks) / 2)
+        patch.setattr(train, "CHECKPOINT_SECONDS", 0.9)
+        patch.setattr(train, "ITERATIONS", {"text": 1, "autoencoder": 1})
+        patch.setattr(stages, "NORMALISED", 8)
+        for toy in map(kind, KINDS):
+            patch.setattr(toy, "CALL", {**toy.CALL, "num_inference_steps": 1})
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(clock, tmp_path_factory):
+    """The folder of a training without interruption; tests that change it take a copy."""
+    folder = tmp_path_factory.mktemp("training") / "whole"
+    train.train(folder, SETTINGS)
+    return folder
 
 
 def interrupt_at(iteration, monkeypatch):
@@ -42,8 +53,8 @@ def interrupt_at(iteration, monkeypatch):
     monkeypatch.setattr(TransformerStage, "loss", interrupted)
 
 
-def test_a_resumed_run_gives_the_result_of_one_without_interruption(tmp_path):
-    train.train(tmp_path / "whole", SETTINGS)
+def test_a_resumed_run_gives_the_result_of_one_without_interruption(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(5, patch)
         with pytest.raises(KeyboardInterrupt):
@@ -71,8 +82,8 @@ def test_a_resumed_run_gives_the_result_of_one_without_interruption(tmp_path):
     assert read_json(tmp_path / "whole" / "pipeline" / "dit_lens.json", "card")["quality"]["prompts"] == 2
 
 
-def test_more_iterations_train_only_the_last_stage_further(tmp_path):
-    train.train(tmp_path, SETTINGS)
+def test_more_iterations_train_only_the_last_stage_further(finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     before = {name: load_file(tmp_path / f"checkpoint-{name}" / "weights.safetensors") for name in train.NAMES}
     train.train(tmp_path, Settings(iterations=9, batch=2), resume=True)
     after = {name: load_file(tmp_path / f"checkpoint-{name}" / "weights.safetensors") for name in train.NAMES}
