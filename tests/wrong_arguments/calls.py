@@ -52,6 +52,7 @@ ELSEWHERE = {
         "Read.lower",
         "Resample.lower",
         "Scale.lower",
+        "Skip.lower",
         "Swap.lower",
         "TokenMean.lower",
         "Zero.lower",
@@ -87,6 +88,7 @@ ELSEWHERE = {
         "families.Anatomy.find_attention",
         "families.Anatomy.heads",
         "families.Anatomy.locate",
+        "families.Anatomy.place",
         "families.Anatomy.plan_grid",
         "families.Anatomy.rank",
         "families.Anatomy.stack_name",
@@ -393,6 +395,7 @@ def _models(lens):
     found = lens.gradients("red", "blocks.0.img", metric=torch.mean, through="step", num_inference_steps=2, seed=0)
     pattern = lens.read_pattern("red", 0, heads=[0], seed=0, num_inference_steps=2)
     steering = dl.Steering({"blocks.0.img": torch.ones(lens.anatomy.width)})
+    tokens = dl.TokenSet({"blocks.0.img": [[1]]}, "sinks", 4)
     maps = lens.word_map("red", "red", seed=0, num_inference_steps=2)
     row = lens.family
     rows = {
@@ -473,6 +476,13 @@ def _models(lens):
                 "steps": 0,
             },
         ),
+        "DiTLens.find_tokens": (
+            lens.find_tokens,
+            {**call, "kind": "registers", "over": 3.0, "k": None, "without": 2, "site": "blocks.*.img"},
+        ),
+        "TokenSet": (None, {"tokens": {"blocks.0.img": [[1]]}, "kind": "sinks", "count": 4, "peaks": {}}),
+        "TokenSet.at": (tokens.at, {"site": "blocks.0.img", "step": 0, "steps": 1, "count": 4}),
+        "TokenSet.from_json": (dl.TokenSet.from_json, {"data": tokens.to_json()}),
         "DiTLens.read_pattern": (
             lens.read_pattern,
             {**call, "block": 0, "heads": [0], "ops": (), "steps": -1, "branch": "cond"},

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dit_lens.arguments.checks import checked
+from dit_lens.arguments.checks import checked, checked_fields
 from dit_lens.arguments.numbers import to_int
 from dit_lens.errors import OpError, SiteError, nearest, show
 
 PARTS = ("tokens", "steps", "kind", "count", "peaks")  # of its JSON
 
 
+@checked_fields
 @dataclass(frozen=True, repr=False)
 class TokenSet(Mapping[str, tuple[tuple[int, ...], ...]]):
     """For every site the tokens at every step of a run: a mapping site -> (tokens of step 0, of step 1, ...).
@@ -62,6 +63,7 @@ class TokenSet(Mapping[str, tuple[tuple[int, ...], ...]]):
         """Whether there is no token anywhere."""
         return not any(map(len, self._each()))
 
+    @checked
     def at(self, site: str, step: int, steps: int, count: int | None) -> list[int]:
         """The tokens of a site and step of a run; OpError where the set is of another kind of run.
 
@@ -85,6 +87,8 @@ class TokenSet(Mapping[str, tuple[tuple[int, ...], ...]]):
                 f"tokens= are {self.kind} among {self.count} tokens, and {site} has {count}. Find them at the same "
                 "size of image."
             )
+        if not 0 <= step < steps:
+            raise OpError(f"step {step} does not exist: there are {steps}, 0 to {steps - 1}.")
         return list(self.tokens[site][step])
 
     def to_json(self) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def test_what_does_not_fit_is_told_before_anything_runs(lens, monkeypatch, op, m
         ({"a": [[1]], "b": [[1], [2]]}, "other numbers of steps"),
         ({"a": [[-1]]}, "whole numbers from 0 up"),
         ({"a": [[1, 1]]}, "different whole numbers"),
-        ({"a": [[1.5]]}, "whole numbers"),
+        ({"a": [[1.5]]}, "whole number"),
     ],
 )
 def test_what_is_no_set_is_told(given, message):
