@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dit_lens.arguments.signatures import told
-from dit_lens.core.runs.labelled import to_xarray
 from dit_lens.core.runs.record import READING, check_record
 from dit_lens.errors import OpError, SiteError, nearest, show
 from dit_lens.families.sites import Site
@@ -206,7 +205,11 @@ class Reading(Mapping[str, Tensor]):
         Coordinates are the numbers of steps, rows, tokens and channels, and the noise level of each step (``sigma``).
         Half precision becomes float32. What is no data (``mask``) is NaN.
         """
-        return to_xarray(self)
+        try:
+            import xarray
+        except ModuleNotFoundError as missing:
+            raise OpError("to_xarray needs xarray. Install it: pip install 'dit_lens[xarray]'.") from missing
+        return xarray.Dataset({site: xarray.DataArray(**_label(self, site)) for site in self})
 
     @told
     def by_branch(self, site: str) -> dict[str | None, Tensor]:
@@ -217,6 +220,51 @@ class Reading(Mapping[str, Tensor]):
             if self.both
             else {self.branches[0]: value}
         )
+
+
+def _label(reading: Reading, site: str) -> dict[str, Any]:
+    """One site's values with the names and numbers of their axes, as xarray takes them."""
+    value = reading[site].as_subclass(Tensor).detach().cpu()
+    value = value.float() if value.dtype.itemsize < 4 else value  # numpy has no bfloat16
+    axes = ["step", "branch", "row"] if reading.both else ["step", "row"]
+    coordinates: dict[str, Any] = {"step": list(reading.steps), "row": list(reading.rows)}
+    if reading.both:
+        coordinates["branch"] = ["cond", "uncond"]
+    if reading.levels is not None:
+        coordinates["sigma"] = ("step", [reading.levels[step] for step in reading.steps])
+    if reading.reduce is None:
+        if site in reading.masks:
+            value = value.masked_fill(~reading.masks[site].cpu()[..., None], torch.nan)
+        token = _name_axis("token", reading, site)
+        if site in reading.on_grid and reading.shape_of_grid is not None:
+            value = value.unflatten(len(axes), reading.shape_of_grid)
+            axes += ["frame", "h", "w"][-len(reading.shape_of_grid) :]
+        else:
+            axes.append(token)
+        if isinstance(reading.tokens, tuple):
+            coordinates[token] = list(reading.tokens)
+    if reading.is_ranked:
+        axes += [_name_axis("rank", reading, site), "of_rank"]
+        coordinates["of_rank"] = ["|mean|", "channel"]
+    else:
+        channel = _name_axis("channel", reading, site)
+        coordinates[channel] = list(reading.channels[site] or range(value.shape[len(axes)]))
+        axes.append(channel)
+    if value.ndim > len(axes):  # of several numbers a channel
+        name, _, numbers = (reading.reduce or "").rstrip(") ").partition("(")
+        axes.append("bin" if name.strip() == "histogram" else "quantile")
+        if axes[-1] == "quantile":
+            coordinates["quantile"] = [float(number) for number in numbers.split(",")]
+    return {"data": value.numpy(), "dims": axes, "coords": coordinates, "attrs": {"reduce": reading.reduce or "none"}}
+
+
+def _name_axis(axis: str, reading: Reading, site: str) -> str:
+    """The name of an axis: with the site's where sites of the read differ in it."""
+    if axis == "channel":
+        same = len({(reading.channels[one], reading[one].shape[-1]) for one in reading}) == 1
+    else:
+        same = len({reading[one].shape for one in reading}) == 1
+    return axis if same else f"{axis} of {site}"
 
 
 def find_reading(value: Any) -> Reading | None:
