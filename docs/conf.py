@@ -53,8 +53,8 @@ python_display_short_literal_types = True
 toc_object_entries_show_parents = "hide"
 nitpick_ignore_regex = [
     # Types of other projects, whose inventories are on the network; t is traitlets.
-    ("py:class", r"(torch|nn|np|numpy|pd|pandas|go|plotly|t|collections\.abc|pathlib|types)\..*"),
-    ("py:class", r"Tensor|NDArray|Image|Path|SimpleNamespace"),
+    ("py:class", r"(torch|nn|np|numpy|pd|pandas|xarray|go|plotly|t|collections\.abc|pathlib|types)\..*"),
+    ("py:class", r"Tensor|NDArray|(Image\.)?Image|Path|SimpleNamespace"),
     ("py:class", r"DiffusionPipeline|ModelMixin|CLIPModel|CLIPProcessor"),
     # What the library uses between its own modules and promises to nobody.
     ("py:class", r"(dit_lens\.core\.[a-z_.]+\.)?(Engine|Plan|Recording|RemoteEngine|Reruns|Session|StreamText)"),
