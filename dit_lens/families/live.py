@@ -31,15 +31,18 @@ Functions = Mapping[tuple[str, str], frozenset[Callable[..., Any]]]
 PROCESSOR = "()"
 METHOD = ":"
 CALLING = ("__call__", "_wrapped_call_impl", "_call_impl")  # what comes between the call of a module and its forward
+MARKS = ("_diffusers_hook", "_hf_hook", "_orig_mod", "_compiled_call_impl", "_chunk_size", "fused_projections")
+ODD = frozenset((*MARKS, *CALLING, "forward"))  # what a plain module does not have beside its class
 TORCH = str(Path(nn.__file__).parents[1])
 
 
 def refuse_unsafe(pipe: DiffusionPipeline) -> None:
     """Refuses what would silently change which calls and modules run; looked at before every run."""
     named = list(pipe.transformer.named_modules())  # once, as torch takes long to walk through them
-    modules = [module for _, module in named]
     if (script := _find_script(named)) is not None:
         raise FamilyError(script)
+    named = _select_odd(named)
+    modules = [module for _, module in named]
     hooks = [name for module in modules for name in getattr(look_up(module, "_diffusers_hook"), "hooks", ())]
     if getattr(pipe.transformer, "is_cache_enabled", False) or any(re.search(CACHES, name) for name in hooks):
         raise FamilyError(
@@ -71,6 +74,29 @@ def refuse_unsafe(pipe: DiffusionPipeline) -> None:
             "query, key and value projections are fused, so the modules that attn.q, attn.k and attn.v name are not "
             "called. Call pipe.transformer.unfuse_qkv_projections() first."
         )
+
+
+def _select_odd(named: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The modules of which anything that :func:`refuse_unsafe` looks for may be true: none of it is of a plain one."""
+    odd_kinds: dict[type, bool] = {}  # for this look only, as classes can be patched
+    found = []
+    for path, module in named:
+        kind, own = type(module), vars(module)
+        if kind not in odd_kinds:
+            odd_kinds[kind] = _is_odd_kind(kind)
+        beside = [own, own["_modules"], own["_buffers"], own["_parameters"]]
+        if odd_kinds[kind] or not all(map(ODD.isdisjoint, beside)):
+            found.append((path, module))
+    return found
+
+
+def _is_odd_kind(kind: type) -> bool:
+    """Whether all modules of a class are to be looked at: it has a mark, another call, or no plain forward."""
+    if any(getattr(kind, name, None) is not None for name in MARKS):
+        return True
+    forward: Any = getattr(kind, "forward", None)
+    plain = inspect.isfunction(forward) and not hasattr(forward, "_torchdynamo_orig_callable")
+    return not plain or not all(_is_of_torch(getattr(kind, name)) for name in CALLING)
 
 
 def _find_script(named: Iterable[tuple[str, nn.Module]]) -> str | None:

@@ -164,7 +164,9 @@ class Engine:
         return model_state(self.pipe)
 
     def _modules_now(self) -> list[nn.Module]:
-        return list(_Pipeline(self.pipe).modules())[1:]
+        """All of them, each once, as nnsight finds them in its wrapper."""
+        parts = [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
+        return list(dict.fromkeys(module for part in parts for module in part.modules()))
 
     def generate(
         self, program: Program, payload: dict[str, Any], call: dict[str, Any], reads: dict
@@ -182,7 +184,8 @@ class Engine:
                 model = self.model if call.get("prompt") is not None else self.promptless
                 arguments = call | {"gradients": True} if self._gradients else call
                 ordered = nullcontext() if self._gradients else refuse_another_order(self.pipe, program)
-                alone, kept = self._forwards.for_one_thread(), _keep_configuration(self.pipe)
+                alone = self._forwards.for_run(_list_visited(self.pipe, program))
+                kept = _keep_configuration(self.pipe)
                 watch = refuse_changes(self.pipe, program)
                 with alone, kept, _count_forwards(self.pipe.transformer) as made, watch, ordered:
                     store, results = run_traced(model.trace, model, program, payload, arguments, reads)
@@ -201,6 +204,13 @@ class Engine:
                 ) from problem
         check_finished(program, len(made), results)
         return store, results[0]
+
+
+def _list_visited(pipe: DiffusionPipeline, program: Program) -> set[nn.Module]:
+    """The modules at which a program does something; at the transformer every program does."""
+    paths = {visit["module"] for forward in program["forwards"] for visit in forward["visits"]}
+    found = (path.removeprefix("transformer").removeprefix(".") for path in {program["denoiser"], *paths})
+    return {pipe.transformer.get_submodule(path) for path in found}
 
 
 def _with_gradients(pipe: DiffusionPipeline) -> Callable[..., Any]:

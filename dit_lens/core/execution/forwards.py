@@ -1,7 +1,8 @@
 """nnsight's place as the forward of modules: taken when a trace begins to run, and given back when it ends.
 
 nnsight puts an object of its own where a module's ``forward`` is looked up, and leaves it there for good. Whatever is
-later put in that place, or into the class, would not be called, not even by a pipeline without a lens.
+later put in that place, or into the class, would not be called, not even by a pipeline without a lens. A run of a lens
+takes the places of those modules alone that its program visits, as each place costs time at every call.
 """
 
 from __future__ import annotations
@@ -31,15 +32,19 @@ class Forwards:
         self._controllers: dict[nn.Module, Controller] = {}
         self._own: dict[nn.Module, Any] = {}  # the forward that a module has beside its class's
         self.owner: int | None = None  # the thread of the run of a lens that goes on
+        self._visited: frozenset[nn.Module] | None = None  # modules of which that run takes the places
         self._disturbed = False
 
     @contextmanager
-    def for_one_thread(self) -> Generator[None]:
+    def for_run(self, visited: Iterable[nn.Module]) -> Generator[None]:
         """A run of a lens: a call of the transformer by another thread fails, and so does the run.
 
         That thread may have set the scheduler that both use. Other modules serve it as they would without a lens.
+
+        visited: the modules that the run reads, edits or skips.
         """
         self.owner, self._disturbed = threading.get_ident(), False
+        self._visited = frozenset(visited)
         problem: Exception | None = None
         try:
             yield
@@ -48,7 +53,7 @@ class Forwards:
             if not self._disturbed:
                 raise
         finally:
-            self.owner = None
+            self.owner = self._visited = None
         if self._disturbed:
             raise ExecutionError(
                 "the pipeline was called by another thread in the middle of this run, which may have changed its "
@@ -92,10 +97,15 @@ class Forwards:
 
     @contextmanager
     def in_place(self) -> Generator[None]:
-        """Puts nnsight's forwards where modules look them up; afterwards modules are as they were before."""
+        """Puts nnsight's forwards where modules look them up; afterwards modules are as they were before.
+
+        In a trace that is no run of a lens any module may be asked for, so all have theirs.
+        """
         taken: list[tuple[nn.Module, Any]] = []
+        modules = self._states if self._visited is None else self._visited & self._states.keys()
         try:
-            for module, state in self._states.items():
+            for module in modules:
+                state = self._states[module]
                 own = vars(module).get("forward")
                 there = vars(module).setdefault(STATE, state)
                 if there is not state:  # a model of nnsight's that somebody else made serves this one too

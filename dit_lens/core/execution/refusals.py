@@ -37,16 +37,18 @@ def tell_refusals(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> Generator
     lists = [module for module in transformer.modules() if isinstance(module, torch.nn.ModuleList)]
 
     def enter(*_: Any) -> None:
-        (began if entered else entered).append(None)
+        (begin if entered else entered.append)(None)
+
+    def begin(*_: Any) -> None:
+        """From here on nothing more is asked, and hooks would cost time at every block."""
+        began.append(None)
+        for handle in handles:
+            handle.remove()
 
     handles = [
         transformer.register_forward_pre_hook(enter, prepend=True),
-        transformer.register_forward_hook(lambda *_: began.append(None), prepend=True),
-        *(
-            block.register_forward_pre_hook(lambda *_: began.append(None), prepend=True)
-            for blocks in lists
-            for block in blocks
-        ),
+        transformer.register_forward_hook(begin, prepend=True),
+        *(block.register_forward_pre_hook(begin, prepend=True) for blocks in lists for block in blocks),
     ]
     try:
         yield

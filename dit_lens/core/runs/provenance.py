@@ -68,10 +68,13 @@ def fingerprint(module: nn.Module) -> str | None:
     weights = [weight.detach() for weight in module.parameters()]
     if not all(type(w) is torch.Tensor and w.device.type != "meta" and w.is_floating_point() for w in weights):
         return None
+    # Strides are odd, so that a width of a power of 2 does not always meet one column.
+    samples = [weight.flatten()[:: weight.numel() // SAMPLED | 1].float() for weight in weights]
+    if len({sample.device for sample in samples}) == 1:
+        samples = [torch.cat(samples)]  # one copy to main memory, which is waited for once
     sampled = hashlib.sha256()
-    for weight in weights:
-        stride = weight.numel() // SAMPLED | 1  # odd, so that a width of a power of 2 does not always meet one column
-        sampled.update(weight.flatten()[::stride].float().cpu().numpy().tobytes())
+    for sample in samples:
+        sampled.update(sample.cpu().numpy())
     return sampled.hexdigest()[:16]
 
 
