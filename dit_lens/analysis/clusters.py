@@ -23,6 +23,7 @@ from PIL import Image
 from scipy.stats import hypergeom
 
 from dit_lens.analysis.arrays import border_of, to_numpy
+from dit_lens.analysis.two_means import two_means
 from dit_lens.arguments.checks import checked
 from dit_lens.arguments.numbers import check_number
 from dit_lens.errors import OpError, check_choice, show
@@ -142,21 +143,27 @@ def cluster(x: Any, n_clusters: int = 2, seed: int = 0, method: str = "minmax") 
     seed: seed of K-means (``sklearn.cluster.KMeans``), which keeps the best of 10 starts; below 2**32.
     method: "minmax" or "robust", as in :func:`normalise`.
     """
-    from sklearn.cluster import KMeans  # takes a second to import, which the rest of dit_lens does not need
-    from sklearn.exceptions import ConvergenceWarning
-
     values = normalise(x, method)
     check_number("seed", seed, 0, 2**32 - 1)
     if not 2 <= n_clusters <= len(values):
         raise OpError(
             f"n_clusters={n_clusters} was asked for, but there are {len(values)} tokens. Choose 2 to {len(values)}."
         )
+    labels = two_means(values, seed) if n_clusters == 2 else None
+    if labels is None:
+        labels = _ask_sklearn(values, n_clusters, seed)
+    order = np.argsort(_mean_heat(labels, values.sum(1), n_clusters), kind="stable")
+    return np.argsort(order)[labels]
+
+
+def _ask_sklearn(values: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
+    from sklearn.cluster import KMeans  # takes a second to import, which the rest of dit_lens does not need
+    from sklearn.exceptions import ConvergenceWarning
+
     with warnings.catch_warnings():
         # sklearn warns of fewer distinct tokens than clusters; here Segmentation.sizes and .degenerate show it.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        labels = KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(values)
-    order = np.argsort(_mean_heat(labels, values.sum(1), n_clusters), kind="stable")
-    return np.argsort(order)[labels]
+        return KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(values)
 
 
 @checked

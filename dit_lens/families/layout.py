@@ -364,7 +364,7 @@ def select_stream(tensor: Tensor, location: Location, image: ImageTokens, rows: 
     image: where image tokens are in this forward pass.
     rows: those of one branch.
     """
-    some = tensor[rows.start : rows.stop]
+    some = tensor if len(rows) == len(tensor) else tensor[rows.start : rows.stop]
     length, layout, of_image = tensor.shape[1], location["layout"], location["stream"] == "img"
     if layout == "whole":
         start, count = 0, length
@@ -387,7 +387,7 @@ def select_stream(tensor: Tensor, location: Location, image: ImageTokens, rows: 
             missing = ~there[..., None].to(tensor.device)
             return some[:, : max(starts)].masked_fill(missing, 0), ((row, token[None]), there)
         start, count = (starts[0], image.count) if of_image else (0, starts[0])
-    return some.narrow(1, start, count), None
+    return some if count == length else some.narrow(1, start, count), None
 
 
 def write_back(tensor: Tensor, copy: Tensor, where: Copied) -> None:

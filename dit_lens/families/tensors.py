@@ -126,6 +126,43 @@ def final_shift_and_scale(model: Any, value: Tensor, rule: ReadoutRule) -> tuple
     return both.chunk(2, dim=-1)
 
 
+def take(
+    x: Tensor, rows: list[int] | None, tokens: list[int] | None, channels: list[int] | None, indices: dict
+) -> Tensor:
+    """The chosen elements of [row, token, channel]; None means all of an axis, and of every axis the tensor itself.
+
+    x: the tensor.
+    rows, tokens, channels: indices into its axes.
+    indices: index tensors that were made before, by device.
+    """
+    chosen = [(axis, some) for axis, some in enumerate((rows, tokens, channels)) if some is not None]
+    if not chosen:
+        return x
+    if len(chosen) == 1 and x.is_contiguous():  # twice as fast; of another layout the result would have another
+        axis, some = chosen[0]
+        return x.index_select(axis, index_tensor(some, x, indices))
+    return x[outer_index(x, rows, tokens, channels, indices)]
+
+
+def put_back(
+    x: Tensor,
+    new: Tensor,
+    rows: list[int] | None,
+    tokens: list[int] | None,
+    channels: list[int] | None,
+    indices: dict,
+) -> None:
+    """Writes ``new`` to the elements that :func:`take` gives of ``x``, whose other arguments are the same."""
+    chosen = [(axis, some) for axis, some in enumerate((rows, tokens, channels)) if some is not None]
+    if not chosen:
+        x.copy_(new)
+    elif len(chosen) == 1:
+        axis, some = chosen[0]
+        x.index_copy_(axis, index_tensor(some, x, indices), new)
+    else:
+        x[outer_index(x, rows, tokens, channels, indices)] = new
+
+
 def outer_index(
     x: Tensor, rows: list[int] | None, tokens: list[int] | None, channels: list[int] | None, indices: dict
 ) -> tuple:

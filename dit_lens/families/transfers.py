@@ -65,13 +65,14 @@ def finish_copies(device: torch.device) -> None:
 
 
 def fetch_numbers(tensors: Sequence[Tensor]) -> list[float]:
-    """The numbers of tensors that have one element each, with one wait for each device."""
-    by_device: dict[torch.device, list[int]] = {}
+    """The numbers of tensors that have one element each, with one wait for each device and precision."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, tensor in enumerate(tensors):
-        by_device.setdefault(tensor.device, []).append(place)
+        alike.setdefault((tensor.device, tensor.dtype), []).append(place)
     found = [0.0] * len(tensors)
-    for places in by_device.values():
-        numbers = torch.stack([tensors[place].detach().reshape(()).double() for place in places]).tolist()
-        for place, number in zip(places, numbers, strict=True):
+    for places in alike.values():
+        some = [tensors[place] for place in places]
+        joined = torch.stack([one if one.ndim == 0 else one.reshape(()) for one in some])
+        for place, number in zip(places, joined.detach().double().tolist(), strict=True):
             found[place] = number
     return found

@@ -36,7 +36,7 @@ from dit_lens.families.layout import (
     write_back,
 )
 from dit_lens.families.levels import spread_level
-from dit_lens.families.tensors import apply_to_part, compute_gate, outer_index, read_out
+from dit_lens.families.tensors import apply_to_part, compute_gate, put_back, read_out, take
 from dit_lens.families.transfers import Transfers
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ def store_read(stream: Tensor, action: Action, part: Part, context: Context, the
     there: which of them a row has, where rows have other numbers of text tokens.
     """
     check_sizes(stream, action, part, (context.moment.step, there))
-    chosen = stream[outer_index(stream, action["rows"], action["tokens"], action["channels"], context.indices)].detach()
+    chosen = take(stream, action["rows"], action["tokens"], action["channels"], context.indices).detach()
     reduce, mask = action.get("reduce"), find_mask(stream, action, part, context)
     if reduce is not None and not chosen.shape[1]:
         raise PlanMismatchError(f"{part['name']} has no tokens to reduce at step {context.moment.step}")
@@ -328,16 +328,29 @@ def edit(
     mask: which of the chosen tokens take part in attention; None: all.
     context: of the forward pass.
     """
-    where = outer_index(stream, action["rows"], action["tokens"], action["channels"], context.indices)
-    old = stream[where]
+    where = (action["rows"], action["tokens"], action["channels"], context.indices)
+    old = take(stream, *where)
     new = EDITS[action["kind"]](Edit(old, stream, action, hook, context.payload, context.indices, mask, context.held))
-    factor = 1.0 if gate is None else gate[where]
-    precision = torch.promote_types(old.dtype, torch.float32)
-    before = torch.linalg.vector_norm(old.detach() * factor, dtype=precision)
+    factor = None if gate is None else take(gate, *where)
+    before = measure_norm(old, factor)
     if new is not None:
         if action.get("strength", 1.0) != 1.0:
             new = torch.lerp(old, new, action["strength"])
-        stream[where] = new
+        put_back(stream, new, *where)
         old = new
-    after = torch.linalg.vector_norm(old.detach() * factor, dtype=precision)
+    after = measure_norm(old, factor)
     return (action["op"], hook.name, hook.step, hook.branch, tuple(old.shape), action["group"], before, after)
+
+
+def measure_norm(tensor: Tensor, factor: Tensor | None) -> Tensor:
+    """The norm of a tensor as it is added to the residual.
+
+    tensor: what a module gives.
+    factor: what it is multiplied by before it is added; None for nothing.
+    """
+    plain = tensor.detach()
+    if factor is not None:
+        plain = plain * factor
+    elif not plain.is_contiguous():  # sums of another order would round otherwise
+        plain = plain * 1.0
+    return torch.linalg.vector_norm(plain, dtype=torch.promote_types(plain.dtype, torch.float32))

@@ -158,7 +158,10 @@ class Taking(Interleaver):
 
     def handle(self, provider: str, value: Any) -> Any:
         """What another thread calls meanwhile is not of this run."""
-        return super().handle(provider, value) if self._forwards.serves(provider) else value
+        owner = self._forwards.owner
+        if owner is None or owner == threading.get_ident() or self._forwards.serves(provider):
+            return super().handle(provider, value)
+        return value
 
     def check_dangling_mediators(self) -> None:
         """A run that ended early is told by the lens itself, and without advice on other libraries."""

@@ -43,7 +43,7 @@ from dit_lens.core.request.op import (
 from dit_lens.core.request.reduce import parse
 from dit_lens.errors import DitLensError, OpError, nearest, show
 from dit_lens.families.layout import PlanMismatchError
-from dit_lens.families.tensors import outer_index
+from dit_lens.families.tensors import take
 
 if TYPE_CHECKING:
     import numpy as np
@@ -343,8 +343,8 @@ def copy_row(edit: Edit) -> Tensor:
     """The same tokens and channels of another row of the batch."""
     action = edit.action
     tokens = action.get("source_tokens", action["tokens"])
-    where = outer_index(edit.stream, action["source_rows"], tokens, action["channels"], edit.indices)
-    return edit.stream[where].expand_as(edit.old).clone()
+    source = take(edit.stream, action["source_rows"], tokens, action["channels"], edit.indices)
+    return source.expand_as(edit.old).clone()
 
 
 def copy_site(edit: Edit) -> Tensor:
@@ -357,8 +357,8 @@ def copy_site(edit: Edit) -> Tensor:
         )
     rows = len(edit.stream)
     source = source[action["branch_index"] * rows :][:rows]
-    where = outer_index(source, action["rows"], action["tokens"], action["channels"], edit.indices)
-    return source[where].to(edit.old).expand_as(edit.old).clone()
+    chosen = take(source, action["rows"], action["tokens"], action["channels"], edit.indices)
+    return chosen.to(edit.old).expand_as(edit.old).clone()
 
 
 def token_mean(edit: Edit) -> Tensor:
