@@ -176,8 +176,8 @@ class Explorer(Widget):
     def whole_state(self) -> dict[str, Any]:
         """Returns the state with every map and all clusters, which takes a while for a large run."""
         blocks = tqdm(range(len(self.views.blocks)), desc="clusters", unit="site", delay=1, leave=False)
-        labels = b"".join(self.views.labels(block).tobytes() for block in blocks)
-        maps = self.data_maps or _join_blocks(self.views, self.views.maps)
+        labels = [self.views.labels(block).tobytes() for block in blocks]
+        maps = [self.views.maps(block).tobytes() for block in range(len(self.views.blocks))]
         return super().whole_state() | {"data_maps": maps, "data_labels": labels}
 
     def preview(self) -> Image.Image | None:

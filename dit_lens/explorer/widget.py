@@ -8,6 +8,7 @@ import html
 import io
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,11 +78,10 @@ class Widget(anywidget.AnyWidget):
         """Returns the view as part of a page: markup, data, style and the module that draws it."""
         state = self.whole_state()
         key = f"dit-lens-{self.model_id}"
-        values = {name: value for name, value in state.items() if not isinstance(value, bytes)}
+        values = {name: value for name, value in state.items() if not _is_array(value)}
         arrays = "".join(
-            f'<script type="text/plain" data-for="{key}" data-name="{name}">{_compress(value)}</script>'
-            for name, value in state.items()
-            if isinstance(value, bytes)
+            f'<script type="text/plain" data-for="{key}" data-name="{name}"{block}>{_compress(value)}</script>'
+            for name, block, value in _list_arrays(state)
         )
         host = (STATIC / "host.js").read_text("utf-8").replace("ID", key)
         return (
@@ -93,7 +93,10 @@ class Widget(anywidget.AnyWidget):
         )
 
     def whole_state(self) -> dict[str, Any]:
-        """Returns all synced traits of the view, including the data that the browser otherwise requests when needed."""
+        """Returns all synced traits of the view, including the data that the browser otherwise requests when needed.
+
+        Bytes in a list are decoded piece by piece, when a page shows them.
+        """
         inherited = {*anywidget.AnyWidget.class_trait_names(), "_esm", "_css", "_anywidget_id"}
         return {name: getattr(self, name) for name in self.traits(sync=True) if name not in inherited}
 
@@ -128,6 +131,20 @@ def encode_webp(image: Image, largest: int | None = None) -> bytes:
         image.thumbnail((largest, largest))
     image.save(buffer, "WEBP", lossless=max(image.size) <= SMALL, quality=90)
     return buffer.getvalue()
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value of the state is bytes, or bytes in pieces."""
+    return isinstance(value, bytes) or (isinstance(value, list) and any(isinstance(one, bytes) for one in value))
+
+
+def _list_arrays(state: Mapping[str, Any]) -> Iterator[tuple[str, str, bytes]]:
+    """The arrays of a page: name, an attribute that numbers a piece, bytes. A page decodes pieces as they are shown."""
+    for name, value in state.items():
+        if isinstance(value, bytes):
+            yield name, "", value
+        elif _is_array(value):
+            yield from ((name, f' data-block="{number}"', piece) for number, piece in enumerate(value))
 
 
 def _compress(value: bytes) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import io
 import json
+import re
 import runpy
 
 import numpy as np
@@ -219,6 +222,17 @@ def test_a_documentation_page_gets_the_whole_view(run, monkeypatch):
     data, _ = DisplayFormatter().format(dl.explore(run, k=4))
     assert 'data-name="data_maps"' in data["text/html"]
     assert "application/vnd.jupyter.widget-view+json" not in data
+
+
+def test_a_page_holds_maps_and_clusters_block_by_block(run, tmp_path):
+    explorer = dl.explore(run, k=4)
+    page = explorer.to_html(tmp_path / "page.html").read_text("utf-8")
+    found = re.findall(r'data-name="data_(maps|labels)" data-block="(\d+)">([^<]*)<', page)
+    assert sorted((kind, int(block)) for kind, block, _ in found) == [
+        (k, b) for k in ("labels", "maps") for b in range(3)
+    ]
+    for kind, block, text in found:
+        assert gzip.decompress(base64.b64decode(text)) == getattr(explorer.views, kind)(int(block)).tobytes()
 
 
 def test_the_code_makes_the_view_again(run, tmp_path):

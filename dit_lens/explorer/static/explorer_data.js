@@ -25,7 +25,7 @@ class ExplorerData {
     this.requested = new Set();
     model.on('msg:custom', (message, buffers) => {
       this.received[message.kind].set(message.block, bytes(buffers[0]));
-      changed();
+      if (this.requested.has(message.kind + message.block)) changed();
     });
   }
 
