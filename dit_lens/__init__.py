@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 # name -> the module that has it; nothing heavy is imported before a name is used (PEP 562)
 _WHERE = {
     "DiTLens": "lens",
+    "Job": "core.jobs",
     "Run": "core.runs.run",
     "Receipt": "core.runs.receipt",
     "compare": "core.runs.comparison",
@@ -87,6 +88,7 @@ __all__ = [
     "Family",
     "Grid",
     "Guidance",
+    "Job",
     "MeanAblate",
     "PointSpec",
     "Read",
@@ -131,6 +133,7 @@ if TYPE_CHECKING:
     from dit_lens import errors, explorer, families, plots, studies, toys
     from dit_lens.analysis import channels, clusters, metrics
     from dit_lens.analysis.channels import ChannelSet
+    from dit_lens.core.jobs import Job
     from dit_lens.core.request import ops
     from dit_lens.core.request.ops import (
         Add,

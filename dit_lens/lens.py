@@ -11,12 +11,15 @@ from dit_lens.arguments.signatures import sets
 from dit_lens.core.execution.engine import Engine
 from dit_lens.core.execution.remote import TIMEOUT, RemoteEngine, pipeline_without_weights
 from dit_lens.core.execution.turns import in_turn
+from dit_lens.core.jobs import Job
+from dit_lens.core.plan.batches import run_in_batches
 from dit_lens.core.request.call import needs_weights
+from dit_lens.core.request.spec import make_spec
 from dit_lens.core.request.values import check_device
 from dit_lens.core.runs.files import check_pipeline
 from dit_lens.core.runs.html import table_html
-from dit_lens.core.session import Session
-from dit_lens.errors import StoreError
+from dit_lens.core.session import Session, list_ops
+from dit_lens.errors import ExecutionError, OpError, StoreError
 from dit_lens.instruments import massive
 from dit_lens.instruments.attention_patterns import Attention, read_pattern
 from dit_lens.instruments.forward import encode_image, forward
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dit_lens.analysis.channels import ChannelSet
+    from dit_lens.core.plan.compile import Plan
+    from dit_lens.core.request.call import Call
     from dit_lens.core.request.ops import Branch, Op, Pattern, Steps
     from dit_lens.core.request.token_set import TokenSet
     from dit_lens.core.runs.run import Run
@@ -137,6 +142,65 @@ class DiTLens(Session):
                 check_device(given)
         self.pipe.to(*args, **kwargs)
         return self
+
+    # Work that is collected later
+
+    @checked
+    @sets("record", "prefix")
+    def submit(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        ops: Sequence[Op] | Op = (),
+        *,
+        batch_size: int | None = None,
+        **call: Any,
+    ) -> Job:
+        """Sends a run to the server, and returns at once with what it can be collected by.
+
+        ``job.status`` says where it is, ``job.result()`` waits for the run, ``job.cancel()`` ends it, and
+        ``dit_lens.Job.load(job.id)`` is the job in another process of this machine.
+
+        prompt, ops: as of :meth:`run`.
+        batch_size: prompts that go through the pipeline together; each batch is a job of its own there.
+        call: as of :meth:`run`, without ``record=`` and ``prefix=``.
+
+        Every mistake in the arguments or ops raises before anything is sent. Raises ExecutionError on a lens whose
+        model is on this machine.
+        """
+        return self.submit_many([{"prompt": prompt, "ops": ops, "batch_size": batch_size, **call}])[0]
+
+    @checked
+    def submit_many(self, runs: Sequence[Mapping[str, Any]]) -> list[Job]:
+        """Sends several runs, each as :meth:`submit`; nothing is sent unless all of them can be.
+
+        runs: the arguments of each, such as ``[{"prompt": "a dog", "ops": ops, "seed": 0}, ...]``.
+        """
+        engine = self.engine
+        if isinstance(engine, Engine):
+            raise ExecutionError(
+                "submit sends work to a server, and the model of this lens is on this machine, where a run is made at "
+                "once: lens.run(...). A lens on a server is made by DiTLens.remote."
+            )
+        planned = [(asked := dict(run), *self._plan_to_send(asked)) for run in runs]
+        sent: list[Job] = []
+        for asked, prepared, plan in planned:
+            size = asked.get("batch_size")
+            parts = run_in_batches(
+                prepared, plan, size, lambda some, part: engine.submit(part.program, part.payload, some.keywords())
+            )
+            names, known = zip(*parts, strict=True)
+            job = Job(self, names, asked, known=known[0])
+            job.keep(make_spec(prepared, list_ops(asked.get("ops", ()))))
+            sent.append(job)
+        return sent
+
+    def _plan_to_send(self, asked: Mapping[str, Any]) -> tuple[Call, Plan]:
+        """The checked call and plan of a run. asked: its arguments."""
+        call = dict(asked)
+        if unfit := [name for name in ("record", "prefix") if call.pop(name, None)]:
+            raise OpError(f"{unfit[0]}= needs a run that is waited for: lens.run(..., {unfit[0]}=...).")
+        call.pop("batch_size", None)
+        return self._plan(call.pop("prompt", None), list_ops(call.pop("ops", ())), **call)
 
     # Memory
 

@@ -1,6 +1,7 @@
 """Starts servers as whole processes; what they import is imported once, and each is a fork.
 
 For each a line of JSON: a pipeline's folder, options of serve, and a file for what it says; the answer is its process.
+Where there is code in place of a pipeline, it is a client.
 """
 
 import json
@@ -20,6 +21,10 @@ def child(order):
     for stream in (1, 2):
         os.dup2(log, stream)
 
+    if "code" in order:
+        exec(order["code"])
+        sys.stdout.flush()
+        os._exit(0)
     options = ServeOptions(**{"port": 0, "dtype": torch.float32, **order["options"]})
     try:
         serve(order["pipeline"], options, lambda line: print(line, flush=True))
@@ -35,7 +40,11 @@ def main():
 
     serve.prepare()
     import nnsight.modeling.diffusion  # noqa: F401
+    import uvicorn.protocols.websockets.websockets_sansio_impl  # noqa: F401
+    from diffusers import AutoencoderKL, FluxPipeline  # noqa: F401
+    from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel  # noqa: F401
 
+    import dit_lens.core.jobs
     import dit_lens.lens
     import dit_lens.server.app
     import dit_lens.server.work  # noqa: F401

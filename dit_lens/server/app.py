@@ -36,7 +36,6 @@ from dit_lens.server.sessions import Sessions
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-INLINE = 8 * 2**20  # bytes of a result that come with the news; larger ones are fetched
 CANCELLED = "Cancelled by its sender."
 
 
@@ -48,6 +47,7 @@ class Site:
     jobs, sessions: what was asked, and who waits.
     token: who may come in; it also signs the addresses of results.
     largest: bytes of a request.
+    inline: bytes of a result that come with the news of it; larger ones are fetched.
     """
 
     served: Served
@@ -55,6 +55,7 @@ class Site:
     sessions: Sessions
     token: str
     largest: int
+    inline: int
 
     def app(self) -> ASGIApp:
         """What a web server calls."""
@@ -121,7 +122,7 @@ class Site:
                 job, news = await self.sessions.next(session)
                 if news.status != Status.COMPLETED:
                     await socket.send_text(news.model_dump_json())
-                elif job.result.stat().st_size > INLINE:
+                elif job.result.stat().st_size > self.inline:
                     await socket.send_text(news.model_copy(update={"data": self.sign(job)}).model_dump_json())
                 else:
                     data = await run_in_threadpool(job.result.read_bytes)

@@ -100,7 +100,12 @@ class Jobs:
         with self._changing:
             if self._closed or len(self._waiting) >= self._most:
                 raise QueueFullError(self._closed or f"{self._most} jobs wait already, which is as many as it takes")
-            received = ResponseModel(id=request.stem, status=Status.RECEIVED, description="Your job has been received.")
+            received = ResponseModel(
+                id=request.stem,
+                status=Status.RECEIVED,
+                description="Your job has been received.",
+                meta={"ends": True},  # it is ended when its client is gone, and by its name
+            )
             job = Job(request.stem, request, compress, session, origin, sender, received)
             self._jobs[job.id] = job
             self._waiting.append(job)

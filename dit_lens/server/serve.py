@@ -29,6 +29,7 @@ class ServeOptions:
     keep: hours for which results are kept.
     timeout: seconds that one job may take.
     largest: MiB that one request may have.
+    inline: MiB of a result that come with the last message; larger ones are fetched.
     """
 
     host: str = "127.0.0.1"
@@ -36,10 +37,11 @@ class ServeOptions:
     token: str | None = None
     device: Any = "cpu"
     dtype: Any = None
-    results: Path | None = None
+    results: str | Path | None = None
     keep: float = 24.0
     timeout: float = 3600.0
     largest: float = 1024.0
+    inline: float = 8.0
 
 
 def serve(pipeline: str, options: ServeOptions, say: Callable[[str], None]) -> None:
@@ -92,10 +94,11 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _folder(results: Path | None, held: ExitStack) -> Path:
+def _folder(results: str | Path | None, held: ExitStack) -> Path:
     """The folder for jobs, which only its owner can read."""
     if results is None:
         return Path(held.enter_context(tempfile.TemporaryDirectory(prefix="dit-lens-serve-")))
+    results = Path(results)
     try:
         results.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as problem:
@@ -137,7 +140,7 @@ def _build(pipeline: str, options: ServeOptions, token: str, folder: Path) -> tu
             ("jobs end", f"after {options.timeout:g} s"),
         ),
     )
-    site = Site(served, jobs, sessions, token, int(options.largest * 2**20))
+    site = Site(served, jobs, sessions, token, int(options.largest * 2**20), int(options.inline * 2**20))
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:

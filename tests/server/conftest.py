@@ -1,6 +1,7 @@
 """Servers of tiny pipelines, as whole processes on real sockets."""
 
 import contextlib
+import copy
 import functools
 import json
 import os
@@ -77,6 +78,12 @@ def starter():
         running.stdin.close()
 
 
+def fork(starter, order):
+    """The process that carries out an order."""
+    print(json.dumps(order), file=starter.stdin, flush=True)
+    return int(starter.stdout.readline())
+
+
 @pytest.fixture(scope="session")
 def start(starter, tmp_path_factory):
     """Starts a server of a pipeline's folder; it is killed after the tests."""
@@ -85,10 +92,8 @@ def start(starter, tmp_path_factory):
     def start(pipeline, **options):
         log = tmp_path_factory.mktemp("server") / "log"
         order = {"pipeline": str(pipeline), "options": {"token": TOKEN, **options}, "log": str(log)}
-        print(json.dumps(order), file=starter.stdin, flush=True)
-        process = int(starter.stdout.readline())
-        made.append(process)
-        return Server(process, log)
+        made.append(fork(starter, order))
+        return Server(made[-1], log)
 
     yield start
     for process in made:
@@ -108,17 +113,28 @@ def server(start, folder):
     return start(folder, timeout=20.0)
 
 
-models = functools.cache(pipeline_without_weights)
+@pytest.fixture(scope="session")
+def narrow(start, folder):
+    """A server that takes small requests, and sends no result with its news."""
+    return start(folder, largest=2.0, inline=0.0)
+
+
+@functools.cache
+def lens_without_server(folder):
+    """Its structure is looked at once."""
+    model = pipeline_without_weights(folder)
+    return model, DiTLens(model.pipeline, engine=RemoteEngine(model, "http://nowhere.invalid"))
 
 
 def connect(folder, host, timeout=60.0, token=TOKEN, defaults=pipelines.CALL):
     """A lens on a server."""
-    model = models(folder)
-    lens = DiTLens(model.pipeline, engine=RemoteEngine(model, host, timeout, token), defaults=defaults)
+    model, lens = lens_without_server(folder)
+    lens = copy.copy(lens)
+    lens.engine, lens.defaults = RemoteEngine(model, host, timeout, token), dict(defaults)
     lens.pipe.set_progress_bar_config(disable=True)
     return lens
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def there(folder, server):
     return connect(folder, server.host)

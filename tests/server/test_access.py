@@ -153,11 +153,10 @@ def test_a_request_that_cannot_be_read(server, folder):
     )
 
 
-def test_what_is_too_large_is_thrown_away(start, folder):
+def test_what_is_too_large_is_thrown_away(narrow, folder):
     """A body of any length, told or not, stays out of memory and off the disk."""
-    small = start(folder, largest=2.0)
-    before = psutil.Process(small.process).memory_info().rss
-    answer = post(small.host, envelope(str(folder)), b"x" * (40 * 2**20))
+    before = psutil.Process(narrow.process).memory_info().rss
+    answer = post(narrow.host, envelope(str(folder)), b"x" * (40 * 2**20))
     assert answer.status_code == 413
     assert "larger than the 2 MiB that this server takes" in answer.json()["detail"]
 
@@ -167,11 +166,11 @@ def test_what_is_too_large_is_thrown_away(start, folder):
             yield b"x" * 100_000
 
     form = {**KEY, "content-type": "multipart/form-data; boundary=x"}
-    answer = httpx.post(f"{small.host}/request", content=endless(), headers=form, timeout=60)
+    answer = httpx.post(f"{narrow.host}/request", content=endless(), headers=form, timeout=60)
     assert answer.status_code in (400, 413)
-    assert psutil.Process(small.process).memory_info().rss < before + 20 * 2**20
+    assert psutil.Process(narrow.process).memory_info().rss < before + 20 * 2**20
     with pytest.raises(ExecutionError, match=r"refused the request \(HTTP status 413\): it is larger than the 2 MiB"):
-        _send_much(connect(folder, small.host))
+        _send_much(connect(folder, narrow.host))
 
 
 def _send_much(lens):

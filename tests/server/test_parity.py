@@ -117,7 +117,7 @@ def test_other_methods(folder, server):
     assert dict(found[0]) == dict(found[1])
     masks = [lens.subject_mask("red", found[0], seed=0) for lens in (here, there)]
     assert (masks[0] == masks[1]).all()
-    local, remote = (dl.studies.disruption(lens, ["red"], k=3, draws=1) for lens in (here, there))
+    local, remote = (dl.studies.write_attribution(lens, ["red"], k=3) for lens in (here, there))
     assert local.summary.equals(remote.summary)
 
 

@@ -93,6 +93,7 @@ class Connection(RemoteBackend):
         super().__init__(key, host=host, api_key=token)
         self.timeout = timeout
         self.state = "not sent"
+        self.ends = False  # whether the server ends a job whose client is gone
         self._began = 0.0
 
     def request(self, request: RequestModel, tracer: Tracer) -> Any:
@@ -162,8 +163,10 @@ class Connection(RemoteBackend):
         except httpx.TimeoutException as late:
             self._too_late(late)
         if answer.is_error:
-            self._fail(f"refused the request (HTTP status {answer.status_code}): {_detail(answer)}", LOST, None)
-        return ResponseModel.model_validate_json(answer.text)
+            self._fail(f"refused the request (HTTP status {answer.status_code}): {tell_detail(answer)}", LOST, None)
+        received = ResponseModel.model_validate_json(answer.text)
+        self.ends = bool((received.meta or {}).get("ends"))
+        return received
 
     def _receive(self, socket: websocket.WebSocket) -> ResponseModel:
         """The next thing that the server tells of the job."""
@@ -211,14 +214,16 @@ class Connection(RemoteBackend):
         except (ExecutionError, RemoteError):
             raise
         except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(
-                f"stopped waiting for {self._job}. nnsight's servers take no cancellation, so it may run on there, and "
-                f"the next run waits for it. {LOST}"
-            ) from stop
+            fate = (
+                "The server cancels it, and it ends at its next step."
+                if self.ends
+                else "nnsight's servers take no cancellation, so it may run on there, and the next run waits for it."
+            )
+            raise KeyboardInterrupt(f"stopped waiting for {self._job}. {fate} {LOST}") from stop
         except (OSError, httpx.HTTPError, websocket.WebSocketException) as loss:
             raise ExecutionError(
                 f"the connection to the nnsight server {self.host} was lost after {self._waited:.0f} s, with "
-                f"{self._job}: {loss}. The job may run on there, and what it finds cannot be fetched any more. {LOST} "
+                f"{self._job}: {loss}. {self._fate}, and what it finds cannot be fetched any more. {LOST} "
                 "Run it again when the server is back."
             ) from loss
         except _DAMAGE as damage:
@@ -228,10 +233,14 @@ class Connection(RemoteBackend):
     def _too_late(self, cause: Exception | None) -> NoReturn:
         self._fail(
             f"gave no result within {self.timeout:g} s, with {self._job}",
-            f"The job may run on there. {LOST} Pass a longer timeout= to DiTLens.remote, or make the run smaller: "
+            f"{self._fate}. {LOST} Pass a longer timeout= to DiTLens.remote, or make the run smaller: "
             "fewer prompts at once (batch_size=), or fewer steps.",
             cause,
         )
+
+    @property
+    def _fate(self) -> str:
+        return "The job ends there at its next step" if self.ends else "The job may run on there"
 
     @property
     def _waited(self) -> float:
@@ -248,7 +257,7 @@ class Connection(RemoteBackend):
         raise ExecutionError(f"the nnsight server {self.host} {how}. {advice}") from cause
 
 
-def _detail(answer: httpx.Response) -> str:
+def tell_detail(answer: httpx.Response) -> str:
     """What a server says of a refusal: in JSON, as text, or by the name of the status."""
     try:
         body = answer.json()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nnsight.modeling.diffusion import DiffusionModel
 
     from dit_lens.core.execution.connection import Connection
+    from dit_lens.core.execution.later import Later
     from dit_lens.core.plan.program import Program, Store
     from dit_lens.core.request.call import Call
     from dit_lens.core.request.text_tokens import StreamText
@@ -123,14 +124,46 @@ class RemoteEngine:
         call: the keyword arguments of the pipeline.
         reads: receives what is read.
         """
-        from dit_lens.core.execution.engine import check_finished, run_traced
+        store, results = self._send(program, payload, call, self.backend())
+        return self.unpack(program, store, results, reads)
+
+    def submit(self, program: Program, payload: dict[str, Any], call: dict[str, Any]) -> tuple[str, bool]:
+        """Sends a program without waiting for it.
+
+        Returns the job's name, and whether the server is one that keeps and ends jobs by their names.
+
+        program, payload, call: as of :meth:`generate`.
+        """
+        from dit_lens.core.execution.later import SentError
+
+        later = self.later()
+        try:
+            self._send(program, payload, call, later)
+        except SentError as sent:
+            return sent.response.id, later.ends
+        raise AssertionError  # it is left by that error alone
+
+    def later(self) -> Later:
+        """What asks the server after jobs."""
+        from dit_lens.core.execution.later import Later
+
+        return Later(self.key, self.host, self.timeout, self.token)
+
+    def _send(
+        self, program: Program, payload: dict[str, Any], call: dict[str, Any], backend: Connection
+    ) -> tuple[Store, list[Any]]:
+        from dit_lens.core.execution.engine import run_traced
 
         _check_prompts(call)
-        with self.turn.run(), self._translate_errors():
+        with self.turn.run(), self.translate_errors():
             _register()
             _check_functions([*call.values(), *payload.values()])
-            call = {**call, "backend": self.backend()}
-            store, results = run_traced(self.model.generate, self.model, program, payload, call, {})
+            return run_traced(self.model.generate, self.model, program, payload, {**call, "backend": backend}, {})
+
+    def unpack(self, program: Program, store: Store, results: list[Any], reads: dict) -> tuple[Store, Any]:
+        """What a server saved, as an Engine returns it; reads receives what was read. Checks that all of it ran."""
+        from dit_lens.core.execution.engine import check_finished
+
         check_finished(program, len(store["clock"]), results)
         for key in list(store["reads"]):
             reads[key] = store["reads"].pop(key)
@@ -172,7 +205,7 @@ class RemoteEngine:
         return connection
 
     @contextmanager
-    def _translate_errors(self) -> Generator[None]:
+    def translate_errors(self) -> Generator[None]:
         """What a person can do about a job that failed on the server. Memory that ran out there is told as of here."""
         from nnsight.intervention.backends.remote import RemoteError
 
