@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from dit_lens.arguments.checks import checked, checked_but
 from dit_lens.arguments.signatures import sets
 from dit_lens.core.execution.engine import Engine
 from dit_lens.core.execution.remote import TIMEOUT, RemoteEngine, pipeline_without_weights
 from dit_lens.core.execution.turns import in_turn
-from dit_lens.core.jobs import Job
+from dit_lens.core.jobs import Job, keep_job
 from dit_lens.core.plan.batches import run_in_batches
 from dit_lens.core.request.call import needs_weights
 from dit_lens.core.request.spec import make_spec
@@ -19,7 +19,7 @@ from dit_lens.core.request.values import check_device
 from dit_lens.core.runs.files import check_pipeline
 from dit_lens.core.runs.html import table_html
 from dit_lens.core.session import Session, list_ops
-from dit_lens.errors import ExecutionError, OpError, StoreError
+from dit_lens.errors import ExecutionError, OpError, StoreError, show
 from dit_lens.instruments import massive
 from dit_lens.instruments.attention_patterns import Attention, read_pattern
 from dit_lens.instruments.forward import encode_image, forward
@@ -181,17 +181,18 @@ class DiTLens(Session):
                 "submit sends work to a server, and the model of this lens is on this machine, where a run is made at "
                 "once: lens.run(...). A lens on a server is made by DiTLens.remote."
             )
-        planned = [(asked := dict(run), *self._plan_to_send(asked)) for run in runs]
+        if odd := [run for run in runs if not isinstance(run, Mapping)]:
+            raise OpError(f"runs= takes the arguments of each run as a mapping; one is {show(odd[0])}.")
+        planned = [(asked := {**run, "ops": list_ops(run.get("ops", ()))}, *self._plan_to_send(asked)) for run in runs]
         sent: list[Job] = []
         for asked, prepared, plan in planned:
-            size = asked.get("batch_size")
+            size = cast("int | None", asked.get("batch_size"))
             parts = run_in_batches(
                 prepared, plan, size, lambda some, part: engine.submit(part.program, part.payload, some.keywords())
             )
             names, known = zip(*parts, strict=True)
-            job = Job(self, names, asked, known=known[0])
-            job.keep(make_spec(prepared, list_ops(asked.get("ops", ()))))
-            sent.append(job)
+            spec = make_spec(prepared, asked["ops"])
+            sent.append(keep_job(self, names, asked, spec, known=known[0]))
         return sent
 
     def _plan_to_send(self, asked: Mapping[str, Any]) -> tuple[Call, Plan]:
@@ -200,7 +201,7 @@ class DiTLens(Session):
         if unfit := [name for name in ("record", "prefix") if call.pop(name, None)]:
             raise OpError(f"{unfit[0]}= needs a run that is waited for: lens.run(..., {unfit[0]}=...).")
         call.pop("batch_size", None)
-        return self._plan(call.pop("prompt", None), list_ops(call.pop("ops", ())), **call)
+        return self._plan(call.pop("prompt", None), call.pop("ops"), **call)
 
     # Memory
 

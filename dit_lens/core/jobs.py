@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 
+from dit_lens.arguments.checks import checked, checked_but
 from dit_lens.core.execution.remote import RemoteEngine, pipeline_without_weights
 from dit_lens.core.request.spec import read_spec
 from dit_lens.core.runs.files import read_versioned, report_damage, report_unwritten, write_json
@@ -67,6 +69,7 @@ class Job:
                 return news.status.value
         return "COMPLETED"
 
+    @checked_but("timeout")
     def result(self, timeout: float | None = None) -> Run:
         """Waits for the run, and returns it as ``lens.run`` would have; again, too, while the server keeps it.
 
@@ -100,6 +103,7 @@ class Job:
         return any(ended)
 
     @classmethod
+    @checked
     def load(cls, name: str, *, token: str | None = None) -> Self:
         """A job that was sent from this machine, by its ``id``; the model's weights are not needed.
 
@@ -115,31 +119,38 @@ class Job:
         asked = {**call, "ops": ops, "batch_size": kept["batch_size"]}
         return cls(lens, tuple(kept["batches"]), asked, known=kept["known"])
 
-    def keep(self, spec: Mapping[str, Any]) -> None:
-        """Writes what :meth:`load` reads; not the token. spec: of the run."""
-        file = jobs_folder() / f"{self.id}.json"
-        with report_unwritten(file):
-            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_json(
-                file,
-                {
-                    "format": FORMAT,
-                    "batches": list(self._batches),
-                    "known": self._known,
-                    "host": self._engine.host,
-                    "model": str(self._engine.model.repo_id),
-                    "revision": self._engine.model.revision,
-                    "batch_size": self._asked.get("batch_size"),
-                    "sent": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-                    "spec": dict(spec),
-                },
-            )
+
+def keep_job(
+    lens: Session, batches: tuple[str, ...], asked: Mapping[str, Any], spec: Mapping[str, Any], *, known: bool
+) -> Job:
+    """The job of work that was just sent, and what :meth:`Job.load` reads, without the token, as a file.
+
+    lens, batches, asked, known: as of :class:`Job`.
+    spec: of the run.
+    """
+    engine = cast("RemoteEngine", lens.engine)
+    file = jobs_folder() / f"{batches[0]}.json"
+    kept = {
+        "format": FORMAT,
+        "batches": list(batches),
+        "known": known,
+        "host": engine.host,
+        "model": str(engine.model.repo_id),
+        "revision": engine.model.revision,
+        "batch_size": asked.get("batch_size"),
+        "sent": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "spec": dict(spec),
+    }
+    with report_unwritten(file):
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_json(file, kept)
+    return Job(lens, batches, asked, known=known)
 
 
 def _recall(name: str) -> dict[str, Any]:
     """What was kept of a job; StoreError where nothing was, with the names there are."""
     file = jobs_folder() / f"{name}.json"
-    if not isinstance(name, str) or Path(name).name != name or not file.is_file():
+    if not re.fullmatch(r"[\w.-]{1,128}", name) or not file.is_file():
         last = sorted(jobs_folder().glob("*.json"), key=lambda path: -path.stat().st_mtime)[:5]
         known = nearest(name, [path.stem for path in last], "The last ones are") if last else " There are none."
         raise StoreError(f"no job {name!r} is kept in {jobs_folder()}: it was sent by somebody else, or never.{known}")

@@ -110,7 +110,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(start, folder):
-    return start(folder, timeout=20.0)
+    return start(folder, timeout=120.0)
 
 
 @pytest.fixture(scope="session")

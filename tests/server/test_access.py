@@ -55,7 +55,7 @@ def envelope(server_name, **more):
     return RequestModel(model_key=f"{CLASS}:{json.dumps({'repo_id': server_name, 'revision': None})}", **more)
 
 
-def post(host, asked, blob, headers=KEY):
+def post(host, asked, blob, headers=KEY, timeout=60):
     data = {"data": asked if isinstance(asked, str) else asked.metadata()}
     return httpx.post(f"{host}/request", data=data, files={"blob": ("request", blob)}, headers=headers, timeout=60)
 
@@ -98,7 +98,7 @@ def test_a_lens_with_the_wrong_token(server, folder):
 
 
 def test_what_nnsight_asks_for(server):
-    with httpx.Client(base_url=server.host, headers=KEY) as client:
+    with httpx.Client(base_url=server.host, headers=KEY, timeout=60) as client:
         assert client.get("/ping").text == "pong"
         (state,) = client.get("/status").json()["deployments"].values()
         assert state["application_state"] == "RUNNING"
@@ -120,7 +120,7 @@ def test_what_is_no_request(server, folder):
     ):
         answer = post(server.host, asked, blob)
         assert (answer.status_code, said in answer.json()["detail"]) == (status, True), answer.text
-    with httpx.Client(base_url=server.host, headers=KEY) as client:
+    with httpx.Client(base_url=server.host, headers=KEY, timeout=60) as client:
         assert client.post("/request", content=b"garbage").status_code == 400
         form = {"content-type": "multipart/form-data; boundary=x"}
         assert client.post("/request", content=secrets.token_bytes(100_000), headers=form).status_code == 400
@@ -139,14 +139,16 @@ def test_what_is_no_request(server, folder):
             except OSError:
                 """It hung up."""
     assert psutil.Process(server.process).memory_info().rss < before + 30 * 2**20
-    assert httpx.get(f"{server.host}/ping", headers=KEY).text == "pong"
+    assert httpx.get(f"{server.host}/ping", headers=KEY, timeout=60).text == "pong"
 
 
 def test_a_request_that_cannot_be_read(server, folder):
     """Its bytes are no payload: the job fails, with the versions on both sides."""
     received = post(server.host, envelope(str(folder)), b"garbage").json()
     assert received["status"] == "RECEIVED"
-    while (state := httpx.get(f"{server.host}/response/{received['id']}", headers=KEY).json())["status"] != "ERROR":
+    while (state := httpx.get(f"{server.host}/response/{received['id']}", headers=KEY, timeout=60).json())[
+        "status"
+    ] != "ERROR":
         assert state["status"] in ("QUEUED", "RUNNING", "RECEIVED")
     assert re.search(
         r"the request could not be read: .*nnsight of no version.*here are nnsight 0\.8", state["description"]

@@ -45,6 +45,7 @@ ELSEWHERE = {
         "DiTLens.rerun",
         "Run.rerun",
     ],
+    "of a server: tests/server tries them": ["DiTLens.submit", "DiTLens.submit_many", "Job", "Job.*"],
     "for those who add an op: given by the library": [
         "Add.lower",
         "Apply.lower",

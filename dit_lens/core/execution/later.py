@@ -128,7 +128,7 @@ class Later(Connection):
                 refused = isinstance(silence, httpx.ConnectError | httpx.InvalidURL)
                 if time.monotonic() > end or (refused and method == "GET" and path == "/ping"):
                     self._fail(f"could not be reached: {silence}", "Is the address right, and does it run?", silence)
-                time.sleep(0.5)
+                time.sleep(min(0.5, self.timeout))
 
     def _check(self, answer: httpx.Response, name: str) -> None:
         if answer.status_code in (401, 403):
