@@ -117,7 +117,7 @@ class Site:
 
     async def _send(self, socket: WebSocket, session: str) -> None:
         with suppress(WebSocketDisconnect, RuntimeError):  # it left
-            await socket.send_text(json.dumps({"session_id": session}))
+            await socket.send_text(json.dumps({"session_id": session, "ends": True}))
             while True:
                 job, news = await self.sessions.next(session)
                 if news.status != Status.COMPLETED:

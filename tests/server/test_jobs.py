@@ -390,11 +390,11 @@ def test_it_is_stopped(start, folder, tmp_path):
 
 def test_time_and_expiry(start, folder):
     """A job has so many seconds, and a result so many hours."""
-    short = start(folder, timeout=0.5, keep=1.5 / 3600)
+    short = start(folder, timeout=5.0, keep=8 / 3600)
     lens = connect(folder, short.host)
-    with pytest.raises(ExecutionError, match=r"execution timeout of 0\.5s\. Make the run smaller"):
-        lens.run("red", slowly(0.4), seed=0)
+    with pytest.raises(ExecutionError, match=r"execution timeout of 5s\. Make the run smaller"):
+        lens.run("red", slowly(1.0), **LONG)
     job = lens.submit("red", seed=0)
     job.result()
-    time.sleep(1.6)
+    time.sleep(8.1)
     assert job.status == "LOST"

@@ -137,7 +137,9 @@ class Connection(RemoteBackend):
     def _read_session(self, socket: websocket.WebSocket) -> str:
         """The name of the channel on which the server will tell of the job."""
         try:
-            return json.loads(socket.recv())["session_id"]
+            greeting = json.loads(socket.recv())
+            self.ends = bool(greeting.get("ends"))
+            return greeting["session_id"]
         except (OSError, websocket.WebSocketException) as silence:
             self._fail(f"could not be reached: {silence}", "Is the address right, and does it run?", silence)
         except _DAMAGE as damage:
@@ -165,7 +167,7 @@ class Connection(RemoteBackend):
         if answer.is_error:
             self._fail(f"refused the request (HTTP status {answer.status_code}): {tell_detail(answer)}", LOST, None)
         received = ResponseModel.model_validate_json(answer.text)
-        self.ends = bool((received.meta or {}).get("ends"))
+        self.ends = self.ends or bool((received.meta or {}).get("ends"))
         return received
 
     def _receive(self, socket: websocket.WebSocket) -> ResponseModel:
