@@ -290,12 +290,12 @@ def test_a_client_that_leaves_takes_its_job_with_it(there, server):
     with pytest.raises(
         KeyboardInterrupt, match=r"stopped waiting for the job .*server cancels it, and it ends at its next"
     ):
-        there.run("red", slowly(0.5), **LONG)
-    until(lambda: counts()["running"] == 0)
+        there.run("red", slowly(1.0), **LONG)
+    until(lambda: counts()["running"] == 0, seconds=20)
     assert counts()["waiting"] == 0
     with pytest.raises(ExecutionError, match=r"no result within 3 s, with the job \S+ \w+\. The job ends there at"):
-        connect(there.engine.model.repo_id, server.host, timeout=3.0).run("red", slowly(0.5), **LONG)
-    until(lambda: counts()["running"] == 0)
+        connect(there.engine.model.repo_id, server.host, timeout=3.0).run("red", slowly(1.0), **LONG)
+    until(lambda: counts()["running"] == 0, seconds=20)
 
 
 def test_large_results_are_fetched_once(narrow, here, folder, monkeypatch):
