@@ -345,8 +345,11 @@ def from_tensors(draw, scenario: Scenario, kind, pattern, sites: list[str], wher
             return {1, full}
         if isinstance(where["tokens"], str):
             return {1}
-        count = len(as_list(where["tokens"]))
-        return {1, count, *({full} if stream_known else {})}
+        tokens = [token % full for token in as_list(where["tokens"])]
+        sizes = {1, len(tokens), *({full} if stream_known else {})}
+        if tokens != sorted(tokens) and sorted(tokens) == list(range(len(tokens))):
+            sizes -= {len(tokens)} if len(tokens) == full or not stream_known else set()
+        return sizes | {1}
 
     def tensor(sites):
         channel = draw(st.sampled_from(sorted(set.intersection(*map(channel_axis, sites)))))
