@@ -103,7 +103,7 @@ def ops(draw, scenario: Scenario, focus: str, calls: list):
 @st.composite
 def adds(draw, scenario: Scenario, pattern, sites: list[str], where: dict):
     """A number or vector: for all sites or each, for all branches or each, for all steps, each chosen or every one."""
-    total, chosen = scenario.steps, len(select_steps(scenario, where["steps"]))
+    _, total, chosen = unambiguous_sizes(scenario, where)
 
     def value(sites):
         sizes = {count_channels(scenario.subject, site, where["channels"]) for site in sites}
