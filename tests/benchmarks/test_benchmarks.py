@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -95,3 +96,10 @@ def test_clusters_are_compared_on_the_same_labels():
 def test_every_group_can_be_imported():
     assert browser.measure_explorer
     assert processes.measure_demo
+
+
+def test_the_page_is_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "docs"))
+    import performance
+
+    assert performance.PAGE.read_text("utf-8") == performance.page(), "run `python docs/performance.py`"
