@@ -14,10 +14,9 @@ from dit_lens.studies.parts.directions import find_basis, make_rotation
 from dit_lens.studies.parts.equal_energy import compare_with_top, describe_comparison
 from dit_lens.toys.scenes import sample_scenes
 from tests import oracle, pipelines, planted
+from tests.directions import CALL, SEED, STEPS, K, directions_by_hand, draw_tokens
 
 PROMPTS = ["a cat", "two dogs"]
-K, SEED, STEPS = 6, 5, 2
-CALL = {**pipelines.CALL, "num_inference_steps": STEPS}
 BASES = ["components", "mean-direction", "relevant", "random", "rotation"]
 FEW = {"k": K, "seeds": SEED, "bases": BASES, "draws": 1, "num_inference_steps": STEPS}
 
@@ -43,24 +42,7 @@ def results(lens):
 
 @pytest.fixture(scope="module")
 def tokens(pipe):
-    """The plain pipeline's images, and its tokens at every block: block -> [s, b, n, d], float64."""
-    images, records = oracle.draw(pipe, PROMPTS, [SEED] * 2, CALL)
-    return images, {
-        block: torch.stack([record[block, "img", "post"] for record in records]).double()
-        for block in range(pipelines.DEPTH)
-    }
-
-
-def directions_by_hand(name, x):
-    """An arm's directions [s, d, m] for one image at one block, x [s, n, d]."""
-    if name == "mean-direction":
-        mean = x.mean(1)
-        return (mean / mean.norm(dim=-1, keepdim=True))[..., None]
-    if name == "components":
-        found = torch.linalg.svd(x.flatten(0, 1), full_matrices=False)[2].T[:, :K]
-    else:
-        found = torch.eye(x.shape[-1]).double()[:, x.mean(1).abs().mean(0).argsort(descending=True)[:K]]
-    return found.expand(len(x), -1, -1)
+    return draw_tokens(pipe, PROMPTS)
 
 
 @pytest.mark.parametrize("ablation", ["zero", "mean"])

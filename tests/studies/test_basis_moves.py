@@ -11,10 +11,9 @@ from dit_lens.studies import Result
 from dit_lens.studies.parts.equal_energy import compare_with_top, describe_moves
 from dit_lens.studies.shared.checkpoints import check_arguments_only
 from tests import oracle, pipelines
+from tests.directions import CALL, SEED, K, directions_by_hand, draw_tokens
 
 PROMPTS = ["a cat", "two dogs", "no bird at all"]
-K, SEED = 6, 5
-CALL = {**pipelines.CALL, "num_inference_steps": 2}
 FEW = {"k": K, "seeds": SEED, "bases": ["components", "mean-direction"], "draws": 1}
 
 
@@ -32,27 +31,7 @@ def result(lens, tmp_path_factory):
 def plain():
     """The plain pipeline, its images, and its tokens at every block: block -> [s, b, n, d], float64."""
     pipe = pipelines.flux()
-    images, records = oracle.draw(pipe, PROMPTS, [SEED] * 3, CALL)
-    return (
-        pipe,
-        images,
-        {
-            block: torch.stack([record[block, "img", "post"] for record in records]).double()
-            for block in range(pipelines.DEPTH)
-        },
-    )
-
-
-def directions_by_hand(name, x):
-    """An arm's directions [s, d, m] for one image at one block, x [s, n, d]."""
-    if name == "mean-direction":
-        mean = x.mean(1)
-        return (mean / mean.norm(dim=-1, keepdim=True))[..., None]
-    if name == "components":
-        found = torch.linalg.svd(x.flatten(0, 1), full_matrices=False)[2].T[:, :K]
-    else:
-        found = torch.eye(x.shape[-1]).double()[:, x.mean(1).abs().mean(0).argsort(descending=True)[:K]]
-    return found.expand(len(x), -1, -1)
+    return (pipe, *draw_tokens(pipe, PROMPTS))
 
 
 @pytest.mark.parametrize(("name", "level"), [("top", f"k={K}"), ("components", f"k={K}"), ("mean-direction", "mean")])
