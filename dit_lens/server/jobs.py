@@ -16,6 +16,8 @@ from pathlib import Path
 
 from nnsight.schema.response import ResponseModel, Status
 
+from dit_lens.core.runs.files import write_text
+
 ENDED = (Status.COMPLETED, Status.ERROR)
 STATE, REQUEST, RESULT = ".json", ".request", ".result"
 
@@ -223,9 +225,7 @@ class Jobs:
     def _write(self, job: Job) -> None:
         """Keeps the state of a job that nobody waits for; a client that does would not ask for it again."""
         if job.session is None:
-            draft = job.request.with_suffix(".draft")
-            draft.write_text(job.state.model_dump_json())
-            draft.replace(job.request.with_suffix(STATE))
+            write_text(job.request.with_suffix(STATE), job.state.model_dump_json())
 
     def _forget(self) -> None:
         oldest = time.time() - self.keep

@@ -209,7 +209,7 @@ def test_an_address_that_is_taken(server, folder):
 @pytest.mark.parametrize(
     ("served", "asked", "good"),
     [
-        (("/models/FLUX.1-dev", None, True), ("/home/me/FLUX.1-dev", None), True),
+        (("/models/FLUX.1-dev", None, True), ("/data/FLUX.1-dev", None), True),
         (("/models/FLUX.1-dev", None, True), ("black-forest-labs/FLUX.1-dev", None), True),
         (("/models/FLUX.1-dev", None, True), ("C:\\models\\FLUX.1-dev", None), True),
         (("/models/FLUX.1-dev", None, True), ("/models/FLUX.1-schnell", None), False),
