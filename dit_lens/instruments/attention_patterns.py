@@ -112,12 +112,11 @@ def read_pattern(
         raise PromptError("patterns are read from one batch: leave batch_size= out, and pass fewer prompts at once.")
     blocks = [lens.anatomy.check_block(one) for one in list_numbers("block", block)]
     wanted = tuple(list_numbers("head", heads))
-    order = {one: lens.anatomy.find_attention(one)[1] for one in blocks}
+    modules, order = _find_attention(lens, blocks)
     outline = lens.outline(prompt, **call)
     if branch not in outline.branches:
         raise OpError(f"a pattern is of one branch, and {branch!r} is not one of {', '.join(outline.branches)}.")
     chosen = outline.select(steps)
-    modules = {one: lens.anatomy.find_attention(one)[0] for one in blocks}
     watch = Watch(modules, wanted, chosen, outline, lens.anatomy.grid_rule, branch, _compute_pattern)
     with watch.on(lens.pipe.transformer):
         run = lens.run(prompt, ops, **call)
@@ -135,15 +134,21 @@ def read_incoming(
     streams: "img", "txt" or both.
     """
     needs_weights(lens.pipe, "patterns of attention need")
-    modules = {one: lens.anatomy.find_attention(one)[0] for one in blocks}
-    order = {one: lens.anatomy.find_attention(one)[1] for one in blocks}
+    modules, order = _find_attention(lens, blocks)
     outline = lens.outline(prompt, **call)
     steps = range(outline.steps)
     watch = Watch(modules, None, steps, outline, lens.anatomy.grid_rule, branch, _compute_incoming)
     with watch.on(lens.pipe.transformer):
         run = lens.run(prompt, **call)
-    found = Attention(watch.stack_kept(), order, tuple(steps), (), watch.image, watch.rows, run)
-    return {(one, stream): found.incoming(one, stream) for one in blocks for stream in streams}
+    tensors = {one: kept.cpu() for one, kept in watch.stack_kept().items()}
+    read = Attention(tensors, order, tuple(steps), (), watch.image, watch.rows, run)
+    return {(one, stream): read.incoming(one, stream) for one in blocks for stream in streams}
+
+
+def _find_attention(lens: Session, blocks: Sequence[int]) -> tuple[dict[int, nn.Module], dict[int, str]]:
+    """Block -> its module, and the order of the streams inside its attention."""
+    found = {one: lens.anatomy.find_attention(one) for one in blocks}
+    return {one: module for one, (module, _) in found.items()}, {one: order for one, (_, order) in found.items()}
 
 
 def list_numbers(what: str, value: Any) -> list[int]:
@@ -264,6 +269,11 @@ class Watch(TorchFunctionMode):
 
 
 def _compute_pattern(_: Watch, given: dict[str, Any]) -> Tensor:
+    """The pattern, in main memory: [row, head, query, key]."""
+    return _form_pattern(given).cpu()
+
+
+def _form_pattern(given: dict[str, Any]) -> Tensor:
     """softmax(q k / sqrt(d) + mask): [row, head, query, key]."""
     query, key, mask, scale = given["query"], given["key"], given["attn_mask"], given["scale"]
     scores = query.float() @ key.float().transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -272,14 +282,14 @@ def _compute_pattern(_: Watch, given: dict[str, Any]) -> Tensor:
         scores = scores.masked_fill(~allowed, -torch.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1).cpu()
+    return scores.softmax(-1)
 
 
-def _compute_incoming(watch: Watch, given: dict[str, Any]) -> Tensor:
+def _compute_incoming(_: Watch, given: dict[str, Any]) -> Tensor:
     """The pattern's mean over heads and queries, head by head, so that memory holds one at a time: [row, 1, 1, key]."""
-    mask, found = given["attn_mask"], torch.zeros(())
+    mask, found = given["attn_mask"], given["query"].new_zeros((), dtype=torch.float32)
     for head in range(given["query"].shape[1]):
         one = {name: given[name][:, head : head + 1] for name in ("query", "key")}
         one["attn_mask"] = None if mask is None else mask[:, head : head + 1]
-        found = found + _compute_pattern(watch, {**given, **one}).mean(-2, keepdim=True)
+        found = found + _form_pattern({**given, **one}).mean(-2, keepdim=True)
     return found / given["query"].shape[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +43,7 @@ def forward(
     **call: Any,
 ) -> Run:
     """See :meth:`dit_lens.DiTLens.forward`."""
-    if not (math.isfinite(sigma) and 0 < sigma <= 1):
+    if not 0 < sigma <= 1:
         raise OpError(f"sigma={sigma!r} is no noise level: above 0 (nearly clean) up to 1 (noise alone).")
     check_start(lens, "noise levels are set in FlowMatchEulerDiscreteScheduler", INSTEAD)
     refuse_several_images({**lens.defaults, **call}, "each image passes once")

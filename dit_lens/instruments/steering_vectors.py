@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from dit_lens.arguments.checks import checked, checked_fields
 from dit_lens.core.request.ops import Add, Read
 from dit_lens.core.runs.files import check_regular, report_damage, write_bytes
-from dit_lens.errors import OpError, PromptError, StoreError, nearest, show
+from dit_lens.errors import OpError, PromptError, StoreError, check_choice, nearest, show
 
 if TYPE_CHECKING:
     from dit_lens.core.request.ops import Pattern
@@ -94,8 +94,7 @@ class Steering:
         Raises PromptError for what is not a pair of two different prompts.
         """
         _check_pairs(pairs)
-        if method not in ("mean", "probe"):
-            raise OpError(f"method={method!r} is not known.{nearest(str(method), ('mean', 'probe'))}")
+        check_choice(method, ("mean", "probe"), "method")
         seeds = [seeds] if isinstance(seeds, int) else list(seeds)
         if method == "probe" and len(pairs) * len(seeds) < 2:
             raise PromptError("a probe parts two groups: give at least two pairs, or two seeds.")

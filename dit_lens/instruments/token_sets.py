@@ -100,14 +100,13 @@ def _measure_norms(
         name: sorted({*range(lens.anatomy.channels(lens.anatomy.site(name)))} - {*massive.get(name, ())})
         for name in sites
     }
-    norms: dict[tuple[str, int], np.ndarray] = {}
+    norms: dict[tuple[str, int], Tensor] = {}
 
-    def note(x: Tensor, hook: Any) -> Tensor:
-        norms[hook.name, hook.step] = torch.linalg.vector_norm(x[0][:, kept[hook.name]].float(), dim=-1).cpu().numpy()
-        return x
+    def note(x: Tensor, hook: Any) -> None:
+        norms[hook.name, hook.step] = torch.linalg.vector_norm(x[0][:, kept[hook.name]].float(), dim=-1)
 
     lens.run(prompt, [Apply(name, fn=note, branch="cond") for name in sites], **given)
-    return {name: [norms[name, step] for step in range(steps)] for name in sites}
+    return {name: [norms[name, step].cpu().numpy() for step in range(steps)] for name in sites}
 
 
 def _measure_attention(

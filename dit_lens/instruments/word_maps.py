@@ -18,7 +18,7 @@ from dit_lens.core.request.call import needs_weights
 from dit_lens.core.request.division import refuse_several_images
 from dit_lens.core.request.ops import Apply, Swap
 from dit_lens.core.session import list_ops
-from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, nearest
+from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, check_choice, nearest
 from dit_lens.families.layout import select_stream
 from dit_lens.families.locations import ImageTokens
 from dit_lens.families.sites import Site
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dit_lens.core.request.text_tokens import StreamText
     from dit_lens.core.runs.run import Run
     from dit_lens.core.session import Session
+    from dit_lens.families import Anatomy
 
 CROSS = "cross"  # the order of tokens in attention whose keys are the text's tokens alone
 
@@ -82,9 +83,9 @@ class WordMap:
         """The mask of a word over the image. truth: the true one, bool [H, W]. The others as in :meth:`mask`."""
         from dit_lens.plots import cluster_overlay
 
-        word = self._one(word)
         mask = self.mask(word, block=block, row=row)
-        return cluster_overlay(self.run.images[row], mask, truth=truth, title=f"{self._describe(word, block)}")
+        title = f"“{self._one(word)}” by {self.method}" + ("" if block is None else f", block {block}")
+        return cluster_overlay(self.run.images[row], mask, truth=truth, title=title)
 
     @checked
     def figure(self, row: int = 0) -> go.Figure:
@@ -113,9 +114,6 @@ class WordMap:
             raise OpError(f"the maps of a video are [step, row, f, h, w]; draw frames of found[{word!r}] one by one.")
         return kept[:, row].mean(0).numpy()
 
-    def _describe(self, word: str, block: int | None) -> str:
-        return f"“{word}” by {self.method}" + ("" if block is None else f", block {block}")
-
 
 def word_map(
     lens: Session,
@@ -132,8 +130,7 @@ def word_map(
 ) -> WordMap:
     """See :meth:`dit_lens.DiTLens.word_map`."""
     needs_weights(lens.pipe, "maps of words need")
-    if method not in ("attention", "concept"):
-        raise OpError(f"method={method!r} is not known.{nearest(str(method), ('attention', 'concept'))}")
+    check_choice(method, ("attention", "concept"), "method")
     if "batch_size" in call:
         raise PromptError(
             "maps of words are read from one batch: leave batch_size= out, and pass fewer prompts at once."
@@ -180,6 +177,12 @@ def _find_words(text: StreamText, rows: int, words: Sequence[str]) -> list[list[
     return found
 
 
+def _part(kept: Tensor, words: Sequence[str], run: Run) -> dict[str, Tensor]:
+    """Word -> [block, step, row, h, w], of [block, step, row, n, word]."""
+    maps = kept.cpu().unflatten(3, run.grid)
+    return {word: maps[..., i].contiguous() for i, word in enumerate(words)}
+
+
 # By attention
 
 
@@ -202,14 +205,17 @@ def _map_by_attention(
     tokens = _find_words(text, outline.rows, words)
     lengths = [text.length("cond", row) for row in range(outline.rows)]
     wanted = None if asked.heads is None else tuple(list_numbers("head", asked.heads))
+    made: dict[tuple[Any, ...], Tensor] = {}  # marks for each arrangement of keys: few, and the same in most blocks
 
     def compute(watch: Watch, given: dict[str, Any]) -> Tensor | None:
         key, block = given["key"], watch.block
         if block is None or (orders[block] == CROSS and key.shape[2] != max(lengths)):
             return None  # of an image that is given as well
-        marks = _mark_tokens(watch, orders[block], key, tokens)
-        given = {**given, "value": marks}
-        share = scaled_dot_product_attention(**given)[..., : len(words)].float().mean(1)  # over heads
+        image = watch.image
+        form = (orders[block], key.shape, key.dtype, key.device, image.first, image.total, *image.starts)
+        if form not in made:
+            made[form] = _mark_tokens(watch, orders[block], key, tokens)
+        share = scaled_dot_product_attention(**given, value=made[form])[..., : len(words)].float().mean(1)  # over heads
         order = "own" if orders[block] == CROSS else orders[block]
         location: Any = {"stream": "img", "layout": order}
         return select_stream(share, location, _own_rows(watch), range(len(share)))[0]
@@ -217,15 +223,15 @@ def _map_by_attention(
     watch = Watch(modules, wanted, chosen, outline, lens.anatomy.grid_rule, "cond", compute)
     with watch.on(lens.pipe.transformer):
         run = lens.run(prompt, asked.ops, **asked.call)
-    kept = torch.stack(list(watch.stack_kept().values())).cpu()  # [block, step, row, n, word]
-    maps = kept.unflatten(3, watch.image.grid)
-    return WordMap(
-        {word: maps[..., i].contiguous() for i, word in enumerate(words)},
-        tuple(modules),
-        tuple(chosen),
-        "attention",
-        run,
-    )
+    kept = torch.stack(list(watch.stack_kept().values()))
+    return WordMap(_part(kept, words, run), tuple(modules), tuple(chosen), "attention", run)
+
+
+def _list_blocks(anatomy: Anatomy, blocks: int | Sequence[int] | None) -> Sequence[int]:
+    """The numbers of blocks; None: of all."""
+    if blocks is None:
+        return range(anatomy.depth)
+    return [anatomy.check_block(one) for one in list_numbers("block", blocks)]
 
 
 def _find_text_attention(
@@ -236,9 +242,7 @@ def _find_text_attention(
     blocks: those that are wanted, all of which must have it; None: all that have it.
     """
     anatomy = lens.anatomy
-    wanted = (
-        range(anatomy.depth) if blocks is None else [anatomy.check_block(one) for one in list_numbers("block", blocks)]
-    )
+    wanted = _list_blocks(anatomy, blocks)
     crossed = {site.block: site for site in anatomy.sites if site.point == "cross_out"}
     modules: dict[int, nn.Module] = {}
     orders: dict[int, str] = {}
@@ -330,10 +334,8 @@ def _map_by_concept(
         for img, txt in found.values()
     ]
     run = lens.run(prompt, [*probes, *list_ops(asked.ops), *reads], **asked.call)
-    maps = torch.stack([torch.stack([compare.kept[step, block] for step in chosen]) for block in found])
-    maps = maps.cpu().unflatten(3, run.grid)  # [block, step, row, h, w, word]
-    tensors = {word: maps[..., i].contiguous() for i, word in enumerate([*words, *concepts])}
-    return WordMap(tensors, tuple(found), tuple(chosen), "concept", run)
+    kept = torch.stack([torch.stack([compare.kept[step, block] for step in chosen]) for block in found])
+    return WordMap(_part(kept, [*words, *concepts], run), tuple(found), tuple(chosen), "concept", run)
 
 
 def _find_outputs(lens: Session, blocks: int | Sequence[int] | None) -> dict[int, tuple[str, str]]:
@@ -342,9 +344,7 @@ def _find_outputs(lens: Session, blocks: int | Sequence[int] | None) -> dict[int
     blocks: those that are wanted, all of which must have both; None: all that have.
     """
     anatomy = lens.anatomy
-    wanted = (
-        range(anatomy.depth) if blocks is None else [anatomy.check_block(one) for one in list_numbers("block", blocks)]
-    )
+    wanted = _list_blocks(anatomy, blocks)
     found = {}
     for block in wanted:
         why = anatomy.why_not(block, "img", "attn.z") or anatomy.why_not(block, "txt", "attn.z")

@@ -235,7 +235,7 @@ def find_source(anatomy: Anatomy, target: Site, name: str, size: int, channels: 
     if target.block is None or target.point.startswith("mod."):
         raise OpError(f"{what}: only tokens of a block are replaced by those of another site.")
     location = anatomy.locate(source)
-    if source.point == "x0" or None is not (location.gate or location.half or location.table or location.entry):
+    if source.point == "x0" or location.gate or location.half or location.table or location.entry:
         raise OpError(f"{what}: {source} is computed from others or multiplied by a gate, so it is no source.")
     if source == target or anatomy.place(source) >= anatomy.place(target):
         raise OpError(f"{what}: {source} is not computed before {target}. Swap from a Run that read it.")

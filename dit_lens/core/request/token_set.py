@@ -10,7 +10,7 @@ from dit_lens.arguments.checks import checked, checked_fields
 from dit_lens.arguments.numbers import to_int
 from dit_lens.errors import OpError, SiteError, nearest, show
 
-PARTS = ("tokens", "steps", "kind", "count", "peaks")  # of its JSON
+PARTS = ("tokens", "kind", "count", "peaks")  # of its JSON
 
 
 @checked_fields
