@@ -459,7 +459,7 @@ class DiTLens(Session):
         prompt: one for all or one each; "" says nothing; None with embeddings.
         ops: what is read, and edited.
         sigma: above 0 up to 1, noise alone; about 0.2 to 0.3 is usual for features.
-        seed: of the noise.
+        seed: of the noise, which is the same for every image.
         call: as in :meth:`run`.
 
         Raises FamilyError, before anything runs, for a sampler that is not Euler's method on a flow, or where a

@@ -43,7 +43,7 @@ def forward(
     **call: Any,
 ) -> Run:
     """See :meth:`dit_lens.DiTLens.forward`."""
-    if not 0 < sigma <= 1:
+    if not 0 < float(torch.tensor(sigma, dtype=torch.float32)) <= 1:  # as pipelines hold it
         raise OpError(f"sigma={sigma!r} is no noise level: above 0 (nearly clean) up to 1 (noise alone).")
     check_start(lens, "noise levels are set in FlowMatchEulerDiscreteScheduler", INSTEAD)
     refuse_several_images({**lens.defaults, **call}, "each image passes once")
@@ -51,7 +51,7 @@ def forward(
     prompts = list_prompts(prompt, images)
     call = {**call, **turn_off_guidance(lens), "num_inference_steps": 1}
     latents, grid = encode_images(lens, images, prompts, call)
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(latents[:1].shape, generator=torch.Generator().manual_seed(seed))  # the same for every image
     # Flow matching (arXiv 2210.02747): x_t = (1 - s) x_0 + s noise
     start = as_latents_argument(lens, (1 - sigma) * latents + sigma * noise, grid)
 

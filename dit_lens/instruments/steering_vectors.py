@@ -29,7 +29,7 @@ WHERE = ("steps", "tokens", "mask", "rows", "branch")
 
 
 @checked_fields
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Steering:
     """A direction for each site, which moves images from what some prompts say to what others say.
 
@@ -94,6 +94,8 @@ class Steering:
         Raises PromptError for what is not a pair of two different prompts.
         """
         _check_pairs(pairs)
+        if "seed" in call:
+            raise PromptError("seed= is called seeds= here: one noise, or several over which differences are averaged.")
         check_choice(method, ("mean", "probe"), "method")
         seeds = [seeds] if isinstance(seeds, int) else list(seeds)
         if method == "probe" and len(pairs) * len(seeds) < 2:
@@ -142,6 +144,8 @@ class Steering:
         """Both at once: the sum where they have a site in common."""
         if not isinstance(other, Steering):
             return NotImplemented
+        if self.family and other.family and self.family != other.family:
+            raise OpError(f"directions of {self.family} and of {other.family} do not add up: their channels differ.")
         vectors = dict(self.vectors)
         for site, vector in other.vectors.items():
             if site in vectors and vectors[site].shape != vector.shape:

@@ -54,6 +54,10 @@ def find_token_set(
     sites = lens.sites(site)
     if odd := [name for name in sites if name.count(".") != 2 or not name.startswith("blocks.")]:
         raise SiteError(f"{kind} are of the tokens that a block leaves, as at 'blocks.*.img'; {odd[0]} is none.")
+    for name in sites:
+        count = outline.tokens(name.split(".")[2])
+        if k is not None and count is not None and k > count:
+            raise OpError(f"k={k} tokens are asked for, and {name} has {count}.")
     if kind == "registers":
         found = _measure_norms(lens, prompt, sites, outline.steps, without, call)
     else:

@@ -27,6 +27,7 @@ from dit_lens.instruments.attention_patterns import Watch, list_numbers
 if TYPE_CHECKING:
     import numpy as np
     import plotly.graph_objects as go
+    from PIL.Image import Image
     from torch import Tensor, nn
 
     from dit_lens.core.request.ops import Op, Steps
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 CROSS = "cross"  # the order of tokens in attention whose keys are the text's tokens alone
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WordMap:
     """How much every image token has to do with words.
 
@@ -85,7 +86,7 @@ class WordMap:
 
         mask = self.mask(word, block=block, row=row)
         title = f"“{self._one(word)}” by {self.method}" + ("" if block is None else f", block {block}")
-        return cluster_overlay(self.run.images[row], mask, truth=truth, title=title)
+        return cluster_overlay(self._image(row), mask, truth=truth, title=title)
 
     @checked
     def figure(self, row: int = 0) -> go.Figure:
@@ -95,7 +96,12 @@ class WordMap:
         maps = {word: self._mean(word, None, row) for word in self.words}
         small = "share of an image token's attention" if self.method == "attention" else "share among the words"
         facts = f"{small}; mean of {len(self.blocks)} blocks and {len(self.steps)} steps"
-        return word_map_figure(self.run.images[row], maps, title="Where the words are", subtitle=facts)
+        return word_map_figure(self._image(row), maps, title="Where the words are", subtitle=facts)
+
+    def _image(self, row: int) -> Image:
+        if not self.run.images:
+            raise OpError("this run kept latents and no image to lay a map over. Leave output_type= out.")
+        return self.run.images[row]
 
     def _one(self, word: str | None) -> str:
         if word is None and len(self.words) > 1:

@@ -81,6 +81,8 @@ def test_several_images_pass_together_and_edits_act(flux, image):
     alone = flux.forward(image, PROMPT, reads, sigma=0.3, seed=2)["blocks.5.img"]
     assert both.shape == (1, 2, 256, 128)
     torch.testing.assert_close(both[0, 0], alone[0, 0], rtol=1e-4, atol=1e-4)
+    swapped = flux.forward([other, image], PROMPT, reads, sigma=0.3, seed=2)["blocks.5.img"]
+    torch.testing.assert_close(swapped[0, 1], alone[0, 0], rtol=1e-4, atol=1e-4)  # whatever its place
     edited = flux.forward(image, PROMPT, [Zero("blocks.0.img", channels=[3]), *reads], sigma=0.3, seed=2)
     assert edited.receipt.entries[0].site == "blocks.0.img"
     assert not torch.equal(edited["blocks.5.img"], alone)
@@ -122,7 +124,7 @@ def test_every_form_of_latents_is_passed_at_the_level_that_was_asked(name):
 
 
 def test_refusals(flux, image):
-    for sigma in (0, -0.1, 1.5):
+    for sigma in (0, -0.1, 1.5, 1e-300):
         with pytest.raises(OpError, match="is no noise level"):
             flux.forward(image, PROMPT, sigma=sigma)
     with pytest.raises(OpError, match="Resize it"):

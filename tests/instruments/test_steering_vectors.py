@@ -101,6 +101,9 @@ def test_arithmetic_and_the_control(found):
         torch.testing.assert_close(control.vectors[site].norm(dim=-1), found.vectors[site].norm(dim=-1))
         assert not torch.equal(control.vectors[site], found.randomised(2).vectors[site])
     other = Steering({"blocks.0.img": torch.ones(4)})
+    assert found in [other, found]
+    with pytest.raises(OpError, match="do not add up"):
+        found + Steering({"blocks.0.img": torch.ones(4)}, family="SANA")
     assert list((found + other).vectors) == [*SITES, "blocks.0.img"]
     with pytest.raises(OpError, match="per_step=False"):
         found + Steering({SITES[0]: torch.ones(found.vectors[SITES[0]].shape[1])})
@@ -143,6 +146,8 @@ def test_refusals(lens, found):
     for pairs in (["red"], [("red",)], [("red", 3)], "red"):
         with pytest.raises(OpError, match="cannot be used"):
             Steering.from_pairs(lens, pairs, **CALL)
+    with pytest.raises(PromptError, match="called seeds= here"):
+        Steering.from_pairs(lens, PAIRS, seed=0, **CALL)
     with pytest.raises(PromptError, match="at least two pairs"):
         Steering.from_pairs(lens, PAIRS[:1], method="probe", **CALL)
     with pytest.raises(OpError, match=r"'man' is not a valid method\..*'mean'"):

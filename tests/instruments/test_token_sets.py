@@ -71,6 +71,7 @@ def test_a_token_that_stands_out_is_found_and_none_is_told(lens):
         ({"over": 2.0, "k": 1}, OpError, "two rules for the same tokens"),
         ({"over": 0.5}, OpError, "over=0.5"),
         ({"k": 0}, OpError, "k=0"),
+        ({"k": 9999}, OpError, "k=9999 tokens are asked for, and blocks"),
         ({"site": "blocks.*.img.attn.q"}, SiteError, "of the tokens that a block leaves"),
         ({"num_images_per_prompt": 2}, PromptError, "tokens are of one image, and this call draws 2"),
     ],

@@ -182,6 +182,10 @@ def test_refusals(flux, sana):
     with pytest.raises(SiteError, match="Take method='attention'"):
         sana.word_map(PROMPT, ["circle", "blue"], method="concept", **CALL)
     found = flux.word_map(PROMPT, ["circle", "red"], blocks=[0, 1], steps=1, **CALL)
+    bare = flux.word_map(PROMPT, "circle", output_type="latent", **CALL)
+    assert bare.mask().shape == (16, 16)
+    with pytest.raises(OpError, match="kept latents and no image"):
+        bare.figure()
     with pytest.raises(OpError, match="Say which is meant"):
         found.mask()
     with pytest.raises(SiteError, match="block 5 was not read; there are 0, 1"):

@@ -89,7 +89,13 @@ class TokenSet(Mapping[str, tuple[tuple[int, ...], ...]]):
             )
         if not 0 <= step < steps:
             raise OpError(f"step {step} does not exist: there are {steps}, 0 to {steps - 1}.")
-        return list(self.tokens[site][step])
+        found = list(self.tokens[site][step])
+        if count is not None and found and found[-1] >= count:
+            raise OpError(
+                f"tokens= are {self.kind} with token {found[-1]} at {site}, step {step}, which has {count}, 0 to "
+                f"{count - 1}."
+            )
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, which :meth:`from_json` takes back."""

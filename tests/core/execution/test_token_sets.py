@@ -138,6 +138,10 @@ def test_sets_are_json():
         (Zero(SITES, tokens=TokenSet(SOME, "registers"), steps=1), "no registers at any of the chosen sites and steps"),
         (Read(SITES, tokens=TokenSet(SOME, "sinks")), "0 or 2 or 3 sinks at blocks.1.img"),
         (Read(SITES[0], tokens=TokenSet({SITES[0]: [[1], [1, 2], [5]]})), r"1 or 2 tokens .* reduce over them"),
+        (
+            Zero(SITES[0], tokens=TokenSet({SITES[0]: [[300], [2], []]})),
+            "token 300 at blocks.1.img, step 0, which has 96",
+        ),
         (Zero("blocks.1.img.mod.attn.shift", tokens=TokenSet(SOME)), "one vector for each image"),
     ],
 )
