@@ -29,6 +29,7 @@ second and touches none of the model's own weights. The checks:
 | sizes | every site has as many channels as its module says |
 | chain | what leaves a block enters the next one |
 | residual | a block adds `attn_out`, `mlp_out` (and `attn2_out`, `cross_out`, `ip_out`) to its input and nothing else |
+| inputs | `attn.in` and `mlp.in` are what the projections of attention and MLP read |
 | final | the last block's image tokens enter the final norm |
 | modulation | a prediction is made of what enters the final norm and `final.img.mod`, and of nothing else |
 | grid | image tokens lie row by row |

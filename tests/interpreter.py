@@ -46,14 +46,13 @@ class Interpreter:
         self.outcome, self.pieces, self.gates = Outcome(), defaultdict(list), {}
 
     def named_once(self, op) -> list[str]:
-        """The sites of an op. An edit acts once on a vector that has two names, by the first of them."""
+        """The sites of an op. An edit acts once on a tensor that has two names, by the first of them."""
         sites = self.wiring.expand(op.site)
         if type(op).__name__ == "Read":
             return sites
         first = {}
         for site in sites:
-            place = self.wiring.places[site]
-            first.setdefault(place if place.vector else site, site)
+            first.setdefault(self.wiring.places[site], site)
         return list(first.values())
 
     def draw(self, batches) -> Outcome:

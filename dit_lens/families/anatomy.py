@@ -117,9 +117,9 @@ class Anatomy:
             )
         if stream not in stack.outputs:
             return f"block {block} ({stack.name}) holds no {stream} tokens"
-        if stream not in streams and not point.startswith("attn."):
+        if stream not in streams and not (point.startswith("attn.") and point != "attn.o"):
             return f"block {block} ({stack.name}), the last, returns no {stream} tokens"
-        spec = stack.points.get(stream, {}).get(point)
+        spec = stack.find(stream, point)
         if spec is None:
             return f"the {_describe_blocks(stack)} of {self.family.name} have no {point}, or its row does not say where"
         if isinstance(spec, str):
@@ -308,8 +308,8 @@ class Anatomy:
     def _spec_of(self, site: Site) -> PointSpec | None:
         if site.block is None or site.point in ("resid_pre", "resid_post", "x0"):
             return None
-        spec = self._blocks[site.block][0].points[site.stream][site.point]
-        if isinstance(spec, str):
+        spec = self._blocks[site.block][0].find(site.stream, site.point)
+        if not isinstance(spec, PointSpec):
             raise FamilyError(f"{self.family.name}: {site} does not exist: {spec}.")
         return spec
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dit_lens.families.locations import TensorLocation
 
 TEXT = 5
+PROJECTED = {**dict.fromkeys(("attn.q", "attn.k", "attn.v"), "attn.in"), "mlp.pre": "mlp.in"}
 WRITES = ("attn_out", "attn2_out", "cross_out", "mlp_out", "ip_out")
 
 
@@ -99,6 +100,7 @@ def _try_clone(
             _check_sizes(clone),
             _check_chain(clone),
             _check_residual(clone),
+            _check_inputs(clone),
             _check_final(clone),
             _check_modulation(clone),
             _check_grid(clone),
@@ -173,6 +175,27 @@ def _check_residual(clone: HookedClone) -> Check | None:
     return Check(
         "residual", f"a block adds attn_out and mlp_out{adapter} to its input and nothing else; resid_mid lies between"
     )
+
+
+def _check_inputs(clone: HookedClone) -> Check | None:
+    """Projections of attention and MLP, given what enters those, make what they do in the model."""
+    tried = 0
+    for site in clone.points:
+        of = PROJECTED.get(site.point)
+        given = clone.seen.get(f"blocks.{site.block}.{site.stream}.{of}")
+        made, location = clone.seen.get(site.name), clone.locations[site]
+        if given is None or made is None or location.axes != "tokens":
+            continue
+        with torch.no_grad():
+            again = clone.get(location.module)(given)
+        start, stop = location.span or (0, None)
+        if not _close(again[..., start:stop], made[..., start:stop]):
+            raise FamilyError(
+                f"{clone.name}: {site} is not what its module makes of blocks.{site.block}.{site.stream}.{of}. Is the "
+                "module or the argument of that wrong?"
+            )
+        tried += 1
+    return Check("inputs", "attn.in and mlp.in are what projections read") if tried else None
 
 
 def _check_final(clone: HookedClone) -> Check:

@@ -77,9 +77,12 @@ def replace_tensor(value: Any, side: str, location: Location, tensor: Any) -> An
     """
     if side == "input":
         args, kwargs = value
-        if location["slot"] in kwargs:
-            return args, {**kwargs, location["slot"]: tensor}
-        return (*args[: location["position"]], tensor, *args[location["position"] + 1 :]), kwargs
+        old = argument(value, location["slot"], location["position"])
+        # Some attentions are given one tensor twice, once to make queries and once to make keys and values of it.
+        return (
+            tuple(tensor if one is old else one for one in args),
+            {name: tensor if one is old else one for name, one in kwargs.items()},
+        )
     if location["slot"] is None:
         return tensor
     if isinstance(value, dict):  # the output class of a model, whose fields are counted

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dit_lens.arguments.checks import checked_fields
 from dit_lens.arguments.signatures import told_fields
+
+# What a module gives, by what it adds to the residual: the same before a gate multiplies it.
+UNGATED = {"attn.o": "attn_out", "cross.o": "cross_out", "mlp.o": "mlp_out"}
 
 
 @checked_fields
@@ -93,6 +96,15 @@ class Stack:
     ends_without: tuple[str, ...] = ()
     points: Mapping[str, Mapping[str, PointSpec | str]] = field(default_factory=dict)
     attends: str = ""
+
+    def find(self, stream: str, point: str) -> PointSpec | str | None:
+        """Where a point is, or why these blocks have none; None where the row does not say.
+
+        What modules give before a gate follows from what they add, where the row does not say more.
+        """
+        inside = self.points.get(stream, {})
+        spec = inside.get(point, inside.get(UNGATED.get(point, point)))
+        return replace(spec, gate=None) if isinstance(spec, PointSpec) and point in UNGATED else spec
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ OPS = {
     "swap under a gate": (
         lambda: Swap("blocks.0.img.attn_out", source="row:0", rows=1),
         OpError,
-        r"multiplied by a gate.*only Zero and Scale are exact",
+        r"multiplied by a gate.*only Zero and Scale are exact.*or write blocks\.0\.img\.attn\.o",
     ),
     "block out of range": (lambda: Read("blocks.5.img"), SiteError, r"block 5, but blocks has 5: 0 to 4, or -1"),
     "empty slice": (lambda: Read("blocks[7:9].img"), SiteError, r"selects no block; blocks has 5"),

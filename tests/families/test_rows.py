@@ -141,6 +141,7 @@ MUTATIONS: dict[str, Callable[[Family], list[Family]]] = {
         lambda spec: PointSpec("act_mlp", layout=spec.layout) if (spec.module, spec.span) == NEURONS else None,
         ("mlp.post",),
     ),
+    "what enters the block for what enters attention": specs(lambda _: PointSpec("", "input", 0), ("attn.in",)),
     "another gate": specs(other_gate),
     "no gate": specs(lambda spec: replace(spec, gate=None) if spec.gate is not None else None),
     "gate squashed, or not": specs(
@@ -169,7 +170,7 @@ def test_the_row_passes(name):
         for point, spec in inside.items()
         if isinstance(spec, PointSpec)
     }
-    expected = ["structure", "sizes", "chain", "residual", "final", "modulation", "grid", "write", "readout"]
+    expected = ["structure", "sizes", "chain", "residual", "inputs", "final", "modulation", "grid", "write", "readout"]
     if "mlp_out" not in points:
         expected.remove("residual")
     if family.readout is None:

@@ -15,12 +15,16 @@ POINTS = (
     "resid_pre",
     *(f"mod.{part}" for part in ("shift", "scale", "gate")),
     *(f"mod.{where}.{part}" for where in ("attn", "mlp") for part in ("shift", "scale", "gate")),
-    *(f"attn.{part}" for part in "qkvz"),
+    "attn.in",
+    *(f"attn.{part}" for part in "qkvzo"),
     "attn_out",
+    "cross.o",
     "cross_out",
     "resid_mid",
+    "mlp.in",
     "mlp.pre",
     "mlp.post",
+    "mlp.o",
     "mlp_out",
     "resid_post",
 )
@@ -87,7 +91,9 @@ def inside(attention, mlp, *, text=False, span=None, hidden=128):
             f"attn.{point}": Place(f"{attention}.{name}", "out", **more)
             for point, name in zip("qkv", (q, k, v), strict=True)
         },
+        "attn.in": Place(attention, "in", ENCODER if text else HIDDEN, **more),
         "attn.z": Place(f"{attention}.{z}", "in", ("input", 0), **more),
+        "mlp.in": Place(mlp, "in", HIDDEN, **more),
         "mlp.pre": Place(f"{mlp}.net.0.proj", "out", width=hidden, **more),
         "mlp.post": Place(f"{mlp}.net.2", "in", ("input", 0), width=hidden, **more),
     }
@@ -116,8 +122,10 @@ def joint_block(path, stream_names, gates, more):
         (mlp, norm), (gate, mlp_gate) = stream_names[stream], gates[stream]
         streams[stream] = {
             "resid_pre": Place(path, "in", key),
+            "attn.o": Place(f"{path}.attn", "out", attended),
             "attn_out": Place(f"{path}.attn", "out", attended, writes="linear", gate=gate),
             "resid_mid": Place(f"{path}.{norm}", "in", ("input", 0), writes="none"),
+            "mlp.o": Place(f"{path}.{mlp}", "out"),
             "mlp_out": Place(f"{path}.{mlp}", "out", writes="linear", gate=mlp_gate),
             "resid_post": Place(path, "out", left),
             **more[stream],
@@ -148,12 +156,16 @@ def flux_single(path, text):
     gate = (f"{path}.norm", "out", item(1))
 
     def halves(span):
-        def place(made):
-            return Place(f"{path}.proj_out", "in", ("input", 0), span, writes="none", gate=gate, made=made)
-
+        made = {
+            "attn": lambda module, x, moment: F.linear(x[..., :WIDTH], module.weight[:, :WIDTH]),
+            "mlp": lambda module, x, moment: F.linear(x[..., WIDTH:], module.weight[:, WIDTH:], module.bias),
+        }
         return {
-            "attn_out": place(lambda module, x, moment: F.linear(x[..., :WIDTH], module.weight[:, :WIDTH])),
-            "mlp_out": place(lambda module, x, moment: F.linear(x[..., WIDTH:], module.weight[:, WIDTH:], module.bias)),
+            f"{part}{end}": Place(
+                f"{path}.proj_out", "in", ("input", 0), span, writes="none", gate=after_it, made=made[part]
+            )
+            for part in made
+            for end, after_it in ((".o", None), ("_out", gate))
         }
 
     streams = {}
@@ -162,7 +174,9 @@ def flux_single(path, text):
             "resid_pre": Place(path, "in", key),
             **modulations(f"{path}.norm.linear", ("shift", "scale", "gate")),
             **{f"attn.{part}": Place(f"{path}.attn.to_{part}", "out", span=span) for part in "qkv"},
+            "attn.in": Place(f"{path}.attn", "in", HIDDEN, span),
             "attn.z": Place(f"{path}.attn", "out", span=span),
+            "mlp.in": Place(f"{path}.proj_mlp", "in", ("input", 0), span),
             "mlp.pre": Place(f"{path}.proj_mlp", "out", span=span, width=128),
             "mlp.post": Place(f"{path}.proj_out", "in", ("input", 0), span, part=(WIDTH, None), width=128),
             **halves(span),
@@ -213,9 +227,12 @@ def image_block(path, attention, norm, mlp, gates, more):
     return {
         "img": {
             "resid_pre": Place(path, "in", HIDDEN),
+            "attn.o": Place(f"{path}.{attention}", "out"),
             "attn_out": Place(f"{path}.{attention}", "out", writes="linear", gate=(path, "in", gates[0])),
+            "cross.o": Place(f"{path}.attn2", "out"),
             "cross_out": Place(f"{path}.attn2", "out"),
             "resid_mid": Place(f"{path}.{norm}", "in", ("input", 0), writes="none"),
+            "mlp.o": Place(f"{path}.{mlp}", "out"),
             "mlp_out": Place(f"{path}.{mlp}", "out", writes="linear", gate=(path, "in", gates[1])),
             "resid_post": Place(path, "out"),
             **more,
@@ -239,7 +256,11 @@ def next_block(path, spans, names, *, gated=True):
         streams[stream] = {
             "resid_pre": Place(path, "in", (argument, 0), **span),
             **{f"attn.{part}": Place(f"{path}.{attention}.to_{part}", "out", **span) for part in "qkv"},
+            "attn.in": Place(f"{path}.{attention}", "in", HIDDEN, **span),
             "attn.z": Place(f"{path}.{attention}.to_out.0", "in", ("input", 0), **span),
+            "attn.o": Place(f"{path}.{norms[0]}", "out", **span),
+            "mlp.in": Place(f"{path}.feed_forward", "in", ("x", 0), **span),
+            "mlp.o": Place(f"{path}.{norms[2]}", "out", **span),
             "attn_out": Place(f"{path}.{norms[0]}", "out", gate=gates[0] if gated else None, **span, **more),
             "resid_mid": Place(f"{path}.{norms[1]}", "in", ("x", 0), writes="none", **span),
             "mlp_out": Place(f"{path}.{norms[2]}", "out", gate=gates[1] if gated else None, **span, **more),

@@ -56,11 +56,10 @@ def scenarios(draw, name: str):
 
 
 def means_one_thing(scenario: Scenario, op) -> bool:
-    """Whether an edit has no values of their own for two names of one vector, which is refused."""
+    """Whether an edit has no values of their own for two names of one tensor, which is refused."""
     places = [scenario.subject.wiring.places[site] for site in sites_of(scenario, op)]
-    vectors = [place for place in places if place.vector]
     own = (getattr(op, name, None) for name in ("channels", "value", "source", "mean"))
-    return isinstance(op, Read) or len(set(vectors)) == len(vectors) or not any(isinstance(one, dict) for one in own)
+    return isinstance(op, Read) or len(set(places)) == len(places) or not any(isinstance(one, dict) for one in own)
 
 
 def source_of(op):
@@ -308,7 +307,9 @@ def site_swaps(draw, scenario: Scenario):
         (source, target)
         for target in written
         for source in list(whole)[: list(whole).index(target)]
-        if source.split(".")[2] == target.split(".")[2] and whole[source].width == whole[target].width
+        if source.split(".")[2] == target.split(".")[2]
+        and whole[source].width == whole[target].width
+        and whole[source] != whole[target]  # two names of one tensor
     ]
     source, target = draw(st.sampled_from(pairs))
     skips = draw(st.booleans())

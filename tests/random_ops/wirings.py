@@ -56,7 +56,7 @@ THREE = {"blocks": range(3), "block": range(3)}
 def sd3():
     """The last block reads the text and does not write it."""
     blocks = [adaln_block(path) for path in transformer_blocks(3)]
-    left = ("resid_pre", "attn.q", "attn.k", "attn.v")
+    left = ("resid_pre", "attn.in", "attn.q", "attn.k", "attn.v")
     blocks[-1]["txt"] = {point: blocks[-1]["txt"][point] for point in left}
     places = named(blocks, Place("norm_out", "in", ("x", 0)), Place("", "out", 0, patch=(2, 2), width=16), mod=MOD)
     return Wiring(places, THREE)
@@ -91,8 +91,7 @@ def klein():
             {
                 stream: {
                     "resid_pre": Place(path, "in", HIDDEN, span),
-                    "attn_out": UNTRIED,
-                    "mlp_out": UNTRIED,
+                    **dict.fromkeys(("attn.o", "attn_out", "mlp.o", "mlp_out"), UNTRIED),
                     "resid_post": Place(path, "out", span=span),
                 }
                 for stream, span in spans.items()
@@ -111,6 +110,8 @@ def sana():
     gates, blocks = [table(index, 4, "timestep") for index in (2, 5)], []
     for path in transformer_blocks(3):
         conv = {
+            "mlp.in": Place(f"{path}.ff", "in", HIDDEN, patch=(1, 1)),
+            "mlp.o": Place(f"{path}.ff", "out", patch=(1, 1)),
             "mlp.pre": Place(f"{path}.ff.conv_inverted", "out", patch=(1, 1), width=160),
             "mlp.post": Place(f"{path}.ff.conv_point", "in", ("input", 0), patch=(1, 1), width=80),
             "mlp_out": Place(f"{path}.ff", "out", writes="linear", gate=(path, "in", gates[1]), patch=(1, 1)),

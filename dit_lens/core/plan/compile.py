@@ -369,13 +369,14 @@ def _in_order_of_ops(parts: list[tuple[TensorLocation, Part]]) -> Iterator[tuple
     """
     for _, run in itertools.groupby(parts, key=lambda one: without_name(one[0])):
         same = list(run)
-        if len(same) == 1 or any(part["role"] != "site" for _, part in same):
+        if len(same) == 1 or any(part["role"] not in ("site", "hold") for _, part in same):
             yield from same
             continue
         single: list[tuple[TensorLocation, Part]] = [
             (at, {**part, "actions": [action]}) for at, part in same for action in part["actions"]
         ]
         yield from sorted(single, key=lambda one: one[1]["actions"][0]["op"])
+        yield from (one for one in same if one[1]["role"] == "hold")
 
 
 def list_tokens(

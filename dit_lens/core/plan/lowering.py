@@ -22,6 +22,7 @@ from dit_lens.core.request.ops import Op
 from dit_lens.core.runs.run import Run
 from dit_lens.errors import OpError, nearest
 from dit_lens.families.linear import why_inexact
+from dit_lens.families.stack import UNGATED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -237,7 +238,7 @@ def find_source(anatomy: Anatomy, target: Site, name: str, size: int, channels: 
     location = anatomy.locate(source)
     if source.point == "x0" or location.gate or location.half or location.table or location.entry:
         raise OpError(f"{what}: {source} is computed from others or multiplied by a gate, so it is no source.")
-    if source == target or anatomy.place(source) >= anatomy.place(target):
+    if location == anatomy.locate(target) or anatomy.place(source) >= anatomy.place(target):
         raise OpError(f"{what}: {source} is not computed before {target}. Swap from a Run that read it.")
     width, most = anatomy.channels(source), max(channels, default=-1) if channels is not None else -1
     if (channels is None and width != size) or most >= width:
@@ -289,9 +290,11 @@ def check_allowed(op: Op, site: Site, anatomy: Anatomy, kind: str | None) -> Non
             f"can only be read. Write {block}.attn.z or mlp.post, which enter it."
         )
     if location.gate is not None and not op.exact_under_gate:
+        before = next((f"{block}.{point}" for point, out in UNGATED.items() if out == site.point), None)
+        instead = "resid_post" if before is None else f"{before}, which the gate multiplies"
         raise OpError(
             f"{name} at {site}: the module's output is multiplied by a gate before it is added, so "
-            "that only Zero and Scale are exact here. Use those, or write resid_post."
+            f"that only Zero and Scale are exact here. Use those, or write {instead}."
         )
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from dit_lens.families.row import Example, Family, Latents, Pipeline, Time
 from dit_lens.families.stack import PointSpec
-from dit_lens.families.table.points import attention, gated_output, input_of, neurons
+from dit_lens.families.table.points import gated_output, input_of, joined_attention, neurons
 from dit_lens.families.table.shared import (
     CALLS,
     HEADS,
@@ -47,15 +47,16 @@ _COGVIEW4_POINTS = {
         "resid_mid": input_of("norm2"),
         "mlp_out": gated_output("ff", PointSpec("norm1", slot=4)),
         **neurons("ff"),
-        **attention("attn1", layout="text_first"),
+        **joined_attention("attn1", "text_first", "img"),
     },
     "txt": {
         "attn_out": gated_output("attn1", PointSpec("norm1", slot=6), slot=1),
         "resid_mid": input_of("norm2_context"),
         "mlp_out": _SHARED,
+        "mlp.in": _SHARED,
         "mlp.pre": _SHARED,
         "mlp.post": _SHARED,
-        **attention("attn1", layout="text_first"),
+        **joined_attention("attn1", "text_first", "txt"),
     },
 }
 
@@ -79,7 +80,7 @@ _COGVIEW3_POINTS = {
         "resid_mid": input_of(norm),
         "mlp_out": replace(gated_output("ff", PointSpec("norm1", slot=second)), layout="text_first"),
         **neurons("ff", layout="text_first"),
-        **attention("attn1", layout="text_first"),
+        **joined_attention("attn1", "text_first", stream),
     }
     for stream, slot, first, second, norm in (("img", 0, 1, 4, "norm2"), ("txt", 1, 6, 9, "norm2_context"))
 }

@@ -130,6 +130,7 @@ PIXART = Family(
 )
 
 _CONVOLUTIONS = {
+    "mlp.in": replace(input_of("ff"), axes="bchw"),
     "mlp.pre": PointSpec("ff.conv_inverted", axes="bchw"),
     "mlp.post": replace(input_of("ff.conv_point"), axes="bchw"),
 }
@@ -192,6 +193,8 @@ def _rope(sizes: CallSizes) -> tuple[Tensor, Tensor]:
 _SKIPS = "blocks of the second half begin from a mixture with an earlier block"
 _HUNYUAN_DIT_POINTS: Mapping[str, Points] = {
     "img": {
+        "attn.o": PointSpec("attn1"),
+        "mlp.o": PointSpec("ff"),
         "attn_out": _SKIPS,
         "mlp_out": _SKIPS,
         "cross_out": PointSpec("attn2"),
@@ -255,6 +258,8 @@ _PRX_POINTS = {
         "attn_out": gated_output("attention", replace(_PRX_MODULATION, span=(2, 3))),
         "resid_mid": input_of("post_attention_layernorm"),
         "mlp_out": gated_output("down_proj", replace(_PRX_MODULATION, span=(5, 6))),
+        "attn.in": input_of("attention"),
+        "mlp.in": "two modules read it, one for the gates of its neurons",
         "mlp.pre": PointSpec("gate_proj"),
         "mlp.post": input_of("down_proj"),
         **fused_qkv("attention.img_qkv_proj"),
@@ -293,6 +298,9 @@ PRX = Family(
 _CLAMPED = "its gates are clamped before the hyperbolic tangent"
 _NUCLEUS_POINTS = {
     "img": {
+        "attn.o": PointSpec("attn"),
+        "mlp.in": input_of("img_mlp"),
+        "mlp.o": PointSpec("img_mlp"),
         "attn_out": _CLAMPED,
         "mlp_out": _CLAMPED,
         "resid_mid": input_of("pre_mlp_norm"),

@@ -31,6 +31,7 @@ from dit_lens.families.table.points import (
     text_attention,
 )
 from dit_lens.families.table.shared import (
+    BOTH,
     CALLS,
     IMAGE,
     IMAGE_FIRST,
@@ -198,6 +199,11 @@ SD3 = Family(
 _EXPERTS = "its neurons are those of experts, which differ from token to token"
 
 
+def _experts(module: str) -> Points:
+    """What enters an MLP of experts."""
+    return {"mlp.in": input_of(module), "mlp.pre": _EXPERTS, "mlp.post": _EXPERTS}
+
+
 def _hidream(suffix: str, slot: int | None, start: int, ends: str = "") -> Points:
     """One stream of HiDream's blocks.
 
@@ -213,8 +219,15 @@ def _hidream(suffix: str, slot: int | None, start: int, ends: str = "") -> Point
         "attn_out": gated_output("block.attn1", replace(mod, span=(start + 2, start + 3)), slot=slot),
         "resid_mid": input_of(f"block.norm3{suffix}"),
         "mlp_out": gated_output(mlp, replace(mod, span=(start + 5, start + 6))),
-        **(neurons(mlp, "w1", "w2") if ends else {"mlp.pre": _EXPERTS, "mlp.post": _EXPERTS}),
-        **attention("block.attn1", f"to_q{ends}", f"to_k{ends}", f"to_v{ends}", f"to_out{ends}"),
+        **(neurons(mlp, "w1", "w2") if ends else _experts(mlp)),
+        **attention(
+            "block.attn1",
+            f"to_q{ends}",
+            f"to_k{ends}",
+            f"to_v{ends}",
+            f"to_out{ends}",
+            given=f"norm_{'encoder_' if ends else ''}hidden_states",
+        ),
     }
 
 
@@ -287,10 +300,11 @@ HIDREAM = Family(
 _NO_WRITE = "attention is not added to the residual, only the MLP that follows it is"
 
 
-def _aura_flow(suffix: str, projections: dict[str, PointSpec]) -> Points:
+def _aura_flow(suffix: str, projections: dict[str, PointSpec], slot: int | None) -> Points:
     mlp = f"ff{suffix}"
     return {
         **modulation(PointSpec(f"norm1{suffix}.linear")),
+        "attn.o": PointSpec("attn", slot=slot),
         "attn_out": _NO_WRITE,
         "resid_mid": _NO_WRITE,
         "mlp_out": gated_output(mlp, PointSpec(f"norm1{suffix}", slot=4)),
@@ -299,7 +313,11 @@ def _aura_flow(suffix: str, projections: dict[str, PointSpec]) -> Points:
     }
 
 
-_AURA_FLOW = _aura_flow("", attention("attn"))
+_AURA_FLOW_DOUBLE = {
+    "img": _aura_flow("", attention("attn"), 0),
+    "txt": _aura_flow("_context", text_attention(), 1),
+}
+_AURA_FLOW_SINGLE = both_streams(_aura_flow("", attention("attn"), None))
 AURA_FLOW = Family(
     name="AuraFlow",
     transformer="AuraFlowTransformer2DModel",
@@ -312,10 +330,8 @@ AURA_FLOW = Family(
         ),
     ),
     stacks=(
-        double_stack(
-            "joint_transformer_blocks", points={"img": _AURA_FLOW, "txt": _aura_flow("_context", text_attention())}
-        ),
-        joint_stack("single_transformer_blocks", "single", "text_first", points=both_streams(_AURA_FLOW)),
+        double_stack("joint_transformer_blocks", points=_AURA_FLOW_DOUBLE),
+        joint_stack("single_transformer_blocks", "single", "text_first", points=_AURA_FLOW_SINGLE),
     ),
     width="inner_dim",
     grid=IMAGE,
@@ -349,6 +365,7 @@ _JOY_POINTS = {
         "resid_mid": input_of(f"{stream}_norm2"),
         "mlp_out": gated_output(f"{stream}_mlp", PointSpec(f"{stream}_mod", slot=5)),
         **neurons(f"{stream}_mlp"),
+        "attn.in": input_of("attn", BOTH[stream]),
         **fused_qkv(f"attn.{stream}_attn_qkv"),
         "attn.z": input_of(f"attn.{stream}_attn_proj"),
     }

@@ -161,6 +161,7 @@ _FLUX2_DOUBLE = {
 _FUSED = PointSpec("attn.to_qkv_mlp_proj")
 _FLUX2_SINGLE = {
     **modulation(input_of("", "temb_mod"), THREE),
+    **dict.fromkeys(("attn.in", "mlp.in"), input_of("attn")),  # one projection reads it for both
     **{f"attn.{name}": replace(_FUSED, span=(i, i + 1)) for i, name in enumerate("qkv")},
     "attn.z": replace(input_of("attn.to_out"), span=(0, 1)),
     "mlp.pre": replace(_FUSED, span=(3, None)),

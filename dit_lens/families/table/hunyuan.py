@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from dit_lens.families.row import Example, Family, Grid, Guidance, Latents, Pipeline, Prediction, Prompts
 from dit_lens.families.stack import PointSpec
-from dit_lens.families.table.points import double_block, single_stream
+from dit_lens.families.table.points import double_block, input_of, single_stream
 from dit_lens.families.table.shared import (
+    BOTH,
     HEADS,
     IMAGE,
     IMAGE_FIRST,
@@ -34,7 +35,11 @@ _CONFIG = {
 _CALL = {"encoder_hidden_states": "randn b t text_embed_dim", "encoder_attention_mask": "ones_long b t"}
 
 _SINGLE_POINTS = {
-    stream: single_stream("image_first", PointSpec("attn", slot=slot)) for stream, slot in (("img", 0), ("txt", 1))
+    stream: {
+        **single_stream("image_first", PointSpec("attn", slot=slot)),
+        "attn.in": input_of("attn", BOTH[stream]),
+    }
+    for stream, slot in (("img", 0), ("txt", 1))
 }
 _IMAGE = Pipeline(
     "HunyuanImagePipeline",

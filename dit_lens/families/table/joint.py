@@ -218,6 +218,8 @@ IDEOGRAM4 = Family(
 _IN_A_LIST = "its modulation comes as a list of tensors, one for each part"
 _ERNIE_POINTS = {
     **dict.fromkeys(SIX, _IN_A_LIST),
+    "attn.o": PointSpec("self_attention", batch_first=True),
+    "mlp.o": PointSpec("mlp"),
     "attn_out": _IN_A_LIST,
     "mlp_out": _IN_A_LIST,
     "resid_mid": input_of("adaLN_mlp_ln"),
@@ -266,6 +268,8 @@ def _slots(sizes: CallSizes) -> Tensor:
 
 
 _QWEN21_POINTS = {
+    "attn.o": PointSpec("attn"),
+    "mlp.o": PointSpec("img_mlp"),
     "attn_out": PER_TOKEN,
     "mlp_out": PER_TOKEN,
     "resid_mid": input_of("img_norm2"),
@@ -309,6 +313,8 @@ QWEN21 = Family(
 _FIBO2_POINTS = {
     **attention("attention"),
     **neurons("feed_forward", "w1", "w2"),
+    "attn.o": PointSpec("attention_norm2"),
+    "mlp.o": PointSpec("ffn_norm2"),
     "attn_out": PER_TOKEN,
     "mlp_out": PER_TOKEN,
 }

@@ -28,16 +28,23 @@ def input_of(module: str, slot: str | int = 0) -> PointSpec:
 
 
 def attention(
-    module: str, q: str = "to_q", k: str = "to_k", v: str = "to_v", out: str = "to_out.0", layout: str | None = None
+    module: str,
+    q: str = "to_q",
+    k: str = "to_k",
+    v: str = "to_v",
+    out: str = "to_out.0",
+    layout: str | None = None,
+    given: str | int = 0,
 ) -> dict[str, PointSpec]:
-    """The projections of an attention, and what enters its output projection: heads side by side in the channels.
+    """What enters an attention, its projections, and what enters the last: heads side by side in the channels.
 
     module: the attention.
     q, k, v, out: the projections in it.
     layout: where the stream's tokens lie, if not as in the stack.
+    given: its argument that holds the stream.
     """
     specs = {f"attn.{name}": PointSpec(f"{module}.{path}") for name, path in zip("qkv", (q, k, v), strict=True)}
-    specs["attn.z"] = input_of(f"{module}.{out}")
+    specs |= {"attn.in": input_of(module, given), "attn.z": input_of(f"{module}.{out}")}
     return {name: replace(spec, layout=layout) for name, spec in specs.items()}
 
 
@@ -48,19 +55,29 @@ def fused_qkv(projection: str) -> dict[str, PointSpec]:
 
 def text_attention(module: str = "attn") -> dict[str, PointSpec]:
     """The text stream's own projections in an attention of both streams."""
-    return attention(module, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    return attention(module, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", given="encoder_hidden_states")
+
+
+def joined_attention(module: str, layout: str, stream: str) -> dict[str, PointSpec]:
+    """The same of a stream whose tokens its attention is given by themselves, and joins to those of the other.
+
+    layout: where they lie then.
+    """
+    given = {"img": "hidden_states", "txt": "encoder_hidden_states"}[stream]
+    return {**attention(module, layout=layout), "attn.in": input_of(module, given)}
 
 
 def neurons(
     module: str, pre: str = "net.0.proj", post: str = "net.2", layout: str | None = None
 ) -> dict[str, PointSpec]:
-    """The hidden layer of an MLP: the output of its first projection, and the input of its last.
+    """What enters an MLP, and its hidden layer: the output of its first projection, and the input of its last.
 
     module: the MLP.
     pre, post: the projections in it.
     layout: where the stream's tokens lie, if not as in the stack.
     """
     return {
+        "mlp.in": replace(input_of(module), layout=layout),
         "mlp.pre": PointSpec(f"{module}.{pre}", layout=layout),
         "mlp.post": replace(input_of(f"{module}.{post}"), layout=layout),
     }
@@ -138,6 +155,7 @@ def single_stream(layout: str, z: PointSpec) -> Points:
         **modulation(PointSpec("norm.linear"), THREE),
         **attention("attn", layout=layout),
         "attn.z": z,
+        "mlp.in": replace(input_of("proj_mlp"), layout=layout),
         "mlp.pre": PointSpec("proj_mlp", layout=layout),
         "mlp.post": replace(input_of("proj_out"), layout=layout, span=(1, None)),
         **side_by_side("proj_out", PointSpec("norm", slot=1), layout),

@@ -6,7 +6,15 @@ from dataclasses import replace
 
 from dit_lens.families.row import Example, Family, Final, Grid, Pipeline, Prediction, Prompts, Readout, Refusal, Time
 from dit_lens.families.stack import PointSpec
-from dit_lens.families.table.points import attention, gated_output, input_of, modulation, neurons, table_block
+from dit_lens.families.table.points import (
+    attention,
+    gated_output,
+    input_of,
+    joined_attention,
+    modulation,
+    neurons,
+    table_block,
+)
 from dit_lens.families.table.shared import (
     CALLS,
     HEADS,
@@ -229,7 +237,7 @@ _COGVIDEOX_POINTS = {
         "resid_mid": PointSpec("norm2", "input", slot),
         "mlp_out": replace(gated_output("ff", PointSpec("norm2", slot=gate)), layout="text_first"),
         **neurons("ff", layout="text_first"),
-        **attention("attn1", layout="text_first"),
+        **joined_attention("attn1", "text_first", stream),
     }
     for stream, slot, gate in (("img", 0, 2), ("txt", 1, 3))
 }
