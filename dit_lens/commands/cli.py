@@ -1,6 +1,6 @@
 """The command line: dit-lens COMMAND, which main lists.
 
-demo, findings, training, study, board, atlas, info, doctor, run, serve, train-toy.
+demo, findings, training, study, merge, board, atlas, info, doctor, run, serve, train-toy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.arguments.paths import expand_user
-from dit_lens.errors import DitLensError
+from dit_lens.errors import DitLensError, OpError
 from dit_lens.toys.kinds import KINDS
 
 if TYPE_CHECKING:
@@ -120,7 +120,13 @@ def _add_study(commands: Any) -> None:
         "--out", type=_path, default=Path("dit-lens-study"), help="folder, from which the command goes on"
     )
     study.add_argument("--plan", action="store_true", help="only say rules, power and cost")
+    study.add_argument("--shard", metavar="I/N", help="only part I of N, from 0, of the cells; all can share --out")
     study.set_defaults(command=_study)
+
+    merged = commands.add_parser("merge", help="put the cells of shards that did not share a folder into one")
+    merged.add_argument("folders", nargs="+", type=_path, metavar="DIR", help="what --out or out= was")
+    merged.add_argument("--out", type=_path, required=True, help="the folder for all cells")
+    merged.set_defaults(command=_merge)
 
     board = commands.add_parser("board", help="lay the results of dit-lens study side by side, in one table that sorts")
     board.add_argument("folders", nargs="+", type=_path, metavar="DIR", help="folders that dit-lens study wrote")
@@ -234,13 +240,30 @@ def _study(options: argparse.Namespace) -> int:
     given: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(StudyOptions)}
     given["call"] = tuple(options.call)
     asked = StudyOptions(**given)
+    shard = None if options.shard is None else _read_shard(options.shard)
     if not options.plan:
         check_out(options.out)
     device, dtype = _choose_placement(options)
     plan = make_plan(_load(options.pipeline, dtype=dtype).to(device), options.pipeline, asked)
     print(plan.describe(), flush=True)
     if not options.plan:
-        print(f"\n{run_plan(plan, options.out)}\n{options.out / 'index.md'}")
+        found = run_plan(plan, options.out, shard)
+        print(f"\n{found}" if isinstance(found, str) else f"\n{found}\n{options.out / 'index.md'}")
+    return 0
+
+
+def _read_shard(text: str) -> tuple[int, int]:
+    """I/N as numbers."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise OpError(f"--shard {text} is not a valid part. Give I/N, such as 0/8 to 7/8.")
+    return int(number), int(count)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from dit_lens.studies import merge
+
+    print("\n".join(merge(options.folders, options.out)))
     return 0
 
 
@@ -290,7 +313,6 @@ def _doctor(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from dit_lens.core.request.ops import from_json
     from dit_lens.core.runs.files import check_folder, read_json
-    from dit_lens.errors import OpError
 
     check_folder(options.out, "run.json", overwrite=False)
     listed = read_json(options.ops, "a list of ops") if options.ops else []

@@ -72,19 +72,24 @@ def check_out(out: Path) -> None:
         raise StoreError(f"{out} holds other files and no study. Choose a new folder for --out.")
 
 
-def run_plan(plan: StudyPlan, out: Path) -> ModelReport:
+def run_plan(plan: StudyPlan, out: Path, shard: tuple[int, int] | None = None) -> ModelReport | str:
     """Runs every study of a plan, and writes index.md and result.json; goes on from the cells in the folder.
+
+    Returns the report; or what there is so far, in words, where cells of other shards are missing.
 
     plan: what is run.
     out: folder of the page, the figures and tables, result.json, and finished cells.
+    shard: the part of the cells that is made; None: all of them.
     """
     jobs = plan.arguments()
     cells = sum(count for count, _ in plan.counts.values())
     with share_progress_bar("study", cells, by_cell=True):
         results = {
-            name: get_study(name).function(plan.lens, **arguments, out=out / CELLS / name)
+            name: get_study(name).function(plan.lens, **arguments, out=out / CELLS / name, shard=shard)
             for name, arguments in jobs.items()
         }
+    if missing := [note for result in results.values() for note in result.notes if result.table.empty]:
+        return "\n".join([*missing, "The same command without --shard writes the page when all shards have run."])
     report = make_report(plan, results)
     write_study_page(out, plan, results, report)
     report.save(out)

@@ -12,6 +12,7 @@ from dit_lens.studies.parts.verdict import Thresholds
 from dit_lens.studies.patching import patching
 from dit_lens.studies.power import power
 from dit_lens.studies.shared.keys import ImageKey
+from dit_lens.studies.shared.merging import merge
 from dit_lens.studies.shared.registry import find_study, study_names
 from dit_lens.studies.shared.result import Result
 from dit_lens.studies.stability import stability
@@ -31,6 +32,7 @@ __all__ = [
     "basis",
     "carrier_or_detail",
     "disruption",
+    "merge",
     "organisation",
     "patching",
     "power",

@@ -273,7 +273,7 @@ def _run_arm(
         shares = []
         for site, one in bases.items():
             own, energy = (clean.arrays[f"{i}/{site}/{what}"] for what in ("mean", "energy"))
-            shares.append(share_removed(one, torch.from_numpy(own), means.get(site), float(energy), find.steps))
+            shares.append(share_removed(one, torch.from_numpy(own), means.get(site), energy.item(), find.steps))
         count = float(np.mean([len(one.order) for one in bases.values()])) if bases else 0.0
         told.append({"k": count, "energy_share": float(np.mean(shares)) if bases else 0.0})
     cell, images = Cell(), runner.run_edited(batch, ops or [Zero(find.site, channels=[], steps=steps)]).images

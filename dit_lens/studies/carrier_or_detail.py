@@ -203,13 +203,13 @@ def carrier_or_detail(
             cells.get(f"{batch.key}/values", partial(edit.read_values, batch, arms, steps, sites))
             moves = edit.move(batch, cell, [(Arm(name, 0), "whole") for name in every])
             for name, make in zip(every, moves, strict=True):
-                cells.get(f"{batch.key}/transport/{name}", make)
+                cells.get(f"{batch.key}/transport/{name}", make, group=f"{batch.key}/every")
             for arm in arms:
                 moves = edit.move(batch, cell, [(arm, part) for part in PARTS])
                 for part, make in zip(PARTS, moves, strict=True):
                     name = f"{arm.name}/{part}/{arm.draw}"
                     cells.get(f"{batch.key}/ablation/{name}", partial(edit.remove, batch, cell, arm, part, means))
-                    cells.get(f"{batch.key}/transport/{name}", make)
+                    cells.get(f"{batch.key}/transport/{name}", make, group=f"{batch.key}/{arm.name}/{arm.draw}")
         return cells.result()
 
 

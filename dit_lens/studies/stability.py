@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from dit_lens.studies.shared.checkpoints import StudyCheckpoints
 from dit_lens.studies.shared.protocols import with_protocols
 from dit_lens.studies.shared.registry import study
 from dit_lens.studies.shared.result import Result
+from dit_lens.studies.shared.slots import LaterCell
 from dit_lens.studies.shared.tables import summarise
 
 if TYPE_CHECKING:
@@ -136,15 +138,15 @@ def stability(
     batches = make_batches(prompts, seeds, batch_size, divide_call(lens, call, len(prompts), images=False))
     for score in scores:
         check_arm_score(lens, score, batches[0].prompts, site, batches[0].call)
-    seen: dict[int, RunningStats] = defaultdict(RunningStats)
+    seen: dict[int, SeenScores] = defaultdict(SeenScores)
     meant = find_meant(lens, batches[0].prompts, batches[0].call, site, steps)
     total, images = len(batches), len(prompts) * len(seeds)
     with StudyCheckpoints("stability", settings, lens=lens, total=total, out=out, meant=meant, images=images) as cells:
         for batch in batches:
             read = partial(_read_scores, lens, batch, site, steps, scores)
-            cell = cells.get(batch.key, partial(_find_sets, batch, read, k, seen[batch.seed]))
-            # What the next aggregates need is in the statistics; a thousand prompts' own scores would be gigabytes.
-            _add(seen[batch.seed], cell.arrays.pop("score"))
+            make = partial(_find_sets, batch, read, k, seen[batch.seed])
+            # The sets of a seed are of all prompts before.
+            seen[batch.seed].add(cells.get(batch.key, make, group=str(batch.seed)))
         return cells.result()
 
 
@@ -187,21 +189,47 @@ def _read_scores(
     return [np.stack([value.float().numpy() for value in sites.values()]) for sites in values]
 
 
-def _find_sets(batch: PromptBatch, read: Callable[[], list[np.ndarray]], k: int, seen: RunningStats) -> Cell:
+@dataclass
+class SeenScores:
+    """The statistics of the scores of the prompts so far; a thousand prompts' own scores would be gigabytes."""
+
+    _stats: RunningStats = field(default_factory=RunningStats, init=False)
+    _later: list[Cell] = field(default_factory=list, init=False)
+
+    def add(self, cell: Cell) -> None:
+        """Takes the scores out of a cell; out of one that is not at hand once they are needed."""
+        self._later.append(cell)
+        if not isinstance(cell, LaterCell):
+            self._take()
+
+    def copy(self) -> RunningStats:
+        """The statistics, to be gone on with."""
+        self._take()
+        copied = RunningStats()
+        copied.merge(self._stats)
+        return copied
+
+    def _take(self) -> None:
+        for cell in self._later:
+            _add(self._stats, cell.arrays.pop("score"))
+        self._later.clear()
+
+
+def _find_sets(batch: PromptBatch, read: Callable[[], list[np.ndarray]], k: int, seen: SeenScores) -> Cell:
     """The sets of a batch: ``steps`` [b, sites, s, k], ``whole`` [b, sites, scores, k], ``running`` [b, sites, k].
 
     batch: the prompts and their seed.
     read: reads its scores, each [sites, s, b, d].
     k: number of channels of a set.
-    seen: statistics of the scores of earlier prompts.
+    seen: the scores of earlier prompts.
     """
     found = read()
     by_step = found[0]
     score = by_step.mean(1).swapaxes(0, 1)  # [b, sites, d]
-    seen, running = _copy(seen), []
+    stats, running = seen.copy(), []
     for row in score:
-        _add(seen, row[None])
-        running.append(_top(seen.mean.reshape(row.shape).numpy(), k))
+        _add(stats, row[None])
+        running.append(_top(stats.mean.reshape(row.shape).numpy(), k))
     return Cell(
         lines=[
             {"row": row, "prompt": prompt, "seed": batch.seed}
@@ -223,12 +251,6 @@ def _top(scores: np.ndarray, k: int) -> np.ndarray:
 
 def _add(seen: RunningStats, score: np.ndarray) -> None:
     seen.update(torch.from_numpy(score).flatten(1))
-
-
-def _copy(seen: RunningStats) -> RunningStats:
-    copied = RunningStats()
-    copied.merge(seen)
-    return copied
 
 
 def stable_after(running: Sequence[float], stable: float = STABLE) -> int | None:

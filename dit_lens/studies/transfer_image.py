@@ -159,15 +159,14 @@ def transfer_image(
     first = batches[0].rows
     meant = find_meant(lens, prompts[: 2 * len(first)], divided.of_pairs(first), site, steps)
     with StudyCheckpoints("transfer_image", settings, lens=lens, total=total, out=out, meant=meant) as cells:
-        made = []
+        found = []
         for batch in batches:
             some = [images[i] for i in batch.rows]
             texts = [captions[i] for i in batch.rows]
             labels = tuple(f"{captions[i] or f'image {i}'} -> {targets[i]}" for i in batch.rows)
             make = partial(_find_trajectory, lens, how, some, texts, batch, labels, divided)
-            trajectory = cells.get(f"{batch.key}/way", make)
-            made.append(_make_pairs(batch, trajectory, texts, labels, divided))
-        run_transport(cells, transport, made)
+            found.append((batch, cells.get(f"{batch.key}/way", make), texts, labels))
+        run_transport(cells, transport, [_make_pairs(*one, divided) for one in found])
         return cells.result()
 
 

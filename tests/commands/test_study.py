@@ -18,7 +18,7 @@ from dit_lens.commands.study_plan import ORDER
 from dit_lens.core.runs.provenance import fingerprint
 from dit_lens.lens import DiTLens
 from dit_lens.studies import ModelReport, Result
-from dit_lens.studies.shared import checkpoints, protocols
+from dit_lens.studies.shared import protocols, slots
 from dit_lens.studies.shared.schema import load_schema
 from tests import pipelines
 
@@ -65,7 +65,7 @@ def no_browser(monkeypatch):
 
 def interrupt_after(monkeypatch, count):
     """Ctrl-C once so many cells are written; returns the names of cells as they are written."""
-    written, write = [], checkpoints.write_cell
+    written, write = [], slots.write_cell
 
     def stop(folder, key, cell):
         if len(written) == count:
@@ -73,7 +73,7 @@ def interrupt_after(monkeypatch, count):
         written.append(folder)
         write(folder, key, cell)
 
-    monkeypatch.setattr(checkpoints, "write_cell", stop)
+    monkeypatch.setattr(slots, "write_cell", stop)
     return written
 
 
@@ -286,3 +286,17 @@ def test_no_prompt_is_alone_in_a_batch_and_no_verdict_has_two_seeds(toy):
     for prompts, size in ((2, 4), (4, 4), (5, 5), (9, 5), (16, 4), (61, 7)):
         texts = [str(i) for i in range(prompts)]
         assert replace(plan, prompts=replace(found, texts=texts)).batch_size == size
+
+
+@pytest.mark.filterwarnings("ignore:this study has 1 parts")
+def test_shards_end_with_what_is_missing_and_the_last_one_writes_the_page(place, tmp_path, no_browser, capsys):
+    """Two prompts are one batch, which is a cell of either study."""
+    out, how = tmp_path / "out", ["--protocol", "fig3-reproduction", *inputs(place)]
+    assert call(place, *how, "--shard", "1/2", out=out) == 0
+    said = capsys.readouterr().out
+    assert f"0 of 1 cells of this organisation are in {out / 'cells' / 'organisation'}" in said
+    assert "The same command without --shard writes the page when all shards have run." in said
+    assert not (out / "index.md").exists()
+    assert call(place, *how, "--shard", "0/2", out=out) == 0
+    assert str(out / "index.md") in capsys.readouterr().out
+    assert [one["study"] for one in ModelReport.load(out).content["studies"]] == ["stability", "organisation"]

@@ -7,7 +7,7 @@ import pytest
 from dit_lens import DiTLens, plots, sigma
 from dit_lens.errors import OpError, SiteError, StoreError, StudyInterrupted
 from dit_lens.studies import Result, disruption, sweep
-from dit_lens.studies.shared import checkpoints
+from dit_lens.studies.shared import slots
 from tests import pipelines
 
 PROMPTS = ["a cat", "two dogs"]
@@ -71,7 +71,7 @@ def test_a_sweep_loads_without_the_model_and_has_nothing_left_to_do(lens, whole,
 
 def test_ctrl_c_in_a_combination_leaves_the_others_and_its_cells(lens, whole, tmp_path, monkeypatch):
     """Again and again: it goes on from each time."""
-    write, written = checkpoints.write_cell, []
+    write, written = slots.write_cell, []
     for done in (0, 5, 9):
 
         def interrupted(*args, done=done):
@@ -80,7 +80,7 @@ def test_ctrl_c_in_a_combination_leaves_the_others_and_its_cells(lens, whole, tm
             written.append(1)
             write(*args)
 
-        monkeypatch.setattr(checkpoints, "write_cell", interrupted)
+        monkeypatch.setattr(slots, "write_cell", interrupted)
         with pytest.raises(StudyInterrupted, match=f"sweep was interrupted after {done // 6} of 4") as stop:
             sweep("disruption", lens, PROMPTS, over=OVER, out=tmp_path, **FIXED)
         part = stop.value.result
@@ -91,7 +91,7 @@ def test_ctrl_c_in_a_combination_leaves_the_others_and_its_cells(lens, whole, tm
         else:
             assert len(part.table) == done * 2
             assert_same(Result.load(tmp_path), part)
-    monkeypatch.setattr(checkpoints, "write_cell", lambda *args: written.append(1) or write(*args))
+    monkeypatch.setattr(slots, "write_cell", lambda *args: written.append(1) or write(*args))
     assert_same(sweep("disruption", lens, PROMPTS, over=OVER, out=tmp_path, **FIXED), whole)
     assert len(written) == 4 * 6  # no cell twice: untouched, no-op, top, bottom, random, energy-matched
 

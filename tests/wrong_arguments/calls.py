@@ -358,6 +358,7 @@ def _stored(folder):
         "prompts.Prompt": (None, {"text": "a cat", "id": "1", "subject": "cat", "pair": "", "role": ""}),
         "prompts.PromptList": (None, {"prompts": (dl.prompts.Prompt("a", id="1"),)}),
         "protocols.get": (None, {"name": "turri2026"}),
+        "studies.merge": (None, {"folders": [folder / "shard"], "out": folder / "merged"}),
         "protocols.Protocol.arguments": (protocol.arguments, {"study": "transfer"}),
         "protocols.Protocol.find_row": (protocol.find_row, {"repository": "someone/model"}),
         "studies.ModelReport.save": (made_up().save, {"folder": folder / "new-report"}),
@@ -646,6 +647,7 @@ def _studies(lens):
         "site": "blocks.*.img",
         "batch_size": None,
         "out": None,
+        "shard": None,
         **call,
     }
     scored = {"score": "rms", "draws": 1}

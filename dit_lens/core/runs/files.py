@@ -45,7 +45,7 @@ def whole_folder(path: str | Path, *, mark: str, own: str, overwrite: bool = Tru
     path = Path(path)
     with report_unwritten(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone_in(path.parent):
+        with alone_in(path.parent):
             _put_back(path)
             _check_replaceable(path, mark, overwrite)
             _remove_leftovers(path)
@@ -54,7 +54,7 @@ def whole_folder(path: str | Path, *, mark: str, own: str, overwrite: bool = Tru
         try:
             yield fresh
             (fresh / mark).touch()
-            with _alone_in(path.parent):
+            with alone_in(path.parent):
                 old = _put_back(path)
                 _check_replaceable(path, mark, overwrite)
                 shutil.rmtree(old, ignore_errors=True)
@@ -194,8 +194,8 @@ def _remove_leftovers(path: Path) -> None:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Generator[None]:
-    """Keeps other writers of a folder waiting."""
+def alone_in(folder: Path) -> Generator[None]:
+    """Keeps other processes that write in a folder waiting; the folder must be there."""
     try:
         os.close(os.open(folder / LOCK, os.O_CREAT | os.O_RDWR))  # the lock would wait for ever where nobody may write
     except OSError as problem:
@@ -257,7 +257,7 @@ def find_folder(path: str | Path) -> Path:
             return path
     except (OSError, ValueError) as problem:  # a name that no file can have
         raise StoreError(f"{str(path)[:200]!r} cannot be read: {problem.__class__.__name__}.") from problem
-    with _alone_in(path.parent):  # a writer may be between the two
+    with alone_in(path.parent):  # a writer may be between the two
         return path if path.exists() else old
 
 

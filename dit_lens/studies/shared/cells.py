@@ -66,7 +66,7 @@ def write_cell(folder: Path, key: str, cell: Cell) -> None:
         for part, values in parts.items():
             # safetensors writes the memory behind a view in the order it has there.
             save_file(
-                {name: np.ascontiguousarray(value) for name, value in values.items()}, fresh / f"{part}.safetensors"
+                {name: np.asarray(value, order="C") for name, value in values.items()}, fresh / f"{part}.safetensors"
             )
         content = {"key": key, "lines": cell.lines, "images": files, "parts": list(parts)}
         write_json(fresh / "cell.json", content)

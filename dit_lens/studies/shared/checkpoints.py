@@ -1,28 +1,32 @@
 """A study as it runs: its cells are read from its folder or made, under one progress bar.
 
 A study is a loop over cells in a fixed order. ``cells.get(key, make)`` returns a finished cell, or makes it and keeps
-it: in memory, or in a folder that outlives Ctrl-C and kill -9.
+it: in memory, or in a folder that outlives Ctrl-C and kill -9. Where several processes share a study, a cell that
+another one makes comes when it is looked into.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import pandas as pd
 from tqdm.auto import tqdm
 
-from dit_lens.core.runs.files import find_folder
-from dit_lens.errors import StoreError, StudyInterrupted
-from dit_lens.studies.shared.cells import Cell, read_cell, write_cell
+from dit_lens.errors import StudyInterrupted
+from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.folders import claim_folder, describe_settings, has_other_streams
 from dit_lens.studies.shared.registry import get_study
+from dit_lens.studies.shared.result import Result
+from dit_lens.studies.shared.shares import UnfinishedStudyError, open_share
+from dit_lens.studies.shared.slots import LaterCell, Slot
 
 if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
-    from dit_lens.studies.shared.result import Result
 
 
 class SharedBar(NamedTuple):
@@ -82,8 +86,9 @@ class StudyCheckpoints:
             counts.append(Count(total, images))
             raise _CheckedError
         if self.folder is not None:
-            claim_folder(self.folder, study, settings, lens, meant)
-        self._closed = self.folder is not None and has_other_streams(self.folder)
+            claim_folder(self.folder, study, settings, lens, meant, total)
+        self._closed = self.folder if self.folder is not None and has_other_streams(self.folder) else None
+        self._share = open_share()
 
     def __enter__(self) -> Self:
         self._quiet = self._lens.quiet()
@@ -98,32 +103,52 @@ class StudyCheckpoints:
             self._bar.close()
         self._quiet.__exit__(None, None, None)
         if isinstance(problem, KeyboardInterrupt):
-            done = len(self.finished)
-            raise StudyInterrupted(self.study, done, self._total, self.folder, self.result() if done else None)
+            done = list(takewhile(_is_there, self.finished))
+            result = self._assemble(done) if done else None
+            raise StudyInterrupted(self.study, len(done), self._total, self.folder, result)
 
-    def get(self, key: str, make: Callable[[], Cell]) -> Cell:
-        """Returns the cell of a key: the one that is kept, else what ``make`` returns, which is kept first."""
-        folder = None if self.folder is None else self.folder / "cells" / f"{len(self.finished):06d}"
-        if folder is not None and find_folder(folder).exists():
-            cell = read_cell(folder, self.study, key)
-        else:
-            if self._closed:
-                raise StoreError(
-                    f"{self.folder} was begun by an earlier release of dit_lens, which drew other random controls: new "
-                    "cells do not go with those in it. Load what there is with "
-                    f"dl.studies.Result.load({str(self.folder)!r}), or choose another folder for out=."
-                )
-            cell = make()
-            cell.clean_lines()
-            if folder is not None:
-                write_cell(folder, key, cell)
+    def get(self, key: str, make: Callable[[], Cell], group: str | None = None) -> Cell:
+        """Returns the cell of a key: the one that is kept, else what ``make`` returns, which is kept first.
+
+        key: name of the cell.
+        make: makes it.
+        group: cells of one group share work, so that one process makes them all; by default each is one of its own.
+        """
+        number = len(self.finished)
+        slot = Slot(
+            study=self.study,
+            number=number,
+            key=key,
+            group=group or key,
+            folder=None if self.folder is None else self.folder / "cells" / f"{number:06d}",
+            closed=self._closed,
+            create=make,
+        )
+        cell = self._share.get(slot, lambda: self._bar.update(self._unit))
         self.finished.append(cell)
-        self._bar.update(self._unit)
         return cell
 
     def result(self) -> Result:
-        """The result of the cells so far."""
-        return get_study(self.study).assemble(self.settings, self.finished)
+        """The result of all cells; UnfinishedStudyError where other processes have not made theirs yet."""
+        self._share.finish()
+        if missing := [cell for cell in self.finished if not _is_there(cell)]:
+            total = len(self.finished)
+            note = (
+                f"{total - len(missing)} of {total} cells of this {self.study} are in {self.folder}. When all are "
+                f"there, dl.studies.Result.load({str(self.folder)!r}) is its result; the same call without shard= "
+                "makes what is missing"
+            )
+            raise UnfinishedStudyError(
+                Result(self.study, pd.DataFrame(), pd.DataFrame(), dict(self.settings), notes=[note])
+            )
+        return self._assemble(self.finished)
+
+    def _assemble(self, cells: Sequence[Cell]) -> Result:
+        return get_study(self.study).assemble(self.settings, cells)
+
+
+def _is_there(cell: Cell) -> bool:
+    return not isinstance(cell, LaterCell) or cell.is_there
 
 
 class _CheckedError(Exception):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,14 @@ import numpy as np
 import torch
 
 from dit_lens.arguments.numbers import as_plain
-from dit_lens.core.runs.files import find_folder, read_versioned, report_damage, report_unwritten, write_json
+from dit_lens.core.runs.files import (
+    alone_in,
+    find_folder,
+    read_versioned,
+    report_damage,
+    report_unwritten,
+    write_json,
+)
 from dit_lens.core.runs.provenance import describe, digest
 from dit_lens.core.runs.state import describe_state
 from dit_lens.errors import StoreError, warn
@@ -42,7 +51,12 @@ LONGEST = 80  # characters of a value in one
 
 
 def claim_folder(
-    folder: Path, study: str, settings: Mapping[str, Any], lens: DiTLens, meant: Mapping[str, Any] | None = None
+    folder: Path,
+    study: str,
+    settings: Mapping[str, Any],
+    lens: DiTLens,
+    meant: Mapping[str, Any] | None = None,
+    cells: int | None = None,
 ) -> None:
     """Makes a folder this study's, or checks that it is; StoreError says what differs.
 
@@ -53,8 +67,8 @@ def claim_folder(
     settings: every choice that decides a number, by argument.
     lens: the lens whose model the study runs.
     meant: argument -> what it means, of arguments that can be written in several ways; compared in their place.
+    cells: how many cells the study has; None for a study of studies.
     """
-    file = folder / "study.json"
     values, unknown = fingerprint_values(settings)
     wanted: dict[str, Any] = {
         "format": FORMAT,
@@ -64,17 +78,39 @@ def claim_folder(
         "meant": describe_settings(meant or {}),
         "model": describe_settings(describe_model(lens, settings.get("call", {}))),
         "streams": STREAMS,
+        "cells": cells,
     }
-    if not find_folder(file).exists():
-        with report_unwritten(folder):
-            if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-                raise StoreError(f"{folder} holds other files and no study. Choose a new folder for out=.")
-            folder.mkdir(parents=True, exist_ok=True)
+    if not _begin(folder, wanted):
+        check_same_study(folder, wanted)
+    _warn_of_unknown(unknown)
+
+
+def _begin(folder: Path, wanted: Mapping[str, Any]) -> bool:
+    """Makes a folder a study's, unless it is one's already; of several processes one does, and the others find it."""
+    file = folder / "study.json"
+    if find_folder(file).exists():
+        return False
+    with report_unwritten(folder):
+        others = folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir())
+        if others and not file.exists():
+            raise StoreError(f"{folder} holds other files and no study. Choose a new folder for out=.")
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone_in(folder):
+            if file.exists():
+                return False
             write_json(file, wanted)
-        _warn_of_unknown(unknown)
-        return
+    return True
+
+
+def check_same_study(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Raises StoreError where the study in a folder is another one, and says what differs.
+
+    folder: the folder.
+    wanted: what the file of a study has, of the study that is to go on there.
+    """
+    wanted, study = copy.deepcopy(dict(wanted)), wanted["study"]
     with report_damage(folder, DAMAGED):
-        found = update_study(read_versioned(file, "study", FORMAT))
+        found = update_study(read_versioned(folder / "study.json", "study", FORMAT))
         found |= {part: dict(found[part]) for part in ("settings", "model")}
     if found["study"] != study:
         raise StoreError(f"{folder} holds the study {found['study']!r}. Choose another folder for out=.")
@@ -109,7 +145,6 @@ def claim_folder(
             f"{folder} was begun by an earlier release of dit_lens, which did not store everything that decides a "
             f"number. Not compared with this call: {', '.join(missing)}."
         )
-    _warn_of_unknown(unknown)
 
 
 def _check_machine(folder: Path, study: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -168,19 +203,37 @@ def load_study(folder: str | Path) -> Any:
     folder = Path(folder)
     with report_damage(folder, DAMAGED):
         data = update_study(read_versioned(folder / "study.json", "study", FORMAT))
-        cells = number_folders(folder / "cells")
-        # A sweep has a folder for every study that it ran.
-        found = [load_study(part) for part in number_folders(folder / "parts") if any(number_folders(part / "cells"))]
-        found = found or [read_cell(cell, data["study"]) for cell in cells]
+        # A sweep has a folder for every study that it ran. What shards have not made yet ends both rows.
+        parts = list(takewhile(lambda part: any(number_folders(part / "cells")), number_folders(folder / "parts")))
+        cells = list(number_folders(folder / "cells"))
+        later = count_cells(folder) - len(cells) - sum(map(count_cells, parts))
+        found = [load_study(part) for part in parts] or [read_cell(cell, data["study"]) for cell in cells]
         if not found:
+            beyond = f" but {later} later cells, without the first one" if later else ""
             raise StoreError(
-                f"{folder} holds a {data['study']} study with nothing finished yet. Call it again to continue."
+                f"{folder} holds a {data['study']} study with nothing finished yet{beyond}. Call it again to continue."
             )
         result = get_study(data["study"]).assemble(data["settings"], found)
+        if later:
+            result.notes.append(
+                f"not the whole study: {later} more cells are finished, but not those before them. It is whole when "
+                "all shards have run"
+            )
         remarks = data.get("remarks", {"settings": {}, "notes": []})
         result.settings |= remarks["settings"]
         result.notes += remarks["notes"]
         return result
+
+
+def list_cells(folder: Path) -> list[int]:
+    """The numbers of the finished cells in the folder of a study, without those of the studies in a sweep."""
+    place = folder / "cells"
+    return sorted(int(cell.name) for cell in place.glob("[0-9]*") if cell.name.isdecimal()) if place.is_dir() else []
+
+
+def count_cells(folder: Path) -> int:
+    """How many finished cells there are in the folder of a study, or in those of a sweep."""
+    return len(list_cells(folder)) + sum(map(count_cells, number_folders(folder / "parts")))
 
 
 def describe_model(lens: DiTLens, call: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from dit_lens.errors import OpError, check_choice
 from dit_lens.old_names import OldName
 from dit_lens.studies.shared.folders import add_remarks
 from dit_lens.studies.shared.model_rows import TURRI_2026, ModelRow
+from dit_lens.studies.shared.shares import UnfinishedStudyError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -261,10 +262,14 @@ def with_protocols(study: Study) -> Study:
         if protocol is None:
             return study(*args, **given)
         chosen, name = get(protocol), called.__name__
-        result = study(*args, **{**chosen.arguments(name), **given})
         choices = chosen.apply(name, given)
         settings = {"protocol": {"name": protocol, "choices": [asdict(choice) for choice in choices]}}
         notes = [_write_note(protocol, choices)]
+        try:
+            result = study(*args, **{**chosen.arguments(name), **given})
+        except UnfinishedStudyError:
+            add_remarks(given["out"], settings, notes)
+            raise
         if given.get("out") is not None:
             add_remarks(given["out"], settings, notes)
         result.settings |= settings

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from dit_lens.arguments.checks import checked
 from dit_lens.arguments.signatures import sets
 from dit_lens.errors import StoreError
+from dit_lens.studies.shared.shares import divisible
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -49,7 +50,7 @@ class StudyRecord:
 
 
 # Arguments that studies refuse themselves, with what their model and their prompts allow.
-REFUSED_BY_STUDIES = ("k", "seeds", "prompts", "pairs")
+REFUSED_BY_STUDIES = ("k", "seeds", "prompts", "pairs", "shard")
 SET_BY_STUDIES = ("prompt", "ops", "seed", "record", "prefix")  # in every run that they make
 
 _records: dict[str, StudyRecord] = {}
@@ -78,7 +79,7 @@ def study(
     def register(function: Function) -> Function:
         if "call" in inspect.signature(function).parameters:
             function = sets(*SET_BY_STUDIES)(function)
-        function = checked(function, but=REFUSED_BY_STUDIES)
+        function = checked(divisible(function), but=REFUSED_BY_STUDIES)
         record = StudyRecord(
             name=function.__name__,
             function=function,

@@ -1,0 +1,184 @@
+"""Which cells of a study are made in this process, and where it has the others from.
+
+Every process that takes part in a study runs the study's own code, from its first cell to its last. A share says at
+each cell whether it is made here. A cell that is made elsewhere comes when it is looked into: whoever never does, never
+waits for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, Protocol, TypeVar
+
+from dit_lens.arguments.numbers import list_entries, to_int
+from dit_lens.errors import OpError, show, warn
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Place(Protocol):
+    """A cell at its place in a study; ``slots.Slot`` says what each part is."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def group(self) -> str: ...
+    @property
+    def is_kept(self) -> bool: ...
+    def read(self) -> Any: ...
+    def make(self) -> Any: ...
+    def keep(self, cell: Any) -> None: ...
+    def later(self, fetch: Callable[[], Any]) -> Any: ...
+
+
+class Share(Protocol):
+    """What one process makes of a study."""
+
+    def get(self, slot: Place, advance: Callable[[], None]) -> Any:
+        """The cell of a slot, at once or later. advance: called once, when the cell counts as done."""
+        ...
+
+    def finish(self) -> None:
+        """Called when the study's code has asked for its last cell."""
+        ...
+
+
+class Whole:
+    """All cells are made here, one after the other."""
+
+    def get(self, slot: Place, advance: Callable[[], None]) -> Any:
+        cell = slot.read() if slot.is_kept else slot.make()
+        advance()
+        return cell
+
+    def finish(self) -> None:
+        """Nothing is left."""
+
+
+class Shard:
+    """One of n equal parts, the same whenever it is run. It waits for no other: it makes what it needs of theirs.
+
+    number: which part, from 0.
+    count: how many there are.
+    """
+
+    def __init__(self, number: int, count: int):
+        self.number, self.count = number, count
+        self._groups: dict[str, int] = {}  # in the order of the study
+
+    def get(self, slot: Place, advance: Callable[[], None]) -> Any:
+        place = self._groups.setdefault(slot.group, len(self._groups))
+        # Turned by one from row to row: what comes back after every so many cells does not always fall to one shard.
+        if (place + place // self.count) % self.count == self.number and not slot.is_kept:
+            cell = slot.make()
+        else:
+            cell = slot.later(lambda: slot.read() if slot.is_kept else slot.make())
+        advance()
+        return cell
+
+    def finish(self) -> None:
+        if len(self._groups) < self.count:
+            warn(
+                f"this study has {len(self._groups)} parts that can be made apart, so {self.count} shards are more "
+                "than it can use. Pass a smaller batch_size=, or fewer shards."
+            )
+
+
+class UnfinishedStudyError(Exception):
+    """The cells of this process are made, and others of the study are not there yet.
+
+    result: an empty ``Result``, whose note says so.
+    """
+
+    def __init__(self, result: Any):
+        super().__init__(result.notes[0])
+        self.result = result
+
+
+# What opens the share of every study inside; None: all of it.
+_OPEN: ContextVar[Callable[[], Share] | None] = ContextVar("open", default=None)
+
+
+def open_share() -> Share:
+    """The share of a study that begins here."""
+    opened = _OPEN.get()
+    return Whole() if opened is None else opened()
+
+
+@contextmanager
+def share_studies(opened: Callable[[], Share]) -> Generator[None]:
+    """Every study inside makes the cells of a share. opened: called for each study."""
+    outer = _OPEN.set(opened)
+    try:
+        yield
+    finally:
+        _OPEN.reset(outer)
+
+
+def divisible(study: Function) -> Function:
+    """Adds ``shard=`` to a study that has ``out=``; its docstring says what it is."""
+    signature = inspect.signature(study)
+    if "out" not in signature.parameters:
+        return study
+
+    @wraps(study)
+    def called(*args: Any, shard: tuple[int, int] | None = None, **given: Any) -> Any:
+        try:
+            if shard is None:
+                return study(*args, **given)
+            number, count = _read_shard(shard, given.get("out"))
+            with share_studies(lambda: Shard(number, count)):
+                return study(*args, **given)
+        except UnfinishedStudyError as stop:
+            return stop.result
+
+    vars(called)["__signature__"] = _add_parameters(signature)
+    called.__doc__ = _add_lines(study.__doc__ or "")
+    return called  # ty: ignore[invalid-explicit-return]
+
+
+def _read_shard(shard: Any, out: Any) -> tuple[int, int]:
+    """The number of a shard and how many there are; OpError if that cannot be."""
+    found = [number for one in list_entries(shard) or [] if (number := to_int(one)) is not None]
+    if len(found) != 2 or not 0 <= found[0] < found[1]:
+        raise OpError(
+            f"shard={show(shard)} is not a valid part. Give (i, n): the number of the part, from 0, and how many there "
+            "are, such as shard=(0, 8)."
+        )
+    if out is None:
+        raise OpError(
+            f"shard={show(shard)} makes some of the cells, and a result takes all of them. Pass out=FOLDER: all shards "
+            "can have the same one."
+        )
+    return found[0], found[1]
+
+
+def _add_parameters(signature: inspect.Signature) -> inspect.Signature:
+    """A study's own signature, with ``shard`` after ``out``."""
+    own = list(signature.parameters.values())
+    position = 1 + list(signature.parameters).index("out")
+    extra = inspect.Parameter(
+        "shard", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="tuple[int, int] | None"
+    )
+    return signature.replace(parameters=[*own[:position], extra, *own[position:]])
+
+
+LINES = """
+    shard: (i, n): only part i of n, from 0, of the cells is made, in a folder ``out`` that all parts can share; the
+      result is whole once the last one is there (see ``studies.merge``)."""
+
+
+def _add_lines(text: str) -> str:
+    """A docstring with what :func:`divisible` adds, after the lines of ``out``."""
+    before, mark, after = text.partition("\n    out: ")
+    if not mark:
+        return text
+    lines = after.split("\n")
+    own = 1 + next((i for i, line in enumerate(lines[1:]) if not line.startswith("      ")), len(lines) - 1)
+    return "\n".join([before + mark + lines[0], *lines[1:own]]) + LINES + "\n" + "\n".join(lines[own:])
