@@ -120,7 +120,7 @@ def _list(names: Sequence[str]) -> str:
 def _points(anatomy: Anatomy, stack: Stack) -> list[str]:
     first = anatomy.stacks[stack.name][0]
     lines = []
-    for stream in sorted(stack.outputs):
+    for stream in sorted({*stack.outputs, *stack.points}):
         have = [site.point for site in anatomy.sites if site.block == first and site.stream == stream]
         lines.append(f"- `{stack.name}.*.{stream}`: {_group_points(have)}")
         reasons: dict[str, list[str]] = {}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-HEADED = ("attn.q", "attn.k", "attn.v", "attn.z")
+HEADED = tuple(f"{module}.{part}" for module in ("attn", "cross") for part in "qkvz")
 
 
 class Anatomy:
@@ -115,11 +115,12 @@ class Anatomy:
             return (
                 None if self.family.readout else f"the row of {self.family.name} does not say how tokens are read out"
             )
-        if stream not in stack.outputs:
-            return f"block {block} ({stack.name}) holds no {stream} tokens"
-        if stream not in streams and not (point.startswith("attn.") and point != "attn.o"):
-            return f"block {block} ({stack.name}), the last, returns no {stream} tokens"
         spec = stack.find(stream, point)
+        crossing = point.startswith("cross.")
+        if stream not in stack.outputs and not (crossing and spec is not None):
+            return f"block {block} ({stack.name}) holds no {stream} tokens"
+        if stream not in streams and not crossing and (not point.startswith("attn.") or point == "attn.o"):
+            return f"block {block} ({stack.name}), the last, returns no {stream} tokens"
         if spec is None:
             return f"the {_describe_blocks(stack)} of {self.family.name} have no {point}, or its row does not say where"
         if isinstance(spec, str):
@@ -294,7 +295,9 @@ class Anatomy:
                 f"{site} is not made of heads that its module counts. Heads are at {', '.join(HEADED)}, for instance "
                 f"blocks.{site.block or 0}.img.attn.z."
             )
-        size = self.channels(Site(site.block, site.stream, "attn.q")) // count
+        module = site.point.partition(".")[0]
+        queries = Site(site.block, "img" if module == "cross" else site.stream, f"{module}.q")
+        size = self.channels(queries) // count
         return [range(start, start + size) for start in range(0, self.channels(site), size)]
 
     @cached_property

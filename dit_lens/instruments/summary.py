@@ -18,7 +18,7 @@ def summarise_lens(lens: Session) -> list[tuple[str, str]]:
     grid = anatomy.plan_grid(lens.pipe, lens.defaults)
     embedded = family.guidance_flag is not None and bool(lens.pipe.transformer.config[family.guidance_flag])
     guidance = describe_guidance(family.pipeline(type(lens.pipe)).guidance)
-    streams = [stream for stream in STREAM_WORDS if any(site.stream == stream for site in anatomy.sites)]
+    streams = [stream for stream in STREAM_WORDS if any(stream in stack.outputs for stack in anatomy.family.stacks)]
     inside = list(dict.fromkeys(site.point.split(".")[0] for site in anatomy.sites if site.block is not None))
     size = sum(parameter.numel() for parameter in lens.pipe.transformer.parameters())
     return [

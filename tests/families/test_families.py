@@ -46,6 +46,7 @@ def test_the_row_passes():
         "sizes",
         "chain",
         "residual",
+        "inputs",
         "final",
         "modulation",
         "grid",

@@ -138,6 +138,56 @@ def test_reads_and_writes_are_those_of_plain_hooks(name, site):
         assert torch.equal(found, seen[call][rows.start : rows.stop]), step
 
 
+# Entry -> its blocks of image tokens, and the cross-attention in them with its projections of q, k, v and the output.
+USUAL = ("attn2", "to_q", "to_k", "to_v", "to_out.0")
+CROSSED = {
+    "pixart-sigma": ("transformer_blocks", *USUAL),
+    "sana": ("transformer_blocks", *USUAL),
+    "hunyuan_dit": ("blocks", *USUAL),
+    "cosmos2": ("transformer_blocks", *USUAL),
+    "wan": ("blocks", *USUAL),
+    "ltx": ("transformer_blocks", *USUAL),
+    "kandinsky5": ("visual_transformer_blocks", "cross_attention", "to_query", "to_key", "to_value", "out_layer"),
+}
+
+
+@pytest.mark.parametrize("name", CROSSED)
+def test_cross_attention_reads_a_text(name):
+    """Queries, keys, values and outputs are those of plain hooks; values of zero put out zeros."""
+    zoo = zoo_of(name)
+    stack, module, *projections, out = CROSSED[name]
+    block = zoo.lens.anatomy.depth - 1
+    sites = [f"blocks.{block}.{stream}.cross.{part}" for stream, part in zip(("img", "txt", "txt"), "qkv", strict=True)]
+    branch = zoo.branches[-1]
+    run = zoo.run([Read([*sites, f"blocks.{block}.img.{{cross.z,cross.o}}"], branch=branch)])
+    seen = {part: [] for part in "qkvzo"}
+    inner = zoo.pipe.transformer.get_submodule(stack)[-1].get_submodule(module)
+    handles = [
+        inner.get_submodule(path).register_forward_hook(lambda _, __, output, kept=seen[part]: kept.append(output))
+        for part, path in zip("qkv", projections, strict=True)
+    ]
+    handles.append(inner.get_submodule(out).register_forward_pre_hook(lambda _, args: seen["z"].append(args[0])))
+    handles.append(inner.register_forward_hook(lambda _, __, output: seen["o"].append(output)))
+    zoo.plain_of(zoo.call)
+    for handle in handles:
+        handle.remove()
+    for part, kept in seen.items():
+        (site,) = [site for site in run.keys() if site.endswith(f".{part}")]  # noqa: SIM118
+        for step, found in enumerate(values(run, site)):
+            call, rows = zoo.place(step, branch)
+            assert torch.equal(found, kept[call][rows.start : rows.stop]), (part, step)
+    silent = zoo.run([Zero(sites[2]), Read(f"blocks.{block}.img.cross.z")])
+    assert not values(silent, f"blocks.{block}.img.cross.z").any()
+    assert [len(head) for head in zoo.lens.heads(sites[1])] == [len(head) for head in zoo.lens.heads(sites[0])]
+
+
+def test_keys_and_values_of_cross_attention_are_of_the_text():
+    with pytest.raises(SiteError, match=r"made of the text: name the txt stream"):
+        zoo_of("sana").run([Read("blocks.0.img.cross.k")])
+    with pytest.raises(SiteError, match=r"block 0 \(block\) holds no txt tokens"):
+        zoo_of("sana").run([Read("blocks.0.txt.attn.k")])
+
+
 def test_one_tensor_of_two_names_is_edited_once():
     """FLUX.2's single blocks make queries and neurons by one projection of one tensor."""
     zoo = zoo_of("klein")

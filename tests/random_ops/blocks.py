@@ -18,7 +18,7 @@ POINTS = (
     "attn.in",
     *(f"attn.{part}" for part in "qkvzo"),
     "attn_out",
-    "cross.o",
+    *(f"cross.{part}" for part in "qkvzo"),
     "cross_out",
     "resid_mid",
     "mlp.in",
@@ -237,6 +237,14 @@ def image_block(path, attention, norm, mlp, gates, more):
             "resid_post": Place(path, "out"),
             **more,
         }
+    }
+
+
+def crossing(path):
+    """Queries and outputs of a cross-attention, and keys and values of the text that it reads."""
+    return {
+        "img": {"cross.q": Place(f"{path}.to_q", "out"), "cross.z": Place(f"{path}.to_out.0", "in", ("input", 0))},
+        "txt": {f"cross.{part}": Place(f"{path}.to_{part}", "out") for part in "kv"},
     }
 
 

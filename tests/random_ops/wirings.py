@@ -13,6 +13,7 @@ from tests.random_ops.blocks import (
     after,
     chunk,
     clean_by_noise,
+    crossing,
     first,
     flux_single,
     image_block,
@@ -125,9 +126,10 @@ def wan():
     gates, blocks = [table(index, 2, "temb") for index in (2, 5)], []
     for path in transformer_blocks(3, "blocks"):
         more = inside(f"{path}.attn1", f"{path}.ffn", hidden=48)
-        blocks.append(image_block(path, "attn1", "norm3", "ffn", gates, more))
+        block, crossed = image_block(path, "attn1", "norm3", "ffn", gates, more), crossing(f"{path}.attn2")
+        blocks.append({"img": block["img"] | crossed["img"], "txt": crossed["txt"]})
     places = named(blocks, Place("norm_out", "in", ("input", 0)), Place("", "out", 0, patch=(2, 2), width=16))
-    return Wiring(places, THREE, grid=(2, 4, 6), text=None, knows_grid=False)
+    return Wiring(places, THREE, grid=(2, 4, 6), knows_grid=False)
 
 
 def zimage():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,6 @@ from dit_lens.families.row import (
 from dit_lens.families.stack import PointSpec
 from dit_lens.families.table.points import (
     NO_SHIFTS,
-    Points,
     adaln_zero,
     attention,
     control,
@@ -32,6 +30,7 @@ from dit_lens.families.table.points import (
     modulation,
     neurons,
     table_block,
+    with_cross,
 )
 from dit_lens.families.table.shared import (
     COND_UNCOND,
@@ -93,7 +92,7 @@ DIT = Family(
     ),
 )
 
-_PIXART_POINTS = {"img": table_block("timestep", "attn1", "ff", "norm2", neurons("ff"), cross="attn2")}
+_PIXART_POINTS = with_cross(table_block("timestep", "attn1", "ff", "norm2", neurons("ff"), cross="attn2"), "attn2")
 _PIXART = Pipeline("PixArtAlphaPipeline", ROWS, encodes=WITH_MASKS, takes_latents=None)
 PIXART = Family(
     name="PixArt",
@@ -109,6 +108,7 @@ PIXART = Family(
     final=Final(mod=OF_TIME),
     prediction=IMAGE_OUT,
     readout=Readout(order="yxc", shift=("adaln_single", 1), table="scale_shift_table"),
+    prompts=Prompts(masks=("encoder_attention_mask",)),
     example=Example(
         config={
             **SMALL,
@@ -134,12 +134,13 @@ _CONVOLUTIONS = {
     "mlp.pre": PointSpec("ff.conv_inverted", axes="bchw"),
     "mlp.post": replace(input_of("ff.conv_point"), axes="bchw"),
 }
-_SANA_POINTS = {
-    "img": {
+_SANA_POINTS = with_cross(
+    {
         **table_block("timestep", "attn1", "ff", "norm2", _CONVOLUTIONS, cross="attn2", mlp_axes="bchw"),
         **control(entry="before"),
-    }
-}
+    },
+    "attn2",
+)
 _SANA = Pipeline("SanaPipeline", ROWS, encodes=WITH_MASKS)
 _SPRINT = Pipeline("SanaSprintPipeline", None, Time(), encodes=("prompt_embeds", "prompt_attention_mask"))
 SANA = Family(
@@ -160,6 +161,7 @@ SANA = Family(
     readout=PACKED,
     latents=Latents(patch=1),
     guidance_flag="guidance_embeds",
+    prompts=Prompts(masks=("encoder_attention_mask",)),
     example=Example(
         config={
             **SMALL,
@@ -191,8 +193,8 @@ def _rope(sizes: CallSizes) -> tuple[Tensor, Tensor]:
 
 
 _SKIPS = "blocks of the second half begin from a mixture with an earlier block"
-_HUNYUAN_DIT_POINTS: Mapping[str, Points] = {
-    "img": {
+_HUNYUAN_DIT_POINTS = with_cross(
+    {
         "attn.o": PointSpec("attn1"),
         "mlp.o": PointSpec("ff"),
         "attn_out": _SKIPS,
@@ -201,8 +203,9 @@ _HUNYUAN_DIT_POINTS: Mapping[str, Points] = {
         "resid_mid": input_of("norm3"),
         **neurons("ff"),
         **attention("attn1"),
-    }
-}
+    },
+    "attn2",
+)
 _HUNYUAN_DIT = Pipeline(
     "HunyuanDiTPipeline",
     ROWS,
@@ -223,6 +226,7 @@ HUNYUAN_DIT = Family(
     final=NORM_OUT,
     prediction=IMAGE_OUT,
     readout=PATCHED,
+    prompts=Prompts(text=("encoder_hidden_states", "encoder_hidden_states_t5")),
     example=Example(
         config={
             **SMALL,

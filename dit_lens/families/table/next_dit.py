@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 from dit_lens.families.row import Example, Family, Final, Grid, Guidance, Pipeline, Prediction, Prompts, Readout, Time
 from dit_lens.families.stack import PointSpec
-from dit_lens.families.table.points import NO_SHIFTS, both_streams, control, input_of, modulation, sandwich_block
+from dit_lens.families.table.points import (
+    NO_SHIFTS,
+    both_streams,
+    control,
+    input_of,
+    modulation,
+    sandwich_block,
+    with_cross,
+)
 from dit_lens.families.table.shared import (
     COND_UNCOND,
     IMAGE,
@@ -41,12 +49,15 @@ def _rope(sizes: CallSizes) -> Tensor:
     return torch.ones(height // 2 * 96, 96, 8, dtype=torch.complex64)
 
 
-_LUMINA_POINTS = {
-    "img": {
+_LUMINA_POINTS = with_cross(
+    {
         **sandwich_block("attn1", "norm2", "feed_forward", _GATES, ("linear_1", "linear_2")),
         "attn.z": input_of("attn2.to_out.0"),  # self- and cross-attention are mixed before they are projected out
-    }
-}
+        "cross.z": "self- and cross-attention are mixed before they are projected out, as attn.z",
+    },
+    "attn2",
+    out=None,
+)
 LUMINA = Family(
     name="Lumina-Next",
     transformer="LuminaNextDiT2DModel",
@@ -57,6 +68,7 @@ LUMINA = Family(
     final=NORM_OUT,
     prediction=replace(IMAGE_OUT, sign=-1),
     readout=_UNPROJECTED,
+    prompts=Prompts(masks=("encoder_mask",)),
     example=Example(
         config={
             "sample_size": 8,

@@ -58,6 +58,32 @@ def text_attention(module: str = "attn") -> dict[str, PointSpec]:
     return attention(module, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", given="encoder_hidden_states")
 
 
+def with_cross(
+    inside: Points,
+    module: str,
+    q: str = "to_q",
+    k: str = "to_k",
+    v: str = "to_v",
+    out: str | None = "to_out.0",
+) -> Mapping[str, Points]:
+    """Blocks of image tokens that read a text: its keys and values are points of the text, by their tokens.
+
+    inside: the points of the image.
+    module: the cross-attention.
+    q, k, v, out: the projections in it; None where the output is projected with that of another attention.
+    """
+    specs = {part: PointSpec(f"{module}.{path}") for part, path in zip("qkv", (q, k, v), strict=True)}
+    return {
+        "img": {
+            **inside,
+            "cross.q": specs["q"],
+            **dict.fromkeys(("cross.k", "cross.v"), "they are made of the text: name the txt stream"),
+            **({} if out is None else {"cross.z": input_of(f"{module}.{out}")}),
+        },
+        "txt": {"cross.k": specs["k"], "cross.v": specs["v"]},
+    }
+
+
 def joined_attention(module: str, layout: str, stream: str) -> dict[str, PointSpec]:
     """The same of a stream whose tokens its attention is given by themselves, and joins to those of the other.
 

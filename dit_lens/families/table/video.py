@@ -14,6 +14,7 @@ from dit_lens.families.table.points import (
     modulation,
     neurons,
     table_block,
+    with_cross,
 )
 from dit_lens.families.table.shared import (
     CALLS,
@@ -34,16 +35,17 @@ from dit_lens.families.table.shared import (
     text_stack,
 )
 
-_COSMOS_POINTS = {
-    "img": {
+_COSMOS_POINTS = with_cross(
+    {
         "attn_out": gated_output("attn1", PointSpec("norm1", slot=1)),
         "cross_out": gated_output("attn2", PointSpec("norm2", slot=1)),
         "resid_mid": input_of("norm3"),
         "mlp_out": gated_output("ff", PointSpec("norm3", slot=1)),
         **neurons("ff"),
         **attention("attn1"),
-    }
-}
+    },
+    "attn2",
+)
 _COSMOS = Pipeline("Cosmos2TextToImagePipeline", CALLS, Time())
 COSMOS = Family(
     name="Cosmos-Predict2",
@@ -87,21 +89,24 @@ COSMOS = Family(
     ),
 )
 
+_KANDINSKY_PROJECTIONS = ("to_query", "to_key", "to_value", "out_layer")
 _KANDINSKY_INSIDE = {
     **neurons("feed_forward", "in_layer", "out_layer"),
-    **attention("self_attention", "to_query", "to_key", "to_value", "out_layer"),
+    **attention("self_attention", *_KANDINSKY_PROJECTIONS),
 }
 _VISUAL_MODULATION = PointSpec("visual_modulation.out_layer")
 _TEXT_MODULATION = PointSpec("text_modulation.out_layer")
-_VISUAL_POINTS = {
-    "img": {
+_VISUAL_POINTS = with_cross(
+    {
         "attn_out": gated_output("self_attention", replace(_VISUAL_MODULATION, span=(2, 3))),
         "cross_out": gated_output("cross_attention", replace(_VISUAL_MODULATION, span=(5, 6))),
         "resid_mid": input_of("feed_forward_norm"),
         "mlp_out": gated_output("feed_forward", replace(_VISUAL_MODULATION, span=(8, 9))),
         **_KANDINSKY_INSIDE,
-    }
-}
+    },
+    "cross_attention",
+    *_KANDINSKY_PROJECTIONS,
+)
 _TEXT_POINTS = {
     "txt": {
         **modulation(_TEXT_MODULATION),
@@ -155,7 +160,7 @@ KANDINSKY5 = Family(
     ),
 )
 
-_WAN_POINTS = {"img": table_block("temb", "attn1", "ffn", "norm3", neurons("ffn"), cross="attn2")}
+_WAN_POINTS = with_cross(table_block("temb", "attn1", "ffn", "norm3", neurons("ffn"), cross="attn2"), "attn2")
 _ONE_VIDEO = Refusal("num_videos_per_prompt", "it draws one of each prompt, whatever that says", off=1)
 _WAN = Pipeline("WanPipeline", CALLS)
 WAN = Family(
@@ -192,7 +197,7 @@ WAN = Family(
     ),
 )
 
-_LTX_POINTS = {"img": table_block("temb", "attn1", "ff", "norm2", neurons("ff"), cross="attn2")}
+_LTX_POINTS = with_cross(table_block("temb", "attn1", "ff", "norm2", neurons("ff"), cross="attn2"), "attn2")
 _LTX = Pipeline("LTXPipeline", ROWS, encodes=WITH_MASKS)
 LTX = Family(
     name="LTX-Video",
@@ -210,6 +215,7 @@ LTX = Family(
     prediction=Prediction("out_channels"),
     readout=Readout(shift=("time_embed", 1), table="scale_shift_table"),
     latents=replace(VIDEO_VAE, patch=1, normalised="channel"),
+    prompts=Prompts(masks=("encoder_attention_mask",)),
     example=Example(
         config={
             **SMALL,
