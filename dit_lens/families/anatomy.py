@@ -22,7 +22,7 @@ from dit_lens.families.module_tree import (
 )
 from dit_lens.families.row import Family, Time
 from dit_lens.families.schedulers import Noise
-from dit_lens.families.sites import MODEL_POINTS, POINTS, STREAMS, Site
+from dit_lens.families.sites import MODEL_POINTS, POINTS, STREAMS, Site, match
 from dit_lens.families.stack import PointSpec, Stack
 
 if TYPE_CHECKING:
@@ -181,6 +181,15 @@ class Anatomy:
         if name not in self._by_name:
             raise SiteError(f"no site is called {name!r}.{nearest(name, self._by_name)}")
         return self._by_name[name]
+
+    def find_site(self, pattern: str) -> Site:
+        """The one site that a full name or a pattern means; SiteError where it means none or several."""
+        if pattern in self._by_name:
+            return self._by_name[pattern]
+        found = match(pattern, self.sites, self.stacks, self.why_not)
+        if len(found) != 1:
+            raise SiteError(f"{pattern!r} means {len(found)} sites. Name one of them, such as {found[0].name!r}.")
+        return found[0]
 
     @cached_property
     def _by_name(self) -> dict[str, Site]:

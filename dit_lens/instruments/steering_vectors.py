@@ -16,6 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dit_lens.arguments.checks import checked, checked_fields
+from dit_lens.arguments.numbers import to_number
+from dit_lens.core.request.directions import Directions
 from dit_lens.core.request.ops import Add, Read
 from dit_lens.core.runs.files import check_regular, report_damage, write_bytes
 from dit_lens.errors import OpError, PromptError, StoreError, check_choice, nearest, show
@@ -42,11 +44,14 @@ class Steering:
     torch.Size([2, 128])
     >>> run = lens.run(scenes[0], blue.op(strength=1.5), seed=0, num_inference_steps=2)
 
-    vectors: site -> [channel], or [step, channel].
+    Directions add up (``blue + large``, ``blue - large``, ``sum([blue, large])``), and are lengthened or turned round
+    (``2 * blue``, ``blue / 2``, ``-blue``).
+
+    vectors: site -> [channel], for all steps, or [step, channel]: one for every step of a run, from the first.
     method: how they were found.
     pairs: the prompts they were found from.
-    n: how many differences each is the mean of.
-    family: of the model.
+    n: how many differences they were found from: pairs times seeds; of a sum, those of both.
+    family: of the model. Runs of another family, or of another number of steps than the directions have, are refused.
     """
 
     vectors: Mapping[str, Tensor] = field(repr=False)
@@ -64,7 +69,8 @@ class Steering:
                 f"the vector of {odd[0]} is {show(self.vectors[odd[0]])}. Give a finite tensor [channel] or "
                 "[step, channel]."
             )
-        object.__setattr__(self, "vectors", {site: vector.float() for site, vector in self.vectors.items()})
+        vectors = {site: vector.float() for site, vector in self.vectors.items()}
+        object.__setattr__(self, "vectors", Directions(vectors, self.family).vectors)  # which checks their steps
 
     @classmethod
     @checked
@@ -122,13 +128,16 @@ class Steering:
         strength: 1 moves by the mean difference; negative the other way.
         sites: those of them at which to add; all by default.
         where: ``steps``, ``tokens``, ``mask``, ``rows``, ``branch`` of :class:`~dit_lens.Add`; by default everywhere.
+
+        A run refuses it that is of another family, or has another number of steps than the directions.
         """
         chosen = list(self.vectors) if sites is None else [sites] if isinstance(sites, str) else list(sites)
         if missing := [site for site in chosen if site not in self.vectors]:
             raise OpError(f"there is no direction at {show(missing[0])}.{nearest(missing[0], self.vectors)}")
         if odd := sorted(where.keys() - set(WHERE)):
             raise OpError(f"op takes no {odd[0]}=.{nearest(odd[0], WHERE)}")
-        return Add(chosen, value={site: float(strength) * self.vectors[site] for site in chosen}, **where)
+        value = Directions({site: float(strength) * self.vectors[site] for site in chosen}, self.family)
+        return Add(chosen, value=value, **where)
 
     @checked
     def randomised(self, seed: int = 0) -> Steering:
@@ -142,8 +151,19 @@ class Steering:
 
     def __add__(self, other: object) -> Steering:
         """Both at once: the sum where they have a site in common."""
+        return self._join(other, 1)
+
+    def __radd__(self, other: object) -> Steering:
+        """The beginning of a ``sum``, which adds to 0."""
+        return self if isinstance(other, int) and other == 0 else self._join(other, 1)
+
+    def __sub__(self, other: object) -> Steering:
+        """The one, and the other turned round."""
+        return self._join(other, -1)
+
+    def _join(self, other: object, sign: int) -> Steering:
         if not isinstance(other, Steering):
-            return NotImplemented
+            raise OpError(f"a Steering goes together with a Steering; it was given {show(other)}.")
         if self.family and other.family and self.family != other.family:
             raise OpError(f"directions of {self.family} and of {other.family} do not add up: their channels differ.")
         vectors = dict(self.vectors)
@@ -153,14 +173,28 @@ class Steering:
                     f"the directions at {site} have shapes {list(vectors[site].shape)} and {list(vector.shape)}. Make "
                     "both from runs of as many steps, or with per_step=False."
                 )
-            vectors[site] = vectors[site] + vector if site in vectors else vector
-        return Steering(vectors, f"{self.method} + {other.method}", (*self.pairs, *other.pairs), 0, self.family)
+            vectors[site] = vectors[site] + sign * vector if site in vectors else sign * vector
+        method = f"{self.method} {'+' if sign > 0 else '-'} {other.method}"
+        pairs, family = (*self.pairs, *other.pairs), self.family or other.family
+        return Steering(vectors, method, pairs, self.n + other.n, family)
 
-    def __mul__(self, factor: float) -> Steering:
-        """Longer or shorter directions."""
-        return replace(self, vectors={site: vector * float(factor) for site, vector in self.vectors.items()})
+    def __mul__(self, factor: object) -> Steering:
+        """Longer or shorter directions; the other way by a negative number."""
+        return self._stretch(_to_factor(factor))
 
     __rmul__ = __mul__
+
+    def __truediv__(self, factor: object) -> Steering:
+        if not (number := _to_factor(factor)):
+            raise OpError("a Steering is not divided by 0. To leave it out, leave its op out.")
+        return self._stretch(1 / number)
+
+    def __neg__(self) -> Steering:
+        """The other way."""
+        return self._stretch(-1.0)
+
+    def _stretch(self, factor: float) -> Steering:
+        return replace(self, vectors={site: vector * factor for site, vector in self.vectors.items()})
 
     @checked
     def save(self, file: str | Path) -> Path:
@@ -196,6 +230,13 @@ def _is_direction(vector: Any) -> bool:
         and vector.numel() > 0
         and bool(vector.isfinite().all())
     )
+
+
+def _to_factor(value: object) -> float:
+    number = to_number(value)
+    if number is None:
+        raise OpError(f"a Steering is multiplied and divided by finite numbers; it was given {show(value)}.")
+    return number
 
 
 def _check_pairs(pairs: Sequence[tuple[str, str]]) -> None:

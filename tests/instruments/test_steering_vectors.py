@@ -1,6 +1,8 @@
 """Directions that steer: what plain hooks measure and add, and files that nobody has to trust."""
 
+import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import save_file
 import dit_lens as dl
 from dit_lens import DiTLens, Read, Steering
 from dit_lens.errors import OpError, PromptError, StoreError
+from dit_lens.ops import from_json, to_json
 from tests import pipelines
 
 PAIRS = [("red", "blue"), ("red cat", "blue cat"), ("a red", "a blue")]
@@ -81,6 +84,51 @@ def test_its_op_adds_them_step_by_step(lens, found):
     assert found.op(1, steps=0, tokens=[2], rows=0, branch="cond").tokens == [2]
 
 
+@pytest.fixture
+def sister(lens):
+    """A lens on the same model under the name of another family."""
+    other = copy.copy(lens)
+    other.family = replace(lens.family, name="Sister")
+    other.anatomy = copy.copy(lens.anatomy)
+    other.anatomy.family = other.family
+    return other
+
+
+def test_it_acts_on_its_own_family_and_steps_only(lens, found, sister, tmp_path, monkeypatch):
+    """Also where a site, a width and the number of chosen steps fit by chance; from files and specs as well."""
+    loaded = Steering.load(found.save(tmp_path / "blue.safetensors"))
+    ops = [found.op(), loaded.op(-1, sites=SITES[0]), from_json(json.loads(json.dumps(to_json(found.op()))))]
+    longer = {**CALL, "num_inference_steps": 5}
+    one = Steering.from_pairs(lens, PAIRS[:1], SITES, per_step=False, **CALL)
+    single = Steering.from_pairs(lens, PAIRS[:1], SITES, **{**CALL, "num_inference_steps": 1})
+    monkeypatch.setattr(lens.engine, "generate", lambda *_: pytest.fail("it draws"))
+    for op in ops:
+        with pytest.raises(OpError, match=r"directions are of FLUX\.1, and this model is Sister\. Channels of one"):
+            sister.run("green", op, **CALL)
+    for steps in (None, [0, 1, 2], (0.0, 0.6), slice(3)):
+        with pytest.raises(OpError, match=r"of a run of 3 steps, each with its own, and this one has 5\."):
+            lens.run("green", found.op(steps=steps), **longer)
+    with pytest.raises(OpError, match=r"of a run of 1 steps"):
+        lens.run("green", single.op(), **CALL)
+    assert lens.cost("green", one.op(steps=[0, 1, 2]), **longer).bytes == 0  # it can be planned
+    with pytest.raises(OpError, match=r"one for each of 2 and of 3 steps"):
+        Steering({"a": torch.ones(2, 4), "b": torch.ones(3, 4)})
+
+
+def test_reads_and_channels_are_of_their_own_model_too(lens, sister, monkeypatch):
+    run = lens.run("green", [Read(SITES[0]), Read(SITES[0], reduce="mean", name="mean")], seed=0, **CALL)
+    narrow = torch.ones(4)
+    channels = dl.ChannelSet({SITES[0]: (1,)}, {SITES[0]: narrow}, {SITES[0]: narrow})
+    monkeypatch.setattr(lens.engine, "generate", lambda *_: pytest.fail("it draws"))
+    reading = run.reading(SITES[0])
+    kept = from_json(json.loads(json.dumps(to_json(dl.Swap(SITES[0], source=reading)))))
+    for op in (dl.Swap(SITES[0], source=reading), kept, dl.MeanAblate(SITES[0], mean=run["mean"])):
+        with pytest.raises(OpError, match=r"the source read is of FLUX\.1, this model is Sister"):
+            sister.cost("green", op, **CALL)
+    with pytest.raises(OpError, match=r"ranked among 4 at blocks\.1\.img, which has 32 here"):
+        lens.run("green", dl.Zero(SITES[0], channels=channels), seed=0, **CALL)
+
+
 def test_a_probe_points_at_what_tells_the_sides_apart():
     from dit_lens.instruments.steering_vectors import _probe as probe
 
@@ -102,6 +150,22 @@ def test_arithmetic_and_the_control(found):
         assert not torch.equal(control.vectors[site], found.randomised(2).vectors[site])
     other = Steering({"blocks.0.img": torch.ones(4)})
     assert found in [other, found]
+    half, back, none = found / 2, -found, found - found
+    assert (double.n, half.n, (found - other).n, sum([found, found]).n) == (12, 6, 6, 12)
+    for site in SITES:
+        torch.testing.assert_close(half.vectors[site] * 2, found.vectors[site])
+        assert torch.equal(back.vectors[site], -found.vectors[site])
+        assert not none.vectors[site].any()
+        torch.testing.assert_close(sum([found, found]).vectors[site], 2 * found.vectors[site])
+    assert torch.equal((found - other).vectors["blocks.0.img"], -torch.ones(4))
+    for wrong in (lambda: found * "a", lambda: found / "a", lambda: found * np.nan, lambda: found / True):
+        with pytest.raises(OpError, match="multiplied and divided by finite numbers"):
+            wrong()
+    with pytest.raises(OpError, match="not divided by 0"):
+        found / 0
+    for wrong in (lambda: found + 3, lambda: 3 + found, lambda: found - "a"):
+        with pytest.raises(OpError, match="goes together with a Steering"):
+            wrong()
     with pytest.raises(OpError, match="do not add up"):
         found + Steering({"blocks.0.img": torch.ones(4)}, family="SANA")
     assert list((found + other).vectors) == [*SITES, "blocks.0.img"]

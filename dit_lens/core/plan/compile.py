@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.plan.aliases import name_once, without_name
-from dit_lens.core.plan.lowering import SiteLowering, check_allowed, check_keys
+from dit_lens.core.plan.lowering import SiteLowering, check_allowed, check_keys, check_origin
 from dit_lens.core.plan.selection import Group, select_channels, select_groups, select_rows
 from dit_lens.core.request.ops import EDITS, OPS, Op, Read, SigmaInterval
 from dit_lens.core.runs.record import is_text
@@ -100,6 +100,7 @@ class _Compiler:
     def add(self, number: int, op: Op) -> None:
         """Lays one op out at all of its sites."""
         anatomy, timeline = self.anatomy, self.outline.timeline
+        check_origin(op, anatomy, self.outline)
         sites = self._match(number, op)
         check_keys(op, anatomy)
         for site in sites:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Unpack
 
+from dit_lens.analysis.channels import ChannelSet
 from dit_lens.core.plan.selection import Group, select_rows
 from dit_lens.core.plan.sources import (
     Wanted,
@@ -17,6 +18,7 @@ from dit_lens.core.plan.sources import (
     pick_vectors,
     source_values,
 )
+from dit_lens.core.request.directions import Directions
 from dit_lens.core.request.indices import to_indices
 from dit_lens.core.request.ops import Op
 from dit_lens.core.runs.run import Run
@@ -229,7 +231,7 @@ def find_source(anatomy: Anatomy, target: Site, name: str, size: int, channels: 
     name: of the site they come from.
     size, channels: of the selection at the target.
     """
-    source = anatomy.site(name)
+    source = anatomy.find_site(name)
     what = f"source='site:{name}' at {target}"
     if source.block is None or source.stream != target.stream or source.point.startswith("mod."):
         raise OpError(f"{what}: values come from tokens of the same stream, {target.stream}, of a block.")
@@ -296,6 +298,23 @@ def check_allowed(op: Op, site: Site, anatomy: Anatomy, kind: str | None) -> Non
             f"{name} at {site}: the module's output is multiplied by a gate before it is added, so "
             f"that only Zero and Scale are exact here. Use those, or write {instead}."
         )
+
+
+def check_origin(op: Op, anatomy: Anatomy, outline: Outline) -> None:
+    """Raises OpError for directions or channels that were found on a model of another kind, whatever their sites.
+
+    op: what is asked.
+    anatomy, outline: of the model and of the run.
+    """
+    if isinstance(value := getattr(op, "value", None), Directions):
+        value.check(type(op).__name__, anatomy.family.name, outline.steps)
+    if isinstance(op.channels, ChannelSet):
+        for site in anatomy.sites:
+            if site.name in op.channels and len(op.channels.scores[site.name]) != anatomy.channels(site):
+                raise OpError(
+                    f"{type(op).__name__}: channels= were ranked among {len(op.channels.scores[site.name])} at {site}, "
+                    f"which has {anatomy.channels(site)} here. Rank channels of this model."
+                )
 
 
 def check_keys(op: Op, anatomy: Anatomy) -> None:

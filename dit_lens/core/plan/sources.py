@@ -85,6 +85,7 @@ def source_values(source: Any, wanted: Wanted) -> Values:
     if (reading := find_reading(source)) is not None:
         if wanted.name not in reading:
             raise OpError(f"{wanted.op}: the source never read {wanted.name}.{nearest(wanted.name, reading)}")
+        _check_family("read", reading.family, wanted)
         return replace(_from_reading(reading, reading.shape_of_grid, wanted), levels=reading.levels)
     if isinstance(source, Mapping):
         if wanted.name not in source:
@@ -110,12 +111,16 @@ def _by_branch(source: Tensor, wanted: Wanted) -> dict[str | None, Tensor]:
 
 
 def _from_run(run: Run, wanted: Wanted) -> Values:
-    if run.provenance["family"] != wanted.family:
+    _check_family("run", run.provenance["family"], wanted)
+    return replace(_from_reading(run.reading(wanted.name), run.grid, wanted), levels=tuple(run.sigmas))
+
+
+def _check_family(what: str, family: str | None, wanted: Wanted) -> None:
+    if family not in (None, wanted.family):
         raise OpError(
-            f"{wanted.op}: the source run is of {run.provenance['family']}, this model is {wanted.family}. "
+            f"{wanted.op}: the source {what} is of {family}, this model is {wanted.family}. "
             "Channels of one family mean nothing in another."
         )
-    return replace(_from_reading(run.reading(wanted.name), run.grid, wanted), levels=tuple(run.sigmas))
 
 
 def _from_reading(reading: Reading, grid: tuple[int, ...] | None, wanted: Wanted) -> Values:

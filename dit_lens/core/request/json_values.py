@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.arguments.numbers import to_int, to_number
+from dit_lens.core.request.directions import Directions
 from dit_lens.core.request.indices import is_span, list_indices, list_items
 from dit_lens.core.request.token_set import TokenSet
 from dit_lens.core.runs.reading import Reading, find_reading
@@ -51,6 +52,8 @@ def to_plain(value: Any) -> Any:
         return {"sigma": [value.high, value.low]}
     if isinstance(value, TokenSet):
         return {"token_set": value.to_json()}
+    if isinstance(value, Directions):
+        return {"directions": {site: to_plain(vector) for site, vector in value.items()}, "family": value.family}
     if isinstance(value, slice):
         return {"slice": [to_plain(end) for end in (value.start, value.stop, value.step)]}
     if is_span(value):
@@ -67,7 +70,8 @@ def _plain_source(value: Any) -> dict[str, Any]:
         tensors = {name: to_plain(tensor) for name, tensor in (reading.tensors | masks).items()}
         asked = {} if reading.call is None else {"call": dict(reading.call)}
         levels = {} if reading.levels is None else {"levels": list(reading.levels)}
-        return {"reading": reading.to_json(), "tensors": tensors, **asked, **levels}
+        family = {} if reading.family is None else {"family": reading.family}
+        return {"reading": reading.to_json(), "tensors": tensors, **asked, **levels, **family}
     if hasattr(value, "reference"):
         return value.reference()
     return {"mapping": {str(key): to_plain(item) for key, item in value.items()}}
@@ -122,11 +126,16 @@ def _read_mapping(value: dict[str, Any]) -> dict[str, Any]:
     return {key: from_plain(item) for key, item in value["mapping"].items()}
 
 
+def _read_directions(value: dict[str, Any]) -> Directions:
+    return Directions({site: from_plain(vector) for site, vector in value["directions"].items()}, str(value["family"]))
+
+
 def _read_reading(value: dict[str, Any]) -> Reading:
     tensors = {site: from_plain(item) for site, item in value["tensors"].items()}
     levels = value.get("levels")
     levels = None if levels is None else tuple(map(float, levels))
-    return replace(Reading.from_json(value["reading"], tensors), call=value.get("call"), levels=levels)
+    reading = Reading.from_json(value["reading"], tensors)
+    return replace(reading, call=value.get("call"), levels=levels, family=value.get("family"))
 
 
 def _read_array(value: dict[str, Any]) -> np.ndarray:
@@ -155,6 +164,7 @@ _FORMS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "token_set": lambda value: TokenSet.from_json(value["token_set"]),
     "slice": lambda value: slice(*value["slice"]),
     "fraction": lambda value: tuple(value["fraction"]),
+    "directions": _read_directions,
     "reading": _read_reading,
     "mapping": _read_mapping,
     "array": _read_array,

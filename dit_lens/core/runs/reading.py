@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dit_lens.arguments.saving import saved_by
 from dit_lens.arguments.signatures import told
 from dit_lens.core.runs.record import READING, check_record
 from dit_lens.errors import OpError, SiteError, nearest, show
@@ -71,6 +72,7 @@ class Reading(Mapping[str, Tensor]):
     masks: which tokens are data, by site, where some are not; see :attr:`mask`.
     call: "prompt" and "call" of the run it is of, as in its spec, which say where words stand; None: not known.
     levels: the noise level of every step of that run; None: not known.
+    family: of its model; None: not known.
     """
 
     name: str
@@ -87,6 +89,9 @@ class Reading(Mapping[str, Tensor]):
     masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
     call: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
     levels: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
+    family: str | None = field(default=None, repr=False, compare=False)
+
+    save = saved_by("It is saved with its run: run.save(folder).")
 
     @property
     def mask(self) -> Tensor | None:
@@ -130,7 +135,7 @@ class Reading(Mapping[str, Tensor]):
         return len(self.tensors)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the tensors, the call and the levels, as plain data."""
+        """Everything but the tensors and what is of the whole run, as plain data."""
         return {
             "name": self.name,
             "steps": self.steps,

@@ -104,10 +104,11 @@ class Run(Mapping[str, Any]):
     tape = OldName("recording")
 
     def __post_init__(self) -> None:
-        """Reads keep what was asked of the run, by which words are found in them, and under how much noise it was."""
+        """Reads keep what they need to be used elsewhere: what was asked, under how much noise, and of which model."""
         asked = {name: self.spec.get(name) for name in ("prompt", "call")}
         levels = tuple(self.sigmas)
-        self.readings = [replace(reading, call=asked, levels=levels) for reading in self.readings]
+        family = self.provenance["family"]
+        self.readings = [replace(reading, call=asked, levels=levels, family=family) for reading in self.readings]
 
     def __getitem__(self, key: str) -> Any:
         """A read by its name (a mapping site -> tensor), or the tensor of a site that was read without a name."""

@@ -74,6 +74,15 @@ def test_values_come_after_the_edits_at_their_site(lens):
     assert not torch.equal(z[:, :, 0], v[:, :, 0])
 
 
+@pytest.mark.parametrize("source", ["blocks.-5.img", "double.0.img", "double.-2.img"])
+def test_a_source_is_named_as_sites_are(lens, source):
+    named, plain = (
+        lens.run("red", [Swap("blocks.-1.img", source=f"site:{one}"), Read("blocks.4.img")], **CALL)
+        for one in (source, "blocks.0.img")
+    )
+    assert torch.equal(named["blocks.4.img"], plain["blocks.4.img"])
+
+
 @pytest.mark.parametrize(
     ("op", "kind", "told"),
     [
@@ -85,7 +94,10 @@ def test_values_come_after_the_edits_at_their_site(lens):
         (Swap("blocks.1.img", source="site:velocity"), OpError, "tokens of the same stream"),
         (Swap("blocks.1.img", source="site:blocks.0.img.attn_out"), OpError, "multiplied by a gate"),
         (Swap("blocks.1.img", source="site:blocks.0.img.mlp.post"), OpError, "channels, and 32 are asked for"),
-        (Swap("blocks.1.img", source="site:blocks.9.img"), SiteError, "no site is called 'blocks.9.img'"),
+        (Swap("blocks.1.img", source="site:blocks.9.img"), SiteError, "'blocks.9.img' asks for block 9"),
+        (Swap("blocks.1.img", source="site:blocks.-9.img"), SiteError, "asks for block -9, but blocks has 5"),
+        (Swap("blocks.1.img", source="site:blocks.*.img"), SiteError, "means 5 sites. Name one of them"),
+        (Swap("blocks.4.img", source="site:blocks.-1.img"), OpError, "is not computed before"),
         (Swap("blocks.1.img", source="site:"), SiteError, "no site is called ''"),
         (Skip("blocks.1.img.attn.z"), OpError, "Skip is for the outputs of blocks"),
         (Skip("final.img"), OpError, "Skip is for the outputs of blocks"),
