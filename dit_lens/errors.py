@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 import warnings
 from collections.abc import Collection, Iterable
@@ -106,5 +107,7 @@ def nearest(asked: object, known: Iterable[str], what: str = "There are") -> str
     " Nearest: 'blue'. There are: red, blue."
     """
     known = [str(name) for name in known]
+    if isinstance(asked, str) and re.match(r"blocks\.-\d", asked):  # the nearest name would be of another block
+        return f" In a name, blocks are counted from 0. {what}: {', '.join(known)}."
     close = difflib.get_close_matches(asked if isinstance(asked, str) else show(asked), known, n=1, cutoff=0.5)
     return (f" Nearest: {close[0]!r}." if close else "") + f" {what}: {', '.join(known)}."

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from dit_lens.arguments.checks import checked
 from dit_lens.arguments.numbers import list_entries, to_int
+from dit_lens.arguments.saving import saved_by
 from dit_lens.core.request.call import needs_weights
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, show
 from dit_lens.families.layout import find_image_tokens, select_stream
@@ -40,6 +41,7 @@ class Attention:
     image: where the forward pass had its image tokens.
     rows: which of its rows these are.
     run: the run.
+    depth: how many blocks the model has; -1 is the last of them.
     """
 
     tensors: dict[int, Tensor]
@@ -49,12 +51,13 @@ class Attention:
     image: ImageTokens
     rows: range
     run: Run
+    depth: int
+
+    save = saved_by("Its run has, found.run.save(folder); its numbers are found.tensors, block -> tensor.")
 
     @checked
     def __getitem__(self, block: int) -> Tensor:
-        if block not in self.tensors:
-            raise SiteError(f"block {block} was not read; there are {', '.join(map(str, self.tensors))}.")
-        return self.tensors[block]
+        return self.tensors[find_kept(block, self.tensors, self.depth)]
 
     @checked
     def between(self, block: int, queries: str = "img", keys: str = "txt") -> Tensor:
@@ -62,13 +65,16 @@ class Attention:
 
         queries, keys: "img" or "txt": the tokens that a read of that stream has, so references belong to neither.
         """
+        block = find_kept(block, self.tensors, self.depth)
         tensor = self[block]
         across = self._token_indices(block, queries, tensor.shape[-2])[None, :, None, :, None]
         down = self._token_indices(block, keys, tensor.shape[-1])[None, :, None, None, :]
         return tensor.take_along_dim(across, -2).take_along_dim(down, -1)
 
+    @checked
     def incoming(self, block: int, stream: str) -> Tensor:
         """What the tokens of a stream get of the queries and heads that were kept, on average: [step, row, token]."""
+        block = find_kept(block, self.tensors, self.depth)
         tensor = self[block].mean((2, 3))
         return tensor.take_along_dim(self._token_indices(block, stream, tensor.shape[-1])[None], -1)
 
@@ -120,7 +126,7 @@ def read_pattern(
     watch = Watch(modules, wanted, chosen, outline, lens.anatomy.grid_rule, branch, _compute_pattern)
     with watch.on(lens.pipe.transformer):
         run = lens.run(prompt, ops, **call)
-    return Attention(watch.stack_kept(), order, tuple(chosen), wanted, watch.image, watch.rows, run)
+    return Attention(watch.stack_kept(), order, tuple(chosen), wanted, watch.image, watch.rows, run, lens.anatomy.depth)
 
 
 def read_incoming(
@@ -141,7 +147,7 @@ def read_incoming(
     with watch.on(lens.pipe.transformer):
         run = lens.run(prompt, **call)
     tensors = {one: kept.cpu() for one, kept in watch.stack_kept().items()}
-    read = Attention(tensors, order, tuple(steps), (), watch.image, watch.rows, run)
+    read = Attention(tensors, order, tuple(steps), (), watch.image, watch.rows, run, lens.anatomy.depth)
     return {(one, stream): read.incoming(one, stream) for one in blocks for stream in streams}
 
 
@@ -149,6 +155,17 @@ def _find_attention(lens: Session, blocks: Sequence[int]) -> tuple[dict[int, nn.
     """Block -> its module, and the order of the streams inside its attention."""
     found = {one: lens.anatomy.find_attention(one) for one in blocks}
     return {one: module for one, (module, _) in found.items()}, {one: order for one, (_, order) in found.items()}
+
+
+def find_kept(block: int, kept: Collection[int], depth: int) -> int:
+    """The number of a block that was kept, counted from the model's end if it is negative; SiteError for another.
+
+    >>> find_kept(-1, [5, 7], depth=8)
+    7
+    """
+    if (number := block + depth if block < 0 else block) not in kept:
+        raise SiteError(f"block {block} was not read; there are {', '.join(map(str, kept))}.")
+    return number
 
 
 def list_numbers(what: str, value: Any) -> list[int]:

@@ -5,7 +5,7 @@ Letters: s step, b row, n image token, h w token grid, w word, d channel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +14,18 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dit_lens.analysis.subjects import threshold
 from dit_lens.arguments.checks import checked
+from dit_lens.arguments.saving import saved_by
 from dit_lens.core.request.call import needs_weights
-from dit_lens.core.request.division import refuse_several_images
+from dit_lens.core.request.division import Division, refuse_several_images
+from dit_lens.core.request.indices import to_indices
 from dit_lens.core.request.ops import Apply, Swap
+from dit_lens.core.request.values import is_several, list_values
 from dit_lens.core.session import list_ops
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, check_choice, nearest
 from dit_lens.families.layout import select_stream
 from dit_lens.families.locations import ImageTokens
 from dit_lens.families.sites import Site
-from dit_lens.instruments.attention_patterns import Watch, list_numbers
+from dit_lens.instruments.attention_patterns import Watch, find_kept, list_numbers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +50,7 @@ class WordMap:
     blocks, steps: which were kept.
     method: "attention": values are shares of a token's attention; "concept": shares of the words compared.
     run: the run.
+    depth: how many blocks the model has; -1 is the last of them.
     """
 
     tensors: dict[str, Tensor] = field(repr=False)
@@ -54,6 +58,9 @@ class WordMap:
     steps: tuple[int, ...]
     method: str
     run: Run = field(repr=False)
+    depth: int = field(repr=False)
+
+    save = saved_by("Its run has, found.run.save(folder); its numbers are found.tensors, word -> tensor.")
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -71,7 +78,7 @@ class WordMap:
         """Where a word is, bool [h, w]: the mean over steps (and blocks), cut in two by Otsu's threshold.
 
         word: one of the words; may be left out where there is one.
-        block: one of the blocks; by default their mean.
+        block: one of the blocks, by its number in the model (-1: the model's last); by default their mean.
         row: of the run.
         """
         found = self._mean(word, block, row)
@@ -85,7 +92,8 @@ class WordMap:
         from dit_lens.plots import cluster_overlay
 
         mask = self.mask(word, block=block, row=row)
-        title = f"“{self._one(word)}” by {self.method}" + ("" if block is None else f", block {block}")
+        where = "" if block is None else f", block {find_kept(block, self.blocks, self.depth)}"
+        title = f"“{self._one(word)}” by {self.method}{where}"
         return cluster_overlay(self._image(row), mask, truth=truth, title=title)
 
     @checked
@@ -101,7 +109,11 @@ class WordMap:
     def _image(self, row: int) -> Image:
         if not self.run.images:
             raise OpError("this run kept latents and no image to lay a map over. Leave output_type= out.")
-        return self.run.images[row]
+        return self.run.images[self._find_row(row)]
+
+    def _find_row(self, row: int) -> int:
+        """One of the rows with maps; those of concepts come after them."""
+        return to_indices(row, next(iter(self.tensors.values())).shape[2], "row", "there are", "images")[0]
 
     def _one(self, word: str | None) -> str:
         if word is None and len(self.words) > 1:
@@ -111,14 +123,12 @@ class WordMap:
     def _mean(self, word: str | None, block: int | None, row: int) -> np.ndarray:
         """The mean over steps and blocks of one row's map, or of one block's: [h, w]."""
         word = self._one(word)
-        if block is not None and block not in self.blocks:
-            raise SiteError(f"block {block} was not read; there are {', '.join(map(str, self.blocks))}.")
-        kept = self[word] if block is None else self.tensors[word][self.blocks.index(block)]
-        if not 0 <= row < kept.shape[1]:
-            raise OpError(f"row {row} does not exist: there are {kept.shape[1]}, from 0.")
+        kept = self[word]
+        if block is not None:
+            kept = self.tensors[word][self.blocks.index(find_kept(block, self.blocks, self.depth))]
         if kept.ndim != 4:
             raise OpError(f"the maps of a video are [step, row, f, h, w]; draw frames of found[{word!r}] one by one.")
-        return kept[:, row].mean(0).numpy()
+        return kept[:, self._find_row(row)].mean(0).numpy()
 
 
 def word_map(
@@ -230,7 +240,7 @@ def _map_by_attention(
     with watch.on(lens.pipe.transformer):
         run = lens.run(prompt, asked.ops, **asked.call)
     kept = torch.stack(list(watch.stack_kept().values()))
-    return WordMap(_part(kept, words, run), tuple(modules), tuple(chosen), "attention", run)
+    return WordMap(_part(kept, words, run), tuple(modules), tuple(chosen), "attention", run, lens.anatomy.depth)
 
 
 def _list_blocks(anatomy: Anatomy, blocks: int | Sequence[int] | None) -> Sequence[int]:
@@ -319,17 +329,17 @@ def _map_by_concept(
         raise OpError("words are compared with one another: give at least two, or concepts= to compare with.")
     if both := set(words) & set(concepts):
         raise OpError(f"{min(both)!r} is a word and a concept. Name it once.")
-    lens.outline(prompt, **asked.call)  # told first, what is wrong with the call alone
-    probes: list[Op] = []
+    probes, call = [], asked.call
+    lens.outline(prompt, **call)  # told first, what is wrong with the call alone
     if concepts:
-        refuse_several_images({**lens.defaults, **asked.call}, "concepts read one image")
+        refuse_several_images({**lens.defaults, **call}, "concepts read one image")
         if not isinstance(prompt, str):
             raise PromptError("concepts read the image of one prompt: give one, as a string.")
         rows = list(range(1, 1 + len(concepts)))
         probes = [Swap("blocks.*.img.resid_pre", source="row:0", rows=rows, branch="cond")]
-        prompt = [prompt, *concepts]
+        prompt, call = [prompt, *concepts], _share_with_concepts(lens, call, len(concepts))
     found = _find_outputs(lens, asked.blocks)
-    outline = lens.outline(prompt, **asked.call)
+    outline = lens.outline(prompt, **call)
     text, chosen = outline.text(), outline.select(asked.steps)
     images = 1 if concepts else outline.rows
     tokens = _find_words(text, images, words)
@@ -339,9 +349,20 @@ def _map_by_concept(
         Apply([img, txt], fn=compare, steps=chosen, branch="cond", channels=_find_channels(lens, img, asked.heads))
         for img, txt in found.values()
     ]
-    run = lens.run(prompt, [*probes, *list_ops(asked.ops), *reads], **asked.call)
+    run = lens.run(prompt, [*probes, *list_ops(asked.ops), *reads], **call)
     kept = torch.stack([torch.stack([compare.kept[step, block] for step in chosen]) for block in found])
-    return WordMap(_part(kept, [*words, *concepts], run), tuple(found), tuple(chosen), "concept", run)
+    return WordMap(
+        _part(kept, [*words, *concepts], run), tuple(found), tuple(chosen), "concept", run, lens.anatomy.depth
+    )
+
+
+def _share_with_concepts(lens: Session, call: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The call of one prompt as that of a batch with so many concepts, whose rows are given what row 0 is given."""
+    if isinstance(call.get("generator"), list | tuple):
+        raise PromptError("generator= lists one for each image, and concepts take rows of the batch. Pass seed=.")
+    shared = Division.of(lens.pipe, lens.family).share(call, [0] * (1 + count), 1)
+    seed = call.get("seed")
+    return {**shared, "seed": list_values(seed)[0]} if is_several(seed) else shared
 
 
 def _find_outputs(lens: Session, blocks: int | Sequence[int] | None) -> dict[int, tuple[str, str]]:

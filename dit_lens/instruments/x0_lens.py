@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dit_lens.arguments.saving import saved_by
+from dit_lens.core.request.indices import to_indices
 from dit_lens.core.request.ops import Read
 from dit_lens.families.sites import list_patterns
 from dit_lens.instruments.latents import decode_latents, find_autoencoder
@@ -40,10 +42,13 @@ class X0:
 
     pictures = OldName("images")
 
+    save = saved_by("Its run has, found.run.save(folder); each image of found.images has a save of its own.")
+
     def figure(self, row: int = 0) -> go.Figure:
         """One prompt's images: steps from top to bottom, blocks from left to right."""
         from dit_lens.plots import sheet
 
+        row = to_indices(row, len(next(iter(self.images.values()))[0]), "row", "there are", "images")[0]
         sigmas = self.run.sigmas
         names = [f"step {step}<br>noise {sigmas[step]:.2f}" for step in self.steps]
         columns = [site.removesuffix(".img.x0").replace("blocks.", "block ") for site in self.images]

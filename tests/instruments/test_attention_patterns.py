@@ -66,6 +66,13 @@ def test_the_image_is_the_same_and_no_hook_stays():
     found = zoo.lens.read_pattern(block=[0, -1], heads=[0], **call_of(zoo))
     assert torch.equal(zoo.drawn(found.run), zoo.plain().drawn)
     assert list(found.tensors) == [0, 4]
+    assert torch.equal(found[-1], found[4])
+    assert torch.equal(found[-5], found[0])
+    assert torch.equal(found.between(-1, "img", "txt"), found.between(4, "img", "txt"))
+    assert torch.equal(found.incoming(-1, "txt"), found.incoming(4, "txt"))
+    for gone in (-2, -6, 5):
+        with pytest.raises(SiteError, match=rf"block {gone} was not read; there are 0, 4\."):
+            found[gone]
     assert not any(module._forward_pre_hooks for module in zoo.lens.pipe.transformer.modules())  # noqa: SLF001
 
 

@@ -1,5 +1,6 @@
 """Maps of words: the share of full patterns of attention, and what plain hooks on attention's outputs give."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -123,6 +124,23 @@ def test_concepts_read_the_image_and_are_read_by_nothing(flux):
     torch.testing.assert_close(total, torch.ones_like(total))
 
 
+def test_concepts_are_given_what_the_prompt_is_given(flux):
+    """What is listed for one prompt is enough, whatever rows its concepts take."""
+    drawn = flux.run(PROMPT, seed=5, num_inference_steps=2)
+    call = {"negative_prompt": [""], "num_inference_steps": 2}
+    found = flux.word_map(PROMPT, "circle", method="concept", concepts=["square", "green"], seed=[5], **call)
+    assert found.run.images[0].tobytes() == drawn.images[0].tobytes()
+    assert found.mask("circle", row=-1).sum() == found.mask("circle").sum()
+    assert found.overlay("square", row=-1).layout.images == found.overlay("square").layout.images
+    with pytest.raises(OpError, match="row 1 does not exist: there are 1 images"):
+        found.mask("circle", row=1)
+    with pytest.raises(PromptError, match="seed= lists 2 seeds for 1 images"):
+        flux.word_map(PROMPT, "circle", method="concept", concepts=["square"], seed=[5, 6], **call)
+    generators = [torch.Generator()]
+    with pytest.raises(PromptError, match=r"generator= lists one for each image.*Pass seed="):
+        flux.word_map(PROMPT, "circle", method="concept", concepts=["square"], generator=generators, **call)
+
+
 def test_words_of_the_prompt_are_compared_without_a_further_row(flux):
     found = flux.word_map([PROMPT, PROMPT], ["red", "blue"], method="concept", heads=[0, 2], blocks=-1, **CALL)
     run = flux.run([PROMPT, PROMPT], [dl.Read("blocks.7.{img,txt}.attn.z")], **CALL)
@@ -188,8 +206,12 @@ def test_refusals(flux, sana):
         bare.figure()
     with pytest.raises(OpError, match="Say which is meant"):
         found.mask()
-    with pytest.raises(SiteError, match="block 5 was not read; there are 0, 1"):
-        found.mask("red", block=5)
+    for gone in (5, -1, -9):
+        with pytest.raises(SiteError, match=f"block {gone} was not read; there are 0, 1"):
+            found.mask("red", block=gone)
+    np.testing.assert_array_equal(found.mask("red", block=-8), found.mask("red", block=0))
+    np.testing.assert_array_equal(found.mask("red", row=-1), found.mask("red", row=0))
+    assert "block 1" in found.overlay("red", block=-7).layout.title.text
     with pytest.raises(OpError, match=r"no map of 'rde'.*'red'"):
         found["rde"]
     with pytest.raises(OpError, match="row 1 does not exist"):
