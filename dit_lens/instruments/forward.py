@@ -49,7 +49,7 @@ def forward(
     refuse_several_images({**lens.defaults, **call}, "each image passes once")
     images = list_images(images)
     prompts = list_prompts(prompt, images)
-    call = {**call, **turn_off_guidance(lens), "num_inference_steps": 1}
+    call = {**turn_off_guidance(lens, call), "num_inference_steps": 1}
     latents, grid = encode_images(lens, images, prompts, call)
     noise = torch.randn(latents[:1].shape, generator=torch.Generator().manual_seed(seed))  # the same for every image
     # Flow matching (arXiv 2210.02747): x_t = (1 - s) x_0 + s noise

@@ -91,7 +91,7 @@ def invert(
     images = list_images(images)
     prompts = list_prompts(prompts, images)
     refuse_several_images({**lens.defaults, **call}, "each image is inverted once")
-    call = {**call, **turn_off_guidance(lens)}
+    call = turn_off_guidance(lens, call)
     latents, grid = encode_images(lens, images, prompts, call)
     call |= {"seed": 0, "output_type": "latent"}
     with lens.engine.turn.hold(), lens.quiet(), change_schedule(lens.pipe, _reverse):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dit_lens.core.request.call import needs_weights
-from dit_lens.errors import FamilyError, OpError
+from dit_lens.errors import FamilyError, OpError, PromptError
 from dit_lens.families.layout import pack, regroup, unpack
 from dit_lens.old_names import find_old_names
 
@@ -102,7 +102,7 @@ def encode_images(
     latents = latents[:, :, 0] if frames else latents
     side = isqrt(lens.anatomy.latent_width // latents.shape[1])
     grid = (latents.shape[2] // side, latents.shape[3] // side)
-    _check_size(lens, images[0], grid, prompts, call)
+    _check_size(lens, images[0], grid, prompts, call, len(images))
     return pack_latents(lens, latents).cpu(), grid
 
 
@@ -210,10 +210,18 @@ def _find_processor(pipe: DiffusionPipeline) -> Any:
 
 
 def _check_size(
-    lens: Session, image: Image, grid: tuple[int, int], prompts: Sequence[str] | None, call: Mapping[str, Any]
+    lens: Session,
+    image: Image,
+    grid: tuple[int, int],
+    prompts: Sequence[str] | None,
+    call: Mapping[str, Any],
+    count: int,
 ) -> None:
-    """Refuses an image whose tokens have another grid than those of the run."""
-    expected = lens.outline(prompts, **{"seed": 0, **call}).grid
+    """Refuses images that are not as many as those of the run, or whose tokens have another grid."""
+    outline = lens.outline(prompts, **{"seed": 0, **call})
+    expected = outline.grid
+    if outline.rows != count:
+        raise PromptError(f"the call is of {outline.rows} images, and {count} are given. Give one for each.")
     if expected is not None and tuple(expected) != grid:
         w, h = image.size
         wanted = (w * expected[1] // grid[1], h * expected[0] // grid[0])

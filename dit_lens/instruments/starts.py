@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dit_lens.errors import FamilyError
+from dit_lens.errors import FamilyError, PromptError
 from dit_lens.families.sources import check_source
 
 if TYPE_CHECKING:
@@ -47,16 +47,28 @@ def list_images(images: Image | Sequence[Image]) -> list[Image]:
 
 
 def list_prompts(prompts: Sequence[str] | str | None, images: Sequence[Image]) -> list[str] | None:
-    """A prompt for every image, where there are prompts."""
-    if prompts is None:
-        return None
-    return [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
+    """A prompt for every image, where there are prompts; PromptError for a list of another number."""
+    if prompts is None or isinstance(prompts, str):
+        return None if prompts is None else [prompts] * len(images)
+    if len(prompts) != len(images):
+        raise PromptError(
+            f"{_count(len(prompts), 'prompt')} for {_count(len(images), 'image')}. Give one prompt for all images, as "
+            "a string, or one for each."
+        )
+    return list(prompts)
 
 
-def turn_off_guidance(lens: Session) -> dict[str, Any]:
-    """The argument with which a pipeline makes conditional forward passes only."""
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def turn_off_guidance(lens: Session, call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call in which the pipeline makes conditional forward passes only."""
     guidance = lens.family.pipeline(type(lens.pipe)).guidance
-    return {} if guidance is None or guidance.scale is None else {guidance.scale: guidance.above}
+    if guidance is None or guidance.scale is None:
+        return dict(call)
+    unused = dict.fromkeys(name for name in guidance.negative if lens.defaults.get(name) is not None)
+    return {**unused, **call, guidance.scale: guidance.above}  # pipelines warn of a negative prompt without guidance
 
 
 @contextmanager

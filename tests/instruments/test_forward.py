@@ -8,7 +8,8 @@ from PIL import Image
 
 import dit_lens as dl
 from dit_lens import Read, Zero
-from dit_lens.errors import DitLensError, FamilyError, OpError
+from dit_lens.errors import DitLensError, FamilyError, OpError, PromptError
+from dit_lens.instruments.inversion import invert, noised_reference
 from dit_lens.instruments.latents import as_latents_argument, encode_images
 from tests.instruments.test_inversion import with_autoencoder
 
@@ -121,6 +122,33 @@ def test_every_form_of_latents_is_passed_at_the_level_that_was_asked(name):
     torch.testing.assert_close(first[:1].reshape(given.shape), given, rtol=1e-5, atol=1e-6)
     assert len(seen) == 1
     assert run.sigmas == pytest.approx((0.3,))
+
+
+def test_a_negative_prompt_of_the_defaults_is_not_warned_of(image, capfd, caplog):
+    """Qwen-Image's pipeline tells of one that has no effect without guidance; the toy's defaults hold one."""
+    qwen = dl.DiTLens.toy("qwen-image")
+    assert qwen.defaults["negative_prompt"] == ""
+    run = qwen.forward(image, PROMPT, sigma=0.3)
+    assert run.spec["call"]["true_cfg_scale"] == 1
+    assert "negative_prompt is passed" not in capfd.readouterr().err + caplog.text
+
+
+def test_there_is_a_prompt_for_all_or_each(flux, image, monkeypatch):
+    two = flux.encode([PROMPT, PROMPT])
+    assert len(flux.forward([image, image], None, sigma=0.3, **two).images) == 2
+    monkeypatch.setattr(flux.engine, "generate", lambda *_: pytest.fail("it draws"))
+    for work in (
+        lambda images, prompts: flux.forward(images, prompts, sigma=0.3),
+        flux.encode_image,
+        lambda images, prompts: invert(flux, images, prompts),
+        lambda images, prompts: noised_reference(flux, images, seed=0, prompts=prompts),
+    ):
+        with pytest.raises(PromptError, match=r"2 prompts for 1 image\. Give one prompt for all images"):
+            work([image], [PROMPT, PROMPT])
+        with pytest.raises(PromptError, match=r"1 prompt for 2 images\."):
+            work([image, image], [PROMPT])
+    with pytest.raises(PromptError, match=r"the call is of 2 images, and 3 are given"):
+        flux.forward([image] * 3, None, sigma=0.3, **two)
 
 
 def test_refusals(flux, image):
