@@ -70,10 +70,14 @@ class DiTLens(Session):
     def from_pretrained(cls, path: str | Path, **options: Any) -> Self:
         """Loads a pipeline folder or repository with ``DiffusionPipeline.from_pretrained`` and looks inside it.
 
+        path: the folder or repository, or a toy as on the command line: "toy:flux".
         options: passed to diffusers unchanged (``dtype=``, ``revision=``, ``device_map=`` ...).
         """
         from diffusers import DiffusionPipeline
 
+        from dit_lens.toys import find_pipeline
+
+        path = find_pipeline(path)
         check_pipeline(Path(path))
         try:
             pipe = DiffusionPipeline.from_pretrained(str(path), **options)
@@ -122,7 +126,8 @@ class DiTLens(Session):
         server, and comes back as it would have been made here: images, reads, receipt. What has to have the weights
         at hand (gradients, ``read_x0``, ``read_pattern``, ``encode``) is refused.
 
-        model: a repository, or a folder that the server knows by the same name (``dit-lens serve``: its last part).
+        model: a repository, a toy as "toy:flux", or a folder that the server knows by the same name (its last part,
+            with ``dit-lens serve``).
         host: the server's address, such as "http://localhost:8001"; ``nnsight.CONFIG.API.HOST`` by default.
         token: what lets in, as ``dit-lens serve`` printed it; ``nnsight.CONFIG.API.APIKEY`` by default.
         revision: of the repository.
@@ -130,7 +135,9 @@ class DiTLens(Session):
 
         Raises StoreError if there is no such pipeline, ExecutionError if ``host`` is not a valid address.
         """
-        stand_in = pipeline_without_weights(model, revision)
+        from dit_lens.toys import find_pipeline
+
+        stand_in = pipeline_without_weights(find_pipeline(model), revision)
         return cls(stand_in.pipeline, engine=RemoteEngine(stand_in, host, timeout, token))
 
     @in_turn

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 
 from dit_lens.arguments.checks import checked, checked_but
+from dit_lens.arguments.saving import saved_by
 from dit_lens.core.execution.remote import RemoteEngine, pipeline_without_weights
-from dit_lens.core.request.spec import read_spec
+from dit_lens.core.request.spec import list_unkept, read_spec
 from dit_lens.core.runs.files import read_versioned, report_damage, report_unwritten, write_json
+from dit_lens.core.runs.provenance import holds_unsaved
 from dit_lens.core.session import Session
 from dit_lens.errors import DitLensError, ExecutionError, StoreError, nearest
 
@@ -41,6 +43,8 @@ class Job:
     known: whether the server keeps and ends jobs by their names, as ``dit-lens serve`` does.
     asked: the arguments of the run.
     """
+
+    save = saved_by("What is needed to collect it was kept when it was sent: Job.load(job.id).")
 
     def __init__(self, lens: Session, batches: tuple[str, ...], asked: Mapping[str, Any], *, known: bool):
         self.id = batches[0]
@@ -113,6 +117,12 @@ class Job:
         Raises StoreError where no such job was sent, or where it had tensors or functions, which are not kept.
         """
         kept = _recall(name)
+        if holds_unsaved(kept["spec"]):
+            raise StoreError(
+                f"the job {name!r} was sent with values that JSON cannot keep, such as functions: "
+                f"{', '.join(list_unkept(kept['spec']))}. The process that sent it can collect it, job.result(); from "
+                "another one, send the work again."
+            )
         ops, call = read_spec(kept["spec"])
         model = pipeline_without_weights(kept["model"], kept["revision"])
         lens = Session(cast("Any", model.pipeline), engine=RemoteEngine(model, kept["host"], token=token), defaults={})

@@ -13,6 +13,7 @@ import torch
 
 from dit_lens import families
 from dit_lens.arguments.numbers import as_plain
+from dit_lens.arguments.saving import saved_by
 from dit_lens.arguments.signatures import told
 from dit_lens.core.execution.assemble import assemble
 from dit_lens.core.execution.blocks import Blocks
@@ -64,6 +65,8 @@ class Session:
 
     Raises FamilyError when no family describes the pipeline, or when its structure differs from what the family says.
     """
+
+    save = saved_by("Its pipeline has, lens.pipe.save_pretrained(folder), and a run, run.save(folder).")
 
     @told
     def __init__(

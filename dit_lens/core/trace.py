@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
+from dit_lens.arguments.saving import saved_by
 from dit_lens.core.request.ops import OPS, Op, Read
 from dit_lens.errors import CallError, NotYetError, OpError, nearest
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 class Handle(Mapping[str, "Tensor"]):
     """What ``t.read`` returns: a mapping site -> tensor once the run is done."""
+
+    save = saved_by("A read is kept without it: leave .save() out. Afterwards, t.run.save(folder) writes the run.")
 
     def __init__(self, trace: Trace, number: int):
         self._trace, self._number = trace, number

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from dit_lens.arguments.checks import checked
 from dit_lens.arguments.functions import name_of, told_end
+from dit_lens.arguments.saving import saved_by
 from dit_lens.arguments.signatures import sets
 from dit_lens.core.request.division import refuse_several_images
 from dit_lens.core.request.ops import Apply
@@ -46,6 +47,8 @@ class Gradients(Mapping[str, Tensor]):
     tensors: dict[str, Tensor] = field(repr=False)
     steps: tuple[int, ...]
     run: Run = field(repr=False)
+
+    save = saved_by("Its run has, found.run.save(folder); its numbers are found.tensors, site -> tensor.")
 
     def __getitem__(self, site: str) -> Tensor:
         if not isinstance(site, str) or site not in self.tensors:

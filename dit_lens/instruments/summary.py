@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dit_lens.errors import show
+
 if TYPE_CHECKING:
     from dit_lens.core.session import Session
     from dit_lens.families import Guidance
@@ -33,6 +35,11 @@ def summarise_lens(lens: Session) -> list[tuple[str, str]]:
         ),
         ("grid", f"{grid[0]} x {grid[1]} image tokens by default" if grid else "known when it runs"),
         ("guidance", ("a guidance scale is embedded; " if embedded else "") + guidance),
+        *(
+            [("call", ", ".join(f"{name}={show(value)}" for name, value in lens.defaults.items()))]
+            if lens.defaults
+            else []
+        ),
         ("checks", f"{', '.join(check.name for check in lens.checks)} passed"),
         ("on", lens.engine.device_name),
     ]

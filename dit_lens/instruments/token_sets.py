@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dit_lens.arguments.numbers import check_number
+from dit_lens.core.request.call import needs_weights
 from dit_lens.core.request.ops import Apply
 from dit_lens.core.request.token_set import TokenSet
 from dit_lens.errors import OpError, PromptError, SiteError, check_choice, warn
@@ -37,6 +38,7 @@ def find_token_set(
     **call: Any,
 ) -> TokenSet:
     """See :meth:`dit_lens.DiTLens.find_tokens`."""
+    needs_weights(lens.pipe, "finding tokens needs")  # norms and patterns are taken beside the run, and kept here
     check_choice(kind, tuple(OVER), "kind of tokens")
     if over is not None and k is not None:
         raise OpError("over= and k= are two rules for the same tokens. Give one of them.")

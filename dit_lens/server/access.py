@@ -67,8 +67,6 @@ class Access:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or self._admits(scope):
             await self._app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})  # before it was accepted: HTTP status 403
         else:
             await _refuse(scope, send)
 
@@ -97,5 +95,6 @@ async def _refuse(scope: Scope, send: Send) -> None:
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
     if _is_page(scope):
         headers.append((b"www-authenticate", b'Basic realm="dit-lens: the token is the password", charset="UTF-8"'))
-    await send({"type": "http.response.start", "status": 401, "headers": headers})
-    await send({"type": "http.response.body", "body": REFUSAL})
+    before = "websocket." if scope["type"] == "websocket" else ""  # which is answered before it is accepted
+    await send({"type": f"{before}http.response.start", "status": 401, "headers": headers})
+    await send({"type": f"{before}http.response.body", "body": REFUSAL})

@@ -115,9 +115,9 @@ def _build(pipeline: str, options: ServeOptions, token: str, folder: Path) -> tu
     from dit_lens.server.names import Served
     from dit_lens.server.sessions import Sessions
     from dit_lens.server.work import Work, load
-    from dit_lens.toys import path
+    from dit_lens.toys import find_pipeline
 
-    named = path(pipeline.removeprefix("toy:")) if pipeline.startswith("toy:") else Path(pipeline)
+    named = Path(find_pipeline(pipeline))
     local = named.is_dir()
     name = str(named.resolve()) if local else pipeline
     model = load(name, options.device, options.dtype)

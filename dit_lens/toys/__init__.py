@@ -65,6 +65,15 @@ def path(name: str) -> Path:
     raise StoreError(f"there is no toy called {name!r}.{nearest(name, sorted(known))}")
 
 
+def find_pipeline(name: str | Path) -> str | Path:
+    """The folder of "toy:flux"; any other folder or repository as it is.
+
+    >>> find_pipeline("toy:flux") == path("flux"), find_pipeline("black-forest-labs/FLUX.1-dev")
+    (True, 'black-forest-labs/FLUX.1-dev')
+    """
+    return path(name.removeprefix("toy:")) if isinstance(name, str) and name.startswith("toy:") else name
+
+
 @checked
 def train_command(name: str) -> str:
     """The command that trains a toy, which leaves its pipeline in DIR/pipeline.

@@ -73,7 +73,7 @@ def test_without_the_token_there_is_nothing(server):
         lines = [f"{name}: {value if isinstance(value, str) else 'x'}" for name, value in headers.items()]
         with pytest.raises(websocket.WebSocketBadStatusException) as refused:
             websocket.create_connection(f"{server.host.replace('http', 'ws')}/subscribe", header=lines)
-        assert refused.value.status_code == 403
+        assert refused.value.status_code == 401
     with pytest.raises(websocket.WebSocketBadStatusException):
         websocket.create_connection(f"{server.host.replace('http', 'ws')}/subscribe?ndif-api-key={TOKEN}")
 

@@ -120,7 +120,7 @@ def test_another_process_collects(here, there, starter, cache):
         with pytest.raises(OpError, match="is not a number of seconds above 0"):
             job.result(timeout=wrong)
     own = there.submit("red", slowly(0.0), seed=0)
-    with pytest.raises(PromptError, match=r"values that JSON cannot keep.*ops\[0\]"):
+    with pytest.raises(StoreError, match=r"values that JSON cannot keep.*ops\[0\].*The process that sent it"):
         dl.Job.load(own.id, token=TOKEN)
 
 

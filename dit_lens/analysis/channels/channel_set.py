@@ -24,6 +24,7 @@ from dit_lens.analysis.channels.statistics import (
     to_vector,
 )
 from dit_lens.arguments.checks import checked, checked_fields
+from dit_lens.arguments.saving import saved_by
 from dit_lens.errors import OpError, SiteError, check_choice, nearest, show
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class ChannelSet(Mapping[str, tuple[int, ...]]):
     arm: str = "top"
     matched: bool = True
     note: str = ""
+
+    save = saved_by("json.dumps(channels.to_json()) is its text, and ChannelSet.from_json(data) the way back.")
 
     def __post_init__(self) -> None:
         check_choice(self.arm, ARMS, "arm")

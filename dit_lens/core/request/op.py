@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dit_lens.arguments.functions import name_of
 from dit_lens.arguments.numbers import as_plain, list_entries, to_number
+from dit_lens.arguments.saving import saved_by
 from dit_lens.core.request.indices import list_items
 from dit_lens.core.request.token_set import TokenSet
 from dit_lens.errors import OpError
@@ -147,6 +148,8 @@ class Op:
     edits: ClassVar[bool] = True  # whether it changes what it finds
     sees_rows: ClassVar[bool] = False  # whether it is given its rows in the order in which they are named
     exact_under_gate: ClassVar[bool] = False  # whether op(gate * x) = gate * op(x), so that x may be edited instead
+
+    save = saved_by("dit_lens.ops.to_json(op) is plain data, and from_json the way back; a run saves its ops with it.")
 
     def __init_subclass__(cls) -> None:
         OPS[cls.__name__] = cls

@@ -41,7 +41,7 @@ def read_spec(spec: Any) -> tuple[list[Op], dict[str, Any]]:
     if holds_unsaved(spec):
         raise PromptError(
             "this run was made with values that JSON cannot keep, so it cannot be repeated from its spec: "
-            f"{', '.join(_unkept(spec))}. Call lens.run again with them."
+            f"{', '.join(list_unkept(spec))}. Call lens.run again with them."
         )
     if odd := [name for name in spec["call"] if not isinstance(name, str) or name in OTHERS]:
         raise PromptError(f"this is not the spec of a run: its call holds {odd[0]!r}. Pass run.spec.")
@@ -78,7 +78,7 @@ def _describe(op: Op) -> dict[str, Any]:
         return {"unsaved": repr(op)}
 
 
-def _unkept(spec: Mapping[str, Any]) -> list[str]:
-    """What of a spec was not kept, by name."""
+def list_unkept(spec: Mapping[str, Any]) -> list[str]:
+    """What of a spec JSON could not keep, by name."""
     arguments = [f"{name}=" for name, value in spec["call"].items() if holds_unsaved(value)]
     return [*arguments, *(f"ops[{i}]" for i, op in enumerate(spec["ops"]) if holds_unsaved(op))]

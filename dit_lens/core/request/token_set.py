@@ -8,6 +8,7 @@ from typing import Any
 
 from dit_lens.arguments.checks import checked, checked_fields
 from dit_lens.arguments.numbers import to_int
+from dit_lens.arguments.saving import saved_by
 from dit_lens.errors import OpError, SiteError, nearest, show
 
 PARTS = ("tokens", "kind", "count", "peaks")  # of its JSON
@@ -36,6 +37,8 @@ class TokenSet(Mapping[str, tuple[tuple[int, ...], ...]]):
     kind: str = "tokens"
     count: int | None = None
     peaks: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    save = saved_by("json.dumps(tokens.to_json()) is its text, and TokenSet.from_json(data) the way back.")
 
     def __post_init__(self) -> None:
         plain = {str(site): tuple(_as_tokens(site, some) for some in steps) for site, steps in self.tokens.items()}

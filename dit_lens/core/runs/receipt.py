@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.arguments.checks import checked
+from dit_lens.arguments.saving import saved_by
 from dit_lens.core.runs.record import ENTRY, check_record
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Receipt:
     """What every edit of a run touched; ``table`` has one line per op, site and branch."""
 
     entries: tuple[Entry, ...] = ()
+
+    save = saved_by("It is saved with its run, run.save(folder); its table writes itself: receipt.table.to_csv(file).")
 
     @property
     def table(self) -> pd.DataFrame:

@@ -162,6 +162,8 @@ def test_mistakes_are_found_before_anything_is_sent(lenses, served):
         lambda lens: dl.studies.patching(lens, [("red", "blue")]),
         lambda lens: dl.studies.transfer(lens, [("red", "blue")]),
         lambda lens: lens.read_pattern("red", 2, heads=0),
+        lambda lens: lens.find_tokens("red", seed=0),
+        lambda lens: lens.find_tokens("red", "sinks", k=1, seed=0),
         lambda lens: lens.gradients("red", "blocks.2.img", metric=torch.mean),
         lambda lens: lens.to("cpu"),
     ],
@@ -267,6 +269,10 @@ def test_what_the_configuration_says_of_guidance_is_known(tmp_path):
 
 def test_a_toy_brings_its_defaults():
     there = DiTLens.remote(toys.path("flux"), host=HOST)
+    assert DiTLens.remote("toy:flux", host=HOST).engine.server == there.engine.server
+    assert DiTLens.from_pretrained("toy:flux").pipe.name_or_path == str(toys.path("flux"))
+    with pytest.raises(StoreError, match=r"no toy called 'flax'.*'flux'"):
+        DiTLens.remote("toy:flax", host=HOST)
     assert there.defaults == DiTLens.toy().defaults
     with pytest.raises(PromptError, match="'purple-ish'"):
         there.run("a purple-ish circle")

@@ -1,6 +1,7 @@
 """A saved run equals the loaded one, in a process without the model; runs are compared and repeated."""
 
 import copy
+import html
 import json
 import pickle
 import subprocess
@@ -172,6 +173,9 @@ def test_reprs_teach(run, cfg_lens):
     for word in ("FLUX.1", "double 0-1, single 2-4", "32 channels", "8 x 12", "true_cfg_scale", "checks"):
         assert word in text
     assert "<table" in cfg_lens._repr_html_()
+    for name, value in cfg_lens.defaults.items():
+        assert f"{name}={value!r}" in text
+        assert f"{name}={html.escape(repr(value))}" in cfg_lens._repr_html_()
     assert "data:image/png;base64," in run._repr_html_()
     assert "a blue one" not in repr(run)
     assert "Zero blocks.2.img" in repr(run.receipt)
