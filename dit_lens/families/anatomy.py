@@ -182,6 +182,7 @@ class Anatomy:
             raise SiteError(f"no site is called {name!r}.{nearest(name, self._by_name)}")
         return self._by_name[name]
 
+    @checked
     def find_site(self, pattern: str) -> Site:
         """The one site that a full name or a pattern means; SiteError where it means none or several."""
         if pattern in self._by_name:

@@ -65,6 +65,7 @@ def path(name: str) -> Path:
     raise StoreError(f"there is no toy called {name!r}.{nearest(name, sorted(known))}")
 
 
+@checked
 def find_pipeline(name: str | Path) -> str | Path:
     """The folder of "toy:flux"; any other folder or repository as it is.
 

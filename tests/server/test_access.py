@@ -93,7 +93,7 @@ def test_a_password_opens_the_page_and_nothing_else(server, folder):
 
 def test_a_lens_with_the_wrong_token(server, folder):
     lens = connect(folder, server.host, token="wrong")
-    with pytest.raises(ExecutionError, match=r"refused the connection \(HTTP status 403\)\. Is the key right"):
+    with pytest.raises(ExecutionError, match=r"refused the connection \(HTTP status 401\)\. Is the key right"):
         lens.run("red", seed=0)
 
 

@@ -46,6 +46,7 @@ def _add(found, name, value):
             if (
                 not own.startswith("_")
                 and inspect.isfunction(plain)
+                and plain.__module__ != "dit_lens.arguments.saving"  # which refuses whatever it is given
                 and inspect.signature(plain).parameters.keys() - {"self", "cls"}
             ):
                 found.setdefault(f"{name}.{own}", getattr(value, own))
