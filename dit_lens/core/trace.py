@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
+from dit_lens.arguments.mappings import NamedMapping
 from dit_lens.arguments.saving import saved_by
 from dit_lens.core.request.ops import OPS, Op, Read
 from dit_lens.errors import CallError, NotYetError, OpError, nearest
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from dit_lens.core.runs.run import Run
 
 
-class Handle(Mapping[str, "Tensor"]):
+class Handle(NamedMapping["Tensor"]):
     """What ``t.read`` returns: a mapping site -> tensor once the run is done."""
 
     save = saved_by("A read is kept without it: leave .save() out. Afterwards, t.run.save(folder) writes the run.")

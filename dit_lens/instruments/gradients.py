@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from dit_lens.arguments.checks import checked
 from dit_lens.arguments.functions import name_of, told_end
+from dit_lens.arguments.mappings import NamedMapping
 from dit_lens.arguments.saving import saved_by
 from dit_lens.arguments.signatures import sets
 from dit_lens.core.request.division import refuse_several_images
@@ -34,7 +35,7 @@ PairMetric = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Gradients(Mapping[str, Tensor]):
+class Gradients(NamedMapping[Tensor]):
     """What :meth:`dit_lens.DiTLens.gradients` found: a mapping site -> [s, b, n, d].
 
     value: the metric, one number; through one step [s], one for each.

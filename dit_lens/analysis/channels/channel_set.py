@@ -24,6 +24,7 @@ from dit_lens.analysis.channels.statistics import (
     to_vector,
 )
 from dit_lens.arguments.checks import checked, checked_fields
+from dit_lens.arguments.mappings import NamedMapping
 from dit_lens.arguments.saving import saved_by
 from dit_lens.errors import OpError, SiteError, check_choice, nearest, show
 
@@ -39,7 +40,7 @@ ENERGY_TOLERANCE = 0.8
 
 @checked_fields
 @dataclass(frozen=True, eq=False, repr=False)
-class ChannelSet(Mapping[str, tuple[int, ...]]):
+class ChannelSet(NamedMapping[tuple[int, ...]]):
     """Chosen channels per site, with the scores that chose them; makes its own control sets.
 
     >>> import torch

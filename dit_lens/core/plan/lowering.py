@@ -310,9 +310,10 @@ def check_origin(op: Op, anatomy: Anatomy, outline: Outline) -> None:
         value.check(type(op).__name__, anatomy.family.name, outline.steps)
     if isinstance(op.channels, ChannelSet):
         for site in anatomy.sites:
-            if site.name in op.channels and len(op.channels.scores[site.name]) != anatomy.channels(site):
+            scores = op.channels.scores.get(site.name)
+            if scores is not None and len(scores) != anatomy.channels(site):
                 raise OpError(
-                    f"{type(op).__name__}: channels= were ranked among {len(op.channels.scores[site.name])} at {site}, "
+                    f"{type(op).__name__}: channels= were ranked among {len(scores)} at {site}, "
                     f"which has {anatomy.channels(site)} here. Rank channels of this model."
                 )
 

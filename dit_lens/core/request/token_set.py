@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dit_lens.arguments.checks import checked, checked_fields
+from dit_lens.arguments.mappings import NamedMapping
 from dit_lens.arguments.numbers import to_int
 from dit_lens.arguments.saving import saved_by
 from dit_lens.errors import OpError, SiteError, nearest, show
@@ -16,7 +17,7 @@ PARTS = ("tokens", "kind", "count", "peaks")  # of its JSON
 
 @checked_fields
 @dataclass(frozen=True, repr=False)
-class TokenSet(Mapping[str, tuple[tuple[int, ...], ...]]):
+class TokenSet(NamedMapping[tuple[tuple[int, ...], ...]]):
     """For every site the tokens at every step of a run: a mapping site -> (tokens of step 0, of step 1, ...).
 
     >>> found = TokenSet({"blocks.3.img": [[7], [7, 9], []]})

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dit_lens.arguments.mappings import NamedMapping
 from dit_lens.arguments.saving import saved_by
 from dit_lens.arguments.signatures import told
 from dit_lens.core.runs.record import READING, check_record
@@ -52,7 +53,7 @@ class SiteTensor(Tensor):
 
 
 @dataclass(frozen=True)
-class Reading(Mapping[str, Tensor]):
+class Reading(NamedMapping[Tensor]):
     """One read of a run: site -> [s, b, n, d], or [s, 2, b, n, d] (cond first) when both branches were read.
 
     After a reduction the token axis is gone: [s, b, d, ...].

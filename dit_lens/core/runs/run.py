@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_lens.analysis.arrays import to_numpy
 from dit_lens.arguments.checks import checked
+from dit_lens.arguments.mappings import NamedMapping
 from dit_lens.core.runs.files import (
     file_inside,
     find_folder,
@@ -75,7 +76,7 @@ class Recording:
 
 
 @dataclass
-class Run(Mapping[str, Any]):
+class Run(NamedMapping[Any]):
     """Images and numbers of one run; a mapping of its reads, key -> tensor (or site -> tensor of a named read).
 
     images: PIL images in row order (empty when latents were asked for).
