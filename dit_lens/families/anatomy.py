@@ -23,14 +23,14 @@ from dit_lens.families.module_tree import (
 from dit_lens.families.row import Family, Time
 from dit_lens.families.schedulers import Noise
 from dit_lens.families.sites import MODEL_POINTS, POINTS, STREAMS, Site, match
-from dit_lens.families.stack import PointSpec, Stack
+from dit_lens.families.stack import CALLED, PointSpec, Stack
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
     from torch import nn
 
 
-HEADED = tuple(f"{module}.{part}" for module in ("attn", "cross") for part in "qkvz")
+HEADED = (*(f"{module}.{part}" for module in ("attn", "cross") for part in "qkvz"), *CALLED)
 
 
 class Anatomy:
@@ -125,7 +125,8 @@ class Anatomy:
             return f"the {_describe_blocks(stack)} of {self.family.name} have no {point}, or its row does not say where"
         if isinstance(spec, str):
             return f"the {_describe_blocks(stack)} of {self.family.name} have no {point}: {spec}"
-        if self.order and (stack.name, f".{spec.module}" if spec.module else "", spec.side) not in self.order:
+        side = "input" if spec.side == "attention" else spec.side
+        if self.order and (stack.name, f".{spec.module}" if spec.module else "", side) not in self.order:
             return f"{spec.module} of the {stack.name} blocks was not called when {self.family.name} was checked"
         return self._find_missing(block, spec)
 
@@ -143,7 +144,7 @@ class Anatomy:
         module = self._find_inner(block, spec.module)
         if module is None:
             return f"block {block} has no module {spec.module}"
-        if isinstance(spec.slot, str) and spec.slot not in parameters_of(type(module).forward):
+        if spec.side == "input" and isinstance(spec.slot, str) and spec.slot not in parameters_of(type(module).forward):
             return f"block {block} takes no argument {spec.slot}"
         if spec.adapter is not None and spec.adapter not in class_names(getattr(module, "processor", None)):
             return f"no IP-Adapter is loaded there (its {spec.module} is not computed by a {spec.adapter})"
@@ -285,6 +286,8 @@ class Anatomy:
         if site.point == "mod.final":
             asked = self.family.final.mod_width
             return self.width if asked is None else self.modules.measure(asked)
+        if site.point in CALLED:
+            return self.channels(replace(site, point=site.point.removesuffix("_rot")))
         spec = self._spec_of(site)
         if spec is None or spec.half is not None:
             return self.width
@@ -297,7 +300,8 @@ class Anatomy:
     def heads(self, site: Site) -> list[range]:
         """The channels of every head at a point of attention; SiteError elsewhere."""
         spec = self._spec_of(site) if site.point in HEADED else None
-        paths = [] if spec is None else [spec.module.rpartition(".")[0], spec.module.split(".")[0]]
+        own = [spec.module] if spec is not None and spec.side == "attention" else []
+        paths = [] if spec is None else [*own, spec.module.rpartition(".")[0], spec.module.split(".")[0]]
         modules = [self._find_inner(site.block or 0, path) for path in paths]
         count = next(filter(None, map(count_heads, modules)), None)
         if count is None:
@@ -468,6 +472,10 @@ class Anatomy:
         for number, (stack, index) in enumerate(self._blocks):
             path = f"transformer.{stack.path}.{index}"
             if location.module == path or location.module.startswith(f"{path}."):
+                if location.side == "attention":  # after its queries and keys, and before its output is projected
+                    streams = (location.stream, *STREAMS)  # text that the last block only reads is projected nowhere
+                    last = next(one for one in streams if self.why_not(number, one, "attn.z") is None)
+                    return self.rank(self.locate(Site(number, last, "attn.z")))
                 return number, self.order[stack.name, location.module[len(path) :], location.side]
         if self.family.readout and self.family.readout.shift and location == self.shift:
             return -1, 0  # what all blocks are given is computed before them

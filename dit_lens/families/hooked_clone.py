@@ -20,6 +20,7 @@ from dit_lens.families.layout import (
     select_tensor,
     to_tokens,
 )
+from dit_lens.families.stack import CALLED
 from dit_lens.families.tensors import apply_to_part, compute_gate, read_out
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class HookedClone:
         self.rule = anatomy.grid_rule
         self.image = find_image_tokens(((), call), self.rule)
         self.timed_once = False
-        self.points = [site for site in anatomy.sites if site.point != "x0"]
+        self.points = [site for site in anatomy.sites if site.point != "x0" and site.point not in CALLED]
 
     @cached_property
     def locations(self) -> dict[Site, TensorLocation]:

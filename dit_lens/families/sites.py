@@ -32,7 +32,7 @@ POINTS = (
     *(f"mod.attn.{part}" for part in ("shift", "scale", "gate")),
     *(f"mod.mlp.{part}" for part in ("shift", "scale", "gate")),
     "attn.in",
-    *(f"attn.{part}" for part in "qkvzo"),
+    *(f"attn.{part}" for part in ("q", "k", "v", "q_rot", "k_rot", "z", "o")),
     "attn_out",
     "attn2_out",
     *(f"cross.{part}" for part in "qkvzo"),

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from dit_lens.arguments.checks import checked_fields
 from dit_lens.arguments.signatures import told_fields
 
+# What the call of attention itself is given, which is inside of its module.
+CALLED = {"attn.q_rot": "query", "attn.k_rot": "key"}
 # What a module gives, by what it adds to the residual: the same before a gate multiplies it.
 UNGATED = {"attn.o": "attn_out", "cross.o": "cross_out", "mlp.o": "mlp_out"}
 
@@ -18,8 +20,9 @@ class PointSpec:
     """Where a tensor inside a block is.
 
     module: path within the block; "" is the block itself.
-    side: "output" or "input" of that module.
-    slot: of an output its position in the tuple (None: a bare tensor); of an input the argument, by name or position.
+    side: "output" or "input" of that module, or "attention" for the call of attention in it.
+    slot: of an output its position in the tuple (None: a bare tensor); of an input the argument, by name or position;
+      of a call of attention "query", "key" or "result".
     span: which channels, in units of the hidden size: (start, stop), stop None for the end; None: all.
     layout: where the stream's tokens lie in it, as in :class:`Stack`; None: as in the stack's tensors; "whole": it is
       one vector per row, without tokens.
@@ -103,8 +106,21 @@ class Stack:
         What modules give before a gate follows from what they add, where the row does not say more.
         """
         inside = self.points.get(stream, {})
+        if point in CALLED and point not in inside:
+            return self._find_call(point, inside.get("attn.in"))
         spec = inside.get(point, inside.get(UNGATED.get(point, point)))
         return replace(spec, gate=None) if isinstance(spec, PointSpec) and point in UNGATED else spec
+
+    def _find_call(self, point: str, given: PointSpec | str | None) -> PointSpec | str | None:
+        """Where a tensor of the call of attention is. given: what enters the module in which it is called."""
+        if not isinstance(given, PointSpec):
+            return given
+        if self.attention not in ("text_first", "image_first", "own"):
+            return self.attention
+        layout = "ragged" if self.layout == "ragged" else self.attention
+        if CALLED[point] == "query" and len(self.outputs) == 1:  # the text is read, and asks nothing
+            layout = "own"
+        return PointSpec(given.module, "attention", CALLED[point], layout=layout, batch_first=True)
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -6,12 +6,14 @@ Edits replace a module's value by a changed copy and never write into the live t
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from dit_lens.core.execution.attending import Attending, check_whole
 from dit_lens.core.execution.clock import Clock, Moment
 from dit_lens.core.execution.comparisons import check_recorded, check_rows, check_sizes, match_rows, sum_arguments
 from dit_lens.core.request.ops import EDITS, Edit
@@ -71,6 +73,9 @@ class Context:
     arguments: of the forward pass, (args, kwargs).
     moment: its step, branches and time.
     image: where its image tokens are.
+    modes: modes of torch, which are left whatever happens.
+    attending: that which waits for the call of attention in a module; None where none is entered.
+    call: the arguments of the attention that was called last, where one was waited for.
     text: which of its text tokens take part in attention; None until that is asked for.
     gates: gates kept for later parts, by key.
     held: tokens kept for the readout or for a later edit, by site, and what shift and scale are made from, as "shift".
@@ -90,6 +95,9 @@ class Context:
         self.model, self.program, self.payload, self.store = model, program, payload, store
         self.transfers, self.indices = transfers, transfers.indices
         self.arguments, self.moment, self.image = arguments, moment, image
+        self.modes = ExitStack()
+        self.attending: Attending | None = None
+        self.call: dict[str, Any] = {}
         self.text: list[Tensor] | None = None
         self.gates: dict[str | None, Tensor] = {}
         self.held: dict[str, Tensor] = {}
@@ -134,8 +142,9 @@ def execute(model: Any, tracer: Any, program: Program, payload: dict[str, Any], 
             model.get(denoiser).skip(move_answer(payload["answers"][number], arguments))
         store["grid"][:] = image.grid
         context = Context(model, program, payload, store, transfers, arguments, moment, image)
-        for visit in forward["visits"]:
-            at_module(model.get(visit["module"]), visit, context)
+        with context.modes:
+            for visit in forward["visits"]:
+                at_module(model.get(visit["module"]), visit, context)
         if program["record"]:
             store["answers"].append(model.get(denoiser).output)
     clock.settle()
@@ -144,8 +153,9 @@ def execute(model: Any, tracer: Any, program: Program, payload: dict[str, Any], 
 
 def is_by_words(forward: Forward) -> bool:
     """Whether ops chose tokens of a forward pass by words."""
-    actions = (action for visit in forward["visits"] for part in visit["parts"] for action in part["actions"])
-    return any(action["text_tokens"] is not None for action in actions)
+    parts = [part for visit in forward["visits"] for part in visit["parts"]]
+    parts += [inner for part in parts for inner in part.get("inside", ())]
+    return any(action["text_tokens"] is not None for part in parts for action in part["actions"])
 
 
 def move_answer(recorded: Any, arguments: tuple[tuple, dict]) -> Any:
@@ -160,6 +170,9 @@ def at_module(envoy: Any, visit: Visit, context: Context) -> None:
     value = envoy.output if side == "output" else envoy.inputs
     changed = value
     for part in visit["parts"]:
+        if part["role"] in ("attend", "attended"):
+            at_attention(envoy, part, context)
+            continue
         location = part["location"]
         tensor = select_tensor(changed, side, location)
         if part["role"] == "gate":
@@ -181,6 +194,34 @@ def at_module(envoy: Any, visit: Visit, context: Context) -> None:
             envoy.output = changed
         else:
             envoy.inputs = changed
+
+
+def at_attention(envoy: Any, part: Part, context: Context) -> None:
+    """Waits for the call of attention in a module that is entered, or ends that where it is left.
+
+    envoy: the module.
+    part: of the role "attend", with what is to be done at the call, or "attended".
+    context: of the forward pass.
+    """
+    if part["role"] == "attended":
+        if context.attending is not None:
+            context.modes.pop_all().close()
+            context.attending.check(part["name"])
+            context.attending = None
+        return
+    inside = part.get("inside", [])
+
+    def change(slot: str, tokens: Tensor, given: dict[str, Any]) -> Tensor | None:
+        context.call, edited = given, None
+        for one in inside:
+            if one["location"]["slot"] == slot:
+                check_whole(tokens, one["location"], context.image)
+                new = apply_actions(tokens if edited is None else edited, one, context, envoy)
+                edited = edited if new is None else new
+        return edited
+
+    context.attending = Attending(change, {one["location"]["slot"]: one["channels"] for one in inside})
+    context.modes.enter_context(context.attending)
 
 
 def read_out_held(envoy: Any, inputs: tuple[tuple, dict], part: Part, context: Context) -> Tensor:

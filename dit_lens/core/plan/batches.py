@@ -136,12 +136,15 @@ def narrow(plan: Plan, rows: range, prompts: range, *, asked: bool = True) -> Pl
 
 def _recount(parts: list[Part], plan: Plan, prompts: range) -> list[Part]:
     """The parts with as many text tokens as a batch of some prompts has."""
-    return [
-        {**part, "tokens": plan.outline.text(prompts).count}
-        if part["location"]["stream"] == "txt" and part["tokens"] is not None
-        else part
-        for part in parts
-    ]
+    found: list[Part] = []
+    for part in parts:
+        counted = part["location"]["stream"] == "txt" and part["tokens"] is not None
+        tokens = plan.outline.text(prompts).count if counted else part["tokens"]
+        recounted: Part = {**part, "tokens": tokens}
+        if "inside" in part:
+            recounted["inside"] = _recount(part["inside"], plan, prompts)
+        found.append(recounted)
+    return found
 
 
 def _place_text(plan: Plan, branches: list[str], rows: range, prompts: range, part: Part, action: Action) -> Action:
@@ -239,9 +242,12 @@ def _narrow_parts(parts: list[Part], rows: range, place: Callable[[Part, Action]
     """
     found: list[Part] = []
     for part in parts:
+        if "inside" in part:
+            found.append({**part, "inside": _narrow_parts(part["inside"], rows, place, asked)})
+            continue
         placed = [place(part, action) for action in part["actions"]]
         actions = [kept for action in placed if (kept := _narrow_action(action, rows, asked)) is not None]
-        if actions or part["role"] in ("gate", "hold"):
+        if actions or part["role"] in ("gate", "hold", "attended"):
             found.append({**part, "actions": actions})
     return found
 

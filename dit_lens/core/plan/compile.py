@@ -14,12 +14,13 @@ from dit_lens.core.request.ops import EDITS, OPS, Op, Read, SigmaInterval
 from dit_lens.core.runs.record import is_text
 from dit_lens.errors import DitLensError, OpError
 from dit_lens.families import Anatomy
-from dit_lens.families.sites import Site, match
+from dit_lens.families.locations import TensorLocation
+from dit_lens.families.sites import POINTS, Site, match
 
 if TYPE_CHECKING:
     from dit_lens.core.plan.outline import Outline
     from dit_lens.core.plan.program import Action, Forward, Part, Program
-    from dit_lens.families.locations import Location, TensorLocation
+    from dit_lens.families.locations import Location
 
 
 @dataclass(frozen=True)
@@ -308,14 +309,18 @@ class _Compiler:
         """For every forward pass its parts in the order in which the model computes them, gates included."""
         of_site = {site: self._parts_of(site) for site in dict.fromkeys(site for _, site in self.actions)}
         forwards: dict[int, dict[tuple, tuple[TensorLocation, Part]]] = {}
+        called: dict[int, dict[tuple, tuple[TensorLocation, Part]]] = {}  # the same inside of attentions
         for (number, site), actions in self.actions.items():
             for rank, location, part in of_site[site]:
                 # The part with the site's name carries the actions; those beside it keep what it needs.
                 acts = part["role"] in ("site", "readout") and part["name"] == site.name
-                forwards.setdefault(number, {})[rank] = (location, {**part, "actions": actions} if acts else part)
+                parts = (called if location.side == "attention" else forwards).setdefault(number, {})
+                parts[rank] = (location, {**part, "actions": actions} if acts else part)
             for name in {action["held"] for action in actions if "held" in action}:
                 rank, location, part = self._source_part(name)
                 forwards.setdefault(number, {})[rank] = (location, part)
+        for number, parts in called.items():
+            forwards.setdefault(number, {}).update(self._wait_for_calls(parts))
         for number, parts in sorted(forwards.items()):
             yield number, list(_in_order_of_ops([parts[rank] for rank in sorted(parts)]))
 
@@ -333,6 +338,25 @@ class _Compiler:
             ((*anatomy.rank(gate), -1, key), gate, _part("gate", key, gate)),
             (rank, location, _part("site", site.name, location, key, self._sizes(site))),
         ]
+
+    def _wait_for_calls(
+        self, parts: Mapping[tuple, tuple[TensorLocation, Part]]
+    ) -> Iterator[tuple[tuple, tuple[TensorLocation, Part]]]:
+        """What is done inside of attentions, as parts of their modules: where one is entered, and where it is left.
+
+        parts: rank -> location and part.
+        """
+        of_module: dict[str, list[tuple[TensorLocation, Part]]] = {}
+        for rank in sorted(parts):
+            of_module.setdefault(parts[rank][0].module, []).append(parts[rank])
+        for module, inside in of_module.items():
+            # After all that is done to what enters the module, and before all that is done to what leaves it.
+            for side, role, place in (("input", "attend", len(POINTS)), ("output", "attended", -2)):
+                at = TensorLocation(module, side, "call")
+                part = _part(role, module, at)
+                if role == "attend":
+                    part["inside"] = [one for _, one in _in_order_of_ops(inside)]
+                yield (*self.anatomy.rank(at), place, 0, module), (at, part)
 
     def _source_part(self, name: str) -> tuple[tuple, TensorLocation, Part]:
         """Keeps the tokens of a site for actions that take values from them, after what is done there."""

@@ -10,7 +10,7 @@ happens to them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Required, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, Required, TypeAlias, TypedDict
 
 from dit_lens.core.request.op import ActionDetails
 from dit_lens.families.locations import GridRule, Location, ReadoutRule, TextRule, TimeRule
@@ -47,21 +47,24 @@ class Part(TypedDict):
 
     role: "site": the actions are carried out on it. "gate": it is kept, since a later part of the block is multiplied
     by it. "hold": its tokens are kept until an edit takes values from them, or until the final norm is reached, where a
-    part of the role "readout" turns them into a prediction.
+    part of the role "readout" turns them into a prediction. "attend": from here on the call of attention is waited for,
+    at which its ``inside`` is carried out, until "attended".
     name: the site; of a gate or of what is held the key under which it is kept.
     location: where the tensor is.
     gate: the gate its tensor is multiplied by, if any.
     tokens, channels: how many the ops counted on; None where only the run can tell.
     actions: in the order of the ops.
+    inside: parts of the call of attention, of which a location's slot is "query", "key" or "result".
     """
 
-    role: Literal["site", "gate", "hold", "readout"]
+    role: Literal["site", "gate", "hold", "readout", "attend", "attended"]
     name: str
     location: Location
     gate: str | None
     tokens: int | None
     channels: int | None
     actions: list[Action]
+    inside: NotRequired[list[Part]]
 
 
 class Visit(TypedDict):
