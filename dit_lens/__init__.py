@@ -61,6 +61,7 @@ _WHERE = {
     "Time": "families",
     "Stack": "families",
     "register_family": "families",
+    "RayWorkers": "studies.shared.ray_workers",
 }
 # public module -> where it is
 _MODULES = {
@@ -91,6 +92,7 @@ __all__ = [
     "Job",
     "MeanAblate",
     "PointSpec",
+    "RayWorkers",
     "Read",
     "Readout",
     "Receipt",
@@ -160,6 +162,7 @@ if TYPE_CHECKING:
     from dit_lens.instruments.text_embeddings import encode_prompts
     from dit_lens.lens import DiTLens
     from dit_lens.studies.shared import prompts, protocols
+    from dit_lens.studies.shared.ray_workers import RayWorkers
 
 
 def __getattr__(name: str) -> Any:

@@ -59,6 +59,7 @@ CLASSES = [
     "Stack",
     "Thresholds",
     "Time",
+    "Workers",
 ]
 UNFIT = object()
 

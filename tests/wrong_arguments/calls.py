@@ -358,6 +358,7 @@ def _stored(folder):
         "prompts.Prompt": (None, {"text": "a cat", "id": "1", "subject": "cat", "pair": "", "role": ""}),
         "prompts.PromptList": (None, {"prompts": (dl.prompts.Prompt("a", id="1"),)}),
         "protocols.get": (None, {"name": "turri2026"}),
+        "RayWorkers": (None, {"load": lambda: None, "num": 2, "address": None, "gpus": None}),
         "studies.merge": (None, {"folders": [folder / "shard"], "out": folder / "merged"}),
         "protocols.Protocol.arguments": (protocol.arguments, {"study": "transfer"}),
         "protocols.Protocol.find_row": (protocol.find_row, {"repository": "someone/model"}),
@@ -650,6 +651,7 @@ def _studies(lens):
         "batch_size": None,
         "out": None,
         "shard": None,
+        "workers": None,
         **call,
     }
     scored = {"score": "rms", "draws": 1}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,6 +92,36 @@ def read_cell(folder: Path, study: str, key: str | None = None) -> Cell:
         images = {name: read_image(folder, file) for name, file in data["images"].items()}
         parts = {part: load_file(file_inside(folder, f"{part}.safetensors")) for part in data["parts"]}
         return Cell(data["lines"], images, **parts)
+
+
+def pack_cell(key: str, cell: Cell) -> dict[str, bytes]:
+    """The files of a cell, by name: how it travels between processes. Arguments: as in :func:`write_cell`."""
+    with TemporaryDirectory() as place:
+        folder = Path(place) / "cell"
+        write_cell(folder, key, cell)
+        return read_packed(folder)
+
+
+def write_packed(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes the files of a cell into a new folder."""
+    with whole_folder(folder, mark="cell.json", own=FILES) as fresh:
+        for name, content in files.items():
+            (fresh / name).write_bytes(content)
+
+
+def read_packed(folder: Path) -> dict[str, bytes]:
+    """The files of a cell in its folder, by name."""
+    folder = find_folder(folder)
+    with report_damage(folder, "Delete it, and the study makes it again."):
+        return {file.name: file.read_bytes() for file in folder.iterdir() if re.fullmatch(FILES, file.name)}
+
+
+def unpack_cell(files: Mapping[str, bytes], study: str, key: str) -> Cell:
+    """The cell in its files. study, key: as in :func:`read_cell`."""
+    with TemporaryDirectory() as place:
+        folder = Path(place) / "cell"
+        write_packed(folder, files)
+        return read_cell(folder, study, key)
 
 
 def number_folders(folder: Path) -> Iterator[Path]:

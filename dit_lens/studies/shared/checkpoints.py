@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from dit_lens.errors import StudyInterrupted
 from dit_lens.studies.shared.cells import Cell
-from dit_lens.studies.shared.folders import claim_folder, describe_settings, has_other_streams
+from dit_lens.studies.shared.folders import claim_folder, describe_model, describe_settings, has_other_streams
 from dit_lens.studies.shared.registry import get_study
 from dit_lens.studies.shared.result import Result
 from dit_lens.studies.shared.shares import UnfinishedStudyError, open_share
@@ -88,7 +88,7 @@ class StudyCheckpoints:
         if self.folder is not None:
             claim_folder(self.folder, study, settings, lens, meant, total)
         self._closed = self.folder if self.folder is not None and has_other_streams(self.folder) else None
-        self._share = open_share()
+        self._share = open_share(lambda: describe_settings(describe_model(lens, settings.get("call", {}))))
 
     def __enter__(self) -> Self:
         self._quiet = self._lens.quiet()
@@ -168,6 +168,16 @@ def check_arguments_only() -> Generator[list[Count]]:
             yield counts
     finally:
         _CHECKING.reset(outer)
+
+
+@contextmanager
+def hide_progress_bar() -> Generator[None]:
+    """The studies inside show no bar."""
+    outer = _BAR.set(SharedBar(tqdm(disable=True), True))
+    try:
+        yield
+    finally:
+        _BAR.reset(outer)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from dit_lens.core.runs.files import (
 )
 from dit_lens.core.runs.provenance import describe, digest
 from dit_lens.core.runs.state import describe_state
-from dit_lens.errors import StoreError, warn
+from dit_lens.errors import ExecutionError, StoreError, warn
 from dit_lens.studies.shared.cells import number_folders, read_cell
 from dit_lens.studies.shared.fingerprints import fingerprint_values
 from dit_lens.studies.shared.old_data import update_study
@@ -144,6 +144,19 @@ def check_same_study(folder: Path, wanted: Mapping[str, Any]) -> None:
         warn(
             f"{folder} was begun by an earlier release of dit_lens, which did not store everything that decides a "
             f"number. Not compared with this call: {', '.join(missing)}."
+        )
+
+
+def check_same_model(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raises ExecutionError where a worker's lens is on another model than the study's.
+
+    there: the model of the study.
+    here: that of the worker.
+    """
+    if odd := _differences(there, here, 4, "model"):
+        raise ExecutionError(
+            f"the lens that a worker loaded is on another model than the study's: {'; '.join(odd[:MOST_TOLD])}. Let "
+            "load= make the lens that the study is called with, its defaults among them."
         )
 
 

@@ -5,26 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from dit_lens.arguments.checks import checked
 from dit_lens.arguments.signatures import sets
 from dit_lens.errors import StoreError
-from dit_lens.studies.shared.shares import divisible
+from dit_lens.studies.shared.shares import Function, StudyFunction, divisible
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-
-class StudyFunction(Protocol):
-    """A function that runs a study."""
-
-    __name__: str
-
-    def __call__(self, *args: Any, **options: Any) -> Any: ...
-
-
-Function = TypeVar("Function", bound=StudyFunction)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,25 +8,31 @@ waits for it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Protocol, TypeVar
 
 from dit_lens.arguments.numbers import list_entries, to_int
 from dit_lens.errors import OpError, show, warn
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+
+class StudyFunction(Protocol):
+    """A function that runs a study."""
+
+    __name__: str
+
+    def __call__(self, *args: Any, **options: Any) -> Any: ...
+
+
+Function = TypeVar("Function", bound=StudyFunction)
 
 
 class Place(Protocol):
     """A cell at its place in a study; ``slots.Slot`` says what each part is."""
 
-    @property
-    def number(self) -> int: ...
-    @property
-    def key(self) -> str: ...
     @property
     def group(self) -> str: ...
     @property
@@ -40,8 +46,8 @@ class Place(Protocol):
 class Share(Protocol):
     """What one process makes of a study."""
 
-    def get(self, slot: Place, advance: Callable[[], None]) -> Any:
-        """The cell of a slot, at once or later. advance: called once, when the cell counts as done."""
+    def get(self, slot: Any, advance: Callable[[], None]) -> Any:
+        """The cell of a :class:`Place`, at once or later. advance: called once, when the cell counts as done."""
         ...
 
     def finish(self) -> None:
@@ -101,18 +107,44 @@ class UnfinishedStudyError(Exception):
         self.result = result
 
 
-# What opens the share of every study inside; None: all of it.
-_OPEN: ContextVar[Callable[[], Share] | None] = ContextVar("open", default=None)
+@dataclass(frozen=True, kw_only=True)
+class StudyJob:
+    """A study as another process can carry it out, with a lens of its own.
+
+    study: name of the study.
+    arguments: its arguments by name, but for the lens and where its cells are.
+    model: the model that the lens must be on, as a study's folder tells it.
+    """
+
+    study: str
+    arguments: Mapping[str, Any]
+    model: Mapping[str, Any] = field(default_factory=dict)
 
 
-def open_share() -> Share:
-    """The share of a study that begins here."""
-    opened = _OPEN.get()
-    return Whole() if opened is None else opened()
+Opener = Callable[[StudyJob, Callable[[], Mapping[str, Any]]], Share]
+
+
+class Workers:
+    """What carries out a study's cells; ``RayWorkers`` is one."""
+
+    def open(self) -> AbstractContextManager[Opener]:
+        """Starts the workers, and ends them at last; what opens a share takes a job, and what describes its model."""
+        raise NotImplementedError
+
+
+# What opens the share of every study inside (None: all of it), and the innermost call of a study.
+_OPEN: ContextVar[Opener | None] = ContextVar("open", default=None)
+_JOB: ContextVar[StudyJob | None] = ContextVar("job", default=None)
+
+
+def open_share(describe: Callable[[], Mapping[str, Any]]) -> Share:
+    """The share of a study that begins here. describe: returns its model as the folder of a study tells it."""
+    opened, job = _OPEN.get(), _JOB.get()
+    return Whole() if opened is None or job is None else opened(job, describe)
 
 
 @contextmanager
-def share_studies(opened: Callable[[], Share]) -> Generator[None]:
+def share_studies(opened: Opener) -> Generator[None]:
     """Every study inside makes the cells of a share. opened: called for each study."""
     outer = _OPEN.set(opened)
     try:
@@ -122,25 +154,49 @@ def share_studies(opened: Callable[[], Share]) -> Generator[None]:
 
 
 def divisible(study: Function) -> Function:
-    """Adds ``shard=`` to a study that has ``out=``; its docstring says what it is."""
+    """Adds ``shard=`` and ``workers=`` to a study that has ``out=``; its docstring says what they are."""
     signature = inspect.signature(study)
     if "out" not in signature.parameters:
         return study
 
     @wraps(study)
-    def called(*args: Any, shard: tuple[int, int] | None = None, **given: Any) -> Any:
+    def called(*args: Any, shard: tuple[int, int] | None = None, workers: Workers | None = None, **given: Any) -> Any:
+        outer = _JOB.set(StudyJob(study=study.__name__, arguments=_name_arguments(signature, args, given)))
         try:
-            if shard is None:
-                return study(*args, **given)
-            number, count = _read_shard(shard, given.get("out"))
-            with share_studies(lambda: Shard(number, count)):
-                return study(*args, **given)
+            with _open(shard, workers, given.get("out")) as opened:
+                if opened is None:
+                    return study(*args, **given)
+                with share_studies(opened):
+                    return study(*args, **given)
         except UnfinishedStudyError as stop:
             return stop.result
+        finally:
+            _JOB.reset(outer)
 
     vars(called)["__signature__"] = _add_parameters(signature)
     called.__doc__ = _add_lines(study.__doc__ or "")
     return called  # ty: ignore[invalid-explicit-return]
+
+
+def _name_arguments(signature: inspect.Signature, args: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a study by name, but for the lens and the folder."""
+    named = dict(signature.bind_partial(*args, **given).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return {name: value for name, value in named.items() if name not in ("lens", "out")}
+
+
+def _open(shard: Any, workers: Workers | None, out: Any) -> AbstractContextManager[Opener | None]:
+    """What opens the shares of the studies in a call; None where nothing was said."""
+    if shard is not None and workers is not None:
+        raise OpError("shard= and workers= both divide the cells. Give one of them.")
+    if workers is not None:
+        return workers.open()
+    if shard is None:
+        return nullcontext()
+    number, count = _read_shard(shard, out)
+    return nullcontext(lambda *_: Shard(number, count))
 
 
 def _read_shard(shard: Any, out: Any) -> tuple[int, int]:
@@ -160,18 +216,21 @@ def _read_shard(shard: Any, out: Any) -> tuple[int, int]:
 
 
 def _add_parameters(signature: inspect.Signature) -> inspect.Signature:
-    """A study's own signature, with ``shard`` after ``out``."""
+    """A study's own signature, with ``shard`` and ``workers`` after ``out``."""
     own = list(signature.parameters.values())
     position = 1 + list(signature.parameters).index("out")
-    extra = inspect.Parameter(
-        "shard", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="tuple[int, int] | None"
-    )
-    return signature.replace(parameters=[*own[:position], extra, *own[position:]])
+    kinds = {"shard": "tuple[int, int] | None", "workers": "Workers | None"}
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in kinds.items()
+    ]
+    return signature.replace(parameters=[*own[:position], *extra, *own[position:]])
 
 
 LINES = """
     shard: (i, n): only part i of n, from 0, of the cells is made, in a folder ``out`` that all parts can share; the
-      result is whole once the last one is there (see ``studies.merge``)."""
+      result is whole once the last one is there (see ``studies.merge``).
+    workers: who makes the cells, such as ``dl.RayWorkers(load, num=8)``; this process by default."""
 
 
 def _add_lines(text: str) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dit_lens.core.runs.files import find_folder
 from dit_lens.errors import StoreError
-from dit_lens.studies.shared.cells import Cell, read_cell, write_cell
+from dit_lens.studies.shared.cells import Cell, read_cell, write_cell, write_packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +46,26 @@ class Slot:
 
     def make(self) -> Cell:
         """Makes the cell, and keeps it."""
+        self.check_open()
+        cell = self.create()
+        cell.clean_lines()
+        if self.folder is not None:
+            write_cell(self.folder, self.key, cell)
+        return cell
+
+    def check_open(self) -> None:
+        """Raises StoreError where no new cell may be kept."""
         if self.closed is not None:
             raise StoreError(
                 f"{self.closed} was begun by an earlier release of dit_lens, which drew other random controls: new "
                 "cells do not go with those in it. Load what there is with "
                 f"dl.studies.Result.load({str(self.closed)!r}), or choose another folder for out=."
             )
-        cell = self.create()
-        cell.clean_lines()
-        self.keep(cell)
-        return cell
 
-    def keep(self, cell: Cell) -> None:
-        """Writes the cell to the folder, if there is one."""
+    def take(self, files: Mapping[str, bytes]) -> None:
+        """Writes the cell that another process made and packed to the folder, if there is one."""
         if self.folder is not None:
-            write_cell(self.folder, self.key, cell)
+            write_packed(self.folder, files)
 
     def later(self, fetch: Callable[[], Cell]) -> LaterCell:
         """The cell, to be fetched when it is looked into."""

@@ -17,7 +17,7 @@ from dit_lens.studies.shared import protocols
 
 # What a study is run on, and how; not how it measures.
 DATA = {"lens", "prompts", "pairs", "captions", "seeds", "judge", "masks", "words", "batch_size", "out"}
-DATA |= {"protocol", "shard", "call"}
+DATA |= {"protocol", "shard", "workers", "call"}
 
 
 def listed(value):
