@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +122,8 @@ def _add_study(commands: Any) -> None:
     )
     study.add_argument("--plan", action="store_true", help="only say rules, power and cost")
     study.add_argument("--shard", metavar="I/N", help="only part I of N, from 0, of the cells; all can share --out")
+    study.add_argument("--workers", type=int, metavar="N", help="let N workers of a Ray cluster make the cells")
+    study.add_argument("--ray", metavar="ADDRESS", help="of the Ray cluster, such as auto; one is started by default")
     study.set_defaults(command=_study)
 
     merged = commands.add_parser("merge", help="put the cells of shards that did not share a folder into one")
@@ -235,29 +238,23 @@ def _training(options: argparse.Namespace) -> int:
 
 def _study(options: argparse.Namespace) -> int:
     from dit_lens.commands.study import check_out, make_plan, run_plan
-    from dit_lens.commands.study_inputs import StudyOptions
+    from dit_lens.commands.study_inputs import StudyOptions, choose_share
 
     given: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(StudyOptions)}
     given["call"] = tuple(options.call)
     asked = StudyOptions(**given)
-    shard = None if options.shard is None else _read_shard(options.shard)
+    device, dtype = _choose_placement(options)
+    # A worker sees its own GPU alone.
+    load = partial(_load_on, options.pipeline, device.partition(":")[0], dtype)
+    share = choose_share(options.shard, load, options.workers, options.ray)
     if not options.plan:
         check_out(options.out)
-    device, dtype = _choose_placement(options)
-    plan = make_plan(_load(options.pipeline, dtype=dtype).to(device), options.pipeline, asked)
+    plan = make_plan(_load_on(options.pipeline, device, dtype), options.pipeline, asked)
     print(plan.describe(), flush=True)
     if not options.plan:
-        found = run_plan(plan, options.out, shard)
+        found = run_plan(plan, options.out, share)
         print(f"\n{found}" if isinstance(found, str) else f"\n{found}\n{options.out / 'index.md'}")
     return 0
-
-
-def _read_shard(text: str) -> tuple[int, int]:
-    """I/N as numbers."""
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise OpError(f"--shard {text} is not a valid part. Give I/N, such as 0/8 to 7/8.")
-    return int(number), int(count)
 
 
 def _merge(options: argparse.Namespace) -> int:
@@ -377,6 +374,10 @@ def _choose_placement(options: argparse.Namespace) -> tuple[str, Any]:
 
     device = default_device() if options.device is None else check_device(options.device)
     return device, getattr(torch, options.dtype or ("float32" if device == "cpu" else "bfloat16"))
+
+
+def _load_on(pipeline: str, device: str, dtype: Any) -> DiTLens:
+    return _load(pipeline, dtype=dtype).to(device)
 
 
 def _load(pipeline: str, **options: Any) -> DiTLens:

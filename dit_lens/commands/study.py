@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -72,20 +73,20 @@ def check_out(out: Path) -> None:
         raise StoreError(f"{out} holds other files and no study. Choose a new folder for --out.")
 
 
-def run_plan(plan: StudyPlan, out: Path, shard: tuple[int, int] | None = None) -> ModelReport | str:
+def run_plan(plan: StudyPlan, out: Path, share: Mapping[str, Any] = MappingProxyType({})) -> ModelReport | str:
     """Runs every study of a plan, and writes index.md and result.json; goes on from the cells in the folder.
 
     Returns the report; or what there is so far, in words, where cells of other shards are missing.
 
     plan: what is run.
     out: folder of the page, the figures and tables, result.json, and finished cells.
-    shard: the part of the cells that is made; None: all of them.
+    share: ``shard`` or ``workers`` of every study, if either is given.
     """
     jobs = plan.arguments()
     cells = sum(count for count, _ in plan.counts.values())
     with share_progress_bar("study", cells, by_cell=True):
         results = {
-            name: get_study(name).function(plan.lens, **arguments, out=out / CELLS / name, shard=shard)
+            name: get_study(name).function(plan.lens, **arguments, out=out / CELLS / name, **share)
             for name, arguments in jobs.items()
         }
     if missing := [note for result in results.values() for note in result.notes if result.table.empty]:

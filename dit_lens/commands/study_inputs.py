@@ -18,6 +18,7 @@ from dit_lens.core.runs.provenance import digest
 from dit_lens.errors import OpError, PromptError, StoreError, nearest
 from dit_lens.studies.shared import prompts as lists
 from dit_lens.studies.shared import protocols
+from dit_lens.studies.shared.ray_workers import RayWorkers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,6 +94,30 @@ class StudyOptions:
         """What was given in place of what the protocol, or the pipeline, has."""
         numbers = {name: value for name in ("k", "draws") if (value := getattr(self, name)) is not None}
         return {**numbers, **self.make_call()}
+
+
+def choose_share(
+    shard: str | None, load: Callable[[], DiTLens], workers: int | None, address: str | None
+) -> dict[str, Any]:
+    """How the cells of every study are divided, as arguments of it: by a shard, by workers, or not.
+
+    shard: I/N, as it was given.
+    load: what returns the lens of a worker.
+    workers: how many there are.
+    address: of their cluster.
+    """
+    if address is not None and workers is None:
+        raise OpError(f"--ray {address} is where workers are. Say how many with --workers N.")
+    if shard is not None and workers is not None:
+        raise OpError("--shard and --workers both divide the cells. Give one of them.")
+    if workers is not None:
+        return {"workers": RayWorkers(load, workers, address)}
+    if shard is None:
+        return {}
+    number, _, count = shard.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise OpError(f"--shard {shard} is not a valid part. Give I/N, such as 0/8 to 7/8.")
+    return {"shard": (int(number), int(count))}
 
 
 @dataclass(frozen=True)

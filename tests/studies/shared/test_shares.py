@@ -162,7 +162,7 @@ def test_cells_that_share_work_are_of_one_shard(lens, tmp_path):
     assert len(runs) - alone <= alone + 1  # one untouched batch that the second had not made yet
 
 
-def test_arguments_that_are_no_shard(lens, tmp_path):
+def test_arguments_that_are_no_shard(lens, tmp_path, capsys):
     for shard in ((2, 2), (-1, 2), (0,), (0, 0), "ab", 3, (0.5, 2)):
         with pytest.raises(OpError, match=r"is not a valid part\. Give \(i, n\)"):
             studies.disruption(lens, *DISRUPTION, **HOW, out=tmp_path, shard=shard)
@@ -170,7 +170,14 @@ def test_arguments_that_are_no_shard(lens, tmp_path):
         studies.disruption(lens, *DISRUPTION, **HOW, shard=(0, 2))
     with pytest.warns(UserWarning, match="has 3 parts that can be made apart, so 4 shards are more"):
         studies.write_attribution(lens, PROMPTS[:3], **TRACE, out=tmp_path, shard=(0, 4))
-    assert cli.main(["study", "toy:flux", "--shard", "3/2"]) == 2
+    for wrong, said in (
+        (["--shard", "3/2"], "--shard 3/2 is not a valid part. Give I/N"),
+        (["--shard", "0/2", "--workers", "2"], "Give one of them"),
+        (["--ray", "auto"], "Say how many with --workers N"),
+        (["--workers", "0"], "num=0 is out of range"),
+    ):
+        assert cli.main(["study", "toy:flux", *wrong]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_arrays_come_back_with_their_shapes(tmp_path):
