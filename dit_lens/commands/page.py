@@ -179,7 +179,7 @@ def _page(title: str, lead: str, sections: Sequence[Section]) -> str:
 {body}
 <footer>Made with dit_lens {version("dit-lens")}. This file is complete: it loads nothing from elsewhere.</footer>
 </main>
-<script>{_COPY}</script>
+<script>{_COPY}{_WIDE}</script>
 {script}
 </body>
 </html>
@@ -232,8 +232,8 @@ def _plot(figure: go.Figure, caption: str, name: str) -> str:
     below = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
     height = int(layout.height or 420)
     return (
-        f'<figure class="plot"><div id="{name}" role="group" aria-label="{_text(label or "figure")}" '
-        f'style="height:{height}px"></div>{below}'
+        f'<figure><div class="plot" tabindex="0"><div id="{name}" role="group" '
+        f'aria-label="{_text(label or "figure")}" style="height:{height}px"></div></div>{below}'
         f'<script type="application/json" data-for="{name}">{data}</script></figure>'
     )
 
@@ -310,6 +310,12 @@ figure { margin: 0 0 1rem; min-width: 0; }
 figcaption { color: var(--soft); font-size: .85rem; max-width: 46rem; }
 .plot { overflow-x: auto; }
 .plot > div { width: 100%; min-width: 620px; }
+.more { mask-image: linear-gradient(to left, transparent, #000 2.5rem); }
+@media (max-width: 660px) {
+  .plot::before { content: 'Scroll sideways to see all of this figure →'; position: sticky; left: 0; display: block;
+    width: fit-content; visibility: hidden; color: var(--link); font-size: .8rem; }
+  .plot.more::before { visibility: visible; }
+}
 .images { display: flex; flex-wrap: wrap; gap: 1rem; }
 .images img { display: block; max-width: 100%; height: auto; image-rendering: pixelated;
   border: 1px solid var(--line); }
@@ -344,6 +350,7 @@ _DRAW = """
     const {data, layout} = JSON.parse(source.textContent);
     delete layout.width;
     Object.assign(layout, {autosize: true, paper_bgcolor: style('--page')});
+    if (matchMedia('(max-width: 660px)').matches) layout.dragmode = false;  // a finger scrolls
     layout.font = {...layout.font, color: style('--ink')};
     const div = document.getElementById(source.dataset.for);
     Plotly.newPlot(div, data, layout, config);
@@ -353,6 +360,14 @@ _DRAW = """
     'font.color': style('--ink'), 'paper_bgcolor': style('--page'),
   })));
 })();
+"""
+
+_WIDE = """
+const boxes = [...document.querySelectorAll('.plot, .table, pre')];
+const look = box => box.classList.toggle('more', box.scrollLeft + box.clientWidth < box.scrollWidth - 2);
+boxes.forEach(box => box.addEventListener('scroll', () => look(box), {passive: true}));
+addEventListener('resize', () => boxes.forEach(look));
+boxes.forEach(look);
 """
 
 _COPY = """

@@ -139,6 +139,34 @@ def _format_p(p: float) -> str:
     return "unknown" if math.isnan(p) else "below 0.001" if p < 0.001 else f"{p:.2g}"
 
 
+def describe_readable(table: pd.DataFrame, arm: str) -> str:
+    """How much of the prompts is right in the images of an arm that can be read back; of none, that none can.
+
+    >>> import pandas as pd
+    >>> table = pd.DataFrame({"arm": ["top", "top", "random"], "readable": [0, 0, 1], "fidelity": [0, 0, 0.8]})
+    >>> describe_readable(table, "top"), describe_readable(table, "random")
+    ('none of 2 images can be read back', '1 of 1 images can be read back, with 80% of the attributes right')
+
+    table: columns arm, fidelity and readable, a line for each image.
+    arm: the arm.
+    """
+    rows = table[table["arm"] == arm]
+    read = rows[rows["readable"] > 0]
+    if read.empty:
+        return f"none of {len(rows)} images can be read back"
+    right = read["fidelity"].mean()
+    return f"{len(read)} of {len(rows)} images can be read back, with {right:.0%} of the attributes right"
+
+
+def _describe_fidelity(table: pd.DataFrame, arm: str, fidelity: float) -> str:
+    """The attributes that are right in all images of an arm, none in what cannot be read back, which is counted."""
+    read = table.loc[table["arm"] == arm, "readable"] > 0 if "readable" in table else pd.Series(dtype=bool)
+    if len(read) and not read.any():
+        return " with no image that can be read back"
+    count = "" if read.all() else f" ({read.sum()} of {len(read)} images can be read back)"
+    return f" with {fidelity:.0%} of attributes right{count}"
+
+
 def compare_damage(result: Result) -> ControlComparison:
     """How far ablation changes images: the comparison of a disruption."""
     rows = result.summary[result.summary["k"] > 0].set_index("arm")
@@ -150,7 +178,7 @@ def describe_disruption(result: Result) -> str:
     rows = result.summary[result.summary["k"] > 0].set_index("arm")
     top, judged = rows.loc["top"], "fidelity" in rows
     changes = {
-        arm: format_interval(row, "rmse") + (f" with {row['fidelity']:.0%} of attributes right" if judged else "")
+        arm: format_interval(row, "rmse") + (_describe_fidelity(result.table, str(arm), row["fidelity"]) * judged)
         for arm, row in rows.iterrows()
     }
     listed = ", ".join(f"{arm} {changes[arm]}" for arm in CONTROLS)
@@ -311,12 +339,19 @@ def describe_transfer(result: Result) -> str:
         f"{format_interval(at.loc['top'], 'to_source')} from the source; {listed}; all channels "
         f"{at.loc['all', 'to_source']:.1f}.{_describe_specificity(at)} The moved image shows "
         f"{at.loc['top', 'fidelity_source']:.0%} of the source's attributes and "
-        f"{at.loc['top', 'fidelity_target']:.0%} of the target's.\n\n"
+        f"{at.loc['top', 'fidelity_target']:.0%} of the target's{_count_readable(result.table)}.\n\n"
         f"Of the change of the prediction, {at.loc['top', 'direct_share']:.0%} is read out directly by the final norm "
         f"and projection; without the last quarter of the blocks the image is "
         f"{format_interval(at.loc['top-early'], 'to_source')} from the source. Where plain blends come equally "
         f"near to the source, they keep of the target's attributes: {kept}."
     )
+
+
+def _count_readable(table: pd.DataFrame) -> str:
+    """How many of the moved images of top can be read back, where not all can: of the others nothing is right."""
+    rows = _select_full_strength(table)
+    read = rows.loc[rows["arm"] == "top", "readable"] > 0 if "readable" in rows else pd.Series(dtype=bool)
+    return "" if read.all() else f" ({read.sum()} of {len(read)} can be read back)"
 
 
 def _describe_specificity(at: pd.DataFrame) -> str:

@@ -33,7 +33,7 @@ class _Panel(NamedTuple):
 
 
 _RMSE = _Panel("rmse", "RMSE to untouched image<br>(0 to 255)", ".1f")
-_FIDELITY = _Panel("fidelity", "prompt fidelity<br>(share of attributes right)", ".2f")
+_FIDELITY = _Panel("fidelity", "prompt fidelity (share of attributes<br>right; 0 where unreadable)", ".2f")
 _CLIP = _Panel("clip", "CLIP score<br>(cosine of image and prompt)", ".3f")
 
 

@@ -135,6 +135,25 @@ def test_claim_1_in_words(rescaled, kept, reason):
     assert "with 10% of attributes right" in said
 
 
+@pytest.mark.parametrize(
+    ("read", "said"),
+    [
+        (8, "10% of attributes right;"),
+        (3, "10% of attributes right (3 of 8 images can be read back);"),
+        (0, "no image that can be read back;"),
+    ],
+)
+def test_what_cannot_be_read_is_said(read, said):
+    columns = ["rmse", "fidelity", "energy_share"]
+    rows = [("top", 70.0, 0.1, 0.5), *((arm, 10.0, 0.9, 0.02) for arm in ARMS)]
+    table = measured(columns, rows)
+    seen = table.groupby("arm").cumcount() < read
+    table["readable"] = ((table["arm"] != "top") | seen).astype(float)
+    found = sentences.describe_disruption(result("disruption", summary(columns, rows).assign(k=8), table))
+    assert f"changes images by 70.0 (69.0 to 71.0) with {said}" in found
+    assert sentences.describe_readable(table, "top").startswith(f"{read or 'none'} of 8 images can be read back")
+
+
 def test_what_enters_the_first_block_writes_too():
     rows = summary(["share"], [("top", (0.5, 0.4, 0.6)), ("top", (0.3, 0.2, 0.4))])
     said = sentences.describe_write_attribution(

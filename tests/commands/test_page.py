@@ -15,7 +15,7 @@ from dit_lens.commands import page as module
 from dit_lens.commands.page import Section, find_browser, write_figures, write_page
 from dit_lens.errors import OpError
 from dit_lens.plots import channel_spectrum, strip
-from tests.browser import browser_or_skip
+from tests.browser import browser_or_skip, page
 
 
 class Tags(HTMLParser):
@@ -155,6 +155,25 @@ def test_a_browser_draws_the_figures_and_complains_of_nothing(tmp_path, browser,
     ]
     assert "Share chart" not in [attrs.get("data-title") for attrs in tags("a") + tags("button")]
     assert "CONSOLE" not in done.stderr, done.stderr
+
+
+@pytest.mark.browser
+def test_what_is_wider_than_the_window_says_so(tmp_path, sections):
+    """A figure keeps its width in a narrow window, and scrolls; its caption and the page do not."""
+    path = write_page(tmp_path / "index.html", title="t", lead="l", sections=sections)
+    hint = "box => getComputedStyle(box, '::before').visibility"
+    with page(width=420) as shown:
+        shown.goto(path.as_uri())
+        box = shown.locator(".plot").first
+        assert shown.evaluate("document.documentElement.scrollWidth") == 420
+        assert shown.locator(".plot figcaption").count() == 0
+        assert box.evaluate("box => box.classList.contains('more')")
+        assert box.evaluate(hint) == "visible"
+        box.evaluate("box => { box.scrollLeft = 9999 }")
+        shown.wait_for_function("!document.querySelector('.plot').classList.contains('more')")
+        assert box.evaluate(hint) == "hidden"
+        shown.set_viewport_size({"width": 1400, "height": 900})
+        shown.wait_for_function("!document.querySelector('.plot.more')")
 
 
 @pytest.mark.browser
