@@ -18,7 +18,7 @@ class NamedMapping(Mapping[str, Value]):
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and any(key == known for known in self)
 
-    def get(self, key: str, default: Any = None) -> Any:  # ty: ignore[invalid-method-override]
+    def get(self, key: str, default: Any = None) -> Any:  # ty: ignore[incompatible-method-override]
         """The item of a key. default: what is returned where there is none."""
         if key not in self:
             return default

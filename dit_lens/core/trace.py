@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
+from torch import Tensor
+
 from dit_lens.arguments.mappings import NamedMapping
 from dit_lens.arguments.saving import saved_by
 from dit_lens.core.request.ops import OPS, Op, Read
@@ -15,14 +17,13 @@ from dit_lens.errors import CallError, NotYetError, OpError, nearest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
     from dit_lens.core.runs.reading import Reading, SiteTensor
     from dit_lens.core.runs.receipt import Receipt
     from dit_lens.core.runs.run import Run
 
 
-class Handle(NamedMapping["Tensor"]):
+class Handle(NamedMapping[Tensor]):
     """What ``t.read`` returns: a mapping site -> tensor once the run is done."""
 
     save = saved_by("A read is kept without it: leave .save() out. Afterwards, t.run.save(folder) writes the run.")
