@@ -25,7 +25,7 @@ from dit_lens.instruments.attention_patterns import Attention, read_pattern
 from dit_lens.instruments.forward import encode_image, forward
 from dit_lens.instruments.gradients import Gradients, Through, gradients
 from dit_lens.instruments.summary import summarise_lens
-from dit_lens.instruments.text_embeddings import Released, encode_prompts, release
+from dit_lens.instruments.text_embeddings import Released, encode_texts, release
 from dit_lens.instruments.token_sets import find_token_set
 from dit_lens.instruments.word_maps import WordMap, word_map
 from dit_lens.instruments.x0_lens import X0, read_x0
@@ -237,9 +237,9 @@ class DiTLens(Session):
         device: where they work, such as "cuda" while the pipeline is still on the CPU.
         call: the arguments of the run; those that concern text count.
         """
-        texts = encode_prompts(
-            self.pipe, prompts, device=device, defaults=self.defaults, vocabulary=self.vocabulary, **call
-        )
+        if release:
+            needs_weights(self.pipe, "releasing text encoders needs")
+        texts = encode_texts(self, prompts, device=device, **call)
         if release:
             self.release_encoders()
         return texts

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from dit_lens.arguments.checks import checked
 from dit_lens.arguments.numbers import list_entries, to_int
 from dit_lens.arguments.saving import saved_by
-from dit_lens.core.request.call import needs_weights
+from dit_lens.core.execution.at_weights import Probe
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, show
 from dit_lens.families.layout import find_image_tokens, select_stream
 from dit_lens.families.locations import ImageTokens
@@ -22,6 +22,7 @@ from dit_lens.families.locations import ImageTokens
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from dit_lens.core.execution.engine import Engine
     from dit_lens.core.plan.outline import Outline
     from dit_lens.core.request.ops import Op, Steps
     from dit_lens.core.runs.run import Run
@@ -113,7 +114,7 @@ def read_pattern(
     **call: Any,
 ) -> Attention:
     """See :meth:`dit_lens.DiTLens.read_pattern`."""
-    needs_weights(lens.pipe, "patterns of attention need")
+    lens.engine.check_weights("patterns of attention need")
     if "batch_size" in call:
         raise PromptError("patterns are read from one batch: leave batch_size= out, and pass fewer prompts at once.")
     blocks = [lens.anatomy.check_block(one) for one in list_numbers("block", block)]
@@ -123,10 +124,14 @@ def read_pattern(
     if branch not in outline.branches:
         raise OpError(f"a pattern is of one branch, and {branch!r} is not one of {', '.join(outline.branches)}.")
     chosen = outline.select(steps)
-    watch = Watch(modules, wanted, chosen, outline, lens.anatomy.grid_rule, branch, _compute_pattern)
-    with watch.on(lens.pipe.transformer):
+    what = {"modules": modules, "heads": wanted, "steps": tuple(chosen)}
+    watch = PatternWatch.of(outline, branch, lens.anatomy.grid_rule, **what)
+    with lens.engine.within(watch):
         run = lens.run(prompt, ops, **call)
-    return Attention(watch.stack_kept(), order, tuple(chosen), wanted, watch.image, watch.rows, run, lens.anatomy.depth)
+    rows = range(*watch.rows)
+    return Attention(
+        watch.stack_kept(), order, tuple(chosen), wanted, watch.image, rows, run, lens.anatomy.depth
+    )
 
 
 def read_incoming(
@@ -139,22 +144,29 @@ def read_incoming(
 
     streams: "img", "txt" or both.
     """
-    needs_weights(lens.pipe, "patterns of attention need")
+    lens.engine.check_weights("patterns of attention need")
     modules, order = _find_attention(lens, blocks)
     outline = lens.outline(prompt, **call)
-    steps = range(outline.steps)
-    watch = Watch(modules, None, steps, outline, lens.anatomy.grid_rule, branch, _compute_incoming)
-    with watch.on(lens.pipe.transformer):
+    steps = tuple(range(outline.steps))
+    watch = IncomingWatch.of(outline, branch, lens.anatomy.grid_rule, modules=modules, heads=None, steps=steps)
+    with lens.engine.within(watch):
         run = lens.run(prompt, **call)
     tensors = {one: kept.cpu() for one, kept in watch.stack_kept().items()}
-    read = Attention(tensors, order, tuple(steps), (), watch.image, watch.rows, run, lens.anatomy.depth)
+    rows, depth = range(*watch.rows), lens.anatomy.depth
+    read = Attention(tensors, order, steps, (), watch.image, rows, run, depth)
     return {(one, stream): read.incoming(one, stream) for one in blocks for stream in streams}
 
 
-def _find_attention(lens: Session, blocks: Sequence[int]) -> tuple[dict[int, nn.Module], dict[int, str]]:
-    """Block -> its module, and the order of the streams inside its attention."""
+def _find_attention(lens: Session, blocks: Sequence[int]) -> tuple[dict[int, str], dict[int, str]]:
+    """Block -> the path of its module in the transformer, and the order of the streams inside its attention."""
     found = {one: lens.anatomy.find_attention(one) for one in blocks}
-    return {one: module for one, (module, _) in found.items()}, {one: order for one, (_, order) in found.items()}
+    paths = {one: find_path(lens, module) for one, (module, _) in found.items()}
+    return paths, {one: order for one, (_, order) in found.items()}
+
+
+def find_path(lens: Session, module: nn.Module) -> str:
+    """Where a module is in the transformer."""
+    return next(path for path, one in lens.pipe.transformer.named_modules() if one is module)
 
 
 def find_kept(block: int, kept: Collection[int], depth: int) -> int:
@@ -177,69 +189,101 @@ def list_numbers(what: str, value: Any) -> list[int]:
     return [one for one in found if one is not None]
 
 
-class Watch(TorchFunctionMode):
-    """Sees every call of scaled dot-product attention, and keeps what is made of those that are wanted.
+class _Mode(TorchFunctionMode):
+    """Shows a watch every call of scaled dot-product attention."""
 
-    modules: block -> the module in which its attention is computed.
-    heads: those to keep; None: all.
-    steps: those to keep.
-    outline: of the run.
-    rule: by which image tokens are found.
-    branch: "cond" or "uncond".
-    compute: fn(watch, given) -> what is kept of the attention that is called with these arguments, which are of the
-      chosen rows and heads; None where it is not the one that is meant.
-    """
-
-    def __init__(
-        self,
-        modules: Mapping[int, nn.Module],
-        heads: tuple[int, ...] | None,
-        steps: Sequence[int],
-        outline: Outline,
-        rule: GridRule,
-        branch: str,
-        compute: Callable[[Watch, dict[str, Any]], Tensor | None],
-    ):
+    def __init__(self, watch: Watch):
         super().__init__()
-        self.modules, self.heads, self.steps, self.timeline, self.rule = modules, heads, steps, outline.timeline, rule
-        self.forward, number = self.timeline.locate(branch)
-        self.rows = range(number * outline.rows, (number + 1) * outline.rows)
-        self.image = ImageTokens((), 0, 0, 0, [])
-        self.compute = compute
-        self.made = -1  # forward passes of the transformer so far
-        self.block: int | None = None
-        self.kept: dict[tuple[int, int], Tensor] = {}
+        self.watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is scaled_dot_product_attention and self.block is not None:
-            given = {**dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})}
-            self._check_heads(given["query"])
-            step, forward = divmod(self.made, len(self.timeline.forwards))
-            if forward == self.forward and step in self.steps and (step, self.block) not in self.kept:
-                found = self.compute(self, self._choose(given))
-                if found is not None:
-                    self.kept[step, self.block] = found
+        if func is scaled_dot_product_attention and self.watch.block is not None:
+            self.watch.see({**dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})})
         return func(*args, **(kwargs or {}))
 
+
+@dataclass(eq=False)
+class Watch(Probe):
+    """Sees the attention of chosen blocks in a run, and keeps what is made of it.
+
+    modules: block -> the path, in the transformer, of the module in which its attention is computed.
+    heads: those to keep; None: all.
+    steps: those to keep.
+    planned: how many steps the run has.
+    forwards: how many forward passes a step has.
+    forward: the one to keep.
+    rows: the first of its rows to keep, and the one after the last.
+    rule: by which image tokens are found.
+    kept: (step, block) -> what was made of it.
+    made: forward passes of the transformer so far, less one.
+    place: where the forward pass had its image tokens, as :class:`ImageTokens` is made of it.
+    """
+
+    modules: dict[int, str]
+    heads: tuple[int, ...] | None
+    steps: tuple[int, ...]
+    planned: int
+    forwards: int
+    forward: int
+    rows: tuple[int, int]
+    rule: GridRule
+    kept: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False)
+    made: int = field(default=-1, init=False)
+    place: tuple[Any, ...] = field(default=((), 0, 0, 0, []), init=False)
+
+    block: ClassVar[int | None] = None  # where the run is
+
+    @classmethod
+    def of(cls, outline: Outline, branch: str, rule: GridRule, **what: Any) -> Self:
+        """A watch of one branch of a run. what: its other arguments."""
+        forward, number = outline.timeline.locate(branch)
+        rows = (number * outline.rows, (number + 1) * outline.rows)
+        counts = {"planned": outline.steps, "forwards": len(outline.timeline.forwards)}
+        return cls(forward=forward, rows=rows, rule=rule, **counts, **what)
+
+    def compute(self, given: dict[str, Any]) -> Tensor | None:
+        """What is kept of the attention that is called with these arguments, which are of the chosen rows and heads.
+
+        None where it is not the one that is meant.
+        """
+        raise NotImplementedError
+
+    @property
+    def image(self) -> ImageTokens:
+        """Where the forward pass had its image tokens."""
+        return ImageTokens(*self.place)
+
+    def see(self, given: dict[str, Any]) -> None:
+        """Keeps a call of attention if it is wanted. given: its arguments."""
+        self._check_heads(given["query"])
+        step, forward = divmod(self.made, self.forwards)
+        if forward == self.forward and step in self.steps and (step, self.block) not in self.kept:
+            found = self.compute(self._choose(given))
+            if found is not None and self.block is not None:
+                self.kept[step, self.block] = found
+
     @contextmanager
-    def on(self, transformer: nn.Module) -> Generator[None]:
-        """Follows a transformer; whatever happens, its hooks are removed."""
+    def around(self, engine: Engine) -> Generator[None]:
+        """Follows the transformer; whatever happens, its hooks are removed."""
+        transformer = engine.pipe.transformer
 
         def begin(_: Any, args: tuple, kwargs: dict) -> None:
             self.made += 1
-            step, forward = divmod(self.made, len(self.timeline.forwards))
+            step, forward = divmod(self.made, self.forwards)
             if forward == self.forward and step in self.steps:
-                self.image = find_image_tokens((args, kwargs), self.rule)
+                image = find_image_tokens((args, kwargs), self.rule)
+                self.place = (tuple(image.grid), image.count, image.first, image.total, list(image.starts))
 
         def leave(*_: Any) -> None:
             self.block = None
 
         handles = [transformer.register_forward_pre_hook(begin, with_kwargs=True)]
-        for number, module in self.modules.items():
+        for number, path in self.modules.items():
+            module = transformer.get_submodule(path)
             handles.append(module.register_forward_pre_hook(lambda *_, number=number: setattr(self, "block", number)))
             handles.append(module.register_forward_hook(leave))
         try:
-            with self:
+            with _Mode(self):
                 yield
         finally:
             for handle in handles:
@@ -247,7 +291,7 @@ class Watch(TorchFunctionMode):
 
     def stack_kept(self) -> dict[int, Tensor]:
         """Block -> [step, ...]."""
-        planned = self.timeline.steps * len(self.timeline.forwards)
+        planned = self.planned * self.forwards
         if self.made + 1 != planned:
             raise ExecutionError(
                 f"the transformer was called {self.made + 1} times instead of {planned}: the batch was split, as "
@@ -278,16 +322,19 @@ class Watch(TorchFunctionMode):
         count = query.shape[1]
         heads = list(range(count) if self.heads is None else self.heads)
         shared = count // key.shape[1]  # heads that share a key
-        rows = slice(self.rows.start, self.rows.stop)
+        rows = slice(*self.rows)
         if mask is not None:
             mask = mask.expand(*query.shape[:2], query.shape[-2], key.shape[-2])[rows, heads]
         chosen = {"query": query[rows, heads], "key": key[rows, [head // shared for head in heads]], "attn_mask": mask}
         return {**chosen, "is_causal": bool(given.get("is_causal")), "scale": given.get("scale")}
 
 
-def _compute_pattern(_: Watch, given: dict[str, Any]) -> Tensor:
-    """The pattern, in main memory: [row, head, query, key]."""
-    return _form_pattern(given).cpu()
+class PatternWatch(Watch):
+    """Keeps patterns, in main memory."""
+
+    def compute(self, given: dict[str, Any]) -> Tensor:
+        """[row, head, query, key]."""
+        return _form_pattern(given).cpu()
 
 
 def _form_pattern(given: dict[str, Any]) -> Tensor:
@@ -302,11 +349,17 @@ def _form_pattern(given: dict[str, Any]) -> Tensor:
     return scores.softmax(-1)
 
 
-def _compute_incoming(_: Watch, given: dict[str, Any]) -> Tensor:
-    """The pattern's mean over heads and queries, head by head, so that memory holds one at a time: [row, 1, 1, key]."""
-    mask, found = given["attn_mask"], given["query"].new_zeros((), dtype=torch.float32)
-    for head in range(given["query"].shape[1]):
-        one = {name: given[name][:, head : head + 1] for name in ("query", "key")}
-        one["attn_mask"] = None if mask is None else mask[:, head : head + 1]
-        found = found + _form_pattern({**given, **one}).mean(-2, keepdim=True)
-    return found / given["query"].shape[1]
+class IncomingWatch(Watch):
+    """Keeps how much attention every token gets."""
+
+    def compute(self, given: dict[str, Any]) -> Tensor:
+        """The pattern's mean over heads and queries, head by head, so that memory holds one at a time.
+
+        [row, 1, 1, key].
+        """
+        mask, found = given["attn_mask"], given["query"].new_zeros((), dtype=torch.float32)
+        for head in range(given["query"].shape[1]):
+            one = {name: given[name][:, head : head + 1] for name in ("query", "key")}
+            one["attn_mask"] = None if mask is None else mask[:, head : head + 1]
+            found = found + _form_pattern({**given, **one}).mean(-2, keepdim=True)
+        return found / given["query"].shape[1]

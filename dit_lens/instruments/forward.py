@@ -10,7 +10,7 @@ import torch
 from dit_lens.core.request.division import refuse_several_images
 from dit_lens.errors import ExecutionError, OpError
 from dit_lens.instruments.latents import as_latents_argument, encode_images
-from dit_lens.instruments.starts import change_schedule, check_start, list_images, list_prompts, turn_off_guidance
+from dit_lens.instruments.starts import Schedule, check_start, list_images, list_prompts, turn_off_guidance
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,12 +55,7 @@ def forward(
     # Flow matching (arXiv 2210.02747): x_t = (1 - s) x_0 + s noise
     start = as_latents_argument(lens, (1 - sigma) * latents + sigma * noise, grid)
 
-    def pass_once(scheduler: Any) -> None:
-        """One step, from this noise level to the clean image: neither shifted nor spaced by the scheduler."""
-        scheduler.sigmas = scheduler.sigmas.new_tensor([sigma, 0.0])
-        scheduler.timesteps = scheduler.timesteps.new_tensor([sigma * scheduler.config.num_train_timesteps])
-
-    with lens.engine.turn.hold(), lens.quiet(), change_schedule(lens.pipe, pass_once):
+    with lens.quiet(), lens.engine.within(Schedule(once=sigma)):
         run = lens.run(prompts, ops, latents=start, seed=seed, **call)
     if run.sigmas is None or len(run.sigmas) != 1 or abs(run.sigmas[0] - sigma) > CLOSE:
         raise ExecutionError(

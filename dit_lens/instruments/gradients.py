@@ -16,6 +16,8 @@ from dit_lens.arguments.functions import name_of, told_end
 from dit_lens.arguments.mappings import NamedMapping
 from dit_lens.arguments.saving import saved_by
 from dit_lens.arguments.signatures import sets
+from dit_lens.core.execution.assemble import output_images
+from dit_lens.core.execution.at_weights import Probe
 from dit_lens.core.request.division import refuse_several_images
 from dit_lens.core.request.ops import Apply
 from dit_lens.errors import ExecutionError, FamilyError, OpError, PromptError, SiteError, check_choice, nearest, show
@@ -24,6 +26,7 @@ from dit_lens.families.sources import find_without_gradient
 if TYPE_CHECKING:
     from torch import nn
 
+    from dit_lens.core.execution.engine import Engine
     from dit_lens.core.request.ops import Branch, Op, Pattern, Steps
     from dit_lens.core.runs.run import Run
     from dit_lens.core.session import Session
@@ -119,23 +122,20 @@ def take_gradients(
     check_differentiable(lens)
     if through == "run":
         check_latents(lens)
-    graph = _Graph(metric, reduce)
+    lens.engine.check_weights("gradients need")
+    graph = Graph(metric, reduce, through)
     # An op acts once on a tensor of two names, and here each name has a gradient.
     ops: list[Op] = [*beside, *(Apply(one, fn=graph.keep, steps=steps, branch=branch) for one in lens.sites(site))]
     if through == "step":
         ops.append(Apply("velocity", fn=graph.close, steps=steps, branch=branch))
-    detached = _detach_outputs(lens.pipe.transformer) if through == "step" else nullcontext()
-    # Whatever mode the caller is in, such as torch.inference_mode: here a graph is needed.
-    with torch.inference_mode(mode=False), torch.enable_grad(), lens.engine.differentiable(), detached:
+    with lens.engine.within(graph):
         run = lens.run(prompt, ops, output_type="latent", **call)
-        latents: Any = run.latents
-        if through == "run":
-            graph.close(latents)
-            run.latents = latents.detach()
+    if through == "run" and run.latents is not None:
+        run.latents = run.latents.detach()
     value = torch.stack(graph.values) if through == "step" else graph.values[0]
-    sites = dict.fromkeys(site for site, _ in graph.found)
-    taken = tuple(sorted({step for _, step in graph.found}))
-    return Gradients(value, {s: torch.stack([graph.found[s, step] for step in taken]) for s in sites}, taken, run)
+    sites = dict.fromkeys(site for site, _ in graph.taken)
+    taken = tuple(sorted({step for _, step in graph.taken}))
+    return Gradients(value, {s: torch.stack([graph.taken[s, step] for step in taken]) for s in sites}, taken, run)
 
 
 @checked
@@ -231,17 +231,35 @@ def _sum_marginals(value: Tensor, gradient: Tensor) -> Tensor:
     return torch.cat([product.sum(0), product.sum(1)])
 
 
-class _Graph:
+@dataclass(eq=False)
+class Graph(Probe):
     """The tensors that passed through the sites, and their gradients once a metric has closed the graph.
 
-    metric, reduce: as in :meth:`dit_lens.DiTLens.gradients`.
+    metric, reduce, through: as in :meth:`dit_lens.DiTLens.gradients`.
+    taken: (site, step) -> gradient.
+    values: the metric.
     """
 
-    def __init__(self, metric: Callable[[Tensor], Tensor], reduce: Callable[[Tensor, Tensor], Tensor] | None):
-        self.metric, self.reduce = metric, reduce
+    metric: Callable[[Tensor], Tensor]
+    reduce: Callable[[Tensor, Tensor], Tensor] | None
+    through: Through
+    taken: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False)
+    values: list[Tensor] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
         self.open: dict[tuple[str, int], Tensor] = {}  # (site, step) -> [b, n, d]
-        self.found: dict[tuple[str, int], Tensor] = {}
-        self.values: list[Tensor] = []
+
+    @contextmanager
+    def around(self, engine: Engine) -> Generator[None]:
+        """Whatever mode the caller is in, such as torch.inference_mode: here a graph is needed."""
+        detached = _detach_outputs(engine.pipe.transformer) if self.through == "step" else nullcontext()
+        with torch.inference_mode(mode=False), torch.enable_grad(), engine.differentiable(), detached:
+            yield
+
+    def finish(self, output: Any) -> None:
+        """Through the run the metric is of the final latents."""
+        if self.through == "run":
+            self.close(output_images(output).cpu())
 
     def keep(self, tensor: Tensor, hook: Any) -> Tensor:
         """What goes on in the run is this very tensor; the first one is where the graph begins."""
@@ -271,7 +289,7 @@ class _Graph:
                 kept = gradient if self.reduce is None else self.reduce(tensor.detach(), gradient)
             if not isinstance(kept, Tensor):
                 raise OpError(f"reduce= must return a tensor, and returned {show(kept)} for {key[0]}.")
-            self.found[key] = kept.cpu()
+            self.taken[key] = kept.cpu()
         self.values.append(value.detach().reshape(()).cpu())
 
 

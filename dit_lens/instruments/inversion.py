@@ -22,7 +22,7 @@ from dit_lens.core.request.division import Division, refuse_several_images
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import FamilyError, OpError
 from dit_lens.instruments.latents import as_latents_argument, decode_latents, encode_images, read_latents
-from dit_lens.instruments.starts import change_schedule, check_start, list_images, list_prompts, turn_off_guidance
+from dit_lens.instruments.starts import Schedule, check_start, list_images, list_prompts, turn_off_guidance
 from dit_lens.old_names import OldName, find_old_names, renamed_keywords
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def invert(
     call = turn_off_guidance(lens, call)
     latents, grid = encode_images(lens, images, prompts, call)
     call |= {"seed": 0, "output_type": "latent"}
-    with lens.engine.turn.hold(), lens.quiet(), change_schedule(lens.pipe, _reverse):
+    with lens.quiet(), lens.engine.within(Schedule()):
         back = lens.run(prompts, [Read("velocity")], latents=as_latents_argument(lens, latents, grid), **call)
     noise = as_latents_argument(lens, read_latents(lens, back.latents, grid), grid)
     with lens.quiet():
@@ -166,8 +166,3 @@ def check_invertible(lens: Session) -> None:
             f"{type(lens.pipe).__name__} always guides, and guidance is not undone by going backwards. "
             f"{instead[0].upper()}{instead[1:]}."
         )
-
-
-def _reverse(scheduler: Any) -> None:
-    """From clean to noise."""
-    scheduler.timesteps, scheduler.sigmas = scheduler.timesteps.flip(0), scheduler.sigmas.flip(0)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dit_lens.core.request.call import needs_weights
+from dit_lens.core.execution.at_weights import at_weights
 from dit_lens.errors import FamilyError, OpError, PromptError
 from dit_lens.families.layout import pack, regroup, unpack
 from dit_lens.old_names import find_old_names
@@ -50,10 +50,16 @@ def find_autoencoder(pipe: DiffusionPipeline) -> Any:
             f"this {type(pipe).__name__} was loaded without its autoencoder, so latents cannot be drawn. Load it with "
             "vae=, or keep the latents: Read('blocks.*.img.x0')."
         )
-    needs_weights(pipe, "drawing latents needs")
     return vae
 
 
+def check_autoencoder(lens: Session) -> None:
+    """Raises FamilyError if the pipeline has no autoencoder, ExecutionError if it is out of reach on a server."""
+    find_autoencoder(lens.pipe)
+    lens.engine.check_weights("drawing latents needs")
+
+
+@at_weights
 @torch.no_grad()
 def decode_latents(lens: Session, tokens: Tensor, grid: tuple[int, ...]) -> list[Image]:
     """Images of clean latents, as the pipeline's own autoencoder draws them after the last step.
@@ -76,6 +82,7 @@ def decode_latents(lens: Session, tokens: Tensor, grid: tuple[int, ...]) -> list
     return images
 
 
+@at_weights
 @torch.no_grad()
 def encode_images(
     lens: Session, images: Sequence[Image], prompts: Sequence[str] | None, call: Mapping[str, Any]

@@ -60,10 +60,10 @@ def check_score(score: str, lens: Session | None = None) -> None:
       where a reduction is needed.
     """
     if score == RELEVANCE and lens is not None:
-        if lens.engine.server:
+        if not lens.engine.reaches_weights:
             raise ExecutionError(
                 "score='relevance' takes gradients, which need the model's weights on this machine, and this model is "
-                "on a server. Rank channels by a reduction, such as '|mean|'."
+                "on a server that has no dit_lens. Start that server with dit-lens serve, or rank channels by a reduction, such as '|mean|'."
             )
         return check_differentiable(lens)
     try:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from dit_lens.core.execution.at_weights import Probe
 from dit_lens.errors import FamilyError, PromptError
 from dit_lens.families.sources import check_source
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
+    from dit_lens.core.execution.engine import Engine
     from dit_lens.core.session import Session
 
 
@@ -69,6 +72,34 @@ def turn_off_guidance(lens: Session, call: Mapping[str, Any]) -> dict[str, Any]:
         return dict(call)
     unused = dict.fromkeys(name for name in guidance.negative if lens.defaults.get(name) is not None)
     return {**unused, **call, guidance.scale: guidance.above}  # pipelines warn of a negative prompt without guidance
+
+
+@dataclass(eq=False)
+class Schedule(Probe):
+    """Has a run take other steps than its scheduler's own.
+
+    once: the noise level of the only one, which leads to the clean image; None: the scheduler's, from clean to noise.
+    """
+
+    once: float | None = None
+
+    plans: ClassVar[bool] = True
+
+    @contextmanager
+    def around(self, engine: Engine) -> Generator[None]:
+        """The scheduler is put back afterwards."""
+        with change_schedule(engine.pipe, self.change):
+            yield
+
+    def change(self, scheduler: Any) -> None:
+        """Replaces the steps that were set."""
+        if self.once is None:
+            scheduler.timesteps, scheduler.sigmas = scheduler.timesteps.flip(0), scheduler.sigmas.flip(0)
+        else:  # neither shifted nor spaced by the scheduler
+            scheduler.sigmas = scheduler.sigmas.new_tensor([self.once, 0.0])
+            scheduler.timesteps = scheduler.timesteps.new_tensor(
+                [self.once * scheduler.config.num_train_timesteps]
+            )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.arguments.checks import checked
+from dit_lens.core.execution.at_weights import at_weights
 from dit_lens.core.plan.cost import format_bytes, nbytes
 from dit_lens.core.request.call import Call, needs_weights, prepare_call
 from dit_lens.errors import DitLensError, ExecutionError, PromptError, show
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+    from dit_lens.core.session import Session
     from dit_lens.families import Family, Guidance
 
 
@@ -108,6 +110,16 @@ def encode_prompts(
             raise PromptError(explain_unread(pipe) or f"{told} that concern text.") from problem
     texts = [name for name, value in arguments.items() if holds_text(name) and value is not None]
     return {**{name: None for name in texts if name != "prompt"}, **embeddings}
+
+
+@at_weights
+def encode_texts(
+    lens: Session, prompts: str | Sequence[str], *, device: str | torch.device | None = None, **call: Any
+) -> dict[str, Any]:
+    """The embeddings of prompts by the text encoders of a lens; see :meth:`dit_lens.DiTLens.encode`."""
+    return encode_prompts(
+        lens.pipe, prompts, device=device, defaults=lens.defaults, vocabulary=lens.vocabulary, **call
+    )
 
 
 def find_encoders(pipe: DiffusionPipeline) -> dict[str, Any]:

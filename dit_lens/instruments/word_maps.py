@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dit_lens.analysis.subjects import threshold
 from dit_lens.arguments.checks import checked
 from dit_lens.arguments.saving import saved_by
-from dit_lens.core.request.call import needs_weights
+from dit_lens.core.execution.at_weights import Probe
 from dit_lens.core.request.division import Division, refuse_several_images
 from dit_lens.core.request.indices import to_indices
 from dit_lens.core.request.ops import Apply, Swap
@@ -25,13 +25,13 @@ from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, che
 from dit_lens.families.layout import select_stream
 from dit_lens.families.locations import ImageTokens
 from dit_lens.families.sites import Site
-from dit_lens.instruments.attention_patterns import Watch, find_kept, list_numbers
+from dit_lens.instruments.attention_patterns import Watch, find_kept, find_path, list_numbers
 
 if TYPE_CHECKING:
     import numpy as np
     import plotly.graph_objects as go
     from PIL.Image import Image
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from dit_lens.core.request.ops import Op, Steps
     from dit_lens.core.request.text_tokens import StreamText
@@ -145,7 +145,7 @@ def word_map(
     **call: Any,
 ) -> WordMap:
     """See :meth:`dit_lens.DiTLens.word_map`."""
-    needs_weights(lens.pipe, "maps of words need")
+    lens.engine.check_weights("maps of words need")
     check_choice(method, ("attention", "concept"), "method")
     if "batch_size" in call:
         raise PromptError(
@@ -221,26 +221,43 @@ def _map_by_attention(
     tokens = _find_words(text, outline.rows, words)
     lengths = [text.length("cond", row) for row in range(outline.rows)]
     wanted = None if asked.heads is None else tuple(list_numbers("head", asked.heads))
-    made: dict[tuple[Any, ...], Tensor] = {}  # marks for each arrangement of keys: few, and the same in most blocks
-
-    def compute(watch: Watch, given: dict[str, Any]) -> Tensor | None:
-        key, block = given["key"], watch.block
-        if block is None or (orders[block] == CROSS and key.shape[2] != max(lengths)):
-            return None  # of an image that is given as well
-        image = watch.image
-        form = (orders[block], key.shape, key.dtype, key.device, image.first, image.total, *image.starts)
-        if form not in made:
-            made[form] = _mark_tokens(watch, orders[block], key, tokens)
-        share = scaled_dot_product_attention(**given, value=made[form])[..., : len(words)].float().mean(1)  # over heads
-        order = "own" if orders[block] == CROSS else orders[block]
-        location: Any = {"stream": "img", "layout": order}
-        return select_stream(share, location, _own_rows(watch), range(len(share)))[0]
-
-    watch = Watch(modules, wanted, chosen, outline, lens.anatomy.grid_rule, "cond", compute)
-    with watch.on(lens.pipe.transformer):
+    what = {"modules": modules, "heads": wanted, "steps": tuple(chosen), "orders": orders, "tokens": tokens}
+    watch = WordWatch.of(outline, "cond", lens.anatomy.grid_rule, **what, length=max(lengths))
+    with lens.engine.within(watch):
         run = lens.run(prompt, asked.ops, **asked.call)
     kept = torch.stack(list(watch.stack_kept().values()))
     return WordMap(_part(kept, words, run), tuple(modules), tuple(chosen), "attention", run, lens.anatomy.depth)
+
+
+@dataclass(eq=False, kw_only=True)
+class WordWatch(Watch):
+    """Keeps the share of each image token's attention that goes to the tokens of words.
+
+    orders: block -> the order of the streams in its attention, or CROSS.
+    tokens: [row][word] -> tokens of the text.
+    length: tokens of the longest text.
+    """
+
+    orders: dict[int, str]
+    tokens: list[list[list[int]]]
+    length: int
+
+    def __post_init__(self) -> None:
+        self._marks: dict[tuple[Any, ...], Tensor] = {}  # for each arrangement of keys: few, and the same in most blocks
+
+    def compute(self, given: dict[str, Any]) -> Tensor | None:
+        """[row, n, word]."""
+        key, block = given["key"], self.block
+        if block is None or (self.orders[block] == CROSS and key.shape[2] != self.length):
+            return None  # of an image that is given as well
+        image, order = self.image, self.orders[block]
+        form = (order, key.shape, key.dtype, key.device, image.first, image.total, *image.starts)
+        if form not in self._marks:
+            self._marks[form] = _mark_tokens(self, order, key, self.tokens)
+        words = len(self.tokens[0])
+        share = scaled_dot_product_attention(**given, value=self._marks[form])[..., :words].float().mean(1)  # over heads
+        location: Any = {"stream": "img", "layout": "own" if order == CROSS else order}
+        return select_stream(share, location, _own_rows(self), range(len(share)))[0]
 
 
 def _list_blocks(anatomy: Anatomy, blocks: int | Sequence[int] | None) -> Sequence[int]:
@@ -252,22 +269,24 @@ def _list_blocks(anatomy: Anatomy, blocks: int | Sequence[int] | None) -> Sequen
 
 def _find_text_attention(
     lens: Session, blocks: int | Sequence[int] | None
-) -> tuple[dict[int, nn.Module], dict[int, str]]:
-    """Block -> the module in which image tokens attend to text, and the order of the streams in it, or CROSS.
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Block -> the path, in the transformer, of the module in which image tokens attend to text, and the order of the
+    streams in it, or CROSS.
 
     blocks: those that are wanted, all of which must have it; None: all that have it.
     """
     anatomy = lens.anatomy
     wanted = _list_blocks(anatomy, blocks)
     crossed = {site.block: site for site in anatomy.sites if site.point == "cross_out"}
-    modules: dict[int, nn.Module] = {}
+    modules: dict[int, str] = {}
     orders: dict[int, str] = {}
     for block in wanted:
         if block in crossed:
-            path = anatomy.locate(crossed[block]).module.removeprefix("transformer.")
-            modules[block], orders[block] = lens.pipe.transformer.get_submodule(path), CROSS
+            modules[block] = anatomy.locate(crossed[block]).module.removeprefix("transformer.")
+            orders[block] = CROSS
         elif all(anatomy.why_not(block, stream, "resid_pre") is None for stream in ("img", "txt")):
-            modules[block], orders[block] = anatomy.find_attention(block)
+            module, orders[block] = anatomy.find_attention(block)
+            modules[block] = find_path(lens, module)
         elif blocks is not None:
             raise SiteError(f"blocks.{block} of {lens.family.name} attends to no text.")
     if not modules:
@@ -307,7 +326,7 @@ def _mark_tokens(watch: Watch, order: str, key: Tensor, tokens: Sequence[Sequenc
 def _own_rows(watch: Watch) -> ImageTokens:
     """Where image tokens are in the watched rows alone."""
     grid, count, first, total = watch.image.grid, watch.image.count, watch.image.first, watch.image.total
-    return ImageTokens(grid, count, first, total, watch.image.starts[watch.rows.start : watch.rows.stop])
+    return ImageTokens(grid, count, first, total, watch.image.starts[slice(*watch.rows)])
 
 
 # By what attention puts out
@@ -346,10 +365,11 @@ def _map_by_concept(
     read = [text.find("cond", 1 + i, "prompt") for i in range(len(concepts))]
     compare = Comparison(tokens, read)
     reads = [
-        Apply([img, txt], fn=compare, steps=chosen, branch="cond", channels=_find_channels(lens, img, asked.heads))
+        Apply([img, txt], fn=compare.note, steps=chosen, branch="cond", channels=_find_channels(lens, img, asked.heads))
         for img, txt in found.values()
     ]
-    run = lens.run(prompt, [*probes, *list_ops(asked.ops), *reads], **call)
+    with lens.engine.within(compare):
+        run = lens.run(prompt, [*probes, *list_ops(asked.ops), *reads], **call)
     kept = torch.stack([torch.stack([compare.kept[step, block] for step in chosen]) for block in found])
     return WordMap(
         _part(kept, [*words, *concepts], run), tuple(found), tuple(chosen), "concept", run, lens.anatomy.depth
@@ -397,19 +417,24 @@ def _find_channels(lens: Session, site: str, heads: int | Sequence[int] | None) 
     return [channel for head in wanted for channel in every[head]]
 
 
-class Comparison:
-    """What :class:`~dit_lens.Apply` calls: keeps the share of each word in the likeness of image tokens to words.
+@dataclass(eq=False)
+class Comparison(Probe):
+    """Keeps the share of each word in the likeness of image tokens to words.
 
     tokens: [row][word] -> tokens of the text of rows with images.
     read: the tokens of each concept, in the rows after those.
+    kept: (step, block) -> [row, n, word].
     """
 
-    def __init__(self, tokens: Sequence[Sequence[Sequence[int]]], read: Sequence[Sequence[int]]):
-        self.tokens, self.read = tokens, read
-        self.waiting: dict[tuple[int, int, str], Tensor] = {}
-        self.kept: dict[tuple[int, int], Tensor] = {}  # (step, block) -> [row, n, word]
+    tokens: list[list[list[int]]]
+    read: list[list[int]]
+    kept: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False)
 
-    def __call__(self, tensor: Tensor, hook: Any) -> None:
+    def __post_init__(self) -> None:
+        self.waiting: dict[tuple[int, int, str], Tensor] = {}
+
+    def note(self, tensor: Tensor, hook: Any) -> None:
+        """What :class:`~dit_lens.Apply` calls."""
         images, expected = len(self.tokens), len(self.tokens) + len(self.read)
         if len(tensor) != expected:
             raise ExecutionError(

@@ -11,7 +11,7 @@ from dit_lens.arguments.saving import saved_by
 from dit_lens.core.request.indices import to_indices
 from dit_lens.core.request.ops import Read
 from dit_lens.families.sites import list_patterns
-from dit_lens.instruments.latents import decode_latents, find_autoencoder
+from dit_lens.instruments.latents import check_autoencoder, decode_latents
 from dit_lens.old_names import OldName
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class X0:
 
 def read_x0(lens: Session, prompt: Any, site: Pattern | None = None, *, steps: Steps = None, **call: Any) -> X0:
     """See :meth:`dit_lens.DiTLens.read_x0`."""
-    find_autoencoder(lens.pipe)
+    check_autoencoder(lens)
     names = _pick_evenly(lens.sites("blocks.*.img.x0"), BLOCKS) if site is None else _sites(lens, site)
     if steps is None:
         steps = _pick_evenly(list(range(lens.outline(prompt, **call).steps)), STEPS)

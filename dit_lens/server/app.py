@@ -44,6 +44,7 @@ class Site:
     """What a server needs to answer.
 
     served: the pipeline.
+    about: what a lens is told of it.
     jobs, sessions: what was asked, and who waits.
     token: who may come in; it also signs the addresses of results.
     largest: bytes of a request.
@@ -51,6 +52,7 @@ class Site:
     """
 
     served: Served
+    about: dict[str, Any]
     jobs: Jobs
     sessions: Sessions
     token: str
@@ -63,6 +65,7 @@ class Site:
             Route("/", self.page),
             Route("/ping", self.ping),
             Route("/status", self.status),
+            Route("/dit-lens", self.tell),
             Route("/env", self.env),
             Route("/whoami", self.whoami),
             Route("/request", self.request, methods=["POST"]),
@@ -96,6 +99,10 @@ class Site:
         }
         return JSONResponse({"deployments": {served.name: state}, "jobs": self.jobs.counts})
 
+    async def tell(self, request: Request) -> Response:  # noqa: ARG002
+        """Whatever nnsight's own servers do not tell."""
+        return JSONResponse(self.about)
+
     async def env(self, request: Request) -> Response:  # noqa: ARG002
         """As ``nnsight.compare()`` reads it."""
         from nnsight.ndif import get_local_env
@@ -117,7 +124,7 @@ class Site:
 
     async def _send(self, socket: WebSocket, session: str) -> None:
         with suppress(WebSocketDisconnect, RuntimeError):  # it left
-            await socket.send_text(json.dumps({"session_id": session, "ends": True}))
+            await socket.send_text(json.dumps({"session_id": session, "ends": True, "about": self.about}))
             while True:
                 job, news = await self.sessions.next(session)
                 if news.status != Status.COMPLETED:

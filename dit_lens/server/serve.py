@@ -114,6 +114,7 @@ def _build(pipeline: str, options: ServeOptions, token: str, folder: Path) -> tu
     from dit_lens.server.jobs import Job, Jobs
     from dit_lens.server.names import Served
     from dit_lens.server.sessions import Sessions
+    from dit_lens.server.tasks import describe_server
     from dit_lens.server.work import Work, load
     from dit_lens.toys import find_pipeline
 
@@ -140,7 +141,7 @@ def _build(pipeline: str, options: ServeOptions, token: str, folder: Path) -> tu
             ("jobs end", f"after {options.timeout:g} s"),
         ),
     )
-    site = Site(served, jobs, sessions, token, int(options.largest * 2**20), int(options.inline * 2**20))
+    site = Site(served, describe_server(pipe), jobs, sessions, token, int(options.largest * 2**20), int(options.inline * 2**20))
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -383,10 +383,10 @@ def _check(
     if odd := [name for name, one in sites.items() if one.stream != "img"]:
         raise SiteError(f"{odd[0]} does not hold image tokens, whose directions these are. Choose 'blocks.*.img'.")
     if "relevant" in bases:
-        if lens.engine.server:
+        if not lens.engine.reaches_weights:
             raise ExecutionError(
                 "relevant channels are found by gradients, which need the model's weights on this machine, and this "
-                "model is on a server. Leave 'relevant' out of bases=."
+                "model is on a server that has no dit_lens. Start that server with dit-lens serve, or load the model here. Leave 'relevant' out of bases=."
             )
         check_differentiable(lens)
     if k is not None:

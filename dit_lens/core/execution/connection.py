@@ -94,6 +94,7 @@ class Connection(RemoteBackend):
         self.timeout = timeout
         self.state = "not sent"
         self.ends = False  # whether the server ends a job whose client is gone
+        self.about: dict[str, Any] | None = None  # what a server that has this library tells of itself
         self._began = 0.0
 
     def request(self, request: RequestModel, tracer: Tracer) -> Any:
@@ -138,7 +139,7 @@ class Connection(RemoteBackend):
         """The name of the channel on which the server will tell of the job."""
         try:
             greeting = json.loads(socket.recv())
-            self.ends = bool(greeting.get("ends"))
+            self.ends, self.about = bool(greeting.get("ends")), greeting.get("about")
             return greeting["session_id"]
         except (OSError, websocket.WebSocketException) as silence:
             self._fail(f"could not be reached: {silence}", "Is the address right, and does it run?", silence)

@@ -17,6 +17,7 @@ import torch
 from nnsight.modeling.diffusion import DiffusionModel, _PipelineModule
 
 from dit_lens.arguments.functions import told_end
+from dit_lens.core.execution.at_weights import Probe
 from dit_lens.core.execution.execute import execute
 from dit_lens.core.execution.forwards import Forwards, Taking
 from dit_lens.core.execution.hooks import refuse_changes
@@ -71,6 +72,7 @@ class Engine:
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
         self._gradients = False
+        self._probe: Probe | None = None
         self._modules, self._forwards = self._modules_now(), Forwards()
         with self.turn.hold(), self._wrapping():
             self.model = DiffusionModel(_Pipeline(pipe), interleaver=Taking(self._forwards))
@@ -112,6 +114,24 @@ class Engine:
     def provenance(self) -> dict[str, Any]:
         """What a run's provenance says of the machine beyond what the pipeline tells: nothing, where both are here."""
         return {}
+
+    @property
+    def reaches_weights(self) -> bool:
+        """Whether more can be done with the model than runs."""
+        return True
+
+    def check_weights(self, what: str) -> None:
+        """As :meth:`RemoteEngine.check_weights`: weights are here."""
+
+    @contextmanager
+    def within(self, probe: Probe) -> Generator[None]:
+        """The run inside is made within a probe."""
+        with self.turn.hold(), probe.around(self):
+            outer, self._probe = self._probe, probe
+            try:
+                yield
+            finally:
+                self._probe = outer
 
     @contextmanager
     def differentiable(self) -> Generator[None]:
@@ -203,6 +223,8 @@ class Engine:
                     "and call it with what the run read; nothing was kept of this run."
                 ) from problem
         check_finished(program, len(made), results)
+        if self._probe is not None:
+            self._probe.finish(results[0])
         return store, results[0]
 
 

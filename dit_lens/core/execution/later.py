@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 PATIENCE = 30.0  # seconds for which a question is asked again where there is no answer
+ABOUT = "/dit-lens"  # where a server that has this library tells of itself
 PAUSES = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between two looks at a job
 
 
@@ -49,6 +50,17 @@ class Later(Connection):
             self._refuse(knock)
         with self._waiting():
             raise SentError(self._post(RequestModel(model_key=self.model_key, compress=self.compress), blob))
+
+    def ask_about(self) -> dict[str, Any] | None:
+        """What a server tells of itself that has this library; None for any other."""
+        answer = self._ask("GET", ABOUT)
+        if answer.status_code in (401, 403):
+            self._refuse(answer)
+        try:
+            about = None if answer.is_error else answer.json()
+        except ValueError:  # a page
+            return None
+        return about if isinstance(about, dict) and "dit_lens" in about else None
 
     def look(self, name: str) -> ResponseModel | None:
         """The last news of a job; None where the server knows none of that name."""
@@ -126,7 +138,7 @@ class Later(Connection):
                 return httpx.request(method, self.host + path, headers=headers, timeout=CONNECT)
             except (httpx.TransportError, httpx.InvalidURL) as silence:
                 refused = isinstance(silence, httpx.ConnectError | httpx.InvalidURL)
-                if time.monotonic() > end or (refused and method == "GET" and path == "/ping"):
+                if time.monotonic() > end or (refused and method == "GET" and path in ("/ping", ABOUT)):
                     self._fail(f"could not be reached: {silence}", "Is the address right, and does it run?", silence)
                 time.sleep(min(0.5, self.timeout))
 

@@ -10,17 +10,20 @@ import json
 import pickle
 import re
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.utils._pytree import tree_leaves
 
+from dit_lens import errors
+from dit_lens.core.execution.at_weights import Probe, name_methods
 from dit_lens.core.execution.read_text import read_grid, read_stream_text
 from dit_lens.core.execution.turns import Turn
-from dit_lens.core.request.call import needs_weights
 from dit_lens.core.runs.files import check_pipeline
-from dit_lens.errors import ExecutionError, OpError, PromptError, StoreError
+from dit_lens.errors import DitLensError, ExecutionError, OpError, PromptError, StoreError
 from dit_lens.families.arguments import belongs_to_prompts
 
 if TYPE_CHECKING:
@@ -96,6 +99,8 @@ class RemoteEngine:
         self.timeout = check_timeout(timeout)
         self.host = check_host(CONFIG.API.HOST if host is None else host)
         self.key, self.token = _key(model), check_token(token)
+        self._probe: Probe | None = None
+        self._about: dict[str, Any] | None = None
 
     @property
     def server(self) -> dict[str, str]:
@@ -110,7 +115,9 @@ class RemoteEngine:
     @property
     def provenance(self) -> dict[str, Any]:
         """What is known of the machine that a run was made on."""
-        return {"device": self.device_name, "dtype": "the server's", "threads": None, "server": self.server}
+        told = self._about or {"dtype": "the server's", "threads": None, "weights": None}
+        known = {name: told[name] for name in ("dtype", "threads", "weights")}
+        return {"device": self.device_name, **known, "server": self.server}
 
     def follow(self) -> None:
         """Modules do not come or go here."""
@@ -124,7 +131,14 @@ class RemoteEngine:
         call: the keyword arguments of the pipeline.
         reads: receives what is read.
         """
-        store, results = self._send(program, payload, call, self.backend())
+        if (probe := self._probe) is not None:
+            asked = (type(probe).__name__, probe.arguments(), program, name_methods(probe, payload), call)
+            answer = self._ask("make_run", {"defaults": {}, "vocabulary": None, "args": asked, "kwargs": {}})
+            probe.take(answer["found"])
+            return self.unpack(program, answer["store"], answer["results"], reads)
+        backend = self.backend()
+        store, results = self._send(program, payload, call, backend)
+        self._about = backend.about
         return self.unpack(program, store, results, reads)
 
     def submit(self, program: Program, payload: dict[str, Any], call: dict[str, Any]) -> tuple[str, bool]:
@@ -189,11 +203,68 @@ class RemoteEngine:
         """What decides the transformer's answers beside the call: the server's model, as far as its name tells."""
         return {"server": self.server}
 
+    @property
+    def pipe(self) -> DiffusionPipeline:
+        """The pipeline, without weights."""
+        return cast("DiffusionPipeline", self.model.pipeline)
+
+    @property
+    def reaches_weights(self) -> bool:
+        """Whether more can be done with the model than runs: whether the server has this library."""
+        return self.ask_about() is not None
+
+    def check_weights(self, what: str) -> None:
+        """Raises ExecutionError if the server makes runs only. what: what needs weights, with its verb."""
+        if not self.reaches_weights:
+            raise ExecutionError(
+                f"{what} the model's weights on this machine, and this model is on a server that has no dit_lens "
+                f"({self.host}). Start that server with dit-lens serve, or load the model here, with "
+                "DiTLens.from_pretrained; runs, traces and the studies made of them work on any nnsight server."
+            )
+
+    def ask_about(self) -> dict[str, Any] | None:
+        """What the server tells of itself; None if it has no dit_lens. A server that has it is asked once."""
+        if self._about is None:
+            self._about = self.later().ask_about()
+        return self._about
+
     @contextmanager
-    def differentiable(self) -> Generator[None]:
-        """Gradients are computed here only."""
-        needs_weights(self.model.pipeline, "gradients need")
-        yield
+    def within(self, probe: Probe) -> Generator[None]:
+        """The run inside is made within a probe, on the server."""
+        self._check_task("make_run")
+        with self.turn.hold(), probe.around(cast("Any", self)) if probe.plans else nullcontext():
+            outer, self._probe = self._probe, probe
+            try:
+                yield
+            finally:
+                self._probe = outer
+
+    def carry_out(self, task: str, lens: Any, given: Mapping[str, Any]) -> Any:
+        """What a task returns that the server carries out.
+
+        task: its name.
+        lens: whose defaults count.
+        given: "args" and "kwargs" of the task.
+        """
+        self._check_task(task)
+        return self._ask(task, {"defaults": lens.defaults, "vocabulary": lens.vocabulary, **given})
+
+    def _check_task(self, task: str) -> None:
+        """Raises ExecutionError unless the server carries out a task."""
+        self.check_weights(f"{task} needs")
+        about = self.ask_about() or {}
+        if task not in about["tasks"]:
+            raise ExecutionError(
+                f"the server {self.host} has dit_lens {about['dit_lens']}, which knows no {task}; here is dit_lens "
+                f"{version('dit-lens')}. Install the same release on both machines."
+            )
+
+    def _ask(self, task: str, asked: dict[str, Any]) -> Any:
+        """Has the server carry out a task. asked: as of ``server.tasks.carry_out``."""
+        with self.turn.run(), self.translate_errors(ours=True):
+            _register()
+            _check_functions(tree_leaves(asked))
+            return _send_task(self.model, task, asked, self.backend())
 
     def backend(self) -> Connection:
         """What sends a request to the server, whose state shows where a progress bar would."""
@@ -205,8 +276,11 @@ class RemoteEngine:
         return connection
 
     @contextmanager
-    def translate_errors(self) -> Generator[None]:
-        """What a person can do about a job that failed on the server. Memory that ran out there is told as of here."""
+    def translate_errors(self, *, ours: bool = False) -> Generator[None]:
+        """What a person can do about a job that failed on the server. Memory that ran out there is told as of here.
+
+        ours: whether errors of this library, raised there by its own functions, are told as they are.
+        """
         from nnsight.intervention.backends.remote import RemoteError
 
         try:
@@ -215,6 +289,10 @@ class RemoteEngine:
             gist = _shorten_answer(str(failure))
             if re.search(r"OutOfMemoryError|out of memory", gist):
                 raise torch.OutOfMemoryError(f"on the nnsight server {self.host}: {gist}") from failure
+            if ours and (told := re.fullmatch(r"dit_lens\.errors\.(\w+): (.*)", gist, re.DOTALL)):
+                kind = getattr(errors, told[1], None)
+                if isinstance(kind, type) and issubclass(kind, DitLensError):
+                    raise kind(f"{told[2]}.") from failure
             said = gist.lower()
             advice = next((text for words, text in _ADVICE.items() if any(word in said for word in words)), "")
             advice = advice.replace("{key}", self.key)
@@ -252,6 +330,23 @@ def _key(model: DiffusionModel) -> str:
         raise StoreError(
             f"the Hugging Face hub did not tell the name of {model.repo_id}, by which a server knows it: {problem}"
         ) from problem
+
+
+def _send_task(model: DiffusionModel, task: str, asked: dict[str, Any], backend: Connection) -> Any:
+    """Sends one call of a function of this library, which is imported there."""
+    import nnsight
+
+    with model.session(backend=backend):
+        found = _carry_out(model, task, asked)
+        nnsight.save(found)
+    return found
+
+
+def _carry_out(model: Any, task: str, asked: dict[str, Any]) -> Any:
+    """Goes to the server by its source."""
+    from dit_lens.server.tasks import carry_out
+
+    return carry_out(model, task, asked)
 
 
 def _register() -> None:

@@ -22,7 +22,7 @@ from dit_lens.instruments.gradients import (
     measure_rows,
     nearness,
 )
-from dit_lens.instruments.latents import decode_latents, find_autoencoder, read_latents
+from dit_lens.instruments.latents import check_autoencoder, decode_latents, read_latents
 from dit_lens.studies.parts.patches import Patch, patch_groups, patch_heads, patch_regions, patch_steps
 from dit_lens.studies.shared.arguments import check_k
 from dit_lens.studies.shared.arms import (
@@ -97,7 +97,7 @@ class PatchMap:
             check_differentiable(self.lens)
             if self.branch == "both":
                 raise OpError("branch='both': attribution is of one branch. Choose it, or pass attribute=().")
-        find_autoencoder(self.lens.pipe)
+        check_autoencoder(self.lens)
         if self.scored:
             check_k(self.lens, self.scored, [self.k])
             check_arm_score(self.lens, self.score, pair, self.scored, call)

@@ -13,7 +13,6 @@ import numpy as np
 from scipy.sparse.linalg import svds
 
 from dit_lens.analysis.arrays import border_of
-from dit_lens.core.request.call import needs_weights
 from dit_lens.errors import OpError, check_choice
 from dit_lens.studies.shared.judges import choose_judge
 from dit_lens.toys.scenes import Scene
@@ -108,9 +107,9 @@ def noisy_latent(clean: Any, predicted: Any, sigma: float, kind: str) -> Any:
 def count_heads(lens: DiTLens, blocks: Sequence[int]) -> dict[int, int]:
     """Counts the heads of every block; SiteError if one forms no pattern or its heads cannot be counted.
 
-    Raises ExecutionError if patterns cannot be read because the model is on a server.
+    Raises ExecutionError if patterns cannot be read because the model is on a server that makes runs only.
     """
-    needs_weights(lens.pipe, "patterns of attention need")
+    lens.engine.check_weights("patterns of attention need")
     for block in blocks:
         lens.anatomy.find_attention(block)
     return {block: len(lens.heads(f"blocks.{block}.img.attn.q")) for block in blocks}

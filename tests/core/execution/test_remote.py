@@ -15,6 +15,7 @@ import dit_lens as dl
 from dit_lens import Apply, DiTLens, Read, Swap, Zero, toys
 from dit_lens.core.execution.connection import Connection
 from dit_lens.core.execution.execute import move_answer
+from dit_lens.core.execution.later import Later
 from dit_lens.core.execution.remote import RemoteEngine, pipeline_without_weights
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, StoreError
 from tests import pipelines
@@ -38,6 +39,7 @@ def served(monkeypatch, process, tmp_path):
         return backend.finalize((tmp_path / "result").read_bytes())
 
     monkeypatch.setattr(Connection, "request", request)
+    monkeypatch.setattr(Later, "ask_about", lambda _: None)  # as of a server that has no dit_lens
     monkeypatch.setattr("nnsight.ndif.pull_env", lambda: None)  # it would send this checkout, as not installed
     return sent
 
