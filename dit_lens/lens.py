@@ -123,8 +123,9 @@ class DiTLens(Session):
         49152
 
         Names, checks, plans, costs and errors are made here from the model's configuration; a run is sent to the
-        server, and comes back as it would have been made here: images, reads, receipt. What has to have the weights
-        at hand (gradients, ``read_x0``, ``read_pattern``, ``encode``) is refused.
+        server, and comes back as it would have been made here: images, reads, receipt. What does more to the weights
+        (gradients, ``read_x0``, ``read_pattern``, ``encode``) is carried out by a server that ``dit-lens serve`` started,
+        and refused on any other.
 
         model: a repository, a toy as "toy:flux", or a folder that the server knows by the same name (its last part,
             with ``dit-lens serve``).

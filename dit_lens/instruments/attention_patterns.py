@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -231,15 +231,16 @@ class Watch(Probe):
     made: int = field(default=-1, init=False)
     place: tuple[Any, ...] = field(default=((), 0, 0, 0, []), init=False)
 
-    block: ClassVar[int | None] = None  # where the run is
+    def __post_init__(self) -> None:
+        self.block: int | None = None  # where the run is
 
     @classmethod
     def of(cls, outline: Outline, branch: str, rule: GridRule, **what: Any) -> Self:
         """A watch of one branch of a run. what: its other arguments."""
         forward, number = outline.timeline.locate(branch)
         rows = (number * outline.rows, (number + 1) * outline.rows)
-        counts = {"planned": outline.steps, "forwards": len(outline.timeline.forwards)}
-        return cls(forward=forward, rows=rows, rule=rule, **counts, **what)
+        passes = len(outline.timeline.forwards)
+        return cls(planned=outline.steps, forwards=passes, forward=forward, rows=rows, rule=rule, **what)
 
     def compute(self, given: dict[str, Any]) -> Tensor | None:
         """What is kept of the attention that is called with these arguments, which are of the chosen rows and heads.

@@ -97,9 +97,7 @@ class Schedule(Probe):
             scheduler.timesteps, scheduler.sigmas = scheduler.timesteps.flip(0), scheduler.sigmas.flip(0)
         else:  # neither shifted nor spaced by the scheduler
             scheduler.sigmas = scheduler.sigmas.new_tensor([self.once, 0.0])
-            scheduler.timesteps = scheduler.timesteps.new_tensor(
-                [self.once * scheduler.config.num_train_timesteps]
-            )
+            scheduler.timesteps = scheduler.timesteps.new_tensor([self.once * scheduler.config.num_train_timesteps])
 
 
 @contextmanager

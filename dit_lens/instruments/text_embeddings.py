@@ -117,9 +117,7 @@ def encode_texts(
     lens: Session, prompts: str | Sequence[str], *, device: str | torch.device | None = None, **call: Any
 ) -> dict[str, Any]:
     """The embeddings of prompts by the text encoders of a lens; see :meth:`dit_lens.DiTLens.encode`."""
-    return encode_prompts(
-        lens.pipe, prompts, device=device, defaults=lens.defaults, vocabulary=lens.vocabulary, **call
-    )
+    return encode_prompts(lens.pipe, prompts, device=device, defaults=lens.defaults, vocabulary=lens.vocabulary, **call)
 
 
 def find_encoders(pipe: DiffusionPipeline) -> dict[str, Any]:

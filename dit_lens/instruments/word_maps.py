@@ -243,7 +243,10 @@ class WordWatch(Watch):
     length: int
 
     def __post_init__(self) -> None:
-        self._marks: dict[tuple[Any, ...], Tensor] = {}  # for each arrangement of keys: few, and the same in most blocks
+        super().__post_init__()
+        self._marks: dict[
+            tuple[Any, ...], Tensor
+        ] = {}  # for each arrangement of keys: few, and the same in most blocks
 
     def compute(self, given: dict[str, Any]) -> Tensor | None:
         """[row, n, word]."""
@@ -255,7 +258,9 @@ class WordWatch(Watch):
         if form not in self._marks:
             self._marks[form] = _mark_tokens(self, order, key, self.tokens)
         words = len(self.tokens[0])
-        share = scaled_dot_product_attention(**given, value=self._marks[form])[..., :words].float().mean(1)  # over heads
+        share = (
+            scaled_dot_product_attention(**given, value=self._marks[form])[..., :words].float().mean(1)
+        )  # over heads
         location: Any = {"stream": "img", "layout": "own" if order == CROSS else order}
         return select_stream(share, location, _own_rows(self), range(len(share)))[0]
 
@@ -267,11 +272,10 @@ def _list_blocks(anatomy: Anatomy, blocks: int | Sequence[int] | None) -> Sequen
     return [anatomy.check_block(one) for one in list_numbers("block", blocks)]
 
 
-def _find_text_attention(
-    lens: Session, blocks: int | Sequence[int] | None
-) -> tuple[dict[int, str], dict[int, str]]:
-    """Block -> the path, in the transformer, of the module in which image tokens attend to text, and the order of the
-    streams in it, or CROSS.
+def _find_text_attention(lens: Session, blocks: int | Sequence[int] | None) -> tuple[dict[int, str], dict[int, str]]:
+    """Block -> the module in which image tokens attend to text, and the order of the streams in it, or CROSS.
+
+    Modules are told by their paths in the transformer.
 
     blocks: those that are wanted, all of which must have it; None: all that have it.
     """

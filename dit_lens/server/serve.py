@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import tempfile
 from collections.abc import Callable
@@ -141,7 +142,9 @@ def _build(pipeline: str, options: ServeOptions, token: str, folder: Path) -> tu
             ("jobs end", f"after {options.timeout:g} s"),
         ),
     )
-    site = Site(served, describe_server(pipe), jobs, sessions, token, int(options.largest * 2**20), int(options.inline * 2**20))
+    site = Site(
+        served, describe_server(pipe), jobs, sessions, token, int(options.largest * 2**20), int(options.inline * 2**20)
+    )
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -163,6 +166,7 @@ def _build(pipeline: str, options: ServeOptions, token: str, folder: Path) -> tu
         timeout_graceful_shutdown=5,
         lifespan="off",
     )
+    gc.freeze()  # what is there now stays, and need not be looked through after every job
     jobs.start()
     return Server(config), lambda: jobs.close(STOPPED)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils._pytree import tree_map_only
 
-from dit_lens.core.execution.at_weights import TASKS
+from dit_lens.core.execution.at_weights import TASKS, describe_release
 from dit_lens.core.runs.provenance import fingerprint
 from dit_lens.errors import ExecutionError, nearest
 from dit_lens.lens import DiTLens
@@ -20,10 +19,9 @@ _LENSES: WeakKeyDictionary[Any, DiTLens] = WeakKeyDictionary()
 
 
 def describe_server(pipe: Any) -> dict[str, Any]:
-    """What a lens is told of a server: that it has this library, what it carries out, and which weights it holds."""
+    """What a lens is told of a server: that it has this library, and which weights it holds."""
     return {
-        "dit_lens": version("dit-lens"),
-        "tasks": sorted(TASKS),
+        **describe_release(),
         "weights": fingerprint(pipe.transformer),
         "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

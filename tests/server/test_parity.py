@@ -1,16 +1,26 @@
 """What a lens on ``dit-lens serve`` gives is what a lens on the same pipeline here gives, bit for bit."""
 
+import copy
 import json
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 
 import nnsight
+import numpy as np
 import pytest
 import torch
 from nnsight import CONFIG
+from PIL import Image
 
 import dit_lens as dl
 from dit_lens import Apply, DiTLens, Read, Scale, Swap, Zero, toys
+from dit_lens.core.execution.at_weights import TASKS
+from dit_lens.errors import DitLensError, ExecutionError
+from dit_lens.instruments.gradients import attribution
+from dit_lens.instruments.inversion import invert, noised_reference
+from dit_lens.server.tasks import carry_out
 from dit_lens.toys import qwen_image
 from tests import pipelines, texts
 from tests.server.conftest import TOKEN, connect
@@ -26,8 +36,8 @@ def registered():
 
 SCENES = ["a big red circle left on a plain blue background", "a big blue cross right on a plain red background"]
 CALLS = {
-    "flux": {"prompt": ["red", "blue"], **pipelines.TRUE_CFG},
-    "sd3": {"prompt": ["red", "blue"], "negative_prompt": ["bad", ""], **texts.SUBJECTS["sd3"].call},
+    "flux": {"prompt": ["red cat", "blue dog"], **pipelines.TRUE_CFG},
+    "sd3": {"prompt": ["red cat", "blue dog"], "negative_prompt": ["bad", ""], **texts.SUBJECTS["sd3"].call},
     "qwen": {"prompt": SCENES, **qwen_image.CALL},
 }
 
@@ -121,6 +131,129 @@ def test_other_methods(folder, server):
     assert local.summary.equals(remote.summary)
 
 
+def plain(value):
+    """Values that are equal where what they stand for is equal bit for bit."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, dl.Run):
+        parts = (value.images, value.latents, list(map(dict, value.readings)), value.clock, value.grid)
+        return plain(parts), value.receipt, value.spec
+    if isinstance(value, dl.studies.Result):
+        return value.table.to_csv(), plain(dict(value.images)), plain(dict(value.masks)), value.notes, value.settings
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    return value.tobytes() if hasattr(value, "tobytes") else getattr(value, "__dict__", value)
+
+
+def strength(latents):
+    return latents.square().mean()
+
+
+def scaled(tensor, gradient):
+    return (tensor * gradient).abs().mean(1)
+
+
+# What needs weights: fn(lens, prompts, image). Edits and functions of the user's act on the way as in a run.
+INSTRUMENTS = {
+    "read_x0": lambda lens, some, _: lens.read_x0(some, "blocks[1:3].img", steps=[0], seed=0),
+    "read_pattern": lambda lens, some, _: lens.read_pattern(
+        some, [0, 1], heads=[0, 1], steps=[0, 1], ops=[Apply("blocks.0.img", fn=double)], seed=0
+    ),
+    "gradients": lambda lens, some, _: lens.gradients(some, "blocks[1:3].img", metric=strength, steps=[1], seed=0),
+    "gradients through a step": lambda lens, some, _: lens.gradients(
+        some, "blocks.1.{img,txt}", metric=strength, through="step", reduce=scaled, seed=0
+    ),
+    "attribution": lambda lens, some, _: attribution(lens, *some, "blocks.1.img", steps=[0], seed=0),
+    "encode": lambda lens, some, _: lens.run(ops=[Read("blocks.1.img")], **lens.encode(some), seed=0),
+    "encode_image": lambda lens, _, image: lens.encode_image([image, image]),
+    "forward": lambda lens, some, image: lens.forward(image, some[0], [Read("blocks.1.img")], sigma=0.3),
+    "word_map": lambda lens, some, _: lens.word_map(some[0], some[0].split()[-1], blocks=[0, 1], seed=0),
+    "word_map by concepts": lambda lens, some, _: lens.word_map(
+        some[0], some[0].split()[-1], method="concept", concepts=[some[1]], blocks=[1], seed=0
+    ),
+    "invert": lambda lens, some, image: invert(lens, image, some[0]),
+    "noised_reference": lambda lens, some, image: noised_reference(lens, image, seed=3, prompts=some[0]),
+    "relevance": lambda lens, some, _: lens.massive_channels(some, k=2, score="relevance", site="blocks.1.img", seed=0),
+    "sinks": lambda lens, some, _: lens.find_tokens(some[0], "sinks", k=2, site="blocks[0:2].img", seed=0),
+}
+
+
+def prepare(pair, **defaults):
+    """Both lenses with defaults in place of a call, its prompts, and an image of its size."""
+    here, there, call = pair
+    given = {name: value for name, value in call.items() if name not in OWN} | defaults
+    lenses = [copy.copy(lens) for lens in (here, there)]
+    for lens in lenses:
+        lens.defaults = given
+    h, w = (call[side] for side in ("height", "width"))
+    pixels = np.linspace(0, 255, h * w * 3).astype(np.uint8).reshape(h, w, 3)
+    return lenses, tuple(call["prompt"]), Image.fromarray(pixels)
+
+
+OWN = ("prompt", "seed", "negative_prompt", "output_type")
+
+
+@pytest.mark.parametrize("instrument", INSTRUMENTS)
+def test_what_needs_weights(pair, instrument):
+    lenses, prompts, image = prepare(pair)
+    here, there = (plain(INSTRUMENTS[instrument](lens, list(prompts), image)) for lens in lenses)
+    assert here == there
+
+
+ONE = {"site": "blocks.1.img", "seeds": [0]}
+MOVED = {"k": 2, "draws": 1, "strengths": [1.0], "mask_from": None, **ONE}
+STUDIES = {
+    "stability": lambda lens, some, _: dl.studies.stability(lens, some, k=2, **ONE),
+    "write_attribution": lambda lens, some, _: dl.studies.write_attribution(lens, some[:1], k=2, **ONE),
+    "disruption": lambda lens, some, _: dl.studies.disruption(lens, some[:1], k=2, draws=1, **ONE),
+    "basis": lambda lens, some, _: dl.studies.basis(
+        lens, some[:1], k=2, energies=0.2, bases=["relevant"], draws=1, **ONE
+    ),
+    "carrier_or_detail": lambda lens, some, _: dl.studies.carrier_or_detail(
+        lens, some, k=2, draws=1, judge=bright, **ONE
+    ),
+    "organisation": lambda lens, some, _: dl.studies.organisation(
+        lens, some[:1], k=2, draws=1, words=some[0].split()[-1], masks=half, **ONE
+    ),
+    "patching": lambda lens, some, _: dl.studies.patching(lens, [some], k=2, draws=1, **ONE),
+    "transfer": lambda lens, some, _: dl.studies.transfer(lens, [some], **MOVED),
+    "transfer_image": lambda lens, some, image: dl.studies.transfer_image(lens, [(image, some[1])], **MOVED),
+    "an inverted image": lambda lens, some, image: dl.studies.transfer_image(
+        lens, [(image, some[1])], how="inverted", **MOVED
+    ),
+}
+
+
+def half(image, prompt):
+    inside = np.zeros(image.size[::-1], bool)
+    inside[: len(inside) // 2] = True
+    return inside
+
+
+def bright(image, prompt):
+    return {"fidelity": float(np.asarray(image).mean() / 255)}
+
+
+# On each pipeline all instruments that studies use; those of many cells on the smaller ones.
+LONG = {"carrier_or_detail": ("flux",), "disruption": ("flux",), "transfer_image": ("flux",), "transfer": ("flux",)}
+LONG["an inverted image"] = ("sd3",)
+
+
+@pytest.mark.parametrize(
+    ("pair", "study"),
+    [(name, study) for name in CALLS for study in STUDIES if name in LONG.get(study, CALLS)],
+    indirect=["pair"],
+)
+def test_studies(pair, study):
+    lenses, prompts, image = prepare(pair, num_inference_steps=1)
+    here, there = (plain(STUDIES[study](lens, prompts, image)) for lens in lenses)
+    assert here == there
+
+
 def test_stock_nnsight(folder, server, monkeypatch):
     """Nnsight's own client, with a trace of the user's own."""
     from nnsight.modeling.diffusion import DiffusionModel
@@ -147,3 +280,41 @@ def test_stock_nnsight(folder, server, monkeypatch):
 def _key(model):
     """Nnsight asks the hub for it."""
     return json.dumps({"repo_id": model.repo_id, "revision": None})
+
+
+def test_mistakes_that_are_found_there_are_told_as_here(folder, server):
+    here, there = DiTLens.from_pretrained(folder), connect(folder, server.host)
+    here.defaults = there.defaults = {**pipelines.CALL, **STEPS}
+    for work in (
+        lambda lens: lens.encode("red", num_images_per_prompt=2),
+        lambda lens: lens.encode("red", device="nowhere"),
+        lambda lens: lens.gradients("red", "blocks.1.img", metric=torch.square, seed=0),
+        lambda lens: lens.gradients("red", "blocks.1.img", metric=torch.Tensor.detach, seed=0),
+        lambda lens: lens.read_pattern("red", 0, heads=99, seed=0),
+        lambda lens: lens.encode_image(Image.new("RGB", (8, 8))),
+        lambda lens: lens.forward(Image.new("RGB", (48, 32)), sigma=2.0),
+    ):
+        told = []
+        for lens in (here, there):
+            with pytest.raises(DitLensError) as problem:
+                work(lens)
+            told.append((problem.type, str(problem.value)))
+        assert told[0] == told[1]
+    with pytest.raises(ExecutionError, match=r"there is no task 'system'\. There are: make_run"):
+        carry_out(here.nnsight, "system", {})
+    with pytest.raises(ExecutionError, match="there is no probe 'Path'"):
+        TASKS["make_run"](here, ("Path", {}), {}, {}, {})
+
+
+def test_another_release(folder, server, monkeypatch):
+    """Runs bring what they need; names mean the same in the same release only."""
+    there = connect(folder, server.host)
+    monkeypatch.setattr("dit_lens.core.execution.remote.describe_release", lambda: {"dit_lens": "9.9", "code": "0"})
+    told = r"make_run is carried out by the server's own dit_lens.* where 9\.9 \(0\) is here\. Install the same release"
+    with pytest.raises(ExecutionError, match=told):
+        there.read_pattern("red", 0, heads=0)
+    same(*(lens.run("red", Read("blocks.1.img"), seed=0) for lens in (there, connect(folder, server.host))))
+    there.engine.ask_about()
+    monkeypatch.setattr(there.engine, "_about", {**there.engine.ask_about(), "code": "0"})
+    with pytest.raises(ExecutionError, match=r"was started anew, with another release of dit_lens or none\. Run it"):
+        there.run("red", seed=0)

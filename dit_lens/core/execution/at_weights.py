@@ -13,15 +13,15 @@ What travels is plain data, tensors, images and functions of the user's.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from dit_lens.errors import ExecutionError, nearest
-
-if TYPE_CHECKING:
-    from dit_lens.core.execution.engine import Engine
 
 METHOD = "method of the probe"  # in place of a method of a probe, which does not travel by itself
 
@@ -33,12 +33,21 @@ Returned = TypeVar("Returned")
 Lens = TypeVar("Lens", bound=Any)
 
 
+@functools.cache
+def describe_release() -> dict[str, str]:
+    """This library's version, and a digest of its code: names mean the same where both are the same."""
+    root, code = Path(__file__).parents[2], hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        code.update(f"{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes())
+    return {"dit_lens": version("dit-lens"), "code": code.hexdigest()[:16]}
+
+
 def at_weights(task: Callable[Concatenate[Lens, Given], Returned]) -> Callable[Concatenate[Lens, Given], Returned]:
     """Makes a function of a lens a task: it is carried out where the lens's model is.
 
     Its arguments and what it returns are plain data, tensors and images.
     """
-    name = task.__name__
+    name: str = getattr(task, "__name__", "")
     TASKS[name] = task
 
     @functools.wraps(task)
@@ -63,8 +72,8 @@ class Probe:
         PROBES[cls.__name__] = cls
 
     @contextmanager
-    def around(self, engine: Engine) -> Generator[None]:  # noqa: ARG002 for subclasses
-        """What is changed and followed while the run is made. engine: what makes it."""
+    def around(self, engine: Any) -> Generator[None]:  # noqa: ARG002 for subclasses
+        """What is changed and followed while the run is made. engine: the :class:`Engine` that makes it."""
         yield
 
     def finish(self, output: Any) -> None:
@@ -94,29 +103,32 @@ def name_methods(probe: Probe, payload: Mapping[str, Any]) -> dict[str, Any]:
 
 def make_run(
     lens: Any,
-    name: str,
-    arguments: dict[str, Any],
+    probe: tuple[str, dict[str, Any]] | None,
     program: Any,
     payload: dict[str, Any],
     call: dict[str, Any],
 ) -> dict[str, Any]:
-    """Makes a run within a probe: what was stored, what the pipeline drew, and what the probe found.
+    """Makes a run: what was stored, what the pipeline drew, and what a probe found.
 
-    name, arguments: of the probe.
+    probe: the name and arguments of the probe it is made within.
     program, payload, call: as of :meth:`Engine.generate`; names of methods stand for those of the probe.
     """
     from dit_lens.core.execution.assemble import output_images
 
+    if probe is None:
+        store, output = lens.engine.generate(program, payload, call, {})
+        return {"store": store, "results": [(output_images(output),)]}
+    name, arguments = probe
     if name not in PROBES:
         raise ExecutionError(f"there is no probe {name!r}.{nearest(name, PROBES)}")
-    probe = PROBES[name](**arguments)
+    made = PROBES[name](**arguments)
     given = {
-        key: getattr(probe, value[METHOD]) if isinstance(value, dict) and METHOD in value else value
+        key: getattr(made, value[METHOD]) if isinstance(value, dict) and METHOD in value else value
         for key, value in payload.items()
     }
-    with lens.engine.within(probe):
+    with lens.engine.within(made):
         store, output = lens.engine.generate(program, given, call, {})
-    return {"store": store, "results": [(output_images(output),)], "found": probe.found()}
+    return {"store": store, "results": [(output_images(output),)], "found": made.found()}
 
 
 TASKS["make_run"] = make_run

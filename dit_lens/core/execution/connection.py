@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import ssl
 import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
@@ -64,6 +66,12 @@ def check_host(host: str) -> str:
     return text.rstrip("/")
 
 
+@cache
+def trusted() -> ssl.SSLContext:
+    """The authorities that are trusted; to read them takes longer than a request."""
+    return httpx.create_ssl_context()
+
+
 def check_timeout(timeout: Any) -> float:
     """Seconds to wait for a run; OpError if it is not a positive number."""
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or math.isnan(timeout) or timeout <= 0:
@@ -95,6 +103,7 @@ class Connection(RemoteBackend):
         self.state = "not sent"
         self.ends = False  # whether the server ends a job whose client is gone
         self.about: dict[str, Any] | None = None  # what a server that has this library tells of itself
+        self.code: str | None = None  # which code of this library it must have
         self._began = 0.0
 
     def request(self, request: RequestModel, tracer: Tracer) -> Any:
@@ -140,11 +149,14 @@ class Connection(RemoteBackend):
         try:
             greeting = json.loads(socket.recv())
             self.ends, self.about = bool(greeting.get("ends")), greeting.get("about")
-            return greeting["session_id"]
+            session, code = greeting["session_id"], (self.about or {}).get("code")
         except (OSError, websocket.WebSocketException) as silence:
             self._fail(f"could not be reached: {silence}", "Is the address right, and does it run?", silence)
         except _DAMAGE as damage:
             self._fail("did not answer as one", "Is it an nnsight server? Is the address right?", damage)
+        if self.code not in (None, code):
+            self._fail("was started anew, with another release of dit_lens or none", f"Run it again. {LOST}", None)
+        return session
 
     def _post(self, request: RequestModel, blob: bytes) -> ResponseModel:
         """Sends the request; the server answers at once that it has it."""
@@ -161,6 +173,7 @@ class Connection(RemoteBackend):
                 data={"data": request.metadata()},
                 files={"blob": ("request", blob, "application/octet-stream")},
                 headers=headers,
+                verify=trusted(),
                 timeout=httpx.Timeout(min(LONGEST, self._left()), connect=min(CONNECT, self._left())),
             )
         except httpx.TimeoutException as late:

@@ -15,7 +15,7 @@ from nnsight.intervention.backends.remote import RemoteError
 from nnsight.schema.request import RequestModel
 from nnsight.schema.response import ResponseModel, Status
 
-from dit_lens.core.execution.connection import CONNECT, LOST, Connection, tell_detail
+from dit_lens.core.execution.connection import CONNECT, LOST, Connection, tell_detail, trusted
 
 if TYPE_CHECKING:
     from nnsight.tracing.tracer import Tracer
@@ -135,7 +135,7 @@ class Later(Connection):
         end = time.monotonic() + min(PATIENCE, self.timeout)
         while True:
             try:
-                return httpx.request(method, self.host + path, headers=headers, timeout=CONNECT)
+                return httpx.request(method, self.host + path, headers=headers, timeout=CONNECT, verify=trusted())
             except (httpx.TransportError, httpx.InvalidURL) as silence:
                 refused = isinstance(silence, httpx.ConnectError | httpx.InvalidURL)
                 if time.monotonic() > end or (refused and method == "GET" and path in ("/ping", ABOUT)):

@@ -6,12 +6,12 @@ data, and the source of the executor, so that the server needs nnsight and diffu
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 import re
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +19,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from dit_lens import errors
-from dit_lens.core.execution.at_weights import Probe, name_methods
+from dit_lens.core.execution.at_weights import Probe, describe_release, name_methods
 from dit_lens.core.execution.read_text import read_grid, read_stream_text
 from dit_lens.core.execution.turns import Turn
 from dit_lens.core.runs.files import check_pipeline
@@ -131,15 +131,25 @@ class RemoteEngine:
         call: the keyword arguments of the pipeline.
         reads: receives what is read.
         """
-        if (probe := self._probe) is not None:
-            asked = (type(probe).__name__, probe.arguments(), program, name_methods(probe, payload), call)
-            answer = self._ask("make_run", {"defaults": {}, "vocabulary": None, "args": asked, "kwargs": {}})
+        if self._probe is None and (self._about or {}).get("code") != describe_release()["code"]:
+            backend = self.backend()
+            store, results = self._send(program, payload, call, backend)
+            self._about = backend.about  # where it has this very library, later runs need not bring it
+            return self.unpack(program, store, results, reads)
+        answer = self._make_run(program, payload, call)
+        return self.unpack(program, answer["store"], answer["results"], reads)
+
+    def _make_run(self, program: Program, payload: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
+        """Has the server make a run with its own copy of this library, within the probe if there is one."""
+        _check_prompts(call)
+        probe, named = self._probe, None
+        if probe is not None:
+            payload, named = name_methods(probe, payload), (type(probe).__name__, probe.arguments())
+        given = {"args": (named, program, payload, call), "kwargs": {}}
+        answer = self._ask("make_run", {"defaults": {}, "vocabulary": None, **given})
+        if probe is not None:
             probe.take(answer["found"])
-            return self.unpack(program, answer["store"], answer["results"], reads)
-        backend = self.backend()
-        store, results = self._send(program, payload, call, backend)
-        self._about = backend.about
-        return self.unpack(program, store, results, reads)
+        return answer
 
     def submit(self, program: Program, payload: dict[str, Any], call: dict[str, Any]) -> tuple[str, bool]:
         """Sends a program without waiting for it.
@@ -250,13 +260,14 @@ class RemoteEngine:
         return self._ask(task, {"defaults": lens.defaults, "vocabulary": lens.vocabulary, **given})
 
     def _check_task(self, task: str) -> None:
-        """Raises ExecutionError unless the server carries out a task."""
+        """Raises ExecutionError unless the server carries out a task as it would be here."""
         self.check_weights(f"{task} needs")
-        about = self.ask_about() or {}
-        if task not in about["tasks"]:
+        there, here = self.ask_about() or {}, describe_release()
+        if there.get("code") != here["code"]:
             raise ExecutionError(
-                f"the server {self.host} has dit_lens {about['dit_lens']}, which knows no {task}; here is dit_lens "
-                f"{version('dit-lens')}. Install the same release on both machines."
+                f"{task} is carried out by the server's own dit_lens, and {self.host} has {there.get('dit_lens')} "
+                f"({there.get('code')}), where {here['dit_lens']} ({here['code']}) is here. Install the same "
+                "release on both machines; runs, traces and the studies made of them work with any."
             )
 
     def _ask(self, task: str, asked: dict[str, Any]) -> Any:
@@ -264,7 +275,12 @@ class RemoteEngine:
         with self.turn.run(), self.translate_errors(ours=True):
             _register()
             _check_functions(tree_leaves(asked))
-            return _send_task(self.model, task, asked, self.backend())
+            backend = self.backend()
+            backend.code = describe_release()["code"]
+            try:
+                return _send_task(self.model, task, asked, backend)
+            finally:
+                self._about = backend.about
 
     def backend(self) -> Connection:
         """What sends a request to the server, whose state shows where a progress bar would."""
@@ -343,10 +359,8 @@ def _send_task(model: DiffusionModel, task: str, asked: dict[str, Any], backend:
 
 
 def _carry_out(model: Any, task: str, asked: dict[str, Any]) -> Any:
-    """Goes to the server by its source."""
-    from dit_lens.server.tasks import carry_out
-
-    return carry_out(model, task, asked)
+    """Goes to the server by its source, and finds its library there."""
+    return importlib.import_module("dit_lens.server.tasks").carry_out(model, task, asked)
 
 
 def _register() -> None:
