@@ -124,8 +124,8 @@ class DiTLens(Session):
 
         Names, checks, plans, costs and errors are made here from the model's configuration; a run is sent to the
         server, and comes back as it would have been made here: images, reads, receipt. What does more to the weights
-        (gradients, ``read_x0``, ``read_pattern``, ``encode``) is carried out by a server that ``dit-lens serve`` started,
-        and refused on any other.
+        (gradients, ``read_x0``, ``read_pattern``, ``encode``) is carried out by a server of ``dit-lens serve``, and
+        refused on any other.
 
         model: a repository, a toy as "toy:flux", or a folder that the server knows by the same name (its last part,
             with ``dit-lens serve``).

@@ -129,9 +129,7 @@ def read_pattern(
     with lens.engine.within(watch):
         run = lens.run(prompt, ops, **call)
     rows = range(*watch.rows)
-    return Attention(
-        watch.stack_kept(), order, tuple(chosen), wanted, watch.image, rows, run, lens.anatomy.depth
-    )
+    return Attention(watch.stack_kept(), order, tuple(chosen), wanted, watch.image, rows, run, lens.anatomy.depth)
 
 
 def read_incoming(

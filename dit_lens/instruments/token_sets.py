@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from dit_lens.arguments.numbers import check_number
-from dit_lens.core.request.call import needs_weights
+from dit_lens.core.execution.at_weights import Probe
 from dit_lens.core.request.ops import Apply
 from dit_lens.core.request.token_set import TokenSet
 from dit_lens.errors import OpError, PromptError, SiteError, check_choice, warn
@@ -38,7 +39,7 @@ def find_token_set(
     **call: Any,
 ) -> TokenSet:
     """See :meth:`dit_lens.DiTLens.find_tokens`."""
-    needs_weights(lens.pipe, "finding tokens needs")  # norms and patterns are taken beside the run, and kept here
+    lens.engine.check_weights("finding tokens needs")  # norms and patterns are taken beside the run
     check_choice(kind, tuple(OVER), "kind of tokens")
     if over is not None and k is not None:
         raise OpError("over= and k= are two rules for the same tokens. Give one of them.")
@@ -106,13 +107,26 @@ def _measure_norms(
         name: sorted({*range(lens.anatomy.channels(lens.anatomy.site(name)))} - {*massive.get(name, ())})
         for name in sites
     }
-    norms: dict[tuple[str, int], Tensor] = {}
+    found = TokenNorms(kept)
+    with lens.engine.within(found):
+        lens.run(prompt, [Apply(name, fn=found.note, branch="cond") for name in sites], **given)
+    return {name: [found.norms[name, step].cpu().numpy() for step in range(steps)] for name in sites}
 
-    def note(x: Tensor, hook: Any) -> None:
-        norms[hook.name, hook.step] = torch.linalg.vector_norm(x[0][:, kept[hook.name]].float(), dim=-1)
 
-    lens.run(prompt, [Apply(name, fn=note, branch="cond") for name in sites], **given)
-    return {name: [norms[name, step].cpu().numpy() for step in range(steps)] for name in sites}
+@dataclass(eq=False)
+class TokenNorms(Probe):
+    """Keeps the norm of every token of the first row.
+
+    channels: site -> those that count.
+    norms: (site, step) -> [n].
+    """
+
+    channels: dict[str, list[int]]
+    norms: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False)
+
+    def note(self, x: Tensor, hook: Any) -> None:
+        """What :class:`~dit_lens.Apply` calls."""
+        self.norms[hook.name, hook.step] = torch.linalg.vector_norm(x[0][:, self.channels[hook.name]].float(), dim=-1)
 
 
 def _measure_attention(

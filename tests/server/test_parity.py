@@ -178,6 +178,7 @@ INSTRUMENTS = {
     "invert": lambda lens, some, image: invert(lens, image, some[0]),
     "noised_reference": lambda lens, some, image: noised_reference(lens, image, seed=3, prompts=some[0]),
     "relevance": lambda lens, some, _: lens.massive_channels(some, k=2, score="relevance", site="blocks.1.img", seed=0),
+    "registers": lambda lens, some, _: lens.find_tokens(some[0], k=2, without=1, site="blocks[0:2].img", seed=0),
     "sinks": lambda lens, some, _: lens.find_tokens(some[0], "sinks", k=2, site="blocks[0:2].img", seed=0),
 }
 
@@ -213,9 +214,6 @@ STUDIES = {
     "basis": lambda lens, some, _: dl.studies.basis(
         lens, some[:1], k=2, energies=0.2, bases=["relevant"], draws=1, **ONE
     ),
-    "carrier_or_detail": lambda lens, some, _: dl.studies.carrier_or_detail(
-        lens, some, k=2, draws=1, judge=bright, **ONE
-    ),
     "organisation": lambda lens, some, _: dl.studies.organisation(
         lens, some[:1], k=2, draws=1, words=some[0].split()[-1], masks=half, **ONE
     ),
@@ -234,18 +232,13 @@ def half(image, prompt):
     return inside
 
 
-def bright(image, prompt):
-    return {"fidelity": float(np.asarray(image).mean() / 255)}
-
-
-# On each pipeline all instruments that studies use; those of many cells on the smaller ones.
-LONG = {"carrier_or_detail": ("flux",), "disruption": ("flux",), "transfer_image": ("flux",), "transfer": ("flux",)}
-LONG["an inverted image"] = ("sd3",)
+# Of each pipeline one that reads attention; what studies are made of is compared on all of them above.
+PIPELINES = {"organisation": CALLS, "patching": ("flux", "sd3"), "an inverted image": ("sd3",)}
 
 
 @pytest.mark.parametrize(
     ("pair", "study"),
-    [(name, study) for name in CALLS for study in STUDIES if name in LONG.get(study, CALLS)],
+    [(name, study) for name in CALLS for study in STUDIES if name in PIPELINES.get(study, ("flux",))],
     indirect=["pair"],
 )
 def test_studies(pair, study):
