@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -93,6 +93,8 @@ class Job:
                 f"stopped waiting for the job {self.id}, which goes on at {self._engine.host}. Collect it later, from "
                 f"any process of this machine, with dit_lens.Job.load({self.id!r}).result(), or end it with .cancel()."
             ) from stop
+        with suppress(ExecutionError):  # for the provenance alone
+            self._engine.ask_about()
         twin = copy.copy(self._lens)
         twin.engine = cast("RemoteEngine", _Found(self._engine, saved))
         return twin.run(**self._asked)

@@ -63,7 +63,7 @@ def check_score(score: str, lens: Session | None = None) -> None:
         if not lens.engine.reaches_weights:
             raise ExecutionError(
                 "score='relevance' takes gradients, which need the model's weights on this machine, and this model is "
-                "on a server that has no dit_lens. Start that server with dit-lens serve, or rank channels by a "
+                "on a server without this dit_lens. Start that server with dit-lens serve, or rank channels by a "
                 "reduction, such as '|mean|'."
             )
         return check_differentiable(lens)

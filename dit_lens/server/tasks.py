@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.utils._pytree import tree_map_only
 
+from dit_lens.core.execution import identity  # noqa: F401 its task
 from dit_lens.core.execution.at_weights import TASKS, describe_release
 from dit_lens.core.runs.provenance import fingerprint
 from dit_lens.errors import ExecutionError, nearest

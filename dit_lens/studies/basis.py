@@ -386,7 +386,7 @@ def _check(
         if not lens.engine.reaches_weights:
             raise ExecutionError(
                 "relevant channels are found by gradients, which need the model's weights on this machine, and this "
-                "model is on a server that has no dit_lens. Start that server with dit-lens serve, or load the model "
+                "model is on a server without this dit_lens. Start that server with dit-lens serve, or load the model "
                 "here. Leave 'relevant' out of bases=."
             )
         check_differentiable(lens)

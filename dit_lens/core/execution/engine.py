@@ -118,7 +118,7 @@ class Engine:
     @property
     def reaches_weights(self) -> bool:
         """Whether more can be done with the model than runs."""
-        return True
+        return self.server is None
 
     def check_weights(self, what: str) -> None:
         """As :meth:`RemoteEngine.check_weights`: weights are here."""

@@ -220,17 +220,30 @@ class RemoteEngine:
 
     @property
     def reaches_weights(self) -> bool:
-        """Whether more can be done with the model than runs: whether the server has this library."""
-        return self.ask_about() is not None
+        """Whether more can be done with the model than runs: whether the server has this very library."""
+        return self._why_runs_only() == ""
 
     def check_weights(self, what: str) -> None:
         """Raises ExecutionError if the server makes runs only. what: what needs weights, with its verb."""
-        if not self.reaches_weights:
+        if why := self._why_runs_only():
             raise ExecutionError(
-                f"{what} the model's weights on this machine, and this model is on a server that has no dit_lens "
-                f"({self.host}). Start that server with dit-lens serve, or load the model here, with "
-                "DiTLens.from_pretrained; runs, traces and the studies made of them work on any nnsight server."
+                f"{what} the model's weights on this machine, and this model is on a server that {why}, or load the "
+                "model here, with DiTLens.from_pretrained; runs, traces and the studies made of them work on any "
+                "nnsight server."
             )
+
+    def _why_runs_only(self) -> str:
+        """What a server lacks to do more than runs, and what to do; empty if nothing.
+
+        Names mean the same where the code is the same.
+        """
+        there, here = self.ask_about(), describe_release()
+        if there is None:
+            return f"has no dit_lens ({self.host}). Start that server with dit-lens serve"
+        if there.get("code") == here["code"]:
+            return ""
+        versions = [f"{one.get('dit_lens')} ({one.get('code')})" for one in (there, here)]
+        return f"has another dit_lens ({self.host}: {versions[0]}; here: {versions[1]}). Install one release on both"
 
     def ask_about(self) -> dict[str, Any] | None:
         """What the server tells of itself; None if it has no dit_lens. A server that has it is asked once."""
@@ -241,7 +254,7 @@ class RemoteEngine:
     @contextmanager
     def within(self, probe: Probe) -> Generator[None]:
         """The run inside is made within a probe, on the server."""
-        self._check_task("make_run")
+        self.check_weights(f"{type(probe).__name__} needs")
         with self.turn.hold(), probe.around(cast("Any", self)) if probe.plans else nullcontext():
             outer, self._probe = self._probe, probe
             try:
@@ -256,19 +269,8 @@ class RemoteEngine:
         lens: whose defaults count.
         given: "args" and "kwargs" of the task.
         """
-        self._check_task(task)
-        return self._ask(task, {"defaults": lens.defaults, "vocabulary": lens.vocabulary, **given})
-
-    def _check_task(self, task: str) -> None:
-        """Raises ExecutionError unless the server carries out a task as it would be here."""
         self.check_weights(f"{task} needs")
-        there, here = self.ask_about() or {}, describe_release()
-        if there.get("code") != here["code"]:
-            raise ExecutionError(
-                f"{task} is carried out by the server's own dit_lens, and {self.host} has {there.get('dit_lens')} "
-                f"({there.get('code')}), where {here['dit_lens']} ({here['code']}) is here. Install the same "
-                "release on both machines; runs, traces and the studies made of them work with any."
-            )
+        return self._ask(task, {"defaults": lens.defaults, "vocabulary": lens.vocabulary, **given})
 
     def _ask(self, task: str, asked: dict[str, Any]) -> Any:
         """Has the server carry out a task. asked: as of ``server.tasks.carry_out``."""

@@ -47,6 +47,7 @@ _PASSING = frozenset({
     "_name_or_path", "name_or_path", "_commit_hash", "_diffusers_version", "_use_default_values", "_is_hf_initialized",
     "_post_init_done", "transformers_version", "init_inputs", "init_kwargs", "files_loaded", "deprecation_warnings",
     "verbose", "_tokenizer", "_in_target_context_manager", "_hf_hook", "_old_forward", "hf_device_map", "device",
+    "progress_bar",
 }) | {"num_timesteps", "freqs_cis", "momentum_buffer"}  # what every run of some pipelines sets anew  # fmt: skip
 # Of the attributes that packages keep to themselves, those that decide: others come and go with versions and runs.
 _DECIDING = frozenset({
@@ -174,6 +175,10 @@ class _Look:
         for attribute, value in attributes.items():
             if attribute in _OF_MODULES or self._passes(attribute, kind):
                 continue
+            if attribute == "forward" and (behind := _find_forward_behind(value)) is not None:
+                if behind is kind.forward:
+                    continue
+                value = behind  # noqa: PLW2901 what nnsight stands for is looked at in its place
             if attribute == "_diffusers_hook":
                 self._hook_registry(kind.__name__, value)
                 continue
@@ -289,6 +294,12 @@ class _Look:
             else value
         )
         return [*form, digest(raw.tobytes())]
+
+
+def _find_forward_behind(forward: Any) -> Any:
+    """What nnsight, where it stands in the place of a module's forward, calls; None where it does not stand there."""
+    state = getattr(forward, "state", None) if type(forward).__module__.startswith("nnsight.") else None
+    return getattr(state, "original", None)
 
 
 def _is_read_by_own(kind: type, attribute: str) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dit_lens.arguments.numbers import as_plain
+from dit_lens.core.execution import identity
 from dit_lens.core.runs.files import (
     alone_in,
     find_folder,
@@ -22,7 +23,6 @@ from dit_lens.core.runs.files import (
     write_json,
 )
 from dit_lens.core.runs.provenance import describe, digest
-from dit_lens.core.runs.state import describe_state
 from dit_lens.errors import ExecutionError, StoreError, warn
 from dit_lens.studies.shared.cells import number_folders, read_cell
 from dit_lens.studies.shared.fingerprints import fingerprint_values
@@ -169,8 +169,8 @@ def _check_machine(folder: Path, study: str, there: Mapping[str, Any], here: Map
         begun, now = (f"the server {server['host']}" if server else "this machine" for server in servers)
         raise StoreError(
             f"{folder} holds a {study} study of a model on {begun}, and this lens is on {now}. A server does not tell "
-            "its weights, so whether both are the same model is not known. Continue it where it was begun, or choose "
-            "another folder for out=."
+            "its weights, unless it is one of dit-lens serve, so whether both are the same model is not known. "
+            "Continue it where it was begun, or choose another folder for out=."
         )
 
 
@@ -250,16 +250,18 @@ def count_cells(folder: Path) -> int:
 
 
 def describe_model(lens: DiTLens, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The model of a lens: in words, by its weights and what is set beside them, and on which server it is, if any.
+    """The model of a lens: in words, by its weights and what is set beside them; or by the name of its server.
+
+    The server counts where it does not tell its weights.
 
     call: the arguments of the study's runs, beside which the lens has defaults.
     """
-    found, server = describe(lens.pipe, lens.family), lens.engine.server
+    reached = lens.engine.reaches_weights
+    found = identity.describe_model(lens) if reached else {**describe(lens.pipe, lens.family), "state": None}
     defaults = {name: value for name, value in lens.defaults.items() if name not in call}
     return {
-        **{name: found[name] for name in IDENTITY},
-        "server": server,
-        "state": None if server else describe_state(lens.pipe),
+        **{name: found[name] for name in (*IDENTITY, "state")},
+        "server": None if reached else lens.engine.server,
         "defaults": describe_settings(defaults) | fingerprint_values(defaults)[0],
     }
 

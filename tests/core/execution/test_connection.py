@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dit_lens import DiTLens, Read, Swap
+from dit_lens.core.execution.later import Later
 from dit_lens.core.execution.remote import RemoteEngine, pipeline_without_weights
 from dit_lens.errors import ExecutionError, OpError, StoreError, StudyInterrupted
 from dit_lens.studies import disruption
@@ -204,7 +205,10 @@ def test_ctrl_c_says_that_the_job_may_run_on(folder):
         assert "may run on there" in str(stop.value.__context__)
 
 
-def test_a_study_belongs_to_one_model_of_one_server(folder, tmp_path):
+def test_a_study_belongs_to_one_model_of_one_server(folder, tmp_path, monkeypatch):
+    """Where servers do not tell their weights, as those that have no dit_lens."""
+    monkeypatch.setattr(Later, "ask_about", lambda _: None)
+
     def lens(name="flux", host="http://one.test"):
         (path := folder.with_name(name)).exists() or path.symlink_to(folder)
         return lens_on(path, host)
