@@ -24,6 +24,7 @@ from dit_lens.instruments import massive
 from dit_lens.instruments.attention_patterns import Attention, read_pattern
 from dit_lens.instruments.forward import encode_image, forward
 from dit_lens.instruments.gradients import Gradients, Through, gradients
+from dit_lens.instruments.picture import draw_model
 from dit_lens.instruments.summary import summarise_lens
 from dit_lens.instruments.text_embeddings import Released, encode_texts, release
 from dit_lens.instruments.token_sets import find_token_set
@@ -600,4 +601,5 @@ class DiTLens(Session):
         return "\n".join([f"DiTLens on {type(self.pipe).__name__}", *lines])
 
     def _repr_html_(self) -> str:
-        return f"<b>DiTLens</b> on {type(self.pipe).__name__}{table_html(summarise_lens(self))}"
+        head = f"<b>DiTLens</b> on {type(self.pipe).__name__}"
+        return f"<div>{head}{draw_model(self)}{table_html(summarise_lens(self))}</div>"

@@ -38,7 +38,8 @@ def data_url(image: Image) -> str:
 def table_html(lines: Sequence[tuple[str, str]]) -> str:
     """Lines of (heading, text) as a table."""
     rows = "".join(
-        f'<tr><th style="{CELL}">{html.escape(head)}</th><td style="{CELL}">{html.escape(text)}</td></tr>'
+        f'<tr><th style="{CELL}">{html.escape(head)}</th>'
+        f'<td style="{CELL};overflow-wrap:anywhere">{html.escape(text)}</td></tr>'
         for head, text in lines
     )
     return f'<table style="{STYLE}">{rows}</table>'

@@ -1,0 +1,101 @@
+"""A lens as a notebook shows it: a small picture of the model, stack by stack, that opens to its points."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dit_lens.core.runs.html import CELL, STYLE
+from dit_lens.families.sites import DEFAULT_POINT, POINTS
+
+if TYPE_CHECKING:
+    from dit_lens.core.session import Session
+    from dit_lens.families import Anatomy
+
+COLOURS = {"txt": "#2B84C6", "img": "#D55E00"}  # that the colour-blind tell apart, on light pages and dark ones
+WIDEST = 24  # squares of a stack that are drawn; more blocks share one
+NAMES = {"img": "the image's tokens", "txt": "the prompt's tokens"}
+
+
+def draw_model(lens: Session) -> str:
+    """HTML without scripts: a line for every stack of blocks, whose squares are blocks, and lanes streams.
+
+    A click opens the points of a stack: for each stream the pattern that names them, and how many channels they have.
+    What blocks lack is a dash that tells why when it is pointed at.
+    """
+    anatomy = lens.anatomy
+    streams = [one for one in COLOURS if any(site.stream == one for site in anatomy.sites)]
+    keys = " ".join(f'<span style="color:{COLOURS[one]}">&#9632;</span> {one}: {NAMES[one]}' for one in streams)
+    stacks = [_draw_stack(anatomy, name, blocks, streams) for name, blocks in anatomy.stacks.items() if len(blocks)]
+    ends = [site for site in anatomy.sites if site.block is None]
+    after = _rows([(site.point, [_name(site.name, anatomy.channels(site))]) for site in ends])
+    return (
+        f'<div style="margin:0.4em 0">{keys}; click to see the points</div>'
+        + "".join(stacks)
+        + f'<details><summary style="cursor:pointer">after the blocks: {len(ends)} sites</summary>{after}</details>'
+    )
+
+
+def _draw_stack(anatomy: Anatomy, name: str, blocks: range, streams: Sequence[str]) -> str:
+    first, last = blocks.start, blocks.stop - 1
+    held = [one for one in streams if any(site.stream == one and site.block in blocks for site in anatomy.sites)]
+    lanes = [one for one in held if any(_has(anatomy, block, one, DEFAULT_POINT) for block in blocks)]
+    numbers = f"block {first}" if first == last else f"blocks {first} to {last}"
+    points = [one for one in POINTS if any(_has(anatomy, block, stream, one) for block in blocks for stream in held)]
+    lines = [(point, [_point(anatomy, name, blocks, stream, point) for stream in held]) for point in points]
+    return (
+        f'<details><summary style="cursor:pointer"><b>{html.escape(name)}</b> {numbers} '
+        f"{_draw_lanes(anatomy, blocks, lanes)}</summary>{_rows(lines, held)}</details>"
+    )
+
+
+def _draw_lanes(anatomy: Anatomy, blocks: range, streams: Sequence[str]) -> str:
+    """A lane for each stream, with a square for each block that returns it; of a long stack for every few."""
+    every = -(-len(blocks) // WIDEST)
+    shown = list(blocks)[::every]
+    squares = "".join(
+        f'<rect x="{14 * i}" y="{14 * lane}" width="12" height="12" rx="2" fill="{COLOURS[stream]}">'
+        f"<title>blocks.{block}.{stream}</title></rect>"
+        for lane, stream in enumerate(streams)
+        for i, block in enumerate(shown)
+        if _has(anatomy, block, stream, DEFAULT_POINT)
+    )
+    width, height = 14 * len(shown), 14 * len(streams)
+    label = f"{len(blocks)} blocks with {' and '.join(streams)}" + (f", a square for {every}" if every > 1 else "")
+    return (
+        f'<svg width="{width}" height="{height}" role="img" aria-label="{label}" '
+        f'style="vertical-align:middle;margin-left:0.5em">{squares}</svg>'
+    )
+
+
+def _point(anatomy: Anatomy, name: str, blocks: range, stream: str, point: str) -> str:
+    """The pattern of a point in a stack with its channels, or a dash with the reason why it is not there."""
+    having = [block for block in blocks if _has(anatomy, block, stream, point)]
+    if not having:
+        why = anatomy.why_not(blocks.start, stream, point) or ""
+        return f'<span title="{html.escape(why, quote=True)}" style="opacity:0.6;cursor:help">&ndash;</span>'
+    site = next(one for one in anatomy.sites if (one.block, one.stream, one.point) == (having[0], stream, point))
+    suffix = "" if point == DEFAULT_POINT else f".{point}"
+    return _name(f"{name}.*.{stream}{suffix}", anatomy.channels(site))
+
+
+def _name(pattern: str, channels: int) -> str:
+    return f'<code>{html.escape(pattern)}</code> <span style="opacity:0.7">{channels:,}</span>'
+
+
+def _rows(lines: Sequence[tuple[str, Sequence[str]]], streams: Sequence[str] = ()) -> str:
+    """Lines of (heading, cells that are HTML) as a table. streams: headings of the cells."""
+    head = "".join(f'<th style="{CELL};color:{COLOURS[one]}">{one}, channels</th>' for one in streams)
+    body = "".join(
+        f'<tr><th style="{CELL};font-weight:normal">{html.escape(first)}</th>'
+        + "".join(f'<td style="{CELL};white-space:nowrap">{cell}</td>' for cell in cells)
+        + "</tr>"
+        for first, cells in lines
+    )
+    top = f"<tr><th></th>{head}</tr>" if streams else ""
+    return f'<div style="overflow-x:auto;margin:0.2em 0 0.6em 1.2em"><table style="{STYLE}">{top}{body}</table></div>'
+
+
+def _has(anatomy: Anatomy, block: int, stream: str, point: str) -> bool:
+    return anatomy.why_not(block, stream, point) is None
