@@ -46,6 +46,7 @@ _WHERE = {
     "Scale": "core.request.ops",
     "Add": "core.request.ops",
     "Skip": "core.request.ops",
+    "AttentionMask": "core.request.ops",
     "Swap": "core.request.ops",
     "Resample": "core.request.ops",
     "TokenMean": "core.request.ops",
@@ -84,6 +85,7 @@ _FOUND = {**OLD_MODULES, **_MODULES}
 __all__ = [
     "Add",
     "Apply",
+    "AttentionMask",
     "ChannelSet",
     "DiTLens",
     "Family",
@@ -140,6 +142,7 @@ if TYPE_CHECKING:
     from dit_lens.core.request.ops import (
         Add,
         Apply,
+        AttentionMask,
         MeanAblate,
         Read,
         Resample,

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from tests.random_ops.places import Place, Wiring
 
@@ -35,6 +37,22 @@ class Outcome:
     clock: list = field(default_factory=list)
 
 
+class Calls(TorchFunctionMode):
+    """Shows an interpreter each call of attention in the modules that it follows."""
+
+    def __init__(self, interpreter):
+        super().__init__()
+        self.interpreter = interpreter
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is not scaled_dot_product_attention or self.interpreter.calling is None:
+            return result
+        given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | (kwargs or {})
+        query, key, value = (given[name] for name in ("query", "key", "value"))
+        return self.interpreter.attend(query, key, value, given.get("attn_mask"), result)
+
+
 class Interpreter:
     """Carries out ops on one pipeline. forwards: the branches of each transformer call of one step."""
 
@@ -50,6 +68,8 @@ class Interpreter:
         sites = self.wiring.expand(op.site)
         if type(op).__name__ == "Read":
             return sites
+        if type(op).__name__ == "AttentionMask":  # done where attention is called
+            return []
         first = {}
         for site in sites:
             first.setdefault(self.wiring.places[site], site)
@@ -60,10 +80,11 @@ class Interpreter:
         drawn, self.first = [], 0
         for call, seeds in batches:
             self.count, self.call = len(seeds), -1
-            handles = list(self.hooks())
+            handles = [*self.hooks(), *self.hooks_of_attention()]
             try:
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-                drawn.append(self.pipe(**call, generator=generators, output_type="latent")[0])
+                with Calls(self):
+                    drawn.append(self.pipe(**call, generator=generators, output_type="latent")[0])
             finally:
                 for handle in handles:
                     handle.remove()
@@ -93,6 +114,82 @@ class Interpreter:
                 )
             else:
                 yield module.register_forward_hook(lambda module, args, output, visit=visit: visit(module, output))
+
+    def hooks_of_attention(self):
+        """On modules that call attention, of which ops knock out edges."""
+        self.calling = None
+        masks = [op for op in self.ops if type(op).__name__ == "AttentionMask"]
+        asked = {(int(site.split(".")[1]), op.keys) for op in masks for site in self.wiring.expand(op.site)}
+        for path in {self.wiring.attentions[one][0] for one in asked}:
+            module = self.pipe.transformer.get_submodule(path)
+            yield module.register_forward_pre_hook(lambda *_, path=path: setattr(self, "calling", path))
+            yield module.register_forward_hook(lambda *_: setattr(self, "calling", None))
+
+    def attend(self, query, key, value, mask, result):
+        """What attention puts out, [row, head, query, channel], after all that ops knock out there."""
+        result, cut = result.clone(), torch.zeros(*query.shape[:3], key.shape[2], dtype=torch.bool)
+        for number, op in enumerate(self.ops):
+            if type(op).__name__ != "AttentionMask" or self.step not in self.steps_of(op):
+                continue
+            for site in self.wiring.expand(op.site):
+                _, block, stream = site.split(".")
+                path, kind = self.wiring.attentions[int(block), op.keys]
+                if path == self.calling:
+                    name = f"{site}.{'cross' if kind == 'cross' else 'attn'}.pattern"
+                    for branch in self.branches_of(op, site):
+                        if branch in self.here:
+                            where = (number, op, site, name, stream, branch, kind)
+                            self.knock_out(where, (query, key, value, mask), cut, result)
+        return result
+
+    def knock_out(self, where, given, cut, result):
+        query, key, value, mask = given
+        number, op, site, name, stream, branch, kind = where
+        first, heads = self.here.index(branch) * self.count, range(query.shape[1])
+        heads = list(heads) if op.heads is None else [heads[head] for head in as_list(op.heads)]
+        asking, read = (self.among(one.shape[2], of, kind) for one, of in ((query, stream), (key, op.keys)))
+        size = query.shape[3]
+        touch = self.outcome.touched[number, name, branch].setdefault(
+            self.step, Touch(torch.zeros(self.rows, len(asking), query.shape[1] * size, dtype=torch.bool))
+        )
+        channels = [channel for head in heads for channel in range(head * size, (head + 1) * size)]
+        for numbers, rows, tokens in self.batch_groups(op, site):
+            for own, place_of_row in zip(numbers, rows, strict=True):
+                row, queries = first + place_of_row, [asking[token] for token in tokens]
+                out = [read[token] for token in self.keys_of(op, own, branch)]
+                scores = query[row].double() @ key[row].double().transpose(-1, -2) / size**0.5
+                if mask is not None:
+                    scores = scores + torch.zeros_like(scores).masked_fill(
+                        ~mask.expand(*query.shape[:3], -1)[row], -np.inf
+                    )
+                cut[np.ix_([row], heads, queries, out)] = True
+                scores = scores.masked_fill(cut[row], -np.inf)
+                made = scores.softmax(-1).nan_to_num(0) @ value[row].double()
+                place = np.ix_(heads, queries)
+                touch.elements[outer([own], tokens, channels)] = True
+                touch.before += float(result[row][place].double().square().sum())
+                result[row, np.array(heads)[:, None], np.array(queries)] = made[place].to(result.dtype)
+                touch.after += float(result[row][place].double().square().sum())
+
+    def among(self, length, stream, kind) -> list[int]:
+        """The tokens of a stream among those of attention."""
+        image = int(np.prod(self.wiring.grid))
+        if kind in ("own", "cross"):
+            return list(range(length))
+        front = stream == ("txt" if kind == "text first" else "img")
+        count = image if stream == "img" else length - image
+        return list(range(count)) if front else list(range(length - count, length))
+
+    def keys_of(self, op, row, branch) -> list[int]:
+        """The tokens that are no longer read in one row."""
+        every = range(self.wiring.text if op.keys == "txt" else int(np.prod(self.wiring.grid)))
+        if op.key_mask is not None:
+            mask, width = np.array(op.key_mask), self.wiring.grid[-1]
+            return [token for token in every if mask[token // width, token % width]]
+        if isinstance(op.key_tokens, str):
+            prompt = self.prompts[row // (self.rows // len(self.prompts))]
+            return self.wiring.words(prompt, op.key_tokens) if branch == "cond" else []
+        return list(every) if op.key_tokens is None else [every[token] for token in as_list(op.key_tokens)]
 
     def begin(self, module, args, kwargs):
         self.call += 1

@@ -22,7 +22,7 @@ from dit_lens.families.module_tree import (
 )
 from dit_lens.families.row import Family, Time
 from dit_lens.families.schedulers import Noise
-from dit_lens.families.sites import MODEL_POINTS, POINTS, STREAMS, Site, match
+from dit_lens.families.sites import MODEL_POINTS, PATTERNS, POINTS, STREAMS, Site, match
 from dit_lens.families.stack import CALLED, PointSpec, Stack
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-HEADED = (*(f"{module}.{part}" for module in ("attn", "cross") for part in "qkvz"), *CALLED)
+HEADED = (*(f"{module}.{part}" for module in ("attn", "cross") for part in "qkvz"), *CALLED, *PATTERNS)
 
 
 class Anatomy:
@@ -85,6 +85,7 @@ class Anatomy:
             Site(i, stream, point)
             for i in range(self.depth)
             for point in POINTS
+            if point not in PATTERNS
             for stream in STREAMS
             if self.why_not(i, stream, point) is None
         ]
@@ -100,6 +101,19 @@ class Anatomy:
                 "attn.k instead."
             )
         return self.blocks(stack)[index], "ragged" if stack.layout == "ragged" else stack.attention
+
+    def find_call(self, block: int, stream: str, keys: str) -> tuple[Site, str]:
+        """Where tokens of a stream read those of another in a block, and where these lie among the keys.
+
+        Raises SiteError with the reason where they do not.
+        """
+        stack, _ = self._blocks[block]
+        own = keys in stack.outputs or stack.attention in ("text_first", "image_first")
+        point = "attn.pattern" if own else "cross.pattern"
+        why = self.why_not(block, stream, point)
+        if why is not None:
+            raise SiteError(f"blocks.{block}.{stream} reads no {keys} tokens by attention: {why}.")
+        return Site(block, stream, point), stack.key_layout if own else "own"
 
     def why_not(self, block: int | None, stream: str, point: str) -> str | None:
         """Why a block, or for None the whole model, lacks a point; None where it has it."""
@@ -288,6 +302,8 @@ class Anatomy:
             return self.width if asked is None else self.modules.measure(asked)
         if site.point in CALLED:
             return self.channels(replace(site, point=site.point.removesuffix("_rot")))
+        if site.point in PATTERNS:
+            return self.channels(replace(site, point=f"{site.point.partition('.')[0]}.q"))
         spec = self._spec_of(site)
         if spec is None or spec.half is not None:
             return self.width
@@ -472,6 +488,8 @@ class Anatomy:
         for number, (stack, index) in enumerate(self._blocks):
             path = f"transformer.{stack.path}.{index}"
             if location.module == path or location.module.startswith(f"{path}."):
+                if location.slot == "result" and location.side == "attention":
+                    return number, self.order[stack.name, location.module[len(path) :], "output"]
                 if location.side == "attention":  # after its queries and keys, and before its output is projected
                     streams = (location.stream, *STREAMS)  # text that the last block only reads is projected nowhere
                     last = next(one for one in streams if self.why_not(number, one, "attn.z") is None)

@@ -32,10 +32,10 @@ POINTS = (
     *(f"mod.attn.{part}" for part in ("shift", "scale", "gate")),
     *(f"mod.mlp.{part}" for part in ("shift", "scale", "gate")),
     "attn.in",
-    *(f"attn.{part}" for part in ("q", "k", "v", "q_rot", "k_rot", "z", "o")),
+    *(f"attn.{part}" for part in ("q", "k", "v", "q_rot", "k_rot", "pattern", "z", "o")),
     "attn_out",
     "attn2_out",
-    *(f"cross.{part}" for part in "qkvzo"),
+    *(f"cross.{part}" for part in ("q", "k", "v", "pattern", "z", "o")),
     "cross_out",
     "resid_mid",
     "mlp.in",
@@ -48,6 +48,7 @@ POINTS = (
     "control_out",
     "x0",
 )
+PATTERNS = ("attn.pattern", "cross.pattern")  # no tensors: ops on patterns act there
 MODEL_POINTS = ("mod.final", "final", "velocity", "x0")
 _MODEL_NAMES = {"mod.final": "final.img.mod", "final": "final.img"}
 STREAMS = ("txt", "img")
@@ -214,7 +215,7 @@ def _match_one(
         site = Site.parse(pattern)
         raise SiteError(f"{pattern!r}: {why_not(None, site.stream, site.point)}.")
     _tell_transformerlens(pattern)
-    if pattern.endswith("attn.pattern"):
+    if pattern.endswith(PATTERNS):
         raise SiteError(
             f"{pattern!r} is not a tensor that a block computes: attention patterns are made from q and k, by "
             "lens.read_pattern(prompt, block, heads=...)."
@@ -230,9 +231,8 @@ def _match_one(
         pattern, "stream", parts["stream"], list(dict.fromkeys(site.stream for site in sites if site.block is not None))
     )
     have = {site.point for site in sites if site.block is not None}
-    points = _choose(
-        pattern, "point", parts["point"] or DEFAULT_POINT, [point for point in POINTS if why_not or point in have]
-    )
+    known = [point for point in POINTS if (why_not or point in have) and point not in PATTERNS]
+    points = _choose(pattern, "point", parts["point"] or DEFAULT_POINT, known)
     found = [site for site in sites if site.block in blocks and site.stream in streams and site.point in points]
     if not found and why_not is not None and len(points) == 1:
         reasons = dict.fromkeys(str(why_not(block, stream, points[0])) for block in blocks for stream in streams)

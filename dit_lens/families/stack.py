@@ -106,21 +106,33 @@ class Stack:
         What modules give before a gate follows from what they add, where the row does not say more.
         """
         inside = self.points.get(stream, {})
-        if point in CALLED and point not in inside:
-            return self._find_call(point, inside.get("attn.in"))
+        if (point in CALLED or point == "attn.pattern") and point not in inside:
+            return self._find_call(CALLED.get(point, "result"), inside.get("attn.in"))
+        if point == "cross.pattern":
+            spec = self.points.get("img", {}).get("cross.q")
+            path = spec.module.rpartition(".")[0] if isinstance(spec, PointSpec) else ""
+            return PointSpec(path, "attention", "result", layout="own", batch_first=True) if path else None
         spec = inside.get(point, inside.get(UNGATED.get(point, point)))
         return replace(spec, gate=None) if isinstance(spec, PointSpec) and point in UNGATED else spec
 
-    def _find_call(self, point: str, given: PointSpec | str | None) -> PointSpec | str | None:
-        """Where a tensor of the call of attention is. given: what enters the module in which it is called."""
+    def _find_call(self, slot: str, given: PointSpec | str | None) -> PointSpec | str | None:
+        """Where a tensor of the call of attention is.
+
+        slot: "query", "key" or "result".
+        given: what enters the module in which it is called.
+        """
         if not isinstance(given, PointSpec):
             return given
         if self.attention not in ("text_first", "image_first", "own"):
             return self.attention
-        layout = "ragged" if self.layout == "ragged" else self.attention
-        if CALLED[point] == "query" and len(self.outputs) == 1:  # the text is read, and asks nothing
-            layout = "own"
-        return PointSpec(given.module, "attention", CALLED[point], layout=layout, batch_first=True)
+        asks = slot == "key" or len(self.outputs) > 1  # else the text is read, and asks nothing
+        layout = self.key_layout if asks else "own"
+        return PointSpec(given.module, "attention", slot, layout=layout, batch_first=True)
+
+    @property
+    def key_layout(self) -> str:
+        """Where the streams' tokens lie among the keys of attention."""
+        return "ragged" if self.layout == "ragged" else self.attention
 
     @property
     def modules(self) -> tuple[str, ...]:

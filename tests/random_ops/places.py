@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -104,6 +104,8 @@ class Wiring:
     text: the length of the text stream; None where there is none.
     knows_grid: whether the number of image tokens is known before a run.
     knows_text: the same of text tokens.
+    attentions: (block, stream of the keys) -> the module in which it is called, and "text first", "image first", "own"
+        or "cross"; those that are tried.
     words: prompt, word -> its text tokens; None where they cannot be found.
     """
 
@@ -115,6 +117,7 @@ class Wiring:
     knows_grid: bool = True
     knows_text: bool = False
     words: Callable | None = None
+    attentions: dict = field(default_factory=dict)
 
     def tokens(self, site: str) -> int:
         """How many tokens there are at a site."""

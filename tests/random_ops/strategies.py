@@ -1,13 +1,14 @@
 """Random runs with random legal ops."""
 
 from itertools import pairwise
+from math import prod
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
 import dit_lens as dl
-from dit_lens import Add, Apply, MeanAblate, Read, Resample, Scale, Skip, Swap, TokenMean, Zero
+from dit_lens import Add, Apply, AttentionMask, MeanAblate, Read, Resample, Scale, Skip, Swap, TokenMean, Zero
 from tests.random_ops.scenarios import (
     FUNCTIONS,
     PROMPTS,
@@ -70,9 +71,10 @@ def source_of(op):
 def ops(draw, scenario: Scenario, focus: str, calls: list):
     """One op of any kind."""
     kinds = [Read, Read, Zero, Scale, Add, "row", "row", "tensor", "run", "site", "site"]
+    kinds += ["edges"] * bool(scenario.subject.wiring.attentions)
     kind = draw(st.sampled_from([*kinds, Resample, TokenMean, MeanAblate, Apply]))
-    if kind == "site":
-        return draw(site_swaps(scenario))
+    if kind in ("site", "edges"):
+        return draw((site_swaps if kind == "site" else masks_of_edges)(scenario))
     if kind == "run" or (kind in (Resample, MeanAblate) and draw(st.booleans())):
         return draw(from_runs(scenario, Swap if kind == "run" else kind, focus))
     subject = scenario.subject
@@ -320,6 +322,28 @@ def site_swaps(draw, scenario: Scenario):
     if skips:
         return Skip(target, **where)
     return Swap(target, source=f"site:{source}", strength=draw(STRENGTHS), **where)
+
+
+@st.composite
+def masks_of_edges(draw, scenario: Scenario):
+    """Edges of attention from tokens of one stream to some of one."""
+    wiring = scenario.subject.wiring
+    keys = draw(st.sampled_from(["img", "txt"]))
+    blocks = [block for block, of in wiring.attentions if of == keys]
+    sites = [f"blocks.{block}.{stream}" for block in blocks for stream in ("img", "txt")]
+    site = draw(st.sampled_from([site for site in sites if site in wiring.places]))
+    where = draw(selections(scenario, [site], words=True, same=False))
+    where["branch"] = draw(branches(scenario, read=False, word=isinstance(where["tokens"], str)))
+    where["channels"] = None
+    form = draw(st.sampled_from(["all", "tokens", "tokens", "mask" if keys == "img" and wiring.knows_grid else "word"]))
+    known = wiring.knows_text if keys == "txt" else wiring.knows_grid
+    size = wiring.text if keys == "txt" else prod(wiring.grid)
+    chosen = draw(some(size, negative=known, every=False)) if form == "tokens" else None
+    if form == "word" and keys == "txt" and scenario.texts is not None:
+        chosen, where["branch"] = draw(words_of(scenario, where["rows"], same=False)), "cond"
+    mask = draw(masks(wiring.grid)) if form == "mask" else None
+    heads = draw(some(2))
+    return AttentionMask(site, keys=keys, key_tokens=chosen, key_mask=mask, heads=heads, **where)
 
 
 @st.composite

@@ -48,7 +48,16 @@ def flux():
     blocks = [*map(adaln_block, transformer_blocks(2)), *(flux_single(path, pipelines.LENGTH) for path in singles)]
     places = named(blocks, Place("norm_out", "in", ("x", 0)), Place("", "out", 0, width=16), mod=MOD)
     stacks = {"blocks": range(5), "double": range(2), "single": range(2, 5)}
-    return Wiring(places, stacks, grid=(4, 7), text=pipelines.LENGTH, knows_text=True, words=letters)
+    paths = [*transformer_blocks(2), *singles]
+    attentions = both_read([f"{path}.attn" for path in paths], "text first")
+    return Wiring(
+        places, stacks, grid=(4, 7), text=pipelines.LENGTH, knows_text=True, words=letters, attentions=attentions
+    )
+
+
+def both_read(paths, order):
+    """Attentions of both streams."""
+    return {(i, keys): (path, order) for i, path in enumerate(paths) for keys in ("img", "txt")}
 
 
 THREE = {"blocks": range(3), "block": range(3)}
@@ -60,7 +69,9 @@ def sd3():
     left = ("resid_pre", "attn.in", "attn.q", "attn.k", "attn.v")
     blocks[-1]["txt"] = {point: blocks[-1]["txt"][point] for point in left}
     places = named(blocks, Place("norm_out", "in", ("x", 0)), Place("", "out", 0, patch=(2, 2), width=16), mod=MOD)
-    return Wiring(places, THREE)
+    return Wiring(
+        places, THREE, attentions=both_read([f"{path}.attn" for path in transformer_blocks(3)], "image first")
+    )
 
 
 def qwen():
@@ -129,7 +140,9 @@ def wan():
         block, crossed = image_block(path, "attn1", "norm3", "ffn", gates, more), crossing(f"{path}.attn2")
         blocks.append({"img": block["img"] | crossed["img"], "txt": crossed["txt"]})
     places = named(blocks, Place("norm_out", "in", ("input", 0)), Place("", "out", 0, patch=(2, 2), width=16))
-    return Wiring(places, THREE, grid=(2, 4, 6), knows_grid=False)
+    attentions = {(i, "img"): (f"blocks.{i}.attn1", "own") for i in range(3)}
+    attentions |= {(i, "txt"): (f"blocks.{i}.attn2", "cross") for i in range(3)}
+    return Wiring(places, THREE, grid=(2, 4, 6), knows_grid=False, attentions=attentions)
 
 
 def zimage():

@@ -21,6 +21,7 @@ ELSEWHERE = {
     "ops, which check themselves against a model when they run": [
         "Add",
         "Apply",
+        "AttentionMask",
         "MeanAblate",
         "Read",
         "Resample",
@@ -53,6 +54,8 @@ ELSEWHERE = {
         "Read.lower",
         "Resample.lower",
         "Scale.lower",
+        "AttentionMask.check",
+        "AttentionMask.lower",
         "Skip.lower",
         "Swap.lower",
         "TokenMean.lower",

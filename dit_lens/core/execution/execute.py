@@ -212,7 +212,7 @@ def at_attention(envoy: Any, part: Part, context: Context) -> None:
     inside = part.get("inside", [])
 
     def change(slot: str, tokens: Tensor, given: dict[str, Any]) -> Tensor | None:
-        context.call, edited = given, None
+        context.call, edited = (given if slot == "result" else {}), None
         for one in inside:
             if one["location"]["slot"] == slot:
                 check_whole(tokens, one["location"], context.image)
@@ -371,7 +371,9 @@ def edit(
     """
     where = (action["rows"], action["tokens"], action["channels"], context.indices)
     old = take(stream, *where)
-    new = EDITS[action["kind"]](Edit(old, stream, action, hook, context.payload, context.indices, mask, context.held))
+    given = Edit(old, stream, action, hook, context.payload, context.indices, mask, context.held)
+    given.call, given.image = context.call, context.image
+    new = EDITS[action["kind"]](given)
     factor = None if gate is None else take(gate, *where)
     before = measure_norm(old, factor)
     if new is not None:

@@ -126,6 +126,7 @@ def narrow(plan: Plan, rows: range, prompts: range, *, asked: bool = True) -> Pl
     forwards: list[Forward] = []
     for forward in plan.program["forwards"]:
         place = partial(_place_text, plan, forward["branches"], rows, prompts)
+        _check_read_text(plan, forward, rows, prompts)
         visits: list[Visit] = [
             {**visit, "parts": _narrow_parts(_recount(visit["parts"], plan, prompts), rows, place, asked)}
             for visit in forward["visits"]
@@ -145,6 +146,21 @@ def _recount(parts: list[Part], plan: Plan, prompts: range) -> list[Part]:
             recounted["inside"] = _recount(part["inside"], plan, prompts)
         found.append(recounted)
     return found
+
+
+def _check_read_text(plan: Plan, forward: Forward, rows: range, prompts: range) -> None:
+    """OpError where keys of text that are no longer read lie elsewhere in a batch than in the whole run."""
+    waited = [inner for visit in forward["visits"] for part in visit["parts"] for inner in part.get("inside", ())]
+    for part, action in [(one, action) for one in waited for action in one["actions"]]:
+        steps = action.get("key_tokens") or []
+        if not steps or action.get("parameters", {}).get("keys") != "txt":
+            continue
+        branch = forward["branches"][action["branch_index"]]
+        chosen = range(len(steps[0])) if action["rows"] is None else action["rows"]
+        for row, tokens in [(row, tokens) for some in steps for row, tokens in zip(chosen, some, strict=True)]:
+            if row in rows and tokens:
+                named: Action = {**action, "rows": [row], "tokens": tokens}
+                _check_places(plan, branch, (rows, prompts), part["name"], named)
 
 
 def _place_text(plan: Plan, branches: list[str], rows: range, prompts: range, part: Part, action: Action) -> Action:
@@ -255,13 +271,16 @@ def _narrow_parts(parts: list[Part], rows: range, place: Callable[[Part, Action]
 def _narrow_action(action: Action, rows: range, asked: bool) -> Action | None:
     """An action for some rows, numbered from 0; None where it concerns none of them."""
     source = action.get("source_rows")
-    if action["rows"] is None and source is None:
+    keys = action.get("key_tokens")
+    if action["rows"] is None and source is None and keys is None:
         return action
     chosen = range(rows.stop) if action["rows"] is None else action["rows"]
     here = [i for i, row in enumerate(chosen) if row in rows]
     if not here:
         return None
     changed: Action = {**action, "rows": [chosen[i] - rows.start for i in here]}
+    if keys is not None:
+        changed["key_tokens"] = [[some[i] for i in here] for some in keys]
     if action["kind"] == "CopyRow" and source is not None:
         if source[0] not in rows:
             who, more = ("batch_size", "raise batch_size") if asked else ("a smaller batch", "give fewer prompts")

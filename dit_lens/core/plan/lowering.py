@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Unpack
 
 from dit_lens.analysis.channels import ChannelSet
-from dit_lens.core.plan.selection import Group, select_rows
+from dit_lens.core.plan.selection import Group, list_named, select_mask, select_rows
 from dit_lens.core.plan.sources import (
     Wanted,
     is_by_branch,
@@ -20,10 +20,12 @@ from dit_lens.core.plan.sources import (
 )
 from dit_lens.core.request.directions import Directions
 from dit_lens.core.request.indices import to_indices
-from dit_lens.core.request.ops import Op
+from dit_lens.core.request.ops import AttentionMask, Op
+from dit_lens.core.request.token_set import TokenSet
 from dit_lens.core.runs.run import Run
 from dit_lens.errors import OpError, nearest
 from dit_lens.families.linear import why_inexact
+from dit_lens.families.sites import DEFAULT_POINT
 from dit_lens.families.stack import UNGATED
 
 if TYPE_CHECKING:
@@ -94,15 +96,38 @@ class SiteLowering:
         for branch in self._branches():
             action: ActionDetails = {"kind": "CopyRow", "source_rows": [row], "strength": strength}
             tokens = self.group.tokens
-            if of_text and self.group.branch is not None and row not in self._targets:
+            if of_text and self.group.branch is not None and row not in self.targets:
                 tokens = match_words(self._wanted(means=False), self.outline.text(), branch, row)
                 action["source_tokens"] = tokens
             if of_text:
                 text = self.outline.text()
                 asked = range(len(text.data.get((branch, row), ()))) if tokens is None else tokens
                 if (held := text.is_data(branch, row, asked)) is not None:
-                    self._check_data(branch, {row: held}, [row] * len(self._targets))
+                    self._check_data(branch, {row: held}, [row] * len(self.targets))
             found.append((branch, action))
+        return found
+
+    def attend(self, keys: str, tokens: Any, mask: Any) -> Lowered:
+        block, stream = self.where.block or 0, self.where.stream
+        _, layout = self.anatomy.find_call(block, stream, keys)
+        size = 1 if self.channels is None else len(self.anatomy.heads(self.where)[0])
+        how = {
+            "stream": stream,
+            "queries": self.anatomy.locate(self.where).layout,
+            "keys": keys,
+            "layout": layout,
+            "heads": None if self.channels is None else [channel // size for channel in self.channels[::size]],
+        }
+        found: Lowered = []
+        for branch in self._branches():
+            selected = select_keys(self, branch, keys, tokens, mask)
+            if selected is None or any(row for rows in selected for row in rows):
+                found.append((branch, {"kind": "AttentionMask", "parameters": how, "key_tokens": selected}))
+        if not found:
+            raise OpError(
+                f"{type(self.op).__name__} at {self.site}: key_tokens={tokens!r} are in no prompt of the chosen rows "
+                "and branches. lens.to_str_tokens(prompt) lists the tokens of a prompt."
+            )
         return found
 
     def _find_row(self, source: str) -> int:
@@ -155,7 +180,7 @@ class SiteLowering:
         held: row of the source -> which of the chosen tokens it has.
         rows: for every target its row in the source.
         """
-        for target, row in zip(self._targets, rows, strict=True):
+        for target, row in zip(self.targets, rows, strict=True):
             tokens = range(len(held[row])) if self.group.tokens is None else self.group.tokens
             needed = self.outline.text().is_data(branch, target, tokens)
             if needed is None:  # the run will compare
@@ -173,7 +198,7 @@ class SiteLowering:
         self, rows: Sequence[int], pick_rows: Callable[[Sequence[int], list[int]], list[int]] | None
     ) -> list[int]:
         """For every target the position of its row in the source, whose rows have these numbers."""
-        targets = self._targets
+        targets = self.targets
         if len(rows) == 1:
             return [0] * len(targets)
         chosen = targets if pick_rows is None else pick_rows(rows, targets)
@@ -186,7 +211,8 @@ class SiteLowering:
         return [positions[row] for row in chosen]
 
     @property
-    def _targets(self) -> list[int]:
+    def targets(self) -> list[int]:
+        """The rows it acts on."""
         return list(range(self.outline.rows)) if self.group.rows is None else self.group.rows
 
     @property
@@ -202,7 +228,7 @@ class SiteLowering:
             steps=self.steps,
             rows=select_rows(self.op, self.outline),
             tokens=self.group.tokens,
-            words=None if self.group.branch is None else (self.op.tokens, self.group.branch, self._targets[0]),
+            words=None if self.group.branch is None else (self.op.tokens, self.group.branch, self.targets[0]),
             channels=self.channels,
             unordered=frozenset(name for name in AXES if self._is_set(getattr(self.op, name))),
             outline=self.outline,
@@ -221,6 +247,55 @@ class SiteLowering:
     def _give(self, key: str, value: Any) -> str:
         self.payload[key] = value
         return key
+
+
+def select_keys(at: SiteLowering, branch: str, keys: str, tokens: Any, mask: Any) -> list[list[list[int]]] | None:
+    """For every step, or for all, and every target row the tokens that are no longer read; None: all.
+
+    at: where the op is laid out.
+    branch: of the run.
+    keys: the stream they are of.
+    tokens, mask: which of its tokens, as an op names them.
+    """
+    outline, targets = at.outline, at.targets
+    if mask is not None:
+        return [[select_mask(mask, outline)] * len(targets)]
+    if tokens is None:
+        return None
+    if isinstance(tokens, TokenSet):
+        name = f"blocks.{at.where.block}.{keys}"
+        steps = [tokens.at(name, step, outline.steps, outline.tokens(keys)) for step in at.steps]
+        return [[some] * len(targets) for some in steps]
+    if list_named(tokens):
+        if keys != "txt":
+            raise OpError(f"key_tokens={tokens!r} names words, which only text has. Use key_mask= or token indices.")
+        return [[outline.text().find(branch, row, tokens) for row in targets]]
+    some = to_indices(tokens, outline.tokens(keys), "token", f"the {keys} stream has", "tokens")
+    if not some:
+        raise OpError("key_tokens=[] chooses no key. Leave it out for all of them, or leave the op out.")
+    return [[some] * len(targets)]
+
+
+def to_patterns(op: AttentionMask, sites: Sequence[Site], anatomy: Anatomy) -> tuple[AttentionMask, list[Site]]:
+    """An op on patterns of attention with its heads as channels, and the patterns of the blocks that it names."""
+    op.check()
+    if odd := [site for site in sites if site.block is None or site.point != DEFAULT_POINT]:
+        raise OpError(
+            f"AttentionMask is for blocks, by the stream of the tokens that read, such as 'blocks[3:5].img', and "
+            f"{odd[0]} is none."
+        )
+    found = [anatomy.find_call(site.block or 0, site.stream, op.keys)[0] for site in sites]
+    if isinstance(op.tokens, TokenSet):
+        of_blocks = {site.name: op.tokens[block.name] for block, site in zip(sites, found, strict=True)}
+        op = replace(op, tokens=replace(op.tokens, tokens=of_blocks))
+    if op.heads is None:
+        return op, found
+    channels: dict[str, list[int]] = {}
+    for site in found:
+        heads = anatomy.heads(site)
+        chosen = to_indices(op.heads, len(heads), "head", f"{site} has", "heads")
+        channels[site.name] = [channel for head in chosen for channel in heads[head]]
+    return replace(op, channels=channels), found
 
 
 def find_source(anatomy: Anatomy, target: Site, name: str, size: int, channels: Sequence[int] | None) -> str:

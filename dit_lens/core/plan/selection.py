@@ -43,7 +43,7 @@ def select_groups(op: Op, sites: Sequence[Site], steps: Sequence[int], outline: 
     rows = select_rows(op, outline)
     rows = rows if rows is None or op.sees_rows else sorted(rows)
     streams = {site.stream for site in sites}
-    if words := _words(op.tokens):
+    if words := list_named(op.tokens):
         if streams != {"txt"}:
             what = "a class of tokens" if _is_class(op.tokens) else "a word" if len(words) == 1 else "words"
             raise OpError(
@@ -58,7 +58,7 @@ def select_groups(op: Op, sites: Sequence[Site], steps: Sequence[int], outline: 
     if op.mask is not None:
         if streams != {"img"} or op.tokens is not None:
             raise OpError("mask= chooses image tokens: use it on the img stream, and without tokens=.")
-        return [Group(rows, _masked_tokens(op.mask, outline))]
+        return [Group(rows, select_mask(op.mask, outline))]
     if isinstance(op.tokens, TokenSet):
         return _groups_by_step(op, op.tokens, rows, sites, steps, outline)
     return [Group(rows, _tokens(op, streams, outline))]
@@ -102,7 +102,7 @@ def select_rows(op: Op, outline: Outline) -> list[int] | None:
     return rows
 
 
-def _words(tokens: Any) -> list[str]:
+def list_named(tokens: Any) -> list[str]:
     """The words that tokens= names, or a class; none where it holds indices."""
     listed = [tokens] if isinstance(tokens, str) else list(tokens) if isinstance(tokens, list | tuple) else []
     return listed if all(isinstance(word, str) for word in listed) else []
@@ -123,7 +123,7 @@ def _groups_by_text(op: Op, rows: list[int], outline: Outline) -> list[Group]:
     if missing and not (op.edits and _is_class(asked) and any(found.values())):
         lacking = [branch for branch in branches if not found[branch, missing[0]]]
         raise OpError(_what_is_missing(asked, lacking, missing[0], text))
-    for word in [] if _is_class(asked) else _words(asked):
+    for word in [] if _is_class(asked) else list_named(asked):
         if not any(text.find(branch, row, [word]) for branch, row in found):
             raise OpError(
                 f"the word {word!r} of tokens={asked!r} is in no prompt of the chosen rows and branches. Leave it out. "
@@ -153,7 +153,7 @@ def _what_is_missing(asked: Any, lacking: Sequence[str], row: int, text: StreamT
     where = " nor in ".join(map(repr, prompts)) or "its prompt"
     which = f" (row {row}, {' and '.join(lacking)})" if "uncond" in lacking else ""
     return (
-        f"the word {' or '.join(map(repr, _words(asked)))} is not in {where}{which}. "
+        f"the word {' or '.join(map(repr, list_named(asked)))} is not in {where}{which}. "
         "lens.to_str_tokens(prompt) lists its tokens."
     )
 
@@ -183,7 +183,8 @@ def _tokens(op: Op, streams: set[str], outline: Outline) -> list[int] | None:
     )
 
 
-def _masked_tokens(given: Any, outline: Outline) -> list[int]:
+def select_mask(given: Any, outline: Outline) -> list[int]:
+    """The image tokens of a mask."""
     import numpy as np
 
     try:

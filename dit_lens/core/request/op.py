@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dit_lens.core.request.json_values import SigmaInterval
     from dit_lens.core.runs.reading import Reading
     from dit_lens.core.runs.run import Run
+    from dit_lens.families.locations import ImageTokens
 
 Channels: TypeAlias = "int | Sequence[int] | Mapping[str, Sequence[int]] | None"
 Tokens: TypeAlias = "int | str | Sequence[int] | TokenSet | None"
@@ -42,6 +43,7 @@ class ActionDetails(TypedDict, total=False):
 
     kind: "Read", or the name of an edit (``dit_lens.ops.EDITS``).
     reduce: how a read is reduced over tokens (``core.request.reduce``).
+    key_tokens: for every step, or for all, and for every target row the keys that it no longer reads; None: all.
     key: under which the payload holds an edit's tensor or function.
     source_rows: for every target row the row its values come from.
     source_tokens: the tokens there, where they are not those that are replaced.
@@ -58,6 +60,7 @@ class ActionDetails(TypedDict, total=False):
     source_tokens: list[int]
     source_mask: str
     held: str
+    key_tokens: list[list[list[int]]] | None
     strength: float
     parameters: dict[str, Any]
 
@@ -97,6 +100,14 @@ class Lowering(Protocol):
         """Replacing by another row of the batch, ``"row:0"``, or by another site of the same row, ``"site:..."``.
 
         strength: in (0, 1]; 1 assigns.
+        """
+        ...
+
+    def attend(self, keys: str, tokens: Any, mask: Any) -> Lowered:
+        """Attention of the chosen tokens without some keys.
+
+        keys: their stream.
+        tokens, mask: which of its tokens, as an op names them.
         """
         ...
 
@@ -163,7 +174,7 @@ class Op:
             elif isinstance(value, Mapping) and any(hasattr(item, "__next__") for item in value.values()):
                 object.__setattr__(self, name, {key: _as_list(item, name) for key, item in value.items()})
         if not isinstance(self.tokens, TokenSet):
-            object.__setattr__(self, "tokens", _list_words(self.tokens))
+            object.__setattr__(self, "tokens", list_words(self.tokens))
 
     def does_nothing(self) -> bool:
         """Whether there is nothing to carry out, whatever the site; what it names is checked all the same."""
@@ -192,7 +203,12 @@ class Edit:
     indices: index tensors that were made before.
     mask: which of the chosen tokens take part in attention [row, token]; None: all.
     held: site -> its tokens in this forward pass, where an action takes values from them.
+    call: the arguments of the attention whose result it is.
+    image: where image tokens are in this forward pass.
     """
+
+    call: dict[str, Any]
+    image: ImageTokens
 
     def __init__(
         self,
@@ -213,7 +229,7 @@ def _as_list(value: Any, name: str) -> Any:
     return list_items(value, f"{name}=") if hasattr(value, "__next__") else value
 
 
-def _list_words(tokens: Any) -> Any:
+def list_words(tokens: Any) -> Any:
     """Words in an array or a set as a list, those of a set in alphabetical order; anything else as it is."""
     plain = as_plain(tokens)
     listed = None if isinstance(plain, str | list | tuple) else list_entries(plain)

@@ -21,6 +21,7 @@ from torch import Tensor
 from dit_lens.arguments.functions import name_of, takes
 from dit_lens.arguments.numbers import to_int, to_number
 from dit_lens.arguments.signatures import told_fields
+from dit_lens.core.request.attention import AttentionMask, knock_out
 from dit_lens.core.request.json_values import SigmaInterval, from_plain, to_plain
 from dit_lens.core.request.op import (
     OPS,
@@ -55,6 +56,7 @@ __all__ = [
     "OPS",
     "Add",
     "Apply",
+    "AttentionMask",
     "Branch",
     "Channels",
     "Edit",
@@ -406,6 +408,7 @@ EDITS: dict[str, Callable[[Edit], Tensor | None]] = {
     "CopyRow": copy_row,
     "CopySite": copy_site,
     "TokenMean": token_mean,
+    "AttentionMask": knock_out,
     "Apply": apply,
 }
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, note
 from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS
 
 from dit_lens import Run
-from dit_lens.ops import Apply, TokenMean, from_json, to_json
+from dit_lens.ops import Apply, AttentionMask, TokenMean, from_json, to_json
 from tests.examples import examples
 from tests.interpreter import Interpreter, outer
 from tests.random_ops.scenarios import SUBJECTS, Scenario, lens_of, pipe_of
@@ -153,7 +153,11 @@ def carry_out(scenario):
     with lens_of(scenario.name).trace(prompt, **call) as trace:
         handles = []
         for op in ops:
-            method = {"TokenMean": "token_mean", "MeanAblate": "mean_ablate"}.get(type(op).__name__, type(op).__name__)
+            method = {
+                "TokenMean": "token_mean",
+                "MeanAblate": "mean_ablate",
+                "AttentionMask": "attention_mask",
+            }.get(type(op).__name__, type(op).__name__)
             values = {field.name: getattr(op, field.name) for field in fields(op) if field.name != "site"}
             handles.append(getattr(trace, method.lower())(op.site, **values))
     reads = [handle.reading for handle in handles if handle is not None]
@@ -195,7 +199,9 @@ def compare_saved(scenario, run):
 
 
 def is_exact(scenario):
-    return not (scenario.subject.strided and any(isinstance(op, TokenMean) for op in scenario.ops))
+    """Edges are knocked out of one call of attention in double precision, and sums of strided tensors differ."""
+    edges = any(isinstance(op, AttentionMask) for op in scenario.ops)
+    return not edges and not (scenario.subject.strided and any(isinstance(op, TokenMean) for op in scenario.ops))
 
 
 def compare(scenario, ours, theirs, what, *, within=0.0):
