@@ -90,6 +90,7 @@ ELSEWHERE = {
         "families.Anatomy.blocks",
         "families.Anatomy.channels",
         "families.Anatomy.find_attention",
+        "families.Anatomy.find_call",
         "families.Anatomy.heads",
         "families.Anatomy.locate",
         "families.Anatomy.place",
