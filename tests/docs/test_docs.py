@@ -15,11 +15,13 @@ from PIL.Image import Image
 
 import dit_lens as dl
 from docs import blocks
+from notebooks.build import REPOSITORY
 from tests.browser import page as opened
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-WRITTEN = sorted(DOCS.rglob("*.md"))
+README = ROOT / "README.md"
+WRITTEN = [README, *sorted(DOCS.rglob("*.md"))]
 RUN = [path for path in WRITTEN if re.search(r"^```py", path.read_text("utf-8"), re.MULTILINE)]
 LESSON = next(path.stem for path in sorted((ROOT / "notebooks").glob("*.py")) if path.stem != "build")
 ERRORS = {
@@ -30,7 +32,7 @@ ERRORS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", RUN, ids=lambda path: str(path.relative_to(DOCS)))
+@pytest.mark.parametrize("path", RUN, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_code_of_a_page_runs(path, tmp_path, monkeypatch, declared):
     monkeypatch.chdir(tmp_path)
     for image, shown in blocks.run(path):
@@ -49,6 +51,16 @@ def test_a_block_that_answers_otherwise_fails(tmp_path):
         list(blocks.run(page))
     assert caught.traceback[-1].path == page
     assert caught.traceback[-1].lineno + 1 == 3
+
+
+def test_the_readme_leads_to_what_there_is():
+    """Files by their paths, the quick start where the notebooks say they are, and as many lines as it counts."""
+    text = README.read_text("utf-8")
+    addresses = re.findall(r"\]\(([^)]+)\)", text)
+    assert [one for one in addresses if not one.startswith("https://") and not (ROOT / one).exists()] == []
+    assert f"github/{REPOSITORY}/blob/main/notebooks/quick_start.ipynb" in text
+    by_hand = text.split("```python\n")[-1].split("assert")[0]
+    assert f"| {sum(map(bool, by_hand.splitlines()))} |" in text
 
 
 def test_a_block_that_is_not_run_says_so():
