@@ -32,8 +32,16 @@ def texts(tree):
             yield node.value
 
 
-TREES = [ast.parse(path.read_text("utf-8")) for path in sorted((ROOT / "dit_lens").rglob("*.py"))]
-SAID = [text for tree in TREES for text in texts(tree)]
+@pytest.fixture(scope="module")
+def trees():
+    """The code, parsed: no module's own, since every process would read it when it looks for tests."""
+    return [ast.parse(path.read_text("utf-8")) for path in sorted((ROOT / "dit_lens").rglob("*.py"))]
+
+
+@pytest.fixture(scope="module")
+def said(trees):
+    """Every text of the code."""
+    return [text for tree in trees for text in texts(tree)]
 
 
 def pattern(quoted):
@@ -41,21 +49,24 @@ def pattern(quoted):
     return re.compile(".*".join(re.escape(part) for part in quoted.strip("`").split("...")), re.DOTALL)
 
 
-def mismatches():
+def mismatches(trees):
     """What is said where a run is not as it was planned."""
-    for tree in TREES:
+    for tree in trees:
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "PlanMismatchError":
                 yield next(texts(ast.Module([ast.Expr(node.args[0])], [])))
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
-def test_the_code_says_what_the_table_quotes(row):
+def test_the_code_says_what_the_table_quotes(row, said):
     assert len(row) == 4
     assert re.fullmatch(r"`[^`]+`", row[3])
-    assert any(map(pattern(row[3]).search, SAID)), row[3]
+    assert any(map(pattern(row[3]).search, said)), row[3]
 
 
-@pytest.mark.parametrize("said", sorted(set(mismatches())))
-def test_the_table_has_everything_that_is_compared_with_a_run(said):
-    assert any(known in said for known in OF_ROWS) or any(pattern(row[3]).search(said) for row in rows()), said
+def test_the_table_has_everything_that_is_compared_with_a_run(trees):
+    found = set(mismatches(trees))
+    quoted = [pattern(row[3]) for row in rows()]
+    unknown = {said for said in found if not any(known in said for known in OF_ROWS)}
+    assert [said for said in sorted(unknown) if not any(one.search(said) for one in quoted)] == []
+    assert len(unknown) > 10

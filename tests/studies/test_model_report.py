@@ -6,7 +6,6 @@ import hashlib
 import json
 import random
 
-import jsonschema
 import pandas as pd
 import pytest
 
@@ -16,6 +15,14 @@ from dit_lens.studies.shared.schema import find_mistakes, load_schema
 from tests.reports import CONTENT, TABLE, made_up
 
 SCHEMA = load_schema("model_report.schema.json")
+
+
+@pytest.fixture(scope="module")
+def standard():
+    """A checker by the standard, imported here since it takes seconds."""
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator(SCHEMA)
 
 
 def test_it_reads_back_as_it_was_written(tmp_path):
@@ -36,9 +43,9 @@ def test_it_reads_back_as_it_was_written(tmp_path):
     assert sorted(before) == ["notes.txt", "pictures.csv.gz", "result.json"]
 
 
-def test_the_file_is_one_that_others_can_check_and_read(tmp_path):
+def test_the_file_is_one_that_others_can_check_and_read(tmp_path, standard):
     made_up().save(tmp_path)
-    jsonschema.validate(json.loads((tmp_path / "result.json").read_text()), SCHEMA)
+    standard.validate(json.loads((tmp_path / "result.json").read_text()))
     others = pd.read_csv(tmp_path / "pictures.csv.gz", float_precision="round_trip", keep_default_na=False)
     assert others["prompt"].tolist() == ['a "cat", asleep', "zwei Hunde\nund é", "NA", ""]
 
@@ -53,10 +60,10 @@ def places(value, path=()):
 ODD = (None, True, -1, 0, 2.5, "", "x", [], {}, ["x"], {"x": 1}, [None], float("inf"))
 
 
-def test_it_finds_what_a_checker_of_the_standard_finds(tmp_path):
+def test_it_finds_what_a_checker_of_the_standard_finds(tmp_path, standard):
     made_up().save(tmp_path)
     good = json.loads((tmp_path / "result.json").read_text())
-    checker, dice = jsonschema.Draft202012Validator(SCHEMA), random.Random(0)
+    dice = random.Random(0)
     assert not list(find_mistakes(good, SCHEMA))
     wrong = 0
     for _ in range(600):
@@ -75,7 +82,7 @@ def test_it_finds_what_a_checker_of_the_standard_finds(tmp_path):
         if "Infinity" in json.dumps(data):
             continue  # no JSON
         found = bool(list(find_mistakes(data, SCHEMA)))
-        assert found != checker.is_valid(data), list(checker.iter_errors(data)) or data
+        assert found != standard.is_valid(data), list(standard.iter_errors(data)) or data
         wrong += found
     assert 200 < wrong < 600
 
