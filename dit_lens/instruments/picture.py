@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dit_lens.core.runs.html import CELL, STYLE
-from dit_lens.families.sites import DEFAULT_POINT, POINTS
+from dit_lens.families.sites import DEFAULT_POINT, POINTS, Site
 
 if TYPE_CHECKING:
     from dit_lens.core.session import Session
@@ -27,7 +28,10 @@ def draw_model(lens: Session) -> str:
     anatomy = lens.anatomy
     streams = [one for one in COLOURS if any(site.stream == one for site in anatomy.sites)]
     keys = " ".join(f'<span style="color:{COLOURS[one]}">&#9632;</span> {one}: {NAMES[one]}' for one in streams)
-    stacks = [_draw_stack(anatomy, name, blocks, streams) for name, blocks in anatomy.stacks.items() if len(blocks)]
+    known = frozenset(anatomy.sites)
+    stacks = [
+        _draw_stack(anatomy, known, name, blocks, streams) for name, blocks in anatomy.stacks.items() if len(blocks)
+    ]
     ends = [site for site in anatomy.sites if site.block is None]
     after = _rows([(site.point, [_name(site.name, anatomy.channels(site))]) for site in ends])
     return (
@@ -37,20 +41,21 @@ def draw_model(lens: Session) -> str:
     )
 
 
-def _draw_stack(anatomy: Anatomy, name: str, blocks: range, streams: Sequence[str]) -> str:
+def _draw_stack(anatomy: Anatomy, known: frozenset[Site], name: str, blocks: range, streams: Sequence[str]) -> str:
+    """A stack, which opens to its points. known: the sites of the model."""
     first, last = blocks.start, blocks.stop - 1
-    held = [one for one in streams if any(site.stream == one and site.block in blocks for site in anatomy.sites)]
-    lanes = [one for one in held if any(_has(anatomy, block, one, DEFAULT_POINT) for block in blocks)]
+    held = [one for one in streams if any(site.stream == one and site.block in blocks for site in known)]
+    lanes = [one for one in held if any(Site(block, one) in known for block in blocks)]
     numbers = f"block {first}" if first == last else f"blocks {first} to {last}"
-    points = [one for one in POINTS if any(_has(anatomy, block, stream, one) for block in blocks for stream in held)]
-    lines = [(point, [_point(anatomy, name, blocks, stream, point) for stream in held]) for point in points]
+    points = [one for one in POINTS if any(Site(block, stream, one) in known for block in blocks for stream in held)]
+    lines = [(point, [_point(anatomy, known, name, blocks, Site(0, one, point)) for one in held]) for point in points]
     return (
         f'<details><summary style="cursor:pointer"><b>{html.escape(name)}</b> {numbers} '
-        f"{_draw_lanes(anatomy, blocks, lanes)}</summary>{_rows(lines, held)}</details>"
+        f"{_draw_lanes(known, blocks, lanes)}</summary>{_rows(lines, held)}</details>"
     )
 
 
-def _draw_lanes(anatomy: Anatomy, blocks: range, streams: Sequence[str]) -> str:
+def _draw_lanes(known: frozenset[Site], blocks: range, streams: Sequence[str]) -> str:
     """A lane for each stream, with a square for each block that returns it; of a long stack for every few."""
     every = -(-len(blocks) // WIDEST)
     shown = list(blocks)[::every]
@@ -59,7 +64,7 @@ def _draw_lanes(anatomy: Anatomy, blocks: range, streams: Sequence[str]) -> str:
         f"<title>blocks.{block}.{stream}</title></rect>"
         for lane, stream in enumerate(streams)
         for i, block in enumerate(shown)
-        if _has(anatomy, block, stream, DEFAULT_POINT)
+        if Site(block, stream) in known
     )
     width, height = 14 * len(shown), 14 * len(streams)
     label = f"{len(blocks)} blocks with {' and '.join(streams)}" + (f", a square for {every}" if every > 1 else "")
@@ -69,15 +74,17 @@ def _draw_lanes(anatomy: Anatomy, blocks: range, streams: Sequence[str]) -> str:
     )
 
 
-def _point(anatomy: Anatomy, name: str, blocks: range, stream: str, point: str) -> str:
-    """The pattern of a point in a stack with its channels, or a dash with the reason why it is not there."""
-    having = [block for block in blocks if _has(anatomy, block, stream, point)]
-    if not having:
-        why = anatomy.why_not(blocks.start, stream, point) or ""
+def _point(anatomy: Anatomy, known: frozenset[Site], name: str, blocks: range, like: Site) -> str:
+    """The pattern of a point in a stack with its channels, or a dash with the reason why it is not there.
+
+    like: a site of this stream and point, of any block.
+    """
+    site = next((one for block in blocks if (one := replace(like, block=block)) in known), None)
+    if site is None:
+        why = anatomy.why_not(blocks.start, like.stream, like.point) or "it is no site"
         return f'<span title="{html.escape(why, quote=True)}" style="opacity:0.6;cursor:help">&ndash;</span>'
-    site = next(one for one in anatomy.sites if (one.block, one.stream, one.point) == (having[0], stream, point))
-    suffix = "" if point == DEFAULT_POINT else f".{point}"
-    return _name(f"{name}.*.{stream}{suffix}", anatomy.channels(site))
+    suffix = "" if like.point == DEFAULT_POINT else f".{like.point}"
+    return _name(f"{name}.*.{like.stream}{suffix}", anatomy.channels(site))
 
 
 def _name(pattern: str, channels: int) -> str:
@@ -95,7 +102,3 @@ def _rows(lines: Sequence[tuple[str, Sequence[str]]], streams: Sequence[str] = (
     )
     top = f"<tr><th></th>{head}</tr>" if streams else ""
     return f'<div style="overflow-x:auto;margin:0.2em 0 0.6em 1.2em"><table style="{STYLE}">{top}{body}</table></div>'
-
-
-def _has(anatomy: Anatomy, block: int, stream: str, point: str) -> bool:
-    return anatomy.why_not(block, stream, point) is None
