@@ -282,6 +282,8 @@ class Interpreter:
     def rows_of(self, op) -> list[int]:
         """Numbers over all batches, in the order of the batch."""
         every = range(self.rows)
+        if type(op).__name__ == "Guide":
+            return [every[op.row], every[op.twin]]
         rows = list(every) if op.rows is None else [every[row] for row in as_list(op.rows)]
         return sorted(rows) if type(op).__name__ == "Resample" else rows  # what is drawn does not depend on the order
 
@@ -339,6 +341,9 @@ class Interpreter:
         kind, (rows, tokens, channels) = type(op).__name__, where
         if kind == "Zero":
             return torch.zeros_like(old)
+        if kind == "Guide":
+            pushed = old[:1] + op.scale * (old[:1] - old[1:]) if branch == "cond" else old[:1]
+            return pushed.expand_as(old)
         if kind == "Scale":
             return old * op.factor
         if kind == "Add":

@@ -405,7 +405,7 @@ class Session:
                 others[key] = self._read_other_text(other)
             return others[key]
 
-        outline = Outline(prepared.rows, grid, timeline, read_text, read_other_text, ask_grid)
+        outline = Outline(prepared.rows, grid, timeline, read_text, read_other_text, ask_grid, prepared.draws)
         return prepared, compile_plan(ops, self.anatomy, outline)
 
     def _read_other_text(self, asked: Mapping[str, Any]) -> StreamText:

@@ -1,6 +1,6 @@
 """Random runs with random legal ops."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 from math import prod
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 import dit_lens as dl
-from dit_lens import Add, Apply, AttentionMask, MeanAblate, Read, Resample, Scale, Skip, Swap, TokenMean, Zero
+from dit_lens import Add, Apply, AttentionMask, Guide, MeanAblate, Read, Resample, Scale, Skip, Swap, TokenMean, Zero
 from tests.random_ops.scenarios import (
     FUNCTIONS,
     PROMPTS,
@@ -71,10 +71,11 @@ def source_of(op):
 def ops(draw, scenario: Scenario, focus: str, calls: list):
     """One op of any kind."""
     kinds = [Read, Read, Zero, Scale, Add, "row", "row", "tensor", "run", "site", "site"]
-    kinds += ["edges"] * bool(scenario.subject.wiring.attentions)
+    kinds += ["edges"] * bool(scenario.subject.wiring.attentions) + ["twins"] * bool(list_twins(scenario))
     kind = draw(st.sampled_from([*kinds, Resample, TokenMean, MeanAblate, Apply]))
-    if kind in ("site", "edges"):
-        return draw((site_swaps if kind == "site" else masks_of_edges)(scenario))
+    composed = {"site": site_swaps, "edges": masks_of_edges, "twins": guidances}
+    if kind in composed:
+        return draw(composed[kind](scenario))
     if kind == "run" or (kind in (Resample, MeanAblate) and draw(st.booleans())):
         return draw(from_runs(scenario, Swap if kind == "run" else kind, focus))
     subject = scenario.subject
@@ -322,6 +323,22 @@ def site_swaps(draw, scenario: Scenario):
     if skips:
         return Skip(target, **where)
     return Swap(target, source=f"site:{source}", strength=draw(STRENGTHS), **where)
+
+
+def list_twins(scenario: Scenario) -> list[tuple[int, int]]:
+    """Rows of one prompt and seed that are drawn together."""
+    size = (scenario.batch or scenario.count) * scenario.each
+    texts = scenario.texts or range(scenario.count)
+    same = [(texts[row // scenario.each], scenario.seeds[row], row // size) for row in range(scenario.rows)]
+    pairs = product(range(scenario.rows), repeat=2)
+    return [(row, twin) for row, twin in pairs if row != twin and same[row] == same[twin]]
+
+
+@st.composite
+def guidances(draw, scenario: Scenario):
+    row, twin = draw(st.sampled_from(list_twins(scenario)))
+    shown = draw(st.sampled_from([twin, twin - scenario.rows]))
+    return Guide(row=row, twin=shown, scale=draw(st.sampled_from([0, 1, 0.5, 2.0, -1.5])))
 
 
 @st.composite

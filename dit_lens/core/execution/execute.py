@@ -373,6 +373,7 @@ def edit(
     old = take(stream, *where)
     given = Edit(old, stream, action, hook, context.payload, context.indices, mask, context.held)
     given.call, given.image = context.call, context.image
+    given.inputs, given.grid = context.arguments, context.program["grid"]
     new = EDITS[action["kind"]](given)
     factor = None if gate is None else take(gate, *where)
     before = measure_norm(old, factor)

@@ -279,16 +279,23 @@ def _narrow_action(action: Action, rows: range, asked: bool) -> Action | None:
     if not here:
         return None
     changed: Action = {**action, "rows": [chosen[i] - rows.start for i in here]}
+    if action["kind"] == "Guide" and len(here) == 1:
+        raise _tell_apart(chosen[1 - here[0]], "the twin of a guided row", chosen[here[0]], asked)
     if keys is not None:
         changed["key_tokens"] = [[some[i] for i in here] for some in keys]
     if action["kind"] == "CopyRow" and source is not None:
         if source[0] not in rows:
-            who, more = ("batch_size", "raise batch_size") if asked else ("a smaller batch", "give fewer prompts")
-            raise OpError(
-                f"{who} puts row {source[0]}, the source of a swap, and row {chosen[here[0]]} into different "
-                f"batches. Rows that exchange values must run together: {more}, or place them side by side."
-            )
+            raise _tell_apart(source[0], "the source of a swap", chosen[here[0]], asked)
         changed["source_rows"] = [source[0] - rows.start]
     elif source is not None:
         changed["source_rows"] = [source[i] for i in here]
     return changed
+
+
+def _tell_apart(row: int, what: str, other: int, asked: bool) -> OpError:
+    """The error for rows that need each other in different batches. asked: whether batch_size= asks for them."""
+    who, more = ("batch_size", "raise batch_size") if asked else ("a smaller batch", "give fewer prompts")
+    return OpError(
+        f"{who} puts row {row}, {what}, and row {other} into different "
+        f"batches. Rows that exchange values must run together: {more}, or place them side by side."
+    )

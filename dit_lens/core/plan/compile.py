@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.plan.aliases import name_once, without_name
-from dit_lens.core.plan.lowering import SiteLowering, check_allowed, check_keys, check_origin, to_patterns
+from dit_lens.core.plan.lowering import SiteLowering, check_allowed, check_keys, check_origin, to_patterns, to_twins
 from dit_lens.core.plan.selection import Group, select_channels, select_groups, select_rows
-from dit_lens.core.request.ops import EDITS, OPS, AttentionMask, Op, Read, SigmaInterval
+from dit_lens.core.request.ops import EDITS, OPS, AttentionMask, Guide, Op, Read, SigmaInterval
 from dit_lens.core.runs.record import is_text
 from dit_lens.errors import DitLensError, OpError
 from dit_lens.families import Anatomy
@@ -106,6 +106,8 @@ class _Compiler:
         check_keys(op, anatomy)
         if isinstance(op, AttentionMask):
             op, sites = to_patterns(op, sites, anatomy)
+        if isinstance(op, Guide):
+            op = to_twins(op, self.outline)
         for site in sites:
             check_allowed(op, site, anatomy, timeline.kind)
         steps = timeline.select(op.steps)

@@ -20,7 +20,7 @@ from dit_lens.core.plan.sources import (
 )
 from dit_lens.core.request.directions import Directions
 from dit_lens.core.request.indices import to_indices
-from dit_lens.core.request.ops import AttentionMask, Op
+from dit_lens.core.request.ops import AttentionMask, Guide, Op
 from dit_lens.core.request.token_set import TokenSet
 from dit_lens.core.runs.run import Run
 from dit_lens.errors import OpError, nearest
@@ -296,6 +296,22 @@ def to_patterns(op: AttentionMask, sites: Sequence[Site], anatomy: Anatomy) -> t
         chosen = to_indices(op.heads, len(heads), "head", f"{site} has", "heads")
         channels[site.name] = [channel for head in chosen for channel in heads[head]]
     return replace(op, channels=channels), found
+
+
+def to_twins(op: Guide, outline: Outline) -> Guide:
+    """A guidance with its two rows; OpError where they are not known to draw the same image."""
+    op.check()
+    rows = [to_indices(one, outline.rows, "row", "this run has", "images") for one in (op.row, op.twin)]
+    if [len(some) for some in rows] != [1, 1] or rows[0] == rows[1]:
+        raise OpError(f"Guide: row={op.row!r} and twin={op.twin!r} are to be two rows. Give them by their numbers.")
+    row, twin = rows[0][0], rows[1][0]
+    for what, one, other in zip(("prompt", "seed"), outline.draws[row], outline.draws[twin], strict=True):
+        if one != other:
+            raise OpError(
+                f"Guide: rows {row} and {twin} have another {what} each ({one!r} and {other!r}), and a twin is a copy. "
+                "Give both the same: lens.run([prompt, prompt], ..., seed=[0, 0])."
+            )
+    return replace(op, rows=[row, twin])
 
 
 def find_source(anatomy: Anatomy, target: Site, name: str, size: int, channels: Sequence[int] | None) -> str:

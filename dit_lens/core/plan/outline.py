@@ -28,6 +28,7 @@ class Outline:
     timeline: the steps, with their branches and noise levels.
     text: what is in the text stream of the run, or of a batch of some prompts; asked of the pipeline when needed.
     ask_grid: asks the pipeline itself for the grid, (f, h, w) of a video; None where it cannot be followed.
+    draws: of each row its prompt and its seed; None for what is given otherwise.
     text_of: what is in that of another run, of which "prompt" and "call" of the spec are known.
     """
 
@@ -37,6 +38,7 @@ class Outline:
     text: Callable[..., StreamText] = field(repr=False)
     text_of: Callable[[Mapping[str, Any]], StreamText] = field(repr=False)
     ask_grid: Callable[[], tuple[int, ...] | None] = field(repr=False)
+    draws: tuple[tuple[str | None, int | None], ...] = field(default=(), repr=False)
 
     @property
     def text_tokens(self) -> int | None:

@@ -57,6 +57,13 @@ class Call:
         return _images_per_prompt(self.arguments)
 
     @property
+    def draws(self) -> tuple[tuple[str | None, int | None], ...]:
+        """Of each image its prompt and its seed; None for what is given otherwise."""
+        n, unknown = self.images_per_prompt, [None] * self.rows
+        prompts = unknown if self.prompts is None else [prompt for prompt in self.prompts for _ in range(n)]
+        return tuple(zip(prompts, self.seeds or unknown, strict=True))
+
+    @property
     def count(self) -> int:
         """How many prompts there are, or embeddings in place of them."""
         return self.rows // self.images_per_prompt

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dit_lens.core.request.json_values import SigmaInterval
     from dit_lens.core.runs.reading import Reading
     from dit_lens.core.runs.run import Run
-    from dit_lens.families.locations import ImageTokens
+    from dit_lens.families.locations import GridRule, ImageTokens
 
 Channels: TypeAlias = "int | Sequence[int] | Mapping[str, Sequence[int]] | None"
 Tokens: TypeAlias = "int | str | Sequence[int] | TokenSet | None"
@@ -205,10 +205,14 @@ class Edit:
     held: site -> its tokens in this forward pass, where an action takes values from them.
     call: the arguments of the attention whose result it is.
     image: where image tokens are in this forward pass.
+    inputs: the arguments of the forward pass, (args, kwargs).
+    grid: how image tokens are found in them.
     """
 
     call: dict[str, Any]
     image: ImageTokens
+    inputs: tuple[tuple, dict]
+    grid: GridRule
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from dit_lens.arguments.functions import name_of, takes
 from dit_lens.arguments.numbers import to_int, to_number
 from dit_lens.arguments.signatures import told_fields
 from dit_lens.core.request.attention import AttentionMask, knock_out
+from dit_lens.core.request.guide import Guide, guide
 from dit_lens.core.request.json_values import SigmaInterval, from_plain, to_plain
 from dit_lens.core.request.op import (
     OPS,
@@ -60,6 +61,7 @@ __all__ = [
     "Branch",
     "Channels",
     "Edit",
+    "Guide",
     "Lowered",
     "Lowering",
     "Mask",
@@ -409,6 +411,7 @@ EDITS: dict[str, Callable[[Edit], Tensor | None]] = {
     "CopySite": copy_site,
     "TokenMean": token_mean,
     "AttentionMask": knock_out,
+    "Guide": guide,
     "Apply": apply,
 }
 
