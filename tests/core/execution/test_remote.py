@@ -12,7 +12,7 @@ import torch
 from nnsight.intervention.backends.remote import RemoteError
 
 import dit_lens as dl
-from dit_lens import Apply, DiTLens, Read, Swap, Zero, toys
+from dit_lens import Apply, AttentionMask, DiTLens, Guide, Read, Scale, Swap, Zero, toys
 from dit_lens.core.execution.connection import Connection
 from dit_lens.core.execution.execute import move_answer
 from dit_lens.core.execution.later import Later
@@ -86,6 +86,17 @@ def test_a_run_on_a_server_is_the_run_here(lenses, served):
     ((key, blob),) = served
     assert key.startswith("nnsight.modeling.diffusion.DiffusionModel:")
     assert len(blob) < 200_000
+
+
+def test_what_is_done_inside_of_attention_goes_there(lenses, served):
+    ops = [
+        AttentionMask("blocks[1:4].img", keys="txt", key_tokens="red", heads=[0], rows=1),
+        Scale("blocks.1.{img,txt}.attn.k_rot", factor=1.5, rows=1),
+        Read(["blocks.2.img.attn.q_rot", "blocks.2.img.attn.in", "blocks.1.txt.mlp.o"]),
+        Guide(scale=0.5),
+    ]
+    same(*(lens.run(["red", "red"], ops, seed=[0, 0]) for lens in lenses))
+    assert len(served) == 1
 
 
 def test_a_run_of_guidance_in_one_batch(folder, served):
