@@ -31,6 +31,3 @@ def test_asking_for_a_key_searches_nothing(monkeypatch):
     assert "blocks.0.imgs" not in chosen
     assert 3 not in chosen
     assert [] not in chosen
-    assert chosen.get("blocks.0.imgs") is None
-    assert chosen.get("blocks.0.imgs", 2) == 2
-    assert chosen.get("blocks.0.img") == chosen["blocks.0.img"]

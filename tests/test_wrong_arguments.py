@@ -108,11 +108,12 @@ def test_what_is_wrong_is_told(calls, values, stopped):
 @pytest.mark.slow
 def test_numbers_of_another_type_or_shape(calls, stopped):
     """What is right, in other types and shapes: it works, or is told."""
-    found = {}
+    rng, found = random.Random(1), {}
     for name, (call, right) in calls.items():
         for argument in sorted(right):
-            for guise, value in make_guises(right[argument]).items():
-                found[f"{name}({argument}={guise})"] = judge(call, {**right, argument: value})
+            guises = make_guises(right[argument])
+            for guise in guises if THOROUGH else rng.sample(list(guises), min(TRIED, len(guises))):
+                found[f"{name}({argument}={guise})"] = judge(call, {**right, argument: guises[guise]})
     bad = [f"{given}: {problem}" for given, problem in found.items() if problem]
     assert not bad, "\n".join(bad)
 

@@ -23,7 +23,7 @@ from dit_lens.families.module_tree import (
 from dit_lens.families.row import Family, Time
 from dit_lens.families.schedulers import Noise
 from dit_lens.families.sites import MODEL_POINTS, PATTERNS, POINTS, STREAMS, Site, match
-from dit_lens.families.stack import CALLED, PointSpec, Stack
+from dit_lens.families.stack import CALLED, PointSpec, Stack, find_point
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -129,7 +129,7 @@ class Anatomy:
             return (
                 None if self.family.readout else f"the row of {self.family.name} does not say how tokens are read out"
             )
-        spec = stack.find(stream, point)
+        spec = find_point(stack, stream, point)
         crossing = point.startswith("cross.")
         if stream not in stack.outputs and not (crossing and spec is not None):
             return f"block {block} ({stack.name}) holds no {stream} tokens"
@@ -341,7 +341,7 @@ class Anatomy:
     def _spec_of(self, site: Site) -> PointSpec | None:
         if site.block is None or site.point in ("resid_pre", "resid_post", "x0"):
             return None
-        spec = self._blocks[site.block][0].find(site.stream, site.point)
+        spec = find_point(self._blocks[site.block][0], site.stream, site.point)
         if not isinstance(spec, PointSpec):
             raise FamilyError(f"{self.family.name}: {site} does not exist: {spec}.")
         return spec

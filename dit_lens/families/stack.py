@@ -100,35 +100,6 @@ class Stack:
     points: Mapping[str, Mapping[str, PointSpec | str]] = field(default_factory=dict)
     attends: str = ""
 
-    def find(self, stream: str, point: str) -> PointSpec | str | None:
-        """Where a point is, or why these blocks have none; None where the row does not say.
-
-        What modules give before a gate follows from what they add, where the row does not say more.
-        """
-        inside = self.points.get(stream, {})
-        if (point in CALLED or point == "attn.pattern") and point not in inside:
-            return self._find_call(CALLED.get(point, "result"), inside.get("attn.in"))
-        if point == "cross.pattern":
-            spec = self.points.get("img", {}).get("cross.q")
-            path = spec.module.rpartition(".")[0] if isinstance(spec, PointSpec) else ""
-            return PointSpec(path, "attention", "result", layout="own", batch_first=True) if path else None
-        spec = inside.get(point, inside.get(UNGATED.get(point, point)))
-        return replace(spec, gate=None) if isinstance(spec, PointSpec) and point in UNGATED else spec
-
-    def _find_call(self, slot: str, given: PointSpec | str | None) -> PointSpec | str | None:
-        """Where a tensor of the call of attention is.
-
-        slot: "query", "key" or "result".
-        given: what enters the module in which it is called.
-        """
-        if not isinstance(given, PointSpec):
-            return given
-        if self.attention not in ("text_first", "image_first", "own"):
-            return self.attention
-        asks = slot == "key" or len(self.outputs) > 1  # else the text is read, and asks nothing
-        layout = self.key_layout if asks else "own"
-        return PointSpec(given.module, "attention", slot, layout=layout, batch_first=True)
-
     @property
     def key_layout(self) -> str:
         """Where the streams' tokens lie among the keys of attention."""
@@ -149,3 +120,34 @@ class Stack:
         if len(self.outputs) == 1:
             return "own"
         return "text_first" if self.layout in ("own", "ragged") else self.layout
+
+
+def find_point(stack: Stack, stream: str, point: str) -> PointSpec | str | None:
+    """Where a point is, or why these blocks have none; None where the row does not say.
+
+    What modules give before a gate follows from what they add, where the row does not say more.
+    """
+    inside = stack.points.get(stream, {})
+    if (point in CALLED or point == "attn.pattern") and point not in inside:
+        return _find_call(stack, CALLED.get(point, "result"), inside.get("attn.in"))
+    if point == "cross.pattern":
+        spec = stack.points.get("img", {}).get("cross.q")
+        path = spec.module.rpartition(".")[0] if isinstance(spec, PointSpec) else ""
+        return PointSpec(path, "attention", "result", layout="own", batch_first=True) if path else None
+    spec = inside.get(point, inside.get(UNGATED.get(point, point)))
+    return replace(spec, gate=None) if isinstance(spec, PointSpec) and point in UNGATED else spec
+
+
+def _find_call(stack: Stack, slot: str, given: PointSpec | str | None) -> PointSpec | str | None:
+    """Where a tensor of the call of attention is.
+
+    slot: "query", "key" or "result".
+    given: what enters the module in which it is called.
+    """
+    if not isinstance(given, PointSpec):
+        return given
+    if stack.attention not in ("text_first", "image_first", "own"):
+        return stack.attention
+    asks = slot == "key" or len(stack.outputs) > 1  # else the text is read, and asks nothing
+    layout = stack.key_layout if asks else "own"
+    return PointSpec(given.module, "attention", slot, layout=layout, batch_first=True)
