@@ -290,6 +290,20 @@ def check_grid(grid: tuple[int, ...], expected: list[int] | None) -> None:
         )
 
 
+def check_whole(length: int, location: Location, image: ImageTokens) -> None:
+    """Fails where a module attends in parts, or to tokens that a cache holds, so that what it has are not all tokens.
+
+    length: how many tokens it has.
+    location: which of them are meant.
+    image: where image tokens are.
+    """
+    if location["layout"] != "own" and length < image.total:
+        raise PlanMismatchError(
+            f"{location.get('name')} has {length} tokens in this forward pass, fewer than the image and its "
+            f"references, {image.total}: its module attends in parts, or a cache holds the others"
+        )
+
+
 def pack(value: Any, axes: str, patch: Sequence[int]) -> Tensor:
     """An image as tokens [row, token, channel]: its patches row by row, each (channel, y, x)."""
     if axes == "tokens":

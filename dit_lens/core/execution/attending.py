@@ -17,23 +17,7 @@ from dit_lens.families.layout import PlanMismatchError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dit_lens.families.locations import ImageTokens, Location
-
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-
-
-def check_whole(tokens: Tensor, location: Location, image: ImageTokens) -> None:
-    """Fails where a module attends in parts, or to tokens that a cache holds, so that what it has are not all tokens.
-
-    tokens: [row, token, channel] of its call.
-    location: which of them are meant.
-    image: where image tokens are.
-    """
-    if location["layout"] != "own" and tokens.shape[1] < image.total:
-        raise PlanMismatchError(
-            f"{location.get('name')} has {tokens.shape[1]} tokens in this forward pass, fewer than the image and its "
-            f"references, {image.total}: its module attends in parts, or a cache holds the others"
-        )
 
 
 class Attending(TorchFunctionMode):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dit_lens.core.execution.attending import Attending, check_whole
+from dit_lens.core.execution.attending import Attending
 from dit_lens.core.execution.clock import Clock, Moment
 from dit_lens.core.execution.comparisons import check_recorded, check_rows, check_sizes, match_rows, sum_arguments
 from dit_lens.core.request.ops import EDITS, Edit
@@ -24,6 +24,7 @@ from dit_lens.families.layout import (
     argument,
     check_grid,
     check_text,
+    check_whole,
     count_rows,
     find_text_masks,
     from_tokens,
@@ -215,7 +216,7 @@ def at_attention(envoy: Any, part: Part, context: Context) -> None:
         context.call, edited = (given if slot == "result" else {}), None
         for one in inside:
             if one["location"]["slot"] == slot:
-                check_whole(tokens, one["location"], context.image)
+                check_whole(tokens.shape[1], one["location"], context.image)
                 new = apply_actions(tokens if edited is None else edited, one, context, envoy)
                 edited = edited if new is None else new
         return edited

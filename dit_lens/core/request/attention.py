@@ -14,7 +14,7 @@ from dit_lens.core.request.indices import list_items
 from dit_lens.core.request.op import Edit, Lowered, Lowering, Mask, Op, Tokens, list_words
 from dit_lens.core.request.token_set import TokenSet
 from dit_lens.errors import OpError, nearest
-from dit_lens.families.layout import PlanMismatchError, select_stream
+from dit_lens.families.layout import PlanMismatchError, check_whole, select_stream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,8 +103,7 @@ def _find_tokens(tensor: Tensor, stream: str, layout: str, edit: Edit) -> Tensor
     """
     numbers = torch.arange(tensor.shape[2])[None, :, None].expand(len(tensor), -1, 1)
     location: Any = {"stream": stream, "layout": layout, "name": edit.hook.name}
-    if layout != "own" and tensor.shape[2] < edit.image.total:
-        raise PlanMismatchError(f"{edit.hook.name} attends in parts, or a cache holds tokens, which is not followed")
+    check_whole(tensor.shape[2], location, edit.image)
     return select_stream(numbers, location, edit.image, range(len(tensor)))[0][..., 0].to(tensor.device)
 
 
