@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.plan.aliases import name_once, without_name
-from dit_lens.core.plan.lowering import SiteLowering, check_allowed, check_keys, check_origin, to_patterns, to_twins
+from dit_lens.core.plan.lowering import SiteLowering, check_allowed, check_keys, check_origin
 from dit_lens.core.plan.selection import Group, select_channels, select_groups, select_rows
-from dit_lens.core.request.ops import EDITS, OPS, AttentionMask, Guide, Op, Read, SigmaInterval
+from dit_lens.core.request.ops import EDITS, OPS, Op, Read, SigmaInterval
 from dit_lens.core.runs.record import is_text
 from dit_lens.errors import DitLensError, OpError
 from dit_lens.families import Anatomy
@@ -104,10 +104,7 @@ class _Compiler:
         check_origin(op, anatomy, self.outline)
         sites = self._match(number, op)
         check_keys(op, anatomy)
-        if isinstance(op, AttentionMask):
-            op, sites = to_patterns(op, sites, anatomy)
-        if isinstance(op, Guide):
-            op = to_twins(op, self.outline)
+        op, sites = op.prepare(sites, anatomy, self.outline)
         for site in sites:
             check_allowed(op, site, anatomy, timeline.kind)
         steps = timeline.select(op.steps)

@@ -20,12 +20,11 @@ from dit_lens.core.plan.sources import (
 )
 from dit_lens.core.request.directions import Directions
 from dit_lens.core.request.indices import to_indices
-from dit_lens.core.request.ops import AttentionMask, Guide, Op
+from dit_lens.core.request.ops import Op
 from dit_lens.core.request.token_set import TokenSet
 from dit_lens.core.runs.run import Run
 from dit_lens.errors import OpError, nearest
 from dit_lens.families.linear import why_inexact
-from dit_lens.families.sites import DEFAULT_POINT
 from dit_lens.families.stack import UNGATED
 
 if TYPE_CHECKING:
@@ -274,44 +273,6 @@ def select_keys(at: SiteLowering, branch: str, keys: str, tokens: Any, mask: Any
     if not some:
         raise OpError("key_tokens=[] chooses no key. Leave it out for all of them, or leave the op out.")
     return [[some] * len(targets)]
-
-
-def to_patterns(op: AttentionMask, sites: Sequence[Site], anatomy: Anatomy) -> tuple[AttentionMask, list[Site]]:
-    """An op on patterns of attention with its heads as channels, and the patterns of the blocks that it names."""
-    op.check()
-    if odd := [site for site in sites if site.block is None or site.point != DEFAULT_POINT]:
-        raise OpError(
-            f"AttentionMask is for blocks, by the stream of the tokens that read, such as 'blocks[3:5].img', and "
-            f"{odd[0]} is none."
-        )
-    found = [anatomy.find_call(site.block or 0, site.stream, op.keys)[0] for site in sites]
-    if isinstance(op.tokens, TokenSet):
-        of_blocks = {site.name: op.tokens[block.name] for block, site in zip(sites, found, strict=True)}
-        op = replace(op, tokens=replace(op.tokens, tokens=of_blocks))
-    if op.heads is None:
-        return op, found
-    channels: dict[str, list[int]] = {}
-    for site in found:
-        heads = anatomy.heads(site)
-        chosen = to_indices(op.heads, len(heads), "head", f"{site} has", "heads")
-        channels[site.name] = [channel for head in chosen for channel in heads[head]]
-    return replace(op, channels=channels), found
-
-
-def to_twins(op: Guide, outline: Outline) -> Guide:
-    """A guidance with its two rows; OpError where they are not known to draw the same image."""
-    op.check()
-    rows = [to_indices(one, outline.rows, "row", "this run has", "images") for one in (op.row, op.twin)]
-    if [len(some) for some in rows] != [1, 1] or rows[0] == rows[1]:
-        raise OpError(f"Guide: row={op.row!r} and twin={op.twin!r} are to be two rows. Give them by their numbers.")
-    row, twin = rows[0][0], rows[1][0]
-    for what, one, other in zip(("prompt", "seed"), outline.draws[row], outline.draws[twin], strict=True):
-        if one != other:
-            raise OpError(
-                f"Guide: rows {row} and {twin} have another {what} each ({one!r} and {other!r}), and a twin is a copy. "
-                "Give both the same: lens.run([prompt, prompt], ..., seed=[0, 0])."
-            )
-    return replace(op, rows=[row, twin])
 
 
 def find_source(anatomy: Anatomy, target: Site, name: str, size: int, channels: Sequence[int] | None) -> str:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from dit_lens.arguments.numbers import to_number
 from dit_lens.arguments.signatures import told_fields
-from dit_lens.core.request.op import Edit, Lowered, Lowering, Op, Pattern
+from dit_lens.core.request.indices import to_indices
+from dit_lens.core.request.op import Edit, Forecast, Lowered, Lowering, Op, Pattern
 from dit_lens.errors import OpError, show
 from dit_lens.families.layout import PlanMismatchError, argument
+
+if TYPE_CHECKING:
+    from dit_lens.families import Anatomy
+    from dit_lens.families.sites import Site
 
 
 @told_fields
@@ -37,7 +42,24 @@ class Guide(Op):
 
     sees_rows: ClassVar[bool] = True
 
-    def check(self) -> None:
+    def prepare(self, sites: list[Site], anatomy: Anatomy, run: Forecast) -> tuple[Op, list[Site]]:  # noqa: ARG002 of all
+        """Itself with its two rows; OpError where these are known to draw other images."""
+        self._check()
+        rows = [to_indices(one, run.rows, "row", "this run has", "images") for one in (self.row, self.twin)]
+        if [len(some) for some in rows] != [1, 1] or rows[0] == rows[1]:
+            raise OpError(
+                f"Guide: row={self.row!r} and twin={self.twin!r} are to be two rows. Give them by their numbers."
+            )
+        row, twin = rows[0][0], rows[1][0]
+        for what, one, other in zip(("prompt", "seed"), run.draws[row], run.draws[twin], strict=True):
+            if one != other:
+                raise OpError(
+                    f"Guide: rows {row} and {twin} have another {what} each ({one!r} and {other!r}), and a twin is a "
+                    "copy. Give both the same: lens.run([prompt, prompt], ..., seed=[0, 0])."
+                )
+        return replace(self, rows=[row, twin]), sites
+
+    def _check(self) -> None:
         """OpError for what no model has."""
         if odd := [name for name in ("channels", "tokens", "mask", "steps", "rows", "branch") if self._is_given(name)]:
             raise OpError(

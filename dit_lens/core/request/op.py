@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from dit_lens.core.request.json_values import SigmaInterval
     from dit_lens.core.runs.reading import Reading
     from dit_lens.core.runs.run import Run
+    from dit_lens.families import Anatomy
     from dit_lens.families.locations import GridRule, ImageTokens
+    from dit_lens.families.sites import Site
 
 Channels: TypeAlias = "int | Sequence[int] | Mapping[str, Sequence[int]] | None"
 Tokens: TypeAlias = "int | str | Sequence[int] | TokenSet | None"
@@ -129,6 +131,20 @@ class Lowering(Protocol):
         ...
 
 
+class Forecast(Protocol):
+    """What an op may ask of a run before it is laid out."""
+
+    @property
+    def rows(self) -> int:
+        """How many images are drawn."""
+        ...
+
+    @property
+    def draws(self) -> tuple[tuple[str | None, int | None], ...]:
+        """Of each row its prompt and its seed; None for what is given otherwise."""
+        ...
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Op:
     """What every operation shares.
@@ -179,6 +195,10 @@ class Op:
     def does_nothing(self) -> bool:
         """Whether there is nothing to carry out, whatever the site; what it names is checked all the same."""
         return False
+
+    def prepare(self, sites: list[Site], anatomy: Anatomy, run: Forecast) -> tuple[Op, list[Site]]:  # noqa: ARG002 for ops
+        """The op and its sites as they are laid out, where a model or a run decides more than fields say."""
+        return self, sites
 
     def lower(self, at: Lowering) -> Lowered:
         """What its action holds at one site, beside the rows, tokens and channels that it selects."""
