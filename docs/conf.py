@@ -83,7 +83,7 @@ html_theme_options = {
 }
 html_copy_source = html_show_sourcelink = False
 # Pages that have no others below them need no list of pages.
-ALONE = ("index", "install", "models", "errors", "guarantees", "performance", "contributing", "changelog")
+ALONE = ("index", "install", "models", "errors", "guarantees", "performance", "scaling", "contributing", "changelog")
 html_sidebars = {page: [] for page in ALONE}
 html_css_files = ["site.css"]
 html_js_files = ["plotly.min.js", "figures.js"]

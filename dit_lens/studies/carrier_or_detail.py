@@ -200,6 +200,8 @@ def carrier_or_detail(
         arms = add_controls([common], draws, 0, ["all prompts"])
         means = average_means(clean)
         for batch, cell in zip(batches, clean, strict=True):
+            if cells.skips(total // len(batches) - 1):
+                continue
             cells.get(f"{batch.key}/values", partial(edit.read_values, batch, arms, steps, sites))
             moves = edit.move(batch, cell, [(Arm(name, 0), "whole") for name in every])
             for name, make in zip(every, moves, strict=True):

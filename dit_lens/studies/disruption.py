@@ -203,6 +203,8 @@ def disruption(
         means = average_means(clean) if ablation == "mean" else {}
         ablate = plan_ablation(lens, site, steps, ablation, first, means)
         for batch, cell in zip(batches, clean, strict=True):
+            if cells.skips(total // len(batches) - 1):
+                continue
             arms: list[tuple[int, Arm, Sequence[ChannelSet]]] = [(0, Arm("no-op", 0), ())]
             for size in ks:
                 top = select_top_channels(cell.arrays, size, score)

@@ -59,6 +59,8 @@ def run_transport(cells: StudyCheckpoints, transport: Transport, batches: Sequen
     clean = [cells.get(f"{pairs.batch.key}/clean", pairs.run_clean) for pairs in made]
     levels = take_levels([cell.images for cell in clean], [batch.seed for batch in batches])
     for pairs, cell in zip(made, clean, strict=True):
+        if cells.skips(transport.cells_per_batch - 1):
+            continue
         _run_batch(cells, replace(pairs, clean=cell, levels=levels[pairs.batch.seed]))
 
 

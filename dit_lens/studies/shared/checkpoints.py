@@ -128,6 +128,16 @@ class StudyCheckpoints:
         self.finished.append(cell)
         return cell
 
+    def skips(self, count: int) -> bool:
+        """Whether this process makes none of the next cells, so many, and passes them over.
+
+        Asked before work that only these cells need; where nobody asks, that work is done for nothing.
+        """
+        if not self._share.skips(len(self.finished), count):
+            return False
+        self.finished += [Cell() for _ in range(count)]
+        return True
+
     def result(self) -> Result:
         """The result of all cells; UnfinishedStudyError where other processes have not made theirs yet."""
         self._share.finish()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from dit_lens.errors import ExecutionError, warn
 from dit_lens.studies.shared.cells import Cell, pack_cell, read_packed, unpack_cell
 from dit_lens.studies.shared.orders import Crew, Died, Failed, Give, GoOn, Made, Make, Needs, Ready, Reply
-from dit_lens.studies.shared.shares import StudyJob
+from dit_lens.studies.shared.shares import Share, StudyJob
 from dit_lens.studies.shared.slots import LaterCell, Slot
 
 MOST_DEATHS = 5  # of workers at one cell, or of one worker before its first
@@ -28,7 +28,7 @@ class Task(NamedTuple):
     cell: LaterCell
 
 
-class Dealer:
+class Dealer(Share):
     """The share of a study whose cells are made by a crew.
 
     crew: the workers.

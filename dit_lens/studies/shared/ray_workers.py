@@ -50,43 +50,61 @@ class RayWorkers(Workers):
     @contextmanager
     def open(self) -> Generator[Opener]:
         ray = _import_ray()
-        started = not ray.is_initialized()
-        if started:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told of what runs here
-            options = {} if self.address else {"num_cpus": max(self.num, os.cpu_count() or 1)}
+        with self._connect(ray):
+            crew = RayCrew(ray, self.load, self.num, self._choose_gpus(ray.cluster_resources()))
             try:
-                ray.init(self.address, log_to_driver=False, logging_level="ERROR", include_dashboard=False, **options)
-            except (OSError, ValueError, RuntimeError) as problem:
-                raise ExecutionError(
-                    f"Ray cannot be reached at address={self.address!r}: {problem}. Start a cluster with `ray start "
-                    "--head`, or leave address= out to start one on this machine."
-                ) from problem
-        crew = RayCrew(ray, self.load, self.num, self._choose_gpus(ray.cluster_resources()))
-        try:
-            yield partial(Dealer, crew)
-        finally:
-            crew.close()
-            if started:
-                ray.shutdown()
+                yield partial(Dealer, crew)
+            finally:
+                crew.close()
 
-    def _choose_gpus(self, resources: dict[str, float]) -> float:
-        there = resources.get("GPU", 0)
-        gpus = (1 if there else 0) if self.gpus is None else self.gpus
-        if gpus * self.num > there:
+    @contextmanager
+    def _connect(self, ray: Any) -> Generator[None]:
+        """A cluster that the process is connected to stays; one that is started here ends with the study."""
+        if ray.is_initialized():
+            yield
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told of what runs here
+        options = {} if self.address else {"num_cpus": max(self.num, os.cpu_count() or 1), "include_dashboard": False}
+        try:
+            ray.init(self.address, log_to_driver=False, logging_level="ERROR", **options)
+        except Exception as problem:  # which Ray itself raises where it starts too slowly
+            where = f"be reached at address={self.address!r}" if self.address else "be started on this machine"
+            raise ExecutionError(
+                f"Ray cannot {where}: {problem} `ray start --head` starts a cluster, and address= names it; "
+                "shard=(i, n) divides a study without Ray."
+            ) from problem
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+    def _choose_gpus(self, there: dict[str, float]) -> float:
+        """GPUs of each worker. there: what the cluster has."""
+        gpus = (1 if there.get("GPU") else 0) if self.gpus is None else self.gpus
+        room = {kind: int(there.get(kind, 0) / each) for kind, each in (("CPU", 1), ("GPU", gpus)) if each}
+        if (count := min(room.values())) < self.num:
+            has = " and ".join(f"{there.get(kind, 0):g} {kind}s" for kind in room)
             warn(
-                f"{self.num} workers take {gpus:g} GPUs each, and the Ray cluster has {there:g} now: "
-                f"{int(there / gpus)} of them work, and the others when the cluster grows."
+                f"the Ray cluster has {has} now, which is enough for {count} of {self.num} workers: the others begin "
+                "when it grows."
             )
         return gpus
 
 
 class RayCrew:
-    """The actors. ray: the module. load: makes a lens. size: how many there are. gpus: of each."""
+    """The actors.
 
-    def __init__(self, ray: Any, load: Callable[[], DiTLens], size: int, gpus: float):
+    ray: the module.
+    load: makes a lens.
+    size: how many there are.
+    gpus: of each.
+    worker: class of the actors, which is made with ``load``.
+    """
+
+    def __init__(self, ray: Any, load: Callable[[], Any], size: int, gpus: float, worker: type = StudyWorker):
         self.size, self._ray = size, ray
         self._load = self._store(load, "load=")
-        self._actor = ray.remote(num_cpus=1, num_gpus=gpus)(StudyWorker)
+        self._actor = ray.remote(num_cpus=1, num_gpus=gpus)(worker)
         self._actors: dict[int, Any] = {}
         self._pending: dict[Any, int] = {}  # reference of a reply -> worker
         self._jobs: dict[int, Any] = {}  # reference of a job -> by its identity, so that it is sent once

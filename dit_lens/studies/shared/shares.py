@@ -30,44 +30,31 @@ class StudyFunction(Protocol):
 Function = TypeVar("Function", bound=StudyFunction)
 
 
-class Place(Protocol):
-    """A cell at its place in a study; ``slots.Slot`` says what each part is."""
-
-    @property
-    def group(self) -> str: ...
-    @property
-    def is_kept(self) -> bool: ...
-    def read(self) -> Any: ...
-    def make(self) -> Any: ...
-    def keep(self, cell: Any) -> None: ...
-    def later(self, fetch: Callable[[], Any]) -> Any: ...
-
-
-class Share(Protocol):
+class Share:
     """What one process makes of a study."""
 
     def get(self, slot: Any, advance: Callable[[], None]) -> Any:
-        """The cell of a :class:`Place`, at once or later. advance: called once, when the cell counts as done."""
-        ...
+        """The cell of a ``Slot``, at once or later. advance: called once, when the cell counts as done."""
+        raise NotImplementedError
+
+    def skips(self, number: int, count: int) -> bool:  # noqa: ARG002 most shares want all of them
+        """Whether so many cells from a number on can be passed over, as nothing here is made of them."""
+        return False
 
     def finish(self) -> None:
         """Called when the study's code has asked for its last cell."""
-        ...
 
 
-class Whole:
+class Whole(Share):
     """All cells are made here, one after the other."""
 
-    def get(self, slot: Place, advance: Callable[[], None]) -> Any:
+    def get(self, slot: Any, advance: Callable[[], None]) -> Any:
         cell = slot.read() if slot.is_kept else slot.make()
         advance()
         return cell
 
-    def finish(self) -> None:
-        """Nothing is left."""
 
-
-class Shard:
+class Shard(Share):
     """One of n equal parts, the same whenever it is run. It waits for no other: it makes what it needs of theirs.
 
     number: which part, from 0.
@@ -78,7 +65,7 @@ class Shard:
         self.number, self.count = number, count
         self._groups: dict[str, int] = {}  # in the order of the study
 
-    def get(self, slot: Place, advance: Callable[[], None]) -> Any:
+    def get(self, slot: Any, advance: Callable[[], None]) -> Any:
         place = self._groups.setdefault(slot.group, len(self._groups))
         # Turned by one from row to row: what comes back after every so many cells does not always fall to one shard.
         if (place + place // self.count) % self.count == self.number and not slot.is_kept:

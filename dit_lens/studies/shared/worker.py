@@ -15,7 +15,7 @@ from dit_lens.studies.shared.checkpoints import hide_progress_bar
 from dit_lens.studies.shared.folders import check_same_model, describe_model, describe_settings
 from dit_lens.studies.shared.orders import Failed, Give, Made, Make, Needs, Order, Ready, Reply
 from dit_lens.studies.shared.registry import get_study
-from dit_lens.studies.shared.shares import StudyJob, share_studies
+from dit_lens.studies.shared.shares import Share, StudyJob, share_studies
 from dit_lens.studies.shared.slots import Slot
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class _EndedError(BaseException):
     """The pass is not needed any more."""
 
 
-class StudyPass:
+class StudyPass(Share):
     """One pass through a study's code, in a thread that stands still while there is no order.
 
     lens: the lens.
@@ -104,6 +104,10 @@ class StudyPass:
         cell, reply = self._make(slot)
         self._wanted = self._ask_for_cell(reply)
         return cell
+
+    def skips(self, number: int, count: int) -> bool:
+        """Those before the wanted cell can be."""
+        return self._wanted.number >= number + count
 
     def finish(self) -> None:
         """The code has asked for its last cell."""

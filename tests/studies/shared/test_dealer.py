@@ -1,5 +1,6 @@
 """Cells that are dealt to workers: the study is as it would be here, whoever dies, and each cell is kept once."""
 
+import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,10 +13,12 @@ from dit_lens import DiTLens, studies
 from dit_lens.errors import CallError, ExecutionError, OpError, StudyInterrupted
 from dit_lens.studies import Result
 from dit_lens.studies.shared import slots
+from dit_lens.studies.shared.cells import read_packed
 from dit_lens.studies.shared.dealer import MOST_DEATHS, Dealer
 from dit_lens.studies.shared.orders import Died, Give, Made, Make, Needs, Ready
 from dit_lens.studies.shared.shares import StudyJob
 from dit_lens.studies.shared.slots import Slot
+from dit_lens.studies.shared.worker import StudyWorker
 from tests import pipelines
 from tests.crews import HereWorkers
 from tests.small_studies import CALLS, PROMPTS, assert_same, judge, make_lens
@@ -134,6 +137,30 @@ def test_without_ray_it_is_said_what_to_install(lens, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ExecutionError, match=r"Ray is not installed here.*dit-lens\[ray\].*shard=\(i, n\)"):
         studies.write_attribution(lens, PROMPTS, **TRACE, workers=dl.RayWorkers(make_lens, num=2))
+
+
+def test_a_worker_passes_over_the_batches_of_others(lens, tmp_path):
+    """For a cell of the last batch it needs the untouched cell of that batch, and of no other."""
+    how = {"k": 4, "draws": 1, "confounds": False, "batch_size": 1, "num_inference_steps": 1}
+    studies.disruption(lens, PROMPTS[:3], **how, out=tmp_path)
+    job = StudyJob(
+        study="disruption",
+        arguments={"prompts": PROMPTS[:3], **how},
+        model=json.loads((tmp_path / "study.json").read_text())["model"],
+    )
+    last = max(path.name for path in (tmp_path / "cells").glob("0*"))
+    key = json.loads((tmp_path / "cells" / last / "cell.json").read_text())["key"]
+    worker = StudyWorker(lambda: lens)
+    assert worker.begin(job) == Ready()
+    assert worker.answer(Make(int(last), key)) == Needs(2)
+    made = worker.answer(Give(read_packed(tmp_path / "cells" / "000002")))
+    assert made.number == int(last)
+    assert made.files == read_packed(tmp_path / "cells" / last)
+    assert worker.answer(Make(3, "another key")) == Needs(0)  # behind: the study's code runs anew
+    failed = worker.answer(Give(read_packed(tmp_path / "cells" / "000000")))
+    assert "cell 3 of disruption is 'another key' where the study was called, and '0/0/0/no-op/0'" in str(
+        failed.problem
+    )
 
 
 class SleepingCrew:

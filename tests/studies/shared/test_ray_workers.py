@@ -75,6 +75,13 @@ def test_a_worker_that_is_killed_loses_its_cell_alone(lens, workers, tmp_path):
     assert got.table.equals(expected.table)
 
 
+def test_where_there_is_no_room_or_no_cluster_it_is_said(lens, cluster):
+    with pytest.warns(UserWarning, match=r"has 2 CPUs now, which is enough for 2 of 3 workers"):
+        studies.write_attribution(
+            lens, PROMPTS[:1], k=4, num_inference_steps=1, workers=dl.RayWorkers(make_lens, num=3)
+        )
+
+
 def test_what_cannot_travel_is_told(lens, workers):
     lock = threading.Lock()
     with pytest.raises(OpError, match=r"the arguments of disruption cannot be sent to other processes: "):
