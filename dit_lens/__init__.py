@@ -64,6 +64,7 @@ _WHERE = {
     "Stack": "families",
     "register_family": "families",
     "RayWorkers": "studies.shared.ray_workers",
+    "ServerWorkers": "studies.shared.server_workers",
 }
 # public module -> where it is
 _MODULES = {
@@ -103,6 +104,7 @@ __all__ = [
     "Resample",
     "Run",
     "Scale",
+    "ServerWorkers",
     "Skip",
     "Stack",
     "Steering",
@@ -169,6 +171,7 @@ if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
     from dit_lens.studies.shared import prompts, protocols
     from dit_lens.studies.shared.ray_workers import RayWorkers
+    from dit_lens.studies.shared.server_workers import ServerWorkers
 
 
 def __getattr__(name: str) -> Any:

@@ -133,8 +133,8 @@ class Site:
                     await socket.send_text(news.model_copy(update={"data": self.sign(job)}).model_dump_json())
                 else:
                     data = await run_in_threadpool(job.result.read_bytes)
+                    await run_in_threadpool(self.jobs.drop, job)  # its client leaves as soon as it has it
                     await socket.send_bytes(news.model_copy(update={"data": data}).pickle())
-                    await run_in_threadpool(self.jobs.drop, job)
 
     async def request(self, request: Request) -> Response:
         """Takes a job; its bytes go to a file as they come."""

@@ -15,6 +15,7 @@ from dit_lens.core.execution.at_weights import TASKS, describe_release
 from dit_lens.core.runs.provenance import fingerprint
 from dit_lens.errors import ExecutionError, nearest
 from dit_lens.lens import DiTLens
+from dit_lens.studies.shared import server_cells  # noqa: F401 its task
 
 _LENSES: WeakKeyDictionary[Any, DiTLens] = WeakKeyDictionary()
 
@@ -34,8 +35,10 @@ def carry_out(model: Any, task: str, asked: Mapping[str, Any]) -> Any:
 
     model: nnsight's, of the server.
     task: its name.
-    asked: "defaults" and "vocabulary" of the client's lens, "args" and "kwargs" of the task.
+    asked: "defaults" and "vocabulary" of the client's lens, "args" and "kwargs" of the task, "code" of its release.
     """
+    if asked.get("code", code := describe_release()["code"]) != code:
+        raise ExecutionError(f"this server has another dit_lens than the one that sent {task}. Send it again.")
     if task not in TASKS:
         raise ExecutionError(f"there is no task {task!r}.{nearest(task, TASKS)}")
     pipe = model.pipeline

@@ -10,6 +10,7 @@ import importlib
 import json
 import pickle
 import re
+import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -272,13 +273,38 @@ class RemoteEngine:
         self.check_weights(f"{task} needs")
         return self._ask(task, {"defaults": lens.defaults, "vocabulary": lens.vocabulary, **given})
 
-    def _ask(self, task: str, asked: dict[str, Any]) -> Any:
+    def submit_task(self, task: str, lens: Any, args: tuple[Any, ...]) -> str:
+        """Sends a task without waiting for it; returns the name of its job.
+
+        task: its name.
+        lens: whose defaults count.
+        args: of the task.
+        """
+        from dit_lens.core.execution.later import SentError
+
+        self.check_weights(f"{task} needs")
+        asked = {"defaults": lens.defaults, "vocabulary": lens.vocabulary, "args": args, "kwargs": {}}
+        try:
+            self._ask(task, asked, self.later())
+        except SentError as sent:
+            return sent.response.id
+        raise AssertionError  # it is left by that error alone
+
+    def collect_task(self, name: str) -> Any:
+        """What a task returned, once its job is done. name: of the job."""
+        with self.translate_errors(ours=True):
+            return self.later().wait(name, True, time.monotonic() + self.timeout)["found"]
+
+    def _ask(self, task: str, asked: dict[str, Any], backend: Connection | None = None) -> Any:
         """Has the server carry out a task. asked: as of ``server.tasks.carry_out``."""
         with self.turn.run(), self.translate_errors(ours=True):
             _register()
             _check_functions(tree_leaves(asked))
+            asked = {**asked, "code": describe_release()["code"]}
+            if backend is not None:
+                return _send_task(self.model, task, asked, backend)
             backend = self.backend()
-            backend.code = describe_release()["code"]
+            backend.code = asked["code"]
             try:
                 return _send_task(self.model, task, asked, backend)
             finally:

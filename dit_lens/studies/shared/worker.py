@@ -33,7 +33,7 @@ class StudyWorker:
 
     def begin(self, job: StudyJob) -> Reply:
         """Takes up a study."""
-        self._end_pass()
+        self.end()
         try:
             self._lens = self._load() if self._lens is None else self._lens
             here = describe_settings(describe_model(self._lens, job.arguments))
@@ -48,13 +48,14 @@ class StudyWorker:
         if self._lens is None or self._job is None:
             raise ExecutionError("a worker was given an order before it had a study.")
         if isinstance(order, Make) and (self._pass is None or self._pass.position > order.number):
-            self._end_pass()
+            self.end()
             self._pass = StudyPass(self._lens, self._job)
         if self._pass is None:
             raise ExecutionError("a worker was told to go on with a cell that it had not begun.")
         return self._pass.exchange(order)
 
-    def _end_pass(self) -> None:
+    def end(self) -> None:
+        """Leaves the study."""
         if self._pass is not None:
             self._pass.end()
         self._pass = None
