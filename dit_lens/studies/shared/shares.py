@@ -112,7 +112,7 @@ Opener = Callable[[StudyJob, Callable[[], Mapping[str, Any]]], Share]
 
 
 class Workers:
-    """What carries out a study's cells; ``RayWorkers`` is one."""
+    """What carries out a study's cells: ``RayWorkers``, ``ServerWorkers``."""
 
     def open(self) -> AbstractContextManager[Opener]:
         """Starts the workers, and ends them at last; what opens a share takes a job, and what describes its model."""
