@@ -356,6 +356,7 @@ def _stored(folder):
     prompts.write_text("prompt\na cat\n")
     saved = saved_result().save(folder / "result")
     protocol = dl.protocols.get("turri2026")
+    there = dl.DiTLens.remote(dl.toys.path("flux"), host="http://localhost:1")
     return {
         "Receipt.from_json": (None, {"data": []}),
         "Steering.save": (steering.save, {"file": folder / "x.safetensors"}),
@@ -368,6 +369,8 @@ def _stored(folder):
         "prompts.PromptList": (None, {"prompts": (dl.prompts.Prompt("a", id="1"),)}),
         "protocols.get": (None, {"name": "turri2026"}),
         "RayWorkers": (None, {"load": lambda: None, "num": 2, "address": None, "gpus": None}),
+        "ServerWorkers": (None, {"lens": there}),
+        "ServerWorkers.cancel": (dl.ServerWorkers(there).cancel, {"out": folder}),
         "studies.merge": (None, {"folders": [folder / "shard"], "out": folder / "merged"}),
         "protocols.Protocol.arguments": (protocol.arguments, {"study": "transfer"}),
         "protocols.Protocol.find_row": (protocol.find_row, {"repository": "someone/model"}),
