@@ -108,7 +108,12 @@ class Session:
     def _describe(self) -> None:
         family = families.find(self.pipe)
         controlled = getattr(self.pipe, "controlnet", None) is not None
-        anatomy = families.Anatomy(family, self.pipe.transformer, controlled=controlled)
+        anatomy = families.Anatomy(
+            family,
+            self.pipe.transformer,
+            controlled=controlled,
+            caching=family.pipeline(type(self.pipe)).caches,
+        )
         self.checks: list[Check] = check(anatomy)
         self.family, self.anatomy = family, anatomy
 

@@ -36,9 +36,13 @@ HEADED = (*(f"{module}.{part}" for module in ("attn", "cross") for part in "qkvz
 class Anatomy:
     """Sites, locations and sizes of a live transformer."""
 
-    def __init__(self, family: Family, transformer: ModelMixin, *, controlled: bool = False):
+    def __init__(
+        self, family: Family, transformer: ModelMixin, *, controlled: bool = False, caching: bool | None = None
+    ):
         self.family = family
         self.controlled = controlled  # whether a ControlNet is there, whose residuals are added after blocks
+        # Whether the pipeline keeps tokens in a cache; where it is not known, whether all of the family's do.
+        self.caching = all(one.caches for one in family.pipelines) if caching is None else caching
         self.transformer = transformer
         self.modules = ModuleTree(transformer, family.name)
         self.order: Mapping[
@@ -153,6 +157,8 @@ class Anatomy:
 
     def _find_missing(self, block: int, spec: PointSpec) -> str | None:
         """What a spec needs that this very block does not have."""
+        if spec.side == "attention" and self.caching:
+            return f"its pipeline keeps tokens in a cache, so that attention in {spec.module} is not called with all"
         if spec.entry is not None:
             return self._why_no_control(block, spec)
         module = self._find_inner(block, spec.module)

@@ -7,8 +7,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from dit_lens import Add, DiTLens, Read, Swap
-from dit_lens.errors import ExecutionError, SiteError
+from dit_lens import Add, AttentionMask, DiTLens, Read, Swap
+from dit_lens.errors import SiteError
+from dit_lens.families.layout import PlanMismatchError, check_whole
+from dit_lens.families.locations import ImageTokens
 from tests import pipelines
 from tests.zoo.truth import ENTRIES, zoo_of
 
@@ -111,9 +113,15 @@ def test_each_row_has_its_own_in_batches():
 
 
 @pytest.mark.parametrize("name", sorted(IN_PARTS))
-def test_attention_in_parts_is_told(name):
-    with pytest.raises(ExecutionError, match=r"its module attends in parts, or a cache holds the others"):
-        zoo_of(name).run([Read("blocks.0.img.attn.k_rot")])
+def test_attention_to_a_cache_is_told_before_the_run(name):
+    for op in (Read("blocks.0.img.attn.k_rot"), AttentionMask("blocks.0.img", keys="txt")):
+        with pytest.raises(SiteError, match=r"its pipeline keeps tokens in a cache"):
+            zoo_of(name).run([op])
+
+
+def test_attention_in_parts_is_told():
+    with pytest.raises(PlanMismatchError, match=r"7 tokens in this forward pass, fewer than the image.* 24"):
+        check_whole(7, {"layout": "text_first", "name": "blocks.0.img.attn.k_rot"}, ImageTokens((4, 6), 24, 0, 24, []))
 
 
 def test_linear_attention_has_none():
