@@ -15,7 +15,7 @@ from dit_lens.core.runs.files import find_folder, read_versioned, report_damage,
 from dit_lens.errors import DitLensError, ExecutionError, OpError, show, warn
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.server_cells import make_cells
-from dit_lens.studies.shared.shares import Opener, StudyJob, Workers
+from dit_lens.studies.shared.shares import Opener, Share, StudyJob, Workers
 from dit_lens.studies.shared.slots import Slot
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class SentJobs:
                 self._file.unlink(missing_ok=True)
 
 
-class ServerShare:
+class ServerShare(Share):
     """The share of a study whose cells a server makes.
 
     lens: on the server.
