@@ -206,7 +206,7 @@ def _add_parameters(signature: inspect.Signature) -> inspect.Signature:
     """A study's own signature, with ``shard`` and ``workers`` after ``out``."""
     own = list(signature.parameters.values())
     position = 1 + list(signature.parameters).index("out")
-    kinds = {"shard": "tuple[int, int] | None", "workers": "Workers | None"}
+    kinds = {"shard": "tuple[int, int] | None", "workers": f"{Workers.__module__}.Workers | None"}
     extra = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
         for name, kind in kinds.items()
