@@ -156,8 +156,8 @@ def written(column, kind):
 def test_result_json_conforms_and_has_what_the_studies_found(finished, place):
     out, _, _ = finished
     content, table = ModelReport.load(out).content, ModelReport.load(out).table
-    written = json.loads((out / "result.json").read_text())
-    assert list(find_mistakes(written, load_schema("model_report.schema.json"))) == []
+    data = json.loads((out / "result.json").read_text())
+    assert list(find_mistakes(data, load_schema("model_report.schema.json"))) == []
     lens = DiTLens.from_pretrained(place / "model")
     assert content["model"]["weights"] == fingerprint(lens.pipe.transformer)
     assert (content["settings"]["steps"], content["settings"]["call"]["height"]) == (2, 32)
