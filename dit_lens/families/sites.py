@@ -290,7 +290,9 @@ def _choose(pattern: str, what: str, asked: str | None, known: list[str]) -> lis
     if asked is None:
         raise SiteError(f"{pattern!r} names no {what}. Say which: {', '.join(f'{pattern}.{name}' for name in known)}.")
     names = []
-    for name in (part.strip() for part in asked.strip("{}").split(",")):
+    # Of a point with parts, such as attn.q, the braces may stand around one part: attn.{q,k}.
+    start, _, listed = asked.rstrip("}").rpartition("{")
+    for name in (start + part.strip() for part in listed.split(",")):
         chosen = fnmatch.filter(known, name)
         if not chosen:
             raise SiteError(f"{pattern!r}: this model has no {what} {name!r}.{nearest(name, known)}")

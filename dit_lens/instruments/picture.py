@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dit_lens.core.runs.html import CELL, STYLE
@@ -22,8 +21,8 @@ NAMES = {"img": "the image's tokens", "txt": "the prompt's tokens"}
 def draw_model(lens: Session) -> str:
     """HTML without scripts: a line for every stack of blocks, whose squares are blocks, and lanes streams.
 
-    A click opens the points of a stack: for each stream the pattern that names them, and how many channels they have.
-    What blocks lack is a dash that tells why when it is pointed at.
+    A click opens the points of a stack: the pattern that names them, and how many channels they have. Where a stream
+    lacks one, a crossed-out name tells why when it is pointed at.
     """
     anatomy = lens.anatomy
     streams = [one for one in COLOURS if any(site.stream == one for site in anatomy.sites)]
@@ -33,7 +32,7 @@ def draw_model(lens: Session) -> str:
         _draw_stack(anatomy, known, name, blocks, streams) for name, blocks in anatomy.stacks.items() if len(blocks)
     ]
     ends = [site for site in anatomy.sites if site.block is None]
-    after = _rows([(site.point, [_name(site.name, anatomy.channels(site))]) for site in ends])
+    after = _rows([_line(site.name, anatomy.channels(site)) for site in ends])
     return (
         f'<div style="margin:0.4em 0">{keys}; click to see the points</div>'
         + "".join(stacks)
@@ -48,10 +47,10 @@ def _draw_stack(anatomy: Anatomy, known: frozenset[Site], name: str, blocks: ran
     lanes = [one for one in held if any(Site(block, one) in known for block in blocks)]
     numbers = f"block {first}" if first == last else f"blocks {first} to {last}"
     points = [one for one in POINTS if any(Site(block, stream, one) in known for block in blocks for stream in held)]
-    lines = [(point, [_point(anatomy, known, name, blocks, Site(0, one, point)) for one in held]) for point in points]
+    lines = [line for point in points for line in _list_point(anatomy, known, name, blocks, held, point)]
     return (
         f'<details><summary style="cursor:pointer"><b>{html.escape(name)}</b> {numbers} '
-        f"{_draw_lanes(known, blocks, lanes)}</summary>{_rows(lines, held)}</details>"
+        f"{_draw_lanes(known, blocks, lanes)}</summary>{_rows(lines)}</details>"
     )
 
 
@@ -74,31 +73,40 @@ def _draw_lanes(known: frozenset[Site], blocks: range, streams: Sequence[str]) -
     )
 
 
-def _point(anatomy: Anatomy, known: frozenset[Site], name: str, blocks: range, like: Site) -> str:
-    """The pattern of a point in a stack with its channels, or a dash with the reason why it is not there.
+def _list_point(
+    anatomy: Anatomy, known: frozenset[Site], name: str, blocks: range, streams: Sequence[str], point: str
+) -> list[str]:
+    """The lines of a point in a stack: one for all streams in which it has as many channels."""
+    suffix = "" if point == DEFAULT_POINT else f".{point}"
+    widths: dict[int, list[str]] = {}
+    lacking = []
+    for stream in streams:
+        site = next((one for block in blocks if (one := Site(block, stream, point)) in known), None)
+        if site is None:
+            why = anatomy.why_not(blocks.start, stream, point) or "it is no site"
+            lacking.append(f'<s title="{html.escape(why, quote=True)}" style="opacity:0.6;cursor:help">{stream}</s>')
+        else:
+            widths.setdefault(anatomy.channels(site), []).append(stream)
+    return [
+        _line(f"{name}.*.{_join(those)}{suffix}", channels, " ".join(lacking)) for channels, those in widths.items()
+    ]
 
-    like: a site of this stream and point, of any block.
-    """
-    site = next((one for block in blocks if (one := replace(like, block=block)) in known), None)
-    if site is None:
-        why = anatomy.why_not(blocks.start, like.stream, like.point) or "it is no site"
-        return f'<span title="{html.escape(why, quote=True)}" style="opacity:0.6;cursor:help">&ndash;</span>'
-    suffix = "" if like.point == DEFAULT_POINT else f".{like.point}"
-    return _name(f"{name}.*.{like.stream}{suffix}", anatomy.channels(site))
+
+def _join(streams: Sequence[str]) -> str:
+    """Streams as a pattern names them."""
+    return streams[0] if len(streams) == 1 else f"{{{','.join(streams)}}}"
 
 
-def _name(pattern: str, channels: int) -> str:
-    return f'<code>{html.escape(pattern)}</code> <span style="opacity:0.7">{channels:,}</span>'
-
-
-def _rows(lines: Sequence[tuple[str, Sequence[str]]], streams: Sequence[str] = ()) -> str:
-    """Lines of (heading, cells that are HTML) as a table. streams: headings of the cells."""
-    head = "".join(f'<th style="{CELL};color:{COLOURS[one]}">{one}, channels</th>' for one in streams)
-    body = "".join(
-        f'<tr><th style="{CELL};font-weight:normal">{html.escape(first)}</th>'
-        + "".join(f'<td style="{CELL};white-space:nowrap">{cell}</td>' for cell in cells)
-        + "</tr>"
-        for first, cells in lines
+def _line(pattern: str, channels: int, lacking: str = "") -> str:
+    """A line of a table. lacking: HTML of the streams that lack the point."""
+    return (
+        f'<tr><td style="{CELL};white-space:nowrap"><code>{html.escape(pattern)}</code></td>'
+        f'<td style="{CELL};text-align:right"><span>{channels:,}</span></td><td style="{CELL}">{lacking}</td></tr>'
     )
-    top = f"<tr><th></th>{head}</tr>" if streams else ""
+
+
+def _rows(lines: Sequence[str]) -> str:
+    """Lines as a table that scrolls where the page is narrow."""
+    top = f'<tr><th style="{CELL}">sites</th><th style="{CELL}">channels</th><th></th></tr>'
+    body = "".join(lines)
     return f'<div style="overflow-x:auto;margin:0.2em 0 0.6em 1.2em"><table style="{STYLE}">{top}{body}</table></div>'

@@ -342,3 +342,10 @@ def test_names_of_transformerlens_are_told(lens, asked, meant):
         lens.sites(asked)
     suggested = re.search(r"here it is '([^']+)'", str(told.value))
     assert suggested is None or lens.sites(suggested[1])
+
+
+@pytest.mark.parametrize("asked", ["blocks.1.img.attn.{q,k_rot}", "blocks.1.img.{attn.q, attn.k_rot}"])
+def test_braces_stand_around_a_part_of_a_point(lens, asked):
+    assert lens.sites(asked) == ["blocks.1.img.attn.q", "blocks.1.img.attn.k_rot"]
+    with pytest.raises(SiteError, match=r"no point 'attn\.kk'\. Nearest: 'attn\.k'"):
+        lens.sites(asked.replace("k_rot", "kk"))

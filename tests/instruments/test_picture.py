@@ -21,7 +21,7 @@ class Picture(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.open.append(tag)
-        if tag == "span" and "title" in dict(attrs):
+        if tag == "s":
             self.reasons.append(dict(attrs)["title"])
 
     def handle_endtag(self, tag):
