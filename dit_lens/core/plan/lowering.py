@@ -108,6 +108,8 @@ class SiteLowering:
 
     def attend(self, keys: str, tokens: Any, mask: Any) -> Lowered:
         block, stream = self.where.block or 0, self.where.stream
+        if self.group.tokens == []:
+            raise OpError("tokens=[] chooses no token that reads. Leave it out for all of them, or leave the op out.")
         _, layout = self.anatomy.find_call(block, stream, keys)
         size = 1 if self.channels is None else len(self.anatomy.heads(self.where)[0])
         how = {

@@ -71,6 +71,8 @@ class AttentionMask(Op):
     def _list_channels(self, heads: list[range], site: Site) -> list[int]:
         """The channels of the chosen heads."""
         chosen = to_indices(self.heads, len(heads), "head", f"{site} has", "heads")
+        if not chosen:
+            raise OpError("heads=[] chooses no head. Leave it out for all of them, or leave the op out.")
         return [channel for head in chosen for channel in heads[head]]
 
     def _check(self, sites: list[Site]) -> None:

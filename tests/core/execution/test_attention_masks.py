@@ -107,6 +107,8 @@ def test_regions_and_tokens_that_are_others_at_each_step(lens):
         (AttentionMask("blocks.1.img", keys="txt", key_tokens="fox"), OpError, "in no prompt of the chosen rows"),
         (AttentionMask("blocks.1.img", keys="img", key_tokens="red"), OpError, "names words, which only text has"),
         (AttentionMask("blocks.1.img", keys="txt", key_tokens=[]), OpError, r"key_tokens=\[\] chooses no key"),
+        (AttentionMask("blocks.1.img", keys="txt", heads=[]), OpError, r"heads=\[\] chooses no head"),
+        (AttentionMask("blocks.1.img", keys="txt", tokens=[]), OpError, r"tokens=\[\] chooses no token"),
         (AttentionMask("blocks.1.img", keys="img", key_tokens=[999]), OpError, "token 999 does not exist"),
         (AttentionMask("blocks.1.img", keys="txt", key_mask=[[True]]), OpError, r"use it with keys='img'"),
         (AttentionMask("blocks.1.img.attn.z", keys="txt"), OpError, "AttentionMask is for blocks"),
