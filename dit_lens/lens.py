@@ -427,7 +427,7 @@ class DiTLens(Session):
 
         prompt: one or several, or None with embeddings.
         block: numbers, as in ``blocks.{i}``.
-        heads: numbers of heads.
+        heads: numbers of heads, negative ones from the end.
         ops: edits under which the pattern is read.
         steps: the last by default.
         branch: "cond" or "uncond".
@@ -531,7 +531,7 @@ class DiTLens(Session):
             reads the image of row 0, which reads nothing of it, so the image stays as it is. Those rows' own images
             mean nothing.
         blocks: numbers, as in ``blocks.{i}``; by default all in which image tokens attend to text.
-        heads: numbers of heads; all by default.
+        heads: numbers of heads, negative ones from the end; all by default.
         ops: edits under which maps are read.
         steps: all by default.
         call: as in :meth:`run`.

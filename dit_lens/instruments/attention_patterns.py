@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -15,9 +15,11 @@ from dit_lens.arguments.checks import checked
 from dit_lens.arguments.numbers import list_entries, to_int
 from dit_lens.arguments.saving import saved_by
 from dit_lens.core.execution.at_weights import Probe
+from dit_lens.core.execution.attending import tell_cut
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, show
 from dit_lens.families.layout import find_image_tokens, select_stream
 from dit_lens.families.locations import ImageTokens
+from dit_lens.families.sites import Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,12 +31,14 @@ if TYPE_CHECKING:
     from dit_lens.core.session import Session
     from dit_lens.families.locations import GridRule
 
+Edges: TypeAlias = "list[tuple[int, set[int], Tensor, Tensor]]"  # row, heads, queries and keys
+
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 @dataclass(frozen=True)
 class Attention:
-    """How much every query token attends to every key token: rows sum to 1.
+    """How much every query token attends to every key token: rows sum to 1, or to 0 where every key is knocked out.
 
     tensors: block -> [step, row, head, query, key], float32, in main memory.
     order: block -> "text_first", "image_first", "ragged" or "own": where text and image tokens lie among them.
@@ -118,8 +122,8 @@ def read_pattern(
     if "batch_size" in call:
         raise PromptError("patterns are read from one batch: leave batch_size= out, and pass fewer prompts at once.")
     blocks = [lens.anatomy.check_block(one) for one in list_numbers("block", block)]
-    wanted = tuple(list_numbers("head", heads))
     modules, order = _find_attention(lens, blocks)
+    wanted = find_heads(lens, heads, dict.fromkeys(blocks, "attn"))
     outline = lens.outline(prompt, **call)
     if branch not in outline.branches:
         raise OpError(f"a pattern is of one branch, and {branch!r} is not one of {', '.join(outline.branches)}.")
@@ -187,6 +191,39 @@ def list_numbers(what: str, value: Any) -> list[int]:
     return [one for one in found if one is not None]
 
 
+def find_heads(lens: Session, heads: Any, modules: Mapping[int, str]) -> tuple[int, ...]:
+    """The numbers of heads, counted from the end where they are negative.
+
+    heads: one or several.
+    modules: block -> which attention of it is meant, "attn" or "cross".
+
+    Raises OpError where a block has no such head, or where one would be another in each block.
+    """
+    found: dict[int, list[int]] = {}
+    for block, module in modules.items():
+        try:
+            count = len(lens.anatomy.heads(Site(block, "img", f"{module}.q")))
+        except SiteError:  # its module does not count them, so that the run has to
+            count = None
+        found[block] = [_find_head(head, count, block) for head in list_numbers("head", heads)]
+    first, *others = found
+    if odd := [block for block in others if found[block] != found[first]]:
+        raise OpError(
+            f"heads={show(heads)} are heads {found[first]} of block {first} and {found[odd[0]]} of block {odd[0]}, as "
+            "these have other numbers of heads. Count from 0, or take the blocks one by one."
+        )
+    return tuple(found[first])
+
+
+def _find_head(head: int, count: int | None, block: int) -> int:
+    """The number of one head; count: how many there are, None where only the run can tell."""
+    if count is None and head < 0:
+        raise OpError(f"head {head} counts from the end, but how many block {block} has only the run can tell.")
+    if count is not None and not -count <= head < count:
+        raise OpError(f"head {head} does not exist: block {block} has {count}, 0 to {count - 1}.")
+    return head if count is None else head % count
+
+
 class _Mode(TorchFunctionMode):
     """Shows a watch every call of scaled dot-product attention."""
 
@@ -197,6 +234,8 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is scaled_dot_product_attention and self.watch.block is not None:
             self.watch.see({**dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})})
+        elif func is tell_cut and self.watch.block is not None:
+            self.watch.see_again(*args)
         return func(*args, **(kwargs or {}))
 
 
@@ -231,6 +270,7 @@ class Watch(Probe):
 
     def __post_init__(self) -> None:
         self.block: int | None = None  # where the run is
+        self._seen: dict[str, Any] | None = None  # the arguments of the call that was kept there
 
     @classmethod
     def of(cls, outline: Outline, branch: str, rule: GridRule, **what: Any) -> Self:
@@ -243,7 +283,8 @@ class Watch(Probe):
     def compute(self, given: dict[str, Any]) -> Tensor | None:
         """What is kept of the attention that is called with these arguments, which are of the chosen rows and heads.
 
-        None where it is not the one that is meant.
+        Edges that were knocked out are at "cut", if any were (:func:`cut_edges`). None where it is not the one that is
+        meant.
         """
         raise NotImplementedError
 
@@ -254,12 +295,28 @@ class Watch(Probe):
 
     def see(self, given: dict[str, Any]) -> None:
         """Keeps a call of attention if it is wanted. given: its arguments."""
-        self._check_heads(given["query"])
         step, forward = divmod(self.made, self.forwards)
         if forward == self.forward and step in self.steps and (step, self.block) not in self.kept:
+            self._check_heads(given["query"])
             found = self.compute(self._choose(given))
             if found is not None and self.block is not None:
-                self.kept[step, self.block] = found
+                self.kept[step, self.block], self._seen = found, given
+
+    def see_again(self, query: Tensor, edges: Edges) -> None:
+        """Keeps the call of attention with this query, if it was wanted, without the edges that were knocked out."""
+        if self._seen is None or query is not self._seen["query"]:
+            return
+        first, last = self.rows
+        count = query.shape[1]
+        places = {head: i for i, head in enumerate(range(count) if self.heads is None else self.heads)}
+        cut = [
+            (row - first, [places[head] for head in sorted(heads) if head in places], queries, keys)
+            for row, heads, queries, keys in edges
+            if first <= row < last
+        ]
+        found = self.compute({**self._choose(self._seen), "cut": cut})
+        if found is not None and self.block is not None:
+            self.kept[self.made // self.forwards, self.block] = found
 
     @contextmanager
     def around(self, engine: Engine) -> Generator[None]:
@@ -274,7 +331,7 @@ class Watch(Probe):
                 self.place = (tuple(image.grid), image.count, image.first, image.total, list(image.starts))
 
         def leave(*_: Any) -> None:
-            self.block = None
+            self.block = self._seen = None
 
         handles = [transformer.register_forward_pre_hook(begin, with_kwargs=True)]
         for number, path in self.modules.items():
@@ -309,7 +366,7 @@ class Watch(Probe):
         return {block: torch.stack([self.kept[step, block] for step in self.steps]) for block in self.modules}
 
     def _check_heads(self, query: Tensor) -> None:
-        """At the first attention, long before the steps that are kept."""
+        """Where no module counts its heads, so that they could not be checked before the run."""
         count = query.shape[1]
         for head in self.heads or ():
             if not 0 <= head < count:
@@ -345,7 +402,34 @@ def _form_pattern(given: dict[str, Any]) -> Tensor:
         scores = scores.masked_fill(~allowed, -torch.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1)
+    if (gone := cut_edges(given)) is None:
+        return scores.softmax(-1)
+    scores = scores.masked_fill(gone, -torch.inf)
+    return scores.softmax(-1).masked_fill(scores.isneginf().all(-1, keepdim=True), 0)
+
+
+def cut_edges(given: dict[str, Any]) -> Tensor | None:
+    """Which edges were knocked out: bool [row, head, query, key]; None where none were.
+
+    given: arguments of attention for chosen rows and heads, with (row, heads, queries, keys) at "cut".
+    """
+    if not given.get("cut"):
+        return None
+    query, key = given["query"], given["key"]
+    gone = torch.zeros(*query.shape[:3], key.shape[2], dtype=torch.bool, device=query.device)
+    for row, heads, queries, keys in given["cut"]:
+        some = torch.tensor(heads, dtype=torch.long, device=query.device)
+        gone[row, some[:, None, None], queries[:, None], keys] = True
+    return gone
+
+
+def take_head(given: dict[str, Any], head: int) -> dict[str, Any]:
+    """The arguments of attention for one of the chosen heads."""
+    taken = {**given, **{name: given[name][:, head : head + 1] for name in ("query", "key")}}
+    if given["attn_mask"] is not None:
+        taken["attn_mask"] = given["attn_mask"][:, head : head + 1]
+    taken["cut"] = [(row, [0], *edges) for row, heads, *edges in given.get("cut", ()) if head in heads]
+    return taken
 
 
 class IncomingWatch(Watch):
@@ -356,9 +440,7 @@ class IncomingWatch(Watch):
 
         [row, 1, 1, key].
         """
-        mask, found = given["attn_mask"], given["query"].new_zeros((), dtype=torch.float32)
+        found = given["query"].new_zeros((), dtype=torch.float32)
         for head in range(given["query"].shape[1]):
-            one = {name: given[name][:, head : head + 1] for name in ("query", "key")}
-            one["attn_mask"] = None if mask is None else mask[:, head : head + 1]
-            found = found + _form_pattern({**given, **one}).mean(-2, keepdim=True)
+            found = found + _form_pattern(take_head(given, head)).mean(-2, keepdim=True)
         return found / given["query"].shape[1]

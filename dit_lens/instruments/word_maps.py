@@ -25,7 +25,15 @@ from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, che
 from dit_lens.families.layout import select_stream
 from dit_lens.families.locations import ImageTokens
 from dit_lens.families.sites import Site
-from dit_lens.instruments.attention_patterns import Watch, find_kept, find_path, list_numbers
+from dit_lens.instruments.attention_patterns import (
+    Watch,
+    cut_edges,
+    find_heads,
+    find_kept,
+    find_path,
+    list_numbers,
+    take_head,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -220,7 +228,8 @@ def _map_by_attention(
     text, chosen = outline.text(), outline.select(asked.steps)
     tokens = _find_words(text, outline.rows, words)
     lengths = [text.length("cond", row) for row in range(outline.rows)]
-    wanted = None if asked.heads is None else tuple(list_numbers("head", asked.heads))
+    kinds = {block: "cross" if order == CROSS else "attn" for block, order in orders.items()}
+    wanted = None if asked.heads is None else find_heads(lens, asked.heads, kinds)
     what = {"modules": modules, "heads": wanted, "steps": tuple(chosen), "orders": orders, "tokens": tokens}
     watch = WordWatch.of(outline, "cond", lens.anatomy.grid_rule, **what, length=max(lengths))
     with lens.engine.within(watch):
@@ -257,10 +266,7 @@ class WordWatch(Watch):
         form = (order, key.shape, key.dtype, key.device, image.first, image.total, *image.starts)
         if form not in self._marks:
             self._marks[form] = _mark_tokens(self, order, key, self.tokens)
-        words = len(self.tokens[0])
-        share = (
-            scaled_dot_product_attention(**given, value=self._marks[form])[..., :words].float().mean(1)
-        )  # over heads
+        share = _share_of_marks(given, self._marks[form])[..., : len(self.tokens[0])]
         location: Any = {"stream": "img", "layout": "own" if order == CROSS else order}
         return select_stream(share, location, _own_rows(self), range(len(share)))[0]
 
@@ -325,6 +331,35 @@ def _mark_tokens(watch: Watch, order: str, key: Tensor, tokens: Sequence[Sequenc
                 )
             marks[row, 0, numbers[row, list(some), 0], word] = 1
     return marks.to(key).expand(-1, heads, -1, -1)
+
+
+def _share_of_marks(given: dict[str, Any], marks: Tensor) -> Tensor:
+    """What attention makes of marks, mean over heads: [row, query, channel].
+
+    Where edges were knocked out, head by head, so that memory holds one mask at a time; a query without any key has 0.
+
+    given: arguments of attention, without values.
+    marks: the values, [row, head, key, channel].
+    """
+    if not given.get("cut"):
+        return scaled_dot_product_attention(**given, value=marks).float().mean(1)
+    found, count = marks.new_zeros((), dtype=torch.float32), marks.shape[1]
+    for head in range(count):
+        one = take_head(given, head)
+        gone = cut_edges(one)
+        del one["cut"]
+        lost = None
+        if gone is not None:
+            mask = one["attn_mask"]
+            held = gone if mask is None else gone | (~mask if mask.dtype == torch.bool else mask.isneginf())
+            lost = held.all(-1, keepdim=True)
+            if mask is None or mask.dtype == torch.bool:
+                one["attn_mask"] = ~held | lost
+            else:
+                one["attn_mask"] = mask.masked_fill(held, -torch.inf).masked_fill(lost, 0)
+        share = scaled_dot_product_attention(**one, value=marks[:, head : head + 1]).float()
+        found = found + (share if lost is None else share.masked_fill(lost, 0))[:, 0]
+    return found / count
 
 
 def _own_rows(watch: Watch) -> ImageTokens:
@@ -416,7 +451,7 @@ def _find_channels(lens: Session, site: str, heads: int | Sequence[int] | None) 
     if heads is None:
         return None
     every, wanted = lens.heads(site), list_numbers("head", heads)
-    if wrong := [head for head in wanted if not 0 <= head < len(every)]:
+    if wrong := [head for head in wanted if not -len(every) <= head < len(every)]:
         raise OpError(f"head {wrong[0]} does not exist: {site} has {len(every)}, 0 to {len(every) - 1}.")
     return [channel for head in wanted for channel in every[head]]
 

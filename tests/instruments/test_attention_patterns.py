@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_lens import DiTLens, Read, Zero
+from dit_lens import AttentionMask, DiTLens, Read, Zero
 from dit_lens.errors import OpError, PromptError, SiteError
 from tests import pipelines
 from tests.zoo.truth import ENTRIES, zoo_of
@@ -140,3 +140,58 @@ def test_patterns_under_an_edit_and_what_is_refused():
         zoo.lens.read_pattern(block=3, heads=0, branch="both", **call)
     with pytest.raises(OpError, match="not a number or a list of numbers"):
         zoo.lens.read_pattern(block=3, heads=[], **call)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "text_first"), [("flux", 0, True), ("klein", 3, True), ("qwen", 1, True), ("sd3", 1, False)]
+)
+def test_the_pattern_under_knocked_out_edges_times_v_is_z(name, block, text_first):
+    """Edges of some heads, tokens and rows, by several ops; one token reads nothing, and heads are out of order."""
+    zoo = zoo_of(name)
+    at = f"blocks.{block}"
+    ops = [
+        AttentionMask(f"{at}.img", keys="txt", key_tokens=[0, 2], heads=[1], tokens=[0, 3, 4]),
+        AttentionMask(f"{at}.img", keys="img", key_tokens=[1, 5], rows=-1),
+        AttentionMask(f"{at}.img", keys="img", tokens=2),
+        AttentionMask(f"{at}.img", keys="txt", tokens=2),
+    ]
+    call = {**call_of(zoo), "num_inference_steps": 2}
+    for branch in ("cond", "uncond"):
+        found = zoo.lens.read_pattern(block=block, heads=[-1, 0], ops=ops, steps=None, branch=branch, **call)
+        assert found.heads == (1, 0)
+        run = zoo.run(
+            [*ops, Read([f"{at}.{stream}.attn.{part}" for stream in ("img", "txt") for part in "vz"], branch=branch)],
+            steps=2,
+        )
+        texts, images = found.between(block, "img", "txt"), found.between(block, "img", "img")
+        whole = torch.cat([texts, images] if text_first else [images, texts], -1)
+        for i, number in enumerate(found.heads):
+            v, t = (head(run[f"{at}.{stream}.attn.v"], number) for stream in ("img", "txt"))
+            z = head(run[f"{at}.img.attn.z"], number)
+            values = torch.cat([t, v] if text_first else [v, t], 2)
+            torch.testing.assert_close(whole[:, :, i] @ values, z, rtol=1e-4, atol=1e-5)
+        assert not texts[:, :, 0][..., [0, 3, 4], :][..., [0, 2]].any()
+        assert texts[:, :, 1][..., [0, 3, 4], :][..., [0, 2]].all()
+        assert not images[:, -1][..., [1, 5]].any()
+        assert not whole[..., 2, :].any()
+
+
+def test_edges_of_cross_attention_leave_the_pattern_of_the_image():
+    zoo = zoo_of("pixart-sigma")
+    call = {**call_of(zoo), "num_inference_steps": 1}
+    plain, cut = (
+        zoo.lens.read_pattern(block=0, heads=[0], ops=ops, **call)[0]
+        for ops in ((), AttentionMask("blocks.0.img", keys="txt", key_tokens=[0]))
+    )
+    assert torch.equal(plain, cut)
+
+
+def test_heads_are_counted_from_the_end_and_checked_before_the_run(monkeypatch):
+    zoo = zoo_of("flux")
+    call = call_of(zoo)
+    last, first = (zoo.lens.read_pattern(block=3, heads=[number], **call) for number in (-1, -2))
+    assert (last.heads, first.heads) == ((1,), (0,))
+    monkeypatch.setattr(type(zoo.lens), "run", None)
+    for wrong in (2, -3):
+        with pytest.raises(OpError, match=f"head {wrong} does not exist: block 3 has 2, 0 to 1"):
+            zoo.lens.read_pattern(block=3, heads=[0, wrong], **call)

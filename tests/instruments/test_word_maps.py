@@ -216,3 +216,34 @@ def test_refusals(flux, sana):
         found["rde"]
     with pytest.raises(OpError, match="row 1 does not exist"):
         found.mask("red", row=1)
+
+
+@pytest.mark.parametrize("toy", ["flux", "sana"])
+def test_a_map_under_a_knocked_out_word_is_the_rest_normalised_anew(toy, request):
+    """In the first block at the first step, whose attention is given the same as without the op."""
+    lens = request.getfixturevalue(toy)
+    call = {"seed": 0, "num_inference_steps": 1, "blocks": 0}
+    words = ["circle", "blue"]
+    op = dl.AttentionMask("blocks.0.img", keys="txt", key_tokens="blue", heads=[-1])
+    plain = lens.word_map(PROMPT, words, heads=-1, **call)
+    cut = lens.word_map(PROMPT, words, heads=-1, ops=op, **call)
+    assert plain["blue"].all()
+    assert not cut["blue"].any()
+    torch.testing.assert_close(cut["circle"], plain["circle"] / (1 - plain["blue"]), rtol=1e-4, atol=1e-6)
+    other, same = (lens.word_map(PROMPT, words, heads=0, ops=ops, **call) for ops in (op, ()))
+    torch.testing.assert_close(other["blue"], same["blue"])
+    mean = lens.word_map(PROMPT, words, ops=op, **call)
+    each = [lens.word_map(PROMPT, words, heads=head, ops=op, **call)["blue"] for head in range(4)]
+    torch.testing.assert_close(mean["blue"], torch.stack(each).mean(0))
+    nothing = [dl.AttentionMask("blocks.0.img", keys="txt")]
+    nothing += [dl.AttentionMask("blocks.0.img", keys="img")] if toy == "flux" else []
+    assert not lens.word_map(PROMPT, words, ops=nothing, **call)["circle"].any()
+
+
+def test_heads_of_a_map_are_counted_from_the_end(flux):
+    for method in ("attention", "concept"):
+        call = {"method": method, "blocks": 5, "seed": 0, "num_inference_steps": 1}
+        last, same = (flux.word_map(PROMPT, ["circle", "blue"], heads=head, **call) for head in (-1, 3))
+        assert torch.equal(last["circle"], same["circle"])
+        with pytest.raises(OpError, match="head -5 does not exist"):
+            flux.word_map(PROMPT, ["circle", "blue"], heads=[0, -5], **call)

@@ -15,7 +15,7 @@ from nnsight import CONFIG
 from PIL import Image
 
 import dit_lens as dl
-from dit_lens import Apply, DiTLens, Read, Scale, Swap, Zero, toys
+from dit_lens import Apply, AttentionMask, DiTLens, Read, Scale, Swap, Zero, toys
 from dit_lens.core.execution.at_weights import TASKS
 from dit_lens.errors import DitLensError, ExecutionError
 from dit_lens.instruments.gradients import attribution
@@ -172,6 +172,9 @@ INSTRUMENTS = {
     "encode_image": lambda lens, _, image: lens.encode_image([image, image]),
     "forward": lambda lens, some, image: lens.forward(image, some[0], [Read("blocks.1.img")], sigma=0.3),
     "word_map": lambda lens, some, _: lens.word_map(some[0], some[0].split()[-1], blocks=[0, 1], seed=0),
+    "word_map without a key": lambda lens, some, _: lens.word_map(
+        some[0], some[0].split()[-1], blocks=1, ops=AttentionMask("blocks.1.img", keys="txt", key_tokens=[0]), seed=0
+    ),
     "word_map by concepts": lambda lens, some, _: lens.word_map(
         some[0], some[0].split()[-1], method="concept", concepts=[some[1]], blocks=[1], seed=0
     ),

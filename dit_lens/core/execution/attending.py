@@ -10,14 +10,25 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
+from dit_lens.core.request.attention import CUT
 from dit_lens.families.layout import PlanMismatchError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+def tell_cut(query: Tensor, edges: list[tuple[int, set[int], Tensor, Tensor]]) -> None:
+    """Tells modes of torch that watch a call of attention which edges were knocked out after it.
+
+    query: of that call, the very tensor.
+    edges: for each row of the forward pass and some heads of it the queries that do not read some keys.
+    """
+    if has_torch_function((query,)):
+        handle_torch_function(tell_cut, (query,), query, edges)
 
 
 class Attending(TorchFunctionMode):
@@ -42,7 +53,13 @@ class Attending(TorchFunctionMode):
             if slot in self.channels:
                 given[slot] = self._change(slot, given[slot], given)
         result = func(**given)
-        return self._change("result", result, given) if "result" in self.channels else result
+        if "result" not in self.channels:
+            return result
+        result = self._change("result", result, given)
+        edges: Any = given.get(CUT)
+        if edges:
+            tell_cut(given["query"], edges)
+        return result
 
     def _change(self, slot: str, tensor: Tensor, given: dict[str, Any]) -> Tensor:
         """A tensor [row, head, token, channel] of the call, or what replaces it."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dit_lens.families.sites import Site
 
 STREAMS = ("img", "txt")
+CUT = "knocked out"  # beside the arguments of a call: edges [(row, heads, queries, keys)] that its result goes without
 
 
 @told_fields
@@ -40,7 +41,7 @@ class AttentionMask(Op):
     key_tokens: which of its tokens, as ``tokens`` is written: indices, a word or words of the prompt, a class, or a
         TokenSet of that stream; None for all.
     key_mask: which image tokens, as ``mask`` is written.
-    heads: which heads of the attention, by number; None for all.
+    heads: which heads of the attention, by number, negative ones from the end; None for all.
     """
 
     keys: Literal["txt", "img"] = field(default="txt", kw_only=True)
@@ -142,7 +143,7 @@ def _allow(edit: Edit, key: Tensor, chosen: Tensor, heads: list[int]) -> Tensor:
     """
     how, rows, image = edit.action["parameters"], edit.hook.rows, edit.image
     there = _find_tokens(key, how["keys"], how["layout"], edit)
-    before = edit.call.setdefault("knocked out", [])
+    before = edit.call.setdefault(CUT, [])
     shape = (len(rows), len(heads) if before else 1, chosen.shape[1], key.shape[2])
     allowed = torch.ones(shape, dtype=torch.bool, device=key.device)
     for row, some, queries, keys in before:
