@@ -1,10 +1,13 @@
 """Every study at its smallest, on a tiny pipeline: several cells each, some of which need others."""
 
+import functools
+
 import numpy as np
 import pandas as pd
+import pytest
 from PIL import Image
 
-from dit_lens import DiTLens
+from dit_lens import DiTLens, studies
 from tests import pipelines
 
 PROMPTS = ["a cat", "two dogs", "red", "blue"]
@@ -33,7 +36,7 @@ CARRIER = {"judge": judge, "attributes": lambda prompt: {"length": str(len(promp
 SMALL = {"k": 4, "draws": 1, "site": SITE, **STEPS}
 CALLS = {
     "disruption": ((PROMPTS[:3],), {**SMALL, "ablation": "mean", "batch_size": 2, "steps": -1}),
-    "transfer": ((PAIRS,), {**SMALL, "batch_size": 1, "strengths": 1.0, "seeds": [0, 1]}),
+    "transfer": ((PAIRS,), {**SMALL, "batch_size": 1, "strengths": 1.0, "mask_from": None}),
     "carrier_or_detail": ((PROMPTS,), {**SMALL, **CARRIER, "batch_size": 2}),
     "organisation": ((PROMPTS[:3],), {**SMALL, "batch_size": 1, "masks": left_half, "words": [], "steps": -1}),
     "patching": ((PAIRS[:1],), {"site": SITE, "batch_size": 2, "attribute": ["step"], **STEPS}),
@@ -50,6 +53,23 @@ CALLS = {
 def make_lens():
     """A lens on the same tiny pipeline, whoever calls."""
     return DiTLens(pipelines.flux(), defaults={**pipelines.CALL, **STEPS})
+
+
+@functools.cache
+def draw_whole(name):
+    """The result of a study as it is in one piece; whoever asks in one process has the same."""
+    args, how = CALLS[name]
+    return getattr(studies, name)(make_lens(), *args, **how)
+
+
+def named(quick):
+    """The names of all studies: those that are not quick are slow, and each has a process of its own."""
+    return [
+        name
+        if name in quick
+        else pytest.param(name, marks=[pytest.mark.slow, pytest.mark.xdist_group(f"whole-{name}")])
+        for name in CALLS
+    ]
 
 
 def assert_same(one, other):

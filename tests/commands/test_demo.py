@@ -13,6 +13,7 @@ from dit_lens.lens import DiTLens
 from dit_lens.studies import Result
 from tests.commands.test_cli import sources
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]  # all of one demo
 SEED = 1
 
 
@@ -44,7 +45,6 @@ def boxes(page):
     return [html.unescape(code) for code in re.findall(r'<pre tabindex="0"><code>(.*?)</code></pre>', page, re.DOTALL)]
 
 
-@pytest.mark.slow
 def test_the_page_is_complete(folder, page, capsys):
     for words in ("Massive channels", "Are they critical?", "organised in space?", "Can they be moved?"):
         assert words in page
@@ -63,7 +63,6 @@ def test_the_page_is_complete(folder, page, capsys):
     assert (folder / "index.html").read_text("utf-8") == page
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", range(5), ids=["images", "massive", "disruption", "organisation", "transfer"])
 def test_its_code_gives_its_numbers(folder, page, boxes, number):
     """Each box by itself: with nothing but Python, it says what the sentence above it says."""

@@ -137,6 +137,7 @@ def finished(place, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("study")
 def test_a_study_that_was_interrupted_says_how_to_go_on(finished):
     _, said, drawn = finished
     assert "disruption was interrupted after 4 of 11 cells; it continues from" in said
@@ -153,6 +154,7 @@ def written(column, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("study")
 def test_result_json_conforms_and_has_what_the_studies_found(finished, place):
     out, _, _ = finished
     content, table = ModelReport.load(out).content, ModelReport.load(out).table
@@ -189,6 +191,7 @@ def test_result_json_conforms_and_has_what_the_studies_found(finished, place):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("study")
 def test_the_page_tells_of_every_study(finished):
     out, _, _ = finished
     page = (out / "index.md").read_text()
@@ -202,6 +205,7 @@ def test_the_page_tells_of_every_study(finished):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("study")
 def test_a_finished_study_draws_nothing_and_writes_the_same(finished, place, capsys):
     out, _, drawn = finished
     files = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}

@@ -21,7 +21,7 @@ from dit_lens.studies.shared.slots import Slot
 from dit_lens.studies.shared.worker import StudyWorker
 from tests import pipelines
 from tests.crews import HereWorkers
-from tests.small_studies import CALLS, PROMPTS, assert_same, judge, make_lens
+from tests.small_studies import CALLS, PROMPTS, assert_same, draw_whole, judge, make_lens, named
 
 TRACE = {"k": 4, "batch_size": 1, "num_inference_steps": 1}
 
@@ -36,13 +36,11 @@ def trace(lens):
     return studies.write_attribution(lens, PROMPTS, **TRACE)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "disruption" else [pytest.mark.slow]) for name in CALLS]
-)
+@pytest.mark.parametrize("name", named(quick=["disruption"]))
 def test_workers_that_die_leave_the_study_as_it_is(lens, tmp_path, name):
     """With a folder and without; half of the cells are there before."""
     (args, how), study = CALLS[name], getattr(studies, name)
-    expected = study(lens, *args, **how)
+    expected = draw_whole(name)
     study(lens, *args, **how, out=tmp_path / "s", shard=(0, 2)) if name != "stability" else None
     workers = HereWorkers(make_lens, 3, dying=0.1, seed=len(name))
     assert_same(study(lens, *args, **how, out=tmp_path / "s", workers=workers), expected)

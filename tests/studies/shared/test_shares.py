@@ -17,7 +17,7 @@ from dit_lens.studies.shared import slots
 from dit_lens.studies.shared.cells import Cell, read_cell
 from dit_lens.studies.shared.slots import Slot
 from tests import pipelines
-from tests.small_studies import CALLS, PROMPTS, assert_same, make_lens
+from tests.small_studies import CALLS, PROMPTS, assert_same, draw_whole, make_lens, named
 
 QUICK = ["disruption", "stability", "patching"]
 DISRUPTION, HOW = CALLS["disruption"]
@@ -30,8 +30,8 @@ def lens():
 
 
 @pytest.fixture(scope="module")
-def whole(lens):
-    return studies.disruption(lens, *DISRUPTION, **HOW)
+def whole():
+    return draw_whole("disruption")
 
 
 def count_cells(folder):
@@ -39,11 +39,11 @@ def count_cells(folder):
 
 
 @pytest.mark.filterwarnings("ignore:this study has 2 parts")  # two seeds of stability
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in CALLS])
+@pytest.mark.parametrize("name", named(QUICK))
 def test_shards_of_one_folder_are_the_study(lens, tmp_path, name):
     """In any order, and the last one has the result."""
     (args, how), study = CALLS[name], getattr(studies, name)
-    expected = study(lens, *args, **how)
+    expected = draw_whole(name)
     order = np.random.default_rng(len(name)).permutation(3).tolist()
     results = [study(lens, *args, **how, out=tmp_path / "s", shard=(i, 3)) for i in order]
     assert_same(results[-1], expected)
