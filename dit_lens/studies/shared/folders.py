@@ -46,6 +46,11 @@ NEW = {
     "defaults": "the defaults of the lens",
 }
 
+APART = "Merge the folders of one study, with one setting and one model; these go into two folders."
+
+CALL = "{} there, {} now"  # how two values are told: of a folder and a call
+SOURCES = "{} in the first, {} in the second"  # of two folders
+
 MOST_TOLD = 4  # differences in a message
 LONGEST = 80  # characters of a value in one
 
@@ -102,28 +107,37 @@ def _begin(folder: Path, wanted: Mapping[str, Any]) -> bool:
     return True
 
 
-def check_same_study(folder: Path, wanted: Mapping[str, Any]) -> None:
+def check_same_study(folder: Path, wanted: Mapping[str, Any], source: Path | None = None) -> None:
     """Raises StoreError where the study in a folder is another one, and says what differs.
 
     folder: the folder.
     wanted: what the file of a study has, of the study that is to go on there.
+    source: the folder that ``wanted`` is from, whose cells are to come there; None for a call of the study.
     """
-    wanted, study = copy.deepcopy(dict(wanted)), wanted["study"]
     with report_damage(folder, DAMAGED):
         found = update_study(read_versioned(folder / "study.json", "study", FORMAT))
-        found |= {part: dict(found[part]) for part in ("settings", "model")}
+    compare_studies(folder, found, wanted, source)
+
+
+def compare_studies(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], source: Path | None) -> None:
+    """As :func:`check_same_study`, of a file that has been read. found: what it has."""
+    study, wanted = wanted["study"], copy.deepcopy(dict(wanted))
+    with report_damage(folder, DAMAGED):
+        found = {**found, **{part: dict(found[part]) for part in ("settings", "model")}}
     if found["study"] != study:
+        if source is not None:
+            raise StoreError(f"{folder} holds the study {found['study']!r}, and {source} {study!r}. {APART}")
         raise StoreError(f"{folder} holds the study {found['study']!r}. Choose another folder for out=.")
-    _check_machine(folder, study, found["model"], wanted["model"])
+    _check_machine(folder, study, found["model"], wanted["model"], source)
     for name in wanted["meant"].keys() & found.get("meant", {}).keys():
         for one in (found, wanted):
             one["settings"][name] = one["meant"][name]
             one["values"] = {part: value for part, value in one["values"].items() if part.split("[")[0] != name}
     if newer := [name for name in wanted["settings"] if name not in found["settings"]]:
         raise StoreError(
-            f"{folder} was begun by an earlier release of dit_lens, whose {study} had no {', '.join(newer)}: new cells "
-            f"do not go with those in it. Load what there is with dl.studies.Result.load({str(folder)!r}), or choose "
-            "another folder for out=."
+            f"{folder} was begun by an earlier release of dit_lens, whose {study} had no {', '.join(newer)}: "
+            f"{'new cells' if source is None else f'the cells of {source}'} do not go with those in it. Load what "
+            f"there is with dl.studies.Result.load({str(folder)!r}), or choose another folder for out=."
         )
     values = wanted["values"]
     missing = [NEW[name] for name in NEW if name not in found["model"]]
@@ -134,16 +148,21 @@ def check_same_study(folder: Path, wanted: Mapping[str, Any]) -> None:
         ("function or array", found.get("values", values), values, 2),
         ("model", found["model"], now, 4),
     ):
-        if odd := _differences(there, here, depth):
+        if odd := _differences(there, here, depth, sides=CALL if source is None else SOURCES):
             more = f"; and {len(odd) - MOST_TOLD} more" if len(odd) > MOST_TOLD else ""
+            told = f"{'; '.join(odd[:MOST_TOLD])}{more}"
+            if source is not None:
+                raise StoreError(
+                    f"{folder} and {source} hold {study} studies, the second with another {part}; {told}. {APART}"
+                )
             raise StoreError(
-                f"{folder} holds a {study} study with another {part}; {'; '.join(odd[:MOST_TOLD])}{more}. "
+                f"{folder} holds a {study} study with another {part}; {told}. "
                 "Call it as before to continue it, or choose another folder for out=."
             )
     if missing:
         warn(
             f"{folder} was begun by an earlier release of dit_lens, which did not store everything that decides a "
-            f"number. Not compared with this call: {', '.join(missing)}."
+            f"number. Not compared with {source or 'this call'}: {', '.join(missing)}."
         )
 
 
@@ -160,30 +179,33 @@ def check_same_model(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         )
 
 
-def _check_machine(folder: Path, study: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def _check_machine(
+    folder: Path, study: str, there: Mapping[str, Any], here: Mapping[str, Any], source: Path | None
+) -> None:
     """Raises StoreError where a study of a model here would go on on a server, or the other way round."""
     if "server" not in there and there.get("weights") is None:
         return  # an earlier release did not store which server it was
     servers = there.get("server"), here["server"]
     if (servers[0] is None) != (servers[1] is None):
         begun, now = (f"the server {server['host']}" if server else "this machine" for server in servers)
+        other = "this lens is" if source is None else f"{source} one"
+        remedy = "Continue it where it was begun, or choose another folder for out=." if source is None else APART
         raise StoreError(
-            f"{folder} holds a {study} study of a model on {begun}, and this lens is on {now}. A server does not tell "
-            "its weights, unless it is one of dit-lens serve, so whether both are the same model is not known. "
-            "Continue it where it was begun, or choose another folder for out=."
+            f"{folder} holds a {study} study of a model on {begun}, and {other} on {now}. A server does not tell its "
+            f"weights, unless it is one of dit-lens serve, so whether both are the same model is not known. {remedy}"
         )
 
 
-def _differences(there: Any, here: Any, depth: int, name: str = "") -> list[str]:
-    """What differs, by name; mappings are looked into, to a depth. New parts come last."""
+def _differences(there: Any, here: Any, depth: int, name: str = "", sides: str = CALL) -> list[str]:
+    """What differs, by name; mappings are looked into, to a depth. New parts come last. sides: which value is whose."""
     if depth and isinstance(there, Mapping) and isinstance(here, Mapping):
         keys = sorted({*there, *here}, key=lambda key: (key in NEW, key))
         return [
             line
             for key in keys
-            for line in _differences(there.get(key), here.get(key), depth - 1, f"{name}.{key}" if name else key)
+            for line in _differences(there.get(key), here.get(key), depth - 1, f"{name}.{key}" if name else key, sides)
         ]
-    return [] if there == here else ["{}: {} there, {} now".format(name, *_shorten_both(there, here))]
+    return [] if there == here else [f"{name}: {sides.format(*_shorten_both(there, here))}"]
 
 
 def _warn_of_unknown(unknown: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from dit_lens.core.runs.files import (
     whole_folder,
     write_json,
 )
-from dit_lens.errors import StoreError, warn
+from dit_lens.errors import OpError, StoreError, show, warn
 from dit_lens.studies.shared.cells import FILES
-from dit_lens.studies.shared.folders import DAMAGED, FORMAT, check_same_study, list_cells
+from dit_lens.studies.shared.folders import DAMAGED, FORMAT, check_same_study, compare_studies, list_cells
 from dit_lens.studies.shared.old_data import update_study
 
 STUDY = "study.json"
@@ -58,13 +58,16 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> list[str]:
     folders: folders of one study, of one sweep, or that one ``dit-lens study`` wrote.
     out: the folder that gets all cells; it can hold some of them already.
     """
-    out, lines = Path(out), []
-    given = [Path(folder) for folder in folders]
+    if isinstance(folders, str) or not folders:
+        raise OpError(f"merge takes several folders, at least one; it was given {show(folders)}. Name what out= was.")
+    out, given = Path(out), [Path(folder) for folder in folders]
     found = [_find_studies(folder) for folder in given]
+    sources: dict[Path, dict[Path, dict[str, Any]]] = {}  # place -> folder of a study -> what its file has
     for place in dict.fromkeys(place for places in found for place in places):
         having = [folder / place for folder, places in zip(given, found, strict=True) if place in places]
-        lines.append(_merge_study(having, out / place))
-    return lines
+        sources[place] = {folder: _read_study(folder) for folder in having}
+        _check_sources(out / place, sources[place])
+    return [_merge_study(studies, out / place) for place, studies in sources.items()]
 
 
 def _find_studies(folder: Path) -> list[Path]:
@@ -75,31 +78,41 @@ def _find_studies(folder: Path) -> list[Path]:
     return found
 
 
-def _merge_study(folders: Sequence[Path], out: Path) -> str:
-    for folder in folders:
-        with report_damage(folder, DAMAGED):
-            data = {"values": {}, "meant": {}, **update_study(read_versioned(folder / STUDY, "study", FORMAT))}
-            data["model"] = {"server": None, **data["model"]}
-        _take_study(out, data)
-    differing = sum(_copy_cells(folder, out) for folder in folders)
+def _read_study(folder: Path) -> dict[str, Any]:
+    with report_damage(folder, DAMAGED):
+        data = {"values": {}, "meant": {}, **update_study(read_versioned(folder / STUDY, "study", FORMAT))}
+        data["model"] = {"server": None, **data["model"]}
+    return data
+
+
+def _check_sources(out: Path, studies: Mapping[Path, dict[str, Any]]) -> None:
+    """Raises StoreError where studies are not one, or not the one in ``out``; nothing has been written by then."""
+    (first, study), *others = studies.items()
+    for folder, data in others:
+        compare_studies(first, study, data, folder)
+    with report_unwritten(out):
+        if (out / STUDY).exists():
+            check_same_study(out, study, first)
+        elif out.exists() and any(not one.name.startswith(".") for one in out.iterdir()):
+            raise StoreError(f"{out} holds other files and no study. Choose a new folder to merge into.")
+
+
+def _merge_study(studies: Mapping[Path, dict[str, Any]], out: Path) -> str:
+    first, data = next(iter(studies.items()))
+    with report_unwritten(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with alone_in(out):
+            if (out / STUDY).exists():  # another process may have begun there
+                check_same_study(out, data, first)
+            else:
+                write_json(out / STUDY, data)
+    differing = sum(_copy_cells(folder, out) for folder in studies)
     if differing:
         warn(
             f"{differing} cells of the {data['study']} in {out} are in several folders with other numbers, as machines "
             "of different kinds make them. The first folder's are kept."
         )
     return _describe(out, data)
-
-
-def _take_study(out: Path, data: dict[str, Any]) -> None:
-    """Makes a folder the study's, or checks that it is."""
-    with report_unwritten(out):
-        if out.exists() and not (out / STUDY).exists() and any(not one.name.startswith(".") for one in out.iterdir()):
-            raise StoreError(f"{out} holds other files and no study. Choose a new folder to merge into.")
-        out.mkdir(parents=True, exist_ok=True)
-        with alone_in(out):
-            if not (out / STUDY).exists():
-                write_json(out / STUDY, data)
-    check_same_study(out, data)
 
 
 def _copy_cells(folder: Path, out: Path) -> int:

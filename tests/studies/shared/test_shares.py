@@ -85,12 +85,24 @@ def test_what_is_not_one_study_is_not_merged(lens, tmp_path):
     for name, one, k in (("a", lens, 4), ("b", lens, 2), ("c", other, 4)):
         studies.write_attribution(one, PROMPTS[:2], **{**TRACE, "k": k}, out=tmp_path / name, shard=(0, 2))
     (tmp_path / "d").mkdir()
-    with pytest.raises(StoreError, match="another setting; k: "):
+    with pytest.raises(StoreError, match="another setting; k: 4 in the first, 2 in the second") as two:
         studies.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab")
+    assert str(two.value).startswith(f"{tmp_path / 'a'} and {tmp_path / 'b'} hold ")
     with pytest.raises(StoreError, match="another model; "):
         studies.merge([tmp_path / "a", tmp_path / "c"], tmp_path / "ac")
     with pytest.raises(StoreError, match="holds no study that could be merged"):
         studies.merge([tmp_path / "a", tmp_path / "d"], tmp_path / "ad")
+    for nothing in ([], ()):
+        with pytest.raises(OpError, match="at least one"):
+            studies.merge(nothing, tmp_path / "nothing")
+    other = json.loads((tmp_path / "b" / "study.json").read_text())
+    (tmp_path / "b" / "study.json").write_text(json.dumps({**other, "study": "disruption"}))
+    with pytest.raises(StoreError, match=r"/a holds the study 'write_attribution', and .*/b 'disruption'"):
+        studies.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "ab")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["a", "b", "c", "d"]
+    studies.merge([tmp_path / "a"], tmp_path / "m")
+    with pytest.raises(StoreError, match=f"{tmp_path / 'm'} and {tmp_path / 'c'} hold "):
+        studies.merge([tmp_path / "c"], tmp_path / "m")
 
 
 def test_a_folder_with_gaps_says_so(lens, tmp_path):
