@@ -18,6 +18,7 @@ from nnsight.schema.request import RequestModel
 from dit_lens.errors import ExecutionError
 from dit_lens.server.access import choose_token, is_loopback
 from dit_lens.server.names import CLASS, Served
+from dit_lens.server.page import render_page
 from dit_lens.server.serve import ServeOptions, serve
 from tests.server.conftest import TOKEN, connect
 
@@ -224,6 +225,23 @@ def test_names(served, asked, good):
     key = f"{CLASS}:{json.dumps({'repo_id': asked[0], 'revision': asked[1]})}"
     assert (Served(*served).why_not(key) == "") is good
     assert "class" in Served(*served).why_not(key.replace("DiffusionModel", "LanguageModel"))
+
+
+@pytest.mark.parametrize("place", ["/opt/env/dit_lens/toys/weights/", "C:\\env\\dit_lens\\toys\\weights\\"])
+def test_a_toy_has_its_name_everywhere(place):
+    """Where it lies is of no use to whoever reads the page on another machine."""
+    served = Served(f"{place}flux", None, True)
+    page = render_page(served, {})
+    assert "DiTLens.remote(&#x27;toy:flux&#x27;, host=" in page
+    asked = f"{CLASS}:{json.dumps({'repo_id': f'{place}sana', 'revision': None})}"
+    said = served.why_not(asked)
+    assert said == (
+        "it asks for toy:sana, and this server serves toy:flux. Ask for DiTLens.remote('toy:flux', host=...)"
+    )
+    assert place not in page + said
+    folder = render_page(Served("/models/FLUX.1-dev", None, True), {})
+    assert "&#x27;/models/FLUX.1-dev&#x27;" in folder
+    assert "has the same name" in folder
 
 
 def test_packages_that_are_missing(tmp_path):
