@@ -165,14 +165,13 @@ class Session:
 
     @told
     def to_str_tokens(self, prompt: str, **call: Any) -> list[str]:
-        """The text stream's tokens as strings, in order, with the pipeline's template and its padding.
+        """The text's tokens as strings, in order, with the pipeline's template and its padding.
 
-        Where two encoders share the stream, their tokens are joined by "+". Takes what :meth:`run` takes.
+        They are the tokens of the text stream; where text enters by cross-attention, those of ``txt.cross.k`` and of
+        ``key_tokens=``. Where two encoders share tokens, theirs are joined by "+". Takes what :meth:`run` takes.
         """
         if not isinstance(prompt, str):
             raise PromptError(f"to_str_tokens takes one prompt, a string; it was given {type(prompt).__name__}.")
-        if not any("txt" in stack.outputs for stack in self.family.stacks):
-            raise PromptError(f"{self.family.name} has no text stream: its text enters by cross-attention.")
         return self.outline(prompt, **call).text().strings()
 
     @told

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import dit_lens as dl
 from dit_lens import Read, Run, Scale, Swap, TokenMean, Zero
-from dit_lens.errors import DitLensError, ExecutionError, OpError, PromptError
+from dit_lens.errors import ExecutionError, OpError, PromptError
 from tests import pipelines, texts
 from tests.interpreter import reduced
 
@@ -386,8 +386,20 @@ def test_what_cannot_be_followed_is_told():
     lens.pipe.tokenizer = None
     with pytest.raises(PromptError, match=r"could not be followed.*Use token indices"):
         lens.to_str_tokens("a cat")
-    with pytest.raises(DitLensError, match="has no text stream"):
-        dl.DiTLens.toy("sana").to_str_tokens("a big red circle")
+
+
+def test_tokens_of_text_that_enters_by_cross_attention():
+    """They are those that cross-attention reads, and those that words mean."""
+    lens, prompt = dl.DiTLens.toy("sana"), "a big red circle left on a plain blue background"
+    tokens = lens.to_str_tokens(prompt)
+    kept = lens.pipe.tokenizer(prompt)["input_ids"]
+    assert [token for token in tokens if token != "<pad>"] == lens.pipe.tokenizer.convert_ids_to_tokens(kept)
+    run = lens.run(prompt, Read("blocks.0.txt.cross.k"), seed=0, num_inference_steps=1)
+    assert len(tokens) == run["blocks.0.txt.cross.k"].shape[2]
+    where = tokens.index("red")
+    edits = [dl.AttentionMask("blocks.*.img", keys="txt", key_tokens=chosen) for chosen in ("red", [where])]
+    images = [lens.run(prompt, edit, seed=0, num_inference_steps=1).images[0] for edit in edits]
+    assert images[0].tobytes() == images[1].tobytes()
 
 
 def test_looking_the_text_up_changes_nothing():

@@ -70,5 +70,5 @@ def test_what_a_model_of_classes_is_asked():
         lens.run(class_labels=[5000])
     with pytest.raises(SiteError, match="means 3 sites"):
         lens.heads("blocks.*.img.attn.z")
-    with pytest.raises(PromptError, match="no text stream"):
-        zoo_of("pixart-sigma").lens.to_str_tokens("a house")
+    with pytest.raises(PromptError, match=r"takes no prompt.*class_labels"):
+        lens.to_str_tokens("cat")
