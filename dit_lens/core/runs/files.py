@@ -286,8 +286,15 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     return path
 
 
-def read_json(path: str | Path, what: str) -> Any:
-    """Reads JSON; ``what`` names it in the error when it is missing or damaged."""
+CHECK = "Check the folder's name."
+
+
+def read_json(path: str | Path, what: str, remedy: str | None = None) -> Any:
+    """Reads JSON.
+
+    what: names it in the error when it is missing or damaged.
+    remedy: what to do then, as a sentence; what can be said of any folder by default.
+    """
     try:
         file = check_regular(Path(path))
         text = file.read_text(encoding="utf-8") if file.stat().st_size <= LARGEST_JSON else None
@@ -295,15 +302,14 @@ def read_json(path: str | Path, what: str) -> Any:
     except StoreError:
         raise
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(
-            f"{path} does not exist, so {what} cannot be read from there. Check the folder's name."
-        ) from None
+        raise StoreError(f"{path} does not exist, so {what} cannot be read from there. {remedy or CHECK}") from None
     except (OSError, ValueError, RecursionError) as damage:
         raise StoreError(
-            f"{str(path)[:200]} is not readable as {what}: {damage}. Restore the folder or make it again."
+            f"{str(path)[:200]} is not readable as {what}: {damage}. {remedy or 'Restore the folder or make it again.'}"
         ) from damage
     if text is None:
-        raise StoreError(f"{path} is larger than {LARGEST_JSON // 2**20} MiB, so it is not read as {what}.")
+        too_large = f"{path} is larger than {LARGEST_JSON // 2**20} MiB, so it is not read as {what}."
+        raise StoreError(f"{too_large} {remedy}" if remedy else too_large)
     return value
 
 

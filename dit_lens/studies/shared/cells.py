@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+REMEDY = "Delete the folder {folder}, and the study makes this cell again; the others stay."  # where one is damaged
 FILES = r"cell\.json|\w+\.safetensors|\d{4,}\.png"  # what the folder of a cell has
 
 
@@ -84,8 +85,8 @@ def read_cell(folder: Path, study: str, key: str | None = None) -> Cell:
     from safetensors.numpy import load_file
 
     folder = find_folder(folder)
-    data = read_json(folder / "cell.json", "a cell of a study")
-    with report_damage(folder, "Delete it, and the study makes it again."):
+    data = read_json(folder / "cell.json", "a cell of a study", REMEDY.format(folder=folder))
+    with report_damage(folder, REMEDY.format(folder=folder)):
         data = update_cell(data, study)
         if key not in (None, data["key"]):
             raise StoreError(f"{folder} is the cell {data['key']!r}, and {key!r} was to come here. Start a new folder.")
@@ -112,7 +113,7 @@ def write_packed(folder: Path, files: Mapping[str, bytes]) -> None:
 def read_packed(folder: Path) -> dict[str, bytes]:
     """The files of a cell in its folder, by name."""
     folder = find_folder(folder)
-    with report_damage(folder, "Delete it, and the study makes it again."):
+    with report_damage(folder, REMEDY.format(folder=folder)):
         return {file.name: file.read_bytes() for file in folder.iterdir() if re.fullmatch(FILES, file.name)}
 
 

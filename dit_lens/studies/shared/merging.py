@@ -21,7 +21,7 @@ from dit_lens.core.runs.files import (
     write_json,
 )
 from dit_lens.errors import OpError, StoreError, show, warn
-from dit_lens.studies.shared.cells import FILES
+from dit_lens.studies.shared.cells import FILES, REMEDY
 from dit_lens.studies.shared.folders import DAMAGED, FORMAT, check_same_study, compare_studies, list_cells
 from dit_lens.studies.shared.old_data import update_study
 
@@ -120,10 +120,12 @@ def _copy_cells(folder: Path, out: Path) -> int:
     differing = 0
     for cell in _list_folders(folder):
         target = out / "cells" / cell.name
-        with report_damage(cell, "Delete it, and the study makes it again."):
-            data = read_json(file_inside(cell, "cell.json"), "a cell of a study")
+        with report_damage(cell, REMEDY.format(folder=cell)):
+            data = read_json(file_inside(cell, "cell.json"), "a cell of a study", REMEDY.format(folder=cell))
             if find_folder(target).exists():
-                kept = read_json(find_folder(target) / "cell.json", "a cell of a study")
+                kept = read_json(
+                    find_folder(target) / "cell.json", "a cell of a study", REMEDY.format(folder=find_folder(target))
+                )
                 if kept["key"] != data["key"]:
                     raise StoreError(f"{cell} is the cell {data['key']!r}, and {target} is {kept['key']!r}.")
                 differing += kept["lines"] != data["lines"]

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 from functools import partial
 
@@ -14,7 +16,7 @@ from PIL import Image
 from dit_lens import DiTLens
 from dit_lens.core.runs.files import LOCK
 from dit_lens.errors import PromptError, StoreError, StudyInterrupted
-from dit_lens.studies import Result, disruption
+from dit_lens.studies import Result, disruption, merge
 from dit_lens.studies.shared import cells
 from dit_lens.studies.shared.batches import make_batches
 from dit_lens.studies.shared.cells import Cell
@@ -233,6 +235,26 @@ def test_a_damaged_cell_is_named(lens, damage, tmp_path):
     file.unlink()
     with pytest.raises(StoreError, match="000000"):
         Result.load(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["not JSON", None])
+def test_deleting_the_folder_of_a_damaged_cell_makes_that_cell_again(lens, whole, folder, damage, tmp_path):
+    """As the message says: its folder alone, and no other cell is touched."""
+    shutil.copytree(folder, tmp_path / "s")
+    place = tmp_path / "s" / "cells" / "000003"
+    other = {file: file.stat().st_mtime_ns for file in place.parent.glob("*/cell.json") if file.parent != place}
+    (place / "cell.json").unlink() if damage is None else (place / "cell.json").write_text(damage)
+    advice = re.escape(f"Delete the folder {place}, and the study makes this cell again; the others stay.")
+    for call in (lambda: study(lens, out=tmp_path / "s"), lambda: Result.load(tmp_path / "s")):
+        with pytest.raises(StoreError, match=advice):
+            call()
+    with pytest.raises(StoreError, match=advice):
+        merge([tmp_path / "s"], tmp_path / "m")
+    shutil.rmtree(place)
+    again = study(lens, out=tmp_path / "s")
+    pd.testing.assert_frame_equal(again.table, whole.table)
+    assert len(other) == CELLS - 1
+    assert {file: file.stat().st_mtime_ns for file in other} == other
 
 
 def test_cells_in_another_order_are_refused(lens, tmp_path):
