@@ -47,7 +47,8 @@ class Steering:
     Directions add up (``blue + large``, ``blue - large``, ``sum([blue, large])``), and are lengthened or turned round
     (``2 * blue``, ``blue / 2``, ``-blue``).
 
-    vectors: site -> [channel], for all steps, or [step, channel]: one for every step of a run, from the first.
+    vectors: site -> [channel], for all steps, or [step, channel]: one for every step of a run, from the first. Tensors,
+        arrays or lists of numbers, which are kept as float32 tensors.
     method: how they were found.
     pairs: the prompts they were found from.
     n: how many differences they were found from: pairs times seeds; of a sum, those of both.
@@ -63,13 +64,15 @@ class Steering:
     def __post_init__(self) -> None:
         if not isinstance(self.vectors, Mapping) or not self.vectors:
             raise OpError("a Steering takes vectors={site: [channel] or [step, channel]}, at least one.")
-        odd = [site for site, vector in self.vectors.items() if not _is_direction(vector)]
-        if odd:
-            raise OpError(
-                f"the vector of {odd[0]} is {show(self.vectors[odd[0]])}. Give a finite tensor [channel] or "
-                "[step, channel]."
-            )
-        vectors = {site: vector.float() for site, vector in self.vectors.items()}
+        vectors = {}
+        for site, given in self.vectors.items():
+            vector = _to_direction(given)
+            if vector is None:
+                raise OpError(
+                    f"the vector of {site} is {show(given)}. Give a finite tensor [channel] or [step, channel], or "
+                    "lists of numbers of that shape."
+                )
+            vectors[site] = vector
         object.__setattr__(self, "vectors", Directions(vectors, self.family).vectors)  # which checks their steps
 
     @classmethod
@@ -104,6 +107,8 @@ class Steering:
             raise PromptError("seed= is called seeds= here: one noise, or several over which differences are averaged.")
         check_choice(method, ("mean", "probe"), "method")
         seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+        if not seeds:
+            raise PromptError("from_pairs: seeds=[] names no noise. Give one or several, or leave it out for 0.")
         if method == "probe" and len(pairs) * len(seeds) < 2:
             raise PromptError("a probe parts two groups: give at least two pairs, or two seeds.")
         prompts = [one for pair in zip(*pairs, strict=True) for one in pair]
@@ -132,6 +137,10 @@ class Steering:
         A run refuses it that is of another family, or has another number of steps than the directions.
         """
         chosen = list(self.vectors) if sites is None else [sites] if isinstance(sites, str) else list(sites)
+        if not chosen:
+            raise OpError(
+                f"op: sites=[] chooses no site. Leave it out for all {len(self.vectors)}, or leave the op out."
+            )
         if missing := [site for site in chosen if site not in self.vectors]:
             raise OpError(f"there is no direction at {show(missing[0])}.{nearest(missing[0], self.vectors)}")
         if odd := sorted(where.keys() - set(WHERE)):
@@ -155,13 +164,18 @@ class Steering:
 
     def __radd__(self, other: object) -> Steering:
         """The beginning of a ``sum``, which adds to 0."""
-        return self if isinstance(other, int) and other == 0 else self._join(other, 1)
+        return self._join(other, 1)
 
     def __sub__(self, other: object) -> Steering:
         """The one, and the other turned round."""
         return self._join(other, -1)
 
+    def __rsub__(self, other: object) -> Steering:
+        return (-self)._join(other, 1)
+
     def _join(self, other: object, sign: int) -> Steering:
+        if isinstance(other, int | float) and other == 0:  # nothing, as at the beginning of a sum
+            return self
         if not isinstance(other, Steering):
             raise OpError(f"a Steering goes together with a Steering; it was given {show(other)}.")
         if self.family and other.family and self.family != other.family:
@@ -222,14 +236,15 @@ class Steering:
             return cls(vectors, str(about["method"]), pairs, int(about["n"]), str(about["family"]))
 
 
-def _is_direction(vector: Any) -> bool:
-    return (
-        isinstance(vector, Tensor)
-        and vector.is_floating_point()
-        and vector.ndim in (1, 2)
-        and vector.numel() > 0
-        and bool(vector.isfinite().all())
-    )
+def _to_direction(given: Any) -> Tensor | None:
+    """Finite numbers, [channel] or [step, channel], as a float32 tensor; None for anything else."""
+    try:
+        of_tensors = isinstance(given, list | tuple) and all(isinstance(one, Tensor) for one in given)
+        vector = torch.stack(list(given)) if of_tensors else torch.as_tensor(given)
+        odd = vector.dtype == torch.bool or vector.is_complex() or vector.ndim not in (1, 2) or not vector.numel()
+        return None if odd or not (vector := vector.float()).isfinite().all() else vector
+    except (ArithmeticError, RuntimeError, TypeError, ValueError):
+        return None
 
 
 def _to_factor(value: object) -> float:

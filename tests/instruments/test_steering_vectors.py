@@ -203,7 +203,52 @@ def test_files_of_other_things_are_refused(found, tmp_path, kind):
         Steering.load(path)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.tensor([[1, -2, 3]]),
+        [[1, -2.0, 3]],
+        ([1, -2, 3],),
+        np.array([[1.0, -2.0, 3.0]]),
+        np.array([[1, -2, 3]], np.int8),
+        [torch.tensor([1.0, -2.0, 3.0])],
+        torch.tensor([[1, -2, 3]], dtype=torch.float16),
+    ],
+)
+def test_numbers_of_any_type_are_directions(given):
+    kept = Steering({"blocks.0.img": given}).vectors["blocks.0.img"]
+    assert torch.equal(kept, torch.tensor([[1.0, -2.0, 3.0]]))
+    assert kept.dtype == torch.float32
+
+
+def test_nothing_is_added_from_either_side(found):
+    site = SITES[0]
+    for same in (found + 0, 0 + found, found - 0, found + 0.0):
+        assert torch.equal(same.vectors[site], found.vectors[site])
+    assert torch.equal((0 - found).vectors[site], -found.vectors[site])
+    for odd in (lambda: found + 1, lambda: 1 + found, lambda: 1 - found, lambda: found - None):
+        with pytest.raises(OpError, match="goes together with a Steering"):
+            odd()
+
+
 def test_refusals(lens, found):
+    with pytest.raises(PromptError, match=r"from_pairs: seeds=\[\] names no noise"):
+        Steering.from_pairs(lens, PAIRS, seeds=[], **CALL)
+    with pytest.raises(OpError, match=r"op: sites=\[\] chooses no site"):
+        found.op(sites=[])
+    for odd in (
+        torch.ones(3, dtype=torch.bool),
+        torch.ones(3) * 1j,
+        ["a"],
+        "abc",
+        None,
+        3.0,
+        [],
+        [[1.0], [1.0, 2.0]],
+        {1},
+    ):
+        with pytest.raises(OpError, match=r"finite tensor \[channel\] or \[step, channel\]|a tensor of real numbers"):
+            Steering({"a": odd})
     for pairs in ([], [("red", "red")]):
         with pytest.raises(PromptError, match="pair"):
             Steering.from_pairs(lens, pairs, **CALL)
