@@ -1,6 +1,7 @@
 """Jobs on a real server: in order, step by step, cancelled, too long, too large, and collected by another process."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -183,8 +184,17 @@ def test_a_failure_is_told(there):
         raise ValueError("no such thing")
 
     job = there.submit("red", Apply("blocks.0.img", fn=broken), seed=0)
-    with pytest.raises(ExecutionError, match=r"answered: ValueError: no such thing\. Nothing"):
+    with pytest.raises(ExecutionError, match=r"answered: ValueError: no such thing\. Nothing") as told:
         job.result()
+    line = broken.__code__.co_firstlineno + 1
+    where = r"It was raised by \S*broken, applied at blocks\.0\.img, step 0 \(cond\): ops\[0\], "
+    where += rf"in line {line} of .*test_jobs\.py\.$"
+    assert re.search(where, str(told.value))
+    with pytest.raises(ExecutionError, match=where):
+        there.run("red", Apply("blocks.0.img", fn=broken), seed=0)
+    mine = Apply("blocks.0.img", fn=lambda tensor, hook: torch.ones(2) @ torch.ones(hook.step + 3))
+    with pytest.raises(ExecutionError, match=r"raised by <lambda>, .*, in line \d+ of .*test_jobs\.py\.$"):
+        there.run("red", mine, seed=0)
 
 
 def test_ctrl_c_leaves_the_job_and_says_how_to_go_on(there):

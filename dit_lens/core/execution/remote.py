@@ -20,6 +20,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from dit_lens import errors
+from dit_lens.core.execution.answers import find_advice, find_origin, shorten_answer
 from dit_lens.core.execution.at_weights import Probe, describe_release, name_methods
 from dit_lens.core.execution.read_text import read_grid, read_stream_text
 from dit_lens.core.execution.turns import Turn
@@ -58,26 +59,6 @@ def pipeline_without_weights(path: str | Path, revision: str | None = None) -> D
 
 
 TIMEOUT = 3600.0  # seconds
-
-# What a server says -> what can be done about it. Its own sentences, and names of errors, in lower case.
-_ADVICE = {
-    ("modulenotfounderror",): (
-        "What a function imports has to be there, or to be named here first: nnsight.register('my_module')."
-    ),
-    ("could not deploy", "error provisioning", "error starting model", "not dedicated", "cannot be accom"): (
-        "The server does not serve this model. Whoever runs it has to deploy it under the name it is asked for: {key}."
-    ),
-    ("evicted", "preempted", "critical server error", "error submitting request", "error initializing", "actor died"): (
-        "The model is being restarted or was taken away there. Run it again in a minute."
-    ),
-    ("execution timeout", "longer than timeout"): (
-        "Make the run smaller: fewer prompts at once (batch_size=), or fewer steps."
-    ),
-    ("endpointconnectionerror", "could not connect to the endpoint", "nosuchbucket", "botocore", "object store"): (
-        "Large results go through the server's object store, which it cannot reach. Keep less: reduce reads where they "
-        "are (reduce=), or run fewer prompts at once (batch_size=)."
-    ),
-}
 
 
 class RemoteEngine:
@@ -330,35 +311,18 @@ class RemoteEngine:
         try:
             yield
         except RemoteError as failure:
-            gist = _shorten_answer(str(failure))
+            gist = shorten_answer(str(failure))
             if re.search(r"OutOfMemoryError|out of memory", gist):
                 raise torch.OutOfMemoryError(f"on the nnsight server {self.host}: {gist}") from failure
             if ours and (told := re.fullmatch(r"dit_lens\.errors\.(\w+): (.*)", gist, re.DOTALL)):
                 kind = getattr(errors, told[1], None)
                 if isinstance(kind, type) and issubclass(kind, DitLensError):
                     raise kind(f"{told[2]}.") from failure
-            said = gist.lower()
-            advice = next((text for words, text in _ADVICE.items() if any(word in said for word in words)), "")
-            advice = advice.replace("{key}", self.key)
+            advice = find_advice(gist, self.key)
             raise ExecutionError(
                 f"the nnsight server {self.host} answered: {gist}. {advice}{' ' * bool(advice)}"
-                "Nothing was kept of this run."
+                f"Nothing was kept of this run.{find_origin(str(failure))}"
             ) from failure
-
-
-def _shorten_answer(answer: str) -> str:
-    r"""What a server says before a traceback, or what the traceback is of; the error's cause shows all of it.
-
-    >>> _shorten_answer("Could not deploy this model.\nTraceback (most recent call last):\n  File ...")
-    'Could not deploy this model'
-    >>> _shorten_answer("Traceback (most recent call last):\n  File ...\nValueError: no such thing")
-    'ValueError: no such thing'
-    >>> _shorten_answer("Traceback (most recent call last):\n  File ...\nValueError: no such thing\na note")
-    'ValueError: no such thing'
-    """
-    lines = answer.strip().splitlines() or [""]
-    frames = [i for i, line in enumerate(lines) if line.startswith(" ")] if lines[0].startswith("Traceback") else [-1]
-    return lines[min(frames[-1] + 1 if frames else 1, len(lines) - 1)].removesuffix(".")
 
 
 def _key(model: DiffusionModel) -> str:
