@@ -18,6 +18,7 @@ from dit_lens.arguments.saving import saved_by
 from dit_lens.arguments.signatures import sets
 from dit_lens.core.execution.assemble import output_images
 from dit_lens.core.execution.at_weights import Probe
+from dit_lens.core.plan.batches import graph_too_large
 from dit_lens.core.request.division import refuse_several_images
 from dit_lens.core.request.ops import Apply
 from dit_lens.errors import ExecutionError, FamilyError, OpError, PromptError, SiteError, check_choice, nearest, show
@@ -259,7 +260,10 @@ class Graph(Probe):
     def finish(self, output: Any) -> None:
         """Through the run the metric is of the final latents."""
         if self.through == "run":
-            self.close(output_images(output).cpu())
+            try:
+                self.close(output_images(output).cpu())
+            except torch.OutOfMemoryError as full:
+                raise graph_too_large(full) from full
 
     def keep(self, tensor: Tensor, hook: Any) -> Tensor:
         """What goes on in the run is this very tensor; the first one is where the graph begins."""

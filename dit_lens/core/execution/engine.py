@@ -26,6 +26,7 @@ from dit_lens.core.execution.read_text import read_grid, read_stream_text
 from dit_lens.core.execution.refusals import tell_refusals
 from dit_lens.core.execution.schedule import measure_sigmas
 from dit_lens.core.execution.turns import Turn, turn_of
+from dit_lens.core.plan.batches import graph_too_large
 from dit_lens.core.plan.replay import model_state
 from dit_lens.errors import ExecutionError
 from dit_lens.families.calls import list_calls
@@ -149,7 +150,7 @@ class Engine:
                 self.pipe.scheduler = stand_in
                 yield
             except torch.OutOfMemoryError as full:  # of a backward pass, or of what is made of the gradients
-                raise _graph_too_large(full) from full
+                raise graph_too_large(full) from full
             finally:
                 self._gradients = False
                 self.pipe.scheduler = scheduler
@@ -212,7 +213,7 @@ class Engine:
             except torch.OutOfMemoryError as full:
                 if not self._gradients:
                     raise
-                raise _graph_too_large(full) from full
+                raise graph_too_large(full) from full
             except PlanMismatchError as mismatch:
                 raise ExecutionError(f"{mismatch}. Nothing was kept of this run.") from mismatch
             except ValueError as problem:
@@ -301,13 +302,6 @@ def check_finished(program: Program, made: int, results: list[Any]) -> None:
             f"the plan expects {planned} forward passes of the transformer, but the pipeline made {made}. Was the run "
             "interrupted, are steps skipped by a cache or a callback, or does the pipeline draw more than once?"
         )
-
-
-def _graph_too_large(full: torch.OutOfMemoryError) -> ExecutionError:
-    return ExecutionError(
-        f"memory ran out ({full}): gradients keep the graph of every block and step. Give fewer prompts, smaller "
-        "images, through='step', or pipe.transformer.enable_gradient_checkpointing()."
-    )
 
 
 def run_traced(

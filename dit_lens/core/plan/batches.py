@@ -111,6 +111,14 @@ def _out_of_memory(why: str, full: torch.OutOfMemoryError) -> ExecutionError:
     )
 
 
+def graph_too_large(full: torch.OutOfMemoryError) -> ExecutionError:
+    """The error where a graph does not fit, which no smaller batch is tried for."""
+    return ExecutionError(
+        f"memory ran out ({full}): gradients keep the graph of every block and step. Give fewer prompts, smaller "
+        "images, through='step', or pipe.transformer.enable_gradient_checkpointing()."
+    )
+
+
 def narrow(plan: Plan, rows: range, prompts: range, *, asked: bool = True) -> Plan:
     """The part of a plan that concerns some rows of the batch, with those rows numbered from 0.
 

@@ -16,6 +16,7 @@ from functools import wraps
 from typing import Any, Protocol, TypeVar
 
 from dit_lens.arguments.numbers import list_entries, to_int
+from dit_lens.arguments.saving import saved_by
 from dit_lens.errors import OpError, show, warn
 
 
@@ -113,6 +114,8 @@ Opener = Callable[[StudyJob, Callable[[], Mapping[str, Any]]], Share]
 
 class Workers:
     """What carries out a study's cells: ``RayWorkers``, ``ServerWorkers``."""
+
+    save = saved_by("A study that was given out= keeps its cells there, whoever makes them.")
 
     def open(self) -> AbstractContextManager[Opener]:
         """Starts the workers, and ends them at last; what opens a share takes a job, and what describes its model."""
