@@ -135,6 +135,15 @@ def connect(folder, host, timeout=60.0, token=TOKEN, defaults=pipelines.CALL):
     return lens
 
 
+@pytest.fixture(scope="module")
+def here(folder):
+    """A lens on the model that the server has."""
+    lens = DiTLens.from_pretrained(folder)
+    lens.pipe.set_progress_bar_config(disable=True)
+    lens.defaults = dict(pipelines.CALL)
+    return lens
+
+
 @pytest.fixture(scope="session")
 def there(folder, server):
     return connect(folder, server.host)

@@ -227,7 +227,7 @@ def test_names(served, asked, good):
     assert "class" in Served(*served).why_not(key.replace("DiffusionModel", "LanguageModel"))
 
 
-@pytest.mark.parametrize("place", ["/opt/env/dit_lens/toys/weights/", "C:\\env\\dit_lens\\toys\\weights\\"])
+@pytest.mark.parametrize("place", ["/elsewhere/dit_lens/toys/weights/", "C:\\elsewhere\\dit_lens\\toys\\weights\\"])
 def test_a_toy_has_its_name_everywhere(place):
     """Where it lies is of no use to whoever reads the page on another machine."""
     served = Served(f"{place}flux", None, True)

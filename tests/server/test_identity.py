@@ -14,14 +14,6 @@ from tests import pipelines
 from tests.server.conftest import connect
 
 
-@pytest.fixture(scope="module")
-def here(folder):
-    lens = DiTLens.from_pretrained(folder)
-    lens.pipe.set_progress_bar_config(disable=True)
-    lens.defaults = dict(pipelines.CALL)
-    return lens
-
-
 def count(lens):
     """A twin of a lens, and what it ran."""
     twin, made = copy.copy(lens), []

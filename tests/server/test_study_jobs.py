@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 
 import dit_lens as dl
-from dit_lens import DiTLens
 from dit_lens.errors import ExecutionError, OpError
 from dit_lens.studies.shared import server_workers
-from tests import pipelines
 from tests.server.conftest import TOKEN
 
 KEY = {"ndif-api-key": TOKEN}
@@ -25,14 +23,6 @@ CALL = {"k": 3, "draws": 1, "seeds": [0], "num_inference_steps": 1, "batch_size"
 def registered():
     """The judge travels by its source."""
     nnsight.register(sys.modules[__name__])
-
-
-@pytest.fixture(scope="module")
-def here(folder):
-    lens = DiTLens.from_pretrained(folder)
-    lens.pipe.set_progress_bar_config(disable=True)
-    lens.defaults = dict(pipelines.CALL)
-    return lens
 
 
 @pytest.fixture(scope="module")
