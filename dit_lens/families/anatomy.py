@@ -96,15 +96,15 @@ class Anatomy:
         outer = [Site(None, "img", point) for point in MODEL_POINTS if self.why_not(None, "img", point) is None]
         return (*inner, *outer)
 
-    def find_attention(self, block: int) -> tuple[nn.Module, str]:
-        """A block's module, and the order of the streams inside its attention; SiteError if it has no pattern."""
+    def find_attention(self, block: int) -> tuple[str, str]:
+        """A block's path, and the order of the streams inside its attention; SiteError if it has no pattern."""
         stack, index = self._blocks[block]
         if stack.attention not in ("text_first", "image_first", "own"):
             raise SiteError(
                 f"blocks.{block} of {self.family.name} has no pattern of attention: {stack.attention}. Read attn.q and "
                 "attn.k instead."
             )
-        return self.blocks(stack)[index], "ragged" if stack.layout == "ragged" else stack.attention
+        return f"{stack.path}.{index}", stack.key_layout
 
     def find_call(self, block: int, stream: str, keys: str) -> tuple[Site, str]:
         """Where tokens of a stream read those of another in a block, and where these lie among the keys.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,14 +16,14 @@ from dit_lens.arguments.checks import checked
 from dit_lens.arguments.numbers import list_entries, to_int
 from dit_lens.arguments.saving import saved_by
 from dit_lens.core.execution.at_weights import Probe
-from dit_lens.core.execution.attending import tell_cut
+from dit_lens.core.execution.attending import ARGUMENTS, tell_cut
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, show
 from dit_lens.families.layout import find_image_tokens, select_stream
 from dit_lens.families.locations import ImageTokens
 from dit_lens.families.sites import Site
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from dit_lens.core.execution.engine import Engine
     from dit_lens.core.plan.outline import Outline
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from dit_lens.families.locations import GridRule
 
 Edges: TypeAlias = "list[tuple[int, set[int], Tensor, Tensor]]"  # row, heads, queries and keys
-
-ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 @dataclass(frozen=True)
@@ -162,13 +161,7 @@ def read_incoming(
 def _find_attention(lens: Session, blocks: Sequence[int]) -> tuple[dict[int, str], dict[int, str]]:
     """Block -> the path of its module in the transformer, and the order of the streams inside its attention."""
     found = {one: lens.anatomy.find_attention(one) for one in blocks}
-    paths = {one: find_path(lens, module) for one, (module, _) in found.items()}
-    return paths, {one: order for one, (_, order) in found.items()}
-
-
-def find_path(lens: Session, module: nn.Module) -> str:
-    """Where a module is in the transformer."""
-    return next(path for path, one in lens.pipe.transformer.named_modules() if one is module)
+    return {one: path for one, (path, _) in found.items()}, {one: order for one, (_, order) in found.items()}
 
 
 def find_kept(block: int, kept: Collection[int], depth: int) -> int:
@@ -240,7 +233,7 @@ class _Mode(TorchFunctionMode):
 
 
 @dataclass(eq=False)
-class Watch(Probe):
+class Watch(Probe, ABC):
     """Sees the attention of chosen blocks in a run, and keeps what is made of it.
 
     modules: block -> the path, in the transformer, of the module in which its attention is computed.
@@ -280,13 +273,13 @@ class Watch(Probe):
         passes = len(outline.timeline.forwards)
         return cls(planned=outline.steps, forwards=passes, forward=forward, rows=rows, rule=rule, **what)
 
+    @abstractmethod
     def compute(self, given: dict[str, Any]) -> Tensor | None:
         """What is kept of the attention that is called with these arguments, which are of the chosen rows and heads.
 
         Edges that were knocked out are at "cut", if any were (:func:`cut_edges`). None where it is not the one that is
         meant.
         """
-        raise NotImplementedError
 
     @property
     def image(self) -> ImageTokens:

@@ -16,6 +16,7 @@ from dit_lens.analysis.subjects import threshold
 from dit_lens.arguments.checks import checked
 from dit_lens.arguments.saving import saved_by
 from dit_lens.core.execution.at_weights import Probe
+from dit_lens.core.request.attention import mask_edges
 from dit_lens.core.request.division import Division, refuse_several_images
 from dit_lens.core.request.indices import to_indices
 from dit_lens.core.request.ops import Apply, Swap
@@ -30,7 +31,6 @@ from dit_lens.instruments.attention_patterns import (
     cut_edges,
     find_heads,
     find_kept,
-    find_path,
     list_numbers,
     take_head,
 )
@@ -295,8 +295,7 @@ def _find_text_attention(lens: Session, blocks: int | Sequence[int] | None) -> t
             modules[block] = anatomy.locate(crossed[block]).module.removeprefix("transformer.")
             orders[block] = CROSS
         elif all(anatomy.why_not(block, stream, "resid_pre") is None for stream in ("img", "txt")):
-            module, orders[block] = anatomy.find_attention(block)
-            modules[block] = find_path(lens, module)
+            modules[block], orders[block] = anatomy.find_attention(block)
         elif blocks is not None:
             raise SiteError(f"blocks.{block} of {lens.family.name} attends to no text.")
     if not modules:
@@ -350,13 +349,7 @@ def _share_of_marks(given: dict[str, Any], marks: Tensor) -> Tensor:
         del one["cut"]
         lost = None
         if gone is not None:
-            mask = one["attn_mask"]
-            held = gone if mask is None else gone | (~mask if mask.dtype == torch.bool else mask.isneginf())
-            lost = held.all(-1, keepdim=True)
-            if mask is None or mask.dtype == torch.bool:
-                one["attn_mask"] = ~held | lost
-            else:
-                one["attn_mask"] = mask.masked_fill(held, -torch.inf).masked_fill(lost, 0)
+            one["attn_mask"], lost = mask_edges(one["attn_mask"], gone)
         share = scaled_dot_product_attention(**one, value=marks[:, head : head + 1]).float()
         found = found + (share if lost is None else share.masked_fill(lost, 0))[:, 0]
     return found / count

@@ -111,18 +111,28 @@ def knock_out(edit: Edit) -> Tensor:
     if given is not None:
         whole = given.expand(*query.shape[:3], key.shape[2])
         given = torch.stack([whole[row, heads][:, some] for row, some in zip(rows, chosen, strict=True)])
-    lost = ~(allowed if given is None else allowed & (given if given.dtype == torch.bool else ~given.isneginf()))
-    lost = lost.all(-1, keepdim=True)  # queries without any key
-    allowed = allowed | lost
-    if given is None or given.dtype == torch.bool:
-        mask = allowed if given is None else (allowed & given) | lost
-    else:
-        mask = given.masked_fill(~allowed, -torch.inf).masked_fill(lost, 0)
+    mask, lost = mask_edges(given, ~allowed)
     asked = torch.stack([query[row, heads][:, some] for row, some in zip(rows, chosen, strict=True)])
     read = ([one[row, [head // shared for head in heads]] for row in rows] for one in (key, value))
     keys, values = (torch.stack(one) for one in read)
     made = scaled_dot_product_attention(asked, keys, values, attn_mask=mask, scale=call.get("scale"))
     return made.masked_fill(lost, 0).transpose(1, 2).flatten(2).to(edit.old)
+
+
+def mask_edges(mask: Tensor | None, gone: Tensor) -> tuple[Tensor, Tensor]:
+    """An attention mask without some edges, and which queries have no key left: [..., query, 1].
+
+    To these it leaves keys, as attention makes no numbers of none.
+
+    mask: of the call: bool, or added to scores; None for all edges.
+    gone: bool [..., query, key], which edges are left out.
+    """
+    if mask is None or mask.dtype == torch.bool:
+        allowed = ~gone if mask is None else mask & ~gone
+        lost = ~allowed.any(-1, keepdim=True)
+        return allowed | lost, lost
+    lost = (gone | mask.isneginf()).all(-1, keepdim=True)
+    return mask.masked_fill(gone, -torch.inf).masked_fill(lost, 0), lost
 
 
 def _find_tokens(tensor: Tensor, stream: str, layout: str, edit: Edit) -> Tensor:
