@@ -61,7 +61,8 @@ class Guide(Op):
 
     def _check(self) -> None:
         """OpError for what no model has."""
-        if odd := [name for name in ("channels", "tokens", "mask", "steps", "rows", "branch") if self._is_given(name)]:
+        refused = ("channels", "tokens", "mask", "steps", "rows", "branch")
+        if odd := [name for name in refused if getattr(self, name) is not None]:
             raise OpError(
                 f"Guide takes no {odd[0]}=: it guides the whole prediction at every step, so that the twin stays in "
                 "step with its row. Give that to the op that degrades the twin."
@@ -69,9 +70,6 @@ class Guide(Op):
         scale = to_number(self.scale)
         if scale is None or abs(scale) > torch.finfo(torch.float32).max:
             raise OpError(f"Guide: scale={show(self.scale)} is not a finite number.")
-
-    def _is_given(self, name: str) -> bool:
-        return getattr(self, name) is not None
 
     def lower(self, at: Lowering) -> Lowered:
         if at.site != "velocity":
