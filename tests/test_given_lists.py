@@ -15,7 +15,8 @@ from dit_lens.errors import DitLensError, OpError, PromptError
 from tests import pipelines
 
 PAIR = ("red", "blue")
-FEW = {"k": 2, "num_inference_steps": 2, "seeds": [0]}
+NO_K = {"num_inference_steps": 2, "seeds": [0]}
+FEW = {"k": 2, **NO_K}
 SOURCE = [Image.new("RGB", (48, 32), colour) for colour in ("red", "red", "blue")]
 
 
@@ -36,6 +37,9 @@ STUDIES = {
     "carrier_or_detail": lambda lens, **given: studies.carrier_or_detail(
         lens, **{"prompts": list(PAIR), "draws": 1, "judge": lambda *_: {"fidelity": 0.5}, **FEW, **given}
     ),
+    "blocks": lambda lens, **given: studies.blocks(
+        lens, **{"prompts": ["red"], "site": "blocks.3.img", "parts": "mlp", **NO_K, **given}
+    ),
     "patching": lambda lens, **given: studies.patching(
         lens, **{"pairs": [PAIR], "site": "blocks.3.img", "attribute": (), **FEW, **given}
     ),
@@ -47,7 +51,7 @@ STUDIES = {
     ),
     "sweep": lambda lens, **given: studies.sweep("stability", lens, ["red"], **{"num_inference_steps": 2, **given}),
 }
-PROMPTED = ("disruption", "stability", "organisation", "write_attribution", "carrier_or_detail")
+PROMPTED = ("disruption", "blocks", "stability", "organisation", "write_attribution", "carrier_or_detail")
 PAIRED = ("patching", "transfer", "transfer_image")
 TWICE = [
     *((study, "prompts", ["red", "blue", "red"]) for study in PROMPTED),
@@ -59,6 +63,7 @@ TWICE = [
     ("transfer", "strengths", [0.12345671, 0.12345672]),
     ("stability", "scores", ["|mean|", "rms", "|mean|"]),
     ("patching", "attribute", ["run", "run"]),
+    ("blocks", "parts", ["mlp", "mlp"]),
     ("sweep", "over", {"k": [2, 2]}),
     ("sweep", "over", {"stable": [1, 0.5, 1.0]}),
     ("sweep", "over", {"seeds": [[0], 0]}),

@@ -2,6 +2,7 @@
 
 from dit_lens.old_names import find_old_names
 from dit_lens.plots.basis import basis_figure
+from dit_lens.plots.blocks import blocks_figure
 from dit_lens.plots.carrier_or_detail import carrier_or_detail_figure
 from dit_lens.plots.channels import block_channel_map, channel_histogram, channel_spectrum
 from dit_lens.plots.disruption import disruption_figure
@@ -21,6 +22,7 @@ __all__ = [
     "TEMPLATE",
     "basis_figure",
     "block_channel_map",
+    "blocks_figure",
     "carrier_or_detail_figure",
     "channel_histogram",
     "channel_spectrum",

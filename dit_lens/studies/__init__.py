@@ -4,6 +4,7 @@ from typing import Any
 
 from dit_lens.old_names import warn_of_old_name
 from dit_lens.studies.basis import basis
+from dit_lens.studies.blocks import blocks
 from dit_lens.studies.carrier_or_detail import carrier_or_detail
 from dit_lens.studies.disruption import disruption
 from dit_lens.studies.model_report import ModelReport
@@ -30,6 +31,7 @@ __all__ = [
     "Result",
     "Thresholds",
     "basis",
+    "blocks",
     "carrier_or_detail",
     "disruption",
     "merge",

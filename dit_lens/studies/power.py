@@ -83,7 +83,7 @@ def power(
 def _pair(result: Result, measure: str | None, base: str) -> dict[str, np.ndarray]:
     """Arm -> by how much ``base`` exceeds it in every prompt, over what they share of seeds."""
     table = result.table
-    if "part" in table and "effect" in table:  # whose rows are of several edits and parts
+    if "part" in table and ("effect" in table or "block" in table):  # whose rows are of several edits and parts
         raise OpError(
             f"a result of {result.study} asks several questions. Give the spread of one, such as "
             "power(result.summary['spread'].iloc[3], difference=0.1)."

@@ -19,6 +19,7 @@ MADE = {
     "transfer": ([[(CROSS, CIRCLE)]], {"draws": 1, "strengths": [0.5], "mask_from": None, "steps": 0, **CALL}),
     "stability": ([PROMPTS], {"seeds": [0, 3], "site": "blocks[6:8].img", **CALL}),
     "write_attribution": ([PROMPTS], {"site": "blocks.2.img", **CALL}),
+    "blocks": ([PROMPTS], {"parts": ["mlp"], "site": "blocks.2.img", "draws": 0, "num_inference_steps": 1}),
     "patching": ([[(CROSS, CIRCLE)]], {"over": "block x step", "attribute": (), **CALL}),
 }
 

@@ -217,6 +217,7 @@ STUDIES = {
     "basis": lambda lens, some, _: dl.studies.basis(
         lens, some[:1], k=2, energies=0.2, bases=["relevant"], draws=1, **ONE
     ),
+    "blocks": lambda lens, some, _: dl.studies.blocks(lens, some[:1], ablation="mean", **ONE),
     "organisation": lambda lens, some, _: dl.studies.organisation(
         lens, some[:1], k=2, draws=1, words=some[0].split()[-1], masks=half, **ONE
     ),

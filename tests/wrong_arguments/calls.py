@@ -249,6 +249,7 @@ def _pictures():
         "organisation_figure": ["block", "arm", "n", "iou", "iou_low", "iou_high"],
         "transfer_figure": ["k", "arm", "strength", "masked", "n"],
         "transfer_image_figure": ["k", "arm", "strength", "masked", "n"],
+        "blocks_figure": ["part", "block", "measure", "n", "damage", "noise", "needed", "specific"],
         "patching_figure": ["kind", "row", "column", "n", "effect"],
         "stability_figure": ["step", "block", "n", "jaccard"],
         "carrier_or_detail_figure": ["measure", "part", "n", "value"],
@@ -258,6 +259,7 @@ def _pictures():
     }
     tables = {name: pd.DataFrame([dict.fromkeys(columns, 1.0) | {"arm": "top"}]) for name, columns in summaries.items()}
     options = {
+        "blocks_figure": {"measure": "1.0"},
         "carrier_or_detail_figure": {"bound": 0.1},
         "transfer_figure": {"k": 1},
         "transfer_image_figure": {"k": 1},
@@ -691,6 +693,18 @@ def _studies(lens):
                 "distances": ["rmse"],
                 "judge": None,
                 "protocol": None,
+            },
+        ),
+        "studies.blocks": (
+            None,
+            {
+                **{name: value for name, value in common.items() if name != "k"},
+                "parts": ["mlp"],
+                "draws": 1,
+                "steps": None,
+                "ablation": "skip",
+                "distances": ["rmse"],
+                "judge": None,
             },
         ),
         "studies.organisation": (

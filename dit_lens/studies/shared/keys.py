@@ -18,6 +18,7 @@ _FORMS = (
     ("step", "block", "arm", "draw"),
     ("edit", "arm", "part"),  # carrier_or_detail
     ("row", "column", "draw"),  # patching
+    ("block", "arm", "part"),  # blocks
 )
 _NUMBER, _WORD, _EITHER = r"\d+", r"[^/]*[^/\d][^/]*", r"[^/]+"
 _PATTERNS = {

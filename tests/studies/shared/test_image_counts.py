@@ -15,6 +15,7 @@ JUDGED = {"judge": lambda image, _: {"fidelity": np.asarray(image).mean() / 255}
 STUDIES = {
     "stability": {"prompts": PROMPTS, "k": 3, "seeds": [0, 1]},
     "disruption": {"prompts": PROMPTS[:2], **FEW, "ablation": "resample"},
+    "blocks": {"prompts": PROMPTS[:2], "parts": "attention", "site": "blocks[1:3].img", "draws": 2, "batch_size": 1},
     "organisation": {"prompts": PROMPTS, **FEW, "masks": lambda *_: np.eye(32, 48, dtype=bool)},
     "transfer": {"pairs": PAIRS, **FEW, "draws": 0, "strengths": [0.5, 1.0], "mask_from": None},
     "patching": {"pairs": PAIRS, **FEW, "batch_size": 12, "over": "block x channel group"},
