@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_BLOCK = re.compile(
+BLOCK = re.compile(
     r"^```(?P<kind>python|pycon)\n(?P<code>.*?)^```\n(?:\n!\[[^\]]*\]\((?P<image>[^)]+)\))?", re.MULTILINE | re.DOTALL
 )
 _OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -24,14 +24,14 @@ def run(page: Path) -> Iterator[tuple[Path, Any]]:
     """Runs the blocks of a page in one namespace; yields the images that follow blocks, with what they show."""
     text = page.read_text("utf-8")
     names: dict[str, Any] = {"__name__": "__main__"}
-    for block in _BLOCK.finditer(text):
+    for block in BLOCK.finditer(text):
         line = text.count("\n", 0, block.start("code"))
-        value = (_checked if block["kind"] == "pycon" else _executed)(block["code"], names, page, line)
+        value = (_checked if block["kind"] == "pycon" else execute)(block["code"], names, page, line)
         if block["image"]:
             yield page.parent / block["image"], value
 
 
-def _executed(code: str, names: dict[str, Any], page: Path, line: int) -> Any:
+def execute(code: str, names: dict[str, Any], page: Path, line: int) -> Any:
     """Runs a block; returns what its last line is worth. Tracebacks point into the page."""
     tree = ast.increment_lineno(ast.parse(code), line)
     last = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None

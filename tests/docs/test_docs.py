@@ -14,7 +14,7 @@ import pytest
 from PIL.Image import Image
 
 import dit_lens as dl
-from docs import blocks
+from docs import blocks, gallery
 from notebooks.build import REPOSITORY
 from tests.browser import page as opened
 
@@ -22,7 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 WRITTEN = [README, *sorted(DOCS.rglob("*.md"))]
-RUN = [path for path in WRITTEN if re.search(r"^```py", path.read_text("utf-8"), re.MULTILINE)]
+RUN = [
+    path
+    for path in WRITTEN
+    if path.parent != gallery.HERE and re.search(r"^```py", path.read_text("utf-8"), re.MULTILINE)
+]
 LESSON = next(path.stem for path in sorted((ROOT / "notebooks").glob("*.py")) if path.stem != "build")
 ERRORS = {
     name: error
