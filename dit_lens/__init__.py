@@ -47,6 +47,8 @@ _WHERE = {
     "Add": "core.request.ops",
     "Skip": "core.request.ops",
     "AttentionMask": "core.request.ops",
+    "Feature": "core.request.ops",
+    "ReadFeatures": "core.request.ops",
     "Guide": "core.request.ops",
     "Swap": "core.request.ops",
     "Resample": "core.request.ops",
@@ -70,6 +72,7 @@ _WHERE = {
 _MODULES = {
     "channels": "analysis.channels",
     "clusters": "analysis.clusters",
+    "dictionaries": "core.request.dictionaries",
     "metrics": "analysis.metrics",
     "errors": "errors",
     "explorer": "explorer",
@@ -91,6 +94,7 @@ __all__ = [
     "ChannelSet",
     "DiTLens",
     "Family",
+    "Feature",
     "Grid",
     "Guidance",
     "Guide",
@@ -99,6 +103,7 @@ __all__ = [
     "PointSpec",
     "RayWorkers",
     "Read",
+    "ReadFeatures",
     "Readout",
     "Receipt",
     "Resample",
@@ -117,6 +122,7 @@ __all__ = [
     "channels",
     "clusters",
     "compare",
+    "dictionaries",
     "encode_prompts",
     "errors",
     "explore",
@@ -142,14 +148,16 @@ if TYPE_CHECKING:
     from dit_lens.analysis import channels, clusters, metrics
     from dit_lens.analysis.channels import ChannelSet
     from dit_lens.core.jobs import Job
-    from dit_lens.core.request import ops
+    from dit_lens.core.request import dictionaries, ops
     from dit_lens.core.request.ops import (
         Add,
         Apply,
         AttentionMask,
+        Feature,
         Guide,
         MeanAblate,
         Read,
+        ReadFeatures,
         Resample,
         Scale,
         Skip,

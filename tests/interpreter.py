@@ -66,7 +66,7 @@ class Interpreter:
     def named_once(self, op) -> list[str]:
         """The sites of an op. An edit acts once on a tensor that has two names, by the first of them."""
         sites = self.wiring.expand(op.site)
-        if type(op).__name__ == "Read":
+        if is_read(op):
             return sites
         if type(op).__name__ == "AttentionMask":  # done where attention is called
             return []
@@ -236,7 +236,7 @@ class Interpreter:
                 factor = 1.0
                 if gate is not None:
                     factor = torch.stack([gate[row, span] for row, span in zip(rows, spans, strict=True)])
-                if type(op).__name__ == "Read":
+                if is_read(op):
                     self.read(number, op, site, branch, x * factor)
                     continue
                 edited = True
@@ -271,7 +271,7 @@ class Interpreter:
 
     def branches_of(self, op, site) -> list[str]:
         """Reads take cond, edits both, and what comes from a run the branches that the run read."""
-        default = "cond" if type(op).__name__ == "Read" else "both"
+        default = "cond" if is_read(op) else "both"
         given = source_of(op)
         there = reading_of(given, site).branches if was_read(given) else tuple(added(op, site, {}))
         if there:
@@ -316,11 +316,12 @@ class Interpreter:
     def read(self, number, op, site, branch, x):
         for here, rows, tokens in self.batch_groups(op, site):
             kept = x[outer(rows, tokens, self.channels_of(op, site))].clone()
+            kept = activations(op, kept) if hasattr(op, "features") else kept
             kept = kept if op.reduce is None else reduced(kept, op.reduce)
             self.pieces[number, site, self.step, branch] += zip(here, kept, strict=True)
 
     def edit(self, number, op, site, branch, x, gate):
-        if getattr(op, "strength", 1) == 0:
+        if getattr(op, "strength", 1) == 0 or (type(op).__name__ == "Feature" and (op.scale, op.add) == (1, 0)):
             return x
         touched = self.outcome.touched[number, site, branch]
         size = (self.rows, *x.shape[1:])
@@ -344,6 +345,9 @@ class Interpreter:
         if kind == "Guide":
             pushed = old[:1] + op.scale * (old[:1] - old[1:]) if branch == "cond" else old[:1]
             return pushed.expand_as(old)
+        if kind == "Feature":
+            change = (op.scale - 1) * activations(op, old) + op.add
+            return (old.float() + change @ op.dictionary.decoder[as_list(op.features)]).to(old.dtype)
         if kind == "Scale":
             return old * op.factor
         if kind == "Add":
@@ -396,7 +400,7 @@ class Interpreter:
     def put_reads_together(self):
         """[step, row, token, channel], or [step, branch, row, token, channel] with cond first; rows as named."""
         for number, op in enumerate(self.ops):
-            if type(op).__name__ != "Read":
+            if not is_read(op):
                 continue
             both, found = op.branch == "both", {}
             for site in self.sites[number]:
@@ -413,6 +417,17 @@ class Interpreter:
         """Rows of one read, whichever batches they came from."""
         pieces = dict(self.pieces[key])
         return torch.stack([pieces[row] for row in rows])
+
+
+def is_read(op) -> bool:
+    return type(op).__name__ in ("Read", "ReadFeatures")
+
+
+def activations(op, x):
+    """How much of the features of an op is in x, by an autoencoder of rectified units."""
+    of = op.dictionary
+    every = ((x.float() - of.decoder_bias) @ of.encoder + of.encoder_bias).clamp_min(0)
+    return every if op.features is None else every[..., as_list(op.features)]
 
 
 def as_list(chosen) -> list:

@@ -34,6 +34,7 @@ CLASSES = [
     "ChannelSet",
     "DataFrame",
     "DiTLens",
+    "Dictionary",
     "DiffusionPipeline",
     "Engine",
     "Example",

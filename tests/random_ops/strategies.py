@@ -1,5 +1,6 @@
 """Random runs with random legal ops."""
 
+from functools import partial
 from itertools import pairwise, product
 from math import prod
 
@@ -8,7 +9,23 @@ import torch
 from hypothesis import strategies as st
 
 import dit_lens as dl
-from dit_lens import Add, Apply, AttentionMask, Guide, MeanAblate, Read, Resample, Scale, Skip, Swap, TokenMean, Zero
+from dit_lens import (
+    Add,
+    Apply,
+    AttentionMask,
+    Feature,
+    Guide,
+    MeanAblate,
+    Read,
+    ReadFeatures,
+    Resample,
+    Scale,
+    Skip,
+    Swap,
+    TokenMean,
+    Zero,
+)
+from dit_lens.dictionaries import Dictionary
 from tests.random_ops.scenarios import (
     FUNCTIONS,
     PROMPTS,
@@ -50,7 +67,8 @@ def scenarios(draw, name: str):
     if draw(st.booleans()):
         last = draw(st.sampled_from([subject.watched, subject.watched, subject.readable]))
         scenario.ops.append(Read(last, branch=draw(branches(scenario, read=True)), name="all"))
-    plain = not any(isinstance(op, Apply) or hasattr(source_of(op), "readings") for op in scenario.ops)
+    unsaved = (Apply, Feature, ReadFeatures)
+    plain = not any(isinstance(op, unsaved) or hasattr(source_of(op), "readings") for op in scenario.ops)
     scenario.way = draw(st.sampled_from(["ops", "ops", "trace", "json"] if plain else ["ops", "trace"]))
     scenario.saved, scenario.told = draw(st.integers(0, 3)) == 0, draw(st.integers(0, 3)) == 0
     return scenario
@@ -72,8 +90,9 @@ def ops(draw, scenario: Scenario, focus: str, calls: list):
     """One op of any kind."""
     kinds = [Read, Read, Zero, Scale, Add, "row", "row", "tensor", "run", "site", "site"]
     kinds += ["edges"] * bool(scenario.subject.wiring.attentions) + ["twins"] * bool(list_twins(scenario))
-    kind = draw(st.sampled_from([*kinds, Resample, TokenMean, MeanAblate, Apply]))
+    kind = draw(st.sampled_from([*kinds, Resample, TokenMean, MeanAblate, Apply, Feature, ReadFeatures]))
     composed = {"site": site_swaps, "edges": masks_of_edges, "twins": guidances}
+    composed |= {kind: partial(features, kind=kind, focus=focus) for kind in (Feature, ReadFeatures)}
     if kind in composed:
         return draw(composed[kind](scenario))
     if kind == "run" or (kind in (Resample, MeanAblate) and draw(st.booleans())):
@@ -100,6 +119,30 @@ def ops(draw, scenario: Scenario, focus: str, calls: list):
     if kind is Apply:
         return Apply(pattern, fn=Applied(draw(st.sampled_from(list(FUNCTIONS))), calls), **where)
     return Zero(pattern, **where)
+
+
+@st.composite
+def features(draw, scenario: Scenario, kind, focus: str):
+    """Some features of a random autoencoder, of all channels: scaled and added, or read."""
+    places = scenario.subject.wiring.places
+    writes = ("any",) if kind is Feature else ("any", "linear", "none")
+    allowed = [site for site, place in places.items() if place.writes in writes]
+    found = scenario.subject.wiring.expand(draw(patterns(scenario.subject, allowed, focus)))
+    width, seed = places[found[0]].width, draw(st.integers(0, 9))
+    sites = [site for site in found if places[site].width == width]
+    where = draw(selections(scenario, sites, words=True, same=kind is ReadFeatures))
+    word = isinstance(where["tokens"], str)
+    where["branch"] = draw(branches(scenario, read=kind is ReadFeatures, word=word))
+    encoder, decoder = values(seed, (width, 12)) / width**0.5, values(seed + 1, (12, width)) / 12
+    dictionary = Dictionary(encoder, values(seed, (12,)), decoder, values(seed, (width,)))
+    where["channels"], chosen = None, draw(some(12, every=False))
+    if kind is Feature:
+        scale, add = draw(st.sampled_from([(0, 0), (1, 0), (-1, 0.0), (0, 2), (1, 0.5), (1.5, 0)]))
+        return Feature(sites, dictionary, chosen, scale, add, **where)
+    if word:
+        where["branch"] = "cond"
+    reduce = draw(st.sampled_from([None, *REDUCTIONS]))
+    return ReadFeatures(sites, dictionary, chosen, name=f"read {len(scenario.ops)}", reduce=reduce, **where)
 
 
 @st.composite

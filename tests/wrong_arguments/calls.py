@@ -22,9 +22,11 @@ ELSEWHERE = {
         "Add",
         "Apply",
         "AttentionMask",
+        "Feature",
         "Guide",
         "MeanAblate",
         "Read",
+        "ReadFeatures",
         "Resample",
         "Scale",
         "Skip",
@@ -53,7 +55,10 @@ ELSEWHERE = {
         "Add.prepare",
         "Apply.lower",
         "MeanAblate.lower",
+        "Feature.lower",
+        "Feature.does_nothing",
         "Read.lower",
+        "ReadFeatures.lower",
         "Resample.lower",
         "Scale.lower",
         "AttentionMask.prepare",
@@ -65,9 +70,15 @@ ELSEWHERE = {
         "TokenMean.lower",
         "Zero.lower",
         "ops.Edit",
+        "ops.Edit.*",
         "ops.Lowering",
         "ops.Lowering.*",
         "ops.to_real_tensor",
+    ],
+    "what files of dictionaries become: given by the library": [
+        "dictionaries.Dictionary.choose",
+        "dictionaries.Dictionary.parts",
+        "dictionaries.Dictionary.stored_in",
     ],
     "results, which the library makes": [
         "Run",
@@ -173,6 +184,28 @@ def _data():
         "channels.share_channels": (None, {"scores": site, "energy": site, "share": 0.5, "score": "rms"}),
         "channels.top_channels": (None, {"scores": site, "energy": site, "k": 2, "score": "rms"}),
         "channels.top_median_ratio": (None, {"scores": torch.rand(4)}),
+        "dictionaries.Dictionary": (
+            None,
+            {
+                "encoder": torch.rand(4, 3),
+                "encoder_bias": torch.rand(3),
+                "decoder": torch.rand(3, 4),
+                "decoder_bias": torch.rand(4),
+                "activation": "topk",
+                "threshold": None,
+                "k": 2,
+                "centred": True,
+                "normalisation": "layer_norm",
+                "time": {},
+                "transcoder": False,
+                "origin": "",
+            },
+        ),
+        "dictionaries.Dictionary.encode": (
+            dictionary().encode,
+            {"x": torch.rand(2, 4), "features": [1], "sigma": 0.5},
+        ),
+        "dictionaries.Dictionary.reconstruct": (dictionary().reconstruct, {"x": torch.rand(2, 4), "sigma": 0.5}),
         "clusters.segment": (
             None,
             {"x": x, "grid": (4, 4), "n_clusters": 2, "polarity": "heat", "method": "minmax", "seed": 0},
@@ -224,6 +257,10 @@ def _data():
             },
         ),
     }
+
+
+def dictionary():
+    return dl.dictionaries.Dictionary(torch.eye(4), torch.zeros(4), torch.eye(4), torch.zeros(4))
 
 
 class Colours(torch.nn.Module):
@@ -361,6 +398,8 @@ def _stored(folder):
     there = dl.DiTLens.remote(dl.toys.path("flux"), host="http://localhost:1")
     return {
         "Receipt.from_json": (None, {"data": []}),
+        "dictionaries.Dictionary.save": (dictionary().save, {"file": folder / "d.safetensors"}),
+        "dictionaries.load": (None, {"path": dictionary().save(folder / "e.safetensors"), "transcoder": None}),
         "Steering.save": (steering.save, {"file": folder / "x.safetensors"}),
         "Steering.load": (dl.Steering.load, {"file": folder / "none.safetensors"}),
         "studies.Result.save": (saved_result().save, {"folder": folder / "new-result", "overwrite": True}),

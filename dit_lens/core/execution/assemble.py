@@ -112,6 +112,7 @@ def _assemble_read(
         reduce=read.reduce,
         shape_of_grid=grid if read.image else None,
         masks=masks,
+        features=read.features,
     )
 
 

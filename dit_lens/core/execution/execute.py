@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from dit_lens.core.execution.attending import Attending
 from dit_lens.core.execution.clock import Clock, Moment
 from dit_lens.core.execution.comparisons import check_recorded, check_rows, check_sizes, match_rows, sum_arguments
+from dit_lens.core.request.dictionaries.encode import encode, find_level, place_parts
 from dit_lens.core.request.ops import EDITS, Edit
 from dit_lens.core.request.reduce import reduce_tokens
 from dit_lens.families.layout import (
@@ -323,6 +324,8 @@ def store_read(stream: Tensor, action: Action, part: Part, context: Context, the
     """
     check_sizes(stream, action, part, (context.moment.step, there))
     chosen = take(stream, action["rows"], action["tokens"], action["channels"], context.indices).detach()
+    if "key" in action:
+        chosen = read_features(chosen, action["key"], context)
     reduce, mask = action.get("reduce"), find_mask(stream, action, part, context)
     if reduce is not None and not chosen.shape[1]:
         raise PlanMismatchError(f"{part['name']} has no tokens to reduce at step {context.moment.step}")
@@ -333,6 +336,13 @@ def store_read(stream: Tensor, action: Action, part: Part, context: Context, the
     context.store["reads"][key] = kept
     if reduce is None and mask is not None:
         context.store["masks"][key] = mask
+
+
+def read_features(tokens: Tensor, key: str, context: Context) -> Tensor:
+    """How much of a dictionary's features is in tokens. key: of the dictionary in the payload."""
+    parts = place_parts(context.payload[key], key, tokens.device, context.indices)
+    level = find_level(context.arguments, context.program["time"]) if parts["time"] else None
+    return encode(parts, tokens, level)[0]
 
 
 def predict_x0(predicted: Tensor, rows: range, context: Context) -> Tensor:
@@ -374,7 +384,7 @@ def edit(
     old = take(stream, *where)
     given = Edit(old, stream, action, hook, context.payload, context.indices, mask, context.held)
     given.call, given.image = context.call, context.image
-    given.inputs, given.grid = context.arguments, context.program["grid"]
+    given.inputs, given.grid, given.time = context.arguments, context.program["grid"], context.program["time"]
     new = EDITS[action["kind"]](given)
     factor = None if gate is None else take(gate, *where)
     before = measure_norm(old, factor)

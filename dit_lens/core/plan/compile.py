@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dit_lens.core.plan.aliases import name_once, without_name
 from dit_lens.core.plan.lowering import SiteLowering, check_allowed, check_keys, check_origin
 from dit_lens.core.plan.selection import Group, select_channels, select_groups, select_rows
-from dit_lens.core.request.ops import EDITS, OPS, Op, Read, SigmaInterval
+from dit_lens.core.request.ops import EDITS, OPS, Op, Read, ReadFeatures, SigmaInterval
 from dit_lens.core.runs.record import is_text
 from dit_lens.errors import DitLensError, OpError
 from dit_lens.families import Anatomy
@@ -35,6 +35,7 @@ class PlannedRead:
     tokens: None means all; branch -> those of each row, where they are not the same in all.
     reduce: how tokens are reduced, as it was asked for.
     image: whether it holds image tokens.
+    features: whether its channels are features of a dictionary.
     groups: (branch, row) of each group, where tokens are chosen by the text.
     """
 
@@ -49,6 +50,7 @@ class PlannedRead:
     tokens: tuple[int, ...] | dict[str, tuple[tuple[int, ...], ...]] | None
     reduce: str | None
     image: bool
+    features: bool = False
     groups: tuple[tuple[str, int], ...] = ()
 
 
@@ -240,6 +242,7 @@ class _Compiler:
             raise OpError(
                 f"branch='both': this call has only the {timeline.branches[0]!r} branch, as {why}. Leave branch= out."
             )
+        kept = dict.fromkeys(channels, op.dictionary.choose(op.features)) if isinstance(op, ReadFeatures) else channels
         self.reads.append(
             PlannedRead(
                 op=number,
@@ -249,13 +252,14 @@ class _Compiler:
                 branches=tuple(timeline.select_branches(op.default_branch if op.branch is None else op.branch)),
                 both=op.branch == "both",
                 rows=tuple(select_rows(op, self.outline) or range(self.outline.rows)),
-                channels={site.name: None if chosen is None else tuple(chosen) for site, chosen in channels.items()},
+                channels={site.name: None if chosen is None else tuple(chosen) for site, chosen in kept.items()},
                 tokens=list_tokens(
                     [group.branch if group.at is None else group.at[0] for group in groups],
                     [group.tokens for group in groups],
                 ),
                 reduce=op.reduce,
                 image=any(site.is_image for site in channels),
+                features=isinstance(op, ReadFeatures),
                 groups=tuple((group.branch, (group.rows or [0])[0]) for group in groups if group.branch is not None),
             )
         )

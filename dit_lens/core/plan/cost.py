@@ -97,7 +97,7 @@ def _read_bytes(read: PlannedRead, anatomy: Anatomy, outline: Outline, dtype: to
         tokens = outline.tokens(site.stream) if read.tokens is None else _longest(read.tokens)
         tokens = 1 if site.point.startswith("mod.") else tokens  # one vector for each image
         known &= tokens is not None
-        total += dtype.itemsize * tensors * channels * (tokens or 1)
+        total += (4 if read.features else dtype.itemsize) * tensors * channels * (tokens or 1)
     return total, known
 
 

@@ -106,6 +106,11 @@ class SiteLowering:
             found.append((branch, action))
         return found
 
+    def hold(self, source: str) -> str:
+        return find_source(
+            self.anatomy, self.where, source, self.anatomy.channels(self.anatomy.find_site(source)), None
+        )
+
     def attend(self, keys: str, tokens: Any, mask: Any) -> Lowered:
         block, stream = self.where.block or 0, self.where.stream
         if self.group.tokens == []:

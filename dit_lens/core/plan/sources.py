@@ -125,6 +125,11 @@ def _check_family(what: str, family: str | None, wanted: Wanted) -> None:
 
 def _from_reading(reading: Reading, grid: tuple[int, ...] | None, wanted: Wanted) -> Values:
     """What a read holds for an op. grid: image tokens of the run it is from."""
+    if reading.features:
+        raise OpError(
+            f"{wanted.op}: the source read features of a dictionary at {wanted.name}, which are no channels. Read the "
+            "site itself."
+        )
     if wanted.means:
         if reading.reduce != "mean":
             raise OpError(

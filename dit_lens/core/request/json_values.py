@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.arguments.numbers import to_int, to_number
+from dit_lens.core.request.dictionaries import formats
 from dit_lens.core.request.directions import Directions
 from dit_lens.core.request.indices import is_span, list_indices, list_items
 from dit_lens.core.request.token_set import TokenSet
@@ -64,7 +65,7 @@ def to_plain(value: Any) -> Any:
 
 
 def _plain_source(value: Any) -> dict[str, Any]:
-    """What names its parts: a read, a Run (by its folder), or any mapping."""
+    """What names its parts: a read, a Run or a Dictionary (by where it is stored), or any mapping."""
     if (reading := find_reading(value)) is not None:
         masks = {f"mask/{site}": mask for site, mask in reading.masks.items()}
         tensors = {name: to_plain(tensor) for name, tensor in (reading.tensors | masks).items()}
@@ -165,6 +166,7 @@ _FORMS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "slice": lambda value: slice(*value["slice"]),
     "fraction": lambda value: tuple(value["fraction"]),
     "directions": _read_directions,
+    "dictionary": formats.load_reference,
     "reading": _read_reading,
     "mapping": _read_mapping,
     "array": _read_array,

@@ -18,7 +18,9 @@ from dit_lens.arguments.saving import saved_by
 from dit_lens.core.request.indices import list_items
 from dit_lens.core.request.token_set import TokenSet
 from dit_lens.errors import OpError
+from dit_lens.families.layout import PlanMismatchError
 from dit_lens.families.sites import Pattern
+from dit_lens.families.tensors import take
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from dit_lens.core.runs.reading import Reading
     from dit_lens.core.runs.run import Run
     from dit_lens.families import Anatomy
-    from dit_lens.families.locations import GridRule, ImageTokens
+    from dit_lens.families.locations import GridRule, ImageTokens, TimeRule
     from dit_lens.families.sites import Site
 
 Channels: TypeAlias = "int | Sequence[int] | Mapping[str, Sequence[int]] | None"
@@ -46,7 +48,7 @@ class ActionDetails(TypedDict, total=False):
     kind: "Read", or the name of an edit (``dit_lens.ops.EDITS``).
     reduce: how a read is reduced over tokens (``core.request.reduce``).
     key_tokens: for every step, or for all, and for every target row the keys that it no longer reads; None: all.
-    key: under which the payload holds an edit's tensor or function.
+    key: under which the payload holds an edit's tensor or function, or the dictionary whose features are meant.
     source_rows: for every target row the row its values come from.
     source_tokens: the tokens there, where they are not those that are replaced.
     held: the site of the same forward pass that the values come from.
@@ -103,6 +105,10 @@ class Lowering(Protocol):
 
         strength: in (0, 1]; 1 assigns.
         """
+        ...
+
+    def hold(self, source: str) -> str:
+        """The name of a site computed before, of the same stream, whose tokens an edit is given as well."""
         ...
 
     def attend(self, keys: str, tokens: Any, mask: Any) -> Lowered:
@@ -227,12 +233,14 @@ class Edit:
     image: where image tokens are in this forward pass.
     inputs: the arguments of the forward pass, (args, kwargs).
     grid: how image tokens are found in them.
+    time: how the time is.
     """
 
     call: dict[str, Any]
     image: ImageTokens
     inputs: tuple[tuple, dict]
     grid: GridRule
+    time: TimeRule
 
     def __init__(
         self,
@@ -247,6 +255,18 @@ class Edit:
     ):
         self.old, self.stream, self.action, self.mask = old, stream, action, mask
         self.hook, self.payload, self.indices, self.held = hook, payload, indices, held or {}
+
+    def take_held(self, channels: list[int] | None) -> Tensor:
+        """The same rows and tokens of the tensor that the action holds, with some of its channels; None means all."""
+        source, action = self.held[self.action["held"]], self.action
+        if source.shape[1] != self.stream.shape[1]:
+            raise PlanMismatchError(
+                f"{self.hook.name} has {self.stream.shape[1]} tokens at step {self.hook.step}, and {action['held']} "
+                f"{source.shape[1]}"
+            )
+        rows = len(self.stream)
+        own = source[action["branch_index"] * rows :][:rows]
+        return take(own, action["rows"], action["tokens"], channels, self.indices)
 
 
 def _as_list(value: Any, name: str) -> Any:

@@ -22,6 +22,7 @@ from dit_lens.arguments.functions import name_of, takes
 from dit_lens.arguments.numbers import to_int, to_number
 from dit_lens.arguments.signatures import told_fields
 from dit_lens.core.request.attention import AttentionMask, knock_out
+from dit_lens.core.request.feature import Feature, add_feature
 from dit_lens.core.request.guide import Guide, guide
 from dit_lens.core.request.json_values import SigmaInterval, from_plain, to_plain
 from dit_lens.core.request.op import (
@@ -42,7 +43,7 @@ from dit_lens.core.request.op import (
     to_real_tensor,
     to_strength,
 )
-from dit_lens.core.request.reduce import parse
+from dit_lens.core.request.reads import Read, ReadFeatures
 from dit_lens.errors import DitLensError, OpError, nearest, show
 from dit_lens.families.layout import PlanMismatchError
 from dit_lens.families.tensors import take
@@ -61,6 +62,7 @@ __all__ = [
     "Branch",
     "Channels",
     "Edit",
+    "Feature",
     "Guide",
     "Lowered",
     "Lowering",
@@ -69,6 +71,7 @@ __all__ = [
     "Op",
     "Pattern",
     "Read",
+    "ReadFeatures",
     "Resample",
     "Rows",
     "Scale",
@@ -95,41 +98,6 @@ def sigma(high: float, low: float) -> SigmaInterval:
     SigmaInterval(high=1.0, low=0.3)
     """
     return SigmaInterval(high, low)
-
-
-@told_fields
-@dataclass(frozen=True, eq=False, repr=False)
-class Read(Op):
-    """Keeps the values at a site: [step, row, token, channel], or [step, row, channel, ...] after a reduction.
-
-    reduce: how tokens are reduced on the model's device: "mean", "|mean|", "mean|x|", "rms", "max", "p99.9",
-        "quantile(0.1,0.9)", "histogram(-10,10,64)", "topk(12)"; None keeps every token.
-    name: the key of the result; the site's own name by default.
-    """
-
-    reduce: str | None = field(default=None, kw_only=True)
-    name: str | None = field(default=None, kw_only=True)
-
-    default_branch: ClassVar[str] = "cond"
-    edits: ClassVar[bool] = False
-
-    def lower(self, at: Lowering) -> Lowered:
-        return at.on_branches(kind="Read", reduce=self._parse(at))
-
-    def _parse(self, at: Lowering) -> list[Any] | None:
-        """The reduction in its plain form, checked against the site."""
-        if self.reduce is None:
-            return None
-        try:
-            spec = parse(self.reduce)
-        except ValueError as problem:
-            raise OpError(f"reduce={self.reduce!r}: {problem}") from None
-        if spec[0] == "topk" and spec[1] > at.size:
-            raise OpError(
-                f"reduce={self.reduce!r} asks for {spec[1]} channels, but {at.size} are chosen of {at.site}. Take "
-                f"topk({at.size}) at most."
-            )
-        return spec
 
 
 @told_fields
@@ -353,15 +321,7 @@ def copy_row(edit: Edit) -> Tensor:
 
 def copy_site(edit: Edit) -> Tensor:
     """The same rows, tokens and channels of a tensor that was computed before."""
-    source, action = edit.held[edit.action["held"]], edit.action
-    if source.shape[1] != edit.stream.shape[1]:
-        raise PlanMismatchError(
-            f"{edit.hook.name} has {edit.stream.shape[1]} tokens at step {edit.hook.step}, and {action['held']} "
-            f"{source.shape[1]}"
-        )
-    rows = len(edit.stream)
-    source = source[action["branch_index"] * rows :][:rows]
-    chosen = take(source, action["rows"], action["tokens"], action["channels"], edit.indices)
+    chosen = edit.take_held(edit.action["channels"])
     return chosen.to(edit.old).expand_as(edit.old).clone()
 
 
@@ -412,6 +372,7 @@ EDITS: dict[str, Callable[[Edit], Tensor | None]] = {
     "TokenMean": token_mean,
     "AttentionMask": knock_out,
     "Guide": guide,
+    "Feature": add_feature,
     "Apply": apply,
 }
 

@@ -71,6 +71,7 @@ class Reading(NamedMapping[Tensor]):
     reduce: how tokens were reduced, if they were.
     shape_of_grid: (h, w) of the image tokens, where it holds any.
     masks: which tokens are data, by site, where some are not; see :attr:`mask`.
+    features: whether its channels are features of a dictionary.
     call: "prompt" and "call" of the run it is of, as in its spec, which say where words stand; None: not known.
     levels: the noise level of every step of that run; None: not known.
     family: of its model; None: not known.
@@ -88,6 +89,7 @@ class Reading(NamedMapping[Tensor]):
     reduce: str | None
     shape_of_grid: tuple[int, ...] | None
     masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    features: bool = False
     call: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
     levels: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
     family: str | None = field(default=None, repr=False, compare=False)
@@ -150,6 +152,7 @@ class Reading(NamedMapping[Tensor]):
             "shape_of_grid": self.shape_of_grid,
             "sites": list(self.tensors),
             **({"masks": list(self.masks)} if self.masks else {}),
+            **({"features": True} if self.features else {}),
         }
 
     @classmethod
@@ -253,7 +256,7 @@ def _label(reading: Reading, site: str) -> dict[str, Any]:
         axes += [_name_axis("rank", reading, site), "of_rank"]
         coordinates["of_rank"] = ["|mean|", "channel"]
     else:
-        channel = _name_axis("channel", reading, site)
+        channel = _name_axis("feature" if reading.features else "channel", reading, site)
         coordinates[channel] = list(reading.channels[site] or range(value.shape[len(axes)]))
         axes.append(channel)
     if value.ndim > len(axes):  # of several numbers a channel
@@ -266,7 +269,7 @@ def _label(reading: Reading, site: str) -> dict[str, Any]:
 
 def _name_axis(axis: str, reading: Reading, site: str) -> str:
     """The name of an axis: with the site's where sites of the read differ in it."""
-    if axis == "channel":
+    if axis in ("channel", "feature"):
         same = len({(reading.channels[one], reading[one].shape[-1]) for one in reading}) == 1
     else:
         same = len({reading[one].shape for one in reading}) == 1

@@ -46,6 +46,7 @@ READING = {
     "shape_of_grid": SOME,
     "sites": [str],
     "masks?": [str],
+    "features?": bool,
 }
 RUN = {
     "format": int,

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, Phase, given, note
 from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS
 
 from dit_lens import Run
-from dit_lens.ops import Apply, AttentionMask, TokenMean, from_json, to_json
+from dit_lens.ops import Apply, AttentionMask, Feature, ReadFeatures, TokenMean, from_json, to_json
 from tests.examples import examples
-from tests.interpreter import Interpreter, outer
+from tests.interpreter import Interpreter, as_list, outer
 from tests.random_ops.scenarios import SUBJECTS, Scenario, lens_of, pipe_of
 from tests.random_ops.strategies import scenarios
 
@@ -154,6 +154,7 @@ def carry_out(scenario):
         handles = []
         for op in ops:
             method = {
+                "ReadFeatures": "read_features",
                 "TokenMean": "token_mean",
                 "MeanAblate": "mean_ablate",
                 "AttentionMask": "attention_mask",
@@ -199,8 +200,8 @@ def compare_saved(scenario, run):
 
 
 def is_exact(scenario):
-    """Edges are knocked out of one call of attention in double precision, and sums of strided tensors differ."""
-    edges = any(isinstance(op, AttentionMask) for op in scenario.ops)
+    """Edges are knocked out of one call of attention in double precision; sums of columns or of strides differ."""
+    edges = any(isinstance(op, AttentionMask | Feature | ReadFeatures) for op in scenario.ops)
     return not edges and not (scenario.subject.strided and any(isinstance(op, TokenMean) for op in scenario.ops))
 
 
@@ -246,7 +247,9 @@ def compare_reads(scenario, interpreter, run, truth):
             within = scenario.subject.rounding if made else 0.0 if op.reduce is None else 1e-5
             compare(scenario, ours, value, f"ops[{number}] {site}", within=within)
             chosen = tuple(interpreter.channels_of(op, site))
-            assert reading.channels[site] == (None if op.channels is None else chosen)
+            if isinstance(op, ReadFeatures):
+                chosen = tuple(range(12)[feature] for feature in as_list(op.features))
+            assert reading.channels[site] == (None if op.channels is None and not reading.features else chosen)
         tokens = [tuple(tokens) for rows, tokens in interpreter.groups(op, site) for _ in rows]
         assert reading.name == (op.name or "")
         assert reading.steps == tuple(interpreter.steps_of(op))

@@ -12,11 +12,12 @@ import torch
 from nnsight.intervention.backends.remote import RemoteError
 
 import dit_lens as dl
-from dit_lens import Apply, AttentionMask, DiTLens, Guide, Read, Scale, Swap, Zero, toys
+from dit_lens import Apply, AttentionMask, DiTLens, Feature, Guide, Read, ReadFeatures, Scale, Swap, Zero, toys
 from dit_lens.core.execution.connection import Connection
 from dit_lens.core.execution.execute import move_answer
 from dit_lens.core.execution.later import Later
 from dit_lens.core.execution.remote import RemoteEngine, pipeline_without_weights
+from dit_lens.dictionaries import Dictionary
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, StoreError
 from tests import pipelines
 
@@ -96,6 +97,16 @@ def test_what_is_done_inside_of_attention_goes_there(lenses, served):
         Guide(scale=0.5),
     ]
     same(*(lens.run(["red", "red"], ops, seed=[0, 0]) for lens in lenses))
+    assert len(served) == 1
+
+
+def test_dictionaries_go_there(lenses, served):
+    torch.manual_seed(0)
+    width = lenses[0].anatomy.channels(lenses[0].anatomy.find_site("blocks.2.img"))
+    weights = torch.randn(width, 9), torch.randn(9), torch.randn(9, width), torch.randn(width)
+    sae = Dictionary(*weights, activation="topk", k=3)
+    ops = [ReadFeatures("blocks.2.img", sae, [1, 8]), Feature("blocks.2.img", sae, 1, 0)]
+    same(*(lens.run("red", ops, seed=0) for lens in lenses))
     assert len(served) == 1
 
 

@@ -106,6 +106,8 @@ def test_ops(channels):
         "Skip",
         "AttentionMask",
         "Guide",
+        "Feature",
+        "ReadFeatures",
     }  # a function has no JSON form, and the others came later
     assert {data["op"] for data in saved} == kinds
 
