@@ -15,7 +15,8 @@ from dit_lens.core.runs.files import check_place
 from dit_lens.errors import OpError
 from dit_lens.explorer.code import code_of_lens
 from dit_lens.explorer.explorer import Explorer
-from dit_lens.explorer.runs import THUMB, explorer_reads, view_runs
+from dit_lens.explorer.maps import THUMB
+from dit_lens.explorer.runs import explorer_reads, view_runs
 
 if TYPE_CHECKING:
     from dit_lens.core.runs.run import Run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -14,23 +14,34 @@ from tqdm.auto import tqdm
 from dit_lens.arguments.checks import checked_but
 from dit_lens.arguments.numbers import as_plain, check_number
 from dit_lens.errors import OpError, SiteError, nearest, show
+from dit_lens.explorer.browser_data import join_arrays, join_blocks, join_images, make_info
 from dit_lens.explorer.code import STATE, code_of_runs
-from dit_lens.explorer.colours import CLUSTER_COLOURS, PALETTES, parse_colour, read_palette
+from dit_lens.explorer.colours import (
+    AUTO,
+    DIVERGING,
+    PALETTES,
+    choose_palette,
+    read_palette,
+)
 from dit_lens.explorer.results import view_result
 from dit_lens.explorer.runs import view_runs
 from dit_lens.explorer.view_arrays import Views
-from dit_lens.explorer.widget import Widget, bytes_trait, encode_webp, join_modules
+from dit_lens.explorer.widget import Widget, bytes_trait, join_modules
 
 if TYPE_CHECKING:
     from dit_lens.analysis.channels import ChannelSet
     from dit_lens.core.runs.run import Run
+    from dit_lens.instruments.word_maps import WordMap
+    from dit_lens.instruments.x0_lens import X0
     from dit_lens.studies import Result
 
 BUDGET = 64 * 2**20  # bytes of maps that are sent to the browser at once; if there are more, each block when shown
-LARGEST = 768  # pixels of the longer side of an image in the browser
+UNDER = 0.5  # brightness of the grey image under a map, on average
 DEFAULTS = {"k": 8, "clusters": 2}
 OVERLAYS = ("heat", "clusters", "none")
-SCALES = ("map", "steps")
+SCALES = ("map", "own", "steps")
+COMPARE = ("beside", "wipe", "difference")
+IMAGES = ("end", "step")
 
 
 @checked_but("shown", "beside")
@@ -41,6 +52,8 @@ def explore(
     channels: ChannelSet | None = None,
     k: int = DEFAULTS["k"],
     clusters: int = DEFAULTS["clusters"],
+    x0: X0 | None = None,
+    words: WordMap | None = None,
     **state: Any,
 ) -> Explorer:
     """Shows a run interactively: its images with the maps of their channels, at every block and step.
@@ -64,8 +77,11 @@ def explore(
     channels: a set of channels to show instead of the top k.
     k: number of channels per site.
     clusters: number of K-means clusters over the channels of a group.
+    x0: ``lens.read_x0(prompt, "x0", steps=...)`` of the same images: under and beside the maps is then the image that
+      the model predicts at the step.
+    words: ``lens.word_map(prompt, ...)`` of the same images: the maps are one more group, with words for channels.
     state: attributes of the :class:`Explorer` to begin with, such as ``step=3``.
-    Raises OpError if a run has no reads of whole image tokens.
+    Raises OpError if a run has no reads of whole image tokens, or if x0 or words are of other images.
     """
     from dit_lens.core.runs.run import Run
     from dit_lens.studies import Result
@@ -79,15 +95,17 @@ def explore(
     if isinstance(shown, Result):
         if beside is not None:
             raise OpError("beside= is for runs; a result already has its images side by side.")
-        if channels is not None or {"k": k, "clusters": clusters} != DEFAULTS:
-            raise OpError("channels=, k= and clusters= are for runs; a result shows what its study chose.")
+        if any(one is not None for one in (channels, x0, words)) or {"k": k, "clusters": clusters} != DEFAULTS:
+            raise OpError("channels=, k=, clusters=, x0= and words= are for runs; a result shows what its study chose.")
         return Explorer(view_result(shown), **state)
     runs = (shown,) if beside is None else (shown, beside)
     chosen = {"k": k, "clusters": clusters}
     code = code_of_runs(runs, **{name: value for name, value in chosen.items() if value != DEFAULTS[name]})
-    if channels is not None:
-        code = code.replace(STATE, f", channels=channels{STATE}")  # a variable of the caller
-    return Explorer(view_runs(runs, channels=channels, k=k, clusters=clusters, code=code), **state)
+    for name, value in {"channels": channels, "x0": x0, "words": words}.items():
+        if value is not None:
+            code = code.replace(STATE, f", {name}={name}{STATE}")  # a variable of the caller
+    views = view_runs(runs, channels=channels, k=k, clusters=clusters, code=code, x0=x0, words=words)
+    return Explorer(views, **state)
 
 
 class Explorer(Widget):
@@ -97,18 +115,25 @@ class Explorer(Widget):
 
     - left: index of the image on the left.
     - right: index of the image on the right, -1 for none.
+    - compare: how the right image is compared with the left one: "beside" it, by a "wipe" from one to the other, or as
+      "difference", right minus left.
+    - wipe: where the wipe stands, 0 to 1.
+    - under: the image under the maps: that at the "end", or the one predicted at the "step" (``x0=``).
     - step: index of the step.
     - site: name of the site.
     - group: name of the group of channels.
-    - channel: number of the channel whose map is shown.
+    - channel: number of the channel whose map is shown; of the group, or any one if the run kept all.
     - overlay: "heat" (the channel), "clusters" (K-means of the group) or "none".
-    - palette: name of the colour scale.
-    - scale: the colours span the values of this "map", or of all "steps" of the block.
+    - palette: name of the colour scale; "auto" has 0 in the middle of a channel with values of both signs.
+    - scale: the colours span the values of the "map", shared by both images, of each image's "own" map, or of all
+      "steps" of the block.
     - opacity: opacity of the overlay, 0 to 1.
     - token: index of the selected token, -1 for none.
     """
 
-    _esm = join_modules("explorer_data", "explorer_pane", "explorer_overview", "explorer")
+    _esm = join_modules(
+        "explorer_data", "explorer_layers", "explorer_pane", "explorer_overview", "explorer_picture", "explorer"
+    )
 
     # Data for the browser, which static/explorer_data.js reads.
     data_info = traitlets.Dict().tag(sync=True)
@@ -123,18 +148,21 @@ class Explorer(Widget):
 
     left = traitlets.Int(0).tag(sync=True)
     right = traitlets.Int(-1).tag(sync=True)
+    compare = traitlets.Unicode("beside").tag(sync=True)
+    wipe = traitlets.Float(0.5).tag(sync=True)
+    under = traitlets.Unicode("end").tag(sync=True)
     step = traitlets.Int(0).tag(sync=True)
     site = traitlets.Unicode("").tag(sync=True)
     group = traitlets.Unicode("").tag(sync=True)
     channel = traitlets.Int(-1).tag(sync=True)
     token = traitlets.Int(-1).tag(sync=True)
     overlay = traitlets.Unicode("heat").tag(sync=True)
-    palette = traitlets.Unicode("Cividis").tag(sync=True)
+    palette = traitlets.Unicode(AUTO).tag(sync=True)
     scale = traitlets.Unicode("map").tag(sync=True)
     opacity = traitlets.Float(0.7).tag(sync=True)
 
     def __init__(self, views: Views, **state: Any):
-        self.views = views
+        self.views, self._others = views, {}
         state = {name: as_plain(value) for name, value in state.items()}
         initial = _initial_state(views)
         if unknown := [name for name in state if name not in initial]:
@@ -142,11 +170,12 @@ class Explorer(Widget):
         if odd := [name for name, value in state.items() if not isinstance(value, str | int | float)]:
             raise OpError(f"an explorer cannot start so: {odd[0]}={show(state[odd[0]])} is not a number or a name.")
         state = _choose_channel(views, initial, state)
-        images, spans = _join_images(views)
+        images, spans = join_images(views)
+        choices = {"overlay": OVERLAYS, "scale": SCALES, "compare": COMPARE, "under": IMAGES}
         shown: dict[str, Any] = {
-            "data_info": _info(views, spans, initial),
+            "data_info": make_info(views, spans, initial) | {"choices": choices},
             "data_images": images,
-            "data_maps": _join_blocks(views, views.maps) if views.map_bytes <= BUDGET else b"",
+            "data_maps": join_blocks(views, views.maps) if views.map_bytes <= BUDGET else b"",
             "data_thumbs": views.thumbs.tobytes(),
             "data_channels": views.channels.tobytes(),
             "data_ranges": views.ranges.tobytes(),
@@ -160,11 +189,12 @@ class Explorer(Widget):
         self.on_msg(self._answer)
 
     @traitlets.validate(
-        "left", "right", "step", "site", "group", "channel", "token", "overlay", "palette", "scale", "opacity"
+        *("left", "right", "compare", "wipe", "under", "step", "site", "group", "channel", "token"),
+        *("overlay", "palette", "scale", "opacity"),
     )
     def _check_state(self, proposal: Any) -> Any:
         name, value = proposal["trait"].name, proposal["value"]
-        if name == "opacity":
+        if name in ("opacity", "wipe"):
             check_number(name, value, 0, 1)
             return value
         known = _allowed_values(self.views)[name]
@@ -174,43 +204,88 @@ class Explorer(Widget):
         return value
 
     def whole_state(self) -> dict[str, Any]:
-        """Returns the state with every map and all clusters, which takes a while for a large run."""
+        """Returns the state with every map and all clusters, which takes a while for a large run.
+
+        Of channels outside of the groups it has those that have been looked at.
+        """
         blocks = tqdm(range(len(self.views.blocks)), desc="clusters", unit="site", delay=1, leave=False)
-        labels = [self.views.labels(block).tobytes() for block in blocks]
-        maps = [self.views.maps(block).tobytes() for block in range(len(self.views.blocks))]
-        return super().whole_state() | {"data_maps": maps, "data_labels": labels}
+        labels = {block: self.views.labels(block).tobytes() for block in blocks}
+        maps = {block: self.views.maps(block).tobytes() for block in range(len(self.views.blocks))}
+        if self._shows_other:
+            self._read_other(self.channel)
+        info = self.data_info | {"kept": sorted(self._others)}
+        pieces = {"data_maps": maps, "data_labels": labels, "data_channel": dict(self._others)}
+        return super().whole_state() | {"data_info": info} | {name: one for name, one in pieces.items() if one}
+
+    def shown_first(self, name: str, number: int) -> bool:
+        """The blocks that the page shows first, with their neighbours, and all further channels."""
+        first = self.views.blocks.index(self.site) if self.views.blocks else 0
+        return name == "data_channel" or abs(number - first) <= 1
 
     def preview(self) -> Image.Image | None:
         """Returns the image on the left, with the map that is shown."""
-        pane, views = self.views.panes[self.left], self.views
-        image = pane.image or Image.new("RGB", (256, 256))
+        pane = self.views.panes[self.left]
+        frame = pane.frames.get(self.step) if self.under == "step" or pane.map_index is None else None
+        image = frame or pane.image or Image.new("RGB", (256, 256))
         if pane.map_index is None or self.overlay != "heat":
             return image
-        block, group = views.blocks.index(self.site), views.groups.index(self.group)
-        step = [index for index, _ in views.steps].index(self.step)
-        shown = views.channels[block, group].tolist()
-        rank = shown.index(self.channel) if self.channel in shown else 0  # as the browser does
-        values = views.maps(block).reshape(*views.means.shape[1:], *views.grid)[pane.map_index, step, group, rank]
-        palette = np.array(read_palette(self.palette))
-        position = values / 255 * (len(palette) - 1)
-        colours = np.stack([np.interp(position, range(len(palette)), channel) for channel in palette.T], -1)
+        values = self._values_at(pane.map_index)
+        palette = choose_palette(self.palette, values.min(), values.max())
+        low, high = values.min(), values.max()
+        if palette == DIVERGING:
+            low, high = -np.abs(values).max(), np.abs(values).max()
+        table = np.array(read_palette(palette))
+        position = (values - low) / ((high - low) or 1) * (len(table) - 1)
+        colours = np.stack([np.interp(position, range(len(table)), channel) for channel in table.T], -1)
         heat = Image.fromarray(colours.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
-        return Image.blend(image.convert("RGB"), heat, self.opacity)
+        grey = image.convert("L").point(lambda light: 255 * UNDER + 0.8 * (light - 127.5))  # as the browser does
+        return Image.blend(grey.convert("RGB"), heat, self.opacity)
+
+    def _values_at(self, image: int) -> np.ndarray:
+        """Returns [h, w], the values of the map that is shown of an image with maps, as the browser has them."""
+        views, group = self.views, self.views.groups.index(self.group)
+        block, step = views.blocks.index(self.site), [index for index, _ in views.steps].index(self.step)
+        shown = views.channels[block, group].tolist()
+        if self._shows_other:
+            other = views.other(self.channel)
+            (low, high), values = other.ranges[block, image, step], other.maps[block, image, step]
+        else:
+            rank = shown.index(self.channel) if self.channel in shown else 0  # as the browser does
+            low, high = views.ranges[block, image, step, group, rank]
+            values = views.maps(block).reshape(*views.means.shape[1:], *views.grid)[image, step, group, rank]
+        return np.nan_to_num(low + (high - low) * (values / 255.0))
+
+    @property
+    def _shows_other(self) -> bool:
+        """Whether the channel is one outside of the group at this site, which can be shown nevertheless."""
+        views = self.views
+        if not 0 <= self.channel < views.width or self.group in views.labelled:
+            return False
+        shown = views.channels[views.blocks.index(self.site), views.groups.index(self.group)]
+        return self.channel not in shown
+
+    def _read_other(self, channel: int) -> bytes:
+        """Returns the maps of a channel outside of the groups, as explorer_data.js divides them."""
+        if channel not in self._others:
+            self._others[channel] = join_arrays(self.views.other(channel))
+        return self._others[channel]
 
     def _answer(self, _: Any, message: dict[str, Any], buffers: Sequence[Any]) -> None:  # noqa: ARG002
-        """Sends the maps or labels of the block that the browser requests."""
-        compute = {"maps": self.views.maps, "labels": self.views.labels}[message["kind"]]
-        self.send(message, buffers=[np.ascontiguousarray(compute(message["block"])).data])
+        """Sends the maps or labels of the block, or the channel, that the browser requests."""
+        compute = {"maps": self.views.maps, "labels": self.views.labels, "channel": self._read_other}[message["kind"]]
+        found = compute(message["block"])
+        self.send(message, buffers=[found if isinstance(found, bytes) else np.ascontiguousarray(found).data])
 
     def __repr__(self) -> str:
         views = self.views
         parts = [_count(len(views.panes), "image")]
         if views.blocks:
             parts.append(f"{_count(len(views.blocks), 'site')} x {_count(len(views.steps), 'step')}")
-            names = list(views.groups)
+            names = [name for name in views.groups if name not in views.labelled]
             groups = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-            size = views.channels.shape[-1]
+            size = int((views.channels[:, : len(names)] >= 0).sum(-1).max()) if views.channels.size else 0
             parts.append(f"{groups} {_count(size, 'channel')}" if views.channels.size else f"masks: {groups}")
+            parts += [f"maps of {_count(len(words), name[:-1])}" for name, words in views.labelled.items()]
         return f"Explorer: {', '.join(parts)}"
 
 
@@ -224,13 +299,16 @@ def _initial_state(views: Views) -> dict[str, Any]:
     return {
         "left": 0,
         "right": views.right,
+        "compare": COMPARE[0],
+        "wipe": 0.5,
+        "under": "step" if any(pane.frames for pane in views.panes) else "end",
         "step": views.steps[-1][0] if views.steps else 0,
         "site": views.blocks[block] if views.blocks else "",
         "group": views.groups[0] if views.groups else "",
         "channel": int(views.channels[block, 0, 0]) if views.channels.size else -1,
         "token": -1,
         "overlay": "heat" if views.channels.size else "clusters" if views.blocks else "none",
-        "palette": PALETTES[0],
+        "palette": AUTO,
         "scale": SCALES[0],
         "opacity": 0.7,
     }
@@ -248,7 +326,8 @@ def _choose_channel(views: Views, initial: dict[str, Any], state: dict[str, Any]
         return state
     shown = views.channels[views.blocks.index(site), views.groups.index(group)].tolist()
     asked = state.get("channel", shown[0])
-    if asked not in shown:
+    any_channel = isinstance(asked, int) and 0 <= asked < views.width and group not in views.labelled
+    if asked not in shown and not any_channel:
         known = [channel for channel in shown if channel >= 0]
         raise OpError(f"there is no channel {asked!r} in the group {group!r} at {site}.{nearest(str(asked), known)}")
     return {**state, "channel": asked}
@@ -268,55 +347,11 @@ def _allowed_values(views: Views) -> dict[str, Sequence[Any]]:
         "step": [step for step, _ in views.steps] or [0],
         "site": views.blocks or ("",),
         "group": views.groups or ("",),
-        "channel": sorted({-1, *views.channels.ravel().tolist()}),
+        "channel": range(-1, views.width) if views.width else sorted({-1, *views.channels.ravel().tolist()}),
+        "compare": COMPARE,
+        "under": IMAGES,
         "token": range(-1, prod(views.grid) if views.blocks else 0),
         "overlay": OVERLAYS,
-        "palette": PALETTES,
+        "palette": (AUTO, *PALETTES),
         "scale": SCALES,
     }
-
-
-def _info(views: Views, spans: Sequence[tuple[int, int] | None], initial: dict[str, Any]) -> dict[str, Any]:
-    """Returns what the browser needs besides the arrays.
-
-    views: the views.
-    spans: (start, end) of each image in the bytes of all images; None if a pane has no image.
-    initial: state of a new explorer.
-    """
-    panes = [
-        {"name": pane.name, "mapIndex": pane.map_index, "bytes": span, "mime": "image/webp"}
-        for pane, span in zip(views.panes, spans, strict=True)
-    ]
-    return {
-        "panes": panes,
-        "groups": views.groups,
-        "blocks": views.blocks,
-        "steps": views.steps,
-        "grid": views.grid,
-        "groupSize": views.channels.shape[-1],
-        "mappedImages": len({pane.map_index for pane in views.panes} - {None}),
-        "thumb": views.thumbs.shape[-2:],
-        "palettes": {name: read_palette(name) for name in PALETTES},
-        "clusterColours": [parse_colour(colour) for colour in CLUSTER_COLOURS],
-        "masks": views.masks,
-        "code": views.code,
-        "note": views.note,
-        "initial": initial,
-    }
-
-
-def _join_images(views: Views) -> tuple[bytes, list[tuple[int, int] | None]]:
-    """Returns all images as WebP, one after the other, and the (start, end) of each in bytes."""
-    data, spans = b"", []
-    for pane in views.panes:
-        if pane.image is None:
-            spans.append(None)
-            continue
-        file = encode_webp(pane.image, LARGEST)
-        spans.append((len(data), len(data) + len(file)))
-        data += file
-    return data, spans
-
-
-def _join_blocks(views: Views, compute: Callable[[int], np.ndarray]) -> bytes:
-    return b"".join(compute(block).tobytes() for block in range(len(views.blocks)))

@@ -19,7 +19,10 @@ from dit_lens.analysis.clusters import cluster
 from dit_lens.arguments.checks import checked
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import OpError
-from dit_lens.explorer.view_arrays import NONE, Pane, Views
+from dit_lens.explorer.companions import check_same_run, frames_of, values_of_words
+from dit_lens.explorer.maps import average_maps, quantise, summarise_maps
+from dit_lens.explorer.view_arrays import NONE, ChannelMaps, Pane, Views
+from dit_lens.families.sites import Site
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +30,10 @@ if TYPE_CHECKING:
     from dit_lens.analysis.channels import ChannelSet
     from dit_lens.core.runs.reading import Reading
     from dit_lens.core.runs.run import Run
+    from dit_lens.instruments.word_maps import WordMap
+    from dit_lens.instruments.x0_lens import X0
 
-THUMB = 8  # tokens of the longer side of a thumbnail
+WORDS = "words"  # the group of the maps of words
 
 Groups = dict[str, dict[str, tuple[int, ...]]]  # name of a group -> site -> channels
 
@@ -58,7 +63,15 @@ def make_groups(massive: ChannelSet, seed: int = 0) -> Groups:
 
 
 def view_runs(
-    runs: Sequence[Run], *, channels: ChannelSet | None, k: int, clusters: int, code: str, side: int | None = None
+    runs: Sequence[Run],
+    *,
+    channels: ChannelSet | None,
+    k: int,
+    clusters: int,
+    code: str,
+    side: int | None = None,
+    x0: X0 | None = None,
+    words: WordMap | None = None,
 ) -> Views:
     """Makes the views of runs. A later run without the reads of the first is shown by its images only.
 
@@ -68,17 +81,21 @@ def view_runs(
     clusters: number of clusters.
     code: code that makes the explorer, with a placeholder for its state.
     side: longest side of the maps in tokens; larger maps are reduced by averaging.
+    x0: the first run's images predicted at its steps.
+    words: maps of words of the first run.
     """
-    data = _RunData(tuple(runs), channels, k, clusters, side)
+    data = _RunData(tuple(runs), channels, k, clusters, side, x0, words)
+    data.check_companions()
     if not 2 <= clusters <= min(prod(data.grid), NONE):
         raise OpError(
             f"clusters={clusters} was asked for, but the maps have {prod(data.grid)} tokens. Choose 2 to "
             f"{min(prod(data.grid), NONE)}."
         )
-    summaries = [_summarise_maps(data.values(block), data.grid) for block in range(len(data.blocks))]
+    summaries = [summarise_maps(data.values(block), data.grid) for block in range(len(data.blocks))]
+    edited = next((i for i, (run, _) in enumerate(data.rows) if run is not runs[0]), -1)
     return Views(
         panes=data.panes,
-        groups=tuple(data.groups),
+        groups=data.group_names,
         blocks=data.blocks,
         steps=tuple((step, runs[0].sigmas[step]) for step in data.steps),
         grid=data.grid,
@@ -87,10 +104,13 @@ def view_runs(
         means=np.stack([means for _, means, _ in summaries]),
         thumbs=np.stack([thumbs for *_, thumbs in summaries]),
         scores=data.scores(),
-        maps=lambda block: _quantise(data.values(block)).reshape(-1, *data.grid),
+        maps=lambda block: quantise(data.values(block)).reshape(-1, *data.grid),
         labels=data.labels,
+        labelled={} if words is None else {WORDS: words.words},
+        width=data.width,
+        other=data.other,
         code=code,
-        right=next((i for i, (run, _) in enumerate(data.rows) if run is not runs[0]), -1),
+        right=len(data.rows) if edited < 0 and x0 is not None else edited,
     )
 
 
@@ -103,6 +123,8 @@ class _RunData:
     k: number of channels per site, if they are not given.
     clusters: number of clusters.
     side: longest side of the maps in tokens, or None for that of the reads.
+    x0: the first run's images predicted at its steps, or None.
+    words: maps of words of the first run, or None.
     """
 
     runs: tuple[Run, ...]
@@ -110,6 +132,23 @@ class _RunData:
     k: int
     clusters: int
     side: int | None
+    x0: X0 | None = None
+    words: WordMap | None = None
+
+    def check_companions(self) -> None:
+        """Raises OpError if x0 or words are of another run, or lack steps that are shown."""
+        for name, one in (("x0", self.x0), ("words", self.words)):
+            if one is not None:
+                check_same_run(self.runs[0], one.run, name)
+        if self.words is None:
+            return
+        if missing := sorted(set(self.steps) - set(self.words.steps)):
+            raise OpError(
+                f"words= has no maps at step {missing[0]}, which the run read. Leave steps= out of lens.word_map, or "
+                "read the same steps."
+            )
+        if WORDS in self.groups:
+            raise OpError(f"a read of this run is called {WORDS!r}, as the maps of words are. Give it another name.")
 
     @cached_property
     def readings(self) -> list[Reading]:
@@ -161,6 +200,10 @@ class _RunData:
                     chosen.setdefault(reading.name or "channels", {})[site] = kept
         return chosen or make_groups(self._choose_top() if self.given is None else self.given)
 
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        return (*self.groups, *(() if self.words is None else (WORDS,)))
+
     @cached_property
     def _whole_reads(self) -> dict[str, Tensor]:
         """Site -> [s, b, n, d] of the reads that kept every channel."""
@@ -197,25 +240,30 @@ class _RunData:
     @cached_property
     def panes(self) -> tuple[Pane, ...]:
         mapped = [(id(run), row) for run in self.mapped_runs for row in _grid_readings(run)[0].rows]
-        return tuple(
+        panes = [
             Pane(
                 _label(run, row),
                 run.images[row] if run.images else None,
                 mapped.index((id(run), row)) if (id(run), row) in mapped else None,
+                frames_of(self.x0, row) if run is self.runs[0] else {},
             )
             for run, row in self.rows
-        )
+        ]
+        predicted = [pane for pane in panes if pane.frames]
+        return (*panes, *(replace(pane, name=f"{pane.name}: x0 at the step", map_index=None) for pane in predicted))
 
     @cached_property
     def size(self) -> int:
         """Number of channels of the largest group."""
-        return max(len(chosen) for group in self.groups.values() for chosen in group.values())
+        words = 0 if self.words is None else len(self.words.words)
+        return max(words, *(len(chosen) for group in self.groups.values() for chosen in group.values()))
 
     def values(self, block: int) -> np.ndarray:
         """Returns float32 [e, s, g, k, n] of one site; NaN if a group has fewer channels."""
         site = self.blocks[block]
         images = sum(len(_grid_readings(run)[0].rows) for run in self.mapped_runs)
-        found = np.full((images, len(self.steps), len(self.groups), self.size, prod(self.grid)), np.nan, np.float32)
+        shape = (images, len(self.steps), len(self.group_names), self.size, prod(self.grid))
+        found = np.full(shape, np.nan, np.float32)
         for g, group in enumerate(self.groups.values()):
             chosen = group.get(site, ())
             if chosen:
@@ -223,8 +271,32 @@ class _RunData:
                 parts = [
                     _select_values(reading, site, chosen, self.steps) for reading in readings if reading is not None
                 ]
-                found[:, :, g, : len(chosen)] = _average_maps(torch.cat(parts), self.read_grid, self.grid)
+                found[:, :, g, : len(chosen)] = average_maps(torch.cat(parts), self.read_grid, self.grid)
+        rows = _grid_readings(self.runs[0])[0].rows
+        maps = None if self.words is None else values_of_words(self.words, site, self.steps, rows)
+        if maps is not None:
+            kept = average_maps(torch.from_numpy(maps), self.read_grid, self.grid)
+            found[: len(rows), :, -1, : maps.shape[2]] = kept
         return found
+
+    @cached_property
+    def width(self) -> int:
+        """Number of channels, if every run that is shown kept all of them at every site; else 0."""
+        whole = all(
+            _keeps_all(_find_reading(run, self, site, (0,)), site) for run in self.mapped_runs for site in self.blocks
+        )
+        widths = {len(scores) for scores in self._mean_scores.values()}
+        return widths.pop() if whole and len(widths) == 1 else 0
+
+    def other(self, channel: int) -> ChannelMaps:
+        """Returns the maps of any channel that the runs kept."""
+        parts = []
+        for site in self.blocks:
+            readings = [_find_reading(run, self, site, (channel,)) for run in self.mapped_runs]
+            values = [_select_values(one, site, (channel,), self.steps) for one in readings if one is not None]
+            maps = np.asarray(average_maps(torch.cat(values), self.read_grid, self.grid))[:, :, 0]
+            parts.append((*summarise_maps(maps, self.grid), quantise(maps).reshape(*maps.shape[:-1], *self.grid)))
+        return ChannelMaps(*(np.stack(arrays) for arrays in zip(*parts, strict=True)))
 
     def labels(self, block: int) -> np.ndarray:
         """Returns uint8 [e, s, g, h, w], the clusters of :func:`dit_lens.clusters.cluster` for every step and group."""
@@ -239,10 +311,14 @@ class _RunData:
 
     def channel_table(self) -> np.ndarray:
         """Returns int32 [l, g, k], channel numbers; -1 if a group has fewer."""
-        table = np.full((len(self.blocks), len(self.groups), self.size), -1, np.int32)
+        table = np.full((len(self.blocks), len(self.group_names), self.size), -1, np.int32)
         for g, group in enumerate(self.groups.values()):
             for site, chosen in group.items():
                 table[self.blocks.index(site), g, : len(chosen)] = chosen
+        if self.words is not None:
+            for block, site in enumerate(self.blocks):
+                if Site.parse(site).block in self.words.blocks:
+                    table[block, -1, : len(self.words.words)] = range(len(self.words.words))
         return table
 
     def scores(self) -> np.ndarray:
@@ -261,6 +337,11 @@ def _grid_readings(run: Run) -> list[Reading]:
     """Returns the reads of whole tokens on a grid, without text sites, that have the same rows as the first of them."""
     found = [_restrict(reading, reading.on_grid) for reading in run.readings if reading.on_grid]
     return [reading for reading in found if reading.rows == found[0].rows]
+
+
+def _keeps_all(reading: Reading | None, site: str) -> bool:
+    """Whether a read has every channel of a site."""
+    return reading is not None and reading.channels[site] is None
 
 
 def _restrict(reading: Reading, sites: Sequence[str]) -> Reading:
@@ -303,30 +384,6 @@ def _select_values(reading: Reading, site: str, channels: Sequence[int], steps: 
     indices = list(channels) if kept is None else [kept.index(channel) for channel in channels]
     at = [reading.steps.index(step) for step in steps]
     return _cond_branch(reading, site)[at][..., indices].float().permute(1, 0, 3, 2)
-
-
-def _average_maps(values: Tensor, grid: tuple[int, int], coarse: tuple[int, int]) -> Tensor:
-    """Reduces maps [..., n] to a coarser grid by averaging."""
-    if grid == coarse:
-        return values
-    maps = values.reshape(-1, 1, *grid)
-    return torch.nn.functional.adaptive_avg_pool2d(maps, coarse).reshape(*values.shape[:-1], prod(coarse))
-
-
-def _summarise_maps(values: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns ranges [e, s, g, k, 2], means [e, s, g, k] and thumbnails [e, s, g, k, h', w'] of [e, s, g, k, n]."""
-    ranges = np.stack([values.min(-1), values.max(-1)], -1)
-    height, width = (min(side, max(1, round(side * THUMB / max(grid)))) for side in grid)
-    maps = torch.from_numpy(_quantise(values)).reshape(-1, 1, *grid).float()
-    thumbs = torch.nn.functional.adaptive_avg_pool2d(maps, (height, width)).round().to(torch.uint8)
-    return ranges, values.mean(-1), thumbs.reshape(*values.shape[:-1], height, width).numpy()
-
-
-def _quantise(values: np.ndarray) -> np.ndarray:
-    """Scales each map to uint8, 0 its smallest and 255 its largest value; constant and missing maps become 0."""
-    low, high = values.min(-1, keepdims=True), values.max(-1, keepdims=True)
-    scaled = np.divide(values - low, high - low, out=np.zeros_like(values), where=high > low)
-    return np.rint(255 * scaled).astype(np.uint8)
 
 
 def _label(run: Run, row: int) -> str:

@@ -6,7 +6,7 @@ token grid, d channel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
@@ -32,13 +32,35 @@ class Pane:
     name: what the list of images shows, such as prompt and seed.
     image: the image; None if the run kept none.
     map_index: index e among the images that have maps or clusters; None if it has none.
+    frames: step -> the image predicted there.
     """
 
     name: str
     image: Image | None = None
     map_index: int | None = None
+    frames: Mapping[int, Image] = field(default_factory=dict)
 
     values = OldName("map_index")
+
+
+@dataclass(frozen=True)
+class ChannelMaps:
+    """The maps of one channel at all blocks.
+
+    ranges: float32 [l, e, s, 2], as in :class:`Views`.
+    means: float32 [l, e, s].
+    thumbs: uint8 [l, e, s, h', w'].
+    maps: uint8 [l, e, s, h, w].
+    """
+
+    ranges: np.ndarray
+    means: np.ndarray
+    thumbs: np.ndarray
+    maps: np.ndarray
+
+
+def _no_channel(number: int) -> ChannelMaps:
+    raise KeyError(number)
 
 
 @dataclass(frozen=True)
@@ -57,6 +79,9 @@ class Views:
     scores: float32 [l, d], score of every channel; [0, 0] if not known.
     maps: l -> uint8 [e * s * g * k, h, w], each map scaled from its smallest value (0) to its largest (255).
     labels: l -> uint8 [e, s, g, h, w], cluster of each token, numbered from the lowest mean heat.
+    labelled: group -> what its "channels" are called if they are no channels but numbered from 0, such as words.
+    width: number of channels that ``other`` knows; 0 if only those of the groups are known.
+    other: number of any channel -> its maps.
     code: code that makes this explorer, with a placeholder for its state.
     masks: whether the labels are masks of a study instead of clusters.
     right: index of the image that is first shown on the right; -1 for none.
@@ -75,6 +100,9 @@ class Views:
     scores: np.ndarray = field(default_factory=lambda: np.zeros((0,) * 2, np.float32))
     maps: Callable[[int], np.ndarray] = _no_maps
     labels: Callable[[int], np.ndarray] = _no_maps
+    labelled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    width: int = 0
+    other: Callable[[int], ChannelMaps] = _no_channel
     code: str = ""
     masks: bool = False
     right: int = -1

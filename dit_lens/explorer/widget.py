@@ -64,7 +64,7 @@ class Widget(anywidget.AnyWidget):
 
         The file is written completely or not at all.
         """
-        page = _PAGE.format(policy=_POLICY, title=html.escape(title), body=self.fragment())
+        page = _PAGE.format(policy=_POLICY, title=html.escape(title), body=self.fragment(address=True))
         return write_text(path, page)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -74,28 +74,39 @@ class Widget(anywidget.AnyWidget):
         except traitlets.TraitError as problem:
             raise OpError(f"{type(self).__name__}.{name}={show(value)} cannot be used: {problem}") from problem
 
-    def fragment(self) -> str:
-        """Returns the view as part of a page: markup, data, style and the module that draws it."""
+    def fragment(self, *, address: bool = False) -> str:
+        """Returns the view as part of a page: markup, data, style and the module that draws it.
+
+        The module runs as soon as the browser has read what is shown first; other pieces of the data come below it.
+        address: whether the address of the page has the state of the view, after #.
+        """
         state = self.whole_state()
         key = f"dit-lens-{self.model_id}"
         values = {name: value for name, value in state.items() if not _is_array(value)}
-        arrays = "".join(
-            f'<script type="text/plain" data-for="{key}" data-name="{name}"{block}>{_compress(value)}</script>'
-            for name, block, value in _list_arrays(state)
-        )
+        arrays = list(_list_arrays(state))
+        scripts = [_make_script(key, *array) for array in arrays]
+        first = [number is None or self.shown_first(name, number) for name, number, _ in arrays]
         host = (STATIC / "host.js").read_text("utf-8").replace("ID", key)
+        early, late = (
+            "".join(script for script, shown in zip(scripts, first, strict=True) if shown == one)
+            for one in (True, False)
+        )
         return (
             f"<style>{self._css}</style>"
-            f'<div id="{key}"></div>'
+            f'<div id="{key}"{" data-address" if address else ""}></div>'
             f'<script type="application/json" id="{key}-state">{_to_script(values)}</script>'
             f'<script type="application/json" id="{key}-module">{_to_script(str(self._esm))}</script>'
-            f'{arrays}<script type="module">{host}</script>'
+            f'{early}<script type="module" async>{host}</script>{late}'
         )
+
+    def shown_first(self, name: str, number: int) -> bool:  # noqa: ARG002
+        """Whether a page shows a numbered piece of an array when it opens."""
+        return True
 
     def whole_state(self) -> dict[str, Any]:
         """Returns all synced traits of the view, including the data that the browser otherwise requests when needed.
 
-        Bytes in a list are decoded piece by piece, when a page shows them.
+        Bytes that are numbered, in a dict, are decoded piece by piece, when a page shows them.
         """
         inherited = {*anywidget.AnyWidget.class_trait_names(), "_esm", "_css", "_anywidget_id"}
         return {name: getattr(self, name) for name in self.traits(sync=True) if name not in inherited}
@@ -135,16 +146,22 @@ def encode_webp(image: Image, largest: int | None = None) -> bytes:
 
 def _is_array(value: Any) -> bool:
     """Whether a value of the state is bytes, or bytes in pieces."""
-    return isinstance(value, bytes) or (isinstance(value, list) and any(isinstance(one, bytes) for one in value))
+    return isinstance(value, bytes) or (isinstance(value, dict) and any(isinstance(v, bytes) for v in value.values()))
 
 
-def _list_arrays(state: Mapping[str, Any]) -> Iterator[tuple[str, str, bytes]]:
-    """The arrays of a page: name, an attribute that numbers a piece, bytes. A page decodes pieces as they are shown."""
+def _list_arrays(state: Mapping[str, Any]) -> Iterator[tuple[str, int | None, bytes]]:
+    """The arrays of a page: name, number of a piece, bytes. A page decodes pieces as they are shown."""
     for name, value in state.items():
         if isinstance(value, bytes):
-            yield name, "", value
+            yield name, None, value
         elif _is_array(value):
-            yield from ((name, f' data-block="{number}"', piece) for number, piece in enumerate(value))
+            yield from ((name, number, piece) for number, piece in value.items())
+
+
+def _make_script(key: str, name: str, number: int | None, value: bytes) -> str:
+    """An array as an element of a page that is not run. key: of the view."""
+    piece = "" if number is None else f' data-block="{number}"'
+    return f'<script type="text/plain" data-for="{key}" data-name="{name}"{piece}>{_compress(value)}</script>'
 
 
 def _compress(value: bytes) -> str:

@@ -42,6 +42,16 @@ def edited(toy):
     return toy.run([CIRCLE, CROSS], ops, **CALL)
 
 
+@pytest.fixture(scope="module")
+def words(toy):
+    return toy.word_map([CIRCLE, CROSS], ["on", "background"], blocks=[3, 4], **CALL)
+
+
+@pytest.fixture(scope="module")
+def x0(toy):
+    return toy.read_x0([CIRCLE, CROSS], "x0", steps=[0, 2], **CALL)
+
+
 def values_of(explorer):
     """[l, e, s, g, k, h, w], computed from what is sent to the browser."""
     views = explorer.views
@@ -121,6 +131,48 @@ def test_of_a_read_of_both_streams_the_image_is_shown(toy, run):
     assert dl.explore(some).views.channels.tolist() == [[[5, 7]]]
 
 
+def test_maps_of_words_and_images_at_steps_are_shown_with_their_run(toy, run, edited, words, x0):
+    explorer = dl.explore(run, k=4, words=words, x0=x0, group="words", site="blocks.4.img", channel=1)
+    views, found = explorer.views, values_of(explorer)
+    assert repr(explorer).endswith("top, bottom and random 4 channels, maps of 2 words")
+    for rank, word in enumerate(("on", "background")):
+        expected = words.tensors[word].permute(0, 2, 1, 3, 4).numpy()  # [l, e, s, h, w]
+        np.testing.assert_allclose(found[:2, :, :, 3, rank], expected, atol=np.ptp(expected) / 250)
+    assert views.channels[:, 3, :3].tolist() == [[0, 1, -1], [0, 1, -1], [-1, -1, -1]], "block 5 has no maps of words"
+    assert [sorted(pane.frames) for pane in views.panes] == [[0, 2]] * 4
+    assert views.panes[3].frames[2] is x0.images["x0"][1][1]
+    assert (explorer.right, explorer.under) == (2, "step")
+    with pytest.raises(OpError, match=r"words= is of another run: its prompt is"):
+        dl.explore(toy.run(CIRCLE, [dl.Read("blocks.3.img")], **CALL), words=words)
+    with pytest.raises(OpError, match=r"x0= is of another run: its image 0 differs"):
+        dl.explore(toy.run([CIRCLE, CROSS], [dl.Skip("blocks.4.img"), dl.Read("blocks.3.img")], **CALL), x0=x0)
+    few = toy.word_map([CIRCLE, CROSS], "background", steps=[0], **CALL)
+    with pytest.raises(OpError, match=r"words= has no maps at step 1"):
+        dl.explore(run, words=few)
+    with pytest.raises(OpError, match=r"no channel 2 in the group 'words'"):
+        dl.explore(run, words=words, group="words", site="blocks.3.img", channel=2)
+
+
+def test_any_channel_of_a_whole_read_can_be_shown(toy, run, monkeypatch):
+    explorer, sent = dl.explore(run, k=2, channel=100, site="blocks.4.img", palette="Cividis", opacity=1.0), []
+    monkeypatch.setattr(explorer, "send", lambda message, buffers: sent.append(bytes(buffers[0])))
+    browser.send_to_widget(explorer, {"kind": "channel", "block": 100})
+    values = np.stack([run[f"blocks.{i}.img"].grid()[..., 100].permute(1, 0, 2, 3).numpy() for i in (3, 4, 5)])
+    count = values[..., 0, 0].size
+    ranges = np.frombuffer(sent[0], np.float32, 2 * count).reshape(*values.shape[:3], 2)
+    np.testing.assert_allclose(ranges, np.stack([values.min((-2, -1)), values.max((-2, -1))], -1), rtol=1e-5)
+    maps = np.frombuffer(sent[0][-values.size :], np.uint8).reshape(values.shape)
+    scaled = (values - ranges[..., :1, None]) / np.ptp(ranges, -1)[..., None, None] * 255
+    assert np.abs(maps - scaled).max() < 0.51
+    colours = np.asarray(explorer.preview())[2::4, 2::4].astype(int)
+    expected = np.moveaxis(colour_of(scaled[1, 0, -1]), 0, -1)
+    assert np.abs(colours - expected).max() <= 2
+    assert explorer.whole_state()["data_info"]["kept"] == [100]
+    chosen = dl.explore(toy.run(CIRCLE, [dl.Read("blocks[3:6].img", channels=[5, 9], name="two")], **CALL))
+    with pytest.raises(OpError, match="no channel 100 in this explorer"):
+        chosen.channel = 100
+
+
 def test_what_cannot_be_shown_raises(toy, run):
     reduced = toy.run(CIRCLE, [dl.Read("blocks.*.img", reduce="mean")], **CALL)
     with pytest.raises(OpError, match=r"this run kept blocks.*Read whole tokens"):
@@ -171,8 +223,8 @@ def test_a_view_begins_with_a_channel_of_its_group_and_site(run):
             other = int(shown[2])
             assert dl.explore(run, k=4, site=site, group=group, channel=np.int64(other)).channel == other
     explorer.channel, explorer.token = int(shown[1]), 255
-    with pytest.raises(OpError, match="no channel"):
-        explorer.channel = next(c for c in range(128) if c not in explorer.views.channels)
+    with pytest.raises(OpError, match=r"no channel 128 in this explorer\. Choose -1 to 127"):
+        explorer.channel = 128
     with pytest.raises(OpError, match="no token"):
         explorer.token = 256
     explorer.site = "blocks.3.img"  # which may not have the channel; the picture shows the first one, as the page does
@@ -267,14 +319,14 @@ def colour_of(value):
 
 @pytest.mark.browser
 def test_the_page_draws_the_map_that_its_sliders_select(run, tmp_path):
-    explorer = dl.explore(run, k=4, opacity=1.0)
+    explorer = dl.explore(run, k=4, opacity=1.0, palette="Cividis")
     views = explorer.views
     path = explorer.to_html(tmp_path / "page.html")
     with browser.page() as page:
         page.goto(path.as_uri())
         view, canvas = page.locator(".dit-lens"), page.locator("canvas[data-side=left]")
         view.wait_for()
-        page.get_by_label("image").first.select_option(label=f"{CROSS}, seed 0")
+        page.get_by_label("image").first.select_option("1")
         page.get_by_role("slider", name="step").press("Home")
         page.get_by_role("slider", name="step").press("End")
         page.get_by_role("slider", name="block").press("End")
@@ -313,9 +365,69 @@ def test_pointer_and_keys_show_the_values_of_a_token(run, tmp_path):
         assert shown == pytest.approx(value, rel=0.01)
         canvas.press("Escape")
         page.mouse.move(5, 5)
-        assert "mean over tokens" in status.inner_text()
+        assert "Point at a token" in status.inner_text()
+        assert page.locator(".heading").inner_text() == "means over tokens"
         page.locator(".overview canvas").press("ArrowUp")
         assert page.locator(".dit-lens").get_attribute("data-view").split("/")[1] == "blocks.4.img"
+
+
+@pytest.mark.browser
+def test_two_runs_are_compared_and_the_view_is_kept(run, edited, words, x0, tmp_path):
+    explorer = dl.explore(run, edited, k=4, opacity=1.0, words=words, x0=x0)
+    path, views, found = explorer.to_html(tmp_path / "page.html"), explorer.views, values_of(explorer)
+    with browser.page() as page:
+        page.goto(path.as_uri())
+        view, left, right = (page.locator(one) for one in (".dit-lens", "[data-side=left]", "[data-side=right]"))
+        page.get_by_role("button", name="difference").click()
+        page.mouse.move(5, 5)
+        difference = found[2, 2, -1, 0, 0] - found[2, 0, -1, 0, 0]
+        most = np.abs(difference).max()
+        palette = np.array(read_palette("RdBu"))
+        for row, column in ((0, 0), (5, 7), (15, 15)):
+            position = (difference[row, column] + most) / (2 * most) * (len(palette) - 1)
+            expected = [np.interp(position, range(len(palette)), part) for part in palette.T]
+            assert np.abs(colour_at(right, row, column, (16, 16)) - expected).max() <= 6
+        assert "right minus left" in page.locator(".heading").inner_text()
+        low, high = page.locator(".legend .scale").last.inner_text().split()[-2:]
+        assert float(high) == -float(low) == pytest.approx(most, rel=0.01)
+        page.get_by_role("button", name="side by side").click()
+        page.mouse.move(5, 5)
+        colours = [colour_at(right, row, column, (16, 16)) for row, column in ((1, 1), (8, 8))]
+        page.get_by_role("button", name="wipe").click()
+        page.get_by_role("slider", name="wipe").press("Home")
+        assert right.is_hidden()
+        wiped = [colour_at(left, row, column, (16, 16)) for row, column in ((1, 1), (8, 8))]
+        assert np.abs(np.subtract(colours, wiped)).max() <= 6
+        # The address has the state, also for a page that is opened with it; what it cannot mean is left out.
+        page.get_by_role("slider", name="step").press("Home")
+        page.wait_for_url("**#compare=wipe&wipe=0&step=0")
+        page.goto(f"{path.as_uri()}#step=1&group=words&channel=1&overlay=none&site=blocks.99.img&opacity=7")
+        page.reload()
+        page.locator(".dit-lens[data-overlay=none]").wait_for()
+        assert view.get_attribute("data-view").startswith("1/blocks.5.img/")
+        assert page.get_by_role("slider", name="opacity").input_value() == "0.7"
+        # A channel is typed, and chosen in the spectrum.
+        number = page.get_by_role("spinbutton", name="number of the channel")
+        number.fill("127" if 127 not in views.channels else "126")
+        number.press("Enter")
+        assert "There is no map of channel 12" in page.get_by_role("alert").inner_text()
+        number.fill(str(views.channels[2, 0, 2]))
+        number.press("Enter")
+        assert view.get_attribute("data-view").endswith(f"/{views.channels[2, 0, 2]}")
+        page.locator(".spectrum").click(position={"x": 42, "y": 20})
+        assert view.get_attribute("data-view").endswith(f"/{views.channels[2, 0, 0]}")
+        # Steps are played, and the view is saved.
+        page.get_by_role("button", name="play").click()
+        page.locator(".dit-lens[data-view^='2/']").wait_for()
+        page.locator(".dit-lens[data-view^='0/']").wait_for()
+        page.get_by_role("button", name="pause").click()
+        with page.expect_download() as download:
+            page.get_by_role("button", name="PNG").click()
+        assert download.value.suggested_filename.startswith("dit_lens-blocks.5.img-step-0")
+        assert Image.open(download.value.path()).size[0] > 2 * 384
+        # Beside another one, as in an HBox.
+        page.evaluate("document.querySelector('.dit-lens-host').parentElement.style.display = 'flex'")
+        assert view.bounding_box()["width"] > 900
 
 
 @pytest.mark.browser
@@ -372,7 +484,8 @@ def test_images_of_other_studies_stand_side_by_side(toy, tmp_path):
     with browser.page() as page:
         page.goto(explorer.to_html(tmp_path / "page.html").as_uri())
         page.locator("canvas[data-side=right]").wait_for()
-        page.get_by_label("beside it").select_option(label=f"{CIRCLE}, seed 0, k 4, bottom")
+        bottom = names.index(f"{CIRCLE}, seed 0, k 4, bottom")
+        page.get_by_label("beside it").select_option(str(bottom))
         assert "bottom" in page.locator("canvas[data-side=right]").get_attribute("aria-label")
 
 
@@ -400,7 +513,7 @@ def test_an_atlas_opens_without_model_or_kernel(tmp_path, capsys, monkeypatch):
     assert out.stat().st_size < 0.25 * 2**20
     with browser.page() as page:
         page.goto(out.as_uri())
-        page.get_by_label("image").first.select_option(label=f"{CROSS}, seed 0")
+        page.get_by_label("image").first.select_option("1")
         assert page.get_by_text("To keep this file small").count() == 1
         assert "rank 1" in page.locator(".spectrum").get_attribute("aria-label")
 

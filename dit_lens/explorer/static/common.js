@@ -33,8 +33,28 @@ function slider(label, { min = 0, max, step = 1, value, onInput }) {
   return { row, input, show: (at, text) => { input.value = at; output.value = text; input.setAttribute('aria-valuetext', text); } };
 }
 
+// A button that repeats an action until it is clicked again.
+function playButton(milliseconds, act) {
+  const button = make('button', { type: 'button', className: 'play' });
+  let timer = null;
+  const show = () => { button.textContent = timer === null ? '▶' : '⏸'; button.setAttribute('aria-label', timer === null ? 'play' : 'pause'); };
+  const stop = () => { clearInterval(timer); timer = null; show(); };
+  button.addEventListener('click', () => { if (timer !== null) stop(); else { act(); timer = setInterval(() => button.isConnected ? act() : stop(), milliseconds); show(); } });
+  show();
+  return { button, stop };
+}
+
+function numberField(label, { min = 0, max, onEnter }) {
+  const input = make('input', { type: 'number', min, max, 'aria-label': `number of the ${label}` });
+  input.addEventListener('change', () => { if (input.value !== '') onEnter(Math.round(+input.value)); });
+  return { row: make('label', { className: 'choice' }, make('span', {}, label), input), input };
+}
+
+// A text whose middle is left out, as texts of prompts differ at their ends.
+const shorten = text => text.length > 44 ? `${text.slice(0, 18)} … ${text.slice(-23)}` : text;
+
 function choice(label, options, onChange) {
-  const select = make('select', { 'aria-label': label }, ...options.map(([value, text]) => make('option', { value }, text)));
+  const select = make('select', { 'aria-label': label }, ...options.map(([value, text]) => make('option', { value, title: text }, shorten(text))));
   select.addEventListener('change', () => onChange(select.value));
   const row = make('label', { className: 'choice' }, make('span', {}, label), select);
   return { row, select };

@@ -3,8 +3,7 @@
 // Thumbnails of the maps at all blocks and steps; a click shows one.
 class Overview {
   constructor(data, jump) {
-    this.data = data;
-    [this.th, this.tw] = data.thumb;
+    Object.assign(this, { data, th: data.th, tw: data.tw });
     this.canvas = make('canvas', { tabIndex: 0, role: 'img' });
     this.base = make('canvas', { width: data.steps.length * this.tw, height: data.blocks.length * this.th });
     const across = clamp(Math.floor(560 / data.steps.length), 6, 28);
@@ -38,20 +37,21 @@ class Overview {
     ];
   }
 
-  // Draws all thumbnails of a channel, unless they are drawn already. table: colours of the palette. ink: of text.
-  draw(e, g, k, palette, table, ink) {
-    const key = `${e} ${g} ${k} ${palette} ${ink}`;
+  // Draws all thumbnails of a channel, unless they are drawn already.
+  // layers: their colours. e, other: the image, and the one whose values are subtracted, or null. ink: of text.
+  draw(layers, { g, k }, e, other, ink) {
+    const { data, th, tw } = this, key = [e, other, g, k, data.other?.number, layers.get('palette'), layers.get('scale'), ink].join();
     if (key === this.key) return;
     this.key = key;
-    const { data, th, tw } = this, columns = data.steps.length * tw;
-    const context = this.base.getContext('2d'), pixels = context.createImageData(columns, this.base.height);
-    for (let l = 0; l < data.blocks.length; l++) for (let s = 0; s < data.steps.length; s++) {
-      const start = data.at(l, e, s, g, k) * th * tw, present = data.channel(l, g, k) >= 0;
-      for (let i = 0; i < th * tw; i++) {
-        const value = 3 * data.thumbs[start + i];
-        const p = 4 * ((l * th + Math.floor(i / tw)) * columns + s * tw + i % tw);
-        pixels.data[p] = table[value]; pixels.data[p + 1] = table[value + 1]; pixels.data[p + 2] = table[value + 2];
-        pixels.data[p + 3] = present ? 255 : 0;
+    const columns = data.steps.length * tw, context = this.base.getContext('2d');
+    const pixels = context.createImageData(columns, this.base.height), rgba = new Uint8ClampedArray(4 * th * tw);
+    const palette = layers.palette(g, k);
+    for (let l = 0; l < data.blocks.length; l++) {
+      if (data.channel(l, g, k) < 0) continue;
+      const span = data.span(l, g, k);
+      for (let s = 0; s < data.steps.length; s++) {
+        layers.paint(layers.thumb({ l, s, g, k }, e, other, palette, span))(rgba);
+        for (let y = 0; y < th; y++) pixels.data.set(rgba.subarray(4 * y * tw, 4 * (y + 1) * tw), 4 * ((l * th + y) * columns + s * tw));
       }
     }
     context.putImageData(pixels, 0, 0);
@@ -82,44 +82,65 @@ class Overview {
   }
 }
 
-// The scores of all channels of a block by rank, with logarithmic axes; the channels of the group are marked.
+// The scores of all channels of a block by rank, with logarithmic axes; the channels of the group are marked. A click
+// chooses the channel of a rank.
 class Spectrum {
-  constructor(data) {
+  // choose(channel): called with the channel that is clicked.
+  constructor(data, choose) {
     this.data = data;
     this.width = data.blocks.length ? data.scores.length / data.blocks.length : 0;
-    this.canvas = make('canvas', { width: 760, height: 260, role: 'img', className: 'spectrum' });
+    this.canvas = make('canvas', { width: 760, height: 260, tabIndex: 0, role: 'img', className: 'spectrum' });
+    this.canvas.addEventListener('click', event => choose(this.order[this.rankAt(event)]));
+    this.canvas.addEventListener('pointermove', event => {
+      const rank = this.rankAt(event), channel = this.order[rank];
+      this.canvas.title = `channel ${channel}, rank ${rank + 1}, score ${threeDigits(this.scores[channel])}`;
+    });
+    this.canvas.addEventListener('keydown', event => {
+      const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (!move) return;
+      choose(this.order[clamp(this.order.indexOf(this.chosen) + move, 0, this.width - 1)]);
+      event.preventDefault();
+    });
     let low = Infinity, high = 0;
     for (const score of data.scores) if (score > 0) { low = Math.min(low, score); high = Math.max(high, score); }
     Object.assign(this, { low, high });
+  }
+
+  x(rank) { return 84 + (this.canvas.width - 104) * Math.log(rank + 1) / Math.log(this.width); }
+
+  rankAt(event) {
+    const box = this.canvas.getBoundingClientRect(), x = (event.clientX - box.left) / box.width * this.canvas.width;
+    return clamp(Math.round(Math.exp((x - 84) / (this.canvas.width - 104) * Math.log(this.width)) - 1), 0, this.width - 1);
   }
 
   draw(l, g, chosen, ink, accent) {
     const { data, width, canvas } = this, context = canvas.getContext('2d');
     const scores = data.scores.subarray(l * width, (l + 1) * width);
     const order = [...scores.keys()].sort((a, b) => scores[b] - scores[a]), rank = new Map(order.map((c, i) => [c, i]));
-    const x = i => 84 + (canvas.width - 104) * Math.log(i + 1) / Math.log(width);
+    Object.assign(this, { scores, order, chosen });
     const y = v => 14 + (canvas.height - 56) * (1 - Math.log(Math.max(v, this.low) / this.low) / Math.log(this.high / this.low || 10));
     context.clearRect(0, 0, canvas.width, canvas.height);
     context.strokeStyle = context.fillStyle = ink;
     context.font = '20px system-ui, sans-serif';
     context.lineWidth = 2;
     context.beginPath();
-    order.forEach((c, i) => context.lineTo(x(i), y(scores[c])));
+    order.forEach((c, i) => context.lineTo(this.x(i), y(scores[c])));
     context.stroke();
     context.textAlign = 'right';
     for (const value of [this.high, this.low]) context.fillText(threeDigits(value), 72, y(value) + 7);
     context.textAlign = 'center';
-    for (let i = 1; i <= width; i *= 10) context.fillText(i, x(i - 1), canvas.height - 14);
-    for (let k = 0; k < data.K; k++) {
-      const channel = data.channel(l, g, k);
-      if (channel < 0) continue;
+    for (let i = 1; i <= width; i *= 10) context.fillText(i, this.x(i - 1), canvas.height - 14);
+    const marked = data.labelled[data.groups[g]] ? [] : Array.from({ length: data.K }, (_, k) => data.channel(l, g, k));
+    for (const channel of new Set([...marked, chosen])) {
+      if (!rank.has(channel)) continue;
       context.fillStyle = accent;
       context.globalAlpha = channel === chosen ? 1 : 0.55;
       context.beginPath();
-      context.arc(x(rank.get(channel)), y(scores[channel]), channel === chosen ? 9 : 6, 0, 7);
+      context.arc(this.x(rank.get(channel)), y(scores[channel]), channel === chosen ? 9 : 6, 0, 7);
       context.fill();
     }
     context.globalAlpha = 1;
-    canvas.setAttribute('aria-label', `Score of all ${width} channels of ${data.blocks[l]} by rank; channel ${chosen} is rank ${rank.get(chosen) + 1}`);
+    const shown = rank.has(chosen) ? `; channel ${chosen} is rank ${rank.get(chosen) + 1}` : '';
+    canvas.setAttribute('aria-label', `Score of all ${width} channels of ${data.blocks[l]} by rank${shown}. A click or the arrow keys choose one.`);
   }
 }

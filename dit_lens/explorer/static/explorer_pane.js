@@ -1,15 +1,18 @@
 // Images with their overlays.
 
-const MARK = '#ffffff', MARK_EDGE = '#000000';
+const MARK = '#ffffff', MARK_EDGE = '#000000', SIDE = 384;
 
-// Interpolates the colours of a palette to a table of 256 colours, as RGB bytes.
-function interpolatePalette(palette) {
-  const table = new Uint8Array(256 * 3);
-  for (let i = 0; i < 256; i++) {
-    const position = i / 255 * (palette.length - 1), a = Math.min(Math.floor(position), palette.length - 2), t = position - a;
-    for (let c = 0; c < 3; c++) table[3 * i + c] = Math.round(palette[a][c] * (1 - t) + palette[a + 1][c] * t);
+// An image in grey with little contrast, so that the colours over it are those of the legend.
+function toGrey(image) {
+  const canvas = make('canvas', { width: image.width, height: image.height }), context = canvas.getContext('2d');
+  context.drawImage(image, 0, 0);
+  const pixels = context.getImageData(0, 0, image.width, image.height), { data } = pixels;
+  for (let p = 0; p < data.length; p += 4) {
+    const light = 0.299 * data[p] + 0.587 * data[p + 1] + 0.114 * data[p + 2];
+    data[p] = data[p + 1] = data[p + 2] = 255 * UNDER + 0.8 * (light - 127.5);
   }
-  return table;
+  context.putImageData(pixels, 0, 0);
+  return canvas;
 }
 
 // One image with its overlay and the marks of tokens.
@@ -22,6 +25,7 @@ class Pane {
     this.context = this.canvas.getContext('2d');
     this.small = make('canvas', { width: data.w, height: data.h });
     this.pixels = this.small.getContext('2d').createImageData(data.w, data.h);
+    this.greys = new WeakMap();
     this.caption = make('figcaption');
     this.node = make('figure', {}, this.canvas, this.caption);
     this.canvas.addEventListener('pointermove', event => select(this.tokenAt(event), false));
@@ -48,20 +52,23 @@ class Pane {
   }
 
   resize(image) {
-    const { w, h } = this.data, width = 384 * Math.ceil(devicePixelRatio || 1);
+    const { w, h } = this.data, width = SIDE * Math.ceil(devicePixelRatio || 1);
     const height = Math.round(image ? width * image.height / image.width : width * h / w);
     if (this.canvas.width !== width || this.canvas.height !== height) Object.assign(this.canvas, { width, height });
   }
 
   // overlay: writes RGBA of every token, or null. marks: the selected token, the one to mark, and its neighbours.
-  draw(image, overlay, opacity, marks) {
+  // minus: an image whose difference to the image is shown, or null.
+  draw(image, overlay, opacity, marks, minus = null) {
     const { context, canvas } = this;
     this.resize(image);
     context.globalAlpha = 1;
     context.clearRect(0, 0, canvas.width, canvas.height);
-    if (image) {
-      context.imageSmoothingEnabled = image.width > 128;
-      context.drawImage(image, 0, 0, canvas.width, canvas.height);
+    if (image) this.drawImage(overlay ? this.grey(image) : image);
+    if (image && minus) {
+      context.globalCompositeOperation = 'difference';
+      this.drawImage(minus);
+      context.globalCompositeOperation = 'source-over';
     }
     if (overlay) {
       overlay(this.pixels.data);
@@ -76,9 +83,33 @@ class Pane {
     if (marks.token >= 0) this.mark(marks.token, 3);
   }
 
+  drawImage(image) {
+    this.context.imageSmoothingEnabled = image.width > 128;
+    this.context.drawImage(image, 0, 0, this.canvas.width, this.canvas.height);
+  }
+
+  grey(image) {
+    if (!this.greys.has(image)) this.greys.set(image, toGrey(image));
+    return this.greys.get(image);
+  }
+
+  // Covers the image with another one, from a share of the width to its right end.
+  cover(other, share) {
+    const { context, canvas } = this, x = Math.round(share * canvas.width), scale = canvas.width / SIDE;
+    const from = Math.round(share * other.canvas.width);
+    if (x < canvas.width) {
+      context.clearRect(x, 0, canvas.width - x, canvas.height);
+      context.drawImage(other.canvas, from, 0, other.canvas.width - from, other.canvas.height, x, 0, canvas.width - x, canvas.height);
+    }
+    for (const [colour, width] of [[MARK_EDGE, 4], [MARK, 2]]) {
+      context.fillStyle = colour;
+      context.fillRect(x - width * scale / 2, 0, width * scale, canvas.height);
+    }
+  }
+
   mark(n, width) {
     const { w, h } = this.data, { context, canvas } = this, dx = canvas.width / w, dy = canvas.height / h;
-    const scale = canvas.width / 384;
+    const scale = canvas.width / SIDE;
     for (const [colour, extra] of [[MARK_EDGE, 2], [MARK, 0]]) {
       context.strokeStyle = colour;
       context.lineWidth = (width + extra) * scale;
