@@ -20,7 +20,7 @@ from dit_lens.core.runs.files import check_pipeline
 from dit_lens.core.runs.html import table_html
 from dit_lens.core.session import Session, list_ops
 from dit_lens.errors import ExecutionError, OpError, StoreError, show
-from dit_lens.instruments import massive
+from dit_lens.instruments import activation_store, massive
 from dit_lens.instruments.attention_patterns import Attention, read_pattern
 from dit_lens.instruments.forward import encode_image, forward
 from dit_lens.instruments.gradients import Gradients, Through, gradients
@@ -28,6 +28,7 @@ from dit_lens.instruments.picture import draw_model
 from dit_lens.instruments.summary import summarise_lens
 from dit_lens.instruments.text_embeddings import Released, encode_texts, release
 from dit_lens.instruments.token_sets import find_token_set
+from dit_lens.instruments.top_images import TopImages, find_top_images
 from dit_lens.instruments.word_maps import WordMap, word_map
 from dit_lens.instruments.x0_lens import X0, read_x0
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from dit_lens.analysis.channels import ChannelSet
     from dit_lens.core.plan.compile import Plan
     from dit_lens.core.request.call import Call
+    from dit_lens.core.request.dictionaries import Dictionary
     from dit_lens.core.request.ops import Branch, Op, Pattern, Steps
     from dit_lens.core.request.token_set import TokenSet
     from dit_lens.core.runs.run import Run
@@ -594,6 +596,119 @@ class DiTLens(Session):
         """
         return gradients(
             self, prompt, site, metric=metric, through=through, steps=steps, branch=branch, reduce=reduce, **call
+        )
+
+    # Dictionaries
+
+    @checked
+    @sets("ops", "seed")
+    def export(
+        self,
+        sites: Pattern,
+        prompts: str | Sequence[str],
+        out: str | Path,
+        *,
+        tokens: int = 64,
+        steps: Steps = None,
+        seeds: int | Sequence[int] = 0,
+        shard: int = 32_768,
+        batch_size: int = 1,
+        shuffle: int = 0,
+        **call: Any,
+    ) -> Path:
+        """Writes activations of many images as safetensors files, from which other libraries train dictionaries.
+
+        >>> import tempfile
+        >>> from safetensors.torch import load_file
+        >>> prompts = [f"a big {colour} circle left on a plain blue background" for colour in ("red", "green")]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     out = DiTLens.toy().export("blocks.3.img", prompts, folder, num_inference_steps=2)
+        ...     load_file(out / "blocks.3.img" / "00000.safetensors")["activations"].shape  # [token, channel]
+        torch.Size([256, 128])
+
+        Every site has a folder of shards, each with "activations" [token, channel] in the type that the model computes
+        in, and beside it, as [token], the "prompt" (its index), "seed", "step", "sigma" and "token" that each is of.
+        ``activations.json`` says what was asked. Images are drawn in random order, so that a shard is a random sample
+        of them, and its tokens are shuffled; read shards in another order in each epoch. Conditional branch only; what
+        the pipeline masks is left out. Other images need no more memory: one shard of every site is held at a time.
+        The same call goes on where it was interrupted.
+
+        sites: of tokens.
+        prompts: one or several.
+        out: the folder.
+        tokens: how many of every image and step, chosen at random.
+        steps: all by default.
+        seeds: every prompt is drawn from each of them.
+        shard: tokens of a shard, about.
+        batch_size: images that are drawn together, and share their choice of image tokens.
+        shuffle: the seed of whatever is random here.
+        call: as in :meth:`run`; latents are not decoded unless ``output_type`` says so.
+
+        Raises StoreError where the folder holds another export, or the disk is too small.
+        """
+        return activation_store.export(
+            self,
+            sites,
+            prompts,
+            Path(out),
+            tokens=tokens,
+            steps=steps,
+            seeds=seeds,
+            shard=shard,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            **call,
+        )
+
+    @checked
+    @sets("ops", "seed")
+    def top_images(
+        self,
+        dictionary: Dictionary,
+        prompts: str | Sequence[str],
+        site: str,
+        *,
+        features: int | Sequence[int],
+        k: int = 8,
+        steps: Steps = -1,
+        seeds: int | Sequence[int] = 0,
+        batch_size: int = 1,
+        **call: Any,
+    ) -> TopImages:
+        """The images, and the places in them, in which features of a dictionary are strongest.
+
+        >>> import torch
+        >>> from dit_lens.dictionaries import Dictionary
+        >>> channels = Dictionary(torch.eye(128), torch.zeros(128), torch.eye(128), torch.zeros(128))
+        >>> prompts = [f"a big {colour} circle left on a plain blue background" for colour in ("red", "green")]
+        >>> found = DiTLens.toy().top_images(channels, prompts, "blocks.3.img", features=[5], num_inference_steps=2)
+        >>> len(found[5]), found[5][0].heat.shape  # images, and [h, w]
+        (2, (16, 16))
+
+        ``.figure()`` is a sheet of them, ``.table`` has their numbers. Which features are active at all tells
+        ``ReadFeatures(site, dictionary, reduce="max")``.
+
+        dictionary: from :func:`dit_lens.dictionaries.load`.
+        prompts: those that are drawn.
+        site: of image tokens.
+        features: one or several, by number.
+        k: how many images of each.
+        steps: at which features are read; the last by default.
+        seeds: every prompt is drawn from each of them.
+        batch_size: images that are drawn together.
+        call: as in :meth:`run`. Conditional branch only.
+        """
+        return find_top_images(
+            self,
+            dictionary,
+            prompts,
+            site,
+            features=features,
+            k=k,
+            steps=steps,
+            seeds=seeds,
+            batch_size=batch_size,
+            **call,
         )
 
     def __repr__(self) -> str:

@@ -1,5 +1,8 @@
 """For every public call, arguments that are right, of which one after another is replaced."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import torch
@@ -454,6 +457,8 @@ def _models(lens):
     steering = dl.Steering({"blocks.0.img": torch.ones(lens.anatomy.width)})
     tokens = dl.TokenSet({"blocks.0.img": [[1]]}, "sinks", 4)
     maps = lens.word_map("red", "red", seed=0, num_inference_steps=2)
+    width = lens.anatomy.width
+    axes = dl.dictionaries.Dictionary(torch.eye(width), torch.zeros(width), torch.eye(width), torch.zeros(width))
     row = lens.family
     rows = {
         "Family": row,
@@ -521,6 +526,35 @@ def _models(lens):
             {"images": image(0), "prompt": "red", "ops": (), "sigma": 0.3, "seed": 0, "height": 16, "width": 16},
         ),
         "DiTLens.encode_image": (lens.encode_image, {"images": image(0), "prompt": "red", "height": 16, "width": 16}),
+        "DiTLens.export": (
+            lens.export,
+            {
+                "sites": "blocks.0.img",
+                "prompts": ["red"],
+                "out": Path(tempfile.mkdtemp()) / "out",
+                "tokens": 2,
+                "steps": -1,
+                "seeds": [0],
+                "shard": 4,
+                "batch_size": 1,
+                "shuffle": 0,
+                "num_inference_steps": 2,
+            },
+        ),
+        "DiTLens.top_images": (
+            lens.top_images,
+            {
+                "dictionary": axes,
+                "prompts": ["red"],
+                "site": "blocks.0.img",
+                "features": [0],
+                "k": 1,
+                "steps": -1,
+                "seeds": [0],
+                "batch_size": 1,
+                "num_inference_steps": 2,
+            },
+        ),
         "DiTLens.word_map": (
             lens.word_map,
             {
