@@ -21,7 +21,8 @@ from dit_lens.core.runs.html import table_html
 from dit_lens.core.session import Session, list_ops
 from dit_lens.errors import ExecutionError, OpError, StoreError, show
 from dit_lens.instruments import activation_store, massive
-from dit_lens.instruments.attention_patterns import Attention, read_pattern
+from dit_lens.instruments.attention import Attention
+from dit_lens.instruments.attention_patterns import read_pattern
 from dit_lens.instruments.forward import encode_image, forward
 from dit_lens.instruments.gradients import Gradients, Through, gradients
 from dit_lens.instruments.picture import draw_model

@@ -12,15 +12,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from dit_lens.arguments.checks import checked
 from dit_lens.arguments.numbers import list_entries, to_int
-from dit_lens.arguments.saving import saved_by
 from dit_lens.core.execution.at_weights import Probe
 from dit_lens.core.execution.attending import ARGUMENTS, tell_cut
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, show
-from dit_lens.families.layout import find_image_tokens, select_stream
+from dit_lens.families.layout import find_image_tokens
 from dit_lens.families.locations import ImageTokens
 from dit_lens.families.sites import Site
+from dit_lens.instruments.attention import Attention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,81 +27,10 @@ if TYPE_CHECKING:
     from dit_lens.core.execution.engine import Engine
     from dit_lens.core.plan.outline import Outline
     from dit_lens.core.request.ops import Op, Steps
-    from dit_lens.core.runs.run import Run
     from dit_lens.core.session import Session
     from dit_lens.families.locations import GridRule
 
 Edges: TypeAlias = "list[tuple[int, set[int], Tensor, Tensor]]"  # row, heads, queries and keys
-
-
-@dataclass(frozen=True)
-class Attention:
-    """How much every query token attends to every key token: rows sum to 1, or to 0 where every key is knocked out.
-
-    tensors: block -> [step, row, head, query, key], float32, in main memory.
-    order: block -> "text_first", "image_first", "ragged" or "own": where text and image tokens lie among them.
-    steps, heads: which were kept.
-    image: where the forward pass had its image tokens.
-    rows: which of its rows these are.
-    run: the run.
-    depth: how many blocks the model has; -1 is the last of them.
-    """
-
-    tensors: dict[int, Tensor]
-    order: dict[int, str]
-    steps: tuple[int, ...]
-    heads: tuple[int, ...]
-    image: ImageTokens
-    rows: range
-    run: Run
-    depth: int
-
-    save = saved_by("Its run has, found.run.save(folder); its numbers are found.tensors, block -> tensor.")
-
-    @checked
-    def __getitem__(self, block: int) -> Tensor:
-        return self.tensors[find_kept(block, self.tensors, self.depth)]
-
-    @checked
-    def between(self, block: int, queries: str = "img", keys: str = "txt") -> Tensor:
-        """The part from one stream to another: [step, row, head, query, key] with image tokens row by row.
-
-        queries, keys: "img" or "txt": the tokens that a read of that stream has, so references belong to neither.
-        """
-        block = find_kept(block, self.tensors, self.depth)
-        tensor = self[block]
-        across = self._token_indices(block, queries, tensor.shape[-2])[None, :, None, :, None]
-        down = self._token_indices(block, keys, tensor.shape[-1])[None, :, None, None, :]
-        return tensor.take_along_dim(across, -2).take_along_dim(down, -1)
-
-    @checked
-    def incoming(self, block: int, stream: str) -> Tensor:
-        """What the tokens of a stream get of the queries and heads that were kept, on average: [step, row, token]."""
-        block = find_kept(block, self.tensors, self.depth)
-        tensor = self[block].mean((2, 3))
-        return tensor.take_along_dim(self._token_indices(block, stream, tensor.shape[-1])[None], -1)
-
-    def _token_indices(self, block: int, stream: str, length: int) -> Tensor:
-        """Which of ``length`` tokens belong to a stream: [row, token]."""
-        if stream not in ("img", "txt"):
-            raise OpError(f"{stream!r} is not a valid stream. Say 'img' or 'txt'.")
-        if stream == "txt" and self.order[block] == "own":
-            raise OpError(f"block {block} attends from and to image tokens only, so there is no text.")
-        if length < self.image.total:
-            raise OpError(
-                f"block {block} attends in parts; this one has {length} tokens, fewer than the image and its "
-                f"references, {self.image.total}. Take self[block] whole, or a step that has no references."
-            )
-        numbers = torch.arange(length)[None, :, None].expand(self.rows.stop, -1, 1)
-        location: Any = {"stream": stream, "layout": self.order[block]}
-        chosen, where = select_stream(numbers, location, self.image, self.rows)
-        if where is not None and where[1] is not None:
-            raise OpError(
-                f"the prompts have {', '.join(map(str, where[1].sum(1).tolist()))} text tokens at "
-                f"blocks.{block}.{stream}, which fit no one tensor; run prompts of other lengths one by one, or take "
-                "self[block] whole."
-            )
-        return chosen[..., 0]
 
 
 def read_pattern(
@@ -132,7 +60,8 @@ def read_pattern(
     with lens.engine.within(watch):
         run = lens.run(prompt, ops, **call)
     rows = range(*watch.rows)
-    return Attention(watch.stack_kept(), order, tuple(chosen), wanted, watch.image, rows, run, lens.anatomy.depth)
+    depth, kept = lens.anatomy.depth, watch.stack_kept()
+    return Attention(kept, order, tuple(chosen), wanted, watch.image, rows, run, depth, branch, outline.text)
 
 
 def read_incoming(
@@ -162,17 +91,6 @@ def _find_attention(lens: Session, blocks: Sequence[int]) -> tuple[dict[int, str
     """Block -> the path of its module in the transformer, and the order of the streams inside its attention."""
     found = {one: lens.anatomy.find_attention(one) for one in blocks}
     return {one: path for one, (path, _) in found.items()}, {one: order for one, (_, order) in found.items()}
-
-
-def find_kept(block: int, kept: Collection[int], depth: int) -> int:
-    """The number of a block that was kept, counted from the model's end if it is negative; SiteError for another.
-
-    >>> find_kept(-1, [5, 7], depth=8)
-    7
-    """
-    if (number := block + depth if block < 0 else block) not in kept:
-        raise SiteError(f"block {block} was not read; there are {', '.join(map(str, kept))}.")
-    return number
 
 
 def list_numbers(what: str, value: Any) -> list[int]:

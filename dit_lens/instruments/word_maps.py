@@ -26,14 +26,8 @@ from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, che
 from dit_lens.families.layout import select_stream
 from dit_lens.families.locations import ImageTokens
 from dit_lens.families.sites import Site
-from dit_lens.instruments.attention_patterns import (
-    Watch,
-    cut_edges,
-    find_heads,
-    find_kept,
-    list_numbers,
-    take_head,
-)
+from dit_lens.instruments.attention import find_kept, find_word, list_words
+from dit_lens.instruments.attention_patterns import Watch, cut_edges, find_heads, list_numbers, take_head
 
 if TYPE_CHECKING:
     import numpy as np
@@ -161,10 +155,10 @@ def word_map(
         )
     asked = Asked(blocks, heads, ops, steps, call)
     if method == "concept":
-        return _map_by_concept(lens, prompt, _list_words(words), _list_words(concepts), asked)
+        return _map_by_concept(lens, prompt, list_words(words), list_words(concepts), asked)
     if concepts:
         raise OpError("concepts= are compared by what attention puts out: pass method='concept' with it.")
-    return _map_by_attention(lens, prompt, _list_words(words), asked)
+    return _map_by_attention(lens, prompt, list_words(words), asked)
 
 
 @dataclass(frozen=True)
@@ -178,27 +172,9 @@ class Asked:
     call: dict[str, Any]
 
 
-def _list_words(words: Any) -> list[str]:
-    found = [words] if isinstance(words, str) else list(words)
-    if wrong := [one for one in found if not isinstance(one, str) or not one.strip()]:
-        raise OpError(f"{wrong[0]!r} is not a word.")
-    if len(set(found)) < len(found):
-        raise OpError(f"words are given twice: {', '.join(found)}.")
-    return found
-
-
 def _find_words(text: StreamText, rows: int, words: Sequence[str]) -> list[list[list[int]]]:
     """[row][word] -> its tokens in the text; PromptError where a prompt lacks a word."""
-    found = [[text.find("cond", row, word) for word in words] for row in range(rows)]
-    for row, tokens in enumerate(found):
-        for word, some in zip(words, tokens, strict=True):
-            if not some:
-                prompts = text.prompts("cond", row)
-                raise PromptError(
-                    f"{word!r} is no word of {' / '.join(map(repr, prompts)) or 'an empty prompt'} (row {row}), so "
-                    "there is nothing to map. Words that are not in the prompt: method='concept', concepts=[...]."
-                )
-    return found
+    return [[find_word(text, "cond", row, word) for word in words] for row in range(rows)]
 
 
 def _part(kept: Tensor, words: Sequence[str], run: Run) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Plotly figures made of plain data: import every figure from here; nothing is shown or printed."""
 
 from dit_lens.old_names import find_old_names
+from dit_lens.plots.attention import head_figure, head_word_figure, pattern_figure
 from dit_lens.plots.basis import basis_figure
 from dit_lens.plots.blocks import blocks_figure
 from dit_lens.plots.carrier_or_detail import carrier_or_detail_figure
@@ -28,10 +29,13 @@ __all__ = [
     "channel_spectrum",
     "cluster_overlay",
     "disruption_figure",
+    "head_figure",
+    "head_word_figure",
     "looks",
     "organisation_figure",
     "overlay_grid",
     "patching_figure",
+    "pattern_figure",
     "sheet",
     "stability_figure",
     "strip",

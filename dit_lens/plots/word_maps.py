@@ -40,20 +40,27 @@ def word_map_figure(image: Image.Image, maps: Mapping[str, Any], *, title: str =
     if odd := [word for word, one in found.items() if one.ndim != 2 or not np.isfinite(one).all()]:
         raise OpError(f"the map of {odd[0]!r} must be [h, w], finite, and has shape {list(found[odd[0]].shape)}.")
     labels = [f"{word}<br>{one.min():.2g} to {one.max():.2g}" for word, one in found.items()]
-    painted = [_blend(image, one) for one in found.values()]
+    painted = [blend(image, one) for one in found.values()]
     return strip([image, *painted], ["image", *labels], title=title, subtitle=subtitle)
 
 
-def paint(heat: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """A map of tokens from dark to bright, as large as an image. heat: [h, w]."""
+def paint(heat: np.ndarray, size: tuple[int, int], *, least: float | None = None) -> Image.Image:
+    """A map of tokens from dark to bright, as large as an image.
+
+    heat: [h, w].
+    size: of the image.
+    least: the value that is dark; the map's lowest by default.
+    """
     from plotly.colors import sample_colorscale
 
-    spread = np.ptp(heat)
-    scaled = (heat - heat.min()) / (spread if spread > 0 else 1)
-    colours = sample_colorscale("Inferno", scaled.ravel().tolist(), colortype="tuple")
-    pixels = (255 * np.array(colours)).round().astype(np.uint8).reshape(*heat.shape, 3)
+    low = float(heat.min()) if least is None else least
+    spread = float(heat.max()) - low
+    scaled = (heat - low) / (spread if spread > 0 else 1)
+    steps = np.array(sample_colorscale("Inferno", np.linspace(0, 1, 256).tolist(), colortype="tuple"))
+    pixels = (255 * steps[(255 * scaled).round().astype(int)]).round().astype(np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)
 
 
-def _blend(image: Image.Image, heat: np.ndarray) -> Image.Image:
+def blend(image: Image.Image, heat: np.ndarray) -> Image.Image:
+    """A map of tokens over its image, in dim grey. heat: [h, w]."""
     return Image.blend(paint(heat, image.size), image.convert("L").convert("RGB"), DIMMED)

@@ -336,6 +336,12 @@ def _pictures():
         ),
         "plots.strip": (None, {"images": [image(0)], "labels": ["a"], "title": "", "subtitle": ""}),
         "plots.sheet": (None, {"images": [[image(0)]], "rows": ["a"], "columns": ["b"], "title": "", "subtitle": ""}),
+        "plots.pattern_figure": (None, {"patterns": {"head 0": np.eye(2)}, "title": "", "subtitle": ""}),
+        "plots.head_figure": (None, {"values": {0: [0.1, 0.2]}, "title": "", "subtitle": ""}),
+        "plots.head_word_figure": (
+            None,
+            {"image": image(0), "maps": {"head 0": {"a": np.eye(2)}}, "title": "", "subtitle": ""},
+        ),
         "plots.word_map_figure": (None, {"image": image(0), "maps": {"a": np.eye(2)}, "title": "", "subtitle": ""}),
         "plots.training_figure": (None, {"table": pd.DataFrame([dict.fromkeys(TRAINING, 1.0) | {"run": "a"}])}),
         "plots.looks": (None, {"arms": ["top", "mine"]}),
@@ -717,6 +723,10 @@ def _models(lens):
         "WordMap.overlay": (maps.overlay, {"word": "red", "block": 0, "row": 0, "truth": None}),
         "WordMap.figure": (maps.figure, {"row": 0}),
         "Attention[]": (lambda block: pattern[block], {"block": 0}),
+        "Attention.measure": (pattern.measure, {"what": "text"}),
+        "Attention.figure": (pattern.figure, {"block": 0, "step": None, "row": 0}),
+        "Attention.sheet": (pattern.sheet, {"what": "entropy", "step": None, "row": 0}),
+        "Attention.words": (pattern.words, {"words": "red", "block": 0, "step": None, "row": 0}),
         "Attention.between": (pattern.between, {"block": 0, "queries": "img", "keys": "txt"}),
     }
 
