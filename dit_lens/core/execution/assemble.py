@@ -218,6 +218,7 @@ def _entries(ops: Sequence[Op], plan: Plan, touched: Sequence[Touched]) -> list[
                 elements=int(next(iter(steps.values()))[2]),
                 before=tuple(steps[step][0] ** 0.5 for step in sorted(steps)),
                 after=tuple(steps[step][1] ** 0.5 for step in sorted(steps)),
+                keys=plan.keys.get((op, site, group, branch)),
             )
         )
     return entries

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.plan.aliases import name_once, without_name
-from dit_lens.core.plan.lowering import SiteLowering, check_allowed, check_keys, check_origin
+from dit_lens.core.plan.lowering import SiteLowering, check_allowed, check_keys, check_origin, describe_keys
 from dit_lens.core.plan.selection import Group, select_channels, select_groups, select_rows
 from dit_lens.core.request.ops import EDITS, OPS, Op, Read, ReadFeatures, SigmaInterval
 from dit_lens.core.runs.record import is_text
@@ -63,6 +63,7 @@ class Plan:
     reads: how what is read is put together.
     visits: for every op, how often it will be carried out.
     selections: (op, site, group) -> rows, tokens, channels.
+    keys: (op, site, group, branch) -> what attention reads no longer there, in words.
     outline: the run it is for.
     """
 
@@ -71,6 +72,7 @@ class Plan:
     reads: list[PlannedRead]
     visits: dict[int, int]
     selections: dict[tuple[int, str, int], tuple[tuple[int, ...] | None, ...]]
+    keys: dict[tuple[int, str, int, str], str]
     outline: Outline
 
 
@@ -82,7 +84,13 @@ def compile_plan(ops: Sequence[Op], anatomy: Anatomy, outline: Outline) -> Plan:
             raise OpError(f"ops[{number}] is a {type(op).__name__}, not an op. Ops are {', '.join(OPS)}.")
         compiler.add(number, op)
     return Plan(
-        compiler.program(), compiler.payload, compiler.reads, compiler.visits, compiler.selections, compiler.outline
+        compiler.program(),
+        compiler.payload,
+        compiler.reads,
+        compiler.visits,
+        compiler.selections,
+        compiler.keys,
+        compiler.outline,
     )
 
 
@@ -94,6 +102,7 @@ class _Compiler:
     reads: list[PlannedRead] = field(default_factory=list)
     visits: dict[int, int] = field(default_factory=dict)
     selections: dict[tuple[int, str, int], tuple[tuple[int, ...] | None, ...]] = field(default_factory=dict)
+    keys: dict[tuple[int, str, int, str], str] = field(default_factory=dict)
     # (number of the forward pass, site) -> actions in the order of the ops
     actions: dict[tuple[int, Site], list[Action]] = field(default_factory=dict)
     source_levels: dict[tuple[int, float, str], None] = field(default_factory=dict)
@@ -184,6 +193,8 @@ class _Compiler:
                 raise OpError(
                     f"{type(op).__name__} makes an edit {details['kind']!r}, which is not in dit_lens.ops.EDITS."
                 )
+            if "key_tokens" in details:
+                self.keys[number, site.name, group_number, branch] = describe_keys(details)
             offset, branch_index = timeline.locate(branch)
             for step_index, step in enumerate(steps):
                 if not group.holds(site.name, step):

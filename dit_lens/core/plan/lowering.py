@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -280,6 +281,18 @@ def select_keys(at: SiteLowering, branch: str, keys: str, tokens: Any, mask: Any
     if not some:
         raise OpError("key_tokens=[] chooses no key. Leave it out for all of them, or leave the op out.")
     return [[some] * len(targets)]
+
+
+def describe_keys(action: ActionDetails) -> str:
+    """The keys that are knocked out in any row or step: "txt 4, 7-9"."""
+    stream, named = action["parameters"]["keys"], action.get("key_tokens")
+    if named is None:
+        return f"all {stream} tokens"
+    tokens = sorted({token for step in named for row in step for token in row})
+    spans = [
+        [token for _, token in span] for _, span in itertools.groupby(enumerate(tokens), lambda pair: pair[1] - pair[0])
+    ]
+    return f"{stream} {', '.join(f'{span[0]}-{span[-1]}' if len(span) > 1 else str(span[0]) for span in spans)}"
 
 
 def find_source(anatomy: Anatomy, target: Site, name: str, size: int, channels: Sequence[int] | None) -> str:

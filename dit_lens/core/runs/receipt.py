@@ -25,6 +25,7 @@ class Entry:
     rows, tokens, channels: the elements; None means all of that axis.
     elements: how many numbers at each step.
     before, after: their L2 norm at each step.
+    keys: what an AttentionMask knocked out in any row or step, such as "txt 4, 7-9"; None for other ops.
     """
 
     op: int
@@ -38,15 +39,21 @@ class Entry:
     elements: int
     before: tuple[float, ...]
     after: tuple[float, ...]
+    keys: str | None = None
 
     def __str__(self) -> str:
         parts = (
-            (f"{_count(self.rows)} rows, {_count(self.tokens)} tokens, {_count(self.channels)} channels")
+            ", ".join(
+                f"{_count(chosen)} {word}{'' if chosen is not None and len(chosen) == 1 else 's'}"
+                for word, chosen in (("row", self.rows), ("token", self.tokens), ("channel", self.channels))
+            )
             if self.steps
             else "nothing"
         )
+        steps = f"{len(self.steps)} step{'' if len(self.steps) == 1 else 's'}"
+        cut = "" if self.keys is None else f", without {self.keys}"
         norms = f"|x| {_mean(self.before):.4g} -> {_mean(self.after):.4g}" if self.steps else "strength 0"
-        return f"[{self.op}] {self.kind} {self.site} ({self.branch}): {len(self.steps)} steps, {parts}, {norms}"
+        return f"[{self.op}] {self.kind} {self.site} ({self.branch}): {steps}, {parts}{cut}, {norms}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,8 @@ class Receipt:
     def table(self) -> pd.DataFrame:
         """One line per entry.
 
-        Columns: op, kind, site, branch, steps, rows, tokens, channels, elements (per step), before, after (mean norms).
+        Columns: op, kind, site, branch, steps, rows, tokens, channels, elements (per step), before, after (mean norms),
+        keys.
         """
         import pandas as pd
 
@@ -78,6 +86,7 @@ class Receipt:
                 "elements": entry.elements,
                 "before": _mean(entry.before),
                 "after": _mean(entry.after),
+                "keys": entry.keys,
             }
             for entry in self.entries
         ]
@@ -86,9 +95,7 @@ class Receipt:
     def __repr__(self) -> str:
         shown = [str(entry) for entry in self.entries[:12]]
         more = [f"... and {len(self.entries) - 12} more (see .table)"] if len(self.entries) > 12 else []
-        return "\n".join(
-            ["Receipt: " + ("no edits" if not shown else f"{len(self.entries)} sites touched"), *shown, *more]
-        )
+        return "\n".join([f"Receipt: {count_sites(self.entries)}", *shown, *more])
 
     def _repr_html_(self) -> str:
         return (
@@ -104,6 +111,12 @@ class Receipt:
     @checked
     def from_json(cls, data: Iterable[dict[str, Any]]) -> Receipt:
         return cls(tuple(_entry_from(line) for line in data))
+
+
+def count_sites(entries: Iterable[Entry]) -> str:
+    """How many sites were touched, in words."""
+    n = len({entry.site for entry in entries})
+    return "no edits" if n == 0 else f"{n} site{'' if n == 1 else 's'} touched"
 
 
 def _entry_from(line: dict[str, Any]) -> Entry:

@@ -32,6 +32,7 @@ ENTRY = {
     "elements": int,
     "before": [float],
     "after": [float],
+    "keys?": (str, None),
 }
 READING = {
     "name": str,

@@ -23,7 +23,7 @@ from dit_lens.core.runs.files import (
 )
 from dit_lens.core.runs.html import run_html
 from dit_lens.core.runs.reading import Reading
-from dit_lens.core.runs.receipt import Receipt
+from dit_lens.core.runs.receipt import Receipt, count_sites
 from dit_lens.core.runs.record import RUN, check_record
 from dit_lens.errors import OpError, SiteError, nearest, show
 from dit_lens.old_names import OldName
@@ -277,7 +277,7 @@ class Run(NamedMapping[Any]):
             f"  prompt  {prompts[0]!r}{' ...' if len(prompts) > 1 else ''}\n"
             f"  seed    {self.spec.get('seed')}\n"
             f"  reads   {', '.join(list(self)[:6]) or 'none'}{' ...' if len(self) > 6 else ''}\n"
-            f"  edits   {len({entry.site for entry in self.receipt.entries})} sites touched (see .receipt)"
+            f"  edits   {count_sites(self.receipt.entries)} (see .receipt)"
         )
 
     def _repr_html_(self) -> str:

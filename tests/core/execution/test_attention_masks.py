@@ -87,6 +87,10 @@ def test_regions_and_tokens_that_are_others_at_each_step(lens):
     left = torch.zeros(h, w, dtype=torch.bool)
     left[:, : w // 2] = True
     region = lens.run("red", AttentionMask("blocks.2.img", mask=left, keys="img", key_mask=~left), seed=0)
+    (entry,) = region.receipt.entries
+    assert entry.keys == "img " + ", ".join(f"{w * y + w // 2}-{w * (y + 1) - 1}" for y in range(h))
+    assert f", without {entry.keys}, |x|" in str(entry)
+    assert region.receipt == type(region.receipt).from_json(region.receipt.to_json())
     tokens = [int(one) for one in left.flatten().nonzero()]
     others = [int(one) for one in (~left).flatten().nonzero()]
     same = lens.run("red", AttentionMask("blocks.2.img", tokens=tokens, keys="img", key_tokens=others), seed=0)
