@@ -1,6 +1,8 @@
 """The command line as a person types it."""
 
 import json
+import runpy
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -163,3 +165,11 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path, capsys):
     assert cli.main(["demo", "--out", str(tmp_path)]) == 2
     assert "holds no earlier demo" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+def test_it_is_a_module_as_well(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dit-lens", "info", "toy:nothing"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("dit_lens", run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("dit-lens: ")
