@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 from hypothesis import settings
 
+sys.modules.setdefault("rfc3987_syntax", None)  # with which jsonschema checks addresses: its grammars take two seconds
 settings.register_profile("thorough", max_examples=2500, deadline=None)  # --hypothesis-profile=thorough
 
 
