@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 LENGTH = 24  # text tokens
-STEPS = 3
+STEPS = 2
 CALL = {"height": 32, "width": 48, "num_inference_steps": STEPS, "max_sequence_length": LENGTH}
 EMBEDDED = {**CALL, "guidance_scale": 3.0}
 TRUE_CFG = {**CALL, "true_cfg_scale": 2.5, "negative_prompt": "bad"}

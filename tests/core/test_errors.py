@@ -152,7 +152,7 @@ def test_ops(case, cfg_lens):
     make, kind, message = OPS[case]
     ops = make()
     with pytest.raises(kind, match=message):
-        cfg_lens.run("red", ops, seed=0)
+        cfg_lens.run("red", ops, seed=0, num_inference_steps=3)
 
 
 CALLS = {
@@ -209,8 +209,8 @@ class TestSources:
         lens = DiTLens(pipelines.flux(), defaults=dict(pipelines.TRUE_CFG))
         ops = [Read("blocks.1.img"), Read("blocks.2.img", reduce="mean"), Read("blocks.3.img", channels=[1], steps=[0])]
         return {
-            "same": lens.run("red", ops, seed=0),
-            "grid": lens.run("red", ops, seed=0, width=32),
+            "same": lens.run("red", ops, seed=0, num_inference_steps=3),
+            "grid": lens.run("red", ops, seed=0, width=32, num_inference_steps=3),
             "steps": lens.run("red", ops, seed=0, num_inference_steps=4),
         }
 
@@ -234,7 +234,7 @@ class TestSources:
     )
     def test_refused(self, runs, cfg_lens, which, op, message):
         with pytest.raises(DitLensError, match=message):
-            cfg_lens.run("red", [op(runs[which])], seed=0)
+            cfg_lens.run("red", [op(runs[which])], seed=0, num_inference_steps=3)
 
     def test_another_family(self, runs, cfg_lens):
         runs["same"].provenance["family"] = "SD3"
@@ -278,7 +278,7 @@ def test_reads_that_cannot_fit(cfg_lens, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Disk", (), {"free": 20_000}))
     with pytest.raises(OpError, match=r"would keep 36\.86 kB, but only 10 kB of memory and 20 kB of disk.*TMPDIR"):
         cfg_lens.run("red", [Read("blocks.0.img")], seed=0)
-    assert cfg_lens.cost("red", [Read("blocks.0.img")]).bytes == 3 * 96 * 32 * 4
+    assert cfg_lens.cost("red", [Read("blocks.0.img")]).bytes == 2 * 96 * 32 * 4
 
 
 def test_what_is_no_pipeline():

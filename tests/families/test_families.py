@@ -204,7 +204,7 @@ def test_a_pass_after_the_last_that_was_planned_is_noticed():
             pipe.transformer(**seen[-1])
         return tensors
 
-    with pytest.raises(ExecutionError, match=r"expects 6 forward passes of the transformer, but the pipeline made 7"):
+    with pytest.raises(ExecutionError, match=r"expects 4 forward passes of the transformer, but the pipeline made 5"):
         lens.run("red", [dl.Read("blocks.0.img")], callback_on_step_end=look_once_more)
     handle.remove()
     assert lens.run("red", [dl.Read("blocks.0.img")], seed=0).images
@@ -216,6 +216,6 @@ def test_a_run_that_is_cut_short_is_noticed():
         return tensors
 
     lens = dl.DiTLens(pipelines.flux(), defaults=dict(pipelines.TRUE_CFG))
-    with pytest.raises(ExecutionError, match=r"expects 6 forward passes of the transformer, but the pipeline made 2"):
+    with pytest.raises(ExecutionError, match=r"expects 4 forward passes of the transformer, but the pipeline made 2"):
         lens.run("red", [dl.Read("blocks.0.img")], callback_on_step_end=stop)
     assert lens.run("red", [dl.Read("blocks.0.img")], seed=0).images

@@ -17,7 +17,7 @@ from tests import pipelines
 
 PAIRS = [("red", "blue"), ("red cat", "blue cat"), ("a red", "a blue")]
 SITES = ["blocks.1.img", "blocks.2.txt"]
-CALL = pipelines.CALL
+CALL = {**pipelines.CALL, "num_inference_steps": 3}
 
 
 @pytest.fixture(scope="module")

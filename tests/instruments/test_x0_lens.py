@@ -50,7 +50,7 @@ def test_an_edit_shows_in_the_blocks_after_it(cfg_lens):
 
 
 def test_the_sheet_and_the_defaults(cfg_lens):
-    found = cfg_lens.read_x0(["red", "blue"], seed=0)
+    found = cfg_lens.read_x0(["red", "blue"], seed=0, num_inference_steps=3)
     assert list(found.images) == [*(f"blocks.{i}.img.x0" for i in range(5)), "x0"]
     assert found.steps == (0, 1, 2)
     figure = found.figure(row=1)

@@ -119,7 +119,7 @@ def test_stock_nnsight(folder, server, monkeypatch):
     with stock.generate("red", seed=3, **pipelines.CALL, remote=server.host) as tracer:
         print("from there")
         values = [].save()
-        for _ in tracer.iter[:3]:
+        for _ in tracer.iter[: pipelines.STEPS]:
             values.append(stock.transformer.transformer_blocks[1].output[1])
         drawn = nnsight.save(tracer.result)
     run = DiTLens.from_pretrained(folder).run("red", Read("blocks.1.img"), seed=3, **pipelines.CALL)

@@ -179,11 +179,11 @@ def test_a_metric_of_ones_own_is_scaled_to_the_pair(tiny):
     def red(latents, source, target):
         return latents[..., 0].mean(1) * 7 + 3
 
-    result = studies.patching(tiny, [PAIR], metric=red, steps=[2])
+    result = studies.patching(tiny, [PAIR], metric=red, steps=[1])
     found = cells(result).set_index("row")["effect"]
     how = {"seed": 0, "output_type": "latent"}
     ends = tiny.run(PAIR, **how).latents[..., 0].mean(1)
-    swap = Swap("blocks.3.img", source="row:0", rows=1, steps=2, branch="cond")
+    swap = Swap("blocks.3.img", source="row:0", rows=1, steps=1, branch="cond")
     value = tiny.run(PAIR, swap, **how).latents[1, :, 0].mean()
     assert found["blocks.3.img"] == pytest.approx(float((value - ends[1]) / (ends[0] - ends[1])), abs=1e-4)
     with pytest.raises(OpError, match="tell the source from the target"):

@@ -9,9 +9,9 @@ from dit_lens.errors import OpError
 from dit_lens.ops import from_json, to_json
 from tests import oracle, pipelines
 
-STEPS, D = pipelines.STEPS, pipelines.WIDTH
+STEPS, D = 3, pipelines.WIDTH
 PROMPTS = ["red", "a blue one"]
-CALL = {**pipelines.TRUE_CFG, "height": 16, "width": 16}
+CALL = {**pipelines.TRUE_CFG, "height": 16, "width": 16, "num_inference_steps": STEPS}
 EVERY = Read("blocks.*.{img,txt}", branch="both", name="after")
 BLOCKS = "blocks[1:3].img"
 BRANCHES = ("cond", "uncond")

@@ -52,19 +52,19 @@ def test_every_site_at_every_step_and_branch(lens, seen, embedded):
 
 def test_selections_and_the_grid(lens, seen, embedded):
     ops = [
-        Read("blocks.1.img", channels=[5, 2], tokens=[0, 13], steps=[2], rows=1, name="some"),
+        Read("blocks.1.img", channels=[5, 2], tokens=[0, 13], steps=[1], rows=1, name="some"),
         Read("blocks.-1.img", rows=[1]),
         Read("blocks.0.{img,txt}", name="both"),
     ]
     run = lens.run(PROMPTS, ops, seed=3)
-    whole = truth(seen[1], embedded, 2, "cond", (1, "img", "post"))
+    whole = truth(seen[1], embedded, 1, "cond", (1, "img", "post"))
     assert torch.equal(run["some"].tensor[0, 0], whole[1][[0, 13]][:, [5, 2]])
     last = run["blocks.4.img"]
     h, w = pipelines.GRID
-    assert last.grid().shape == (3, 1, h, w, pipelines.WIDTH)
-    assert torch.equal(last.grid()[2, 0, 3, 7], truth(seen[1], embedded, 2, "cond", (4, "img", "post"))[1, 3 * w + 7])
+    assert last.grid().shape == (2, 1, h, w, pipelines.WIDTH)
+    assert torch.equal(last.grid()[1, 0, 3, 7], truth(seen[1], embedded, 1, "cond", (4, "img", "post"))[1, 3 * w + 7])
     assert type(last * 2) is torch.Tensor
-    assert run["both"]["blocks.0.img"].grid().shape == (3, 2, h, w, pipelines.WIDTH)
+    assert run["both"]["blocks.0.img"].grid().shape == (2, 2, h, w, pipelines.WIDTH)
     for without in (run["some"].tensor, run["both"]["blocks.0.txt"]):
         with pytest.raises(OpError, match="no token grid"):
             without.grid()
@@ -90,7 +90,7 @@ def test_both_branches_cond_first(cfg_lens):
         ],
         seed=3,
     )
-    assert run["blocks.0.img"].shape == (3, 2, 2, 96, 32)
+    assert run["blocks.0.img"].shape == (2, 2, 2, 96, 32)
     assert torch.equal(run["blocks.0.img"][:, 0], run["c"].tensor)
     assert torch.equal(run["blocks.0.img"][:, 1], run["u"].tensor)
     assert not torch.equal(run["c"].tensor, run["u"].tensor)
@@ -147,7 +147,7 @@ def test_nothing_runs_when_the_block_raises(cfg_lens):
 def test_habits_from_transformer_lens(cfg_lens):
     images, cache = cfg_lens.run_with_cache("red", "blocks.*.img", seed=0)
     assert len(images) == 1
-    assert cache["blocks.2.img"].shape == (3, 1, 96, 32)
+    assert cache["blocks.2.img"].shape == (2, 1, 96, 32)
     seen = []
 
     def double(tensor, hook):

@@ -10,9 +10,9 @@ from dit_lens.core.runs.run import Run
 from dit_lens.errors import OpError
 
 PROMPTS = ["red", "a blue one", "xyz"]
-CALL = {"seed": [3, 4, 5], "output_type": "latent"}
 SITE = "blocks.2.img"
 STEPS, ROWS, TOKENS, WIDTH = 3, 3, 96, 32
+CALL = {"seed": [3, 4, 5], "output_type": "latent", "num_inference_steps": STEPS}
 WHOLE = Read(SITE, name="whole")
 
 

@@ -28,7 +28,7 @@ OPS = [
 
 @pytest.fixture(scope="module")
 def run(cfg_lens):
-    return cfg_lens.run(["red", "a blue one"], OPS, seed=1)
+    return cfg_lens.run(["red", "a blue one"], OPS, seed=1, num_inference_steps=3)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,8 @@ def test_rerun_gives_the_same_images_and_names_what_differs(run, cfg_lens):
 
 
 def test_compare(run, cfg_lens):
-    other = cfg_lens.run(["red", "a blue one"], [*OPS[:2], Zero("blocks.2.img", channels=[5], tokens=[0, 5])], seed=1)
+    ops = [*OPS[:2], Zero("blocks.2.img", channels=[5], tokens=[0, 5])]
+    other = cfg_lens.run(["red", "a blue one"], ops, seed=1, num_inference_steps=3)
     found = dl.compare(run, other)
     assert not found.identical
     assert ("spec.ops[2].channels[0]", 4, 5) in found.differences
