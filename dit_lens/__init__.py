@@ -38,6 +38,8 @@ _WHERE = {
     "explore": "explorer",
     "steer": "explorer",
     "explorer_reads": "explorer",
+    "from_hub": "hub",
+    "push_to_hub": "hub",
     "Steering": "instruments.steering_vectors",
     "encode_prompts": "instruments.text_embeddings",
     "recommend": "instruments.recommend",
@@ -129,12 +131,14 @@ __all__ = [
     "explorer",
     "explorer_reads",
     "families",
+    "from_hub",
     "inversion",
     "metrics",
     "ops",
     "plots",
     "prompts",
     "protocols",
+    "push_to_hub",
     "recommend",
     "register_family",
     "sigma",
@@ -172,6 +176,7 @@ if TYPE_CHECKING:
     from dit_lens.core.runs.run import Run
     from dit_lens.explorer import atlas, explore, explorer_reads, steer
     from dit_lens.families import Family, Grid, Guidance, PointSpec, Readout, Stack, Time, register_family
+    from dit_lens.hub import from_hub, push_to_hub
     from dit_lens.instruments import inversion
     from dit_lens.instruments.recommend import recommend
     from dit_lens.instruments.steering_vectors import Steering

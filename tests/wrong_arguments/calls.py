@@ -52,6 +52,7 @@ ELSEWHERE = {
         "DiTLens.rerun",
         "Run.rerun",
     ],
+    "of the Hub: tests/hub tries them": ["push_to_hub", "from_hub"],
     "of a server: tests/server tries them": ["DiTLens.submit", "DiTLens.submit_many", "Job", "Job.*"],
     "for those who add an op: given by the library": [
         "Add.lower",

@@ -211,8 +211,8 @@ class Dictionary:
         object.__setattr__(self, "file", written)
         return written
 
-    def stored_in(self, file: Path) -> Self:
-        """Itself, with the file that it was read from."""
+    def stored_in(self, file: Path | None) -> Self:
+        """Itself, with the file that it is in."""
         object.__setattr__(self, "file", file)
         return self
 

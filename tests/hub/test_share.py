@@ -1,0 +1,181 @@
+"""What is shared comes back as it was, with a card, and without a place of this machine or a token."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import dit_lens as dl
+from dit_lens import DiTLens, Feature, Read, Steering, Swap
+from dit_lens.dictionaries import Dictionary
+from dit_lens.errors import OpError, StoreError
+from dit_lens.hub.privacy import hide_places
+from dit_lens.studies import Result
+from tests import pipelines
+from tests.channel_sets import sample_set
+from tests.hub_stand_in import Hub
+
+PLACE = re.compile(r"/(?:root|home|tmp|work|Users|var)/")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    found = Hub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.HfApi", found.client)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_mineminemine")
+    return found
+
+
+@pytest.fixture(scope="module")
+def lens():
+    found = DiTLens(pipelines.flux())
+    found.pipe.register_to_config(_name_or_path="/home/someone/models/tiny")
+    return found
+
+
+def result():
+    table = pd.DataFrame({"k": [4], "arm": ["top"], "rmse": [1.5]})
+    settings = {"k": [4], "seeds": [0], "model": "/home/someone/models/tiny", "site": "blocks.*.img"}
+    images = {"0/0/4/top": Image.new("RGB", (4, 4), "red")}
+    return Result("disruption", table, table, settings, images, {"0/0/truth": np.eye(2, dtype=bool)}, ["a note"])
+
+
+def read(hub, name, file):
+    return (hub.place(f"me/{name}") / file).read_text("utf-8")
+
+
+def test_a_run_comes_back_and_can_be_drawn_again(hub, lens, tmp_path):
+    source = lens.run("blue", Read("blocks.1.img"), seed=1, **pipelines.CALL)
+    source.save(tmp_path / "source")
+    ops = [Swap("blocks.1.img", source=source, channels=[3]), Read("blocks.2.img", reduce="rms")]
+    run = lens.run("red", ops, seed=3, **pipelines.CALL)
+    assert dl.push_to_hub(run, "me/run", note="Look at channel 3.") == "https://huggingface.co/me/run"
+    back = dl.from_hub("me/run")
+    assert back.images[0].tobytes() == run.images[0].tobytes()
+    assert torch.equal(back["blocks.2.img"], run["blocks.2.img"])
+    assert (back.receipt, back.folder, run.folder) == (run.receipt, None, None)
+    assert back.spec["ops"][0]["source"] == {"run": "source"}
+    assert back.provenance["model"] == "tiny"
+    card = read(hub, "run", "README.md")
+    for line in ('run = dl.from_hub("me/run")', "| prompt | red |", "| seed | 3 |", "| model | tiny |", "channel 3."):
+        assert line in card
+    kept = dl.from_hub("me/run", folder=tmp_path / "kept")
+    assert kept.folder == tmp_path / "kept"
+    again = lens.run("red", seed=3, **pipelines.CALL)
+    assert (
+        lens.rerun(dl.from_hub(dl.push_to_hub(again, "me/run").removeprefix("https://huggingface.co/"))).table
+        is not None
+    )
+    with pytest.raises(StoreError, match="is not an empty folder"):
+        dl.from_hub("me/run", folder=tmp_path / "kept")
+
+
+def test_what_has_one_file_comes_back(hub):
+    steering = Steering({"blocks.1.img": torch.ones(2, 4)}, "mean", (("red", "blue"),), 3, "FLUX.1")
+    channels = sample_set(0)
+    sae = Dictionary(torch.rand(4, 3), torch.rand(3), torch.rand(3, 4), torch.rand(4))
+    for name, thing in (("steering", steering), ("channels", channels), ("sae", sae), ("result", result())):
+        dl.push_to_hub(thing, f"me/{name}", facts={"model": "owner/model", "revision": "abc"}, private=True)
+        card = read(hub, name, "README.md")
+        assert card.startswith("---\nlibrary_name: dit_lens\n")
+        assert "| revision | abc |" in card
+        assert f'dl.from_hub("me/{name}")' in card
+    back = dl.from_hub("me/steering")
+    assert torch.equal(back.vectors["blocks.1.img"], steering.vectors["blocks.1.img"])
+    assert (back.pairs, back.n, back.family) == (steering.pairs, 3, "FLUX.1")
+    assert dl.from_hub("me/channels") == channels
+    assert dl.from_hub("me/channels").to_json() == channels.to_json()
+    assert dl.from_hub("me/sae").checksum == sae.checksum
+    assert (sae.file, dl.from_hub("me/sae").file) == (None, None)
+    study = dl.from_hub("me/result")
+    assert study.table.equals(result().table)
+    assert (list(study.images), study.notes, study.settings["model"]) == (["0/0/4/top"], ["a note"], "tiny")
+    assert all(one["private"] for one in hub.made)
+
+
+def test_a_page_becomes_a_static_space(hub, tmp_path):
+    (tmp_path / "atlas.html").write_text("<html>dl.DiTLens.toy('flux') and https://example.org/a/b </html>")
+    address = dl.push_to_hub(tmp_path / "atlas.html", "me/atlas", facts={"model": "toy:flux"})
+    assert address == "https://huggingface.co/spaces/me/atlas"
+    place = hub.place("me/atlas", "space")
+    assert (place / "index.html").read_text() == (tmp_path / "atlas.html").read_text()
+    assert 'sdk: "static"\n' in (place / "README.md").read_text()
+    with pytest.raises(StoreError, match="could not be downloaded"):
+        dl.from_hub("me/atlas")
+    with pytest.raises(StoreError, match="is not an HTML file"):
+        dl.push_to_hub(tmp_path / "atlas.txt", "me/atlas")
+
+
+def test_no_place_of_this_machine_is_uploaded(hub, lens, tmp_path):
+    """Known ones are shortened; whatever else there is stops it, before the Hub is asked for anything."""
+    sae = Dictionary(*(torch.rand(shape) for shape in ((32, 3), (3,), (3, 32), (32,))))
+    sae.save(tmp_path / "mine.safetensors")
+    run = lens.run("red", [Feature("blocks.1.img", sae, 1, 0)], seed=3, **pipelines.CALL)
+    run.provenance = {**run.provenance, "server": {"host": "http://10.0.0.5:8001"}, "device": "nnsight server http://x"}
+    dl.push_to_hub(run, "me/run")
+    dl.push_to_hub(result(), "me/result")
+    for file in [one for one in hub.folder.rglob("*") if one.suffix in (".json", ".md")]:
+        assert not PLACE.search(file.read_text()), file
+        assert "10.0.0.5" not in file.read_text()
+    before = list(hub.uploads)
+    told = result()
+    told.notes.append(f"made in {Path.home() / 'secret project' / 'x'}" if Path.home() != Path("/") else str(tmp_path))
+    (tmp_path / "page.html").write_text(f"dl.DiTLens.from_pretrained('{tmp_path}/model')")
+    named = Steering({"a": torch.ones(2)}, f"from {tmp_path}/pairs.csv")
+    for thing in (told, tmp_path / "page.html", named):
+        with pytest.raises(StoreError, match=r"names .*, which is on this machine, so nothing was uploaded"):
+            dl.push_to_hub(thing, "me/other")
+    for place in (str(tmp_path), "/home/gone/data", "C:\\Users\\me\\data"):
+        with pytest.raises(StoreError, match="which is on this machine"):
+            dl.push_to_hub(result(), "me/other", note=f"see {place}")
+    assert hub.uploads == before
+
+
+def test_what_people_say_is_never_changed():
+    said = {"prompt": ["/home/a/b"], "call": {"negative_prompt": "/x/y", "height": 8, "folder": "C:\\Users\\me\\x"}}
+    assert hide_places(said) == {**said, "call": {**said["call"], "folder": "x"}}
+    assert hide_places("and/or") == "and/or"
+    assert hide_places("/root/.cache/hub/models--black--FLUX.1/snapshots/0a1b") == "black/FLUX.1"
+    assert hide_places(str(dl.toys.path("flux"))) == "toy:flux"
+
+
+def test_no_token_is_written_or_told(hub, monkeypatch):
+    with pytest.raises(
+        StoreError, match=r"could not be downloaded: FileNotFoundError: 404 for me/none .* \*\*\*"
+    ) as told:
+        dl.from_hub("me/none", token="my-own-token")
+    assert told.value.__cause__ is None
+    hub.fails = ConnectionError("refused: my-own-token and hf_mineminemine")
+    with pytest.raises(StoreError, match=r"could not be pushed: ConnectionError: refused: \*\*\* and \*\*\*\."):
+        dl.push_to_hub(sample_set(0), "me/channels", token="my-own-token")
+    assert hub.tokens == ["my-own-token", "my-own-token"]
+    hub.fails = None
+    for secret in ("hf_mineminemine", "hf_someothertoken1"):
+        with pytest.raises(StoreError, match="would hold an access token") as told:
+            dl.push_to_hub(sample_set(0), "me/channels", note=f"use {secret}")
+        assert secret not in str(told.value)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    dl.push_to_hub(sample_set(0), "me/channels")
+    assert hub.tokens[-1] is None
+
+
+@pytest.mark.parametrize("name", ["channels", "a b/c", "a/b/c", "", "https://huggingface.co/me/x"])
+def test_names_are_checked(hub, name):
+    with pytest.raises(StoreError, match="Write 'owner/name'"):
+        dl.from_hub(name)
+    with pytest.raises(StoreError, match="Write 'owner/name'"):
+        dl.push_to_hub(sample_set(0), name)
+
+
+def test_what_cannot_be_shared_or_was_not_is_told(hub):
+    with pytest.raises(OpError, match=r"cannot be shared\. Give one of Run, Result, Steering"):
+        dl.push_to_hub(3, "me/x")
+    hub.place("me/other").mkdir(parents=True)
+    (hub.place("me/other") / "config.json").write_text(json.dumps({}))
+    with pytest.raises(StoreError, match="holds nothing that push_to_hub wrote"):
+        dl.from_hub("me/other")
