@@ -3,7 +3,8 @@
 from dit_lens.explorer.atlas import atlas
 from dit_lens.explorer.explorer import Explorer, explore
 from dit_lens.explorer.runs import explorer_reads
-from dit_lens.explorer.steering import Setting, Steer, steer
+from dit_lens.explorer.setting import Setting
+from dit_lens.explorer.steering import Steer, steer
 from dit_lens.explorer.view_arrays import Views
 from dit_lens.old_names import find_old_names
 

@@ -380,10 +380,14 @@ def _select_values(reading: Reading, site: str, channels: Sequence[int], steps: 
     channels: channel numbers, k of them.
     steps: step indices, s of them.
     """
-    kept = reading.channels[site]
+    kept, values = reading.channels[site], _cond_branch(reading, site)
     indices = list(channels) if kept is None else [kept.index(channel) for channel in channels]
     at = [reading.steps.index(step) for step in steps]
-    return _cond_branch(reading, site)[at][..., indices].float().permute(1, 0, 3, 2)
+    if at != list(range(len(values))):
+        values = values[at]
+    if indices != list(range(values.shape[-1])):
+        values = values[..., indices]
+    return values.float().permute(1, 0, 3, 2)
 
 
 def _label(run: Run, row: int) -> str:

@@ -3,51 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache
+from math import prod
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import traitlets
 
-from dit_lens.arguments.checks import checked, checked_fields
+from dit_lens.analysis.metrics import rmse
+from dit_lens.arguments.checks import checked
 from dit_lens.arguments.signatures import sets
 from dit_lens.core.request.division import Division, refuse_several_images
 from dit_lens.core.request.ops import Swap
 from dit_lens.errors import DitLensError, OpError, PromptError, check_choice, nearest
-from dit_lens.explorer.code import code_of_lens
+from dit_lens.explorer.setting import ARMS, WHERE, Setting, to_state
+from dit_lens.explorer.steering_code import code_of_steering
 from dit_lens.explorer.widget import Widget, bytes_trait, encode_webp, join_modules
+from dit_lens.studies.shared.judges import ask_judge, choose_judge
 
 if TYPE_CHECKING:
-    import numpy as np
     from PIL.Image import Image
 
     from dit_lens.analysis.channels import ChannelSet
     from dit_lens.lens import DiTLens
-
-ARMS = ("top", "bottom", "random", "energy-matched", "all")
-WHERE = ("everywhere", "subject")
-
-
-@checked_fields
-@dataclass(frozen=True)
-class Setting:
-    """The setting of the controls, which describes one edit.
-
-    strength: share of the source in the swapped channels, 0 to 1.
-    arm: which channels: "top" (massive), "bottom", "random", "energy-matched" or "all".
-    k: number of channels per block.
-    blocks: half-open interval of block indices.
-    steps: half-open interval of step indices.
-    where: which tokens: "everywhere", or the "subject" of the source (a cluster of its channels).
-    """
-
-    strength: float = 1.0
-    arm: str = "top"
-    k: int = 8
-    blocks: tuple[int, int] = (0, 1)
-    steps: tuple[int, int] = (0, 1)
-    where: str = "everywhere"
 
 
 @checked
@@ -63,12 +43,14 @@ def steer(
     >>> panel = steer(DiTLens.toy(), source, target, k=4, num_inference_steps=2)
     >>> image = panel.draw(strength=0.5, blocks=(4, 8))
     >>> panel.settings[-1]
-    Setting(strength=0.5, arm='top', k=4, blocks=(4, 8), steps=(0, 2), where='everywhere')
+    Setting(strength=0.5, arm='top', k=4, blocks=(4, 8), steps=(0, 2), where='everywhere', mask=())
 
     Source and target are two rows of one batch with the same noise. In the chosen channels,
     X_target <- (1 - s) X_target + s X_source. ``panel.draw(...)`` does from Python what the controls do;
     ``panel.images`` and ``panel.settings`` keep every result, and ``panel.code`` is the code of the last one. The steps
-    before the first edited one are computed only once.
+    before the first edited one are computed only once. ``panel.draw(source="...")``, or a prompt that is written into
+    the panel, draws source and target anew. Below the result stand its RMSE to both and, for a toy, what it shows of
+    their prompts.
 
     lens: lens of the model.
     source: prompt that channels are taken from.
@@ -100,83 +82,115 @@ def _check_call(lens: DiTLens, prompts: list[str], call: dict[str, Any]) -> None
 
 
 class Steer(Widget):
-    """The widget that ``dl.steer`` returns. Its controls are the attributes of a :class:`Setting`."""
+    """The widget that ``dl.steer`` returns. Its controls are the attributes of a :class:`Setting`, and both prompts.
 
-    _esm = join_modules("steering")
+    - source: prompt that channels are taken from.
+    - target: prompt of the image that is changed.
+    """
+
+    _esm = join_modules("steering_brush", "steering")
 
     # Data for the browser, which static/steering.js reads.
     data_info = traitlets.Dict().tag(sync=True)
-    data_ends = bytes_trait()
+    data_starts = traitlets.List().tag(sync=True)
     data_results = traitlets.List().tag(sync=True)
     data_images = bytes_trait()
 
+    source = traitlets.Unicode("").tag(sync=True)
+    target = traitlets.Unicode("").tag(sync=True)
     strength = traitlets.Float(1.0).tag(sync=True)
     arm = traitlets.Unicode("top").tag(sync=True)
     k = traitlets.Int(8).tag(sync=True)
     blocks = traitlets.List(traitlets.Int()).tag(sync=True)
     steps = traitlets.List(traitlets.Int()).tag(sync=True)
     where = traitlets.Unicode("everywhere").tag(sync=True)
+    mask = traitlets.List(traitlets.Int()).tag(sync=True)
 
     def __init__(
         self, lens: DiTLens, source: str, target: str, massive: ChannelSet, *, k: int, seed: int, call: dict[str, Any]
     ):
         """Runs source and target without an edit. massive: channels of the source, as many as can be chosen."""
-        self.lens, self.prompts, self.massive = lens, [source, target], massive
+        self.lens, self._largest = lens, max(map(len, dict(massive).values()))
         self.call: dict[str, Any] = {"seed": seed, **call}
         self._source_call = Division.of(lens.pipe, lens.family).share(self.call, [0], 2)
-        self.base = lens.run(self.prompts, record=True, **self.call)
         self.settings: list[Setting] = []
         self.images: list[Image] = []
-        self._seconds: list[float] = []
-        self._cached_channels = cache(self._choose_channels)
-        self._cached_mask = cache(self._segment_subject)
+        self._starts: list[dict[str, Any]] = []
+        self._results: list[dict[str, Any]] = []
+        self._begin([source, target], massive)
         self._initial = Setting(k=k, blocks=(0, lens.anatomy.depth), steps=(0, len(self.base.clock)))
-        files = [encode_webp(image) for image in self.base.images]
         super().__init__(
             data_info={
-                "prompts": self.prompts,
                 "arms": ARMS,
                 "where": WHERE,
-                "largest": massive.k,
+                "largest": self._largest,
                 "depth": lens.anatomy.depth,
                 "sigmas": self.base.sigmas,
-                "split": len(files[0]),
+                "grid": list(self.base.grid),
             },
-            data_ends=b"".join(files),
-            **_to_state(self._initial),
+            data_starts=[_describe_start(self._starts[0])],
+            data_images=b"".join(self._starts[0]["files"]),
+            source=source,
+            target=target,
+            **to_state(self._initial),
         )
         self.on_msg(self._answer)
+
+    def _begin(self, prompts: list[str], massive: ChannelSet) -> None:
+        """Draws source and target without an edit, to which later images are compared."""
+        base = self.lens.run(prompts, record=True, **self.call)
+        self.prompts, self.massive, self.base = prompts, massive, base
+        self._cached_channels = cache(self._choose_channels)
+        self._cached_mask = cache(self._segment_subject)
+        self._judge = choose_judge(self.lens, prompts, None)
+        self._starts.append({"prompts": prompts, "files": [encode_webp(image) for image in base.images]})
 
     def draw(self, **changes: Any) -> Image:
         """Draws the target with the setting of the controls and adds the result to the strip.
 
-        changes: controls to change first, such as ``strength=0.5``.
+        changes: controls to change first, such as ``strength=0.5``, ``mask=(3, 4)`` or ``source="another prompt"``.
         """
-        known = list(asdict(self._initial))
+        known = [*asdict(self._initial), "source", "target"]
         if unknown := [name for name in changes if name not in known]:
             raise OpError(f"there is no control {unknown[0]!r}.{nearest(unknown[0], known)}")
+        prompts = [changes.pop("source", self.source), changes.pop("target", self.target)]
         setting = replace(self.setting, **changes)
-        swap = self.swap(setting)
+        self._check_setting(setting)
+        if prompts != self.prompts:
+            self._change_prompts(prompts)
         start = perf_counter()
-        run = self.lens.run(self.prompts, [swap], prefix=self.base, **self.call)
-        self._seconds.append(perf_counter() - start)
+        run = self.lens.run(self.prompts, [self.swap(setting)], prefix=self.base, **self.call)
+        seconds = perf_counter() - start
         self.settings.append(setting)
         self.images.append(run.images[1])
-        self.set_state(_to_state(setting))  # the controls show the setting of the last image
+        self._results.append(self._describe(setting, run.images[1]) | {"seconds": seconds})
+        self.set_state(to_state(setting) | {"source": prompts[0], "target": prompts[1]})  # those of the last image
         self._send_result(len(self.images) - 1)
         return run.images[1]
+
+    def _change_prompts(self, prompts: list[str]) -> None:
+        """Draws another source and target; the channels are those of the source."""
+        if any(not isinstance(prompt, str) for prompt in prompts):
+            raise PromptError(f"source and target are prompts, each a text, and not {prompts}.")
+        _check_call(self.lens, prompts, self.call)
+        massive = self.massive
+        if prompts[0] != self.prompts[0]:
+            massive = self.lens.massive_channels(prompts[0], self._largest, score=massive.score, **self._source_call)
+        self._begin(prompts, massive)
+        self._send_start(len(self._starts) - 1)
 
     @property
     def setting(self) -> Setting:
         """The current setting of the controls."""
         (first_block, end_block), (first_step, end_step) = self.blocks, self.steps
-        return Setting(self.strength, self.arm, self.k, (first_block, end_block), (first_step, end_step), self.where)
+        ends = (first_block, end_block), (first_step, end_step)
+        return Setting(self.strength, self.arm, self.k, *ends, self.where, tuple(self.mask))
 
     @checked
     def swap(self, setting: Setting) -> Swap:
         """Returns the op of a setting."""
-        check_choice(setting.arm, ARMS, "arm")
-        check_choice(setting.where, WHERE, "where")
+        self._check_setting(setting)
+        masks = {"everywhere": lambda _: None, "subject": self._cached_mask, "brush": lambda _: self._fill(setting)}
         return Swap(
             f"blocks[{setting.blocks[0]}:{setting.blocks[1]}].img",
             source="row:0",
@@ -184,46 +198,47 @@ class Steer(Widget):
             channels=self._cached_channels(setting.arm, setting.k),
             strength=setting.strength,
             steps=slice(*setting.steps),
-            mask=None if setting.where == "everywhere" else self._cached_mask(setting.k),
+            mask=masks[setting.where](setting.k),
             branch="cond",
         )
+
+    def _check_setting(self, setting: Setting) -> None:
+        """Raises OpError if there are no such channels or tokens."""
+        check_choice(setting.arm, ARMS, "arm")
+        check_choice(setting.where, WHERE, "where")
+        tokens = prod(self.base.grid)
+        if odd := [token for token in setting.mask if not 0 <= token < tokens]:
+            raise OpError(f"mask= has token {odd[0]}, and the image has {tokens}. Choose 0 to {tokens - 1}.")
+        if setting.where == "brush" and not setting.mask:
+            raise OpError(
+                "where='brush' swaps at the tokens of mask=, and there are none. Mark some on an image first."
+            )
+
+    def _fill(self, setting: Setting) -> np.ndarray:
+        """The tokens that are brushed, bool [h, w]."""
+        mask = np.zeros(prod(self.base.grid), bool)
+        mask[list(setting.mask)] = True
+        return mask.reshape(self.base.grid)
 
     @property
     def code(self) -> str:
         """The code that draws the last image, or that of the initial setting."""
-        return self.code_of(self.settings[-1] if self.settings else self._initial)
+        return self._results[-1]["code"] if self._results else self.code_of(self._initial)
 
     @checked
     def code_of(self, setting: Setting) -> str:
-        """Returns the code that draws the image of a setting."""
-        arm = {"bottom": ".bottom()", "random": ".random(seed=0)", "energy-matched": ".energy_matched(seed=0)"}
-        call, alone = (
-            ", ".join(f"{name}={value!r}" for name, value in one.items()) for one in (self.call, self._source_call)
-        )
-        arguments = [
-            f'"blocks[{setting.blocks[0]}:{setting.blocks[1]}].img"',
-            'source="row:0"',
-            "rows=1",
-            "channels=None" if setting.arm == "all" else "channels=massive" + arm.get(setting.arm, ""),
-            f"strength={setting.strength:g}",
-            f"steps=slice{setting.steps}",
-            *(["mask=subject"] if setting.where == "subject" else []),
-            'branch="cond"',
-        ]
-        lines = "".join(f"    {argument},\n" for argument in arguments)
-        subject = f"subject = lens.subject_mask(source, massive, {alone})\n" if setting.where == "subject" else ""
-        return (
-            f"import dit_lens as dl\n\n{code_of_lens(self.base)}\n"
-            f"source = {self.prompts[0]!r}\ntarget = {self.prompts[1]!r}\n"
-            f"massive = lens.massive_channels(source, {setting.k}, score={self.massive.score!r}, {alone})\n{subject}"
-            f"swap = dl.Swap(\n{lines})\n"
-            f"run = lens.run([source, target], [swap], {call})\nrun.images[1]"
-        )
+        """Returns the code that draws the image of a setting, with the present source and target."""
+        return code_of_steering(self.base, setting, self.massive.score, self.call, self._source_call)
 
     def whole_state(self) -> dict[str, Any]:
         files = [encode_webp(image) for image in self.images]
-        results = [self._result(i) | {"length": len(file)} for i, file in enumerate(files)]
-        return super().whole_state() | {"data_results": results, "data_images": b"".join(files)}
+        results = [result | {"length": len(file)} for result, file in zip(self._results, files, strict=True)]
+        starts = [file for start in self._starts for file in start["files"]]
+        return super().whole_state() | {
+            "data_starts": [_describe_start(start) for start in self._starts],
+            "data_results": results,
+            "data_images": b"".join([*starts, *files]),
+        }
 
     def preview(self) -> Image | None:
         return self.images[-1] if self.images else self.base.images[1]
@@ -243,28 +258,57 @@ class Steer(Widget):
     def _segment_subject(self, k: int) -> np.ndarray:
         return self.lens.subject_mask(self.prompts[0], self.massive.take(k), **self._source_call)
 
-    def _result(self, i: int) -> dict[str, Any]:
-        return {**_to_state(self.settings[i]), "code": self.code_of(self.settings[i]), "seconds": self._seconds[i]}
+    def _describe(self, setting: Setting, image: Image) -> dict[str, Any]:
+        """What the browser shows of an image: its setting and code, and how it compares with source and target."""
+        judged = [ask_judge(self._judge, image, prompt) for prompt in self.prompts]
+        return {
+            **to_state(setting),
+            "source": self.prompts[0],
+            "target": self.prompts[1],
+            "start": len(self._starts) - 1,
+            "code": self.code_of(setting),
+            "distances": [rmse(image, other) for other in self.base.images],
+            "fidelity": {"readable": bool(judged[1]["readable"]), "shares": [one["fidelity"] for one in judged]}
+            if self._judge
+            else None,
+        }
+
+    def _send_start(self, i: int) -> None:
+        start = self._starts[i]
+        self.send({"kind": "start", "number": i, "prompts": start["prompts"]}, buffers=start["files"])
 
     def _send_result(self, i: int) -> None:
-        self.send({"kind": "result", "number": i, **self._result(i)}, buffers=[encode_webp(self.images[i])])
+        self.send({"kind": "result", "number": i, **self._results[i]}, buffers=[encode_webp(self.images[i])])
 
     def _answer(self, _: Any, message: dict[str, Any], buffers: Sequence[Any]) -> None:  # noqa: ARG002
-        """Draws what the browser requests; for a view that has just opened, sends the results so far."""
+        """Draws what the browser requests; to a view that has just opened, sends what was drawn so far.
+
+        Whatever goes wrong is sent, as a view that hears nothing waits for ever.
+        """
         if message["kind"] == "open":
+            for i in range(len(self._starts)):
+                self._send_start(i)
             for i in range(len(self.images)):
                 self._send_result(i)
             return
-        setting = {name: tuple(v) if isinstance(v, list) else v for name, v in message["setting"].items()}
+        self.send({"kind": "started"})
         try:
-            self.draw(**setting)
+            self.draw(**{name: tuple(v) if isinstance(v, list) else v for name, v in message["setting"].items()})
         except DitLensError as error:
-            self.send({"kind": "error", "text": str(error)})
+            self._send_error(str(error))
+        except Exception as error:  # noqa: BLE001
+            self._send_error(f"{type(error).__name__}: {error}")
+        except BaseException as error:
+            self._send_error(f"{type(error).__name__}: the drawing was stopped.")
+            raise
+
+    def _send_error(self, text: str) -> None:
+        self.send({"kind": "error", "text": text})
 
     def __repr__(self) -> str:
         return f"Steer: {self.prompts[0]!r} into {self.prompts[1]!r}, {len(self.images)} drawn"
 
 
-def _to_state(setting: Setting) -> dict[str, Any]:
-    """Returns a setting as values of the widget's traits, which are lists instead of tuples."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(setting).items()}
+def _describe_start(start: dict[str, Any]) -> dict[str, Any]:
+    """What a page knows of a source and target: their prompts, and the lengths of their images in bytes."""
+    return {"prompts": start["prompts"], "lengths": [len(file) for file in start["files"]]}

@@ -70,6 +70,9 @@ def test_maps_are_the_values_that_were_read(run):
             error = np.abs(found[block, :, :, group] - read)
             assert (error <= (read.max((-2, -1)) - read.min((-2, -1)))[..., None, None] / 255 * 0.501).all()
             np.testing.assert_allclose(views.means[block, :, :, group], read.mean((-2, -1)), rtol=1e-4, atol=1e-5)
+            low, high = (one[..., None, None] for one in (read.min((-2, -1)), read.max((-2, -1))))
+            pooled = read.reshape(*read.shape[:-2], 8, 2, 8, 2).mean((-3, -1))
+            assert np.abs(views.thumbs[block, :, :, group] - 255 * (pooled - low) / (high - low)).max() < 0.51
 
 
 def test_groups_are_the_channels_with_the_highest_and_the_lowest_scores(run):

@@ -386,7 +386,15 @@ def _pictures():
         "studies.Thresholds": (None, {"bound": 0.1, "ceiling": 0.8, "readable": 0.5}),
         "explorer.Setting": (
             None,
-            {"strength": 1.0, "arm": "top", "k": 8, "blocks": (0, 1), "steps": (0, 1), "where": "everywhere"},
+            {
+                "strength": 1.0,
+                "arm": "top",
+                "k": 8,
+                "blocks": (0, 1),
+                "steps": (0, 1),
+                "where": "everywhere",
+                "mask": (1,),
+            },
         ),
     }
 
@@ -701,7 +709,17 @@ def _models(lens):
         "explorer.Explorer.to_html": (explorer.to_html, {"path": "page.html", "title": "t"}),
         "explorer.Steer.draw": (
             panel.draw,
-            {"strength": 0.5, "arm": "top", "k": 2, "blocks": (0, 1), "steps": (0, 1), "where": "everywhere"},
+            {
+                "strength": 0.5,
+                "arm": "top",
+                "k": 2,
+                "blocks": (0, 1),
+                "steps": (0, 1),
+                "where": "everywhere",
+                "mask": (1,),
+                "source": "red",
+                "target": "blue",
+            },
         ),
         "explorer.Steer.swap": (panel.swap, {"setting": panel.setting}),
         "explorer.Steer.code_of": (panel.code_of, {"setting": panel.setting}),
