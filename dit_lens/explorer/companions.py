@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dit_lens.errors import OpError
+from dit_lens.errors import OpError, show
 from dit_lens.families.sites import Site
 
 if TYPE_CHECKING:
@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from dit_lens.instruments.x0_lens import X0
 
 TOLERANCE = 1.0  # mean difference of pixels (0 to 255) that rounding on a device may leave between equal runs
+
+
+def check_kinds(x0: Any, words: Any) -> None:
+    """Raises OpError if x0 or words are nothing that they can be."""
+    from dit_lens.instruments.word_maps import WordMap
+    from dit_lens.instruments.x0_lens import X0
+
+    if not isinstance(x0, X0 | None):
+        raise OpError(f"x0={show(x0)} is not what lens.read_x0(prompt, 'x0', steps=...) returns. Give that, or None.")
+    if not isinstance(words, WordMap | None):
+        raise OpError(f"words={show(words)} is not what lens.word_map(prompt, words) returns. Give that, or None.")
 
 
 def check_same_run(run: Run, other: Run, name: str) -> None:

@@ -23,6 +23,7 @@ from dit_lens.explorer.colours import (
     choose_palette,
     read_palette,
 )
+from dit_lens.explorer.companions import check_kinds
 from dit_lens.explorer.results import view_result
 from dit_lens.explorer.runs import view_runs
 from dit_lens.explorer.view_arrays import Views
@@ -92,6 +93,7 @@ def explore(
                 f"explore takes a run or the result of a study, and got a {type(given).__name__}. Run first: "
                 "dl.explore(lens.run(prompt, [dl.Read('blocks.*.img')], seed=0))."
             )
+    check_kinds(x0, words)
     if isinstance(shown, Result):
         if beside is not None:
             raise OpError("beside= is for runs; a result already has its images side by side.")
@@ -184,7 +186,7 @@ class Explorer(Widget):
         }
         try:
             super().__init__(**shown, **initial | state)
-        except traitlets.TraitError as problem:
+        except (traitlets.TraitError, OverflowError) as problem:
             raise OpError(f"an explorer cannot start so: {problem}") from problem
         self.on_msg(self._answer)
 

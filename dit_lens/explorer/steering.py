@@ -17,7 +17,7 @@ from dit_lens.arguments.checks import checked
 from dit_lens.arguments.signatures import sets
 from dit_lens.core.request.division import Division, refuse_several_images
 from dit_lens.core.request.ops import Swap
-from dit_lens.errors import DitLensError, OpError, PromptError, check_choice, nearest
+from dit_lens.errors import DitLensError, OpError, PromptError, check_choice, nearest, show
 from dit_lens.explorer.setting import ARMS, WHERE, Setting, to_state
 from dit_lens.explorer.steering_code import code_of_steering
 from dit_lens.explorer.widget import Widget, bytes_trait, encode_webp, join_modules
@@ -154,6 +154,8 @@ class Steer(Widget):
         if unknown := [name for name in changes if name not in known]:
             raise OpError(f"there is no control {unknown[0]!r}.{nearest(unknown[0], known)}")
         prompts = [changes.pop("source", self.source), changes.pop("target", self.target)]
+        if odd := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+            raise PromptError(f"source and target are prompts, each a text, and not {show(odd[0])}.")
         setting = replace(self.setting, **changes)
         self._check_setting(setting)
         if prompts != self.prompts:
@@ -170,8 +172,6 @@ class Steer(Widget):
 
     def _change_prompts(self, prompts: list[str]) -> None:
         """Draws another source and target; the channels are those of the source."""
-        if any(not isinstance(prompt, str) for prompt in prompts):
-            raise PromptError(f"source and target are prompts, each a text, and not {prompts}.")
         _check_call(self.lens, prompts, self.call)
         massive = self.massive
         if prompts[0] != self.prompts[0]:

@@ -71,7 +71,7 @@ class Widget(anywidget.AnyWidget):
         """An attribute of the view: numbers of numpy and torch count as Python's; OpError for what it cannot be."""
         try:
             super().__setattr__(name, as_plain(value))
-        except traitlets.TraitError as problem:
+        except (traitlets.TraitError, OverflowError) as problem:
             raise OpError(f"{type(self).__name__}.{name}={show(value)} cannot be used: {problem}") from problem
 
     def fragment(self, *, address: bool = False) -> str:

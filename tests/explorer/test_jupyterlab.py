@@ -26,8 +26,15 @@ run = lens.run(circle, [dl.Read("blocks[3:6].img")], seed=0, num_inference_steps
 VIEWS = {
     "explorer": "x = dl.explore(run, k=4)\nx",
     "lazy": "module.BUDGET = 0\ny = dl.explore(run, k=4)\ny",
+    "row": """
+import ipywidgets
+u, v = dl.explore(run, k=2), dl.explore(run, k=2)
+ipywidgets.link((u, "step"), (v, "step"))
+ipywidgets.HBox([u, v])
+""",
     "panel": "z = dl.steer(lens, circle, cross, k=4, num_inference_steps=2)\nz",
 }
+PLACES = {"explorer": 0, "lazy": 1, "row": 2, "panel": 4}  # from the top: a row has two views
 LESSON = Path(__file__).parents[2] / "notebooks" / "solutions" / "lesson_1_names.ipynb"
 
 
@@ -61,7 +68,7 @@ def shown(page, place=0):
 def view(page, request):
     """The view that the test names, in a notebook where all cells ran."""
     browser.show_notebook(page, "views.ipynb")
-    return shown(page, list(VIEWS).index(request.param))
+    return shown(page, PLACES[request.param])
 
 
 def of(name):
@@ -141,6 +148,16 @@ def test_blocks_beyond_the_budget_and_clusters_are_requested(page, view):
         wait_until(view, "!view.querySelector('.legend').textContent.includes('…')")
         page.wait_for_timeout(300)
         assert np.abs(pixels(canvas) - bare).max() > 30
+
+
+@of("row")
+def test_explorers_stand_beside_each_other_and_are_linked(page, view):
+    other = shown(page, PLACES["row"] + 1)
+    boxes = [one.bounding_box() for one in (view, other)]
+    assert all(box["width"] > 300 for box in boxes), "neither is squeezed"
+    assert abs(boxes[0]["y"] - boxes[1]["y"]) < 2
+    view.get_by_role("slider", name="step").press("Home")
+    wait_for_view(other, "0/blocks.5.img/")
 
 
 @of("panel")

@@ -53,7 +53,7 @@ class Brush {
   clear() { this.tokens.clear(); this.report(); }
   invert() { this.tokens = new Set(Array.from({ length: this.h * this.w }, (_, n) => n).filter(n => !this.tokens.has(n))); this.report(); }
 
-  // Darkens what is outside of the mask, with a line around it.
+  // Draws a line around the mask, and darkens what is outside of it; not of the result, which is to be seen.
   draw() {
     const { w, h, tokens } = this;
     for (const { canvas, name } of this.canvases) {
@@ -61,7 +61,7 @@ class Brush {
       context.clearRect(0, 0, canvas.width, canvas.height);
       if (tokens.size) {
         context.fillStyle = 'rgba(0, 0, 0, 0.6)';
-        for (let n = 0; n < w * h; n++) if (!tokens.has(n)) context.fillRect(n % w * CELL, Math.floor(n / w) * CELL, CELL, CELL);
+        if (name !== 'result') for (let n = 0; n < w * h; n++) if (!tokens.has(n)) context.fillRect(n % w * CELL, Math.floor(n / w) * CELL, CELL, CELL);
         context.fillStyle = '#ffffff';
         for (const n of tokens) {
           const x = n % w, y = Math.floor(n / w);
