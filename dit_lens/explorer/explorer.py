@@ -186,7 +186,7 @@ class Explorer(Widget):
         }
         try:
             super().__init__(**shown, **initial | state)
-        except (traitlets.TraitError, OverflowError) as problem:
+        except traitlets.TraitError as problem:
             raise OpError(f"an explorer cannot start so: {problem}") from problem
         self.on_msg(self._answer)
 
