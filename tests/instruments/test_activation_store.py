@@ -12,10 +12,18 @@ from dit_lens.errors import OpError, PromptError, StoreError
 from dit_lens.instruments import activation_store
 from tests import pipelines
 
-CALL = {**pipelines.CALL, "output_type": "latent"}
+CALL = {**pipelines.CALL, "output_type": "latent", "num_inference_steps": 3}
 PROMPTS = ["red", "blue", "a fox"]
 SITES = ["blocks.1.img", "blocks.3.txt"]
-ASKED = {"tokens": 5, "steps": [0, 2], "seeds": [3, 4], "shard": 20, "batch_size": 2, **pipelines.CALL}
+ASKED = {
+    "tokens": 5,
+    "steps": [0, 2],
+    "seeds": [3, 4],
+    "shard": 20,
+    "batch_size": 2,
+    **pipelines.CALL,
+    "num_inference_steps": 3,
+}
 
 
 @pytest.fixture(scope="module")

@@ -63,9 +63,9 @@ def test_it_changes_the_share_of_features_and_nothing_else(lens, settings, tmp_p
     torch.testing.assert_close(found.tensor[:, 0], torch.cat(read), rtol=1e-3, atol=1e-4)
     assert torch.equal(run["some"].tensor, found.tensor[..., chosen]) or settings.get("architecture") != "topk"
     assert (run["some"].channels, run["some"].features) == ({SITE: tuple(chosen)}, True)
-    assert found[SITE].grid().shape == (3, 1, *pipelines.GRID, COUNT)
+    assert found[SITE].grid().shape == (pipelines.STEPS, 1, *pipelines.GRID, COUNT)
     (entry,) = run.receipt.entries
-    assert (entry.kind, entry.site, entry.steps) == ("Feature", SITE, (0, 1, 2))
+    assert (entry.kind, entry.site, entry.steps) == ("Feature", SITE, tuple(range(pipelines.STEPS)))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_reductions_are_over_tokens(lens, sae):
     ops = [ReadFeatures(SITE, sae, name="all"), ReadFeatures(SITE, sae, [3, 9], reduce="max", tokens=range(7))]
     run = lens.run("red", [*ops, ReadFeatures(SITE, sae, reduce="topk(4)", name="top")], seed=3)
     torch.testing.assert_close(run[SITE], run["all"].tensor[:, :, :7, [3, 9]].amax(2))
-    assert run["top"].tensor.shape == (3, 1, 4, 2)
+    assert run["top"].tensor.shape == (pipelines.STEPS, 1, 4, 2)
     cost = lens.cost("red", ops[0]).bytes
     assert cost == run["all"].tensor.nbytes
     assert run["all"].to_xarray()[SITE].dims[-1] == "feature"
