@@ -23,7 +23,7 @@ from dit_lens.families.module_tree import (
 from dit_lens.families.row import Family, Time
 from dit_lens.families.schedulers import Noise
 from dit_lens.families.sites import MODEL_POINTS, PATTERNS, POINTS, STREAMS, Site, match
-from dit_lens.families.stack import CALLED, PointSpec, Stack, find_point
+from dit_lens.families.stack import CALLED, NORMS, NORMS_OF_TEXT, ROTARY, PointSpec, Stack, find_point
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
@@ -118,6 +118,25 @@ class Anatomy:
         if why is not None:
             raise SiteError(f"blocks.{block}.{stream} reads no {keys} tokens by attention: {why}.")
         return Site(block, stream, point), stack.key_layout if own else "own"
+
+    def find_rotated(self, block: int, stream: str) -> list[Site]:
+        """Queries and keys of a block's stream after rotary position embedding; SiteError where there is none."""
+        stack, index = self._blocks[block]
+        found = [Site(block, stream, point) for point in CALLED]
+        why = next(filter(None, (self.why_not(block, stream, site.point) for site in found)), None)
+        if why is None and not set(ROTARY) & set(parameters_of(type(self.blocks(stack)[index]).forward)):
+            why = f"the {_describe_blocks(stack)} of {self.family.name} are given none, and add positions before them"
+        if why is not None:
+            raise SiteError(f"blocks.{block}.{stream} has no rotary position embedding: {why}.")
+        return found
+
+    def find_norm(self, site: Site) -> str | None:
+        """The norm that queries or keys go through before they are rotated, in their attention; None: none."""
+        module = self.locate(site).module.removeprefix("transformer.")
+        part = site.point.removeprefix("attn.")[0]
+        names = [*(NORMS_OF_TEXT if site.stream == "txt" else ()), *NORMS]
+        named = (name.format(part, {"q": "query", "k": "key"}[part]) for name in names)
+        return next((name for name in named if self.modules.find(f"{module}.{name}") is not None), None)
 
     def why_not(self, block: int | None, stream: str, point: str) -> str | None:
         """Why a block, or for None the whole model, lacks a point; None where it has it."""

@@ -10,6 +10,11 @@ from dit_lens.arguments.signatures import told_fields
 
 # What the call of attention itself is given, which is inside of its module.
 CALLED = {"attn.q_rot": "query", "attn.k_rot": "key"}
+# The norms in an attention that make queries ("q", "query") and keys of what is projected, those of the text first.
+NORMS_OF_TEXT = ("norm_added_{0}", "{0}_rms_norm_t", "txt_attn_{0}_norm")
+NORMS = ("norm_{0}", "{0}_rms_norm", "img_attn_{0}_norm", "{1}_norm")
+# The arguments of blocks that hold the rotation by a token's position.
+ROTARY = ("image_rotary_emb", "rotary_emb", "rotary_pos_emb", "freqs_cis", "rope")
 # What a module gives, by what it adds to the residual: the same before a gate multiplies it.
 UNGATED = {"attn.o": "attn_out", "cross.o": "cross_out", "mlp.o": "mlp_out"}
 

@@ -137,6 +137,11 @@ class SiteLowering:
             )
         return found
 
+    def turn_back(self) -> Lowered:
+        held = replace(self.where, point=self.where.point.removesuffix("_rot")).name
+        how = {"norm": self.anatomy.find_norm(self.where), "head": len(self.anatomy.heads(self.where)[0])}
+        return self.on_branches(kind="Rope", held=held, parameters=how)
+
     def _find_row(self, source: str) -> int:
         """The row that "row:0" names."""
         named = re.fullmatch(r"row:(-?\d{1,9})", source)

@@ -119,6 +119,10 @@ class Lowering(Protocol):
         """
         ...
 
+    def turn_back(self) -> Lowered:
+        """Replacing queries or keys by what they are before their rotation."""
+        ...
+
     def put(
         self,
         source: Any,

@@ -44,6 +44,8 @@ from dit_lens.core.request.op import (
     to_strength,
 )
 from dit_lens.core.request.reads import Read, ReadFeatures
+from dit_lens.core.request.reduce import parse
+from dit_lens.core.request.rope import Rope, turn_back
 from dit_lens.errors import DitLensError, OpError, nearest, show
 from dit_lens.families.layout import PlanMismatchError
 from dit_lens.families.tensors import take
@@ -73,6 +75,7 @@ __all__ = [
     "Read",
     "ReadFeatures",
     "Resample",
+    "Rope",
     "Rows",
     "Scale",
     "SigmaInterval",
@@ -373,6 +376,7 @@ EDITS: dict[str, Callable[[Edit], Tensor | None]] = {
     "AttentionMask": knock_out,
     "Guide": guide,
     "Feature": add_feature,
+    "Rope": turn_back,
     "Apply": apply,
 }
 

@@ -1,0 +1,81 @@
+"""An op that takes rotary position embedding out of attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dit_lens.arguments.signatures import told_fields
+from dit_lens.core.request.op import Edit, Forecast, Lowered, Lowering, Op
+from dit_lens.core.request.token_set import TokenSet
+from dit_lens.errors import OpError
+from dit_lens.families.layout import PlanMismatchError
+from dit_lens.families.sites import DEFAULT_POINT, Site
+from dit_lens.families.tensors import take
+
+if TYPE_CHECKING:
+    from dit_lens.families import Anatomy
+
+
+@told_fields
+@dataclass(frozen=True, eq=False, repr=False)
+class Rope(Op):
+    """Takes rotary position embedding out of blocks: their attention no longer knows where the chosen tokens are.
+
+    Queries and keys of these tokens are left as they are after their norm, without the rotation that follows (FreeFlux,
+    arXiv 2503.16153, does so layer by layer). Tokens that are not chosen keep theirs, so to them the chosen ones are at
+    position 0.
+
+    site: blocks, and the stream of the tokens, such as "blocks[3:5].img".
+    """
+
+    def prepare(self, sites: list[Site], anatomy: Anatomy, run: Forecast) -> tuple[Op, list[Site]]:  # noqa: ARG002 of all
+        """Itself at the queries and keys of the blocks that it names."""
+        if self.channels is not None:
+            raise OpError("Rope takes no channels=: a rotation turns channels in pairs. Choose tokens= or mask=.")
+        if odd := [site for site in sites if site.block is None or site.point != DEFAULT_POINT]:
+            raise OpError(
+                f"Rope is for blocks, by the stream of the tokens that are rotated, such as 'blocks[3:5].img', and "
+                f"{odd[0]} is none."
+            )
+        found = [(site, rotated) for site in sites for rotated in anatomy.find_rotated(site.block or 0, site.stream)]
+        tokens = self.tokens
+        if isinstance(tokens, TokenSet):
+            tokens = replace(tokens, tokens={rotated.name: tokens[site.name] for site, rotated in found})
+        return replace(self, tokens=tokens), [rotated for _, rotated in found]
+
+    def lower(self, at: Lowering) -> Lowered:
+        return at.turn_back()
+
+
+def turn_back(edit: Edit) -> Tensor:
+    """Queries or keys before their rotation: what the norm makes of what was projected."""
+    action = edit.action
+    held = edit.held[action["held"]]
+    if held.shape[1] != edit.stream.shape[1]:
+        raise PlanMismatchError(
+            f"{edit.hook.name} has {edit.stream.shape[1]} tokens at step {edit.hook.step}, and {action['held']} "
+            f"{held.shape[1]}"
+        )
+    name, size = action["parameters"]["norm"], action["parameters"]["head"]
+    norm = None if name is None else edit.hook.module.get_submodule(name)
+    projected = held[edit.hook.rows]
+    heads = projected.unflatten(2, (-1, size))
+    if norm is not None:
+        heads = norm(heads) if _measure(norm) == size else norm(projected).unflatten(2, (-1, size))
+    made = heads.flatten(2).to(edit.old)
+    new = take(made, None, action["tokens"], None, edit.indices)
+    whole = action["tokens"] is None and action["step_index"] == 0
+    if whole and edit.hook.name.split(".")[2] == "img" and torch.equal(new, edit.old) and edit.old.any():
+        raise PlanMismatchError(f"{edit.hook.name} is not rotated in this run, so there is no rotation to take out")
+    return new
+
+
+def _measure(norm: torch.nn.Module) -> int:
+    """How many channels a norm is of."""
+    shape = getattr(norm, "normalized_shape", getattr(norm, "dim", None))
+    shape = norm.weight.shape if shape is None else shape
+    return shape if isinstance(shape, int) else shape[-1]
