@@ -29,7 +29,7 @@ INDEX = HERE / "index.md"
 PAGES = sorted(path for path in HERE.glob("*.md") if path != INDEX)
 LINES = 20  # of code, at most
 STEPS = 28  # of an image of FLUX.1-dev
-A_ROW_PER_BLOCK = ("stable-flow", "mmdit-blocks", "localizing-knowledge")  # and one that is left alone
+A_ROW_PER_BLOCK = ("freeflux", "stable-flow", "mmdit-blocks", "localizing-knowledge")  # and one that is left alone
 
 _COST = re.compile(r"^\*\*On FLUX\.1-dev\*\*.*?\Z", re.MULTILINE | re.DOTALL)
 

@@ -45,11 +45,12 @@ class Calls(TorchFunctionMode):
         self.interpreter = interpreter
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
         if func is not scaled_dot_product_attention or self.interpreter.calling is None:
-            return result
+            return func(*args, **(kwargs or {}))
         given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | (kwargs or {})
+        given |= self.interpreter.turn_back(given)
         query, key, value = (given[name] for name in ("query", "key", "value"))
+        result = func(**given)
         return self.interpreter.attend(query, key, value, given.get("attn_mask"), result)
 
 
@@ -68,7 +69,7 @@ class Interpreter:
         sites = self.wiring.expand(op.site)
         if is_read(op):
             return sites
-        if type(op).__name__ == "AttentionMask":  # done where attention is called
+        if type(op).__name__ in ("AttentionMask", "Rope"):  # done where attention is called
             return []
         first = {}
         for site in sites:
@@ -116,14 +117,61 @@ class Interpreter:
                 yield module.register_forward_hook(lambda module, args, output, visit=visit: visit(module, output))
 
     def hooks_of_attention(self):
-        """On modules that call attention, of which ops knock out edges."""
-        self.calling = None
+        """On modules that call attention, and on the norms in them, where ops act inside."""
+        self.calling, self.normed = None, {}
         masks = [op for op in self.ops if type(op).__name__ == "AttentionMask"]
         asked = {(int(site.split(".")[1]), op.keys) for op in masks for site in self.wiring.expand(op.site)}
+        ropes = [op for op in self.ops if type(op).__name__ == "Rope"]
+        asked |= {(int(site.split(".")[1]), "img") for op in ropes for site in self.wiring.expand(op.site)}
         for path in {self.wiring.attentions[one][0] for one in asked}:
             module = self.pipe.transformer.get_submodule(path)
-            yield module.register_forward_pre_hook(lambda *_, path=path: setattr(self, "calling", path))
+            yield module.register_forward_pre_hook(lambda *_, path=path: self.enter(path))
+            for name, norm in module.named_children():
+                if name.startswith("norm_"):
+                    yield norm.register_forward_hook(
+                        lambda _, args, output, name=name: self.normed.__setitem__(name, output.clone())
+                    )
             yield module.register_forward_hook(lambda *_: setattr(self, "calling", None))
+
+    def enter(self, path):
+        """A module that calls attention is entered, none of whose norms was called."""
+        self.calling, self.normed = path, {}
+
+    def turn_back(self, given) -> dict:
+        """Queries and keys, [row, head, token, channel], without the rotation that ops take out."""
+        found = {name: given[name].clone() for name in ("query", "key")}
+        for number, op in enumerate(self.ops):
+            if type(op).__name__ != "Rope" or self.step not in self.steps_of(op):
+                continue
+            for site, name in product(self.wiring.expand(op.site), found):
+                _, block, stream = site.split(".")
+                path, kind = self.wiring.attentions[int(block), "img"]
+                for branch in self.branches_of(op, site) if path == self.calling else ():
+                    if branch in self.here:
+                        self.take_norm(
+                            (number, op, site, branch), name, self.among(found[name].shape[2], stream, kind), found
+                        )
+        return found
+
+    def take_norm(self, where, name, tokens_there, found):
+        """Puts what a norm gave in the place of queries or keys."""
+        (number, op, site, branch), x = where, found[name]
+        added = f"norm_added_{name[0]}"
+        own = added in self.normed and len(tokens_there) < x.shape[2]
+        normed = self.normed[added if own and ".txt" in site else f"norm_{name[0]}"]
+        normed = normed if normed.ndim == 4 else normed.unflatten(2, (x.shape[1], -1))  # [row, token, head, channel]
+        first, size = self.here.index(branch) * self.count, x.shape[1] * x.shape[3]
+        touch = self.outcome.touched[number, f"{site}.attn.{name[0]}_rot", branch].setdefault(
+            self.step, Touch(torch.zeros(self.rows, len(tokens_there), size, dtype=torch.bool))
+        )
+        for numbers, rows, tokens in self.batch_groups(op, site):
+            for own_row, row in zip(numbers, rows, strict=True):
+                there = [tokens_there[token] for token in tokens]
+                source = tokens if own else there
+                touch.elements[outer([own_row], tokens, list(range(size)))] = True
+                touch.before += float(x[first + row][:, there].double().square().sum())
+                x[first + row][:, there] = normed[first + row, source].transpose(0, 1)
+                touch.after += float(x[first + row][:, there].double().square().sum())
 
     def attend(self, query, key, value, mask, result):
         """What attention puts out, [row, head, query, channel], after all that ops knock out there."""

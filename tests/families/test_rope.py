@@ -1,4 +1,4 @@
-"""Rotary position embedding taken out of a block of every family, against a rotation by nothing that the block is given."""
+"""Rotary position embedding taken out of a block of every family, against a block that turns nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from tests.zoo.truth import zoo_of
 
 WITHOUT = ("aura_flow", "sd3", "sd35", "cogview3", "cogview3-dpm", "pixart-sigma", "pixart-alpha", "dit")
 WITH = [name for name in NAMES if name not in WITHOUT]
-ARGUMENTS = {"image_rotary_emb", "rotary_emb", "rotary_pos_emb", "freqs_cis", "rope", "query_rotary_emb", "key_rotary_emb"}
+ARGUMENTS = {
+    "image_rotary_emb",
+    "rotary_emb",
+    "rotary_pos_emb",
+    "freqs_cis",
+    "rope",
+    "query_rotary_emb",
+    "key_rotary_emb",
+}
 APART = {"lumina", "hunyuan_dit"}  # whose cross-attention is given the rotation, too
 ROUNDED = {"kandinsky5"}  # which rotates in bfloat16
 
@@ -61,7 +69,7 @@ def test_a_block_without_rotation_draws_as_one_that_is_rotated_by_nothing(name):
 
 @pytest.mark.parametrize("name", WITHOUT)
 def test_where_there_is_none_it_is_refused(name):
-    with pytest.raises(SiteError, match="has no rotary position embedding: the .* are given none"):
+    with pytest.raises(SiteError, match=r"has no rotary position embedding: the .* are given none"):
         zoo_of(name).run([Rope("blocks.*.img")])
 
 

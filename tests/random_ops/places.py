@@ -106,6 +106,7 @@ class Wiring:
     knows_text: the same of text tokens.
     attentions: (block, stream of the keys) -> the module in which it is called, and "text first", "image first", "own"
         or "cross"; those that are tried.
+    rotates: whether tokens are rotated by their position in these.
     words: prompt, word -> its text tokens; None where they cannot be found.
     """
 
@@ -118,6 +119,7 @@ class Wiring:
     knows_text: bool = False
     words: Callable | None = None
     attentions: dict = field(default_factory=dict)
+    rotates: bool = False
 
     def tokens(self, site: str) -> int:
         """How many tokens there are at a site."""

@@ -19,6 +19,7 @@ from dit_lens import (
     Read,
     ReadFeatures,
     Resample,
+    Rope,
     Scale,
     Skip,
     Swap,
@@ -89,9 +90,10 @@ def source_of(op):
 def ops(draw, scenario: Scenario, focus: str, calls: list):
     """One op of any kind."""
     kinds = [Read, Read, Zero, Scale, Add, "row", "row", "tensor", "run", "site", "site"]
-    kinds += ["edges"] * bool(scenario.subject.wiring.attentions) + ["twins"] * bool(list_twins(scenario))
+    kinds += ["edges"] * bool(scenario.subject.wiring.attentions)
+    kinds += ["rope"] * scenario.subject.wiring.rotates + ["twins"] * bool(list_twins(scenario))
     kind = draw(st.sampled_from([*kinds, Resample, TokenMean, MeanAblate, Apply, Feature, ReadFeatures]))
-    composed = {"site": site_swaps, "edges": masks_of_edges, "twins": guidances}
+    composed = {"site": site_swaps, "edges": masks_of_edges, "twins": guidances, "rope": ropes}
     composed |= {kind: partial(features, kind=kind, focus=focus) for kind in (Feature, ReadFeatures)}
     if kind in composed:
         return draw(composed[kind](scenario))
@@ -382,6 +384,18 @@ def guidances(draw, scenario: Scenario):
     row, twin = draw(st.sampled_from(list_twins(scenario)))
     shown = draw(st.sampled_from([twin, twin - scenario.rows]))
     return Guide(row=row, twin=shown, scale=draw(st.sampled_from([0, 1, 0.5, 2.0, -1.5])))
+
+
+@st.composite
+def ropes(draw, scenario: Scenario):
+    """Rotation taken out of a block."""
+    wiring = scenario.subject.wiring
+    blocks = [block for block, keys in wiring.attentions if keys == "img"]
+    sites = [f"blocks.{block}.{stream}" for block in blocks for stream in ("img", "txt")]
+    site = draw(st.sampled_from([site for site in sites if site in wiring.places]))
+    where = draw(selections(scenario, [site], words=True, same=False))
+    where["branch"] = draw(branches(scenario, read=False, word=isinstance(where["tokens"], str)))
+    return Rope(site, **{**where, "channels": None})
 
 
 @st.composite

@@ -51,7 +51,14 @@ def flux():
     paths = [*transformer_blocks(2), *singles]
     attentions = both_read([f"{path}.attn" for path in paths], "text first")
     return Wiring(
-        places, stacks, grid=(4, 7), text=pipelines.LENGTH, knows_text=True, words=letters, attentions=attentions
+        places,
+        stacks,
+        grid=(4, 7),
+        text=pipelines.LENGTH,
+        knows_text=True,
+        words=letters,
+        attentions=attentions,
+        rotates=True,
     )
 
 
@@ -142,7 +149,7 @@ def wan():
     places = named(blocks, Place("norm_out", "in", ("input", 0)), Place("", "out", 0, patch=(2, 2), width=16))
     attentions = {(i, "img"): (f"blocks.{i}.attn1", "own") for i in range(3)}
     attentions |= {(i, "txt"): (f"blocks.{i}.attn2", "cross") for i in range(3)}
-    return Wiring(places, THREE, grid=(2, 4, 6), knows_grid=False, attentions=attentions)
+    return Wiring(places, THREE, grid=(2, 4, 6), knows_grid=False, attentions=attentions, rotates=True)
 
 
 def zimage():

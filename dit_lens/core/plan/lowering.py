@@ -138,9 +138,8 @@ class SiteLowering:
         return found
 
     def turn_back(self) -> Lowered:
-        held = replace(self.where, point=self.where.point.removesuffix("_rot")).name
         how = {"norm": self.anatomy.find_norm(self.where), "head": len(self.anatomy.heads(self.where)[0])}
-        return self.on_branches(kind="Rope", held=held, parameters=how)
+        return self.on_branches(kind="Rope", held=self.hold(self.site.removesuffix("_rot")), parameters=how)
 
     def _find_row(self, source: str) -> int:
         """The row that "row:0" names."""

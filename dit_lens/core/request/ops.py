@@ -44,7 +44,6 @@ from dit_lens.core.request.op import (
     to_strength,
 )
 from dit_lens.core.request.reads import Read, ReadFeatures
-from dit_lens.core.request.reduce import parse
 from dit_lens.core.request.rope import Rope, turn_back
 from dit_lens.errors import DitLensError, OpError, nearest, show
 from dit_lens.families.layout import PlanMismatchError

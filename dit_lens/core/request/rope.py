@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from dit_lens.core.request.token_set import TokenSet
 from dit_lens.errors import OpError
 from dit_lens.families.layout import PlanMismatchError
 from dit_lens.families.sites import DEFAULT_POINT, Site
-from dit_lens.families.tensors import take
 
 if TYPE_CHECKING:
     from dit_lens.families import Anatomy
@@ -53,21 +52,13 @@ class Rope(Op):
 
 def turn_back(edit: Edit) -> Tensor:
     """Queries or keys before their rotation: what the norm makes of what was projected."""
-    action = edit.action
-    held = edit.held[action["held"]]
-    if held.shape[1] != edit.stream.shape[1]:
-        raise PlanMismatchError(
-            f"{edit.hook.name} has {edit.stream.shape[1]} tokens at step {edit.hook.step}, and {action['held']} "
-            f"{held.shape[1]}"
-        )
-    name, size = action["parameters"]["norm"], action["parameters"]["head"]
-    norm = None if name is None else edit.hook.module.get_submodule(name)
-    projected = held[edit.hook.rows]
+    action, how = edit.action, edit.action["parameters"]
+    projected, size = edit.take_held(None), how["head"]
     heads = projected.unflatten(2, (-1, size))
-    if norm is not None:
-        heads = norm(heads) if _measure(norm) == size else norm(projected).unflatten(2, (-1, size))
-    made = heads.flatten(2).to(edit.old)
-    new = take(made, None, action["tokens"], None, edit.indices)
+    if how["norm"] is not None:
+        norm = edit.hook.module.get_submodule(how["norm"])
+        heads = norm(heads) if _measure(norm) == size else norm(projected)
+    new = heads.reshape(projected.shape).to(edit.old)
     whole = action["tokens"] is None and action["step_index"] == 0
     if whole and edit.hook.name.split(".")[2] == "img" and torch.equal(new, edit.old) and edit.old.any():
         raise PlanMismatchError(f"{edit.hook.name} is not rotated in this run, so there is no rotation to take out")
@@ -76,6 +67,7 @@ def turn_back(edit: Edit) -> Tensor:
 
 def _measure(norm: torch.nn.Module) -> int:
     """How many channels a norm is of."""
-    shape = getattr(norm, "normalized_shape", getattr(norm, "dim", None))
-    shape = norm.weight.shape if shape is None else shape
+    given: Any = norm
+    shape = getattr(given, "normalized_shape", getattr(given, "dim", None))
+    shape = given.weight.shape if shape is None else shape
     return shape if isinstance(shape, int) else shape[-1]

@@ -106,6 +106,7 @@ def test_ops(channels):
         "Skip",
         "AttentionMask",
         "Guide",
+        "Rope",
         "Feature",
         "ReadFeatures",
     }  # a function has no JSON form, and the others came later
