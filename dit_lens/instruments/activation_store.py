@@ -83,6 +83,8 @@ def export(
     for name, number in (("tokens", tokens), ("shard", shard), ("batch_size", batch_size)):
         if number < 1:
             raise OpError(f"export: {name}={number} is to be 1 or more.")
+    if shuffle < 0:
+        raise OpError(f"export: shuffle={shuffle} is to be 0 or more.")
     call = {"output_type": "latent", **call}
     outline, names = lens.outline(prompts[0], **call), lens.sites(sites)
     sampling = Sampling(sites=names, tokens=tokens, steps=outline.select(steps), outline=outline)
