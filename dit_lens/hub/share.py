@@ -198,7 +198,7 @@ def from_hub(
     keeps = None if folder is None else Path(folder)
     if keeps is not None and keeps.exists() and (not keeps.is_dir() or any(keeps.iterdir())):
         raise StoreError(f"{keeps} is not an empty folder. Choose another one, or leave folder= out.")
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:  # Windows keeps files that tensors are of
         there = Path(place) / "download" if keeps is None else keeps
         with _reach(repo_id, "downloaded", token) as api:
             api.snapshot_download(repo_id, revision=revision, local_dir=there, allow_patterns=KEPT)
