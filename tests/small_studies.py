@@ -33,7 +33,7 @@ def _picture(seed):
 
 
 CARRIER = {"judge": judge, "attributes": lambda prompt: {"length": str(len(prompt))}}
-SMALL = {"k": 4, "draws": 1, "site": SITE, **STEPS}
+SMALL = {"k": 4, "draws": 1, "site": SITE, "num_inference_steps": 1}
 CALLS = {
     "disruption": ((PROMPTS[:3],), {**SMALL, "ablation": "mean", "batch_size": 2, "steps": -1}),
     "blocks": ((PROMPTS[:3],), {"parts": "mlp", "site": SITE, "ablation": "mean", "batch_size": 2, **STEPS}),
