@@ -298,13 +298,13 @@ def _notes(table: pd.DataFrame, summary: pd.DataFrame, settings: Mapping[str, An
         notes.append(f"{measure} needs, more than it needs other blocks and than other attributes do: {told or 'none'}")
     if "fidelity" in table:
         notes.append(f"untouched images: fidelity {table.loc[table['arm'] == 'untouched', 'fidelity'].mean():.3f}")
-    spread, count = attributes["spread"].median(), len(settings["prompts"])
+    spread, count = attributes["spread"][attributes["spread"] > 0].median(), len(settings["prompts"])
     if count > 1 and spread > 0:
         most = 3 * summary["block"].nunique()
         answer = power(float(spread), prompts=count, level=1 - LEVEL / most).iloc[0]
         notes.append(
-            f"power: {count} prompts, whose damage beyond noise spreads by {spread:.2f} (median), find one of "
-            f"{answer['decides']:.2f} with a chance of 80 %, as the first of {most} comparisons"
+            f"power: {count} prompts, whose damage beyond noise spreads by {spread:.2f} (median where it does), find "
+            f"one of {answer['decides']:.2f} with a chance of 80 %, as the first of {most} comparisons"
         )
     return notes
 
