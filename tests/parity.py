@@ -139,6 +139,9 @@ STUDIES = {
         lens, some[:1], k=2, draws=1, words=some[0].split()[-1], masks=half, **ONE
     ),
     "patching": lambda lens, some, _: dl.studies.patching(lens, [some], k=2, draws=1, **ONE),
+    "steering": lambda lens, some, _: dl.studies.steering(
+        lens, [some, some[::-1]], sites="blocks.1.img", strengths=1.0, draws=1, seeds=[0]
+    ),
     "transfer": lambda lens, some, _: dl.studies.transfer(lens, [some], **MOVED),
     "transfer_image": lambda lens, some, image: dl.studies.transfer_image(lens, [(image, some[1])], **MOVED),
     "an inverted image": lambda lens, some, image: dl.studies.transfer_image(

@@ -37,6 +37,7 @@ SMALL = {"k": 4, "draws": 1, "site": SITE, "num_inference_steps": 1}
 CALLS = {
     "disruption": ((PROMPTS[:3],), {**SMALL, "ablation": "mean", "batch_size": 2, "steps": -1}),
     "blocks": ((PROMPTS[:3],), {"parts": "mlp", "site": SITE, "ablation": "mean", "batch_size": 2, **STEPS}),
+    "steering": ((PAIRS,), {"sites": SITE, "strengths": 2.0, "draws": 1, "batch_size": 1, **STEPS}),
     "transfer": ((PAIRS,), {**SMALL, "batch_size": 1, "strengths": 1.0, "mask_from": None}),
     "carrier_or_detail": ((PROMPTS,), {**SMALL, **CARRIER, "batch_size": 2}),
     "organisation": ((PROMPTS[:3],), {**SMALL, "batch_size": 1, "masks": left_half, "words": [], "steps": -1}),

@@ -11,6 +11,7 @@ from dit_lens.plots.organisation import organisation_figure
 from dit_lens.plots.overlays import cluster_overlay, overlay_grid, sheet, strip
 from dit_lens.plots.patching import patching_figure
 from dit_lens.plots.stability import stability_figure
+from dit_lens.plots.steering import steering_figure
 from dit_lens.plots.sweep import sweep_figure
 from dit_lens.plots.theme import ARMS, TEMPLATE, looks
 from dit_lens.plots.training import training_figure
@@ -38,6 +39,7 @@ __all__ = [
     "pattern_figure",
     "sheet",
     "stability_figure",
+    "steering_figure",
     "strip",
     "sweep_figure",
     "training_figure",

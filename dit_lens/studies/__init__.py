@@ -17,6 +17,7 @@ from dit_lens.studies.shared.merging import merge
 from dit_lens.studies.shared.registry import find_study, study_names
 from dit_lens.studies.shared.result import Result
 from dit_lens.studies.stability import stability
+from dit_lens.studies.steering import steering
 from dit_lens.studies.sweep import sweep
 from dit_lens.studies.transfer import transfer
 from dit_lens.studies.transfer_image import transfer_image
@@ -39,6 +40,7 @@ __all__ = [
     "patching",
     "power",
     "stability",
+    "steering",
     "sweep",
     "transfer",
     "transfer_image",

@@ -17,6 +17,7 @@ STUDIES = {
     "disruption": {"prompts": PROMPTS[:2], **FEW, "ablation": "resample"},
     "blocks": {"prompts": PROMPTS[:2], "parts": "attention", "site": "blocks[1:3].img", "draws": 2, "batch_size": 1},
     "organisation": {"prompts": PROMPTS, **FEW, "masks": lambda *_: np.eye(32, 48, dtype=bool)},
+    "steering": {"pairs": PAIRS, "sites": "blocks.1.img", "strengths": [1, 2], "draws": 1, "batch_size": 1},
     "transfer": {"pairs": PAIRS, **FEW, "draws": 0, "strengths": [0.5, 1.0], "mask_from": None},
     "patching": {"pairs": PAIRS, **FEW, "batch_size": 12, "over": "block x channel group"},
     "carrier_or_detail": {"prompts": PROMPTS[:2], **FEW, "draws": 0, **JUDGED},
