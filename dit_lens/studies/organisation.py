@@ -18,9 +18,11 @@ from dit_lens.studies.parts.saliency import (
     centred_disc,
     choose_words,
     count_heads,
+    enters_by_cross_attention,
     first_component,
     noisy_latent,
     read_word_attention,
+    read_word_maps,
     token_norm,
 )
 from dit_lens.studies.parts.subject_masks import as_mask, check_masks, digest_mask
@@ -89,10 +91,11 @@ def organisation(
     ['top', 'bottom', 'random', 'energy-matched', 'all']
 
     Arms are sets of channels: top, bottom, random (``draws`` of them), energy-matched, and all channels. Baselines are
-    maps from the same run: attention to the subject's word (its share of the attention to text, mean over heads), the
-    norm of every token, the first principal component of all channels. Nulls know nothing of the block: a centred disc,
-    and masks from the noisy latent and from the predicted clean one (x0), which stand beside every block. Maps and the
-    disc become masks of as many tokens as the top channels' mask, so that they differ from it in place alone.
+    maps from the same run: attention to the subject's word (its share of the attention to text, joint or cross, mean
+    over heads), the norm of every token, the first principal component of all channels. Nulls know nothing of the
+    block: a centred disc, and masks from the noisy latent and from the predicted clean one (x0), which stand beside
+    every block. Maps and the disc become masks of as many tokens as the top channels' mask, so that they differ from it
+    in place alone.
 
     The table has one row per prompt, seed, step, block and arm: iou; chance, of an equally large random mask;
     iou_other_prompts, the same mask's IoU with the subjects of all other prompts, which a smooth mask in the centre has
@@ -168,14 +171,15 @@ def organisation(
     }
     reads = [Read(site, steps=steps, name="x"), *make_score_reads(site, score, steps)]
     reads += [Read(name, steps=steps, name=name) for name in ("x0", "velocity") if name in extra]
-    heads = count_heads(lens, list(blocks.values())) if "attention" in extra else {}
+    crosses = all(enters_by_cross_attention(lens, block) for block in blocks.values())
+    heads = count_heads(lens, list(blocks.values())) if "attention" in extra and not crosses else {}
     cluster = ClusterStudy(
         lens=lens,
         blocks=blocks,
         reads=reads,
         options=options,
         masks=masks,
-        words=words if heads else [],
+        words=words if "attention" in extra else [],
         heads=heads,
         k=k,
         score=score,
@@ -184,7 +188,7 @@ def organisation(
         kind=outline.kind,
     )
     meant = find_meant(lens, batches[0].prompts, batches[0].call, site, steps)
-    total, images = len(batches), len(prompts) * len(seeds) * (2 if heads else 1)
+    total, images = len(batches), len(prompts) * len(seeds) * (2 if "attention" in extra else 1)
     with StudyCheckpoints(
         "organisation", settings, lens=lens, total=total, out=out, meant=meant, images=images
     ) as cells:
@@ -228,7 +232,15 @@ def _choose_extra_reads(
         extra.discard("attention")
         left_out["attention"] = "no word for the subject was given"
     try:
-        if words:
+        if words and all(enters_by_cross_attention(lens, block) for block in blocks):
+            lens.engine.check_weights("maps of words need")
+            text = lens.outline(prompts, **call).text()
+            missing = [(row, word) for row, word in enumerate(words) if not text.find("cond", row, word)]
+            if missing:
+                raise OpError(
+                    f"the word {missing[0][1]!r} is not in {prompts[missing[0][0]]!r}. Name one of its words."
+                )
+        elif words:
             count_heads(lens, blocks)
             lens.cost(prompts, _make_word_reads(words), **call)
     except (ExecutionError, FamilyError, SiteError, PromptError) as problem:
@@ -260,7 +272,8 @@ class ClusterStudy:
     options: how tokens become a mask.
     masks: where the subject truly is: one per prompt, a function, or None if a toy reads its images back.
     words: word of every prompt's subject; empty without the attention baseline.
-    heads: number of heads of every block whose attention patterns are read.
+    heads: number of heads of every block whose attention patterns are read; empty where text enters by cross-attention,
+      of which maps of words are read.
     k: number of channels of an arm.
     score: what channels are ranked by.
     site: sites of the channels.
@@ -284,14 +297,17 @@ class ClusterStudy:
     def run_batch(self, batch: PromptBatch) -> Cell:
         """Draws a batch, and clusters its tokens at every step and block."""
         words = self.words[batch.rows.start : batch.rows.stop]
-        run = self.lens.run(batch.prompts, [*self.reads, *_make_word_reads(words)], seed=batch.seed, **batch.call)
+        reads = [*self.reads, *(_make_word_reads(words) if self.heads else [])]
+        run = self.lens.run(batch.prompts, reads, seed=batch.seed, **batch.call)
         steps = run["x"].steps
         relevance = find_relevance(
             self.lens, self.score, batch.prompts, self.site, seed=batch.seed, call=batch.call, steps=list(steps)
         )
         scores = run["score"] if relevance is None else relevance
         maps: dict[int, np.ndarray] = {}
-        if words:
+        if words and not self.heads:
+            maps = read_word_maps(self.lens, batch, words, list(self.blocks.values()), steps)
+        elif words:
             tokens = [run[f"word/{row}"].tokens or () for row in range(len(words))]
             maps = read_word_attention(
                 self.lens, batch.prompts, tokens, self.heads, steps, run.grid, seed=batch.seed, **batch.call

@@ -312,6 +312,20 @@ def test_attention_to_a_word_is_its_share_of_attention_to_text(toy, monkeypatch)
     assert all(np.array_equal(apart[block], maps[block]) for block in maps)
 
 
+def test_words_that_enter_by_cross_attention_are_mapped_prompt_by_prompt():
+    """Each prompt's own word, whichever others run beside it."""
+    sana, block = DiTLens.toy("sana"), 3
+    call = {"site": f"blocks.{block}.img", "num_inference_steps": 1}
+    result = studies.organisation(sana, [SCENE, OTHER], k=4, draws=0, masks=MASKS[:2], **call)
+    found = sana.word_map(OTHER, "cross", blocks=block, seed=0, num_inference_steps=1)
+    top = result.masks[f"1/0/0/{block}/top"]
+    wanted = select_largest(found["cross"][0, 0].flatten().numpy(), int(top.sum()), top.shape, "distance")
+    assert np.mean(result.masks[f"1/0/0/{block}/attention"] == wanted) > 0.98  # of batches of one and two
+    assert not any("left out: attention" in note for note in result.notes)
+    with pytest.raises(OpError, match="the word 'triangle' is not in"):
+        studies.organisation(sana, [SCENE, OTHER], words="triangle", masks=MASKS[:2], **call)
+
+
 def test_a_toy_knows_its_word_and_another_can_be_named(toy):
     call = {"k": 4, "draws": 1, "num_inference_steps": 1, "site": "blocks.2.img", "masks": MASKS[:2]}
     given, own, other = (

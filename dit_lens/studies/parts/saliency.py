@@ -14,11 +14,13 @@ from scipy.sparse.linalg import svds
 
 from dit_lens.analysis.arrays import border_of
 from dit_lens.errors import OpError, check_choice
+from dit_lens.studies.shared.batches import share_call
 from dit_lens.studies.shared.judges import choose_judge
 from dit_lens.toys.scenes import Scene
 
 if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
+    from dit_lens.studies.shared.batches import SeededPrompts
 
 POLARITIES = ("heat", "border", "distance")
 PATTERN_BYTES = 2e9  # of the patterns of attention that are held at once
@@ -153,6 +155,41 @@ def read_word_attention(
                 columns = [share[:, row, :, list(tokens)].mean(-1) for row, tokens in enumerate(words)]
                 maps[block] = np.stack([column.numpy() for column in columns], 1)
     return maps
+
+
+def enters_by_cross_attention(lens: DiTLens, block: int) -> bool:
+    """Whether the image tokens of a block read the text by an attention of its own."""
+    return lens.anatomy.why_not(block, "img", "cross_out") is None
+
+
+def read_word_maps(
+    lens: DiTLens, batch: SeededPrompts, words: Sequence[str], blocks: Sequence[int], steps: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """As :func:`read_word_attention`, where text enters by cross-attention, which is to text alone.
+
+    Prompts of one word run together, so that every prompt is drawn once.
+
+    lens: lens on the model.
+    batch: the prompts and their seed.
+    words: each row's word.
+    blocks: those that are read.
+    steps: denoising steps that are read.
+    """
+    rows = {word: [i for i, other in enumerate(words) if other == word] for word in words}
+    maps: dict[int, list[Any]] = {block: [None] * len(words) for block in blocks}
+    for word, some in rows.items():
+        found = lens.word_map(
+            [batch.prompts[i] for i in some],
+            word,
+            blocks=list(blocks),
+            steps=list(steps),
+            seed=batch.seed,
+            **share_call(lens, batch, some),
+        )
+        for block, kept in zip(found.blocks, found.tensors[word], strict=True):
+            for place, i in enumerate(some):
+                maps[block][i] = kept[:, place].flatten(1).numpy()
+    return {block: np.stack(found, 1) for block, found in maps.items()}
 
 
 def choose_words(lens: DiTLens, prompts: Sequence[str], words: str | Sequence[str] | None) -> list[str]:
