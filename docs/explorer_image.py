@@ -24,7 +24,7 @@ def explorer() -> dl.explorer.Explorer:
     reads = dl.explorer_reads(massive)
     swap = dl.Swap("blocks.*.img", source="row:0", rows=1, channels=massive, branch="cond")
     runs = [lens.run([SOURCE, TARGET], ops, seed=0) for ops in (reads, [swap, *reads])]
-    return dl.explore(*runs, channels=massive, left=1, right=3, site="blocks.3.img", step=6, opacity=0.6)
+    return dl.explore(*runs, channels=massive, left=1, right=3, site="blocks.3.img", step=6)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 SEQUENTIAL, DIVERGING = "Cividis", "RdBu"
 PALETTES = (SEQUENTIAL, "Viridis", "Magma", "Greys", DIVERGING)
 AUTO = "auto"
-BOTH_SIGNS = 0.1  # of the larger side of 0, which the smaller one must reach for a channel to count as signed
+BOTH_SIGNS = 0.25  # of the larger side of 0, which the smaller one must reach for a channel to count as signed
 
 # Okabe & Ito, distinguishable with colour blindness; from the lowest mean heat to the highest.
 CLUSTER_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
@@ -28,7 +28,7 @@ def read_palette(name: str) -> list[list[int]]:
 def choose_palette(name: str, low: float, high: float) -> str:
     """Returns the palette that ``name`` means for values of this range, as the browser chooses it.
 
-    "auto" is diverging for values on both sides of 0, if the smaller side reaches a tenth of the larger one.
+    "auto" is diverging for values on both sides of 0, if the smaller side reaches a quarter of the larger one.
 
     >>> choose_palette("auto", -3.0, 9.0), choose_palette("auto", -0.1, 9.0), choose_palette("Magma", -3.0, 9.0)
     ('RdBu', 'Cividis', 'Magma')

@@ -51,7 +51,7 @@ function numberField(label, { min = 0, max, onEnter }) {
 }
 
 // A text whose middle is left out, as texts of prompts differ at their ends.
-const shorten = text => text.length > 44 ? `${text.slice(0, 18)} … ${text.slice(-23)}` : text;
+const shorten = text => text.length > 40 ? `${text.slice(0, 14)} … ${text.slice(-21)}` : text;
 
 function choice(label, options, onChange) {
   const select = make('select', { 'aria-label': label }, ...options.map(([value, text]) => make('option', { value, title: text }, shorten(text))));

@@ -189,7 +189,8 @@ function render({ model, el }) {
     const shown = ['left', 'right'].filter(name => mapped(name) !== null), es = shown.map(mapped), found = [];
     for (const [i, name] of shown.entries()) {
       const minus = name === 'right' && comparing('difference') && es.length > 1;
-      const layer = minus ? layers.difference(view, es[1], es[0]) : layers.heat(view, es[i], sharing());
+      if (data.channel(view.l, view.g, view.k) < 0 || !Number.isFinite(data.range(view.l, es[i], view.s, view.g, view.k)[0])) continue;
+      const layer = minus ? layers.difference(view, es[1], es[0]) : layers.colours(view, es[i], sharing());
       const same = found.find(item => item.range.join() === layer?.range.join() && item.palette === layer.palette && !minus);
       if (same) same.name = '';
       else if (layer) found.push({ ...layer, colours: layers.stops(layer.palette), name: minus ? 'difference' : es.length > 1 ? `${name} image` : '' });

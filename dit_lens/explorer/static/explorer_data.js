@@ -110,7 +110,14 @@ class ExplorerData {
   // The values of all tokens; null if there is no such map, or not yet.
   values(l, e, s, g, k) {
     const [low, high] = this.range(l, e, s, g, k), map = Number.isFinite(low) ? this.map(l, e, s, g, k) : null;
-    return map && Float32Array.from(map, value => low + (high - low) * value / 255);
+    return map && this.toValues(map, low, high);
+  }
+
+  // What bytes mean; a loop, as it is for every token of every map that is drawn.
+  toValues(map, low, high) {
+    const values = new Float32Array(map.length), gain = (high - low) / 255;
+    for (let n = 0; n < map.length; n++) values[n] = low + gain * map[n];
+    return values;
   }
 
   value(l, e, s, g, k, n) {
@@ -120,7 +127,7 @@ class ExplorerData {
 
   thumbValues(l, e, s, g, k) {
     const { thumbs, i } = this.find(l, e, s, g, k), [low, high] = this.range(l, e, s, g, k), size = this.th * this.tw;
-    return Float32Array.from(thumbs.subarray(i * size, (i + 1) * size), value => low + (high - low) * value / 255);
+    return this.toValues(thumbs.subarray(i * size, (i + 1) * size), low, high);
   }
 
   // Smallest and largest value of a channel over all steps and images of a block.

@@ -1,7 +1,7 @@
 // What is laid over an image: values of tokens, the range that their colours span, and the palette.
 
 const SEQUENTIAL = 'Cividis', DIVERGING = 'RdBu';
-const BOTH_SIGNS = 0.1;  // of the larger side of 0, which the smaller one must reach for a channel to count as signed
+const BOTH_SIGNS = 0.25;  // of the larger side of 0, which the smaller one must reach for a channel to count as signed
 const UNDER = 0.5;  // brightness of the grey image under a map, on average
 
 // Interpolates the colours of a palette to a table of 256 colours, as RGB bytes.
@@ -36,7 +36,12 @@ function paint(values, [from, to], table, rgba) {
 }
 
 const subtract = (one, other) => one && other && one.map((value, n) => value - other[n]);
-const extremes = values => { let low = Infinity, high = -Infinity; for (const v of values) { low = Math.min(low, v); high = Math.max(high, v); } return [low, high]; };
+
+function extremes(values) {
+  let low = Infinity, high = -Infinity;
+  for (const value of values) { low = Math.min(low, value); high = Math.max(high, value); }
+  return [low, high];
+}
 
 // The layers of a view. palette and scale: what the state says.
 class Layers {
@@ -47,17 +52,22 @@ class Layers {
 
   // The palette of a channel, or of the channels of one rank: one for all blocks, steps and images.
   palette(g, k) {
+    if (this.get('palette') !== 'auto') return this.get('palette');
     const blocks = this.data.blocks.map((_, l) => l).filter(l => this.data.channel(l, g, k) >= 0);
     return choosePalette(this.get('palette'), unite(blocks.map(l => this.data.span(l, g, k))));
   }
 
   // A channel's map of image e, among the images that share its range. { values, range, palette }, or null.
-  heat({ l, s, g, k }, e, shown) {
-    const { data } = this, values = data.channel(l, g, k) >= 0 ? data.values(l, e, s, g, k) : null;
-    if (!values) return null;
-    const palette = this.palette(g, k), scale = this.get('scale');
+  heat(view, e, shown) {
+    const { l, s, g, k } = view, { data } = this, values = data.channel(l, g, k) >= 0 ? data.values(l, e, s, g, k) : null;
+    return values && { values, ...this.colours(view, e, shown) };
+  }
+
+  // The palette and the range of that map.
+  colours({ l, s, g, k }, e, shown) {
+    const { data } = this, palette = this.palette(g, k), scale = this.get('scale');
     const range = scale === 'steps' ? data.span(l, g, k) : unite((scale === 'own' ? [e] : shown).map(one => data.range(l, one, s, g, k)));
-    return { values, range: centre(palette, range), palette };
+    return { range: centre(palette, range), palette };
   }
 
   // The map of one image minus that of another.
