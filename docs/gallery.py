@@ -122,6 +122,9 @@ class _Answers(doctest.DocTestRunner):
     def report_failure(self, out: Any, test: Any, example: doctest.Example, got: str) -> None:  # noqa: ARG002 of doctest
         example.want = got
 
+    def report_unexpected_exception(self, out: Any, test: Any, example: doctest.Example, exc_info: Any) -> None:  # noqa: ARG002 of doctest
+        raise exc_info[1]
+
 
 def write_page(page: Path) -> dict[Path, Any]:
     """Runs a page and writes its answers and its cost; returns its figures."""
