@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 PANELS = {
-    "changed": "changed as meant (share of attributes)",
-    "kept": "the rest kept (share of attributes)",
-    "readable": "readable (share of images)",
-    "fidelity_to": "fidelity to the edited prompt",
-    "fidelity_from": "fidelity to the own prompt",
-    "to_prompt": "RMSE to the edited prompt's image",
-    "rmse": "RMSE to the untouched image",
+    "changed": "changed as meant",
+    "kept": "the rest kept",
+    "readable": "readable",
+    "fidelity_to": "edited prompt",
+    "fidelity_from": "own prompt",
+    "to_prompt": "RMSE to edit",
+    "rmse": "RMSE",
 }
+SHARES = ("changed", "kept", "readable", "fidelity_to", "fidelity_from")
 MOST = 3  # panels
 CURVES = {
     "steering": Look("steering", MASSIVE, "circle"),
@@ -52,7 +53,8 @@ def steering_figure(summary: pd.DataFrame) -> go.Figure:
     >>> [(trace.name, trace.y.tolist()) for trace in figure.data]
     [('steering', [0.2, 0.6]), ('untouched', [0.0, 0.0])]
 
-    The first three measures are drawn that a study has: what changed as meant, what was kept, and what can be read.
+    The first three measures are drawn that a study has: the share of attributes that changed as they were to, the share
+    of the others that was kept, and the share of images that can be read.
 
     summary: of ``studies.steering``; columns strength, arm, n, and measures with their bounds.
     """
@@ -98,8 +100,8 @@ def steering_figure(summary: pd.DataFrame) -> go.Figure:
                 row=1,
                 col=column,
             )
-        share = name not in ("to_prompt", "rmse")
-        figure.update_yaxes(**({"range": [-0.03, 1.05]} if share else {"rangemode": "tozero"}), row=1, col=column)
+        reach = {"range": [-0.03, 1.05]} if name in SHARES else {"rangemode": "tozero"}
+        figure.update_yaxes(**reach, row=1, col=column)
     figure.update_annotations(font={"size": 11})
     figure.update_xaxes(
         title="strength",
@@ -107,5 +109,6 @@ def steering_figure(summary: pd.DataFrame) -> go.Figure:
         ticktext=[f"{strength:g}" for strength in strengths],
         range=[-0.3, len(strengths) - 0.7],
     )
-    set_title(figure, "How far does the direction steer?", f"{describe_n(table)}; {CI}", height=380)
+    small = f"{'shares; ' if panels[0] in SHARES else ''}{describe_n(table)}; {CI}"
+    set_title(figure, "How far does the direction steer?", small, height=380)
     return figure.update_layout(margin={"t": 92, "b": 92})

@@ -11,7 +11,8 @@ import pandas as pd
 from dit_lens.analysis.metrics.intervals import mean_ci, mean_p
 
 # The least and the greatest value of measures whose name says it, for intervals of few events.
-LIMITS = dict.fromkeys(("fidelity", "fidelity_source", "fidelity_target", "iou", "jaccard", "energy_share"), (0.0, 1.0))
+_FIDELITIES = ("fidelity", "fidelity_source", "fidelity_target", "fidelity_from", "fidelity_to")
+LIMITS = dict.fromkeys((*_FIDELITIES, "changed", "kept", "iou", "jaccard", "energy_share"), (0.0, 1.0))
 
 # Distances, of which the greatest value is far from any that occurs: the bounds of their means do not go below 0.
 DISTANCES = ("rmse", "to_source", "to_target", "to_others", "to_mean", "to_grey", "inside", "outside")
