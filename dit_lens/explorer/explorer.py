@@ -219,7 +219,7 @@ class Explorer(Widget):
         pieces = {"data_maps": maps, "data_labels": labels, "data_channel": dict(self._others)}
         return super().whole_state() | {"data_info": info} | {name: one for name, one in pieces.items() if one}
 
-    def shown_first(self, name: str, number: int) -> bool:
+    def _is_shown_first(self, name: str, number: int) -> bool:
         """The blocks that the page shows first, with their neighbours, and all further channels."""
         first = self.views.blocks.index(self.site) if self.views.blocks else 0
         return name == "data_channel" or abs(number - first) <= 1

@@ -64,7 +64,7 @@ class Widget(anywidget.AnyWidget):
 
         The file is written completely or not at all.
         """
-        page = _PAGE.format(policy=_POLICY, title=html.escape(title), body=self.fragment(address=True))
+        page = _PAGE.format(policy=_POLICY, title=html.escape(title), body=self._write_fragment(address=True))
         return write_text(path, page)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -74,8 +74,12 @@ class Widget(anywidget.AnyWidget):
         except (traitlets.TraitError, OverflowError) as problem:
             raise OpError(f"{type(self).__name__}.{name}={show(value)} cannot be used: {problem}") from problem
 
-    def fragment(self, *, address: bool = False) -> str:
-        """Returns the view as part of a page: markup, data, style and the module that draws it.
+    def fragment(self) -> str:
+        """Returns the view as part of a page: markup, data, style and the module that draws it."""
+        return self._write_fragment(address=False)
+
+    def _write_fragment(self, *, address: bool) -> str:
+        """Writes the view as part of a page.
 
         The module runs as soon as the browser has read what is shown first; other pieces of the data come below it.
         address: whether the address of the page has the state of the view, after #.
@@ -85,7 +89,7 @@ class Widget(anywidget.AnyWidget):
         values = {name: value for name, value in state.items() if not _is_array(value)}
         arrays = list(_list_arrays(state))
         scripts = [_make_script(key, *array) for array in arrays]
-        first = [number is None or self.shown_first(name, number) for name, number, _ in arrays]
+        first = [number is None or self._is_shown_first(name, number) for name, number, _ in arrays]
         host = (STATIC / "host.js").read_text("utf-8").replace("ID", key)
         early, late = (
             "".join(script for script, shown in zip(scripts, first, strict=True) if shown == one)
@@ -99,7 +103,7 @@ class Widget(anywidget.AnyWidget):
             f'{early}<script type="module" async>{host}</script>{late}'
         )
 
-    def shown_first(self, name: str, number: int) -> bool:  # noqa: ARG002
+    def _is_shown_first(self, name: str, number: int) -> bool:  # noqa: ARG002
         """Whether a page shows a numbered piece of an array when it opens."""
         return True
 

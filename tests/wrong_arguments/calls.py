@@ -95,6 +95,7 @@ ELSEWHERE = {
         "explorer.Steer",
         "explorer.Views",
         "explorer.Views.labels",
+        "explorer.Views.other",
         "inversion.Inversion",
         "metrics.Clip",
         "metrics.Clip.*",
