@@ -369,7 +369,7 @@ def check_allowed(op: Op, site: Site, anatomy: Anatomy, kind: str | None) -> Non
         )
     if location.gate is not None and not op.exact_under_gate:
         before = next((f"{block}.{point}" for point, out in UNGATED.items() if out == site.point), None)
-        instead = "resid_post" if before is None else f"{before}, which the gate multiplies"
+        instead = "resid_post" if before is None else f"{before}, which the gate multiplies (v / gate there adds v)"
         raise OpError(
             f"{name} at {site}: the module's output is multiplied by a gate before it is added, so "
             f"that only Zero and Scale are exact here. Use those, or write {instead}."

@@ -19,7 +19,7 @@ NO_SHIFTS = tuple(f"mod.{part}.{name}" for part in ("attn", "mlp") for name in (
 
 IP_ADAPTER = "FluxIPAdapterAttnProcessor"  # adds a third output to an attention, and it to the block's
 
-PER_TOKEN = "its gates differ from token to token"
+PER_TOKEN = "its gates differ from token to token; attn.o and mlp.o are what they multiply"
 
 
 def input_of(module: str, slot: str | int = 0) -> PointSpec:
