@@ -46,7 +46,7 @@ def compute_gate(value: Tensor, location: Location, module: Any) -> Tensor:
         table = getattr(module, name)
         table = table.reshape(-1, table.shape[-1])
         # [row, part, channel], or of each token where tokens have times of their own
-        value = value.reshape(len(value), -1, *table.shape)[:, :, number] + table[number]
+        value = value.reshape(len(value), -1, *table.shape)[:, :, number] + table[number].to(value.device)
     value = value.unsqueeze(1) if value.ndim == 2 else value
     if location["span"] is not None:
         value = value[..., location["span"][0] : location["span"][1]]
@@ -121,7 +121,7 @@ def final_shift_and_scale(model: Any, value: Tensor, rule: ReadoutRule) -> tuple
     """Shift and scale that the transformer applies itself, [row, 1 or token, channel] each."""
     if rule["table"] is not None:
         table = getattr(model.get("transformer"), rule["table"])
-        return (table.reshape(2, 1, 1, -1) + value).unbind(0)
+        return (table.reshape(2, 1, 1, -1).to(value.device) + value).unbind(0)
     both = model.get(rule["projection"])(torch.nn.functional.silu(value))
     return both.chunk(2, dim=-1)
 

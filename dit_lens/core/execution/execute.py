@@ -246,6 +246,8 @@ def apply_actions(value: Any, part: Part, context: Context, envoy: Any) -> Any |
     location = part["location"]
     tensor = match_rows(to_tokens(value, location), part, context.rows)
     edited, gate = None, context.gates.get(part["gate"])
+    if gate is not None:
+        gate = gate.to(tensor.device)  # what makes it may lie on another one than what it multiplies
     for action in part["actions"]:
         if edited is None and action["kind"] != "Read":
             edited = tensor.clone()
