@@ -26,6 +26,14 @@ def panel(toy):
     return dl.steer(toy, CIRCLE, CROSS, k=4, **CALL)
 
 
+@pytest.fixture(scope="module")
+def brushed(toy):
+    """A panel with one image, whose mask was brushed."""
+    panel = dl.steer(toy, CIRCLE, CROSS, k=4, **CALL)
+    panel.draw(where="brush", mask=(3, 100, 101))
+    return panel
+
+
 def same(one, other):
     return np.array_equal(np.asarray(one), np.asarray(other))
 
@@ -68,12 +76,12 @@ def test_the_strip_keeps_every_result(panel):
     assert len(state["data_images"]) == sum(lengths) + sum(state["data_starts"][0]["lengths"])
 
 
-def test_brushed_tokens_are_the_mask_of_the_swap(toy, panel):
-    drawn = panel.draw(where="brush", mask=(3, 100, 101))
+def test_brushed_tokens_are_the_mask_of_the_swap(toy, brushed):
+    panel = brushed
     mask = np.zeros((16, 16), bool)
     mask[0, 3] = mask[6, 4] = mask[6, 5] = True
     swap = dl.Swap("blocks.*.img", source="row:0", rows=1, channels=panel.massive.take(4), mask=mask, branch="cond")
-    assert same(drawn, toy.run([CIRCLE, CROSS], [swap], **CALL).images[1])
+    assert same(panel.images[0], toy.run([CIRCLE, CROSS], [swap], **CALL).images[1])
     with pytest.raises(OpError, match=r"mask= has token 256, and the image has 256\. Choose 0 to 255"):
         panel.draw(mask=(256,))
     with pytest.raises(OpError, match=r"where='brush' swaps at the tokens of mask=, and there are none"):
@@ -81,7 +89,7 @@ def test_brushed_tokens_are_the_mask_of_the_swap(toy, panel):
 
 
 def test_other_prompts_are_drawn_anew_and_results_keep_their_own(toy, panel):
-    first = panel.draw()
+    first, base = panel.draw(), panel.base
     other = panel.draw(source=SQUARE)
     assert panel.prompts == [SQUARE, CROSS] == [panel.source, panel.target]
     massive = toy.massive_channels(SQUARE, 4, **CALL)
@@ -91,7 +99,7 @@ def test_other_prompts_are_drawn_anew_and_results_keep_their_own(toy, panel):
     state = panel.whole_state()
     assert [(one["start"], one["source"]) for one in state["data_results"]] == [(0, CIRCLE), (1, SQUARE)]
     assert CIRCLE in state["data_results"][0]["code"]
-    result, images = state["data_results"][0], [first, *toy.run([CIRCLE, CROSS], **CALL).images]
+    result, images = state["data_results"][0], [first, *base.images]
     drawn, *ends = (np.asarray(image, float) for image in images)
     assert result["distances"] == pytest.approx([np.sqrt(np.mean((drawn - end) ** 2)) for end in ends])
     told = [scene_judge(first, prompt)["fidelity"] for prompt in (CIRCLE, CROSS)]
@@ -117,15 +125,15 @@ def test_what_cannot_be_drawn_raises_and_leaves_no_result(toy, panel):
 
 
 @pytest.mark.parametrize("problem", [RuntimeError("out of memory"), KeyboardInterrupt()])
-def test_whatever_goes_wrong_ends_the_waiting_of_the_browser(panel, monkeypatch, problem):
-    sent = []
+def test_whatever_goes_wrong_ends_the_waiting_of_the_browser(brushed, monkeypatch, problem):
+    panel, sent = brushed, []
     monkeypatch.setattr(panel, "send", lambda message, buffers=(): sent.append(message))
     monkeypatch.setattr(panel.lens, "run", lambda *_, **__: (_ for _ in ()).throw(problem))
     with contextlib.suppress(KeyboardInterrupt):
         browser.send_to_widget(panel, {"kind": "draw", "setting": {"arm": "bottom"}})
     assert sent[-1]["kind"] == "error"
     assert type(problem).__name__ in sent[-1]["text"]
-    assert not panel.images
+    assert len(panel.images) == 1
 
 
 @pytest.mark.browser
@@ -166,9 +174,9 @@ FAKE_KERNEL = """async ([esm, css, state]) => {
 
 
 @pytest.mark.browser
-def test_the_browser_asks_for_what_is_brushed_and_written_and_shows_errors(panel):
-    panel.draw(strength=0.5)
-    state = panel.whole_state() | {"data_images": list(panel.whole_state()["data_images"])}
+def test_the_browser_asks_for_what_is_brushed_and_written_and_shows_errors(brushed):
+    state = brushed.whole_state()
+    state |= {"data_images": list(state["data_images"]), "where": "everywhere", "mask": []}
     with browser.page() as page:
         page.goto("about:blank")
         css = (STATIC / "widget.css").read_text("utf-8")
