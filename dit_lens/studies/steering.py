@@ -13,7 +13,7 @@ import torch
 
 from dit_lens.analysis.metrics.intervals import holm
 from dit_lens.arguments.numbers import check_number
-from dit_lens.errors import OpError, PromptError
+from dit_lens.errors import OpError, PromptError, show
 from dit_lens.instruments.steering_vectors import Steering
 from dit_lens.plots import steering_figure
 from dit_lens.studies.parts.doses import AGREES
@@ -125,6 +125,10 @@ def steering(
         check_number("strengths", strength, 0, STRONGEST, open_ends=True)
     if not strengths:
         raise OpError("strengths=[] adds nothing. Give at least one.")
+    if directions is not None and not isinstance(directions, Steering):
+        raise OpError(
+            f"directions={show(directions)} is no Steering. Give one, such as dl.Steering.load(file), or none."
+        )
     if directions is None and len(pairs) < 2:
         raise PromptError("a direction is learned from other pairs than those it is tried on. Give two pairs, or more.")
     prompts = [prompt for pair in pairs for prompt in pair]
