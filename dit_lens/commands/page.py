@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from PIL.Image import Image
+from PIL.Image import Dither, Image, Quantize
 from PIL.Image import open as open_image
 
 from dit_lens.arguments.checks import checked
@@ -96,7 +96,8 @@ def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Se
 def write_figures(figures: Mapping[Path, go.Figure], *, width: int = 760, scale: float = 2) -> list[Path]:
     """Writes plotly figures as image files, dark on white; returns their paths, or [] if none can be drawn here.
 
-    The suffix of a path chooses the format: .png, .svg, .pdf, or .webp, which is lossless and a third as large as PNG.
+    The suffix of a path chooses the format: .png, .svg, .pdf, or .webp, which is a sixth as large as PNG: of the colours
+    of a figure it has the 256 that come nearest, and loses nothing else.
     It takes the package kaleido (``pip install 'dit-lens[png]'``) and a browser that ``find_browser`` finds, which is
     started once for all figures. If both are there and drawing fails, that is an error.
 
@@ -117,7 +118,8 @@ def write_figures(figures: Mapping[Path, go.Figure], *, width: int = 760, scale:
         kaleido.write_fig_from_object_sync(drawings, cancel_on_error=True, kopts={"path": browser, "mathjax": False})
         for path, file in files.items():
             if file != path:
-                open_image(file).convert("RGB").save(path, lossless=True, quality=75, method=4)
+                few = open_image(file).convert("RGB").quantize(256, Quantize.MEDIANCUT, dither=Dither.NONE)
+                few.convert("RGB").save(path, lossless=True, quality=75, method=4)
     return list(figures)
 
 

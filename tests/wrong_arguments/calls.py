@@ -114,6 +114,8 @@ ELSEWHERE = {
         "families.Anatomy.channels",
         "families.Anatomy.find_attention",
         "families.Anatomy.find_call",
+        "families.Anatomy.find_norm",
+        "families.Anatomy.find_rotated",
         "Stack.find",
         "families.Anatomy.heads",
         "families.Anatomy.locate",
