@@ -178,7 +178,7 @@ def test_what_is_wider_than_the_window_says_so(tmp_path, sections):
 
 @pytest.mark.browser
 @pytest.mark.usefixtures("browser")
-def test_figures_are_dark_on_white_and_webp_has_no_losses(tmp_path):
+def test_figures_are_dark_on_white_and_webp_has_their_colours(tmp_path):
     pytest.importorskip("kaleido")
     figure = channel_spectrum([0.1, 5.0, 4.0], [1, 2])
     before = figure.to_json()
@@ -190,7 +190,10 @@ def test_figures_are_dark_on_white_and_webp_has_no_losses(tmp_path):
     assert image.size == (400, figure.layout.height)
     assert image.getpixel((1, 1)) == (255, 255, 255)
     assert np.asarray(image).min() < 80
-    assert np.array_equal(np.asarray(webp.convert("RGB")), np.asarray(image))
+    few = webp.convert("RGB")
+    assert len(few.getcolors()) <= 256
+    assert np.abs(np.asarray(few, int) - np.asarray(image, int)).mean() < 1  # of 255
+    assert few.getpixel((1, 1)) == (255, 255, 255)
     assert paths[1].stat().st_size < 0.6 * paths[0].stat().st_size
     assert paths[2].read_text("utf-8").startswith("<svg")
     assert figure.to_json() == before
