@@ -96,8 +96,8 @@ def write_page(path: str | Path, *, title: str, lead: str, sections: Sequence[Se
 def write_figures(figures: Mapping[Path, go.Figure], *, width: int = 760, scale: float = 2) -> list[Path]:
     """Writes plotly figures as image files, dark on white; returns their paths, or [] if none can be drawn here.
 
-    The suffix of a path chooses the format: .png, .svg, .pdf, or .webp, which is a sixth as large as PNG: it has the 256
-    colours that come nearest to those of the figure, and loses nothing else.
+    The suffix of a path chooses the format: .png, .svg, .pdf, or .webp, which is a sixth as large as PNG: it has
+    the 256 colours that come nearest to those of the figure, and loses nothing else.
     It takes the package kaleido (``pip install 'dit-lens[png]'``) and a browser that ``find_browser`` finds, which is
     started once for all figures. If both are there and drawing fails, that is an error.
 
