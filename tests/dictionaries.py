@@ -1,6 +1,6 @@
 """Random sparse autoencoders in the files of other libraries, and what those libraries compute with them.
 
-Written after the sources of SAELens 6, overcomplete 0.3 and DifFRACT; it shares nothing with the library.
+Written after the sources of SAELens 6, sparsify 1.3, overcomplete 0.3 and DifFRACT; it shares nothing with the library.
 """
 
 import json
@@ -77,6 +77,38 @@ def saelens(folder, width, architecture="standard", seed=0, drop=(), **settings)
         return (codes @ weights["W_dec"] + bias * weights["b_dec"]) * size + bias * mean
 
     return encode, decode
+
+
+def sparsify(folder, width, *, transcode=False, k=6, **settings):
+    """Writes a folder as ``save_to_disk`` does; returns its encoding and its reconstruction."""
+    weights = draw(width)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {
+        "encoder.weight": weights["W_enc"].T.contiguous(),
+        "encoder.bias": weights["b_enc"],
+        "W_dec": weights["W_dec"],
+        "b_dec": weights["b_dec"],
+    }
+    save_file(stored, folder / "sae.safetensors")
+    config = {
+        "activation": "topk",
+        "expansion_factor": 32,
+        "normalize_decoder": True,
+        "num_latents": COUNT,
+        "k": k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": transcode,
+        "d_in": width,
+    }
+    (folder / "cfg.json").write_text(json.dumps({**config, **settings}))
+
+    def encode(x):
+        x = x if transcode else x - weights["b_dec"]
+        values, places = F.relu(F.linear(x, stored["encoder.weight"], stored["encoder.bias"])).topk(k, sorted=False)
+        return torch.zeros(*x.shape[:-1], COUNT).scatter(-1, places, values)
+
+    return encode, lambda codes, _, bias=1: codes @ weights["W_dec"] + bias * weights["b_dec"]
 
 
 def overcomplete(file, width, kind="TopKSAE", *, tied=False, k=5):

@@ -1,5 +1,7 @@
 """Dictionaries of other libraries give what these libraries give, and what cannot be read is refused by name."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -7,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from dit_lens import dictionaries
 from dit_lens.dictionaries import Dictionary
 from dit_lens.errors import OpError, StoreError
-from tests.dictionaries import COUNT, diffract, overcomplete, saelens
+from tests.dictionaries import COUNT, diffract, overcomplete, saelens, sparsify
 
 WIDTH = 20
 SAELENS = {
@@ -48,6 +50,34 @@ def test_saelens(settings, tmp_path):
     again = dictionaries.load(found.save(tmp_path / "own.safetensors"))
     assert (again.checksum, repr(again)) == (found.checksum, repr(found))
     assert_same(again, *functions)
+
+
+@pytest.mark.parametrize("transcode", [False, True])
+def test_sparsify(transcode, tmp_path):
+    functions = sparsify(tmp_path / "sae", WIDTH, transcode=transcode)
+    for path in (tmp_path / "sae", tmp_path / "sae/sae.safetensors"):
+        found = dictionaries.load(path)
+        assert (found.width, len(found), found.transcoder) == (WIDTH, COUNT, transcode)
+        assert_same(found, *functions)
+    again = dictionaries.load(found.save(tmp_path / "own.safetensors"))
+    assert (again.checksum, repr(again)) == (found.checksum, repr(found))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activation": "groupmax"}, "the activation 'groupmax' of sparsify is not known here, only 'topk'"),
+        ({"signed": True}, "features of either sign"),
+        ({"k": None}, "k=None does not go with 'topk'"),
+        ({"k": 0}, "k=0 does not go with 'topk'"),
+    ],
+)
+def test_what_sparsify_does_otherwise_is_refused(settings, message, tmp_path):
+    sparsify(tmp_path / "sae", WIDTH)
+    about = json.loads((tmp_path / "sae/cfg.json").read_text())
+    (tmp_path / "sae/cfg.json").write_text(json.dumps({**about, **settings}))
+    with pytest.raises((StoreError, OpError), match=message):
+        dictionaries.load(tmp_path / "sae")
 
 
 @pytest.mark.parametrize("kind", ["SAE", "TopKSAE", "JumpSAE", "BatchTopKSAE", "tied"])
@@ -110,6 +140,11 @@ def test_weights_that_nobody_would_use_are_refused(tmp_path):
     save_file({**stored, "W_skip": torch.ones(2)}, tmp_path / "sae/sae_weights.safetensors")
     with pytest.raises(StoreError, match="also holds W_skip: an architecture"):
         dictionaries.load(tmp_path / "sae")
+    sparsify(tmp_path / "b", WIDTH, skip_connection=True)
+    stored = load_file(tmp_path / "b/sae.safetensors")
+    save_file({**stored, "W_skip": torch.ones(WIDTH, WIDTH)}, tmp_path / "b/sae.safetensors")
+    with pytest.raises(StoreError, match="also holds W_skip: an architecture"):
+        dictionaries.load(tmp_path / "b")
     overcomplete(tmp_path / "a.safetensors", WIDTH)
     stored = load_file(tmp_path / "a.safetensors")
     save_file(
@@ -196,6 +231,8 @@ def test_files_that_are_damaged_or_missing_are_told(tmp_path):
     with pytest.raises(StoreError, match="is incomplete or damaged"):
         dictionaries.load(tmp_path / "a.safetensors")
     saelens(tmp_path / "sae", WIDTH)
-    (tmp_path / "sae/cfg.json").write_text("[]")
-    with pytest.raises(StoreError, match="is not the configuration of SAELens"):
-        dictionaries.load(tmp_path / "sae")
+    sparsify(tmp_path / "other", WIDTH)
+    for folder, library in (("sae", "SAELens"), ("other", "sparsify")):
+        (tmp_path / folder / "cfg.json").write_text("[]")
+        with pytest.raises(StoreError, match=f"is not the configuration of {library}"):
+            dictionaries.load(tmp_path / folder)

@@ -1,4 +1,4 @@
-"""Dictionaries in the files of SAELens, overcomplete and DifFRACT, and in this library's own; none is imported."""
+"""Dictionaries in the files of SAELens, sparsify, overcomplete and DifFRACT, none of them imported, and in its own."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dit_lens.core.runs.files import check_regular, file_inside, read_json, repo
 from dit_lens.errors import StoreError, nearest, show
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"  # SAELens
+SPARSIFY = "sae.safetensors"  # beside a cfg.json, too
 REMEDY = "Restore it from a copy, or save it again."
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 CONVERT = """\
@@ -71,9 +72,9 @@ def load(path: str | Path, *, transcoder: bool | None = None) -> Dictionary:
     ...     dictionaries.load(axes.save(f"{folder}/axes.safetensors"))
     Dictionary: sparse autoencoder of 3 channels, 3 features, relu
 
-    path: a folder of SAELens (``cfg.json`` and ``sae_weights.safetensors``); or a safetensors file of
-        :meth:`Dictionary.save`, or of overcomplete or DifFRACT. These two save pickles, which are not read: the error
-        has the two lines that convert one.
+    path: a folder of SAELens (``cfg.json`` and ``sae_weights.safetensors``) or of sparsify (``cfg.json`` and
+        ``sae.safetensors``); or a safetensors file of :meth:`Dictionary.save`, or of overcomplete or DifFRACT. These
+        two save pickles, which are not read: the error has the two lines that convert one.
     transcoder: for DifFRACT, whether it is a transcoder (True) or an autoencoder (False) of the MLP's output, which
         look the same; by default what the file's name begins with says it, "transcoder_" or "sae_".
 
@@ -86,14 +87,14 @@ def load(path: str | Path, *, transcoder: bool | None = None) -> Dictionary:
     except (OSError, ValueError) as problem:  # a name that no file can have
         raise StoreError(f"{show(str(path))} cannot be read: {type(problem).__name__}.") from problem
     if is_folder:
-        return _load_saelens(path)
+        return _load_folder(path)
     file = check_regular(path)
     if not file.exists():
-        raise StoreError(f"{path} does not exist. Name a folder of SAELens, or a safetensors file.")
+        raise StoreError(f"{path} does not exist. Name a folder of SAELens or sparsify, or a safetensors file.")
     if file.suffix in PICKLES:
         raise StoreError(CONVERT.format(file=file, name=file.name, new=file.with_suffix(".safetensors").name))
     if file.suffix != ".safetensors":
-        raise StoreError(f"{path} is not a dictionary: a safetensors file is, or a folder of SAELens.")
+        raise StoreError(f"{path} is not a dictionary: a safetensors file is, or a folder of SAELens or sparsify.")
     tensors, about = _read_tensors(file)
     if "dictionary" in about:
         return _read_own(file, tensors, about["dictionary"])
@@ -101,11 +102,12 @@ def load(path: str | Path, *, transcoder: bool | None = None) -> Dictionary:
         return _read_overcomplete(file, tensors, about)
     if "mod_linear.weight" in tensors:
         return _read_diffract(file, tensors, transcoder)
-    if file.name == WEIGHTS:
-        return _load_saelens(file.parent)
+    if file.name in (WEIGHTS, SPARSIFY):
+        return _load_folder(file.parent)
     raise StoreError(
-        f"{file} holds {_list(tensors)}, which is the layout of no library that is known here: SAELens (a folder with "
-        f"{CONFIG} and {WEIGHTS}), overcomplete, DifFRACT. Make it yourself: dictionaries.Dictionary(encoder, ...)."
+        f"{file} holds {_list(tensors)}, which is the layout of no library that is known here: SAELens and sparsify (a "
+        f"folder with {CONFIG} and {WEIGHTS} or {SPARSIFY}), overcomplete, DifFRACT. Make it yourself: "
+        "dictionaries.Dictionary(encoder, ...)."
     )
 
 
@@ -138,14 +140,45 @@ def _read_own(file: Path, tensors: dict[str, Tensor], text: str) -> Dictionary:
         return Dictionary(**given).stored_in(file)
 
 
-def _load_saelens(folder: Path) -> Dictionary:
-    """As ``SAE.save_model`` of SAELens writes it, versions 3 to 6."""
+def _load_folder(folder: Path) -> Dictionary:
+    """Of SAELens or sparsify, which call their weights differently."""
+    library, read = ("sparsify", _read_sparsify) if (folder / SPARSIFY).exists() else ("SAELens", _read_saelens)
     if not (folder / CONFIG).exists():
-        raise StoreError(f"{folder} is not a folder of SAELens: it has no {CONFIG}.")
-    about = read_json(file_inside(folder, CONFIG), "the configuration of SAELens")
+        raise StoreError(f"{folder} is not a folder of {library}: it has no {CONFIG}.")
+    about = read_json(file_inside(folder, CONFIG), f"the configuration of {library}")
     if not isinstance(about, dict):
-        raise StoreError(f"{folder / CONFIG} is not the configuration of SAELens.")
-    tensors, _ = _read_tensors(file_inside(folder, WEIGHTS))
+        raise StoreError(f"{folder / CONFIG} is not the configuration of {library}.")
+    tensors, _ = _read_tensors(file_inside(folder, SPARSIFY if library == "sparsify" else WEIGHTS))
+    return read(folder, tensors, about)
+
+
+def _read_sparsify(folder: Path, tensors: dict[str, Tensor], about: Mapping[str, Any]) -> Dictionary:
+    """As ``SparseCoder.save_to_disk`` of EleutherAI's sparsify writes it, version 1."""
+    kind = str(about.get("activation", "topk"))
+    if kind != "topk":
+        raise StoreError(f"{folder}: the activation {kind!r} of sparsify is not known here, only 'topk'.")
+    if about.get("signed"):
+        raise StoreError(f"{folder}: features of either sign (signed) are not known here.")
+    transcoder = bool(about.get("transcode"))
+    encoder, encoder_bias = _pop(folder, tensors, "encoder.weight"), _pop(folder, tensors, "encoder.bias")
+    decoder, decoder_bias = _pop(folder, tensors, "W_dec"), _pop(folder, tensors, "b_dec")
+    _refuse_others(folder, tensors)
+    with report_damage(folder, REMEDY):
+        return Dictionary(
+            encoder.T.contiguous(),
+            encoder_bias,
+            decoder,
+            decoder_bias,
+            kind,
+            k=about.get("k"),
+            centred=not transcoder,
+            transcoder=transcoder,
+            origin=f"sparsify {'transcoder' if transcoder else 'autoencoder'}",
+        ).stored_in(folder)
+
+
+def _read_saelens(folder: Path, tensors: dict[str, Tensor], about: Mapping[str, Any]) -> Dictionary:
+    """As ``SAE.save_model`` of SAELens writes it, versions 3 to 6."""
     kind = str(about.get("architecture", "standard"))
     if kind not in SAELENS:
         raise StoreError(f"{folder}: the architecture {kind!r} of SAELens is not known here.{nearest(kind, SAELENS)}")
