@@ -38,11 +38,12 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-IN_COLAB = f"""\
+IN_COLAB = """\
 import sys
 
 if "google.colab" in sys.modules:
-    %pip install -q "git+https://github.com/{REPOSITORY}\""""
+    %pip install -q {packages}"""
+ALSO = {"lesson_8_features": " eai-sparsify"}  # packages that a lesson needs beside this one
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -165,9 +166,10 @@ def _convert(source: Path) -> nbformat.NotebookNode:
     """Converts a percent script to a notebook, with a link to Colab."""
     title, *rest = jupytext.read(source).cells
     address = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{source.stem}.ipynb"
+    in_colab = IN_COLAB.format(packages=f'"git+https://github.com/{REPOSITORY}"{ALSO.get(source.stem, "")}')
     colab = [
         new_markdown_cell(f"[![Open in Colab]({BADGE})]({address})"),
-        new_code_cell(IN_COLAB, metadata={"tags": ["remove-cell"]}),  # not shown in the documentation
+        new_code_cell(in_colab, metadata={"tags": ["remove-cell"]}),  # not shown in the documentation
     ]
     cells = [title, *colab, *rest]
     for number, cell in enumerate(cells):

@@ -237,3 +237,5 @@ print("A run records where its weights came from, not the weights: the untrained
 # lesson 2 on your model, choose `k` relative to the width, keep every control, and pass the subject's masks from a
 # segmentation model (`masks=`). `docs/models.md` lists what is supported, and for an unknown transformer the error says
 # how to describe it.
+#
+# Next: [lesson 8](lesson_8_features.ipynb) looks for other axes than channels.
