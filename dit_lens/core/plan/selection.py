@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.request.indices import to_indices
@@ -13,6 +14,7 @@ from dit_lens.errors import OpError
 
 if TYPE_CHECKING:
     from dit_lens.core.plan.outline import Outline
+    from dit_lens.core.request.op import Branch
     from dit_lens.core.request.ops import Op
     from dit_lens.core.request.text_tokens import StreamText
     from dit_lens.families.sites import Site
@@ -62,6 +64,24 @@ def select_groups(op: Op, sites: Sequence[Site], steps: Sequence[int], outline: 
     if isinstance(op.tokens, TokenSet):
         return _groups_by_step(op, op.tokens, rows, sites, steps, outline)
     return [Group(rows, _tokens(op, streams, outline))]
+
+
+def split_by_keys(groups: list[Group], words: Any, branch: Branch, outline: Outline) -> list[Group]:
+    """The groups, of rows and branches whose text has the same tokens of these words; the others have no part in it.
+
+    words: a word or words, or a class of tokens; of anything else, and where no text has them, groups stay as they are.
+    branch: of the op.
+    """
+    if not list_named(words):
+        return groups
+    text, found = outline.text(), []
+    for group, one in itertools.product(groups, outline.timeline.select_branches(branch)):
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for row in range(outline.rows) if group.rows is None else group.rows:
+            rows.setdefault(tuple(text.find(one, row, words)), []).append(row)
+        if group.branch in (None, one):
+            found += [replace(group, rows=some, branch=one) for keys, some in rows.items() if keys]
+    return found or groups
 
 
 def _groups_by_step(

@@ -82,6 +82,23 @@ def test_words_heads_batches_json_and_the_with_form(lens):
     assert run.receipt.entries[0].site == "blocks.1.img.attn.pattern"
 
 
+def test_rows_without_the_word_have_no_part_in_it(lens):
+    """Nor branches: the receipt names the rows and keys of each, and counts no others."""
+    prompts = ["a fox", "red", "red fox", "red"]
+    op = AttentionMask("blocks.3.img", keys="txt", key_tokens="red", tokens=[1, 4])
+    plain, run = (lens.run(prompts, ops, seed=0, true_cfg_scale=2.0, negative_prompt="red") for ops in ([], [op]))
+    moved = [not torch.equal(one, other) for one, other in zip(plain.latents, run.latents, strict=True)]
+    text = lens.outline(prompts, true_cfg_scale=2.0, negative_prompt="red").text()
+    told = {(entry.branch, entry.rows): (entry.keys, entry.elements) for entry in run.receipt.entries}
+    keys = f"txt {text.find('cond', 1, 'red')[0]}-{text.find('cond', 1, 'red')[-1]}"
+    width = len(lens.heads("blocks.3.img.attn.z")) * len(lens.heads("blocks.3.img.attn.z")[0])
+    assert told == {("cond", (1, 2, 3)): (keys, 3 * 2 * width), ("uncond", (0, 1, 2, 3)): (keys, 4 * 2 * width)}
+    assert moved == [True] * 4  # by the negative prompt
+    only = lens.run(prompts, op, seed=0)
+    assert [entry.rows for entry in only.receipt.entries] == [(1, 2, 3)]
+    assert torch.equal(only.latents[0], lens.run(prompts, seed=0).latents[0])
+
+
 def test_regions_and_tokens_that_are_others_at_each_step(lens):
     h, w = lens.outline("red").grid
     left = torch.zeros(h, w, dtype=torch.bool)
