@@ -14,7 +14,6 @@ from dit_lens.errors import OpError
 
 if TYPE_CHECKING:
     from dit_lens.core.plan.outline import Outline
-    from dit_lens.core.request.op import Branch
     from dit_lens.core.request.ops import Op
     from dit_lens.core.request.text_tokens import StreamText
     from dit_lens.families.sites import Site
@@ -66,7 +65,7 @@ def select_groups(op: Op, sites: Sequence[Site], steps: Sequence[int], outline: 
     return [Group(rows, _tokens(op, streams, outline))]
 
 
-def split_by_keys(groups: list[Group], words: Any, branch: Branch, outline: Outline) -> list[Group]:
+def split_by_keys(groups: list[Group], words: Any, branch: str, outline: Outline) -> list[Group]:
     """The groups, of rows and branches whose text has the same tokens of these words; the others have no part in it.
 
     words: a word or words, or a class of tokens; of anything else, and where no text has them, groups stay as they are.

@@ -35,6 +35,14 @@ class AttentionMask(Op):
     What is left is normalised anew, as if those keys were not there; a token that is left without any key reads zeros.
     Several such ops add up. References and padding of the image are tokens of neither stream, and stay.
 
+    >>> import dit_lens as dl
+    >>> lens = dl.DiTLens.toy("sana")
+    >>> op = dl.AttentionMask("blocks.3.img", keys="txt", key_tokens="red")  # what the image reads of this word
+    >>> run = lens.run("a big red circle left on a plain blue background", op, seed=0, num_inference_steps=1)
+    >>> print(run.receipt)
+    Receipt: 1 site touched
+    [0] AttentionMask blocks.3.img.cross.pattern (cond): 1 step, 1 row, all tokens, all channels, without txt 3, ...
+
     site: blocks, and the stream of the tokens that read, such as "blocks[3:5].img"; which of them say ``tokens`` and
         ``mask``.
     keys: the stream that they no longer read: "txt" or "img".

@@ -28,6 +28,13 @@ class Rope(Op):
     arXiv 2503.16153, does so layer by layer). Tokens that are not chosen keep theirs, so to them the chosen ones are at
     position 0.
 
+    >>> import dit_lens as dl
+    >>> lens = dl.DiTLens.toy()
+    >>> prompt = "a big red circle left on a plain blue background"
+    >>> run = lens.run(prompt, dl.Rope("blocks[2:4].img"), seed=0, num_inference_steps=1)
+    >>> sorted({entry.site for entry in run.receipt.entries})
+    ['blocks.2.img.attn.k_rot', 'blocks.2.img.attn.q_rot', 'blocks.3.img.attn.k_rot', 'blocks.3.img.attn.q_rot']
+
     site: blocks, and the stream of the tokens, such as "blocks[3:5].img".
     """
 
