@@ -143,8 +143,8 @@ def push_to_hub(
     shows it to anybody with a browser. What an earlier push left there stays in the history of the repository.
 
     Paths of this machine are not uploaded: of a model that was loaded from a folder its name is kept, and so it is of
-    files that ops refer to. Where one remains, such as in the code of a page, nothing is uploaded, and the error names
-    it.
+    files that ops refer to. Where one remains, such as in a note, or the address of a server, nothing is
+    uploaded, and the error names it. Nor is anything with an access token.
 
     thing: what to share, or the path of an HTML file.
     repo_id: "owner/name"; a repository that is not there yet is made.

@@ -1,11 +1,14 @@
 """What is shared comes back as it was, with a card, and without a place of this machine or a token."""
 
 import json
+import random
 import re
+import string
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import plotly.offline
 import pytest
 import torch
 from PIL import Image
@@ -128,12 +131,92 @@ def test_no_place_of_this_machine_is_uploaded(hub, lens, tmp_path):
     (tmp_path / "page.html").write_text(f"dl.DiTLens.from_pretrained('{tmp_path}/model')")
     named = Steering({"a": torch.ones(2)}, f"from {tmp_path}/pairs.csv")
     for thing in (told, tmp_path / "page.html", named):
-        with pytest.raises(StoreError, match=r"names .*, which is on this machine, so nothing was uploaded"):
+        with pytest.raises(StoreError, match=r"names .*, which is on this machine or in its network, so nothing"):
             dl.push_to_hub(thing, "me/other")
     for place in (str(tmp_path), "/home/gone/data", "C:\\Users\\me\\data"):
         with pytest.raises(StoreError, match="which is on this machine"):
             dl.push_to_hub(result(), "me/other", note=f"see {place}")
     assert hub.uploads == before
+
+
+LEFT = [
+    "file:///{path}",
+    "file:/{path}",
+    "at:/{path}",
+    "x=/{path}",
+    "[here](/{path})",
+    "https://example.org/?file=/{path}",
+    "/{path}",
+    "//{path}",
+    "~{path}",
+    "~/{path}",
+    "C:/{path}",
+    r"\\{back}",
+    r"C:\{back}",
+    "sftp://bob@example.org/{path}",
+    "https://bob:secret@example.org/{path}",
+    "ray://{ip}:10001",
+    "http://{ip}/{path}",
+    "http://node7:8001",
+    "bob@{ip}:/{path}",
+    "on {ip}.",
+]
+
+
+@pytest.mark.parametrize("form", LEFT)
+def test_no_form_of_a_path_or_server_is_uploaded(hub, form):
+    """Of random names that are not on this machine: in a note, a fact, an origin and a table of notes."""
+    rng = random.Random(form)
+    names = ["".join(rng.choices(string.ascii_lowercase, k=5)) for _ in range(3)]
+    ip = f"10.{rng.randrange(256)}.{rng.randrange(256)}.{rng.randrange(1, 255)}"
+    place = form.format(path="/".join(names), back="\\".join(names), ip=ip)
+    assert not Path("/", *names).exists()
+    said = f"trained with {place} and more"
+    told = result()
+    told.notes.append(said)
+    sae = Dictionary(torch.rand(4, 3), torch.rand(3), torch.rand(3, 4), torch.rand(4), origin=said)
+    for thing, more in (
+        (told, {}),
+        (sae, {}),
+        (sample_set(0), {"note": said}),
+        (sample_set(0), {"note": place}),
+        (sample_set(0), {"facts": {"data": said}}),
+        (sample_set(0), {"facts": {said: 1}}),
+    ):
+        with pytest.raises(StoreError, match="so nothing was uploaded"):
+            dl.push_to_hub(thing, "me/other", **more)
+    assert not hub.uploads
+
+
+def test_a_page_is_refused_for_the_same_places_and_no_code(hub, tmp_path):
+    """The code of a page is full of strokes and backslashes, and so are drawings of dots."""
+    page, code = tmp_path / "page.html", plotly.offline.get_plotlyjs()
+    page.write_text(f'<script>{code}</script><path d="M10.5.5.5z"/><p>a/b</p>')
+    dl.push_to_hub(page, "me/page")
+    for place in (
+        "file:///home/bob/x",
+        "at:/home/bob/x",
+        "\\\\\\\\server\\\\bob",
+        "ray://10.0.0.4:10001",
+        str(tmp_path),
+    ):
+        page.write_text(f"<script>{{a: '{place}'}}</script>")
+        with pytest.raises(StoreError, match="which is on this machine"):
+            dl.push_to_hub(page, "me/page")
+
+
+def test_what_only_looks_like_a_place_is_shared(hub):
+    said = (
+        "red and/or blue, 1/2, 24/7, +/-1/2, ~1/2, 50%/20/30, 2 $/GPU/h, f(x)/g/h, blocks.*/img/x, [step, row], n/a, "
+        r"$\alpha\beta\gamma$, version 1.2.3.4 of /usr/bin/python, black-forest-labs/FLUX.1-dev, hf://me/x/y, "
+        "https://huggingface.co/black-forest-labs/FLUX.1-dev, (https://arxiv.org/abs/2606.15796), "
+        "git+https://github.com/me/x, a risk-of-a-very-long-name-with-more, sk-learn-based-dictionaries\n/one\n"
+    )
+    told = result()
+    told.notes.append(said)
+    dl.push_to_hub(told, "me/told", note=said, facts={"said": said})
+    assert said in read(hub, "told", "README.md")
+    assert dl.from_hub("me/told").notes[-1] == said
 
 
 def test_what_people_say_is_never_changed():
@@ -155,7 +238,10 @@ def test_no_token_is_written_or_told(hub, monkeypatch):
         dl.push_to_hub(sample_set(0), "me/channels", token="my-own-token")
     assert hub.tokens == ["my-own-token", "my-own-token"]
     hub.fails = None
-    for secret in ("hf_mineminemine", "hf_someothertoken1"):
+    signs = "".join(random.Random(0).choices(string.ascii_letters + string.digits, k=36))
+    begins = "hf_ api_org_ ghp_ gho_ ghs_ github_pat_ glpat- sk- sk-proj- sk-ant-api03- xoxb- npm_ pypi- gsk_ nvapi-"
+    whole = ["hf_mineminemine", f"AIza{signs[:35]}", "AKIAABCDEFGHIJKLMNOP", f"eyJ{signs}.eyJ{signs}.{signs}"]
+    for secret in (*whole, *(f"{begin}{signs}" for begin in begins.split())):
         with pytest.raises(StoreError, match="would hold an access token") as told:
             dl.push_to_hub(sample_set(0), "me/channels", note=f"use {secret}")
         assert secret not in str(told.value)
