@@ -639,7 +639,7 @@ class DiTLens(Session):
         out: the folder.
         tokens: how many of every image and step, chosen at random.
         steps: all by default.
-        seeds: every prompt is drawn from each of them.
+        seeds: every prompt is drawn from each of them; each is named once, and so is a prompt.
         shard: tokens of a shard, about.
         batch_size: images that are drawn together, and share their choice of image tokens.
         shuffle: the seed of whatever is random here.
@@ -695,7 +695,7 @@ class DiTLens(Session):
         features: one or several, by number.
         k: how many images of each.
         steps: at which features are read; the last by default.
-        seeds: every prompt is drawn from each of them.
+        seeds: every prompt is drawn from each of them; each is named once, and so is a prompt.
         batch_size: images that are drawn together.
         call: as in :meth:`run`. Conditional branch only.
         """

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dit_lens.arguments.lists import as_prompts, as_seeds
 from dit_lens.core.request.ops import Read
 from dit_lens.core.request.token_set import TokenSet
 from dit_lens.core.runs.files import check_folder, read_json, write_bytes, write_json
 from dit_lens.core.runs.provenance import describe, to_plain_data
-from dit_lens.errors import OpError, PromptError, StoreError
+from dit_lens.errors import OpError, StoreError
 
 if TYPE_CHECKING:
     from dit_lens.core.plan.outline import Outline
@@ -76,10 +77,7 @@ def export(
     **call: Any,
 ) -> Path:
     """See :meth:`dit_lens.DiTLens.export`."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-    if not prompts or not seeds:
-        raise PromptError("export takes at least one prompt and one seed.")
+    prompts, seeds = as_prompts(prompts), as_seeds(seeds)
     for name, number in (("tokens", tokens), ("shard", shard), ("batch_size", batch_size)):
         if number < 1:
             raise OpError(f"export: {name}={number} is to be 1 or more.")

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dit_lens.arguments.checks import checked, checked_fields
+from dit_lens.arguments.lists import as_seeds, check_once
 from dit_lens.arguments.numbers import to_number
 from dit_lens.core.request.directions import Directions
 from dit_lens.core.request.ops import Add, Read
@@ -106,9 +107,7 @@ class Steering:
         if "seed" in call:
             raise PromptError("seed= is called seeds= here: one noise, or several over which differences are averaged.")
         check_choice(method, ("mean", "probe"), "method")
-        seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-        if not seeds:
-            raise PromptError("from_pairs: seeds=[] names no noise. Give one or several, or leave it out for 0.")
+        seeds = as_seeds(seeds)
         if method == "probe" and len(pairs) * len(seeds) < 2:
             raise PromptError("a probe parts two groups: give at least two pairs, or two seeds.")
         prompts = [one for pair in zip(*pairs, strict=True) for one in pair]
@@ -259,6 +258,7 @@ def _check_pairs(pairs: Sequence[tuple[str, str]]) -> None:
         raise PromptError("there are no pairs of prompts. Give at least one: (from, to).")
     if same := [start for start, to in pairs if start == to]:
         raise PromptError(f"a pair is twice the prompt {same[0]!r}, which gives no direction. Give (from, to).")
+    check_once("pairs", pairs, "a pair", PromptError, by=tuple)
 
 
 def _mean_difference(both: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 
 from dit_lens.analysis.clusters import upsample
 from dit_lens.arguments.checks import checked
+from dit_lens.arguments.lists import as_prompts, as_seeds
 from dit_lens.arguments.saving import saved_by
 from dit_lens.core.request.ops import ReadFeatures
-from dit_lens.errors import OpError, PromptError, nearest
+from dit_lens.errors import OpError, nearest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,11 +134,8 @@ def find_top_images(
     **call: Any,
 ) -> TopImages:
     """See :meth:`dit_lens.DiTLens.top_images`."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    prompts, seeds = as_prompts(prompts), as_seeds(seeds)
     chosen = dictionary.choose(features)
-    if not prompts or not seeds:
-        raise PromptError("top_images takes at least one prompt and one seed.")
     if k < 1 or batch_size < 1:
         raise OpError(f"top_images: k={k} and batch_size={batch_size} are to be 1 or more.")
     if len(names := lens.sites(site)) != 1 or ".txt" in names[0]:

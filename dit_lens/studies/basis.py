@@ -16,6 +16,7 @@ import torch
 from dit_lens.analysis.metrics import DISTANCES, Distance
 from dit_lens.analysis.metrics.distances import distances as distances_of
 from dit_lens.analysis.metrics.distances import measure_distance
+from dit_lens.arguments.lists import as_prompts, as_seeds, as_tuple, check_once
 from dit_lens.arguments.numbers import check_number
 from dit_lens.core.request.ops import Apply, Zero
 from dit_lens.errors import ExecutionError, OpError, PromptError, SiteError, check_choice, show
@@ -41,7 +42,7 @@ from dit_lens.studies.parts.equal_energy import (
     summarise_comparison,
 )
 from dit_lens.studies.parts.transport_levels import describe_levels
-from dit_lens.studies.shared.arguments import as_ks, as_prompts, as_seeds, as_tuple, check_draws, check_once, find_meant
+from dit_lens.studies.shared.arguments import as_ks, check_draws, find_meant
 from dit_lens.studies.shared.batches import BatchRunner, PromptBatch, divide_call, make_batches, skips_first_step
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints

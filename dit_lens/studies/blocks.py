@@ -14,6 +14,7 @@ import pandas as pd
 from dit_lens.analysis.metrics import DISTANCES, Distance
 from dit_lens.analysis.metrics.distances import distances as distances_of
 from dit_lens.analysis.metrics.distances import measure_distance
+from dit_lens.arguments.lists import as_prompts, as_seeds, as_tuple
 from dit_lens.core.request.ops import Op, Zero
 from dit_lens.errors import check_choice
 from dit_lens.plots import blocks_figure
@@ -22,7 +23,7 @@ from dit_lens.studies.parts.block_damage import LEVEL, UNJUDGED, summarise_damag
 from dit_lens.studies.parts.block_pieces import NOISE, Part, Piece, find_pieces, read_means
 from dit_lens.studies.parts.doses import AGREES, read_doses
 from dit_lens.studies.power import power
-from dit_lens.studies.shared.arguments import as_prompts, as_seeds, as_tuple, check_draws, find_meant
+from dit_lens.studies.shared.arguments import check_draws, find_meant
 from dit_lens.studies.shared.batches import BatchRunner, PromptBatch, divide_call, make_batches, skips_first_step
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints

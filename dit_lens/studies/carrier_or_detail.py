@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from dit_lens.arguments.lists import as_prompts, as_seeds
 from dit_lens.errors import OpError, PromptError, StoreError, check_choice
 from dit_lens.plots import carrier_or_detail_figure
 from dit_lens.studies.parts.ablations import average_means
@@ -29,7 +30,7 @@ from dit_lens.studies.parts.information import Values
 from dit_lens.studies.parts.part_cells import ALL, ALONE, EditStudy
 from dit_lens.studies.parts.verdict import LEVEL, Thresholds
 from dit_lens.studies.power import power
-from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_draws, check_k, describe_k, find_meant
+from dit_lens.studies.shared.arguments import check_draws, check_k, describe_k, find_meant
 from dit_lens.studies.shared.arms import Arm, add_controls, check_arm_score, count_arms, select_common_channels
 from dit_lens.studies.shared.batches import PromptBatch, divide_call, make_batches
 from dit_lens.studies.shared.cells import Cell

@@ -14,21 +14,13 @@ import pandas as pd
 from dit_lens.analysis.metrics import DISTANCES, Distance
 from dit_lens.analysis.metrics.distances import distances as distances_of
 from dit_lens.analysis.metrics.distances import measure_distance
+from dit_lens.arguments.lists import as_prompts, as_seeds, as_tuple
 from dit_lens.core.request.ops import Op, Read
 from dit_lens.errors import OpError, PromptError, check_choice
 from dit_lens.plots import disruption_figure
 from dit_lens.studies.parts.ablations import CONFOUNDS, AblationKind, average_means, pick_step, plan_ablation
 from dit_lens.studies.parts.doses import AGREES, read_doses
-from dit_lens.studies.shared.arguments import (
-    as_ks,
-    as_prompts,
-    as_seeds,
-    as_tuple,
-    check_draws,
-    check_k,
-    describe_k,
-    find_meant,
-)
+from dit_lens.studies.shared.arguments import as_ks, check_draws, check_k, describe_k, find_meant
 from dit_lens.studies.shared.arms import (
     DRAWS,
     Arm,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.analysis.channels import ChannelSet, top_channels
 from dit_lens.analysis.clusters import upsample
+from dit_lens.arguments.lists import as_prompts, as_seeds
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import ExecutionError, FamilyError, OpError, PromptError, SiteError
 from dit_lens.plots import organisation_figure
@@ -27,7 +28,7 @@ from dit_lens.studies.parts.saliency import (
 )
 from dit_lens.studies.parts.subject_masks import as_mask, check_masks, digest_mask
 from dit_lens.studies.parts.subject_overlap import assemble, name_mask
-from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_draws, check_k, find_meant
+from dit_lens.studies.shared.arguments import check_draws, check_k, find_meant
 from dit_lens.studies.shared.arms import DRAWS, Arm, add_controls, check_arm_score, find_relevance, make_score_reads
 from dit_lens.studies.shared.batches import PromptBatch, divide_call, make_batches
 from dit_lens.studies.shared.cells import Cell

@@ -11,13 +11,14 @@ import numpy as np
 import pandas as pd
 from scipy.stats import pearsonr, spearmanr
 
+from dit_lens.arguments.lists import as_seeds, check_once
 from dit_lens.core.request.ops import Branch
 from dit_lens.errors import OpError, PromptError, check_choice, nearest
 from dit_lens.instruments.gradients import THROUGH, PairMetric, nearness
 from dit_lens.plots import patching_figure
 from dit_lens.studies.parts.patched_pair import ENDS, PatchedPair, PatchMap
 from dit_lens.studies.parts.patches import chunk_patches
-from dit_lens.studies.shared.arguments import as_pairs, as_seeds, check_draws, check_once, describe_k
+from dit_lens.studies.shared.arguments import as_pairs, check_draws, describe_k
 from dit_lens.studies.shared.arms import DRAWS
 from dit_lens.studies.shared.batches import divide_call
 from dit_lens.studies.shared.cells import Cell

@@ -14,11 +14,12 @@ import pandas as pd
 import torch
 
 from dit_lens.analysis.channels.statistics import RunningStats, chance_jaccard, overlaps
+from dit_lens.arguments.lists import as_prompts, as_seeds, check_once
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import OpError
 from dit_lens.instruments.relevance import RELEVANCE
 from dit_lens.plots import stability_figure
-from dit_lens.studies.shared.arguments import as_ks, as_prompts, as_seeds, check_once, describe_k, find_meant
+from dit_lens.studies.shared.arguments import as_ks, describe_k, find_meant
 from dit_lens.studies.shared.arms import check_arm_score, find_relevance
 from dit_lens.studies.shared.batches import PromptBatch, divide_call, make_batches
 from dit_lens.studies.shared.cells import Cell

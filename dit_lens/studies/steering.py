@@ -12,13 +12,14 @@ import pandas as pd
 import torch
 
 from dit_lens.analysis.metrics.intervals import holm
+from dit_lens.arguments.lists import as_seeds
 from dit_lens.arguments.numbers import check_number
 from dit_lens.errors import OpError, PromptError, show
 from dit_lens.instruments.steering_vectors import Steering
 from dit_lens.plots import steering_figure
 from dit_lens.studies.parts.doses import AGREES
 from dit_lens.studies.parts.steered_images import Attributes, SteeredImages, SteeringBatch, learn_directions
-from dit_lens.studies.shared.arguments import as_pairs, as_seeds, as_strengths, check_draws, find_meant
+from dit_lens.studies.shared.arguments import as_pairs, as_strengths, check_draws, find_meant
 from dit_lens.studies.shared.batches import divide_call, make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from dit_lens.arguments.lists import as_seeds
 from dit_lens.core.request.ops import Branch
 from dit_lens.plots import transfer_figure
 from dit_lens.studies.parts.blends import explain_no_prompt_blend
@@ -17,7 +18,7 @@ from dit_lens.studies.parts.transport import ChannelsFrom, PairBatch, plan_trans
 from dit_lens.studies.parts.transport_cells import run_transport
 from dit_lens.studies.parts.transport_levels import add_shares, describe_levels
 from dit_lens.studies.parts.transport_measures import MATCHED, add_matched_measures
-from dit_lens.studies.shared.arguments import as_pairs, as_seeds, describe_k, find_meant
+from dit_lens.studies.shared.arguments import as_pairs, describe_k, find_meant
 from dit_lens.studies.shared.arms import DRAWS
 from dit_lens.studies.shared.batches import PromptBatch, StudyCall, divide_call, make_batches
 from dit_lens.studies.shared.cells import Cell

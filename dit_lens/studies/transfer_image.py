@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from dit_lens.analysis.metrics import rmse
+from dit_lens.arguments.lists import as_seeds
 from dit_lens.core.request.ops import Branch, Swap
 from dit_lens.core.runs.provenance import digest
 from dit_lens.errors import OpError, check_choice
@@ -20,7 +21,7 @@ from dit_lens.instruments.latents import decode_latents, encode_images
 from dit_lens.plots import transfer_image_figure
 from dit_lens.studies.parts.transport import ChannelsFrom, PairBatch, plan_transport
 from dit_lens.studies.parts.transport_cells import run_transport
-from dit_lens.studies.shared.arguments import as_pairs, as_seeds, find_meant
+from dit_lens.studies.shared.arguments import as_pairs, find_meant
 from dit_lens.studies.shared.arms import DRAWS
 from dit_lens.studies.shared.batches import PromptBatch, StudyCall, divide_call, make_batches
 from dit_lens.studies.shared.cells import Cell

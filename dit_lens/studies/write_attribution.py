@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
+from dit_lens.arguments.lists import as_prompts, as_seeds
 from dit_lens.core.request.ops import Read
 from dit_lens.errors import SiteError
 from dit_lens.plots import write_attribution_figure
-from dit_lens.studies.shared.arguments import as_prompts, as_seeds, check_k, describe_k, find_meant
+from dit_lens.studies.shared.arguments import check_k, describe_k, find_meant
 from dit_lens.studies.shared.arms import average_scores, make_score_reads, select_top_channels
 from dit_lens.studies.shared.batches import PromptBatch, divide_call, make_batches
 from dit_lens.studies.shared.cells import Cell

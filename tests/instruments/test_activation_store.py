@@ -114,6 +114,9 @@ def test_what_the_pipeline_masks_is_left_out():
     ("sites", "prompts", "options", "error", "message"),
     [
         (SITES, [], {}, PromptError, "at least one prompt"),
+        (SITES, PROMPTS, {"seeds": []}, PromptError, "at least one seed"),
+        (SITES, PROMPTS, {"seeds": [3, 3]}, PromptError, r"seeds=\[3, 3\] names a seed twice, 3"),
+        (SITES, ["red", "red"], {}, PromptError, "names a prompt twice, 'red'"),
         ("blocks.2.img.mod.gate", PROMPTS, {}, OpError, "one vector for each image"),
         (SITES, PROMPTS, {"tokens": 0}, OpError, "tokens=0 is to be 1 or more"),
         (SITES, PROMPTS, {"steps": [9]}, OpError, "step 9 does not exist"),

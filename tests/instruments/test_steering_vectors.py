@@ -232,8 +232,12 @@ def test_nothing_is_added_from_either_side(found):
 
 
 def test_refusals(lens, found):
-    with pytest.raises(PromptError, match=r"from_pairs: seeds=\[\] names no noise"):
+    with pytest.raises(PromptError, match="at least one seed"):
         Steering.from_pairs(lens, PAIRS, seeds=[], **CALL)
+    with pytest.raises(PromptError, match=r"seeds=\[3, 3\] names a seed twice"):
+        Steering.from_pairs(lens, PAIRS, seeds=[3, 3], **CALL)
+    with pytest.raises(PromptError, match="names a pair twice"):
+        Steering.from_pairs(lens, [*PAIRS, PAIRS[0]], **CALL)
     with pytest.raises(OpError, match=r"op: sites=\[\] chooses no site"):
         found.op(sites=[])
     for odd in (

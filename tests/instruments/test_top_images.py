@@ -48,6 +48,9 @@ def test_they_are_the_strongest(lens, tmp_path):
     ("given", "error", "message"),
     [
         ({"prompts": []}, PromptError, "at least one prompt"),
+        ({"seeds": []}, PromptError, "at least one seed"),
+        ({"seeds": [1, 0, 1]}, PromptError, r"seeds=\[1, 0, 1\] names a seed twice, 1"),
+        ({"prompts": ["red", "blue", "red"]}, PromptError, "names a prompt twice, 'red'"),
         ({"site": "blocks.1.txt"}, OpError, "one site of image tokens"),
         ({"site": "blocks.*.img"}, OpError, "one site of image tokens"),
         ({"features": 48}, OpError, "feature 48 does not exist"),

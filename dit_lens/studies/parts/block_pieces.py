@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from dit_lens.arguments.lists import check_once
 from dit_lens.core.request.ops import Add, Apply, MeanAblate, Op, Read, Skip, Zero
 from dit_lens.errors import OpError, check_choice
 from dit_lens.studies.parts.doses import Doses, note, share_of
-from dit_lens.studies.shared.arguments import check_once
 
 if TYPE_CHECKING:
     from dit_lens.core.request.ops import Pattern, Steps
