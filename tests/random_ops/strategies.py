@@ -140,7 +140,10 @@ def features(draw, scenario: Scenario, kind, focus: str):
     where["channels"], chosen = None, draw(some(12, every=False))
     if kind is Feature:
         scale, add = draw(st.sampled_from([(0, 0), (1, 0), (-1, 0.0), (0, 2), (1, 0.5), (1.5, 0)]))
-        return Feature(sites, dictionary, chosen, scale, add, **where)
+        given = {"scale": scale, "add": add}
+        without = draw(st.sampled_from([None, *(["scale"] if scale == 1 else []), *(["add"] if add == 0 else [])]))
+        given = {name: value for name, value in given.items() if name != without}
+        return Feature(sites, dictionary, chosen, **given, **where)
     if word:
         where["branch"] = "cond"
     reduce = draw(st.sampled_from([None, *REDUCTIONS]))

@@ -21,22 +21,40 @@ from dit_lens.errors import OpError, show
 class Feature(Op):
     """Scales the share that features of a dictionary have in hidden states: h + ((scale - 1) a + add) d.
 
+    >>> import torch
+    >>> from dit_lens import DiTLens, Feature
+    >>> from dit_lens.dictionaries import Dictionary
+    >>> channels = Dictionary(torch.eye(128), torch.zeros(128), torch.eye(128), torch.zeros(128))
+    >>> prompt, op = "a big red circle left on a plain green background", Feature("blocks.3.img", channels, 5, scale=0)
+    >>> DiTLens.toy().run(prompt, op, seed=0, num_inference_steps=2).receipt.entries[0].kind
+    'Feature'
+
     a is how much of a feature is in a token, and d its direction. What the dictionary does not explain stays as it is,
     and so do tokens without the feature (unless ``add`` is given), bit for bit. ``scale=0`` removes it, ``scale=3``
-    triples it, ``scale=0, add=5`` sets it to 5 in every chosen token.
+    triples it, ``scale=0, add=5`` sets it to 5 in every chosen token. One of the two has to be given.
 
     A transcoder is edited where it decodes, at ``mlp.o``; it encodes what enters the same MLP.
 
     dictionary: from :func:`dit_lens.dictionaries.load`, as wide as the site.
     features: one or several, by number.
-    scale: 1 leaves it as it is.
-    add: in units of the activation.
+    scale: 1 leaves it as it is, and is meant where only ``add`` is given.
+    add: in units of the activation; 0 where only ``scale`` is given.
     """
 
     dictionary: Dictionary
     features: int | Sequence[int]
-    scale: float = 1.0
-    add: float = 0.0
+    scale: float | None = None
+    add: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale is None and self.add is None:
+            raise OpError(
+                "Feature takes scale= or add=, or both: scale=0 removes a feature, scale=3 triples it, add=5 adds 5 of "
+                "it. Give one."
+            )
+        object.__setattr__(self, "scale", 1.0 if self.scale is None else self.scale)
+        object.__setattr__(self, "add", 0.0 if self.add is None else self.add)
 
     def does_nothing(self) -> bool:
         return (to_number(self.scale), to_number(self.add)) == (1, 0)

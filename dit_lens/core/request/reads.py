@@ -54,6 +54,14 @@ class Read(Op):
 class ReadFeatures(Read):
     """Keeps how much of a dictionary's features is in every token: [step, row, token, feature], float32.
 
+    >>> import torch
+    >>> from dit_lens import DiTLens, ReadFeatures
+    >>> from dit_lens.dictionaries import Dictionary
+    >>> channels = Dictionary(torch.eye(128), torch.zeros(128), torch.eye(128), torch.zeros(128))
+    >>> prompt, op = "a big red circle left on a plain green background", ReadFeatures("blocks.3.img", channels, [5, 7])
+    >>> DiTLens.toy().run(prompt, op, seed=0, num_inference_steps=2)["blocks.3.img"].shape
+    torch.Size([2, 1, 256, 2])
+
     It takes what :class:`Read` takes; a reduction is over tokens, and leaves [step, row, feature, ...]. A transcoder is
     read where it encodes, at ``mlp.in``.
 

@@ -85,9 +85,22 @@ def test_what_is_not_in_a_token_changes_nothing_there(lens, sae):
     left = run["after"].tensor - run["before"].tensor
     direction = torch.nn.functional.normalize(sae.decoder[4], dim=0)
     torch.testing.assert_close(left, (left @ direction)[..., None] * direction, rtol=1e-3, atol=1e-5)
-    same = lens.run("red", [Feature(SITE, sae, [1, 2])], seed=3)
+    same = lens.run("red", [Feature(SITE, sae, [1, 2], scale=1)], seed=3)
     assert torch.equal(same.latents, lens.run("red", seed=3).latents)
     assert not same.receipt.entries
+
+
+def test_what_is_not_given_changes_nothing(lens, sae):
+    """Of scale= and add= either alone: h + (scale - 1) a d, and h + add d, which are what both together say."""
+    for alone, both in (({"scale": 2}, (2, 0)), ({"add": 0.5}, (1, 0.5))):
+        one, other = (
+            lens.run("red", op, seed=3) for op in (Feature(SITE, sae, 4, **alone), Feature(SITE, sae, 4, *both))
+        )
+        assert torch.equal(one.latents, other.latents)
+    direction, before, after = sae.decoder[4], Read(SITE, name="before"), Read(SITE, name="after")
+    run = lens.run("red", [before, Feature(SITE, sae, 4, add=0.5), after], seed=3)
+    moved = run["after"].tensor - run["before"].tensor
+    torch.testing.assert_close(moved, (0.5 * direction).expand_as(moved), rtol=1e-3, atol=1e-5)
 
 
 def test_a_transcoder_reads_before_an_mlp_and_writes_behind_it(lens, tmp_path):
@@ -149,7 +162,7 @@ def test_ops_in_json_name_the_file_and_find_another_in_its_place(lens, sae, tmp_
     assert loaded.readings[0].features
     assert torch.equal(lens.run_spec(loaded.spec).latents, one.latents)
     with pytest.raises(OpError, match=r"is in no file.*Save it: save\(file\)"):
-        to_json(Feature(SITE, loose, 4))
+        to_json(Feature(SITE, loose, 4, 0))
     overcomplete(tmp_path / "own.safetensors", pipelines.WIDTH)
     with pytest.raises(StoreError, match="holds another dictionary than the one"):
         lens.run_spec(loaded.spec)
@@ -162,6 +175,7 @@ def test_ops_in_json_name_the_file_and_find_another_in_its_place(lens, sae, tmp_
         (lambda sae: Feature(SITE, sae, 48, 0), "feature 48 does not exist"),
         (lambda sae: Feature(SITE, sae, [], 0), r"features=\[\] chooses no feature"),
         (lambda sae: Feature(SITE, sae, 1, float("nan")), "scale=nan is not a finite number"),
+        (lambda sae: Feature(SITE, sae, 1), r"takes scale= or add=, or both: scale=0 removes"),
         (lambda sae: Feature(SITE, sae, 1, add="much"), "add='much' is not a finite number"),
         (lambda sae: Feature(SITE, sae, 1, 0, channels=[1]), "takes no channels="),
         (lambda _: Feature(SITE, "sae", 1, 0), r"is not a Dictionary\. Load one"),
