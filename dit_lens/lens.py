@@ -637,7 +637,7 @@ class DiTLens(Session):
         sites: of tokens.
         prompts: one or several.
         out: the folder.
-        tokens: how many of every image and step, chosen at random.
+        tokens: how many of every image and step, chosen at random; all where there are fewer.
         steps: all by default.
         seeds: every prompt is drawn from each of them; each is named once, and so is a prompt.
         shard: tokens of a shard, about.
@@ -645,7 +645,7 @@ class DiTLens(Session):
         shuffle: the seed of whatever is random here.
         call: as in :meth:`run`; latents are not decoded unless ``output_type`` says so.
 
-        Raises StoreError where the folder holds another export, or the disk is too small.
+        Raises StoreError where the folder holds another export or a damaged shard, or the disk is too small.
         """
         return activation_store.export(
             self,

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from dit_lens.arguments.lists import as_prompts, as_seeds
 from dit_lens.core.request.ops import Read
 from dit_lens.core.request.token_set import TokenSet
-from dit_lens.core.runs.files import check_folder, read_json, write_bytes, write_json
+from dit_lens.core.runs.files import check_folder, check_regular, read_json, report_damage, write_bytes, write_json
 from dit_lens.core.runs.provenance import describe, to_plain_data
 from dit_lens.errors import OpError, StoreError
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from dit_lens.core.session import Session
 
 MARK, FORMAT = "activations.json", 1
+LABELS = ("prompt", "seed", "step", "token", "sigma")  # of every activation
+REMEDY = "Delete this file, and the same call makes it again; the others stay."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,11 @@ class Sampling:
     tokens: int
     steps: Sequence[int]
     outline: Outline
+
+    def kept(self, site: str) -> int:
+        """How many tokens of every image and step a shard has; of text, at most."""
+        count = self.counted(site)
+        return self.tokens if count is None else min(self.tokens, count)
 
     def counted(self, site: str) -> int | None:
         """How many tokens a site has, where they are all of the image and known beforehand."""
@@ -92,15 +99,16 @@ def export(
 
     pairs = [(prompt, seed) for prompt in range(len(prompts)) for seed in seeds]
     order = np.random.default_rng(shuffle).permutation(len(pairs)).tolist()
-    size = max(1, shard // (tokens * len(sampling.steps)))  # images of a shard
+    size = max(1, shard // (max(map(sampling.kept, names)) * len(sampling.steps)))  # images of a shard
     groups = [[pairs[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+    widths = {name: lens.anatomy.channels(lens.anatomy.site(name)) for name in names}
     model = {**describe(lens.pipe, lens.family), **lens.engine.provenance}
     about = {
         "format": FORMAT,
-        "sites": {name: lens.anatomy.channels(lens.anatomy.site(name)) for name in names},
+        "sites": widths,
         "prompts": prompts,
         "seeds": seeds,
-        "tokens": tokens,
+        "tokens": {name: sampling.kept(name) for name in names},
         "steps": list(sampling.steps),
         "shard": shard,
         "batch_size": batch_size,
@@ -111,9 +119,13 @@ def export(
     }
     check_folder(out, MARK, cost.bytes * len(pairs))
     _begin(out, about)
+    places = [{name: out / name / f"{number:05d}.safetensors" for name in names} for number in range(len(groups))]
+    for files, group in zip(places, groups, strict=True):
+        for name, file in files.items():
+            if file.exists():
+                _check_shard(file, widths[name], len(group), sampling, name)
     with lens.quiet():
-        for number, group in enumerate(tqdm(groups, desc="shards")):
-            files = {name: out / name / f"{number:05d}.safetensors" for name in names}
+        for number, (files, group) in enumerate(zip(tqdm(places, desc="shards"), groups, strict=True)):
             if not all(file.exists() for file in files.values()):
                 rng = np.random.default_rng([shuffle, number])
                 for name, content in _draw_group(lens, prompts, group, sampling, batch_size, rng, call).items():
@@ -132,6 +144,27 @@ def _begin(out: Path, about: Mapping[str, Any]) -> None:
     if differing := [name for name in about if there.get(name) != about[name]]:
         raise StoreError(
             f"{out} holds another export: its {', '.join(differing)} differ. Choose another folder or ask for the same."
+        )
+
+
+def _check_shard(file: Path, width: int, images: int, sampling: Sampling, site: str) -> None:
+    """StoreError where a file is not a whole shard by its header, which is all that is read.
+
+    width: channels of the site.
+    images: that it is of.
+    sampling, site: which tokens are kept, of which site.
+    """
+    from safetensors import safe_open
+
+    with report_damage(file, REMEDY), safe_open(check_regular(file), "pt") as stored:  # which checks the file's size
+        shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118 no mapping
+    count = next(iter(shapes.get("activations", ())), 0)
+    most = images * len(sampling.steps) * sampling.kept(site)
+    fits = count <= most if sampling.counted(site) is None else count == most
+    if not fits or shapes != {"activations": (count, width), **dict.fromkeys(LABELS, (count,))}:
+        raise StoreError(
+            f"{file} is not the shard that this export wrote: it holds "
+            f"{', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())}. {REMEDY}"
         )
 
 

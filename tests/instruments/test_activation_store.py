@@ -1,11 +1,12 @@
 """Exported activations are those of plain reads, whole, shuffled, and the same when they are made in two goes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dit_lens import DiTLens, Read
 from dit_lens.errors import OpError, PromptError, StoreError
@@ -88,6 +89,54 @@ def test_an_interrupted_export_goes_on_and_ends_the_same(lens, out, tmp_path, mo
     assert about["sites"] == dict.fromkeys(SITES, pipelines.WIDTH)
     assert about["shards"] == 3
     assert about["model"]["family"] == "FLUX.1"
+
+
+def test_more_tokens_than_there_are_are_all_of_them_and_recorded_so(lens, tmp_path):
+    image = pipelines.GRID[0] * pipelines.GRID[1]
+    asked = {**ASKED, "tokens": 99_999, "seeds": 3, "shard": 4 * image}
+    out = lens.export(SITES[:1], PROMPTS, tmp_path / "out", **asked)
+    assert json.loads((out / "activations.json").read_text())["tokens"] == {SITES[0]: image}
+    assert [len(shard["activations"]) for shard in shards(out, SITES[0])] == [4 * image, 2 * image]  # 2 images, and 1
+
+
+def shorten(file):
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def lengthen(file):
+    file.write_bytes(file.read_bytes() + b"0")
+
+
+def scramble(file):
+    file.write_bytes(bytes(np.random.default_rng(0).integers(0, 256, file.stat().st_size, np.uint8)))
+
+
+def drop_tokens(file):
+    save_file({name: value[:-1].clone() for name, value in load_file(file).items()}, file)
+
+
+def drop_labels(file):
+    save_file({name: value for name, value in load_file(file).items() if name != "step"}, file)
+
+
+def narrow(file):
+    content = load_file(file)
+    save_file({**content, "activations": content["activations"][:, 1:].clone()}, file)
+
+
+@pytest.mark.parametrize("damage", [shorten, lengthen, scramble, drop_tokens, drop_labels, narrow])
+def test_a_damaged_shard_is_named_and_made_again(lens, out, tmp_path, damage, monkeypatch):
+    copy = shutil.copytree(out, tmp_path / "out")
+    file = copy / SITES[0] / "00001.safetensors"
+    whole = file.read_bytes()
+    damage(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(lens.engine, "generate", lambda *_: pytest.fail("it draws"))
+        with pytest.raises(StoreError, match=r"00001\.safetensors.*Delete this file, and the same call makes it again"):
+            lens.export(SITES, PROMPTS, copy, **ASKED)
+    file.unlink()
+    lens.export(SITES, PROMPTS, copy, **ASKED)
+    assert file.read_bytes() == whole
 
 
 def test_what_the_pipeline_masks_is_left_out():
