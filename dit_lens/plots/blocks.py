@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 WORDS = ("part", "measure", "needed", "specific")
-FACTS = ("n", "damage_low", "damage_high", "noise", "beyond_noise", "beyond_blocks", "beyond_attributes")
+CONTROLS = ("beyond_noise", "beyond_blocks", "beyond_attributes")
+FACTS = ("n", "damage_low", "damage_high", "noise", *CONTROLS, *(f"{name}_n" for name in CONTROLS))
 SCALE = [[0, fade(MASSIVE, 0)], [1, fade(MASSIVE, 1)]]  # nothing on any page, as nothing is lost
 ROW, HEAD, FOOT, BAR = 20, 96, 180, 40  # pixels: of a block, above the panels, below them, and of the colour bar
 MARKS = {
@@ -127,8 +128,9 @@ def _draw_panel(figure: go.Figure, rows: pd.DataFrame, column: int, *, shared: b
         colorbar=_place_bar(figure, column, shared=shared),
         hovertemplate="block %{y}, %{x}<br>damage %{z:.3f} (%{customdata[1]:.3f} to %{customdata[2]:.3f}), "
         "n = %{customdata[0]:.0f}<br>under noise as large %{customdata[3]:.3f}"
-        "<br>beyond noise %{customdata[4]:.3f}, beyond other blocks %{customdata[5]:.3f}"
-        "<br>beyond other attributes %{customdata[6]:.3f}<extra></extra>",
+        "<br>beyond noise %{customdata[4]:.3f}, n = %{customdata[7]:.0f}"
+        "<br>beyond other blocks %{customdata[5]:.3f}, n = %{customdata[8]:.0f}"
+        "<br>beyond other attributes %{customdata[6]:.3f}, n = %{customdata[9]:.0f}<extra></extra>",
         row=1,
         col=column,
     )

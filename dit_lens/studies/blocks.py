@@ -18,11 +18,11 @@ from dit_lens.arguments.lists import as_prompts, as_seeds, as_tuple
 from dit_lens.core.request.ops import Op, Zero
 from dit_lens.errors import check_choice
 from dit_lens.plots import blocks_figure
+from dit_lens.studies.block_notes import describe_blocks
 from dit_lens.studies.parts.ablations import average_means
-from dit_lens.studies.parts.block_damage import LEVEL, UNJUDGED, summarise_damage
+from dit_lens.studies.parts.block_damage import UNJUDGED, summarise_damage
 from dit_lens.studies.parts.block_pieces import NOISE, Part, Piece, find_pieces, read_means
-from dit_lens.studies.parts.doses import AGREES, read_doses
-from dit_lens.studies.power import power
+from dit_lens.studies.parts.doses import read_doses
 from dit_lens.studies.shared.arguments import check_draws, find_meant
 from dit_lens.studies.shared.batches import BatchRunner, PromptBatch, divide_call, make_batches, skips_first_step
 from dit_lens.studies.shared.cells import Cell
@@ -44,14 +44,15 @@ COLUMNS = ("prompt", "seed", "part", "block", "arm", "draw", "dose_intended", "d
 
 def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
     """The result of the cells so far."""
-    table = pd.DataFrame([line for cell in cells for line in cell.lines])
+    table = pd.DataFrame([line for cell in cells for line in cell.lines]).astype({"block": "Int64"})
     images = {name: image for cell in cells for name, image in cell.images.items()}
     # A psnr has no mean where some images are equal.
     measured = [name for name in settings["distances"] if name != "psnr" and name in table]
     clean = table[table["arm"] == "untouched"].dropna(axis="columns", how="all")
     judged = [name for name in clean if name not in COLUMNS]
     summary = summarise_damage(table, measured, judged, settings["ablation"])
-    return Result("blocks", table, summary, dict(settings), images, notes=_notes(table, summary, settings))
+    notes = describe_blocks(table, summary, measured, judged)
+    return Result("blocks", table, summary, dict(settings), images, notes=notes)
 
 
 @study(
@@ -99,19 +100,25 @@ def blocks(
     - noise: the part stays, and every channel of every token is moved exactly as far as without the part, with a random
       sign (others for every token, step and image, so one draw says much);
     - the other blocks: the mean damage of all other blocks by the same part, on the same prompts and seeds;
-    - of an attribute, the mean of all others that the judge knows, of the same image: a destroyed image lost all.
+    - of an attribute, the mean of all others that the judge gave of the same image: a destroyed image lost all.
 
     The summary has, for every part, measure and block, the damage, that under noise, and by how much the damage exceeds
     each control (``beyond_noise``, ``beyond_blocks``, ``beyond_attributes``), paired, with intervals and p-values that
     are corrected for the number of blocks and controls of that part and measure (Holm), not for the number of parts and
-    measures. ``needed`` is yes where it lies beyond noise and the other blocks with p <= 0.05, no where it lies below
-    one of them, else undecided; ``specific`` says the same of the other attributes. ``spread`` is for
-    ``studies.power``. "Needed" is said of this model as it is: what is lost without a block may be made elsewhere.
+    measures. ``n`` counts the images of the damage, ``beyond_noise_n`` and so on those of each comparison.
+
+    ``needed`` is, with p <= 0.05, "yes" where the damage lies beyond noise and the other blocks; "less than noise";
+    "less than other blocks", which may still be more than noise (see ``beyond_noise``), so that the block does
+    something, and others more; else "undecided", always so of one block alone or with ``draws=0``. ``specific`` is
+    "yes" where an image loses more of the attribute than of others, "no" where it loses less, else "undecided"; None
+    where an image has no others. ``spread`` is for ``studies.power``. "Needed" is said of this model as it is: what is
+    lost without a block may be made elsewhere.
 
     ``dose`` is how much of what the part adds was moved, at the first edited step (conditional branch), averaged over
     streams: |moved|^2 / |added|^2, 1 for skip and its noise. ``dose_intended`` is missing for "mean".
 
-    It draws 2 + pieces * (1 + draws) images for every prompt and seed. Raises OpError, SiteError or PromptError before.
+    It draws 2 + pieces * (1 + draws) images for every prompt and seed, each a row of the table, and keeps those of
+    "untouched" and without each part. Raises OpError, SiteError or PromptError before.
 
     lens: lens on the model.
     prompts: one prompt or several.
@@ -281,46 +288,3 @@ def _name_image(row: int, batch: PromptBatch, arm: str, piece: Piece | None = No
     if piece is None:
         return str(ImageKey(row, batch.seed, arm=arm))
     return str(ImageKey(row, batch.seed, block=piece.block, arm=arm, part=piece.part))
-
-
-def _notes(table: pd.DataFrame, summary: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
-    """What a reader must know: the noise floor, the doses, what was needed most, and what can be found at all."""
-    if summary.empty:
-        return ["no image was edited yet"]
-    floor = table.loc[table["arm"] == "no-op", "rmse"].max()
-    notes = [f"noise floor: an edit of no channel changes images by rmse {floor:g}", *_describe_doses(table)]
-    attributes = summary[summary["specific"].notna()]
-    for measure, rows in attributes.groupby("measure", sort=False):
-        found = rows[(rows["needed"] == "yes") & (rows["specific"] == "yes")]
-        told = ", ".join(
-            f"{line.part} {line.block} ({line.damage:.2f} lost, {line.noise:.2f} by noise)"
-            for line in found.sort_values("damage", ascending=False).head(3).itertuples()
-        )
-        notes.append(f"{measure} needs, more than it needs other blocks and than other attributes do: {told or 'none'}")
-    if "fidelity" in table:
-        notes.append(f"untouched images: fidelity {table.loc[table['arm'] == 'untouched', 'fidelity'].mean():.3f}")
-    spread, count = attributes["spread"][attributes["spread"] > 0].median(), len(settings["prompts"])
-    if count > 1 and spread > 0:
-        most = 3 * summary["block"].nunique()
-        answer = power(float(spread), prompts=count, level=1 - LEVEL / most).iloc[0]
-        notes.append(
-            f"power: {count} prompts, whose damage beyond noise spreads by {spread:.2f} (median where it does), find "
-            f"one of {answer['decides']:.2f} with a chance of 80 %, as the first of {most} comparisons"
-        )
-    return notes
-
-
-def _describe_doses(table: pd.DataFrame) -> list[str]:
-    """Which pieces and arms gave another dose than they intended."""
-    means = table.groupby(["part", "block", "arm"], sort=False)[["dose_intended", "dose"]].mean()
-    given = means.dropna()
-    off = given[(given["dose"] - given["dose_intended"]).abs() > AGREES * given["dose_intended"]]
-    notes = [
-        f"{arm} of {part} {block:g} moved {dose:.3g} of what it adds, and meant to move {meant:.3g}"
-        for (part, block, arm), meant, dose in off.itertuples(name=None)
-    ]
-    if len(given) and not notes:
-        notes = [f"every arm moved as much as it intended, within {AGREES:.0%}"]
-    if len(lacking := means.index[means["dose"].isna()]):
-        notes.append(f"doses were not weighed: {len(lacking)} of {len(means)} arms")
-    return notes

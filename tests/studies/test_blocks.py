@@ -11,6 +11,7 @@ from dit_lens import Apply, DiTLens, studies
 from dit_lens.analysis.metrics import rmse
 from dit_lens.analysis.metrics.intervals import mean_p
 from dit_lens.errors import OpError, SiteError
+from dit_lens.studies.block_notes import describe_blocks
 from dit_lens.studies.parts.block_damage import summarise_damage
 from dit_lens.studies.parts.block_pieces import PARTS, find_pieces
 from dit_lens.studies.shared.keys import ImageKey
@@ -113,6 +114,14 @@ def _draw_skips(pipe):
             found[part, block] = draw_plain(pipe, skip)
         handle.remove()
     return found
+
+
+def test_what_is_kept_is_told_from_what_is_measured(result):
+    pieces = result.summary[["part", "block"]].drop_duplicates()
+    drawn = len(PROMPTS) * (2 + len(pieces))
+    assert len(result.table) == drawn
+    assert len(result.images) == drawn - len(PROMPTS)
+    assert f"{drawn} measurements, {len(result.images)} images kept" in repr(result)
 
 
 def test_doses_are_all_of_what_is_added_and_nothing_changes_nothing(result):
@@ -253,15 +262,128 @@ def test_only_what_makes_an_attribute_is_said_to():
         assert rows.loc[("colour", 1), ["needed", "specific"]].tolist() == ["yes", "yes"]
         assert (rows.drop(("colour", 1))["needed"] != "yes").all()
         assert rows.loc[("shape", 1), "specific"] == "no"
-        assert rows.loc[("colour", 0), "needed"] == "no"  # less than the other blocks
+        assert rows.loc[("colour", 0), "needed"] == "less than other blocks"
         assert rows.loc[("colour", 2), "specific"] == "undecided"
 
 
-def test_one_block_has_no_others_and_says_nothing_of_them():
+def describe(table, attributes=("colour", "shape")):
+    summary = summarise_damage(table, ["rmse"], list(attributes), "skip")
+    nothing = pd.DataFrame({"prompt": ["p0"], "arm": ["no-op"], "rmse": [0.0]})
+    told = pd.concat([table.assign(dose=1.0, dose_intended=1.0), nothing])
+    return summary, describe_blocks(told, summary, ["rmse"], list(attributes))
+
+
+def test_one_block_has_no_others_and_says_that_it_cannot_be_needed():
     table = make_table()
-    summary = summarise_damage(table[table["block"].isin([1]) | table["part"].isna()], ["rmse"], ["colour"], "skip")
+    summary, notes = describe(table[table["block"].isin([1]) | table["part"].isna()])
     assert summary["beyond_blocks"].isna().all()
+    assert (summary["beyond_blocks_n"] == 0).all()
     assert set(summary["needed"]) == {"undecided"}
+    assert [note for note in notes if note.startswith("mlp: there is no other block") and "site=" in note]
+    assert not [note for note in notes if "no noise" in note]
+
+
+def test_without_noise_it_says_that_none_can_be_needed(result):
+    table = make_table()
+    summary, notes = describe(table[table["arm"] != "noise"])
+    assert (summary["beyond_noise_n"] == 0).all()
+    assert set(summary["needed"]) <= {"undecided", "less than other blocks"}
+    parts = ", ".join(result.summary["part"].unique())
+    for told, what in ((notes, "mlp"), (result.notes, parts)):
+        assert f"{what}: no noise was drawn to compare with, so needed cannot be yes. Give draws=1 or more" in told
+        assert [note for note in told if note.startswith("power (") and "as no noise was drawn" in note]
+
+
+def test_damage_beyond_noise_is_no_less_than_it():
+    rng, lines = np.random.default_rng(1), []
+    for i in range(40):
+        lines.append({"prompt": f"p{i}", "seed": 0, "arm": "untouched", "colour": 1.0, "shape": 1.0})
+        for block, (without, noise) in enumerate(((0.4, 0.02), (0.97, 0.02), (0.97, 0.02), (0.05, 0.95))):
+            for arm, p in (("skip", without), ("noise", noise)):
+                lost = (rng.random(2) < p).astype(float)
+                line = {"prompt": f"p{i}", "seed": 0, "part": "mlp", "block": block, "arm": arm, "rmse": rng.random()}
+                lines.append({**line, "colour": 1 - lost[0], "shape": 1 - lost[1]})
+    rows = summarise_damage(pd.DataFrame(lines), [], ["colour", "shape"], "skip").set_index(["measure", "block"])
+    for name in ("colour", "shape"):
+        assert rows.loc[name]["needed"].tolist() == ["less than other blocks", "yes", "yes", "less than noise"]
+        assert rows.loc[(name, 0), "beyond_noise"] > 0.2
+        assert rows.loc[(name, 0), "beyond_noise_p"] < 0.05
+
+
+def test_none_is_found_only_where_all_is_decided():
+    table, found = make_table(), "noise as large, other blocks and other attributes"
+    summary, notes = describe(table)
+    for name in ("colour", "shape"):
+        rows = summary[summary["measure"] == name].to_dict("records")
+        yes = [row for row in rows if row["needed"] == "yes" and row["specific"] == "yes"]
+        less = [row for row in rows if row["needed"].startswith("less") or row["specific"] == "no"]
+        told = [f"mlp {row['block']} ({row['damage']:.2f}, {row['noise']:.2f} under noise)" for row in yes]
+        if unknown := 3 - len(yes) - len(less):
+            told.append(f"undecided of {unknown} of 3 parts")
+        assert f"damage ({name}) beyond {found}: {', '.join(told)}" in notes
+    assert any("mlp 1 (" in note for note in notes)
+    decided = summary.assign(needed="less than noise", specific="no")
+    notes = describe_blocks(table.assign(dose=1.0, dose_intended=1.0), decided, ["rmse"], ["colour", "shape"])
+    assert f"damage (colour, shape) beyond {found}: none" in notes
+    few, notes = describe(make_table(prompts=2))
+    assert set(few["needed"]) == {"undecided"}
+    assert not [note for note in notes if "none" in note]
+    assert f"damage (colour, shape) beyond {found}: undecided of 3 of 3 parts" in notes
+
+
+@pytest.mark.parametrize(
+    ("prompts", "change", "told"),
+    [
+        (48, {}, "48 prompts, whose damage beyond noise spreads by 0."),
+        (1, {}, "not known, as one prompt"),
+        (6, {"colour": 1.0, "shape": 1.0}, "does not spread over 6 prompts. What is lost in every image"),
+        (2, {"arm": "skip"}, "as no noise was drawn"),
+    ],
+)
+def test_power_is_stated_or_why_it_is_not(prompts, change, told):
+    table = make_table(prompts)
+    table.loc[table["part"].notna(), list(change)] = list(change.values())
+    _, notes = describe(table)
+    power = [note for note in notes if note.startswith("power (")]
+    assert len(power) == 1
+    assert told in power[0]
+    _, notes = describe(table.drop(columns=["colour", "shape"]), attributes=())
+    assert sum(note.startswith("power (rmse)") for note in notes) == 1
+
+
+def test_an_image_is_compared_with_the_attributes_that_it_has():
+    """A judge that gives a and b of even prompts, a and c of odd ones, and at times none of them."""
+    rng = np.random.default_rng(0)
+    table = make_table(prompts=9).drop(columns=["shape", "readable"]).rename(columns={"colour": "a"})
+    odd = table["prompt"].str[1:].astype(int) % 2 == 1
+    for name, there in (("b", ~odd), ("c", odd)):
+        table[name] = np.where(there, rng.integers(0, 2, len(table)), np.nan)
+    table.loc[(table["arm"] == "noise") & (table["prompt"] == "p4"), "a"] = np.nan
+    table.loc[(table["arm"] == "skip") & (table["prompt"] == "p5"), "c"] = np.nan
+    rows = summarise_damage(table, [], ["a", "b", "c"], "skip").set_index(["measure", "block"])
+    values = table.set_index(["arm", "block", "prompt"]).sort_index()
+    clean = table[table["arm"] == "untouched"].set_index("prompt")
+    for name in "abc":
+        for block in range(3):
+            lost = {
+                i: clean[list("abc")].loc[f"p{i}"] - values.loc[("skip", block, f"p{i}"), list("abc")] for i in range(9)
+            }
+            beyond = []
+            for one in lost.values():
+                others = [float(one[other]) for other in "abc" if other != name and not np.isnan(one[other])]
+                if others and not np.isnan(one[name]):
+                    beyond.append(float(one[name]) - sum(others) / len(others))
+            row = rows.loc[(name, block)]
+            assert row["beyond_attributes"] == pytest.approx(np.mean(beyond))
+            assert row["beyond_attributes_n"] == len(beyond)
+            assert row["n"] == sum(not np.isnan(one[name]) for one in lost.values())
+            assert row["specific"] in ("yes", "no", "undecided")
+    assert rows.loc[("a", 0), ["n", "beyond_noise_n", "beyond_blocks_n", "beyond_attributes_n"]].tolist() == [
+        9,
+        8,
+        9,
+        8,
+    ]
 
 
 def test_parts_that_are_not_there_are_told_before_a_run(lens, forwards):
@@ -285,6 +407,9 @@ def test_parts_that_are_not_there_are_told_before_a_run(lens, forwards):
 def test_it_is_loaded_without_the_model_and_drawn(result, tmp_path):
     loaded = studies.Result.load(result.save(tmp_path / "r"))
     assert loaded.summary.astype(str).equals(result.summary.astype(str))
+    pd.testing.assert_frame_equal(loaded.table, result.table)
+    assert set(loaded.table["block"].dropna()) == {1, 2}
+    assert all(type(block) is int for block in loaded.table["block"].dropna().tolist())
     keys = [ImageKey.parse(key) for key in loaded.images]
     assert {key.block for key in keys} == {None, 1, 2}
     figure = loaded.figure(measure="rmse")

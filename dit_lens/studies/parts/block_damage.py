@@ -17,6 +17,7 @@ from dit_lens.studies.parts.block_pieces import NOISE
 
 LEVEL = 0.05
 UNJUDGED = ("readable", "fidelity")  # what a judge says of the whole image, and not of one attribute
+LESS = ("less than noise", "less than other blocks")  # what damage that is no more than its controls is called
 CONTROLS = ("beyond_noise", "beyond_blocks", "beyond_attributes")
 
 Limits = tuple[float, float]
@@ -44,10 +45,8 @@ class Damage:
     @property
     def beyond_blocks(self) -> np.ndarray:
         """By how much the damage of each block exceeds the mean of all others, [b, m]."""
-        there = ~np.isnan(self.lost)
-        others = there.sum(0) - there
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return self.lost - (np.nansum(self.lost, 0) - np.nan_to_num(self.lost)) / others
+        rest = [np.delete(self.lost, i, 0) for i in range(len(self.lost))]
+        return self.lost - np.stack([_mean_there(others) for others in rest])
 
 
 def summarise_damage(
@@ -67,7 +66,7 @@ def summarise_damage(
         attributes = [name for name in judged if name not in UNJUDGED and found[name].limits is not None]
         for name, damage in found.items():
             others = [found[other].lost for other in attributes if other != name] if name in attributes else []
-            rows = list(_compare(damage, others))
+            rows = list(_compare_blocks(damage, others))
             _decide(rows)
             lines += [{"part": part, "measure": name, **row} for row in rows]
     return pd.DataFrame(lines)
@@ -99,13 +98,20 @@ def _find_damage(some: pd.DataFrame, measure: str, ablation: str, *, judged: boo
     )
 
 
-def _compare(damage: Damage, others: Sequence[np.ndarray]) -> Iterator[dict[str, Any]]:
+def _mean_there(values: Any) -> np.ndarray:
+    """The mean over the first axis of what is there; NaN where nothing is."""
+    there = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.nansum(values, 0) / there.sum(0)
+
+
+def _compare_blocks(damage: Damage, others: Sequence[np.ndarray]) -> Iterator[dict[str, Any]]:
     """The damage of every block, and by how much it exceeds its controls. others: that of the other attributes."""
     nothing = np.full_like(damage.lost, np.nan)
     excess = {
         "beyond_noise": damage.lost - damage.noise,
         "beyond_blocks": damage.beyond_blocks,
-        "beyond_attributes": damage.lost - np.mean(others, 0) if others else nothing,
+        "beyond_attributes": damage.lost - _mean_there(others) if others else nothing,
     }
     double = None if damage.limits is None else (2 * damage.limits[0], 2 * damage.limits[1])
     for i, block in enumerate(damage.blocks):
@@ -119,6 +125,7 @@ def _compare(damage: Damage, others: Sequence[np.ndarray]) -> Iterator[dict[str,
         line["noise"] = float(np.nanmean(damage.noise[i])) if np.isfinite(damage.noise[i]).any() else np.nan
         for name in CONTROLS:
             line |= _estimate(name, excess[name][i], damage.images, double, p=True)
+            line[f"{name}_n"] = int((~np.isnan(excess[name][i])).sum())
         line["spread"] = _find_spread(excess["beyond_noise"][i], damage.images)
         yield line
 
@@ -132,8 +139,8 @@ def _decide(rows: Sequence[dict[str, Any]]) -> None:
         row[f"{name}_p"] = p
         signs[row["block"], name] = float(np.sign(row[name])) if p <= LEVEL else 0.0
     for row in rows:
-        needed = [signs.get((row["block"], name), 0.0) for name in CONTROLS[:2]]
-        row["needed"] = _answer(min(needed))
+        noise, blocks = (signs.get((row["block"], name), 0.0) for name in CONTROLS[:2])
+        row["needed"] = LESS[0] if noise < 0 else LESS[1] if blocks < 0 else _answer(min(noise, blocks))
         beyond = signs.get((row["block"], CONTROLS[2]))
         row["specific"] = None if beyond is None else _answer(beyond)
 

@@ -174,12 +174,17 @@ class Result:
         return f"<b>{html.escape(self._heading())}</b>{summary}{notes}{code}"
 
     def _heading(self) -> str:
-        images = f", {len(self.images)} images" if self.images else ""
+        images = f", {len(self.images)} images kept" if self.images else ""
         return f"{self.study}: {len(self.table)} measurements{images}; intervals are 95 %"
 
 
 def _from_json(data: Mapping[str, Any]) -> pd.DataFrame:
     table = pd.DataFrame(**data)
+    # A whole number that is missing somewhere would come back as a float.
+    for i, name in enumerate(data["columns"]):
+        kinds = {type(row[i]) for row in data["data"]}
+        if kinds == {int, type(None)}:
+            table[name] = table[name].astype("Int64")
     # JSON has no NaN, so a column that is missing everywhere would be one of objects.
     missing = table.columns[table.isna().all()] if len(table) else []
     return table.astype(dict.fromkeys(missing, float))
@@ -187,7 +192,7 @@ def _from_json(data: Mapping[str, Any]) -> pd.DataFrame:
 
 def _to_json(table: pd.DataFrame) -> dict[str, Any]:
     rows = [
-        [None if isinstance(value, float) and np.isnan(value) else value for value in row]
+        [None if value is pd.NA or (isinstance(value, float) and np.isnan(value)) else value for value in row]
         for row in table.astype(object).to_numpy().tolist()
     ]
     return {"data": rows, "columns": list(table.columns)}
