@@ -26,6 +26,8 @@ from dit_lens.studies import Result
 WHERE = "https://huggingface.co"
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 LONGEST = 400  # characters of what the Hub says
+ONLINE = "Check its name, that you are logged in (hf auth login) and may do so, and that the network is up."
+OFFLINE = "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so the Hub is not asked. Unset it and start Python again."
 KEPT = ["*.json", "*.safetensors", "images/*.png"]  # what is downloaded
 
 
@@ -258,15 +260,15 @@ def _reach(repo_id: str, done: str, token: str | None) -> Generator[Any]:
     repo_id, done: what is done with which repository.
     token: of the Hub.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, is_offline_mode
 
     try:
         yield HfApi(token=token, library_name="dit_lens", library_version=cards.find_version())
     except DitLensError:
         raise
     except Exception as problem:  # noqa: BLE001 its releases use other clients of HTTP, each with errors of its own
-        why = " ".join(hide_tokens(str(problem), _find_token(token)).split())[:LONGEST]
+        why = " ".join(hide_tokens(str(problem), _find_token(token)).split())[:LONGEST].rstrip(" .")
+        remedy = OFFLINE if is_offline_mode() else ONLINE
         raise StoreError(
-            f"{repo_id} could not be {done}: {type(problem).__name__}: {why}. Check its name, that you are logged in "
-            "(hf auth login) and may do so, and that the network is up."
+            f"{repo_id} could not be {done}: {type(problem).__name__}: {why}. {remedy}"
         ) from None  # what it is from may show the headers of the request

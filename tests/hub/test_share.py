@@ -250,6 +250,19 @@ def test_no_token_is_written_or_told(hub, monkeypatch):
     assert hub.tokens[-1] is None
 
 
+def test_an_error_of_the_hub_ends_once_and_says_what_helps(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for said in ("no such repository", "no such repository.", "no such repository ...", "no such\nrepository. \n"):
+        hub.fails = OSError(said)
+        with pytest.raises(StoreError, match=r"OSError: no such repository\. Check its name, that you are logged in"):
+            dl.from_hub("me/none")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for ask in (lambda: dl.from_hub("me/none"), lambda: dl.push_to_hub(sample_set(0), "me/none")):
+        with pytest.raises(StoreError, match=r"repository\. HF_HUB_OFFLINE .*is set.*Unset it") as told:
+            ask()
+        assert "logged in" not in str(told.value)
+
+
 @pytest.mark.parametrize("name", ["channels", "a b/c", "a/b/c", "", "https://huggingface.co/me/x"])
 def test_names_are_checked(hub, name):
     with pytest.raises(StoreError, match="Write 'owner/name'"):

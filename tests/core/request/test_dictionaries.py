@@ -233,6 +233,11 @@ def test_files_that_are_damaged_or_missing_are_told(tmp_path):
     saelens(tmp_path / "sae", WIDTH)
     sparsify(tmp_path / "other", WIDTH)
     for folder, library in (("sae", "SAELens"), ("other", "sparsify")):
+        (weights,) = (tmp_path / folder).glob("*.safetensors")
+        weights.rename(tmp_path / "elsewhere")
+        with pytest.raises(StoreError, match=f"has cfg.json and no weights: .*{weights.name} of {library}"):
+            dictionaries.load(tmp_path / folder)
+        (tmp_path / "elsewhere").rename(weights)
         (tmp_path / folder / "cfg.json").write_text("[]")
         with pytest.raises(StoreError, match=f"is not the configuration of {library}"):
             dictionaries.load(tmp_path / folder)

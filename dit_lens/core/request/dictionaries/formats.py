@@ -148,7 +148,12 @@ def _load_folder(folder: Path) -> Dictionary:
     about = read_json(file_inside(folder, CONFIG), f"the configuration of {library}")
     if not isinstance(about, dict):
         raise StoreError(f"{folder / CONFIG} is not the configuration of {library}.")
-    tensors, _ = _read_tensors(file_inside(folder, SPARSIFY if library == "sparsify" else WEIGHTS))
+    weights = SPARSIFY if library == "sparsify" else WEIGHTS
+    if not (folder / weights).exists():  # of sparsify neither, which is known by it
+        raise StoreError(
+            f"{folder} has {CONFIG} and no weights: {WEIGHTS} of SAELens, or {SPARSIFY} of sparsify. {REMEDY}"
+        )
+    tensors, _ = _read_tensors(file_inside(folder, weights))
     return read(folder, tensors, about)
 
 
