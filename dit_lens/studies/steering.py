@@ -44,10 +44,15 @@ def assemble(settings: Mapping[str, Any], cells: Sequence[Cell]) -> Result:
     measures = [name for name in MEASURES if name in table]
     doses = [name for name in ("dose_intended", "dose") if name in table]
     summary = summarise(table, ("strength", "arm"), [*measures, *doses])
+    counts = table.groupby(["strength", "arm"])[measures].count().add_suffix("_n")
+    summary = summary.merge(counts.reset_index(), on=["strength", "arm"], how="left")
     edited = table[table["arm"].isin(["steering", "random"])]
     if len(contrasts := compare_arms(edited, ("strength",), measures, "steering")):
         for name in measures:
             contrasts[f"{name}_steering_minus_p"] = holm(contrasts[f"{name}_steering_minus_p"])
+            means = edited.groupby(["strength", "prompt", "seed", "arm"])[name].mean().unstack("arm").dropna()
+            paired = contrasts["strength"].map(means.groupby("strength").size())
+            contrasts[f"{name}_steering_minus_n"] = paired.fillna(0).astype("Int64")
         summary = summary.merge(contrasts, on=["strength", "arm"], how="left")
     return Result("steering", table, summary, dict(settings), images, notes=_notes(table, summary, measures))
 
@@ -96,7 +101,9 @@ def steering(
     prompts differ that are as in the edited prompt; and ``kept``: the share of those which both share that are right;
     ``readable``, ``fidelity_to`` and ``fidelity_from`` the edited and the own prompt, rmse to the untouched image and,
     as ``to_prompt``, to that of the edited prompt. The summary has means with intervals, and ``..._steering_minus``: by
-    how much steering exceeds random, paired, with p-values corrected for their number (Holm, over strengths).
+    how much steering exceeds random, paired, with p-values corrected for their number (Holm, over strengths). ``n``
+    counts images, ``changed_n`` and so on those that a measure is known of, and ``..._steering_minus_n`` the pairs of
+    prompt and seed that are compared.
 
     ``dose``: |moved|^2 / |x|^2 at the first step (conditional branch), averaged over sites, where moved is what
     directions here and at earlier blocks changed together; ``dose_intended`` by the energies of the untouched run.
@@ -200,12 +207,17 @@ def _notes(table: pd.DataFrame, summary: pd.DataFrame, measures: Sequence[str]) 
     told = next((name for name in ("changed", "fidelity_to") if name in measures), "rmse")
     shown = format_summary(summary)
     column = f"{told}_steering_minus"
+    if column not in summary and table["arm"].isin(["steering", "random"]).any():
+        notes.append("there are no random directions to compare with, so a strength says nothing. Give draws=1 or more")
     if column in summary:
         for line, text in zip(summary.to_dict("records"), shown.to_dict("records"), strict=True):
             if line["arm"] == "random":
                 p = line[f"{column}_p"]
-                found = "p is not determined" if pd.isna(p) else f"p = {p:.2g} for all strengths together"
-                notes.append(f"strength {line['strength']:g}: {told} {text[column]} more than random, {found}")
+                found = "undecided: p is not determined" if pd.isna(p) else f"p = {p:.2g} for all strengths together"
+                count = f"over {line[f'{column}_n']} pairs of prompt and seed"
+                said = f"{told} {text[column]} more than random {count}, {found}"
+                said = f"{told} is not known of the same images as of random" if pd.isna(line[column]) else said
+                notes.append(f"strength {line['strength']:g}: {said}")
     if "dose" in table:
         given = table.groupby(["strength", "arm"], sort=False)[["dose_intended", "dose"]].mean().dropna()
         off = given[(given["dose"] - given["dose_intended"]).abs() > AGREES * given["dose_intended"]]

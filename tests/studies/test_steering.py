@@ -99,6 +99,89 @@ def test_what_changed_and_what_was_kept_are_of_other_attributes(result):
     assert (nothing["rmse"] == 0).all()
 
 
+def half_known(image, prompt):
+    """As ``judge``, but nothing of the last letter of a dog, nor of the first of what is blue."""
+    lacking = {"a dog": "last", "blue": "first"}.get(prompt)
+    return {name: None if name == lacking else value for name, value in judge(image, prompt).items()}
+
+
+def test_what_a_judge_does_not_know_takes_no_image_away(lens):
+    result = studies.steering(
+        lens,
+        PAIRS,
+        sites="blocks.1.img",
+        strengths=STRENGTH,
+        seeds=SEED,
+        draws=1,
+        judge=half_known,
+        attributes=attributes,
+        num_inference_steps=1,
+    )
+    rows = result.table.set_index(["arm", "prompt"])
+    image = result.image(1, SEED, arm="steering", part=f"strength {STRENGTH:g}")
+    assert rows.loc[("steering", "red -> blue"), "changed"] == half_known(image, "blue")["last"]
+    assert np.isnan(rows.loc[("steering", "a cat -> a dog"), "changed"])
+    summary = result.summary.set_index("arm")
+    assert summary["n"].eq(3).all()
+    assert summary["changed_n"].eq(2).all()
+    assert summary["kept_n"].eq(2).all()
+    assert summary.loc["random", "changed_steering_minus_n"] == 2
+    both = rows.loc["steering", "changed"] - rows.loc["random", "changed"]
+    assert summary.loc["random", "changed_steering_minus"] == pytest.approx(both.mean())
+    assert [note for note in result.notes if "more than random over 2 pairs of prompt and seed" in note]
+
+
+def test_what_is_added_is_strength_times_the_mean_difference_and_random_is_as_long(lens):
+    """At every site and step, what leaves a block beyond what plain torch makes of what entered."""
+    seen, steps, sites = [], [1], (1, 3)
+    blocks = oracle.blocks_of(lens.pipe)
+    plain = [type(block).forward for block in blocks]
+    handles = [
+        blocks[at].register_forward_hook(
+            lambda module, args, kwargs, out, at=at: seen.append((at, args, dict(kwargs), [x.clone() for x in out])),
+            with_kwargs=True,
+        )
+        for at in sites
+    ]
+    names = [f"blocks.{at}.img" for at in sites]
+    try:
+        result = studies.steering(
+            lens, PAIRS[:2], sites=names, strengths=[0.5, 3.0], seeds=SEED, draws=1, steps=steps, batch_size=2
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+    added = []
+    for at, args, kwargs, (_, img) in seen:
+        with torch.no_grad():
+            added.append(img - plain[at](blocks[at], *args, **kwargs)[1])
+    runs = [added[i : i + 4] for i in range(0, len(added), 4)]  # [step, site]: untouched, edited, no-op, and four more
+    assert len(runs) == 7
+    inputs = [draw_plain(lens.pipe, side)[1] for side in (0, 1)]
+    for run in runs[:3]:
+        assert max(float(one.abs().max()) for one in run) == 0
+    for run, strength, random in zip(runs[3:], (0.5, 0.5, 3.0, 3.0), (False, True, False, True), strict=True):
+        assert max(float(one.abs().max()) for one in run[:2]) == 0  # step 0 is not named
+        for number, at in enumerate(sites):
+            means = [records[1][at, "img", "post"].mean(1) for records in inputs]
+            wanted = strength * (means[1] - means[0])[[1, 0]]  # of the other pair
+            found = run[2 + number]
+            torch.testing.assert_close(found, found[:, :1].expand_as(found), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(found[:, 0].norm(dim=1), wanted.norm(dim=1), rtol=1e-3, atol=1e-4)
+            near = torch.allclose(found[:, 0], wanted, rtol=1e-3, atol=1e-4)
+            assert near != random
+    assert result.settings["sites"] == names
+
+
+def test_without_random_directions_a_note_says_so(lens):
+    one = Steering({"blocks.2.img": torch.ones(pipelines.WIDTH)}, family=lens.family.name)
+    more = {"strengths": 0.5, "seeds": SEED, "num_inference_steps": 1}
+    result = studies.steering(lens, PAIRS[:1], directions=one, draws=0, **more)
+    assert [note for note in result.notes if "no random directions" in note and "draws=1" in note]
+    result = studies.steering(lens, PAIRS[:1], directions=one, draws=1, **more)
+    assert [note for note in result.notes if "over 1 pairs" in note and "undecided" in note]
+
+
 def test_a_turned_direction_has_all_lengths_and_angles():
     random = torch.Generator().manual_seed(0)
     shapes = {"blocks.0.img": (3, 8), "blocks.1.img": (3, 8), "blocks.1.txt": (5,)}

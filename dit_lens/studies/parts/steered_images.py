@@ -174,7 +174,9 @@ class SteeredImages:
             known = [name for name in asked[0] if name in asked[1] and name in said[0] and name in said[1]]
             differ = [float(said[1][name]) for name in known if asked[0][name] != asked[1][name]]
             shared = [float(said[0][name]) for name in known if asked[0][name] == asked[1][name]]
-            line |= {name: float(np.mean(some)) for name, some in (("changed", differ), ("kept", shared)) if some}
+            for name, values in (("changed", differ), ("kept", shared)):
+                if told := [value for value in values if not np.isnan(value)]:
+                    line[name] = float(np.mean(told))
         return line
 
 
