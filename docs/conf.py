@@ -63,7 +63,7 @@ nitpick_ignore_regex = [
     ("py:class", r"ModelRow"),  # shown as the table protocols.Protocol.models
     ("py:class", r"(dit_lens\.families\.schedulers\.)?(Noise|Removal)"),
     ("py:class", r"TransferResult|Study"),  # a protocol, and a type variable
-    ("py:class", r"Run \| Mapping\[str"),  # half of a type: Sphinx cuts a quoted union at its comma
+    ("py:class", r"(Run \| )?Mapping\[(str|int)"),  # half of a type: Sphinx cuts a quoted one at its comma
 ]
 
 # Pages

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from dit_lens.studies.shared.arms import Arm, add_controls, check_arm_score, cou
 from dit_lens.studies.shared.batches import PromptBatch, divide_call, make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
-from dit_lens.studies.shared.judges import Judge, choose_judge, scene_judge
+from dit_lens.studies.shared.judges import Attributes, Judge, choose_judge, scene_judge
 from dit_lens.studies.shared.registry import study
 from dit_lens.studies.shared.result import Result
 from dit_lens.toys.scenes import Scene
@@ -43,8 +43,6 @@ from dit_lens.toys.scenes import Scene
 if TYPE_CHECKING:
     from dit_lens.core.request.ops import Pattern
     from dit_lens.lens import DiTLens
-
-Attributes = Callable[[str], Mapping[str, str]]
 
 LEAST_SPREAD = 1e-6  # below it all prompts are alike but for rounding
 LEAST_DOSE = 1e-4  # share of the energy below which doses that differ are both none

@@ -18,12 +18,12 @@ from dit_lens.errors import OpError, PromptError, show
 from dit_lens.instruments.steering_vectors import Steering
 from dit_lens.plots import steering_figure
 from dit_lens.studies.parts.doses import AGREES
-from dit_lens.studies.parts.steered_images import Attributes, SteeredImages, SteeringBatch, learn_directions
+from dit_lens.studies.parts.steered_images import SteeredImages, SteeringBatch, learn_directions
 from dit_lens.studies.shared.arguments import as_pairs, as_strengths, check_draws, find_meant
 from dit_lens.studies.shared.batches import divide_call, make_batches
 from dit_lens.studies.shared.cells import Cell
 from dit_lens.studies.shared.checkpoints import StudyCheckpoints
-from dit_lens.studies.shared.judges import Judge, choose_judge, scene_judge
+from dit_lens.studies.shared.judges import Attributes, Judge, choose_judge, scene_judge
 from dit_lens.studies.shared.registry import study
 from dit_lens.studies.shared.result import Result
 from dit_lens.studies.shared.tables import compare_arms, format_summary, summarise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from dit_lens.core.request.ops import Op, Read, Zero
 from dit_lens.instruments.steering_vectors import Steering
 from dit_lens.studies.parts.doses import group_sites, is_residual, read_doses, weigh
 from dit_lens.studies.shared.cells import Cell
-from dit_lens.studies.shared.judges import Judge, ask_judge
+from dit_lens.studies.shared.judges import Attributes, Judge, ask_judge
 from dit_lens.studies.shared.keys import ImageKey
 from dit_lens.studies.shared.streams import make_stream
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
     from dit_lens.studies.shared.batches import StudyCall
 
-Attributes = Callable[[str], Mapping[str, str]]
 HALVES = 2
 SIDES = ("from", "to")
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dit_lens.lens import DiTLens
 
 Judge = Callable[["Image", str], Mapping[str, float]]
+Attributes = Callable[[str], Mapping[str, str]]
 
 ROUNDING = 1e-6  # by which a fidelity may lie outside of [0, 1]
 
