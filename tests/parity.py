@@ -65,7 +65,8 @@ def plain(value):
     if isinstance(value, dl.studies.Result):
         return value.table.to_csv(), plain(dict(value.images)), plain(dict(value.masks)), value.notes, value.settings
     if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        named = {field.name: getattr(value, field.name) for field in fields(value)}
+        return {name: plain(one) for name, one in named.items() if not callable(one)}  # such as how words are found
     return value.tobytes() if hasattr(value, "tobytes") else getattr(value, "__dict__", value)
 
 
