@@ -12,7 +12,7 @@ from dit_lens.arguments.checks import checked
 from dit_lens.errors import OpError
 from dit_lens.plots.code import carries_code
 from dit_lens.plots.overlays import sheet, strip
-from dit_lens.plots.theme import MASSIVE, fade, set_title
+from dit_lens.plots.theme import MASSIVE, bar_below, fade, set_title
 from dit_lens.plots.word_maps import blend, paint
 
 if TYPE_CHECKING:
@@ -69,7 +69,6 @@ def head_figure(values: Mapping[Any, Sequence[float]], *, title: str = "", subti
     grid = np.full((len(values), max(map(len, values.values()))), np.nan)
     for i, row in enumerate(values.values()):
         grid[i, : len(row)] = np.asarray(row, dtype=float)
-    bar = {"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom", "thickness": 10, "len": 0.5}
     scale = [[0, fade(MASSIVE, 0)], [1, fade(MASSIVE, 1)]]
     heat = go.Heatmap(
         z=grid,
@@ -79,7 +78,7 @@ def head_figure(values: Mapping[Any, Sequence[float]], *, title: str = "", subti
         colorscale=scale,
         xgap=1,
         ygap=1,
-        colorbar={**bar, "outlinewidth": 0, "nticks": 5},
+        colorbar=bar_below(),
         hovertemplate="block %{y}, head %{x}: %{z:.3f}<extra></extra>",
     )
     height = int(np.clip(ROW * len(values), 80, 900)) + 190

@@ -11,7 +11,7 @@ from dit_lens.arguments.checks import checked
 from dit_lens.errors import OpError, check_choice
 from dit_lens.plots.code import carries_code
 from dit_lens.plots.tables import check_columns, check_summary, describe_n
-from dit_lens.plots.theme import INK, MASSIVE, fade, set_title
+from dit_lens.plots.theme import INK, MASSIVE, bar_below, fade, set_title
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -156,14 +156,4 @@ def _draw_panel(figure: go.Figure, rows: pd.DataFrame, column: int, *, shared: b
 def _place_bar(figure: go.Figure, column: int, *, shared: bool) -> dict[str, Any]:
     """The colour bar: one below all panels, or one below each."""
     low, high = (0.0, 1.0) if shared else figure.layout["xaxis" if column == 1 else f"xaxis{column}"].domain
-    return {
-        "orientation": "h",
-        "x": (low + high) / 2,
-        "len": (high - low) * (0.5 if shared else 1),
-        "y": 0,
-        "yref": "container",
-        "yanchor": "bottom",
-        "thickness": 10,
-        "outlinewidth": 0,
-        "nticks": 5,
-    }
+    return bar_below((low + high) / 2, (high - low) * (0.5 if shared else 1))

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 from dit_lens.arguments.checks import checked
 from dit_lens.plots.code import carries_code
 from dit_lens.plots.tables import check_columns, check_summary, column_values, describe_n
-from dit_lens.plots.theme import CI, INK, set_title, shorten_site
+from dit_lens.plots.theme import CI, INK, bar_below, set_title, shorten_site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,17 +107,7 @@ def _draw_map(cells: pd.DataFrame, name: str, over: str, bar: tuple[float, float
         colorscale="RdBu_r",
         zmin=-largest,
         zmax=largest,
-        colorbar={
-            "orientation": "h",
-            "x": bar[0],
-            "len": bar[1],
-            "y": 0,
-            "yref": "container",
-            "yanchor": "bottom",
-            "thickness": 10,
-            "outlinewidth": 0,
-            "nticks": 5,
-        },
+        colorbar=bar_below(*bar),
         hovertemplate=f"{down} %{{y}}, {along} %{{x}}<br>{_PANELS[name]}: %{{z:.3f}}"
         "<br>patched %{customdata[1]:.3f} (%{customdata[2]:.3f} to %{customdata[3]:.3f}), n = %{customdata[0]:.0f}"
         "<br>shows the source's prompt %{customdata[4]:.0%}<extra></extra>",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
@@ -155,6 +155,21 @@ def fade(colour: str, opacity: float) -> str:
     """
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, {opacity:g})"
+
+
+def bar_below(x: float = 0.5, length: float = 0.5) -> dict[str, Any]:
+    """A colour bar at the foot of a figure. x, length: its middle and its length, as shares of the width."""
+    return {
+        "orientation": "h",
+        "x": x,
+        "len": length,
+        "y": 0,
+        "yref": "container",
+        "yanchor": "bottom",
+        "thickness": 10,
+        "outlinewidth": 0,
+        "nticks": 5,
+    }
 
 
 def place_labels(

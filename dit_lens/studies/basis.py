@@ -15,7 +15,7 @@ import torch
 
 from dit_lens.analysis.metrics import DISTANCES, Distance
 from dit_lens.analysis.metrics.distances import distances as distances_of
-from dit_lens.analysis.metrics.distances import measure_distance
+from dit_lens.analysis.metrics.distances import measure_distances
 from dit_lens.arguments.lists import as_prompts, as_seeds, as_tuple, check_once
 from dit_lens.arguments.numbers import check_number
 from dit_lens.core.request.ops import Apply, Zero
@@ -320,7 +320,6 @@ class Measure:
         removed: Mapping[str, Any] = NOTHING,
     ) -> dict[str, Any]:
         """A row of the table."""
-        found = {name: measure_distance(name, one, before, after) for name, one in self.distances.items()}
         return {
             "prompt": prompt,
             "seed": seed,
@@ -328,8 +327,7 @@ class Measure:
             "draw": arm.draw,
             "level": arm.label,
             **removed,
-            # That of equal images may be infinite.
-            **{name: value if np.isfinite(value) else None for name, value in found.items()},
+            **measure_distances(self.distances, before, after),
             **ask_judge(self.judge, after, prompt, (*self.taken, *self.distances)),
         }
 

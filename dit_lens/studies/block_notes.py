@@ -12,7 +12,7 @@ import numpy as np
 
 from dit_lens.analysis.metrics.intervals import mean_p
 from dit_lens.studies.parts.block_damage import CONTROLS, LESS, LEVEL, UNJUDGED
-from dit_lens.studies.parts.doses import AGREES
+from dit_lens.studies.parts.doses import AGREES, find_off
 from dit_lens.studies.power import power
 
 if TYPE_CHECKING:
@@ -46,10 +46,9 @@ def _describe_doses(table: pd.DataFrame) -> list[str]:
     """Which pieces and arms gave another dose than they intended."""
     means = table.groupby(["part", "block", "arm"], sort=False)[["dose_intended", "dose"]].mean()
     given = means.dropna()
-    off = given[(given["dose"] - given["dose_intended"]).abs() > AGREES * given["dose_intended"]]
     notes = [
         f"{arm} of {part} {block:g} moved {dose:.3g} of what it adds, and meant to move {meant:.3g}"
-        for (part, block, arm), meant, dose in off.itertuples(name=None)
+        for (part, block, arm), meant, dose in find_off(given).itertuples(name=None)
     ]
     if len(given) and not notes:
         notes = [f"every arm moved as much as it intended, within {AGREES:.0%}"]

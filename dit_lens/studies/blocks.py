@@ -13,7 +13,7 @@ import pandas as pd
 
 from dit_lens.analysis.metrics import DISTANCES, Distance
 from dit_lens.analysis.metrics.distances import distances as distances_of
-from dit_lens.analysis.metrics.distances import measure_distance
+from dit_lens.analysis.metrics.distances import measure_distances
 from dit_lens.arguments.lists import as_prompts, as_seeds, as_tuple
 from dit_lens.core.request.ops import Op, Zero
 from dit_lens.errors import check_choice
@@ -258,10 +258,7 @@ class Removal:
         cell, images, doses = Cell(), run.images, read_doses(edits, run.receipt)
         for i, (row, prompt) in enumerate(zip(batch.rows, batch.prompts, strict=True)):
             before, after = clean.images[_name_image(row, batch, "untouched")], images[i]
-            found: dict[str, Any] = {
-                name: measure_distance(name, distance, before, after) for name, distance in self.distances.items()
-            }
-            found = {name: value if np.isfinite(value) else np.nan for name, value in found.items()}  # psnr of equals
+            found: dict[str, Any] = dict(measure_distances(self.distances, before, after))
             found |= {"dose_intended": intended, "dose": doses.get(i, np.nan if piece else 0.0)}
             cell.lines.append(self._line(batch, prompt, arm, found | self._judge(after, prompt), piece, draw))
             if piece is not None and arm != NOISE:

@@ -16,7 +16,7 @@ from dit_lens.errors import OpError, PromptError, StoreError, check_choice
 from dit_lens.plots import carrier_or_detail_figure
 from dit_lens.studies.parts.ablations import average_means
 from dit_lens.studies.parts.channel_parts import PARTS, Removal, modulates_end
-from dit_lens.studies.parts.doses import AGREES
+from dit_lens.studies.parts.doses import AGREES, find_off
 from dit_lens.studies.parts.evidence import (
     COLUMNS,
     DESTROYED,
@@ -311,8 +311,8 @@ def _describe_doses(table: pd.DataFrame) -> list[str]:
         return []
     edits = table[table["measure"].isin(["ablation", "transport"])]
     means = edits.groupby(["measure", "part", "arm"], sort=False)[["dose_intended", "dose"]].mean().dropna()
-    apart = (means["dose"] - means["dose_intended"]).abs()
-    off = means[(apart > AGREES * means["dose_intended"]) & (apart > LEAST_DOSE)]
+    off = find_off(means)
+    off = off[(off["dose"] - off["dose_intended"]).abs() > LEAST_DOSE]
     notes = [
         f"{measure} of {arm} ({part}) gave a dose of {dose:.3g} where {meant:.3g} was intended"
         for (measure, part, arm), meant, dose in off.itertuples(name=None)

@@ -13,13 +13,13 @@ import pandas as pd
 
 from dit_lens.analysis.metrics import DISTANCES, Distance
 from dit_lens.analysis.metrics.distances import distances as distances_of
-from dit_lens.analysis.metrics.distances import measure_distance
+from dit_lens.analysis.metrics.distances import measure_distances
 from dit_lens.arguments.lists import as_prompts, as_seeds, as_tuple
 from dit_lens.core.request.ops import Op, Read
 from dit_lens.errors import OpError, PromptError, check_choice
 from dit_lens.plots import disruption_figure
 from dit_lens.studies.parts.ablations import CONFOUNDS, AblationKind, average_means, pick_step, plan_ablation
-from dit_lens.studies.parts.doses import AGREES, read_doses
+from dit_lens.studies.parts.doses import AGREES, find_off, read_doses
 from dit_lens.studies.shared.arguments import as_ks, check_draws, check_k, describe_k, find_meant
 from dit_lens.studies.shared.arms import (
     DRAWS,
@@ -292,10 +292,7 @@ class Measure:
         cell, images, doses = Cell(), run.images, read_doses(ops, run.receipt)
         for i, (row, prompt) in enumerate(zip(batch.rows, batch.prompts, strict=True)):
             before, after = clean.images[_name_image(row, batch, 0, "untouched")], images[i]
-            measures: dict[str, Any] = {
-                name: _drop_infinity(measure_distance(name, distance, before, after))
-                for name, distance in self.distances.items()
-            }
+            measures: dict[str, Any] = dict(measure_distances(self.distances, before, after))
             if arm.sets:
                 held = float(np.mean(list(arm.sets[i].energy_share().values())))
                 measures |= {"energy_share": held, "matched": arm.sets[i].matched}
@@ -313,11 +310,6 @@ def _name_image(row: int, batch: PromptBatch, k: int, arm: str) -> str:
 
 def _line(prompt: str, seed: int, k: int, arm: Arm, measures: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt, "seed": seed, "k": k, "arm": arm.name, "draw": arm.draw, **measures}
-
-
-def _drop_infinity(distance: float) -> float:
-    """A distance; missing if it is infinite, as the psnr of equal images."""
-    return distance if np.isfinite(distance) else np.nan
 
 
 def _list_judged(table: pd.DataFrame) -> list[str]:
@@ -359,10 +351,9 @@ def describe_doses(edited: pd.DataFrame) -> list[str]:
         return []
     means = edited[edited["k"] > 0].groupby(["k", "arm"], sort=False)[["dose_intended", "dose"]].mean()
     given = means.dropna()
-    off = given[(given["dose"] - given["dose_intended"]).abs() > AGREES * given["dose_intended"]]
     notes = [
         f"k={k}: {arm} gave a dose of {dose:.3g} where {meant:.3g} was intended ({dose / meant - 1:+.0%})"
-        for (k, arm), meant, dose in off.itertuples(name=None)
+        for (k, arm), meant, dose in find_off(given).itertuples(name=None)
     ]
     if len(given) and not notes:
         notes = [f"every arm gave the dose it intended, within {AGREES:.0%} (arms that intend none: see dose)"]

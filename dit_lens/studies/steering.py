@@ -17,7 +17,7 @@ from dit_lens.arguments.numbers import check_number
 from dit_lens.errors import OpError, PromptError, show
 from dit_lens.instruments.steering_vectors import Steering
 from dit_lens.plots import steering_figure
-from dit_lens.studies.parts.doses import AGREES
+from dit_lens.studies.parts.doses import find_off
 from dit_lens.studies.parts.steered_images import SteeredImages, SteeringBatch, learn_directions
 from dit_lens.studies.shared.arguments import as_pairs, as_strengths, check_draws, find_meant
 from dit_lens.studies.shared.batches import divide_call, make_batches
@@ -220,9 +220,8 @@ def _notes(table: pd.DataFrame, summary: pd.DataFrame, measures: Sequence[str]) 
                 notes.append(f"strength {line['strength']:g}: {said}")
     if "dose" in table:
         given = table.groupby(["strength", "arm"], sort=False)[["dose_intended", "dose"]].mean().dropna()
-        off = given[(given["dose"] - given["dose_intended"]).abs() > AGREES * given["dose_intended"]]
         notes += [
             f"strength {strength:g}: {arm} gave a dose of {dose:.3g} where {meant:.3g} was intended"
-            for (strength, arm), meant, dose in off.itertuples(name=None)
+            for (strength, arm), meant, dose in find_off(given).itertuples(name=None)
         ]
     return notes

@@ -13,7 +13,7 @@ from dit_lens.arguments.lists import as_seeds
 from dit_lens.core.request.ops import Branch
 from dit_lens.plots import transfer_figure
 from dit_lens.studies.parts.blends import explain_no_prompt_blend
-from dit_lens.studies.parts.doses import AGREES
+from dit_lens.studies.parts.doses import find_off
 from dit_lens.studies.parts.transport import ChannelsFrom, PairBatch, plan_transport
 from dit_lens.studies.parts.transport_cells import run_transport
 from dit_lens.studies.parts.transport_levels import add_shares, describe_levels
@@ -237,7 +237,7 @@ def _notes(table: pd.DataFrame, settings: Mapping[str, Any]) -> list[str]:
     if "dose" in table:
         top = table[(table["arm"] == "top") & ~table["masked"].astype(bool)]
         given = top.groupby("strength")[["dose_intended", "dose"]].mean().dropna()
-        off = given[(given["dose"] - given["dose_intended"]).abs() > AGREES * given["dose_intended"]]["dose"]
+        off = find_off(given)["dose"]
         if len(off):
             told = ", ".join(f"{strength:g} moves them {dose:.2f} of it" for strength, dose in off.items())
             notes.append(

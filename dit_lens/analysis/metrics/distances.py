@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,6 +111,12 @@ def measure_distance(name: str, distance: Distance, a: Any, b: Any) -> float:
     if not isinstance(answer, numbers.Real):
         raise OpError(f"The distance {name!r} of two images must be a number, but it returned {show(answer)}.")
     return float(answer)
+
+
+def measure_distances(distances: Mapping[str, Distance], a: Any, b: Any) -> dict[str, float]:
+    """All distances of two images by name; an infinite one, as psnr of equal images, has no mean and is NaN."""
+    found = {name: measure_distance(name, distance, a, b) for name, distance in distances.items()}
+    return {name: value if math.isfinite(value) else math.nan for name, value in found.items()}
 
 
 def _rmse(a: np.ndarray, b: np.ndarray) -> float:

@@ -28,6 +28,8 @@ from dit_lens.core.request.ops import Apply
 from dit_lens.families.sites import Site
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from dit_lens.core.request.ops import Op
     from dit_lens.core.runs.receipt import Receipt
     from dit_lens.families import Anatomy
@@ -35,6 +37,14 @@ if TYPE_CHECKING:
 AGREES = 0.05  # how far a dose may lie from the one that was intended, as a share of that
 
 Doses = dict[str, float]  # by branch
+
+
+def find_off(means: pd.DataFrame) -> pd.DataFrame:
+    """The arms whose dose is not the one that was intended.
+
+    means: columns dose_intended and dose, both known.
+    """
+    return means[(means["dose"] - means["dose_intended"]).abs() > AGREES * means["dose_intended"]]
 
 
 def share_of(part: Tensor, whole: Tensor) -> float:

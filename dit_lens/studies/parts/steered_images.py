@@ -197,9 +197,7 @@ def turn(directions: Steering, seed: int) -> Steering:
     for width in widths:
         some = {site: vector for site, vector in directions.vectors.items() if vector.shape[-1] == width}
         rows = torch.cat([vector.reshape(-1, width).double() for vector in some.values()])
-        _, parts = torch.linalg.qr(
-            rows.T
-        )  # of the vectors in an orthonormal basis, instead of which a random one comes
+        _, parts = torch.linalg.qr(rows.T)  # the vectors in an orthonormal basis, in whose place comes a random one
         basis, _ = torch.linalg.qr(torch.randn(width, len(parts), generator=generator, dtype=torch.float64))
         found = (basis @ parts).T.float().split([vector.numel() // width for vector in some.values()])
         turned |= {site: new.reshape(some[site].shape) for site, new in zip(some, found, strict=True)}
