@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from dit_lens.core.plan.aliases import name_once, without_name
 from dit_lens.core.plan.lowering import SiteLowering, check_allowed, check_keys, check_origin, describe_keys
-from dit_lens.core.plan.selection import Group, select_channels, select_groups, select_rows, split_by_keys
-from dit_lens.core.request.ops import EDITS, OPS, AttentionMask, Op, Read, ReadFeatures, SigmaInterval
+from dit_lens.core.plan.selection import Group, select_channels, select_groups, select_rows
+from dit_lens.core.request.ops import EDITS, OPS, Op, Read, ReadFeatures, SigmaInterval
 from dit_lens.core.runs.record import is_text
 from dit_lens.errors import DitLensError, OpError
 from dit_lens.families import Anatomy
@@ -122,8 +122,6 @@ class _Compiler:
         self.by_sigma |= isinstance(op.steps, SigmaInterval)
         self.by_mask |= op.mask is not None
         groups = select_groups(op, sites, steps, self.outline)
-        if isinstance(op, AttentionMask) and op.keys == "txt":
-            groups = split_by_keys(groups, op.key_tokens, op.branch or op.default_branch, self.outline)
         self.visits[number] = 0
         channels = {site: select_channels(op, site, anatomy.channels(site)) for site in sites}
         if isinstance(op, Read):

@@ -41,6 +41,11 @@ class Group:
 
 def select_groups(op: Op, sites: Sequence[Site], steps: Sequence[int], outline: Outline) -> list[Group]:
     """The rows and tokens of an op: one group, or where they are chosen by the text one for each branch and row."""
+    return _split_by_words(_select_by_tokens(op, sites, steps, outline), op, outline)
+
+
+def _select_by_tokens(op: Op, sites: Sequence[Site], steps: Sequence[int], outline: Outline) -> list[Group]:
+    """The groups that ``rows``, ``tokens`` and ``mask`` name."""
     rows = select_rows(op, outline)
     rows = rows if rows is None or op.sees_rows else sorted(rows)
     streams = {site.stream for site in sites}
@@ -65,16 +70,16 @@ def select_groups(op: Op, sites: Sequence[Site], steps: Sequence[int], outline: 
     return [Group(rows, _tokens(op, streams, outline))]
 
 
-def split_by_keys(groups: list[Group], words: Any, branch: str, outline: Outline) -> list[Group]:
-    """The groups, of rows and branches whose text has the same tokens of these words; the others have no part in it.
+def _split_by_words(groups: list[Group], op: Op, outline: Outline) -> list[Group]:
+    """The groups, of rows and branches whose text has the same tokens of ``op.words_of_rows``; the others have no part.
 
-    words: a word or words, or a class of tokens; of anything else, and where no text has them, groups stay as they are.
-    branch: of the op.
+    Where that names no words, and where no text has them, groups stay as they are.
     """
+    words: Any = op.words_of_rows
     if not list_named(words):
         return groups
     text, found = outline.text(), []
-    for group, one in itertools.product(groups, outline.timeline.select_branches(branch)):
+    for group, one in itertools.product(groups, outline.timeline.select_branches(op.branch or op.default_branch)):
         rows: dict[tuple[int, ...], list[int]] = {}
         for row in range(outline.rows) if group.rows is None else group.rows:
             rows.setdefault(tuple(text.find(one, row, words)), []).append(row)

@@ -11,11 +11,21 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dit_lens.arguments.signatures import told_fields
 from dit_lens.core.request.indices import list_items, to_indices
-from dit_lens.core.request.op import Edit, Forecast, Lowered, Lowering, Mask, Op, Tokens, list_words
+from dit_lens.core.request.op import (
+    Edit,
+    Forecast,
+    Lowered,
+    Lowering,
+    Mask,
+    Op,
+    Tokens,
+    check_outputs,
+    list_words,
+    move_tokens,
+)
 from dit_lens.core.request.token_set import TokenSet
 from dit_lens.errors import OpError, nearest
 from dit_lens.families.layout import PlanMismatchError, check_whole, select_stream
-from dit_lens.families.sites import DEFAULT_POINT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,14 +75,16 @@ class AttentionMask(Op):
         if not isinstance(self.key_tokens, TokenSet):
             object.__setattr__(self, "key_tokens", list_words(self.key_tokens))
 
+    @property
+    def words_of_rows(self) -> Tokens:
+        """The words that are knocked out."""
+        return self.key_tokens if self.keys == "txt" else None
+
     def prepare(self, sites: list[Site], anatomy: Anatomy, run: Forecast) -> tuple[Op, list[Site]]:  # noqa: ARG002 of all
         """Itself with heads as channels, at the patterns of the blocks that it names."""
         self._check(sites)
         found = [anatomy.find_call(site.block or 0, site.stream, self.keys)[0] for site in sites]
-        tokens, channels = self.tokens, None
-        if isinstance(tokens, TokenSet):
-            of_blocks = {site.name: tokens[block.name] for block, site in zip(sites, found, strict=True)}
-            tokens = replace(tokens, tokens=of_blocks)
+        tokens, channels = move_tokens(self.tokens, zip(sites, found, strict=True)), None
         if self.heads is not None:
             channels = {site.name: self._list_channels(anatomy.heads(site), site) for site in found}
         return replace(self, tokens=tokens, channels=channels), found
@@ -92,11 +104,7 @@ class AttentionMask(Op):
             raise OpError("AttentionMask takes heads= in place of channels=: a head has one pattern.")
         if self.key_mask is not None and (self.keys != "img" or self.key_tokens is not None):
             raise OpError("key_mask= chooses image tokens: use it with keys='img', and without key_tokens=.")
-        if odd := [site for site in sites if site.block is None or site.point != DEFAULT_POINT]:
-            raise OpError(
-                f"AttentionMask is for blocks, by the stream of the tokens that read, such as 'blocks[3:5].img', and "
-                f"{odd[0]} is none."
-            )
+        check_outputs(self, sites, "read")
 
     def lower(self, at: Lowering) -> Lowered:
         return at.attend(self.keys, self.key_tokens, self.key_mask)

@@ -5,8 +5,8 @@ The ops themselves are in ``ops``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Required, TypeAlias, TypedDict, Unpack
 
 import torch
@@ -19,7 +19,7 @@ from dit_lens.core.request.indices import list_items
 from dit_lens.core.request.token_set import TokenSet
 from dit_lens.errors import OpError
 from dit_lens.families.layout import PlanMismatchError
-from dit_lens.families.sites import Pattern
+from dit_lens.families.sites import DEFAULT_POINT, Pattern
 from dit_lens.families.tensors import take
 
 if TYPE_CHECKING:
@@ -206,6 +206,11 @@ class Op:
         """Whether there is nothing to carry out, whatever the site; what it names is checked all the same."""
         return False
 
+    @property
+    def words_of_rows(self) -> Tokens:
+        """Words, beside those of ``tokens``, without which in its text a row has no part in an edit; None: none."""
+        return None
+
     def prepare(self, sites: list[Site], anatomy: Anatomy, run: Forecast) -> tuple[Op, list[Site]]:  # noqa: ARG002 for ops
         """The op and its sites as they are laid out, where a model or a run decides more than fields say."""
         return self, sites
@@ -217,6 +222,25 @@ class Op:
     def __repr__(self) -> str:
         set_ = [(f.name, getattr(self, f.name)) for f in _order_fields(self) if getattr(self, f.name) is not f.default]
         return f"{type(self).__name__}({', '.join(f'{name}={_shorten(value)}' for name, value in set_)})"
+
+
+def check_outputs(op: Op, sites: Sequence[Site], tokens: str) -> None:
+    """OpError where an op is not of the outputs of blocks. tokens: whose stream they name, in words."""
+    if odd := [site for site in sites if site.block is None or site.point != DEFAULT_POINT]:
+        raise OpError(
+            f"{type(op).__name__} is for blocks, by the stream of the tokens that {tokens}, such as "
+            f"'blocks[3:5].img', and {odd[0]} is none."
+        )
+
+
+def move_tokens(tokens: Tokens, moves: Iterable[tuple[Site, Site]]) -> Tokens:
+    """The tokens of a TokenSet at the sites where an op is laid out; other ones as they are.
+
+    moves: pairs of a site that the op names, and one where it is laid out.
+    """
+    if not isinstance(tokens, TokenSet):
+        return tokens
+    return replace(tokens, tokens={to.name: tokens[site.name] for site, to in moves})
 
 
 OPS: dict[str, type[Op]] = {}  # every op by its name

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from dit_lens.arguments.signatures import told_fields
-from dit_lens.core.request.op import Edit, Forecast, Lowered, Lowering, Op
-from dit_lens.core.request.token_set import TokenSet
+from dit_lens.core.request.op import Edit, Forecast, Lowered, Lowering, Op, check_outputs, move_tokens
 from dit_lens.errors import OpError
 from dit_lens.families.layout import PlanMismatchError
-from dit_lens.families.sites import DEFAULT_POINT, Site
+from dit_lens.families.sites import Site
 
 if TYPE_CHECKING:
     from dit_lens.families import Anatomy
@@ -42,16 +41,9 @@ class Rope(Op):
         """Itself at the queries and keys of the blocks that it names."""
         if self.channels is not None:
             raise OpError("Rope takes no channels=: a rotation turns channels in pairs. Choose tokens= or mask=.")
-        if odd := [site for site in sites if site.block is None or site.point != DEFAULT_POINT]:
-            raise OpError(
-                f"Rope is for blocks, by the stream of the tokens that are rotated, such as 'blocks[3:5].img', and "
-                f"{odd[0]} is none."
-            )
+        check_outputs(self, sites, "are rotated")
         found = [(site, rotated) for site in sites for rotated in anatomy.find_rotated(site.block or 0, site.stream)]
-        tokens = self.tokens
-        if isinstance(tokens, TokenSet):
-            tokens = replace(tokens, tokens={rotated.name: tokens[site.name] for site, rotated in found})
-        return replace(self, tokens=tokens), [rotated for _, rotated in found]
+        return replace(self, tokens=move_tokens(self.tokens, found)), [rotated for _, rotated in found]
 
     def lower(self, at: Lowering) -> Lowered:
         return at.turn_back()
